@@ -1,0 +1,51 @@
+# Two commands do everything, set-up included:  make run   and   make test
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+NB      =
+DATA    =
+PROFILE = smoke
+
+# The environment is made anew when what it must contain changes.
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
+
+# PyTorch on CPU returns its large buffers to the system after every operation; keeping them is 2 to 5 times faster.
+export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+export NO_ALBUMENTATIONS_UPDATE := 1
+ifneq ($(strip $(DATA)),)
+export DLIA_DATA := $(DATA)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help run test notebooks bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 20
+	@echo
+	@echo '  NB="01 04"   which notebooks (all)      DATA=path      the folder that holds the real data sets'
+	@echo '  PROFILE=     smoke, cpu, full or auto   PYTHON=        the Python that makes .venv (python3)'
+
+run: $(STAMP)  ## execute the notebooks, print the results table; NB=01 DATA=path PROFILE=full
+	$(BIN)/python -m dlia_utils run --profile "$(PROFILE)" $(if $(strip $(NB)),--nb $(NB))
+
+test: $(STAMP)  ## lint, static notebook checks, unit tests, every notebook executed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m dlia_utils notebooks check
+	$(BIN)/python -m pytest
+
+notebooks: $(STAMP)  ## rebuild the committed notebooks from notebooks/src, with fresh smoke outputs; NB=01
+	$(BIN)/python -m dlia_utils notebooks refresh $(NB)
+
+bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove .venv and caches (runs/ and data/ stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	touch $@

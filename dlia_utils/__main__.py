@@ -1,0 +1,190 @@
+"""The command line: `python -m dlia_utils list | run | data check | notebooks build|check|refresh`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 fine, 1 something failed, 2 wrong argument or data."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dlia_utils", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("list", help="notebooks and data sets of the suite")
+    one.set_defaults(command=list_all)
+
+    one = commands.add_parser("run", help="execute notebooks and print their results")
+    one.add_argument(
+        "--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)"
+    )
+    one.add_argument(
+        "--data", default="", metavar="PATH", help="folder of the data sets (default: find them)"
+    )
+    one.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
+    one.add_argument(
+        "--run-name", default="", metavar="NAME", help="folder name (default: profile and kind of data)"
+    )
+    one.add_argument(
+        "--fresh", action="store_true", help="put an older run of that name aside and start anew"
+    )
+    one.set_defaults(command=run)
+
+    data = commands.add_parser("data", help="look at a data set").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    one = data.add_parser("check", help="find, count and audit a data set")
+    one.add_argument("dataset")
+    one.add_argument("--data", default="", metavar="PATH")
+    one.set_defaults(command=data_check)
+
+    made = commands.add_parser("notebooks", help="make the committed notebooks").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for name, command, what in (
+        ("build", build, "turn src/*.py into .ipynb; unchanged cells keep their outputs"),
+        ("check", check, "find static faults"),
+        ("refresh", refresh, "build, execute in the smoke profile on synthetic data, clean"),
+    ):
+        one = made.add_parser(name, help=what)
+        one.add_argument("nb", nargs="*", metavar="NN", help="which notebooks (default: all)")
+        one.set_defaults(command=command)
+    return parser
+
+
+def list_all(options: argparse.Namespace) -> int:
+    from . import locate, notebooks
+
+    print("Notebooks (python -m dlia_utils run --nb NN)")
+    for source in notebooks.find():
+        title = source.read_text(encoding="utf-8").split("# # ", 1)[-1].splitlines()[0]
+        print(f"  {source.stem:28} {title}")
+    print("Data sets (python -m dlia_utils data check NAME)")
+    for name in locate.SOURCES:
+        print(f"  {name}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    from . import notebooks
+
+    runs = []
+    sources = notebooks.pick(options.nb)
+    for number, source in enumerate(sources, 1):
+        print(f"[{number}/{len(sources)}] {source.stem}, profile {options.profile}", flush=True)
+        runs.append(
+            notebooks.run(
+                source,
+                profile=options.profile,
+                data=options.data,
+                run_name=options.run_name,
+                resume=not options.fresh,
+            )
+        )
+        _report(runs[-1])
+    failed = [one.notebook for one in runs if one.error]
+    if failed:
+        print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _report(one) -> None:
+    """What a run left behind: its results table and where to look, or why it failed."""
+    print(f"\n{one.notebook}: {'FAILED' if one.error else 'done'} in {one.seconds:.0f} s")
+    if one.error:
+        print(one.error, file=sys.stderr)
+    elif (one.folder / "results.csv").exists():
+        print("\n" + results_text(one.folder / "results.csv") + "\n")
+    print(f"Look at  {_short(one.executed)}")
+    kinds = {"results.csv": "all results", "figures/*.png": "figures", "*submission*.csv": "submissions"}
+    for pattern, what in kinds.items():
+        if found := sorted(one.folder.glob(pattern)):
+            where = found[0] if len(found) == 1 else found[0].parent
+            print(f"         {_short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})")
+    print(flush=True)
+
+
+def _short(path: Path) -> str:
+    """`path` as seen from here when it is below, else whole."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def results_text(path: Path) -> str:
+    """The rows of a results file that a reader wants first: accuracy, clean and in the worst case.
+
+    A file without accuracies is shown as its first 20 rows.
+    """
+    import pandas as pd
+
+    from . import report
+
+    results = pd.read_csv(path)
+    shown = {name: ", ".join(results[name].astype(str).unique()) for name in ("data", "profile", "size")}
+    context = " | ".join(f"{name}: {values}" for name, values in shown.items())
+    headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]
+    if headline.empty:
+        return f"{context}\n{results[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
+    return f"{context}\n{report.results_table(headline).to_string()}"
+
+
+def data_check(options: argparse.Namespace) -> int:
+    from . import datasets, locate, split
+
+    location = locate.find(options.dataset, options.data or None)
+    kind = "SYNTHETIC" if location.synthetic else "real images"
+    print(f"{options.dataset}: {location.root} ({kind}, found by: {location.origin})\n")
+    dataset = datasets.load(location)
+    print(datasets.summary(dataset).to_string(), "\n")
+    for reason, count in dataset.ignored["reason"].value_counts().items():
+        print(f"not read: {count} files, {reason}")
+    problems = datasets.check(dataset)
+    if len(problems):
+        print(f"\n{len(problems)} unusable files: replace or delete them\n{problems.to_string(index=False)}")
+        return 1
+    audit = split.audit(split.grouped(dataset))
+    print("\nAudit of the patient-grouped split\n" + audit.to_string(index=False))
+    return int(audit["verdict"].eq("leak").any())
+
+
+def build(options: argparse.Namespace) -> int:
+    from . import notebooks
+
+    for source in notebooks.pick(options.nb):
+        print(f"built {_short(notebooks.write(notebooks.build(source), notebooks.product(source)))}")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    from . import notebooks
+
+    sources = notebooks.pick(options.nb)
+    problems = [f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)]
+    problems += [] if options.nb else notebooks.orphans()
+    print("\n".join(problems) or f"{len(sources)} notebook(s) without fault")
+    return int(bool(problems))
+
+
+def refresh(options: argparse.Namespace) -> int:
+    from . import notebooks
+
+    for source in notebooks.pick(options.nb):
+        print(f"{source.stem}: executing in the smoke profile on synthetic data", flush=True)
+        path = notebooks.refresh(source)
+        print(f"wrote {_short(path)} ({path.stat().st_size / 1e3:.0f} kB)")
+    return check(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""What every attack shares: the result, the checks of the input, the untouched model, the book-keeping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, per image of the batch.
+
+    x_adv               [B,C,H,W] in [0,1]
+    success             [B] bool: the model is wrong on x_adv
+    first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it first
+    queries             [B] int64: forward passes spent on each image
+    linf, l2, l0        [B] float: size of x_adv - x in pixel units; l0 counts changed pixel positions
+    forwards, backwards image-passes of the whole batch
+    eps                 the largest eps over channels; seed: None when nothing was drawn
+    """
+
+    x_adv: Tensor
+    success: Tensor
+    first_success_step: Tensor
+    forwards: int
+    backwards: int
+    queries: Tensor
+    linf: Tensor
+    l2: Tensor
+    l0: Tensor
+    eps: float | None
+    seed: int | None
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def check_inputs(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    grey: bool = False,
+    ids: Sequence[int] | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Refuse what would give a wrong number without a word; returns (a clamped copy of x, the image ids).
+
+    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: pixel units of [0,1], a number or a tensor [C,1,1].
+    Errors: TypeError or ValueError that names the argument and the fix.
+    """
+    _check_model(model)
+    _check_images(x)
+    _check_labels(y, x)
+    _check_eps(eps, x, grey)
+    if grey and x.shape[1] > 1 and not bool((x == x[:, :1]).all()):
+        raise ValueError("grey=True needs grey images, but the channels of x differ; pass grey=False")
+    ids = [int(i) for i in ids] if ids is not None else list(range(len(x)))
+    if len(ids) != len(x) or min(ids) < 0:
+        raise ValueError(f"ids must be {len(x)} integers >= 0, one per image")
+    return x.detach().clamp(0, 1), ids
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if module.training and _changes_in_training(module):
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(f"{where} is in training mode and would be random or change; call model.eval()")
+
+
+def _changes_in_training(module: nn.Module) -> bool:
+    # A parametrization such as spectral_norm runs a power iteration in train mode: its buffers change.
+    return (
+        isinstance(module, nn.modules.batchnorm._NormBase)
+        or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or parametrize.is_parametrized(module)
+    )
+
+
+def _check_images(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError("x must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255")
+    if x.ndim != 4 or not x.numel():
+        raise ValueError(f"x must be a non-empty batch [B,C,H,W], not {tuple(x.shape)}")
+    low, high = (v.item() for v in x.detach().aminmax())
+    if not low - high <= 0:  # NaN compares false with everything
+        raise ValueError("x contains NaN")
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(
+            f"x must lie in [0,1] but spans [{low:.4g}, {high:.4g}]: pass pixels before normalisation, "
+            "the model owns its mean and std"
+        )
+
+
+def _check_labels(y: Tensor, x: Tensor) -> None:
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError("y must be an int64 tensor of class numbers; use labels.long()")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have shape [{len(x)}], one label per image, not {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"x is on {x.device} but y on {y.device}; move y with y.to(x.device)")
+    if y.min() < 0:
+        raise ValueError(f"y holds the negative label {int(y.min())}")
+
+
+def _check_eps(eps: float | Tensor, x: Tensor, grey: bool) -> None:
+    values = torch.as_tensor(eps)
+    if not bool((values >= 0).all()):
+        raise ValueError(f"eps must be >= 0, not {eps}")
+    if bool((values > 1).any()):
+        raise ValueError(f"eps={eps} is larger than the pixel range [0,1]: give pixel units, such as 8/255")
+    if values.ndim and values.shape != (x.shape[1], 1, 1):
+        raise ValueError(
+            f"eps per channel must have shape [{x.shape[1]},1,1] for x with {x.shape[1]} channel(s), not "
+            f"{list(values.shape)}; expand grey images first with x.expand(-1, 3, -1, -1)"
+        )
+    if grey and values.numel() > 1 and bool((values != values.flatten()[0]).any()):
+        raise ValueError("grey=True shares one perturbation over the channels: give one eps for all")
+
+
+def check_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logits [B,K] when they fit the labels; ValueError otherwise."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"the model must return logits [B,K] with K >= 2 classes, not {tuple(logits.shape)}")
+    if int(y.max()) >= logits.shape[1]:
+        raise ValueError(f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model returns NaN or infinite logits on these images")
+    return logits
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Parameters take no gradient inside; every flag is put back on leaving, also after an error.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> with frozen(layer):
+    ...     layer.weight.requires_grad
+    False
+    >>> layer.weight.requires_grad
+    True
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy per image [B]; its gradient is exactly zero where float32 softmax saturates."""
+    return nn.functional.cross_entropy(logits.float(), y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Best wrong logit minus true logit, per image [B]: positive when the model is wrong; cannot saturate.
+
+    Works for any number of classes >= 2. Source: Carlini and Wagner, arXiv 1608.04644.
+
+    >>> margin(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+    tensor([-2.,  2.])
+    """
+    true = y[:, None]
+    others = logits.scatter(1, true, -torch.inf).max(1).values
+    return others - logits.gather(1, true)[:, 0]
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin}
+
+
+def choose_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss by name, "ce" or "margin"; ValueError otherwise."""
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {name!r}")
+    return LOSSES[name]
+
+
+# ------------------------------------------------------------------------------------------- ball and draws
+
+
+def on_device(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number as it is, a tensor moved to where x is."""
+    return value.to(x) if isinstance(value, Tensor) else float(value)
+
+
+def ball(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound per pixel of the eps-ball cut with [0,1]."""
+    return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+
+
+def ascent_sign(gradient: Tensor, grey: bool) -> Tensor:
+    """Sign of the gradient; grey: of its sum over channels, one value for R=G=B."""
+    return (gradient.sum(1, keepdim=True) if grey else gradient).sign()
+
+
+def uniform(x: Tensor, ids: Sequence[int], *, seed: int, stream: int, grey: bool) -> Tensor:
+    """Uniform draws in [-1,1] shaped like x (one channel if grey), each from (seed, stream, id) only."""
+    shape = (1 if grey else x.shape[1], *x.shape[2:])
+    draws = [np.random.default_rng([seed, stream, i]).random(shape, dtype=np.float32) for i in ids]
+    return torch.from_numpy(np.stack(draws)).to(x) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------- book-keeping
+
+
+class Ledger:
+    """Keeps each image's strongest point (fooling before not, then the higher loss) and counts passes."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+        self.x_adv = x.clone()
+        self.value = torch.full((len(x),), -torch.inf, device=x.device)
+        self.fooled = torch.zeros_like(y, dtype=torch.bool)
+        self.first_step = torch.full_like(y, -1)
+        self.queries = torch.zeros_like(y)
+        self.backwards = 0
+
+    def record(self, rows: Tensor, points: Tensor, logits: Tensor, value: Tensor, step: int) -> Tensor:
+        """Note the model's answer on `points` of the images `rows`; returns which of them are fooled [n]."""
+        logits, value = logits.detach(), value.detach().float()
+        fooled = logits.argmax(1) != self.y[rows]
+        held_fooled, held_value = self.fooled[rows], self.value[rows]
+        better = (fooled & ~held_fooled) | ((fooled == held_fooled) & (value > held_value))
+        self.x_adv[rows[better]] = points.detach()[better]
+        self.value[rows] = torch.where(better, value, held_value)
+        self.first_step[rows] = torch.where(fooled & (self.first_step[rows] < 0), step, self.first_step[rows])
+        self.fooled[rows] = held_fooled | fooled
+        self.queries[rows] += 1
+        return fooled
+
+    def everyone(self) -> Tensor:
+        """Row numbers of all images."""
+        return torch.arange(len(self.x), device=self.x.device)
+
+    def standing(self) -> Tensor:
+        """Row numbers of the images not fooled yet."""
+        return torch.nonzero(~self.fooled)[:, 0]
+
+    def result(self, *, eps: float | Tensor, seed: int | None) -> AttackResult:
+        return build_result(
+            self.x, self.x_adv, self.fooled, self.first_step, self.queries, self.backwards, eps=eps, seed=seed
+        )
+
+
+def build_result(
+    x: Tensor,
+    x_adv: Tensor,
+    success: Tensor,
+    first_step: Tensor,
+    queries: Tensor,
+    backwards: int,
+    *,
+    eps: float | Tensor,
+    seed: int | None,
+) -> AttackResult:
+    """Measure the perturbation and wrap everything up."""
+    change = (x_adv - x).abs()
+    return AttackResult(
+        x_adv=x_adv,
+        success=success,
+        first_success_step=first_step,
+        forwards=int(queries.sum()),
+        backwards=backwards,
+        queries=queries,
+        linf=change.flatten(1).amax(1),
+        l2=change.flatten(1).norm(dim=1),
+        l0=(change.amax(1) > 0).flatten(1).sum(1).to(x.dtype),
+        eps=float(torch.as_tensor(eps).max()),
+        seed=seed,
+    )

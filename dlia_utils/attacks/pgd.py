@@ -1,0 +1,128 @@
+"""Projected gradient descent in the L-infinity ball."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _contract as c
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    steps: int = 10,
+    step_size: float | Tensor | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    loss: str = "ce",
+    grey: bool = False,
+    stop_when_fooled: bool = True,
+    seed: int = 0,
+    ids: Sequence[int] | None = None,
+) -> c.AttackResult:
+    """Many small signed steps, each projected back into the eps-ball. Source: Madry et al., arXiv 1706.06083.
+
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps, step_size: pixel units (k/255); step_size defaults to
+    2.5 * eps / steps. loss: "ce", or "margin", which does not vanish on a saturated model. grey: one
+    perturbation for R=G=B. stop_when_fooled: an image leaves the batch once fooled, and one that is wrong
+    already is returned unchanged; otherwise every step is run and the strongest point is returned.
+    Images do not influence each other, and the random start depends on (seed, restart, id) only.
+    `first_success_step`: updates made, counted over restarts; a random start that fools counts as step 1.
+    Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    >>> result = pgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
+    >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
+    True
+    """
+    objective = c.choose_loss(loss)
+    x, ids = c.check_inputs(model, x, y, eps=eps, grey=grey, ids=ids)
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
+    if restarts > 1 and not random_start:
+        raise ValueError("restarts > 1 without random_start repeats the same attack; set random_start=True")
+    eps = c.on_device(eps, x)
+    step_size = 2.5 * eps / steps if step_size is None else c.on_device(step_size, x)
+
+    ledger = c.Ledger(x, y)
+    with c.frozen(model):
+        if random_start:  # without it the first iterate is the clean image itself
+            _look(model, ledger, objective)
+        for restart in range(restarts):
+            rows = ledger.standing() if stop_when_fooled else ledger.everyone()
+            if not len(rows):
+                break
+            start = x[rows]
+            if random_start:
+                chosen = [ids[i] for i in rows.tolist()]
+                start = start + eps * c.uniform(start, chosen, seed=seed, stream=restart, grey=grey)
+            _climb(
+                model,
+                ledger,
+                rows,
+                start,
+                objective=objective,
+                eps=eps,
+                step_size=step_size,
+                steps=steps,
+                grey=grey,
+                stop_when_fooled=stop_when_fooled,
+                first=restart * steps,
+                start_step=1 if random_start else 0,
+            )
+    return ledger.result(eps=eps, seed=seed if random_start else None)
+
+
+def _look(model: nn.Module, ledger: c.Ledger, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Ask the model about the clean images: those it gets wrong are fooled at step 0."""
+    with torch.no_grad():
+        logits = c.check_logits(model(ledger.x), ledger.y)
+        ledger.record(ledger.everyone(), ledger.x, logits, objective(logits, ledger.y), step=0)
+
+
+def _climb(
+    model: nn.Module,
+    ledger: c.Ledger,
+    rows: Tensor,
+    points: Tensor,
+    *,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    eps: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    grey: bool,
+    stop_when_fooled: bool,
+    first: int,
+    start_step: int,
+) -> None:
+    """Run one start of PGD for the images `rows`; every iterate, also the last, goes into the ledger."""
+    y = ledger.y[rows]
+    lower, upper = c.ball(ledger.x[rows], eps)
+    points = torch.clamp(points, lower, upper)
+    for step in range(steps + 1):
+        last = step == steps
+        with torch.set_grad_enabled(not last):
+            points.requires_grad_(not last)
+            logits = model(points)
+            if step == 0:
+                c.check_logits(logits, y)
+            value = objective(logits, y)
+            total = value.sum()
+        fooled = ledger.record(rows, points, logits, value, first + max(step, start_step))
+        if last or (stop_when_fooled and bool(fooled.all())):
+            return
+        (gradient,) = torch.autograd.grad(total, points)
+        ledger.backwards += len(rows)
+        points = points.detach()
+        if stop_when_fooled and bool(fooled.any()):
+            rows, y, points, gradient, lower, upper = (
+                t[~fooled] for t in (rows, y, points, gradient, lower, upper)
+            )
+        # In place, on memory this step owns: at large sizes the copies would cost a few per cent.
+        points = (points + step_size * c.ascent_sign(gradient, grey)).clamp_(lower, upper)

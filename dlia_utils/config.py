@@ -1,0 +1,246 @@
+"""Profiles: the same notebook as a two-minute smoke run, a laptop-CPU study or the full study.
+
+A profile changes sizes only, never the code path. `resolve` finds the data, picks profile and device, says
+why, and gives every setting back as one frozen object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import files, locate
+
+PROFILES = ("smoke", "cpu", "full")
+
+# One-Pixel settings of the study that notebook 01 redoes: (pixels, population, iterations, F, CR).
+SEED_ONE_PIXEL = ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))
+
+_PNEUMONIA: dict[str, Any] = {
+    "dataset": "pneumonia",
+    "seed": 0,
+    "size": 224,
+    "per_class": None,  # None = every image; a number = a stratified sample per split and class
+    "width": 1.0,  # MobileNetV2 width multiplier
+    "pretrained": True,
+    "epochs": 25,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": 600.0,
+    "num_workers": 2,
+    "val_share": 0.15,
+    "lipschitz_penalty": 0.05,
+    "temperatures": (35.0, 50.0),
+    "alpha": 0.9,
+    "at_eps": 4 / 255,
+    "at_steps": 7,
+    "at_step_size": 1.5 / 255,
+    "eps_grid": tuple(k / 255 for k in (0.25, 0.5, 1, 2, 4, 8)),
+    "headline_eps": 4 / 255,
+    "seed_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1),
+    "pgd_steps": 20,
+    "pgd_restarts": 2,
+    "attack_batch": 128,
+    "one_pixel": SEED_ONE_PIXEL,
+    "one_pixel_per_class": 100,
+    "bootstrap_draws": 2000,
+}
+
+# What differs from the full study, per notebook and profile.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "01_pneumonia_robustness": {
+        "full": _PNEUMONIA,
+        "cpu": _PNEUMONIA
+        | {
+            "size": 112,
+            "epochs": 5,
+            "num_workers": 0,
+            "at_steps": 2,
+            "at_step_size": 2.8 / 255,
+            "pgd_steps": 10,
+            "eps_grid": tuple(k / 255 for k in (0.5, 1, 2, 4, 8)),
+            "one_pixel_per_class": 12,
+        },
+        "smoke": _PNEUMONIA
+        | {
+            "size": 48,
+            "per_class": 48,
+            "width": 0.25,
+            "pretrained": False,
+            "epochs": 2,
+            "batch_size": 16,
+            "num_workers": 0,
+            "max_minutes": 5.0,
+            "at_steps": 2,
+            "at_step_size": 2.8 / 255,
+            "eps_grid": tuple(k / 255 for k in (1, 4)),
+            "seed_eps_grid": (0.01, 0.1),
+            "pgd_steps": 3,
+            "pgd_restarts": 1,
+            "one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0)),
+            "one_pixel_per_class": 4,
+            "bootstrap_draws": 200,
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a notebook run is decided by; settings read as attributes, e.g. `config.size`."""
+
+    notebook: str
+    profile: str
+    reason: str
+    location: locate.Location
+    device: str
+    device_note: str
+    run_dir: Path
+    resume: bool | str
+    settings: dict[str, Any] = field(repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are not fields; "settings" itself must not recurse while unpickling.
+        if name != "settings" and not name.startswith("__") and name in self.settings:
+            return self.settings[name]
+        raise AttributeError(f"no setting {name!r} in profile {self.profile!r} of {self.notebook}")
+
+    @property
+    def synthetic(self) -> bool:
+        return self.location.synthetic
+
+    @property
+    def data_name(self) -> str:
+        """The word every result row carries, so synthetic numbers cannot pass for real ones."""
+        return f"{self.location.dataset} (SYNTHETIC)" if self.synthetic else self.location.dataset
+
+    @property
+    def key(self) -> str:
+        """Hash of notebook, profile, settings and data name: two runs with the same key may share files."""
+        parts = [self.notebook, self.profile, self.data_name, self.settings]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def banner(self) -> str:
+        """The lines printed at the top of a notebook: profile, data, device and why."""
+        data = "SYNTHETIC phantom images: the numbers below mean nothing medically" if self.synthetic else (
+            f"real images of {self.location.dataset!r}"
+        )
+        lines = [
+            f"profile  {self.profile.upper()}  ({self.reason})",
+            f"data     {data}  [found by: {self.location.origin}]",
+            f"device   {self.device}  ({self.device_note})",
+            f"run      {self.run_dir.parent.name}/{self.run_dir.name}  (resume: {self.resume}, key {self.key})",
+        ]
+        width = max(map(len, lines))
+        return "\n".join(["=" * width, *lines, "=" * width])
+
+
+def pick_device() -> tuple[str, str]:
+    """The device that really works, with a remark; a GPU too old for this torch falls back to the CPU.
+
+    >>> device, note = pick_device()
+    >>> device in ("cpu", "cuda")
+    True
+    """
+    if not torch.cuda.is_available():
+        return "cpu", f"no GPU, {torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(0)
+    try:
+        # is_available() says True on a P100, whose first real operation then dies.
+        (torch.ones(2, device="cuda") * 2).sum().item()
+    except RuntimeError as error:
+        remedy = "choose the accelerator 'GPU T4 x2' in the session options"
+        return "cpu", f"{name} cannot run this torch ({str(error).splitlines()[0]}); {remedy}"
+    return "cuda", f"{torch.cuda.device_count()} x {name}"
+
+
+def runs_root() -> Path:
+    """Where runs are written: DLIA_RUNS, else the working folder on Kaggle, else `runs/` of the repository."""
+    if os.environ.get("DLIA_RUNS"):
+        return Path(os.environ["DLIA_RUNS"])
+    if locate.on_kaggle():
+        return locate.kaggle_root() / "working" / "runs"
+    repository = Path(__file__).resolve().parents[1]
+    return (repository if (repository / "notebooks").is_dir() else Path.cwd()) / "runs"
+
+
+def _pick_profile(asked: str, location: locate.Location, device: str) -> tuple[str, str]:
+    if asked in PROFILES:
+        return asked, "asked for"
+    if device == "cuda" and not location.synthetic:
+        return "full", "auto: a GPU and real data are there"
+    missing = [what for what, there in (("GPU", device == "cuda"), ("real data", not location.synthetic)) if not there]
+    return "smoke", f"auto: no {' and no '.join(missing)}; PROFILE = 'cpu' runs the study at laptop size"
+
+
+def resolve(
+    notebook: str, profile: str = "auto", data_dir: str = "", run_name: str = "", resume: bool | str = True
+) -> Config:
+    """Turn a notebook's four parameters into one frozen `Config`, and open its run folder.
+
+    `profile` "smoke", "cpu", "full" or "auto" (the environment's DLIA_PROFILE replaces "auto"); `data_dir` ""
+    means find it; `run_name` "" means profile and kind of data; `resume` True continues a run with the same
+    settings, False puts an older run of that name aside, "force" continues whatever is there.
+    Errors: an unknown notebook or profile, data that is not found, a run folder of other settings.
+    """
+    if notebook not in SETTINGS:
+        raise ValueError(f"notebook={notebook!r} has no settings; known: {', '.join(SETTINGS)}")
+    asked = os.environ.get("DLIA_PROFILE", "auto") if profile == "auto" else profile
+    if asked not in (*PROFILES, "auto"):
+        raise ValueError(f"PROFILE={asked!r} is not one of {', '.join(PROFILES)}, auto")
+    if resume not in (True, False, "force"):
+        raise ValueError(f"RESUME={resume!r} must be True, False or 'force'")
+    any_settings = next(iter(SETTINGS[notebook].values()))
+    location = locate.find(any_settings["dataset"], data_dir or None)
+    device, device_note = pick_device()
+    chosen, reason = _pick_profile(asked, location, device)
+    name = run_name or f"{chosen}-{'synthetic' if location.synthetic else 'real'}"
+    config = Config(
+        notebook=notebook, profile=chosen, reason=reason, location=location, device=device,
+        device_note=device_note, run_dir=runs_root() / notebook / name, resume=resume,
+        settings=dict(SETTINGS[notebook][chosen]),
+    )  # fmt: skip
+    _open_run(config)
+    return config
+
+
+def _open_run(config: Config) -> None:
+    """Create the run folder; refuse to mix two configurations in one."""
+    record = config.run_dir / "config.json"
+    if record.exists() and config.resume is False:
+        config.run_dir.rename(config.run_dir.with_name(f"{config.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+    elif record.exists() and config.resume is True and json.loads(record.read_text())["key"] != config.key:
+        raise ValueError(
+            f"run folder {config.run_dir} holds a run with other settings: choose another RUN_NAME, "
+            "or RESUME = False to put the old run aside"
+        )
+    keep = {"notebook": config.notebook, "profile": config.profile, "reason": config.reason, "key": config.key,
+            "data": config.data_name, "device": config.device, "settings": config.settings}  # fmt: skip
+    files.write_json(keep, record)
+    files.write_json(environment(), config.run_dir / "env.json")
+
+
+def hardware() -> str:
+    """Short name of the machine for result rows, e.g. '2-core CPU x86_64' or '2 x Tesla T4'."""
+    device, note = pick_device()
+    return note if device == "cuda" else f"{torch.get_num_threads()}-core CPU {platform.machine()}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what the numbers depend on, for `env.json`."""
+    names = ("torch", "torchvision", "albumentations", "accelerate", "numpy", "pandas", "scikit-learn")
+    versions = {name: metadata.version(name) for name in names}
+    image = {f.name: f.read_text().strip() for f in map(Path, ("/etc/git_commit", "/etc/build_date")) if f.exists()}
+    return {"python": sys.version.split()[0], "hardware": hardware(), "kaggle_image": image, **versions}

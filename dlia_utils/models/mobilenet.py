@@ -1,0 +1,100 @@
+"""MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381) for radiographs, on torchvision's implementation."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models import MobileNet_V2_Weights
+from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
+
+from dlia_utils.models.wrap import PixelModel
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HEAD = ("classifier.1.weight", "classifier.1.bias")
+
+log = logging.getLogger("dlia_utils")
+
+
+def mobilenet_v2(
+    *, num_classes: int = 2, width: float = 1.0, weights: str | Path | None = None, seed: int = 0
+) -> PixelModel:
+    """MobileNetV2 that takes images in [0, 1] (Sandler et al. 2018, arXiv 1801.04381).
+
+    `weights`: None (random, drawn from `seed`); a file with torchvision's MobileNetV2 keys; or "imagenet":
+    the file that the environment variable DLIA_WEIGHTS names, else torchvision's download. A file may lack
+    the last layer or have another number of classes there: that layer is then drawn from `seed`. Anything
+    else that is missing, unknown or of another shape is refused. The log says which weights were taken.
+    Shapes: [B, 1 or 3, H, W] -> [B, num_classes].
+    Raises: FileNotFoundError, ValueError (the keys that do not fit), RuntimeError ("imagenet" without
+    internet).
+
+    >>> model = mobilenet_v2(width=0.25)
+    >>> model.eval()(torch.rand(2, 1, 32, 32)).shape
+    torch.Size([2, 2])
+    """
+    # The caller's random stream stays as it is: the same seed gives the same start wherever the call stands.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = torchvision_mobilenet_v2(num_classes=num_classes, width_mult=width)
+    if weights is None:
+        log.info("MobileNetV2: random weights, seed %d", seed)
+    else:
+        state, origin = _read_weights(weights)
+        _load_weights(backbone, state, origin)
+    recipe = {"name": "mobilenet_v2", "num_classes": num_classes, "width": width}
+    return PixelModel(backbone, IMAGENET_MEAN, IMAGENET_STD, recipe=recipe)
+
+
+def _read_weights(weights: str | Path) -> tuple[dict[str, Tensor], str]:
+    """State dict and a short name for the log, which never holds a path of this machine."""
+    if str(weights) == "imagenet" and not os.environ.get("DLIA_WEIGHTS"):
+        return _download(), "torchvision ImageNet weights"
+    path = Path(os.environ["DLIA_WEIGHTS"] if str(weights) == "imagenet" else weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights file {path}: correct `weights=` or DLIA_WEIGHTS, or use weights=None"
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path.name} is not a plain state dict; a file of this suite is read by models.load"
+        )
+    return state, f"file {path.name}"
+
+
+def _download() -> dict[str, Tensor]:
+    # The first recipe's weights: features trained without label smoothing usually transfer better.
+    try:
+        return MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise RuntimeError(
+            "the ImageNet weights could not be downloaded: switch the internet on, or name a weights file by "
+            "`weights=` or the environment variable DLIA_WEIGHTS, or train from scratch with weights=None"
+        ) from error
+
+
+def _load_weights(backbone: torch.nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load all but a last layer that is absent or of another width; refuse every other difference."""
+    own = backbone.state_dict()
+    fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    fresh = sorted(key for key in HEAD if key not in fits)
+    problems = [f"missing {key}" for key in own if key not in state and key not in HEAD]
+    problems += [f"unknown {key}" for key in state if key not in own]
+    problems += [
+        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own if key in state and key not in fits and key not in HEAD
+    ]  # fmt: skip
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ValueError(
+            f"{origin} does not fit MobileNetV2 ({len(problems)} of {len(own)} entries): {shown}"
+        )
+    backbone.load_state_dict({**own, **{key: fits[key] for key in fits if not fresh or key not in HEAD}})
+    log.info(
+        "MobileNetV2: %s, %d of %d entries; drawn anew: %s", origin, len(fits), len(own), fresh or "none"
+    )

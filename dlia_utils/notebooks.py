@@ -1,0 +1,531 @@
+"""The notebooks: built from percent-format sources, executed, cleaned and checked.
+
+`notebooks/src/NN_name.py` is what people edit; `notebooks/NN_name.ipynb`, outputs included, is made from it.
+A code cell stores the hash of the source that produced its outputs, so an output can never outlive its code.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import json
+import os
+import re
+import symtable
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbformat import NotebookNode
+
+from . import files
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER = REPOSITORY / "notebooks"
+
+OPENING = ("bootstrap", "parameters", "config", "imports")
+PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME")
+MAX_CODE_LINES = 40
+MAX_TEXT_LINES = 100
+MAX_BYTES = 1_000_000
+
+# PyTorch on CPU is 2 to 5 times faster when glibc keeps large buffers; glibc reads this at a process's start.
+KERNEL_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296"
+    ":glibc.malloc.trim_threshold=8589934592",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # text progress bars are what we want
+}
+
+PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
+
+# The second cell of every notebook, word for word: a source only holds an empty cell tagged "bootstrap".
+BOOTSTRAP = '''\
+# Finds dlia_utils: in the repository around this notebook, else attached on Kaggle (as a folder or a wheel).
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
+KAGGLE = Path(os.environ.get("DLIA_KAGGLE_ROOT", "/kaggle"))
+LAYOUTS = ("input/*", "input/datasets/*/*", "input/datasets/organizations/*/*", "input/notebooks/*/*",
+           "usr/lib/*", "usr/lib/notebooks/*/*")  # fmt: skip
+
+
+def place(package):
+    """Where `package` can be imported from, and what to call that place; a wheel is imported as it is."""
+    spots = [("the repository", folder) for folder in (Path.cwd(), *Path.cwd().parents)]
+    for layout in LAYOUTS:
+        kind = "Kaggle utility script" if layout.startswith("usr") else "Kaggle input"
+        spots += [(f"{kind} {folder.name}", folder) for folder in sorted(KAGGLE.glob(layout))]
+    for name, folder in spots:
+        wheels = sorted(folder.glob(f"{package}-*.whl"))
+        if (folder / package / "__init__.py").is_file() or wheels:
+            return name, str(folder if (folder / package).is_dir() else wheels[-1])
+    return ("the installed packages", None) if importlib.util.find_spec(package) else (None, None)
+
+
+ORIGIN, found = place("dlia_utils")
+if ORIGIN is None:
+    raise RuntimeError(
+        "dlia_utils not found. On Kaggle, two clicks: 'Add Input', then '+' beside the data set that holds "
+        "dlia_utils-*.whl. Elsewhere: open this notebook inside the repository."
+    )
+sys.path[:0] = [found] if found else []
+if importlib.util.find_spec("captum") is None:  # all that Kaggle lacks; its wheel may lie beside ours
+    sys.path += filter(None, [place("captum")[1]])
+
+import dlia_utils
+
+print("dlia_utils", dlia_utils.__version__, "from", ORIGIN)'''
+
+
+# ------------------------------------------------------------------------------------------- find and build
+
+
+def find(folder: str | Path = FOLDER) -> list[Path]:
+    """The sources `src/NN_name.py` of all notebooks, in order.
+
+    >>> [source.suffix for source in find()][:1]
+    ['.py']
+    """
+    return sorted((Path(folder) / "src").glob("[0-9][0-9]_*.py"))
+
+
+def product(source: Path) -> Path:
+    """The notebook that is made from `source`.
+
+    >>> product(Path("notebooks/src/01_name.py")).as_posix()
+    'notebooks/01_name.ipynb'
+    """
+    return source.parent.parent / f"{source.stem}.ipynb"
+
+
+def pick(names: Sequence[str], folder: str | Path = FOLDER) -> list[Path]:
+    """The sources that `names` means ("01", "1" or the full name); all of them for no names.
+
+    Raises ValueError naming what there is when a name fits no notebook.
+    """
+    sources = find(folder)
+    if not sources:
+        raise ValueError(f"no notebook source src/NN_name.py in {folder}")
+    unknown = [name for name in names if not any(_means(name, source) for source in sources)]
+    if unknown:
+        raise ValueError(f"no notebook {', '.join(unknown)}; there are: {', '.join(s.stem for s in sources)}")
+    return [source for source in sources if not names or any(_means(name, source) for name in names)]
+
+
+def _means(name: str, source: Path) -> bool:
+    name = Path(name).stem
+    return source.stem == name or (name.isdigit() and int(source.stem[:2]) == int(name))
+
+
+def read(path: str | Path) -> NotebookNode:
+    """The notebook in `path`."""
+    return nbformat.read(str(path), as_version=4)
+
+
+def write(notebook: NotebookNode, path: str | Path) -> Path:
+    """Write `notebook` to `path` in one step."""
+    return files.write_text(nbformat.writes(notebook) + "\n", path)
+
+
+def source_hash(code: str) -> str:
+    """Short hash of a cell's code, stored beside the outputs that the code produced.
+
+    >>> source_hash("1 + 1") == source_hash("1 + 1"), len(source_hash(""))
+    (True, 16)
+    """
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def build(source: Path) -> NotebookNode:
+    """The notebook of a percent-format source; a cell whose code is unchanged keeps the outputs it had.
+
+    Cell ids are the notebook's name and the cell's number, so that building twice gives the same bytes.
+    """
+    notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    kept = _kept_outputs(product(source))
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.id = f"{source.stem.replace('_', '-')[:60]}-{number:03d}"
+        if "bootstrap" in _tags(cell):
+            cell.source = BOOTSTRAP
+        if cell.cell_type == "code" and kept[source_hash(cell.source)]:
+            old = kept[source_hash(cell.source)].pop(0)
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+            cell.metadata["source_hash"] = old.metadata["source_hash"]
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return clean(notebook)
+
+
+def _tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def _kept_outputs(path: Path) -> dict[str, list[NotebookNode]]:
+    """Executed cells of the notebook in `path` by source hash; a stale cell is not among them."""
+    cells = defaultdict(list)
+    for cell in read(path).cells if path.exists() else []:
+        if cell.cell_type == "code" and cell.metadata.get("source_hash") == source_hash(cell.source):
+            cells[cell.metadata["source_hash"]].append(cell)
+    return cells
+
+
+# ------------------------------------------------------------------------------------------------ execution
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Change environment variables for a while; None removes one."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def execute(
+    path: str | Path,
+    out: str | Path,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    cwd: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Execute the notebook in `path` with papermill and leave it, outputs included, in `out`.
+
+    `parameters` replaces names of the tagged cell; `environment` changes the kernel's variables (None removes
+    one); `cwd` is where the kernel starts, the notebook's folder when not given. A failing cell raises
+    papermill's PapermillExecutionError after `out` has been written.
+    """
+    import papermill
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel starts in another folder, where a relative path would mean something else.
+    paths = {name: _absolute(os.environ[name]) for name in PATH_VARIABLES if os.environ.get(name)}
+    with _environment(KERNEL_ENVIRONMENT | paths | dict(environment or {})):
+        papermill.execute_notebook(
+            str(path), str(out), parameters=dict(parameters or {}), cwd=str(cwd or Path(path).parent),
+            kernel_name="python3", progress_bar=progress,
+        )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Run:
+    """One executed notebook: where its files lie, and what went wrong ("" when nothing did)."""
+
+    notebook: str
+    folder: Path
+    seconds: float
+    error: str = ""
+
+    @property
+    def executed(self) -> Path:
+        return self.folder / "executed.ipynb"
+
+
+def run(
+    source: Path,
+    *,
+    profile: str = "smoke",
+    data: str | Path = "",
+    run_name: str = "",
+    resume: bool | str = True,
+    progress: bool = True,
+) -> Run:
+    """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
+
+    The configuration is resolved here first: a wrong data path or name is reported before a kernel starts.
+    A failing cell is told in `Run.error`; everything written so far stays.
+    """
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from . import config
+
+    data = _absolute(data) if data else ""
+    folder = config.resolve(source.stem, profile, data, run_name, resume).run_dir.resolve()
+    parameters = {
+        "PROFILE": profile, "DATA_DIR": data, "RUN_NAME": folder.name,
+        "RESUME": resume or True,  # an older run was put aside above: what is there now is ours
+    }  # fmt: skip
+    start, error = time.perf_counter(), ""
+    try:
+        execute(product(source), folder / "executed.ipynb", parameters=parameters, progress=progress)
+    except PapermillExecutionError as failure:
+        error = failure_text(failure)
+    except DeadKernelError:
+        error = "the kernel died (out of memory is the usual reason): try a smaller profile"
+    return Run(source.stem, folder, time.perf_counter() - start, error)
+
+
+def failure_text(failure: Any) -> str:
+    """The failing cell's number, its code and the end of its traceback, without colours."""
+    code = "\n".join(f"    {line}" for line in failure.source.splitlines())
+    trace = [line for part in failure.traceback for line in _ANSI.sub("", part).splitlines()]
+    return "\n".join([f"cell [{failure.exec_count}] failed:", code, "", *trace[-12:]])
+
+
+def refresh(source: Path, *, progress: bool = True) -> Path:
+    """Build the committed notebook anew with outputs of the smoke profile on synthetic data.
+
+    Raises RuntimeError when a run found real images: pictures of patients do not belong into the repository.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = Path(scratch) / "runs"
+        built = write(build(source), Path(scratch) / "built.ipynb")
+        synthetic = {"DLIA_PROFILE": "smoke", "DLIA_RUNS": str(runs), "DLIA_DATA": None, "DLIA_WEIGHTS": None}
+        out = execute(built, Path(scratch) / "out.ipynb", environment=synthetic, cwd=product(source).parent,
+                      progress=progress)  # fmt: skip
+        for record in runs.glob("*/*/config.json"):
+            if "SYNTHETIC" not in json.loads(record.read_text())["data"]:
+                raise RuntimeError(f"{source.stem} found real images: move them out of data/ for the refresh")
+        executed = read(out)
+    for cell in executed.cells:
+        if cell.cell_type == "code":
+            cell.metadata["source_hash"] = source_hash(cell.source)
+    return write(clean(executed), product(source))
+
+
+# ------------------------------------------------------------------------------------------------- cleaning
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(it|img|step|batch|file)s? \[\d\d:\d\d")
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """Drop from `notebook` what depends on the machine or breaks viewers; returns it.
+
+    Kept: sources, ids, tags, source hashes, execution counts and outputs. Dropped: widget state (GitHub calls
+    such a notebook invalid), papermill's timings, progress bars, colours, the leading part of machine paths.
+    """
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        kept = {key: cell.metadata[key] for key in ("source_hash", "tags") if key in cell.metadata}
+        cell.metadata = nbformat.from_dict(kept)
+        if cell.cell_type == "code":
+            cell.outputs = [kept for output in _joined(cell.outputs) if (kept := _clean_output(output))]
+    return notebook
+
+
+def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    """Neighbouring pieces of the same stream as one: how they were cut is a matter of timing."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if (
+            joined
+            and output.output_type == joined[-1].output_type == "stream"
+            and output.name == joined[-1].name
+        ):
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def _clean_output(output: NotebookNode) -> NotebookNode | None:
+    if output.output_type == "stream":
+        # A carriage return overwrites the line: what a reader would have seen last is what stays.
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in _ANSI.sub("", output.text).split("\n")]
+        output.text = _without_machine("\n".join(line for line in lines if not _PROGRESS_BAR.search(line)))
+        return output if output.text.strip() else None
+    if "data" in output:
+        output.data = {k: v for k, v in output.data.items() if "jupyter.widget" not in k}
+        for kind, text in output.data.items():
+            if kind.startswith("text/"):
+                output.data[kind] = _without_machine(text)
+        return output if output.data else None
+    return output
+
+
+def _without_machine(text: str) -> str:
+    """`text` with this machine's folders replaced by short names, the longest first."""
+    names = {str(REPOSITORY) + os.sep: "", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
+    for place, name in sorted((names | {str(Path.home()): "~"}).items(), key=lambda item: -len(item[0])):
+        text = text.replace(place, name)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------- checks
+
+_MACHINE_PATH = re.compile(
+    r"(?<![\w./:~<>-])/(?:home|root|Users|tmp|var|work|opt|usr|mnt|srv|private|media|kaggle|content)/"
+    r"|(?<!\w)[A-Za-z]:\\(?!n)"
+)
+_CUDA = re.compile(r"""["']cuda|\.cuda\(""")
+
+
+def check(source: Path) -> list[str]:
+    """Every static fault of a notebook and its source, as sentences; empty when there is none."""
+    path = product(source)
+    if not path.exists():
+        return [f"{path.name} is missing: run `notebooks refresh`"]
+    notebook = read(path)
+    problems = [*_file_problems(path, notebook), *_opening_problems(notebook)]
+    problems += [*_parity_problems(source, notebook), *_section_problems(notebook)]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            problems += [
+                f"cell {cell.id}: {what}" for what in (*_code_problems(cell), *_output_problems(cell))
+            ]
+    return problems
+
+
+def orphans(folder: str | Path = FOLDER) -> list[str]:
+    """A fault for each notebook without a source: it would escape building and checking."""
+    alone = set(Path(folder).glob("*.ipynb")) - {product(source) for source in find(folder)}
+    return [f"{path.name} has no source in src/" for path in sorted(alone)]
+
+
+def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield f"not a valid notebook: {error.message}"
+    if path.stat().st_size > MAX_BYTES:
+        yield f"{path.stat().st_size / 1e6:.1f} MB is over {MAX_BYTES / 1e6:.0f} MB: fewer or smaller figures"
+    for key in sorted(set(notebook.metadata) - {"kernelspec", "language_info"}):
+        yield f"metadata {key!r} does not belong into a committed notebook"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if stale := [cell.id for cell in code if cell.metadata.get("source_hash") != source_hash(cell.source)]:
+        yield f"code changed since it was executed: run `notebooks refresh` (cells {', '.join(stale)})"
+    elif [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        yield "cells were not executed once each, from top to bottom: run `notebooks refresh`"
+
+
+def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        yield "the first cell must be markdown that starts with a '# ' title"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, tag in enumerate(OPENING):
+        if number >= len(code) or tag not in _tags(code[number]):
+            yield f"code cell {number + 1} must be tagged {tag!r}"
+            return
+    if code[0].source != BOOTSTRAP:
+        yield "the bootstrap cell differs from dlia_utils.notebooks.BOOTSTRAP: run `notebooks build`"
+    if _literals(code[1].source) != list(PARAMETERS):
+        yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)}, in this order"
+    if "print(" not in code[2].source:
+        yield "the config cell must print the resolved configuration"
+    if "import " not in code[3].source:
+        yield "the imports cell imports nothing"
+
+
+def _literals(code: str) -> list[str] | None:
+    """Names that `code` assigns plain literals to; None when it does anything else."""
+    names = []
+    for statement in _parse(code).body:
+        plain = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+        if not plain or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
+            return None
+        names.append(statement.targets[0].id)
+    return names
+
+
+def _parse(code: str) -> ast.Module:
+    try:
+        return ast.parse(code)
+    except SyntaxError:
+        return ast.Module(body=[], type_ignores=[])  # _code_problems reports it
+
+
+def _parity_problems(source: Path, notebook: NotebookNode) -> Iterator[str]:
+    def essence(one: NotebookNode) -> list[tuple]:
+        return [(cell.id, cell.cell_type, cell.source, _tags(cell)) for cell in one.cells]
+
+    if essence(build(source)) != essence(notebook):
+        yield f"differs from src/{source.name}: run `notebooks refresh`"
+
+
+def _code_problems(cell: NotebookNode) -> Iterator[str]:
+    try:
+        ast.parse(cell.source)
+    except SyntaxError as error:
+        yield f"is not plain Python (no magics, no shell lines): {error.msg}, line {error.lineno}"
+    if not cell.source.strip():
+        yield "is empty"
+    if (lines := len(cell.source.splitlines())) > MAX_CODE_LINES:
+        yield f"{lines} lines; at most {MAX_CODE_LINES}: split it, or move code into dlia_utils"
+    if "bootstrap" in _tags(cell):
+        return
+    if match := _MACHINE_PATH.search(cell.source):
+        yield f"absolute path {match.group()!r}: use config.location and config.run_dir"
+    if _CUDA.search(cell.source):
+        yield "hard-coded 'cuda': use config.device"
+
+
+def _output_problems(cell: NotebookNode) -> Iterator[str]:
+    for output in cell.outputs:
+        if output.output_type == "error":
+            yield f"its stored output is an error: {output.ename}"
+        data = output.get("data", {})
+        if any("jupyter.widget" in kind for kind in data):
+            yield "its output holds a widget, which viewers cannot show"
+        text = "\n".join([output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))])
+        if match := _MACHINE_PATH.search(text):
+            around = text[max(match.start() - 20, 0) : match.end() + 20]
+            yield f"its output shows a path of the machine: {around!r}"
+        if len(output.get("text", "").splitlines()) > MAX_TEXT_LINES:
+            yield f"its output has more than {MAX_TEXT_LINES} lines of text"
+
+
+def _section_problems(notebook: NotebookNode) -> Iterator[str]:
+    """Sections ('## ') that need another section: people copy one section behind the opening cells."""
+    opening, sections, title = "", defaultdict(str), ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (heading := re.match(r"## (.+)", cell.source)):
+            title = heading.group(1)
+        elif cell.cell_type == "code" and set(_tags(cell)) & set(OPENING):
+            opening += cell.source + "\n"
+        elif cell.cell_type == "code":
+            sections[title] += cell.source + "\n"
+    known = _names(opening)[0] | set(dir(builtins)) | {"display", "get_ipython"}
+    for title, code in sections.items():
+        bound, used = _names(code)
+        if missing := sorted(used - bound - known):
+            yield f"section {title!r} does not run alone after the opening cells: {', '.join(missing)}"
+
+
+def _names(code: str) -> tuple[set[str], set[str]]:
+    """Global names that `code` binds, and those that it uses."""
+    try:
+        tables = [symtable.symtable(code, "cell", "exec")]
+    except SyntaxError:
+        return set(), set()  # _code_problems reports it
+    bound = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    used = set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        top = table.get_type() == "module"
+        used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+    return bound, used

@@ -1,0 +1,254 @@
+"""What training minimises: functions that return `objective(model, x, y) -> (loss, logits)`.
+
+Every objective takes images [B, 1 or 3, H, W] in [0, 1] and labels int64 [B]; the loss is a mean over the
+batch. `objective.settings` holds its name and numbers; `train.fit` stores them with the run, so that a run
+made with other numbers is not taken for this one. `objective.second_order` tells `fit` that gradients are
+differentiated.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlia_utils.models.lipschitz import quick_input_gradient
+
+Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(*, weight: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy; `weight` is one factor per class.
+
+    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> loss, logits = cross_entropy()(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
+    >>> loss.shape, logits.shape
+    (torch.Size([]), torch.Size([4, 2]))
+    """
+    ce = _cross_entropy(weight, label_smoothing)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return ce(logits, y), logits
+
+    return _describe(objective, "cross_entropy", weight=weight, label_smoothing=label_smoothing)
+
+
+def cross_entropy_at(
+    temperature: float, *, weight: Sequence[float] | None = None, label_smoothing: float = 0.0
+) -> Objective:
+    """Cross-entropy of logits / T, for the teacher of defensive distillation (Papernot, arXiv 1511.04508).
+
+    The model is used at T = 1 afterwards; its logits are then about T times larger than usual, which is what
+    hides its gradients. Raises: ValueError for T <= 0.
+
+    >>> cross_entropy_at(50).settings["temperature"]
+    50
+    """
+    _check_positive(temperature=temperature)
+    ce = _cross_entropy(weight, label_smoothing)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return ce(logits / temperature, y), logits
+
+    return _describe(
+        objective, "cross_entropy_at", temperature=temperature, weight=weight, label_smoothing=label_smoothing
+    )
+
+
+def distillation(
+    teacher: nn.Module, *, temperature: float, alpha: float = 0.9, hard_temperature: float = 1.0
+) -> Objective:
+    """Knowledge distillation (Hinton, arXiv 1503.02531): soft labels of a teacher, and the hard ones.
+
+    loss = alpha T^2 KL(teacher_T || student_T) + (1 - alpha) CE(student / hard_temperature, y).
+
+    alpha = 0.9 with a teacher trained at T = 1 is the published study's recipe. Defensive distillation
+    (Papernot, arXiv 1511.04508) takes a teacher trained by `cross_entropy_at(T)` and the same T here, in both
+    terms. The teacher is copied, frozen and in eval mode; the caller's stays as it is.
+    Raises: ValueError for a temperature <= 0 or alpha outside [0, 1].
+
+    >>> teacher, student = (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for _ in range(2))
+    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> distillation(teacher, temperature=35, alpha=1.0)(teacher, x, y)[0].abs().item() < 1e-3
+    True
+    """
+    _check_positive(temperature=temperature, hard_temperature=hard_temperature)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    settings = {"temperature": temperature, "alpha": alpha, "hard_temperature": hard_temperature}
+    settings["teacher"] = fingerprint(teacher)
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            soft = F.log_softmax(teacher.to(x.device)(x) / temperature, dim=1)
+        logits = model(x)
+        student = F.log_softmax(logits / temperature, dim=1)
+        # T^2 undoes the 1/T^2 that the two softmaxes put on the gradient.
+        loss = alpha * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
+        return loss + (1 - alpha) * F.cross_entropy(logits / hard_temperature, y), logits
+
+    return _describe(objective, "distillation", **settings)
+
+
+def lipschitz(
+    *,
+    penalty: float = 0.05,
+    input_std: Sequence[float] | None = None,
+    weight: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """Cross-entropy + penalty * mean over the batch of || d max_k softmax_k(x) / dx ||_2^2, one forward pass.
+
+    The gradient is taken with respect to pixels in [0, 1] of x as given (one channel for a radiograph). With
+    `input_std` (one number per channel of a three-channel normalisation) it is taken per colour channel and
+    in units of the normalised input: this is the published study's penalty, whose 0.05 is much weaker.
+    float32 only: second derivatives underflow in half precision. Raises: ValueError for penalty < 0.
+
+    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> loss, _ = lipschitz(penalty=0.05)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
+    >>> loss.requires_grad
+    True
+    """
+    if penalty < 0:
+        raise ValueError(f"penalty must not be negative, got {penalty}")
+    ce = _cross_entropy(weight, label_smoothing)
+    std = None if input_std is None else torch.tensor(input_std, dtype=torch.float32).view(1, -1, 1, 1)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() if std is None else x.float().expand(-1, std.shape[1], -1, -1)
+            x = x.detach().requires_grad_()
+            with quick_input_gradient():
+                logits = model(x)
+            confidence = logits.softmax(dim=1).amax(dim=1).sum()
+            (gradient,) = torch.autograd.grad(confidence, x, create_graph=True)
+            if std is not None:
+                gradient = gradient * std.to(x.device)
+            return ce(logits, y) + penalty * gradient.square().flatten(1).sum(1).mean(), logits
+
+    settings = {
+        "penalty": penalty,
+        "input_std": input_std,
+        "weight": weight,
+        "label_smoothing": label_smoothing,
+    }
+    return _describe(objective, "lipschitz", second_order=True, **settings)
+
+
+def pgd_adversarial(
+    *,
+    eps: float,
+    steps: int = 2,
+    step_size: float | None = None,
+    weight: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """Adversarial training: cross-entropy on PGD images made on the spot (Madry, arXiv 1706.06083).
+
+    `eps` and `step_size` (default 0.7 eps, right for two steps) are in pixel units, e.g. 4/255. The attack
+    sees the model in eval mode: with batch statistics it would attack a model that nobody uses. The returned
+    logits are those of the adversarial images. Raises: ValueError for eps outside [0, 1] or steps < 1.
+
+    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> loss, _ = pgd_adversarial(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
+    """
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps is in pixel units of [0, 1], e.g. 4/255; got {eps}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    step_size = 0.7 * eps if step_size is None else step_size
+    ce = _cross_entropy(weight, label_smoothing)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        # Under DDP the attack must not go through the wrapper: it would wait for parameter gradients.
+        bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        with evaluating(bare):
+            x_adv = _pgd(bare, x, y, eps=eps, steps=steps, step_size=step_size)
+        logits = model(x_adv)
+        return ce(logits, y), logits
+
+    settings = {"eps": eps, "steps": steps, "step_size": step_size}
+    return _describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+
+
+def _pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float) -> Tensor:
+    """PGD for training: the last iterate as it is, one forward pass per step.
+
+    `attacks.pgd` also looks at its last step, for measuring; here that would be one forward pass too many.
+    """
+    low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
+    x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        # The sum, not the mean: images must not depend on each other, and fp16 loses small gradients.
+        loss = F.cross_entropy(model(x_adv), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x_adv)
+        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
+    return x_adv
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; afterwards, also after an error, every training flag is as it was.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1))
+    >>> _ = model[1].eval()
+    >>> with evaluating(model):
+    ...     model.training
+    False
+    >>> model.training, model[1].training
+    (True, False)
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short hash of all weights and buffers: equal for bit-equal models on any device, in any layout.
+
+    >>> fingerprint(nn.Identity())
+    'da39a3ee5e6b'
+    """
+    digest = hashlib.sha1(usedforsecurity=False)
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _cross_entropy(
+    weight: Sequence[float] | None, label_smoothing: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    factors = None if weight is None else torch.tensor(weight, dtype=torch.float32)
+
+    def ce(logits: Tensor, y: Tensor) -> Tensor:
+        nonlocal factors
+        if factors is not None:
+            factors = factors.to(logits.device)  # copied once, then already there
+        return F.cross_entropy(logits.float(), y, weight=factors, label_smoothing=label_smoothing)
+
+    return ce
+
+
+def _describe(objective: Objective, name: str, *, second_order: bool = False, **settings) -> Objective:
+    objective.settings = {"name": name, **settings}
+    objective.second_order = second_order
+    return objective
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")

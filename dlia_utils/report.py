@@ -1,0 +1,335 @@
+"""Tidy result rows and figures: a table is a DataFrame, a figure is a function that returns a Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix, roc_curve
+
+from . import files, metrics
+from .config import Config, hardware
+from .study import Study, weights_label
+
+RESULT_COLUMNS = (
+    "notebook", "model", "attack", "eps", "eps_unit", "metric", "value", "ci_low", "ci_high", "n",
+    "seed", "size", "epochs", "weights", "profile", "data", "hardware",
+)  # fmt: skip
+
+COLORS = ("#1b4965", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#a3a3a3")
+
+
+def result_rows(table: pd.DataFrame, config: Config, *, weights: str = "", **labels) -> pd.DataFrame:
+    """Metric rows (metric, value, ci_low, ci_high, n) completed to the suite's tidy `RESULT_COLUMNS`.
+
+    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "k/255".
+    """
+    known = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel", "ci_low": np.nan, "ci_high": np.nan} | labels
+    context = {
+        "notebook": config.notebook, "seed": config.seed, "size": config.size, "epochs": config.epochs,
+        "weights": weights, "profile": config.profile, "data": config.data_name, "hardware": hardware(),
+    }  # fmt: skip
+    filled = table.assign(**{k: v for k, v in (known | context).items() if k not in table.columns})
+    return filled.reindex(columns=list(RESULT_COLUMNS))
+
+
+def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    """Merge `rows` into the results file: a row of the same model, attack, eps and metric is replaced."""
+    missing = set(RESULT_COLUMNS) - set(rows.columns)
+    if missing:
+        raise ValueError(f"result rows lack the columns {sorted(missing)}; build them with result_rows()")
+    path = Path(path)
+    merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+    merged = merged.drop_duplicates(["notebook", "model", "attack", "eps", "eps_unit", "metric"], keep="last")
+    files.write_csv(merged, path)
+    return merged.reset_index(drop=True)
+
+
+def accuracy_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps_unit: str = "pixel") -> pd.DataFrame:
+    """Accuracy under attack with patient intervals, one result row per attack and eps.
+
+    `per_image` has columns attack, eps, image (row number in the manifest) and fooled.
+    """
+    rows = []
+    for (attack, eps), part in per_image.groupby(["attack", "eps"], sort=False):
+        right = ~part["fooled"].to_numpy(bool)
+        patients = study.patients(part["image"].to_numpy())
+        row = metrics.share(right, patients, draws=study.config.bootstrap_draws)
+        rows.append(row | {"metric": "accuracy", "attack": attack, "eps": eps})
+    return result_rows(
+        pd.DataFrame(rows), study.config, model=model, weights=weights_label(study.config), eps_unit=eps_unit
+    )
+
+
+def one_pixel_rows(table: pd.DataFrame, study: Study, *, model: str, setting: Sequence) -> pd.DataFrame:
+    """Result rows of one One-Pixel setting, with the clean rows of the same sample beside them.
+
+    `table` has columns image, label, probability (of class 1, under attack) and queries.
+    """
+    pixels, population, iterations, f, cr = setting
+    name = f"one_pixel k={pixels} pop={population} it={iterations} F={f:g} CR={cr:g}"
+    patients = study.patients(table["image"].to_numpy())
+    outcome = metrics.classification(
+        table["label"], table["probability"], patients, draws=study.config.bootstrap_draws
+    )
+    queries = {"metric": "queries_mean", "value": table["queries"].mean(), "n": len(table)}
+    rows = pd.concat([outcome, pd.DataFrame([queries])], ignore_index=True)
+    return result_rows(rows, study.config, model=model, weights=weights_label(study.config),
+                       attack=name, eps=1.0, eps_unit="pixels changed fully")  # fmt: skip
+
+
+def one_pixel_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy, macro precision, recall and F1 under each One-Pixel setting, as the original study prints them."""
+    chosen = results[results.attack.str.startswith("one_pixel") & results.metric.ne("balanced_accuracy")].copy()
+    chosen["cell"] = [with_interval(row) if row.metric == "accuracy" else f"{row.value:.3f}"
+                      for _, row in chosen.iterrows()]  # fmt: skip
+    chosen = chosen[chosen.metric.isin(["accuracy", "precision", "recall", "f1", "queries_mean"])]
+    return chosen.pivot_table(index=["attack", "model", "n"], columns="metric", values="cell", aggfunc="first",
+                              sort=False).reset_index()  # fmt: skip
+
+
+def zero_gradient_rows(zeros: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """Result rows of the zero-gradient shares; `zeros` is indexed by model."""
+    table = pd.DataFrame({"model": zeros.index, "metric": "zero_gradient_share", "value": zeros["zero_gradients"],
+                          "n": len(study.rows("test"))})  # fmt: skip
+    return result_rows(table, study.config, weights=weights_label(study.config), attack="cross-entropy gradient")
+
+
+def masking_table(results: pd.DataFrame, zeros: pd.DataFrame, *, eps: float) -> pd.DataFrame:
+    """Per model: accuracy under PGD with both losses at `eps`, their gap, and the share of zero gradients."""
+    near = results[np.isclose(results.eps, eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
+    table = near.pivot_table(index="model", columns="attack", values="value", sort=False)[["pgd_ce", "pgd_margin"]]
+    return table.assign(gap=table.pgd_ce - table.pgd_margin, zero_gradients=zeros["zero_gradients"])
+
+
+def paired_tests(per_image: Mapping[str, pd.DataFrame], *, eps: float, reference: str) -> pd.DataFrame:
+    """McNemar tests of every model against `reference` on the same images, clean and in the worst case at `eps`."""
+
+    def right(name: str, attack: str, at: float) -> np.ndarray:
+        table = per_image[name]
+        part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
+        return ~part["fooled"].to_numpy(bool)
+
+    rows = []
+    for condition, attack, at in (("clean", "clean", 0.0), (f"worst case {eps_text(eps)}", "worst", eps)):
+        for name in per_image:
+            if name != reference:
+                a, b = right(reference, attack, at), right(name, attack, at)
+                test = metrics.mcnemar(a, b)
+                rows.append({"condition": condition, "model": name, "accuracy": b.mean(), "reference": a.mean(),
+                             "only_model_right": test["only_b_right"], "only_reference_right": test["only_a_right"],
+                             "p": test["p"]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdict(results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, config: Config) -> str:
+    """Plain sentences (markdown) on which defence holds in the worst case, written from the numbers alone."""
+    headline = results.attack.eq("worst") & np.isclose(results.eps, config.headline_eps)
+    worst = results[headline & results.metric.eq("accuracy")].set_index("model")
+    tests = paired[paired.condition.str.startswith("worst")].set_index("model")
+    eps = eps_text(config.headline_eps)
+    base = worst.loc["baseline"]
+    lines = [f"In the worst case at {eps} the **baseline** is right on {with_interval(base)} of {base['n']:.0f} images."]
+    for name, test in tests.iterrows():
+        gain, mask = worst.loc[name, "value"] - base["value"], masking.loc[name]
+        lines.append(f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against the baseline "
+                     f"(McNemar p = {test['p']:.2g}). {_judge(gain, test['p'], mask)}")  # fmt: skip
+    if config.synthetic:
+        lines.append("\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*")
+    return "\n".join(lines)
+
+
+def _judge(gain: float, p: float, mask: pd.Series) -> str:
+    """The remark after the numbers; a gap between the losses outranks any gain measured by cross-entropy."""
+    if mask["gap"] > 0.05 or mask["zero_gradients"] > 0.05:
+        return (f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly zero, and PGD with "
+                f"cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss leaves {mask['pgd_margin']:.3f}.")  # fmt: skip
+    if gain >= 0.1 and p < 0.01:
+        return "It holds under both losses."
+    if gain > 0 and p < 0.05:
+        return "A small real gain."
+    return "No gain that this test split can show."
+
+
+def with_interval(row: Mapping) -> str:
+    """One number the way the tables print it.
+
+    >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
+    '0.912 [0.880, 0.940]'
+    """
+    if not np.isfinite(row["ci_low"]):
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+
+
+def results_table(results: pd.DataFrame, *, metric: str = "accuracy", unit: str = "pixel") -> pd.DataFrame:
+    """Models down, attack and eps across, 'value [interval]' in the cells."""
+    chosen = results[(results.metric == metric) & (results.eps_unit == unit)].copy()
+    chosen["cell"] = [with_interval(row) for _, row in chosen.iterrows()]
+    order = list(dict.fromkeys(chosen.model))
+    table = chosen.pivot_table(index="model", columns=["attack", "eps"], values="cell", aggfunc="first", sort=False)
+    table.columns = [attack if not eps else f"{attack} {eps_text(eps, unit)}" for attack, eps in table.columns]
+    return table.reindex(order)
+
+
+def eps_text(eps: float, unit: str = "pixel") -> str:
+    """An eps as people write it.
+
+    >>> eps_text(4 / 255), eps_text(0.5 / 255), eps_text(0.03, "normalised")
+    ('4/255', '0.5/255', '0.03')
+    """
+    return f"{eps * 255:.3g}/255" if unit == "pixel" else f"{eps:g}"
+
+
+def save_figure(figure: Figure, config: Config, name: str) -> Path:
+    """Write `figure` to the run's `figures/` as PNG; synthetic data is written across the title."""
+    path = config.run_dir / "figures" / f"{name}.png"
+    with files.atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    return path
+
+
+def _axes(columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, dpi=72)
+    plt.close(figure)  # the notebook shows the returned figure once; pyplot must not show it again
+    return figure, axes
+
+
+def _note(config: Config) -> str:
+    return f"{config.data_name}, {config.profile} profile, {config.size} px"
+
+
+def figure_samples(images: np.ndarray, titles: Sequence[str], config: Config, *, columns: int = 6) -> Figure:
+    """Grey images [N,1,H,W] or [N,H,W] in [0,1] with their titles."""
+    images = np.asarray(images).reshape(len(images), *np.asarray(images).shape[-2:])
+    rows = -(-len(images) // columns)
+    figure, axes = _axes(columns, rows=rows, width=1.9, height=2.15)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=8)
+    figure.suptitle(_note(config), fontsize=9, y=1.0)
+    figure.tight_layout()
+    return figure
+
+
+def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+    """Training loss and validation AUC per epoch, one line a model."""
+    figure, axes = _axes(2, width=4.6, height=3.2)
+    for color, (name, history) in zip(COLORS, histories.items(), strict=False):
+        axes[0, 0].plot(history.epoch, history.train_loss, "o-", ms=3, color=color, label=name)
+        axes[0, 1].plot(history.epoch, history.val_auc, "o-", ms=3, color=color, label=name)
+    axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
+    axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
+    axes[0, 1].legend(fontsize=7, frameon=False)
+    figure.suptitle(_note(config), fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], config: Config) -> Figure:
+    """ROC curves on the test split, one a model."""
+    figure, axes = _axes(1, width=4.6, height=4.2)
+    for color, (name, probability) in zip(COLORS, probabilities.items(), strict=False):
+        false_alarm, hit, _ = roc_curve(labels, probability)
+        axes[0, 0].plot(false_alarm, hit, color=color, label=name, lw=1.6)
+    axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
+    axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"Test ROC\n{_note(config)}")
+    axes[0, 0].title.set_fontsize(9)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def figure_confusion(
+    labels: np.ndarray, predictions: Mapping[str, np.ndarray], classes: Sequence[str], config: Config
+) -> Figure:
+    """Confusion matrices (rows truth, columns prediction), one a model."""
+    columns = min(4, len(predictions))
+    figure, axes = _axes(columns, rows=-(-len(predictions) // columns), width=2.3, height=2.4)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, predicted) in zip(axes.flat, predictions.items(), strict=False):
+        matrix = confusion_matrix(labels, predicted, labels=range(len(classes)))
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axis.axis("on")
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), number in np.ndenumerate(matrix):
+            axis.text(j, i, f"{number}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8,
+                      color="white" if share[i, j] > 0.6 else "black")  # fmt: skip
+        axis.set_xticks(range(len(classes)), [c[:4] for c in classes], fontsize=7)
+        axis.set_yticks(range(len(classes)), [c[:4] for c in classes], fontsize=7)
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(f"rows: truth, columns: prediction; {_note(config)}", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def figure_accuracy_vs_eps(
+    results: pd.DataFrame, config: Config, *, attack: str, unit: str = "pixel", note: str = ""
+) -> Figure:
+    """Accuracy against eps for all models in one figure, with the interval as a band."""
+    figure, axes = _axes(1, width=6.4, height=3.9)
+    chosen = results[(results.metric == "accuracy") & (results.eps_unit.eq(unit) | results.attack.eq("clean"))]
+    scale = 255 if unit == "pixel" else 1
+    for color, name in zip(COLORS, dict.fromkeys(chosen.model), strict=False):
+        line = chosen[(chosen.model == name) & chosen.attack.isin(["clean", attack])].sort_values("eps")
+        axes[0, 0].plot(line.eps * scale, line.value, "o-", ms=4, color=color, label=name)
+        axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=color, alpha=0.12, lw=0)
+    xlabel = "eps (k/255, pixel units)" if unit == "pixel" else "eps (normalised units of the seed study)"
+    axes[0, 0].set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{note or attack}\n{_note(config)}")
+    axes[0, 0].title.set_fontsize(9)
+    axes[0, 0].grid(alpha=0.25)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def figure_masking(table: pd.DataFrame, config: Config) -> Figure:
+    """Per model: accuracy under PGD with cross-entropy and with the margin loss, and the zero-gradient share.
+
+    `table` is indexed by model with columns `pgd_ce`, `pgd_margin`, `zero_gradients`. A gap between the first
+    two bars is the signature of masked gradients (Carlini & Wagner, arXiv 1607.04311).
+    """
+    figure, axes = _axes(1, width=7.0, height=3.4)
+    names = {"pgd_ce": "accuracy, PGD cross-entropy", "pgd_margin": "accuracy, PGD logit margin",
+             "zero_gradients": "share of exactly zero gradients"}  # fmt: skip
+    place = np.arange(len(table))
+    for offset, (column, label), color in zip((-0.27, 0.0, 0.27), names.items(), COLORS, strict=False):
+        axes[0, 0].bar(place + offset, table[column], 0.25, label=label, color=color)
+    axes[0, 0].set_xticks(place, table.index, fontsize=8, rotation=12)
+    axes[0, 0].set(ylim=(0, 1.02), title=f"eps {eps_text(config.headline_eps)}; {_note(config)}")
+    axes[0, 0].title.set_fontsize(9)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=3)
+    figure.tight_layout()
+    return figure
+
+
+def figure_adversarial(
+    clean: np.ndarray, attacked: Mapping[str, np.ndarray], captions: Sequence[Mapping[str, str]], config: Config
+) -> Figure:
+    """Clean image, attacked images and the amplified difference; `captions[row]` maps column name to its line.
+
+    `clean` [N,1,H,W], each entry of `attacked` the same shape. One row an image.
+    """
+    columns = ["clean"] + [part for name in attacked for part in (name, f"{name} - clean")]
+    figure, axes = _axes(len(columns), rows=len(clean), width=1.9, height=2.15)
+    for row in range(len(clean)):
+        for axis, column in zip(axes[row], columns, strict=True):
+            source = attacked.get(column.removesuffix(" - clean"), clean)
+            if column.endswith(" - clean"):
+                difference = (source[row] - clean[row]).mean(0)
+                reach = max(float(np.abs(difference).max()), 1e-6)
+                axis.imshow(difference, cmap="RdBu", vmin=-reach, vmax=reach)
+            else:
+                axis.imshow(source[row].mean(0), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(captions[row].get(column, column), fontsize=7)
+            axis.axis("off")
+    figure.suptitle(_note(config), fontsize=9, y=1.0)
+    figure.tight_layout()
+    return figure

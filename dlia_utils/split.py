@@ -1,0 +1,187 @@
+"""Patient-grouped, stratified splits, saved with a hash; and the audit that shows what still leaks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
+from tqdm.auto import tqdm
+
+from . import files
+from .datasets import BadData, Dataset
+
+FOLDS = 20  # A validation share is made of whole folds: 1/20 is how exactly it is met.
+SPLITS = ("train", "val", "test")
+
+
+def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Dataset:
+    """Keep the official test split; draw val anew from train+val: whole patients, stratified by class, group.
+
+    Byte-identical files count as one patient, so no copy lies on both sides. `val_share` is met to about
+    1/20. Errors: `ValueError` for a share outside (0, 0.5], `BadData` when a class has fewer than two
+    patients.
+    """
+    if not 0 < val_share <= 0.5:
+        raise ValueError(f"val_share is {val_share}; it must lie in (0, 0.5]")
+    manifest = dataset.manifest.copy()
+    pool = np.flatnonzero((manifest["split"] != "test").to_numpy())
+    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()[pool]
+    units = _units(dataset)[pool]
+    chosen = _draw(manifest["label"].to_numpy()[pool], strata, units, val_share=val_share, seed=seed)
+    names = manifest["split"].to_numpy(dtype=object).copy()
+    names[pool] = "train"
+    names[pool[chosen]] = "val"
+    manifest["split"] = names
+    rule = f"official test; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
+    return replace(dataset, manifest=manifest, split_rule=rule)
+
+
+def _draw(
+    labels: np.ndarray, strata: np.ndarray, units: np.ndarray, *, val_share: float, seed: int
+) -> np.ndarray:
+    """Positions of the validation rows: as many of `FOLDS` stratified group folds as the share needs."""
+    fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
+    if fewest < 2:
+        raise BadData(
+            "a class has fewer than 2 patients outside the test split: a validation split cannot be drawn"
+        )
+    rarest = pd.Series(strata).value_counts().min()
+    # A group (bacteria, virus) too rare to spread over the folds cannot be balanced: stratify by class then.
+    target = strata if rarest >= FOLDS else labels
+    folds = min(FOLDS, fewest)
+    take = min(max(round(val_share * folds), 1), folds - 1)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    parts = [held_out for _, held_out in splitter.split(units, target, units)]
+    return np.sort(np.concatenate(parts[:take]))
+
+
+def _units(dataset: Dataset) -> np.ndarray:
+    """An integer per row: rows of one patient, or with identical bytes, or linked by both, share it."""
+    patients = pd.factorize(dataset.manifest["patient"])[0]
+    contents = pd.factorize(byte_hashes(dataset))[0]
+    nodes = patients.max() + 1 + contents.max() + 1
+    links = coo_array(
+        (np.ones(len(patients)), (patients, patients.max() + 1 + contents)), shape=(nodes, nodes)
+    )
+    return connected_components(links, directed=False)[1][patients]
+
+
+def byte_hashes(dataset: Dataset) -> pd.Series:
+    """An id of each file's bytes: sha1 where another file has the same length, else the path (bytes unique).
+
+    Only equal lengths are read, so this costs little even on the full-size films.
+    """
+    paths = [dataset.root / path for path in dataset.manifest["path"]]
+    lengths = pd.Series([path.stat().st_size for path in paths])
+    ids = dataset.manifest["path"].copy()
+    doubtful = np.flatnonzero(lengths.duplicated(keep=False).to_numpy())
+    for row in tqdm(doubtful, desc="hashing files of equal length", delay=2):  # No bar for a moment's work.
+        ids[row] = hashlib.sha1(paths[row].read_bytes()).hexdigest()
+    return ids
+
+
+def split_hash(dataset: Dataset) -> str:
+    """Hash of which path lies in which split; equal for the same split wherever the data set is stored."""
+    pairs = sorted(zip(dataset.manifest["path"], dataset.manifest["split"], strict=True))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def save(dataset: Dataset, path: str | Path) -> str:
+    """Write the split as JSON (rule, hash, split of each path) and return the hash."""
+    key = split_hash(dataset)
+    split = dict(zip(dataset.manifest["path"], dataset.manifest["split"], strict=True))
+    files.write_json({"dataset": dataset.name, "rule": dataset.split_rule, "hash": key, "split": split}, path)
+    return key
+
+
+def load(dataset: Dataset, path: str | Path) -> Dataset:
+    """Apply a split written by `save`; `BadData` when it was edited or is not about exactly these images."""
+    saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    have, want = set(dataset.manifest["path"]), set(saved["split"])
+    if have != want:
+        example = sorted(have ^ want)[0]
+        raise BadData(
+            f"{path} is the split of other images: {len(have - want)} here are not in it, {len(want - have)} "
+            f"in it are not here (first: {example}). Delete it to draw a new split."
+        )
+    manifest = dataset.manifest.assign(split=dataset.manifest["path"].map(saved["split"]))
+    loaded = replace(dataset, manifest=manifest, split_rule=saved["rule"])
+    if split_hash(loaded) != saved["hash"]:
+        raise BadData(
+            f"{path} was changed after it was written (its hash does not match). Delete it to draw a new one."
+        )
+    return loaded
+
+
+def audit(dataset: Dataset) -> pd.DataFrame:
+    """What the splits share: columns check, count, verdict ("ok", "warning", "leak"), detail.
+
+    Patients are compared by number and by number and kind (bacteria, virus), because the data set does not
+    say which reading is right; a number shared with the official test split is a warning, any other sharing a
+    leak.
+    """
+    manifest = dataset.manifest.assign(content=byte_hashes(dataset).to_numpy())
+    manifest["kind"] = manifest["patient"] + " " + manifest["group"]
+    present = [name for name in SPLITS if (manifest["split"] == name).any()]
+    rows = []
+    for one, other in itertools.combinations(present, 2):
+        sides = [manifest[manifest["split"] == name] for name in (one, other)]
+        by_number = _shared(sides, "patient")
+        verdict = "warning" if other == "test" else "leak"
+        rows.append(_row(f"patients in {one} and {other}, by number", by_number, verdict))
+        rows.append(
+            _row(f"patients in {one} and {other}, by number and kind", _shared(sides, "kind"), "leak")
+        )
+        both = _shared(sides, "content")
+        rows.append(_row(f"identical files in {one} and {other}", _paths(sides[0], both), "leak"))
+    for name in present:
+        inside = manifest[manifest["split"] == name]
+        copies = inside.loc[inside.duplicated("content"), "path"]
+        rows.append(_row(f"identical files within {name}", list(copies), "warning"))
+    labels = manifest.groupby("content")["label"].nunique()
+    conflicts = _paths(manifest, list(labels.index[labels > 1]))
+    rows.append(_row("identical files with different labels", conflicts, "leak"))
+    return pd.DataFrame(rows, columns=["check", "count", "verdict", "detail"])
+
+
+def _shared(sides: Sequence[pd.DataFrame], column: str) -> list[str]:
+    return sorted(set(sides[0][column]) & set(sides[1][column]))
+
+
+def _paths(part: pd.DataFrame, contents: Sequence[str]) -> list[str]:
+    return list(part.loc[part["content"].isin(contents), "path"])
+
+
+def _row(check: str, found: Sequence[str], verdict: str) -> tuple[str, int, str, str]:
+    shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return check, len(found), verdict if found else "ok", shown
+
+
+def subset(dataset: Dataset, *, per_class: int, splits: Sequence[str] = SPLITS, seed: int = 0) -> Dataset:
+    """At most `per_class` images of each class from each of `splits`, at random; rows are numbered anew.
+
+    An image stays in its split, so patients that were apart stay apart.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class is {per_class}; it must be at least 1")
+    kept = []
+    for (name, label), part in dataset.manifest.groupby(["split", "label"]):
+        if name in splits:
+            # One generator for each part, so that leaving a split out does not change the others.
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), label])
+            kept.append(rng.permutation(part.index.to_numpy())[:per_class])
+    rows = np.sort(np.concatenate(kept)) if kept else []
+    manifest = dataset.manifest.loc[rows].reset_index(drop=True)
+    return replace(
+        dataset, manifest=manifest, split_rule=f"{dataset.split_rule}; at most {per_class} a class"
+    )

@@ -1,0 +1,200 @@
+"""What the sections of one notebook share, so that each works alone after the opening cells.
+
+`open_study` gives the data (split, audited, cached); trained models and finished tables lie in the run folder
+and are read back by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import augment, cache, datasets, files, models, split, train
+from .config import Config
+
+log = logging.getLogger("dlia_utils")
+
+_OPEN: dict[tuple[str, Path], Study] = {}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The data of one run: `dataset` carries the train/val/test split, `cache` the decoded images."""
+
+    config: Config
+    dataset: datasets.Dataset
+    cache: cache.ImageCache
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What a checkpoint of this run depends on; a resume under another key is refused."""
+        return {"config": self.config.key, "split": split.split_hash(self.dataset)}
+
+    def rows(self, name: str) -> np.ndarray:
+        """Row numbers (image ids) of a split, "train", "val" or "test"."""
+        return np.flatnonzero((self.dataset.manifest["split"] == name).to_numpy())
+
+    def images(self, rows: Sequence[int]) -> torch.Tensor:
+        """Float images [n,1,S,S] in [0,1] on the run's device."""
+        return self.cache.batch(rows).to(self.config.device)
+
+    def labels(self, rows: Sequence[int]) -> torch.Tensor:
+        """Labels [n] int64 on the run's device."""
+        return torch.as_tensor(self.dataset.manifest["label"].to_numpy()[rows]).to(self.config.device)
+
+    def patients(self, rows: Sequence[int]) -> np.ndarray:
+        return self.dataset.manifest["patient"].to_numpy()[rows]
+
+    def torch_set(self, name: str, *, augmented: bool = False) -> augment.CachedImages:
+        """A split as a torch data set; only training images are ever augmented."""
+        rows = self.rows(name)
+        transform = augment.train_transform() if augmented else None
+        labels = self.dataset.manifest["label"].to_numpy()[rows]
+        return augment.CachedImages(self.cache, rows, labels, transform=transform, seed=self.config.seed)
+
+    def class_weights(self) -> tuple[float, ...]:
+        """Weight n / (K n_c) per class of the training split, so that both classes weigh the same in the loss."""
+        counts = np.bincount(self.labels(self.rows("train")).cpu().numpy(), minlength=len(self.dataset.classes))
+        return tuple((counts.sum() / (len(counts) * counts)).tolist())
+
+
+def open_study(config: Config) -> Study:
+    """Find, check, split and decode the data of a run; a second call returns the same object.
+
+    The split is drawn once per run folder, saved as `split.json` with its hash, and read back on resume.
+    Errors: `datasets.BadData` naming unreadable files, before anything is trained.
+    """
+    name = (config.key, config.run_dir)
+    if name not in _OPEN:
+        dataset = datasets.load(config.location)
+        problems = datasets.check(dataset)
+        if len(problems):
+            raise datasets.BadData(datasets.problem_text(problems))
+        if config.per_class:
+            dataset = split.subset(dataset, per_class=config.per_class, seed=config.seed)
+        dataset = _split(dataset, config)
+        _OPEN[name] = Study(config, dataset, cache.build(dataset, size=config.size))
+    return _OPEN[name]
+
+
+def _split(dataset: datasets.Dataset, config: Config) -> datasets.Dataset:
+    path = config.run_dir / "split.json"
+    if path.exists():
+        return split.load(dataset, path)
+    divided = split.grouped(dataset, val_share=config.val_share, seed=config.seed)
+    split.save(divided, path)
+    return divided
+
+
+def build_model(config: Config) -> models.PixelModel:
+    """A fresh MobileNetV2 of the profile's width, on the run's device, from the run's starting weights."""
+    weights = starting_weights(config)
+    model = models.mobilenet_v2(width=config.width, weights=weights, seed=config.seed)
+    return model.to(config.device)
+
+
+def starting_weights(config: Config) -> str | None:
+    """"imagenet" or None for `models.mobilenet_v2`; decided once per run, said in the log, kept for result rows.
+
+    Without internet and without a file in DLIA_WEIGHTS the run goes on from random weights, and says so.
+    """
+    record = config.run_dir / "weights.txt"
+    if not record.exists():
+        files.write_text(_choose_weights(config), record)
+        log.info("starting weights: %s", record.read_text(encoding="utf-8"))
+    chosen = record.read_text(encoding="utf-8")
+    if chosen.startswith("file") and not os.environ.get("DLIA_WEIGHTS"):
+        raise FileNotFoundError(f"this run started from {chosen}: set DLIA_WEIGHTS to it, or use another RUN_NAME")
+    return None if chosen == "random" else "imagenet"
+
+
+def weights_label(config: Config) -> str:
+    """What result rows say about the starting weights: imagenet, file NAME or random."""
+    starting_weights(config)
+    return (config.run_dir / "weights.txt").read_text(encoding="utf-8")
+
+
+def _choose_weights(config: Config) -> str:
+    if not config.pretrained:
+        return "random"
+    try:
+        models.mobilenet_v2(weights="imagenet")
+    except RuntimeError as error:
+        log.warning("training starts from RANDOM weights and will be weaker: %s", error)
+        return "random"
+    return f"file {Path(os.environ['DLIA_WEIGHTS']).name}" if os.environ.get("DLIA_WEIGHTS") else "imagenet"
+
+
+def train_model(
+    study: Study, name: str, objective: Callable, *, spectral: bool = False, **overrides
+) -> train.FitResult:
+    """Train a model of this run under `name` with the profile's recipe; a finished one is read back at once.
+
+    `spectral` puts spectral normalisation on every layer while training and bakes it into plain weights for
+    the saved checkpoint. `overrides` go to `train.fit`, e.g. monitor= or val_metric=.
+    """
+    config, model = study.config, build_model(study.config)
+    if spectral:
+        model = models.spectral_normalize(model)
+    options = {
+        "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "schedule": config.schedule,
+        "patience": config.patience, "max_minutes": config.max_minutes, "num_workers": config.num_workers,
+        "seed": config.seed, "resume": config.resume, "config": study.key | {"model": name},
+    } | overrides  # fmt: skip
+    train_set, val_set = study.torch_set("train", augmented=True), study.torch_set("val")
+    log_file = config.run_dir / name / "metrics.csv"
+    epochs_before = len(pd.read_csv(log_file)) if log_file.exists() else 0
+    fitted = train.fit(model, objective, train_set, val_set, run_dir=log_file.parent, **options)
+    if len(fitted.history) != epochs_before:
+        # Tables of an older state of this model would be read back as if they were its own.
+        shutil.rmtree(config.run_dir / "tables", ignore_errors=True)
+    return fitted
+
+
+def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:
+    """The trained models of this run by name, in eval mode on the run's device.
+
+    Errors: a model that was not trained yet, naming the section to run first.
+    """
+    config, loaded = study.config, {}
+    for name in names:
+        path = config.run_dir / name / "best.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"model {name!r} is not in {path.parent}: run the section 'Training' first")
+        loaded[name] = models.load(path, partial(models.mobilenet_v2, width=config.width)).to(config.device).eval()
+    return loaded
+
+
+def stored(study: Study, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Read table `name` of this run, or compute it and keep it: a cut-off run goes on where it stopped."""
+    path = study.config.run_dir / "tables" / f"{name}.csv"
+    if not (path.exists() and study.config.resume):
+        files.write_csv(compute(), path)
+    return pd.read_csv(path)
+
+
+def test_opened(study: Study, purpose: str) -> pd.DataFrame:
+    """Log that the test split is read, and why; returns the log so a reader sees every opening."""
+    path = study.config.run_dir / "test_log.csv"
+    entry = pd.DataFrame([{"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose, **study.key}])
+    log_so_far = pd.concat([pd.read_csv(path), entry]) if path.exists() else entry
+    files.write_csv(log_so_far, path)
+    return log_so_far.reset_index(drop=True)
+
+
+def attack_subset(study: Study, per_class: int) -> np.ndarray:
+    """A fixed, class-balanced sample of test rows for attacks too dear for the whole split."""
+    rng = np.random.default_rng(study.config.seed)
+    test, labels = study.rows("test"), study.labels(study.rows("test")).cpu().numpy()
+    drawn = [rng.permutation(test[labels == c])[:per_class] for c in range(len(study.dataset.classes))]
+    return np.sort(np.concatenate(drawn))

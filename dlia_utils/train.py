@@ -1,0 +1,556 @@
+"""One training loop (Hugging Face Accelerate) that can be killed at any moment and resumed, and `predict`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from tqdm.auto import tqdm
+
+from dlia_utils import models
+from dlia_utils.files import atomic_path, write_csv
+from dlia_utils.objectives import Objective, evaluating
+
+FORMAT = "dlia_utils training 1"
+SCHEDULES = ("constant", "cosine", "onecycle")
+NAN_CHECK_EVERY = 50  # steps; reading a number from a GPU waits for it
+
+log = logging.getLogger("dlia_utils")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` did: one row of `history` per epoch (counted from 1); the model has `best_epoch`'s weights.
+
+    `status` is "done" (all epochs, or stopped early) or "interrupted" (`max_minutes`; call again to go on).
+    """
+
+    history: pd.DataFrame
+    best_epoch: int
+    best_score: float
+    status: str
+    seconds: float
+
+
+@dataclass
+class _Progress:
+    """What must survive a kill beside model, optimiser, scheduler, scaler and random states."""
+
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float = math.nan
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    finished: bool = False
+
+
+class _Trained(nn.Module):
+    """A coat for Accelerate to sew on: it changes the forward method of the module it prepares."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class _EpochBatches(Sampler[list[int]]):
+    """Batches of row numbers in an order that depends on (seed, epoch) only."""
+
+    drop_last = False
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
+        for start in self._starts():
+            yield order[start : start + self.batch_size]
+
+    def _starts(self) -> range:
+        # Batch normalisation cannot train on one image: a last batch of one is left out (each epoch another).
+        return range(0, self.size - 1 if self.batch_size > 1 else self.size, self.batch_size)
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    train_set: Dataset,
+    val_set: Dataset,
+    *,
+    run_dir: str | Path,
+    epochs: int,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    accumulate: int = 1,
+    patience: int | None = None,
+    monitor: str = "val_auc",
+    val_metric: Callable[[nn.Module], dict[str, float]] | None = None,
+    max_minutes: float | None = None,
+    resume: bool | str = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    config: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Train `model` in place and give it the weights of its best validation epoch.
+
+    Data sets yield (x float [C, H, W] in [0, 1], y int, ...); `train_set.set_epoch(epoch)` is called if it
+    exists. `objective` is one of `objectives`; `optimizer` is adam, adamw or sgd (momentum 0.9); `schedule`
+    is constant, cosine or onecycle, stepped with every optimiser step; `accumulate` batches make one step,
+    the last incomplete group too. `monitor` names a column of the history: val_auc, val_accuracy, val_loss
+    (the smaller the better, as every name that ends in "loss") or one that `val_metric(model)` returns (model
+    in eval mode). `patience` epochs without a better score end the training. Half precision is used on GPUs
+    (fp16 below capability 8.0, else bf16) unless the objective differentiates gradients. Under torchrun every
+    process calls `fit` (DDP; `batch_size` is per process).
+
+    `run_dir` receives last.pt (everything), best.pt (`models.load` reads it) and metrics.csv, each replaced
+    in one step after every epoch. With `resume=True` a killed run goes on from its last whole epoch, on one
+    CPU process to bit-equal weights, and a finished run returns at once; a run made with other settings or
+    another `config` is refused unless `resume="force"`; `resume=False` starts anew. With `max_minutes` no
+    epoch is begun that would not end in time. The caller's random state is left as found.
+
+    The model ends in eval mode, on the device of the training. Raises: ValueError (arguments, a run of other
+    settings), FloatingPointError (the loss is no longer finite).
+
+    >>> import tempfile
+    >>> data = TensorDataset(torch.rand(8, 1, 4, 4), torch.tensor([0, 1] * 4))
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    >>> from dlia_utils.objectives import cross_entropy
+    >>> done = fit(net, cross_entropy(), data, data, run_dir=tempfile.mkdtemp(), epochs=2, progress=False)
+    >>> done.status, len(done.history)
+    ('done', 2)
+    """
+    settings = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
+        "weight_decay": weight_decay, "schedule": schedule, "accumulate": accumulate, "patience": patience,
+        "monitor": monitor, "seed": seed, "train_images": len(train_set), "val_images": len(val_set),
+        "objective": getattr(objective, "settings", getattr(objective, "__qualname__", "objective")),
+        "config": config or {},
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings, default=str))
+    _check(settings, resume)
+    with _random_state_kept():
+        run = _Run(model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric)
+        run.start(resume)
+        status = run.train(max_minutes=max_minutes, progress=progress)
+        return run.result(status)
+
+
+class _Run:
+    """One call of `fit`: the prepared objects and the steps that work on them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train_set: Dataset,
+        val_set: Dataset,
+        run_dir: Path,
+        settings: dict[str, Any],
+        num_workers: int,
+        val_metric: Callable[[nn.Module], dict[str, float]] | None,
+    ) -> None:
+        self.objective, self.train_set, self.val_set = objective, train_set, val_set
+        self.run_dir, self.settings, self.val_metric = run_dir, settings, val_metric
+        self.accelerator = accelerator = _accelerator(objective, settings["accumulate"])
+        # Convolutions are faster channels-last, second derivatives of batch normalisation much slower.
+        second_order = getattr(objective, "second_order", False)
+        layout = torch.contiguous_format if second_order else torch.channels_last
+        self.model = model.to(accelerator.device, memory_format=layout)
+        self.batches = _EpochBatches(len(train_set), settings["batch_size"], settings["seed"])
+        loader = DataLoader(
+            train_set,
+            batch_sampler=self.batches,
+            num_workers=num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.trained, self.optimizer, self.loader = accelerator.prepare(
+            _Trained(model), _optimizer(model, settings), loader
+        )
+        self.steps = math.ceil(len(self.loader) / settings["accumulate"])
+        self.scheduler = _scheduler(
+            self.optimizer.optimizer, settings["schedule"], self.steps * settings["epochs"]
+        )
+        self.progress = _Progress()
+
+    # ---------------------------------------------------------------- start, train, result
+
+    def start(self, resume: bool | str) -> None:
+        """Take up what `run_dir` holds, or begin anew; leave no temporary file of a killed run behind."""
+        set_seed(self.settings["seed"], device_specific=True)
+        saved = _read(self.run_dir / "last.pt") if resume else None
+        if saved is not None:
+            _check_same(saved["settings"], self.settings, resume, self.run_dir)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            old = [] if saved else [self.run_dir / name for name in ("last.pt", "best.pt", "metrics.csv")]
+            for path in [*old, *self.run_dir.glob(".*.tmp.*")]:
+                path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        if saved is not None:
+            self._restore(saved)
+
+    def train(self, *, max_minutes: float | None, progress: bool) -> str:
+        """Run the epochs that are left; returns "done" or "interrupted"."""
+        state, begun = self.progress, time.monotonic()
+        total = self.settings["epochs"]
+        with tqdm(
+            total=total * len(self.loader), initial=min(state.epoch, total) * len(self.loader), unit="batch",
+            desc=f"train {self.run_dir.name}", disable=not (progress and self.accelerator.is_main_process),
+        ) as bar:  # fmt: skip
+            while not state.finished:
+                if self._out_of_time(begun, max_minutes):
+                    log.warning("%s: stopped after epoch %d by max_minutes", self.run_dir.name, state.epoch)
+                    return "interrupted"
+                self._epoch(bar)
+        return "done"
+
+    def result(self, status: str) -> FitResult:
+        """Give the model its best weights and describe the run."""
+        state = self.progress
+        if state.best_state:
+            self.model.load_state_dict(state.best_state)
+        self.model.eval()
+        history = pd.DataFrame(state.history)
+        seconds = float(history["seconds"].sum()) if len(history) else 0.0
+        return FitResult(history, state.best_epoch, state.best_score, status, seconds)
+
+    # ---------------------------------------------------------------- one epoch
+
+    def _epoch(self, bar: tqdm) -> None:
+        state, begun = self.progress, time.monotonic()
+        row = {"epoch": state.epoch + 1, **self._train_epoch(state.epoch, bar), **self._validate()}
+        row["seconds"] = round(time.monotonic() - begun, 3)
+        # Every process must take the same decisions, so all take the main one's numbers.
+        (row,) = broadcast_object_list([row])
+        if self.settings["monitor"] not in row:
+            raise ValueError(f"monitor={self.settings['monitor']!r} is not measured; there are {sorted(row)}")
+        state.epoch += 1
+        state.history.append(row)
+        self._keep_best(row)
+        state.finished = self._is_finished()
+        self._save()
+        bar.set_postfix_str(
+            f"epoch {state.epoch}, loss {row['train_loss']:.3f}, val auc {row['val_auc']:.3f}"
+        )
+        log.info("%s: %s", self.run_dir.name, {key: round(value, 4) for key, value in row.items()})
+
+    def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
+        # Accelerate counts epochs from 0 in every process and would tell the data set so after a resume.
+        self.loader.set_epoch(epoch)
+        self.batches.epoch = epoch
+        if hasattr(self.train_set, "set_epoch"):
+            self.train_set.set_epoch(epoch)
+        self.model.train()
+        device, rate = self.accelerator.device, self.scheduler.get_last_lr()[0]
+        sums = torch.zeros(3, device=device)  # loss, right answers, images
+        for step, (x, y, *_) in enumerate(self.loader):
+            sums += self._step(step, x, y)
+            if (step + 1) % NAN_CHECK_EVERY == 0 or step + 1 == len(self.loader):
+                self._check_finite(sums[0].item(), epoch, step)
+            bar.update()
+        loss, right, images = self.accelerator.reduce(sums, "sum").tolist()
+        return {"lr": rate, "train_loss": loss / images, "train_accuracy": right / images}
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        """One batch; returns (loss * images, right answers, images) without waiting for the device."""
+        accelerator, images = self.accelerator, len(y)
+        with accelerator.accumulate(self.trained):
+            loss, logits = self.objective(self.trained, x, y)
+            accelerator.backward(loss * self._share(step))
+            self.optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+            self.optimizer.zero_grad()
+        right = (logits.detach().argmax(dim=1) == y).sum()
+        return torch.stack([loss.detach().float() * images, right, torch.full_like(right, images)])
+
+    def _share(self, step: int) -> float:
+        """Accelerate divides by `accumulate`; this makes up for a last group of fewer batches."""
+        accumulate = self.settings["accumulate"]
+        group_start = step - step % accumulate
+        return accumulate / min(accumulate, len(self.loader) - group_start)
+
+    def _check_finite(self, loss_sum: float, epoch: int, step: int) -> None:
+        if not math.isfinite(loss_sum):
+            raise FloatingPointError(
+                f"the loss is no longer finite (epoch {epoch + 1}, by batch {step + 1}): lower lr "
+                f"(now {self.settings['lr']:g}); {self.run_dir.name} keeps the last whole epoch"
+            )
+
+    def _validate(self) -> dict[str, float]:
+        logits, labels, _ = _logits(self.model, self.val_set, batch_size=max(64, self.settings["batch_size"]))
+        row = _scores(logits, torch.as_tensor(labels))
+        if self.val_metric is not None:
+            with evaluating(self.model):
+                row |= {name: float(value) for name, value in self.val_metric(self.model).items()}
+        return row
+
+    def _keep_best(self, row: dict[str, float]) -> None:
+        state, score = self.progress, row[self.settings["monitor"]]
+        sign = -1 if self.settings["monitor"].endswith("loss") else 1
+        # While no epoch has a score that is a number the newest weights are kept: there is always a best.pt.
+        # A score that is not a number never beats one that is: every comparison with it is false.
+        if math.isnan(state.best_score) or sign * (score - state.best_score) > 0:
+            state.best_epoch, state.best_score = state.epoch, score
+            state.best_state = {
+                key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
+            }
+        if math.isnan(score):
+            log.warning("%s is not a number in epoch %d", self.settings["monitor"], state.epoch)
+
+    def _is_finished(self) -> bool:
+        state, patience = self.progress, self.settings["patience"]
+        stale = patience is not None and state.epoch - state.best_epoch >= patience
+        return stale or state.epoch >= self.settings["epochs"]
+
+    def _out_of_time(self, begun: float, max_minutes: float | None) -> bool:
+        if max_minutes is None:
+            return False
+        # Real epochs were seen to vary by a quarter.
+        next_epoch = 1.25 * max((row["seconds"] for row in self.progress.history[-3:]), default=0.0)
+        (late,) = broadcast_object_list([time.monotonic() - begun + next_epoch > 60 * max_minutes])
+        return late
+
+    # ---------------------------------------------------------------- files
+
+    def _save(self) -> None:
+        """last.pt first: it holds all the rest, so a kill between two files loses nothing."""
+        random_states = gather_object([_random_state()])
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        content = {
+            "format": FORMAT, "settings": self.settings, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None, "random": random_states, **vars(self.progress),
+        }  # fmt: skip
+        with atomic_path(self.run_dir / "last.pt") as temporary:
+            torch.save(content, temporary)
+        self._export(best=self.progress.best_epoch == self.progress.epoch)
+
+    def _export(self, *, best: bool) -> None:
+        """The files for readers, made from what last.pt holds; the model has the best weights when `best`."""
+        write_csv(pd.DataFrame(self.progress.history), self.run_dir / "metrics.csv")
+        if best:
+            state = self.progress
+            meta = {"epoch": state.best_epoch, "monitor": self.settings["monitor"], "score": state.best_score}
+            models.save(self.model, self.run_dir / "best.pt", meta={**meta, "settings": self.settings})
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        state = self.progress
+        for name in vars(state):
+            setattr(state, name, saved[name])
+        models.load_strictly(self.model, state.best_state, origin=f"{self.run_dir.name}/last.pt")
+        if self.accelerator.is_main_process:
+            self._export(best=True)
+        self.model.load_state_dict(saved["model"])
+        if saved["settings"] != self.settings:  # only with resume="force"
+            state.finished = self._is_finished()
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if self.accelerator.scaler and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        rank = self.accelerator.process_index
+        if rank < len(saved["random"]):
+            _set_random_state(saved["random"][rank])
+        log.info("%s: resumed after epoch %d of %d", self.run_dir.name, state.epoch, self.settings["epochs"])
+
+
+# -------------------------------------------------------------------- prediction
+
+
+def predict(
+    model: nn.Module, data: Dataset | Tensor, *, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Class probabilities [N, K] (float64), labels [N] and row numbers [N], in the order of the data.
+
+    `data` is a tensor of images [N, C, H, W] (labels are then None) or a data set that yields (x, y) or
+    (x, y, row). Runs on the model's device in eval mode; training flags are restored.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    >>> probabilities, labels, rows = predict(model, torch.rand(3, 1, 4, 4))
+    >>> probabilities.shape, labels, rows.tolist()
+    ((3, 2), None, [0, 1, 2])
+    """
+    logits, labels, rows = _logits(model, data, batch_size=batch_size)
+    return logits.double().softmax(dim=1).numpy(), labels, rows
+
+
+@torch.inference_mode()
+def _logits(
+    model: nn.Module, data: Dataset | Tensor, *, batch_size: int
+) -> tuple[Tensor, np.ndarray | None, np.ndarray]:
+    data = TensorDataset(data) if isinstance(data, Tensor) else data
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    logits, labels, rows = [], [], []
+    with evaluating(model):
+        # Without a generator of its own a loader draws its workers' seed from the global random stream.
+        for batch in DataLoader(data, batch_size=batch_size, generator=torch.Generator()):
+            logits.append(model(batch[0].to(device, non_blocking=True)).float())
+            labels += batch[1:2]
+            rows += batch[2:3]
+    together = torch.cat(logits).cpu()
+    ids = torch.cat(rows).numpy() if rows else np.arange(len(together))
+    return together, torch.cat(labels).numpy() if labels else None, ids
+
+
+def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Validation loss, accuracy and AUC (two classes: of class 1; more: one against the rest, macro mean)."""
+    probabilities = logits.double().softmax(dim=1)
+    row = {
+        "val_loss": F.cross_entropy(logits.double(), labels).item(),
+        "val_accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+        "val_auc": math.nan,
+    }
+    if logits.isfinite().all() and len(labels.unique()) == logits.shape[1]:
+        score = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
+        row["val_auc"] = float(roc_auc_score(labels.numpy(), score.numpy(), multi_class="ovr"))
+    return row
+
+
+# -------------------------------------------------------------------- parts of a run
+
+
+def _check(settings: dict[str, Any], resume: bool | str) -> None:
+    """Refuse unusable arguments before anything is loaded or written."""
+    for name in ("epochs", "batch_size", "accumulate", "lr", "train_images", "val_images"):
+        if settings[name] <= 0:
+            raise ValueError(f"{name} must be positive, got {settings[name]}")
+    for name, known in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", SCHEDULES)):
+        if settings[name] not in known:
+            raise ValueError(f"unknown {name} {settings[name]!r}; known: {', '.join(known)}")
+    if settings["train_images"] < 2:
+        raise ValueError("training needs at least two images")
+    if settings["patience"] is not None and settings["patience"] < 1:
+        raise ValueError(f"patience must be at least 1 epoch or None, got {settings['patience']}")
+    if resume not in (True, False, "force"):
+        raise ValueError(f'resume must be True, False or "force", got {resume!r}')
+
+
+def _check_same(saved: dict[str, Any], asked: dict[str, Any], resume: bool | str, run_dir: Path) -> None:
+    if saved == asked:
+        return
+    names = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
+    changes = "; ".join(f"{name}: {saved.get(name)!r} -> {asked.get(name)!r}" for name in names)
+    if resume != "force":
+        raise ValueError(
+            f"{run_dir} holds a run with other settings ({changes}): take another run_dir, "
+            'or resume=False to start anew, or resume="force" to go on all the same'
+        )
+    log.warning("%s: resumed by force with other settings (%s)", run_dir.name, changes)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by this version of fit: remove it, or pass resume=False")
+    return saved
+
+
+def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
+    # Accelerate allows one precision per process; runs with another one may follow in a notebook.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()  # a run that ended in an error leaves its loader there
+    # Second derivatives underflow in half precision.
+    half = torch.cuda.is_available() and not getattr(objective, "second_order", False)
+    # is_bf16_supported() also says yes where bf16 is emulated (T4), hence the capability.
+    precision = ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16") if half else "no"
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+
+
+def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One fused kernel instead of one loop per parameter: on a CPU the loops cost a few per cent of a step.
+    options = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "fused": True}
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]](
+        parameters, **options
+    )
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate as a factor of `lr`; a function of the step alone, so that its state is one number."""
+
+    def cosine(start: float, end: float, share: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+    def factor(step: int) -> float:
+        if schedule == "constant":
+            return 1.0
+        if schedule == "cosine":
+            return cosine(1.0, 0.0, step / steps)
+        # One cycle (arXiv 1708.07120): from lr / 25 up to lr in 30 % of the steps, then down to almost 0.
+        rise = 0.3 * steps
+        return (
+            cosine(0.04, 1.0, step / rise)
+            if step < rise
+            else cosine(1.0, 4e-6, (step - rise) / (steps - rise))
+        )
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _random_state() -> dict[str, Any]:
+    """Python's, numpy's, torch's and all GPUs' random states, in types that `weights_only` accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (libraries draw from it)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A notebook goes on with the same random numbers whether a training really ran or was found finished."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)

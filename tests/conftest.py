@@ -1,0 +1,36 @@
+"""Every test session caches and runs in folders of its own; real radiographs come only through DLIA_DATA."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albumentations
+
+import torch
+
+torch.set_num_threads(2)
+
+_SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
+
+
+def pytest_configure(config):
+    # A hook and not a fixture, because the doctests in dlia_utils/ do not see the fixtures of tests/.
+    os.environ["DLIA_CACHE"] = str(_SCRATCH / "cache")
+    os.environ["DLIA_RUNS"] = str(_SCRATCH / "runs")
+    if os.environ.get("DLIA_DATA"):
+        os.environ["DLIA_DATA"] = os.path.abspath(os.environ["DLIA_DATA"])
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets; the test is skipped where there is none."""
+    if not os.environ.get("DLIA_DATA"):
+        pytest.skip("needs real radiographs: set DLIA_DATA to the folder that contains chest_xray/")
+    return Path(os.environ["DLIA_DATA"])

@@ -1,0 +1,216 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image, ImageFile
+from scipy.ndimage import gaussian_filter
+
+from dlia_utils import cache, datasets
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def picture(seed, size=(96, 80)):
+    noise = gaussian_filter(np.random.default_rng(seed).random(size[::-1]), 4)
+    return Image.fromarray((40 + 200 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8))
+
+
+def make(root, count=6):
+    root.mkdir(exist_ok=True)
+    paths = [f"{i}.{'png' if i % 3 == 2 else 'jpeg'}" for i in range(count)]
+    for i, path in enumerate(paths):
+        picture(i).convert("RGB" if i % 2 else "L").save(root / path)
+    manifest = pd.DataFrame(
+        {"path": paths, "label": 0, "class_name": "a", "patient": paths, "group": "a", "split": "train"}
+    )
+    ignored = pd.DataFrame(columns=["path", "reason"])
+    return datasets.Dataset("tiny", root, manifest, ("a",), ignored, True, "argument")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make(tmp_path / "images")
+
+
+def build(dataset, tmp_path, size=24):
+    return cache.build(dataset, size=size, root=tmp_path / "cache", progress=False)
+
+
+def test_pixels_are_those_of_pillow(dataset, tmp_path):
+    cached = build(dataset, tmp_path)
+    assert isinstance(cached.images, np.memmap) and cached.images.dtype == np.uint8
+    assert cached.images.shape == (6, 24, 24) and not cached.images.flags.writeable and cached.truncated == ()
+    for row, path in enumerate(dataset.manifest["path"]):
+        expected = _plain(dataset.root / path)
+        # Draft decoding of JPEG may differ by a few grey levels, never by structure.
+        assert np.abs(expected - cached.images[row]).max() <= (0 if path.endswith("png") else 6)
+
+
+@pytest.mark.parametrize("rows", [[3, 1], np.array([3, 1]), torch.tensor([3, 1])])
+def test_batch(dataset, tmp_path, rows):
+    cached = build(dataset, tmp_path)
+    batch = cached.batch(rows)
+    assert batch.shape == (2, 1, 24, 24) and batch.dtype == torch.float32
+    assert torch.equal(batch[1, 0], torch.from_numpy(np.array(cached.images[1])).float() / 255)
+    assert cached.batch([]).shape == (0, 1, 24, 24)
+
+
+def test_second_build_reads_nothing_and_pickle_carries_no_pixels(dataset, tmp_path, monkeypatch):
+    first = build(dataset, tmp_path)
+    monkeypatch.setattr(cache, "_decode_all", lambda *a, **k: pytest.fail("decoded again"))
+    second = build(dataset, tmp_path)
+    assert second.path == first.path and second.key == first.key
+    assert len(pickle.dumps(second)) < 1000
+    assert np.array_equal(pickle.loads(pickle.dumps(second)).images, first.images)
+
+
+def test_changed_file_size_and_manifest_give_another_cache(dataset, tmp_path):
+    keys = [build(dataset, tmp_path).key, build(dataset, tmp_path, size=16).key]
+    picture(99).save(dataset.root / "0.jpeg")
+    changed = build(dataset, tmp_path)
+    assert abs(changed.images[0] - _plain(dataset.root / "0.jpeg")).max() <= 6
+    keys.append(changed.key)
+    part = datasets.Dataset(
+        **{**vars(dataset), "manifest": dataset.manifest.iloc[::-1].reset_index(drop=True)}
+    )
+    keys.append(build(part, tmp_path).key)
+    assert len(set(keys)) == 4
+
+
+def _plain(path):
+    """The reference: what Pillow makes of the file, without draft decoding."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L").resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+
+
+def test_bad_files_are_listed_together_before_decoding(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_decode_all", lambda *a, **k: pytest.fail("decoded before the check"))
+    (dataset.root / "1.jpeg").write_bytes(b"")
+    (dataset.root / "4.jpeg").write_text("not an image")
+    with pytest.raises(
+        datasets.BadData, match=r"2 unusable files:\n  1.jpeg: empty.*\n  4.jpeg: not an image"
+    ):
+        build(dataset, tmp_path)
+    (dataset.root / "0.jpeg").unlink()
+    with pytest.raises(datasets.BadData, match="0.jpeg: cannot be read"):
+        build(dataset, tmp_path)
+
+
+def cut(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("name", ["3.jpeg", "5.png"])
+def test_truncated_but_decodable_is_used_and_counted(dataset, tmp_path, caplog, name):
+    before = _plain(dataset.root / name)
+    cut(dataset.root / name, 0.93)
+    cached = build(dataset, tmp_path)
+    assert cached.truncated == (name,) and "1 truncated images are used" in caplog.text
+    assert abs(cached.images[int(name[0]), :15] - before[:15]).max() <= 6
+    assert build(dataset, tmp_path).truncated == (name,)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_truncated_beyond_use_is_refused_and_leaves_no_cache(dataset, tmp_path):
+    cut(dataset.root / "1.jpeg", 0.5)
+    cut(dataset.root / "3.jpeg", 0.6)
+    with pytest.raises(datasets.BadData, match=r"2 unusable(.|\n)*1.jpeg: truncated(.|\n)*3.jpeg: truncated"):
+        build(dataset, tmp_path)
+    assert not list((tmp_path / "cache").rglob("*.npy")) and not list((tmp_path / "cache").rglob("meta.json"))
+
+
+def test_sixteen_bits_are_refused(dataset, tmp_path):
+    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(dataset.root / "2.png")
+    with pytest.raises(datasets.BadData, match="2.png: more than 8 bits"):
+        build(dataset, tmp_path)
+
+
+def test_size_is_checked(dataset, tmp_path):
+    with pytest.raises(ValueError, match="size is 4"):
+        build(dataset, tmp_path, size=4)
+
+
+SLOW_BUILD = """
+import sys, time
+sys.path[:0] = [{repository!r}, {tests!r}]
+from pathlib import Path
+import test_cache
+from dlia_utils import cache, datasets
+plain = cache._decode
+def slowly(path, size):
+    with open({calls!r}, "a") as file:
+        file.write(path.name + "\\n")
+    time.sleep({pause})
+    return plain(path, size)
+cache._decode = slowly
+dataset = test_cache.dataset_at(Path({images!r}))
+print(cache.build(dataset, size=24, root={root!r}, progress=False).key)
+"""
+
+
+def dataset_at(root):
+    """The data set that `make` wrote to `root`, its files untouched."""
+    paths = sorted(path.name for path in root.iterdir())
+    manifest = pd.DataFrame({"path": paths})
+    return datasets.Dataset("tiny", root, manifest, ("a",), pd.DataFrame(), True, "argument")
+
+
+def start(dataset, tmp_path, pause):
+    code = SLOW_BUILD.format(
+        repository=str(REPOSITORY),
+        tests=str(REPOSITORY / "tests"),
+        calls=str(tmp_path / "calls"),
+        images=str(dataset.root),
+        root=str(tmp_path / "cache"),
+        pause=pause,
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the other process did not get that far"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL exists on POSIX only")
+def test_killed_build_is_not_taken_for_complete(dataset, tmp_path):
+    process = start(dataset, tmp_path, pause=30)
+    wait_for(lambda: (tmp_path / "calls").exists())
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (folder,) = (tmp_path / "cache" / "images").iterdir()
+    assert list(folder.glob(".images.*.tmp.npy")) and not (folder / "meta.json").exists()
+    cached = build(dataset_at(dataset.root), tmp_path)
+    assert cached.path == folder and all(cached.images[row].std() > 0 for row in range(6))
+    assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
+        "images.npy",
+        "meta.json",
+    ]
+
+
+def test_images_without_meta_are_decoded_again(dataset, tmp_path):
+    cached = build(dataset, tmp_path)
+    expected = np.array(cached.images)
+    (cached.path / "meta.json").unlink()
+    np.save(cached.path / "images.npy", np.zeros_like(expected))
+    assert np.array_equal(build(dataset, tmp_path).images, expected)
+    assert json.loads((cached.path / "meta.json").read_text())["size"] == 24
+
+
+def test_two_processes_decode_once(dataset, tmp_path):
+    processes = [start(dataset, tmp_path, pause=0.1) for _ in range(2)]
+    keys = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert len(keys) == 1 and "" not in keys
+    assert sorted((tmp_path / "calls").read_text().split()) == sorted(dataset.manifest["path"])

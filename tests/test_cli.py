@@ -1,0 +1,137 @@
+"""The command line: what it prints, what it leaves, and its exit status."""
+
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from dlia_utils import __main__ as cli
+from dlia_utils import config, locate, notebooks
+
+SOURCE = """\
+# %% [markdown]
+# # 08 A notebook for the command line
+
+# %% tags=["bootstrap"]
+
+# %% tags=["parameters"]
+PROFILE = "auto"
+DATA_DIR = ""
+RUN_NAME = ""
+RESUME = True
+
+# %% tags=["config"]
+print(PROFILE, RUN_NAME)
+
+# %% tags=["imports"]
+import os
+from pathlib import Path
+
+# %%
+run_dir = Path(os.environ["DLIA_RUNS"]) / "08_cli" / RUN_NAME
+row = "{model},{attack},{eps},pixel,accuracy,{value},0.8,0.9,10,smoke,pneumonia (SYNTHETIC),48\\n"
+header = "model,attack,eps,eps_unit,metric,value,ci_low,ci_high,n,profile,data,size\\n"
+rows = row.format(model="baseline", attack="clean", eps=0.0, value=0.875)
+rows += row.format(model="baseline", attack="worst", eps=4 / 255, value=0.125)
+_ = (run_dir / "results.csv").write_text(header + rows)
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A suite of one quick notebook in place of the real one; runs go to a folder of their own."""
+    source = tmp_path / "notebooks" / "src" / "08_cli.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(SOURCE)
+    (tmp_path / "dlia_utils").mkdir()
+    (tmp_path / "dlia_utils" / "__init__.py").write_text('__version__ = "tiny"\n')
+    settings = config.SETTINGS["01_pneumonia_robustness"]
+    monkeypatch.setitem(config.SETTINGS, "08_cli", settings)
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    monkeypatch.delenv("DLIA_PROFILE", raising=False)
+    find, pick = notebooks.find, notebooks.pick
+    monkeypatch.setattr(notebooks, "find", lambda folder=source.parent.parent: find(folder))
+    monkeypatch.setattr(notebooks, "pick", lambda names: pick(names, source.parent.parent))
+    return source
+
+
+def test_run_executes_prints_the_table_and_says_where_to_look(suite, tmp_path, capsys):
+    assert cli.main(["notebooks", "build"]) == 0
+    assert cli.main(["run", "--nb", "8", "--run-name", "mine"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.875 [0.800, 0.900]" in printed and "worst 4/255" in printed
+    assert "data: pneumonia (SYNTHETIC) | profile: smoke" in printed
+    assert "executed.ipynb" in printed and "results.csv" in printed
+    executed = notebooks.read(tmp_path / "runs" / "08_cli" / "mine" / "executed.ipynb")
+    assert any("smoke mine" in str(cell.get("outputs")) for cell in executed.cells)
+
+
+def test_run_fails_with_the_failing_cell(suite, capsys):
+    suite.write_text(SOURCE + "raise RuntimeError('planted')\n")
+    cli.main(["notebooks", "build"])
+    assert cli.main(["run"]) == 1
+    captured = capsys.readouterr()
+    assert "RuntimeError: planted" in captured.err and "FAILED: 08_cli" in captured.err
+    assert "executed.ipynb" in captured.out
+
+
+def test_wrong_arguments_stop_before_any_kernel_starts(suite, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(notebooks, "execute", lambda *a, **k: pytest.fail("a kernel was started"))
+    assert cli.main(["run", "--nb", "31"]) == 2
+    assert "no notebook 31; there are: 08_cli" in capsys.readouterr().err
+    assert cli.main(["run", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_fresh_puts_an_older_run_aside(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "execute", lambda *a, **k: None)
+    cli.main(["run", "--run-name", "mine"])
+    (tmp_path / "runs" / "08_cli" / "mine" / "keep.txt").touch()
+    cli.main(["run", "--run-name", "mine", "--fresh"])
+    assert [path.name for path in (tmp_path / "runs" / "08_cli").glob("mine.*.old/keep.txt")] == ["keep.txt"]
+
+
+def test_results_without_accuracies_are_shown_as_rows(tmp_path):
+    table = pd.DataFrame({"model": ["a"], "attack": ["clean"], "metric": ["map"], "value": [0.5], "n": [3]})
+    table.assign(data="x", profile="smoke", size=48).to_csv(tmp_path / "results.csv", index=False)
+    assert "map" in cli.results_text(tmp_path / "results.csv")
+
+
+def test_list_names_notebooks_and_data_sets(suite, capsys):
+    assert cli.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert "A notebook for the command line" in printed and "pneumonia" in printed
+
+
+def test_notebooks_check_names_faults_and_fails(suite, capsys):
+    assert cli.main(["notebooks", "check"]) == 1
+    assert "08_cli: 08_cli.ipynb is missing" in capsys.readouterr().out
+
+
+def test_data_check_shows_counts_junk_and_audit(suite, capsys):
+    status = cli.main(["data", "check", "pneumonia"])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "SYNTHETIC" in printed and "NORMAL" in printed and "not read:" in printed and "verdict" in printed
+
+
+def test_data_check_lists_bad_files_and_fails(suite, tmp_path, capsys):
+    spoilt = shutil.copytree(locate.find("pneumonia").root, tmp_path / "chest_xray")
+    victim = next((spoilt / "train" / "NORMAL").glob("*.jpeg"))
+    victim.write_bytes(b"")
+    assert cli.main(["data", "check", "pneumonia", "--data", str(tmp_path)]) == 1
+    assert victim.name in capsys.readouterr().out
+
+
+def test_data_check_of_an_unknown_data_set(capsys):
+    assert cli.main(["data", "check", "moon"]) == 2
+    assert "unknown data set 'moon'" in capsys.readouterr().err
+
+
+def test_module_has_help():
+    command = [sys.executable, "-m", "dlia_utils", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=notebooks.REPOSITORY)
+    assert "run" in done.stdout and "notebooks" in done.stdout

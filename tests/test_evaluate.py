@@ -1,0 +1,148 @@
+"""Robustness tables: one row per attack, eps and image; the worst case; checks that really fail."""
+
+import logging
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from dlia_utils.attacks import evaluate, fgsm, pgd
+
+GRID = evaluate.pixel_eps(2, 8, 16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads cost more than they give, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def study():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 2)
+    ).eval()
+    x = torch.rand(40, 1, 8, 8)
+    model[-1].bias.data -= model(x).mean(0).detach()  # both classes, near the boundary
+    y = model(x).argmax(1)
+    y[:3] = 1 - y[:3]  # clean errors
+    return model, x, y
+
+
+@pytest.fixture(scope="module")
+def rows(study):
+    return evaluate.robustness(*study, eps_grid=GRID, batch_size=16, progress=False)
+
+
+def test_one_row_per_attack_eps_and_image(rows):
+    assert list(rows.columns) == evaluate.COLUMNS
+    assert len(rows) == 40 * (1 + 5 * len(GRID))
+    assert not rows.duplicated(["attack", "eps", "image"]).any()
+    assert ((rows.first_success_step >= 0) == rows.fooled).all()
+
+
+def test_clean_errors_count_as_fooled_everywhere(rows):
+    assert rows[rows.image < 3].fooled.all()
+    assert rows[rows.attack == "clean"].fooled.sum() == 3
+
+
+def test_worst_is_the_union_up_to_eps(rows):
+    single = rows[~rows.attack.isin(["clean", "worst"])]
+    worst = rows[rows.attack == "worst"].set_index(["eps", "image"]).fooled
+    for (eps, image), fooled in worst.items():
+        assert fooled == single[(single.eps <= eps) & (single.image == image)].fooled.any()
+    shares = worst.groupby("eps").mean()
+    assert shares.is_monotonic_increasing and 0.1 < shares.iloc[0] < shares.iloc[-1]
+
+
+def test_batches_ids_and_the_copy_do_not_change_the_answer(study, rows):
+    model, x, y = study
+    plain = evaluate.robustness(model, x, y, eps_grid=GRID, batch_size=7, progress=False, fast=False)
+    keys = ["attack", "eps", "image"]
+    merged = rows.merge(plain, on=keys)
+    assert len(merged) == len(rows) and (merged.fooled_x == merged.fooled_y).mean() > 0.99
+    some = torch.arange(5, 12)
+    part = evaluate.robustness(model, x[some], y[some], eps_grid=GRID, ids=some, progress=False, fast=False)
+    merged = plain.merge(part, on=keys)
+    assert len(merged) == len(part) and (merged.fooled_x == merged.fooled_y).all()
+
+
+def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, caplog):
+    model, x, y = study
+    flipped = nn.Sequential(model, Flip()).eval()  # a copy that is wrong about everything
+    monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
+    with caplog.at_level(logging.INFO, logger="dlia_utils"):
+        found = evaluate.robustness(model, x, y, eps_grid=GRID[-1:], attacks=("pgd_margin",), progress=False)
+    direct = pgd(model, x, y, eps=GRID[-1], loss="margin")
+    assert found[found.attack == "pgd_margin"].fooled.tolist() == direct.success.tolist()
+    assert "37 times" in caplog.text
+
+
+class Flip(nn.Module):
+    def forward(self, logits):
+        return logits.flip(1)
+
+
+def test_accuracy_table(rows):
+    table = evaluate.accuracy_table(rows)
+    assert table.index.tolist() == ["clean", *evaluate.ATTACKS, "worst"]
+    assert table.loc["clean", 0.0] == pytest.approx(37 / 40)
+    assert (table.loc["worst"].dropna() <= table.loc["pgd_ce"].dropna()).all()
+
+
+def test_zero_gradient_share(study):
+    model, x, y = study
+    x, y = x[3:], y[3:]
+    assert evaluate.zero_gradient_share(model, x, y, batch_size=10) == 0
+    saturated = nn.Sequential(model, Scale()).eval()
+    assert evaluate.zero_gradient_share(saturated, x, y) > 0.9
+    assert evaluate.zero_gradient_share(saturated, x, y, loss="margin") == 0
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class Scale(nn.Module):
+    def forward(self, logits):
+        return logits * 1e6
+
+
+def test_sanity_passes_on_a_sound_model(rows):
+    table = evaluate.sanity(rows, 0.0)
+    assert len(table) == 5 and table.passed.all(), table.to_string()
+
+
+def test_sanity_flags_masked_gradients(study):
+    model, x, y = study
+    saturated = nn.Sequential(model, Scale()).eval()
+    rows = evaluate.robustness(saturated, x, y, eps_grid=GRID, progress=False)
+    table = evaluate.sanity(rows, evaluate.zero_gradient_share(saturated, x, y)).set_index("check").passed
+    assert not table["cross-entropy finds what the margin loss finds (no masking)"]
+    assert not table["no input gradient is exactly zero"]
+
+
+def test_sanity_flags_weak_attacks():
+    outcomes = {"noise": [3, 2], "fgsm": [2, 1], "pgd_ce": [1, 1]}
+    rows = [
+        {"attack": name, "eps": eps, "image": i, "fooled": i < count}
+        for name, counts in outcomes.items()
+        for eps, count in zip((0.1, 0.2), counts, strict=True)
+        for i in range(4)
+    ]
+    assert not evaluate.sanity(pd.DataFrame(rows)).passed.any()
+
+
+def test_bad_arguments_are_refused(study):
+    model, x, y = study
+    for bad in ({"eps_grid": []}, {"eps_grid": [0.1], "attacks": ("apgd",)}, {"eps_grid": [8]}):
+        with pytest.raises(ValueError, match="eps"):
+            evaluate.robustness(model, x, y, progress=False, **bad)
+
+
+def test_fgsm_rows_agree_with_fgsm_itself(study, rows):
+    model, x, y = study
+    found = rows[(rows.attack == "fgsm") & (rows.eps == GRID[1])].set_index("image").fooled.loc[3:]
+    assert found.tolist() == fgsm(model, x[3:], y[3:], eps=GRID[1]).success.tolist()

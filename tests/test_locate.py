@@ -1,0 +1,154 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from dlia_utils import locate, phantom
+
+SIGNATURE = locate.SOURCES["pneumonia"].signature
+
+
+def make_tree(root: Path, *, without: str = "") -> Path:
+    for part in SIGNATURE:
+        if part != without:
+            (root / part).mkdir(parents=True)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """No data set anywhere: each test puts its own in place."""
+    for name in ("DLIA_DATA", "DLIA_DOWNLOAD", "KAGGLE_KERNEL_RUN_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(locate, "__file__", str(tmp_path / "repository" / "dlia_utils" / "locate.py"))
+
+
+@pytest.fixture
+def quick_phantom(monkeypatch):
+    """A phantom of a few tiny films; returns the list of folders it was written to."""
+    written = []
+
+    def write(root):
+        written.append(root)
+        return phantom.write_pneumonia(root, images={"train": (2, 2), "test": (1, 1)}, size=16)
+
+    source = locate.SOURCES["pneumonia"]
+    monkeypatch.setitem(
+        locate.SOURCES, "pneumonia", locate.Source(source.signature, source.slugs, source.handle, write)
+    )
+    return written
+
+
+@pytest.mark.parametrize("below", ["", "chest_xray", "a/b/chest_xray"])
+def test_argument_may_name_any_folder_above(tmp_path, below):
+    root = make_tree(tmp_path / "told" / below)
+    found = locate.find("pneumonia", str(tmp_path / "told"))
+    assert (found.root, found.origin, found.synthetic) == (root, "argument", False)
+
+
+def test_argument_wins_and_nearest_copy_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLIA_DATA", str(make_tree(tmp_path / "env")))
+    outer = make_tree(tmp_path / "told" / "chest_xray")
+    make_tree(outer / "chest_xray")
+    make_tree(tmp_path / "told" / "__MACOSX")
+    assert locate.find("pneumonia", tmp_path / "told").root == outer
+    assert locate.find("pneumonia").origin == "DLIA_DATA"
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_wrong_path_is_an_error_that_names_it(tmp_path, monkeypatch, by):
+    make_tree(tmp_path / "repository" / "data" / "chest_xray")  # Must not be used instead.
+    wrong = tmp_path / "no such folder"
+    if by == "environment":
+        monkeypatch.setenv("DLIA_DATA", str(wrong))
+    with pytest.raises(locate.DataNotFound, match="no such folder.*train/NORMAL"):
+        locate.find("pneumonia", wrong if by == "argument" else None)
+    wrong.mkdir()
+    with pytest.raises(locate.DataNotFound, match="does not hold pneumonia"):
+        locate.find("pneumonia", wrong if by == "argument" else None)
+
+
+def test_missing_class_folder_is_named(tmp_path):
+    root = make_tree(tmp_path / "told" / "chest_xray", without="test/NORMAL")
+    with pytest.raises(locate.DataNotFound, match="has no test/NORMAL"):
+        locate.find("pneumonia", root.parent)
+
+
+def test_folder_inside_the_data_set_names_the_right_one(tmp_path):
+    root = make_tree(tmp_path / "chest_xray")
+    with pytest.raises(locate.DataNotFound, match="lies inside pneumonia; name .*chest_xray' instead"):
+        locate.find("pneumonia", root / "train")
+
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match="known: pneumonia"):
+        locate.find("pnumonia")
+
+
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "chest-xray-pneumonia/chest_xray",
+        "datasets/paultimothymooney/chest-xray-pneumonia/chest_xray",
+        "datasets/organizations/some-hospital/chest-xray-pneumonia/chest_xray",
+        "a-renamed-copy/archive/chest_xray",
+        "datasets/somebody/a-renamed-copy",
+        "notebooks/somebody/prepared/chest_xray",
+    ],
+)
+def test_kaggle_mounts_of_both_layouts(tmp_path, mount):
+    root = make_tree(tmp_path / "kaggle" / "input" / mount)
+    found = locate.find("pneumonia")
+    assert (found.root, found.origin) == (root, "kaggle")
+
+
+def test_repository_data_folder(tmp_path):
+    root = make_tree(tmp_path / "repository" / "data" / "chest_xray")
+    assert locate.find("pneumonia") == locate.Location("pneumonia", root, "data/", False)
+
+
+def test_half_a_data_set_in_a_usual_place_is_reported(tmp_path, quick_phantom, caplog):
+    make_tree(tmp_path / "repository" / "data" / "chest_xray", without="train/PNEUMONIA")
+    assert locate.find("pneumonia").origin == "phantom"
+    assert "passed over" in caplog.text and "train/PNEUMONIA" in caplog.text
+
+
+def test_phantom_is_written_once_and_marked(quick_phantom, tmp_path):
+    first, second = locate.find("pneumonia"), locate.find("pneumonia")
+    assert first == second and first.synthetic and first.origin == "phantom"
+    assert len(quick_phantom) == 1 and first.root.is_relative_to(tmp_path / "cache")
+    told = locate.find("pneumonia", first.root.parent)
+    assert told.origin == "argument" and told.synthetic  # However it is named, it stays synthetic.
+
+
+def test_half_written_phantom_is_written_again(quick_phantom, tmp_path):
+    folder = tmp_path / "mine"
+    make_tree(folder / "chest_xray")  # Complete to the eye, but without the marker, which is written last.
+    (tmp_path / "mine.part-killed").mkdir()
+    found = locate.find("pneumonia", phantom_dir=folder)
+    assert list(found.root.glob("train/NORMAL/*.jpeg")) and (folder / phantom.MARKER).is_file()
+    assert not list(tmp_path.glob("mine.part-*"))
+
+
+def test_download_only_when_asked_and_never_on_kaggle(tmp_path, monkeypatch, quick_phantom):
+    downloaded = make_tree(tmp_path / "downloaded")
+    monkeypatch.setattr(locate, "_download", lambda dataset: downloaded)
+    assert locate.find("pneumonia").origin == "phantom"
+    assert locate.find("pneumonia", download=True).origin == "kagglehub"
+    monkeypatch.setenv("DLIA_DOWNLOAD", "1")
+    assert locate.find("pneumonia").root == downloaded
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    (tmp_path / "kaggle" / "input").mkdir(parents=True)
+    assert locate.on_kaggle() and locate.find("pneumonia").origin == "phantom"
+
+
+def test_cache_root(tmp_path, monkeypatch):
+    assert locate.cache_root() == tmp_path / "cache"
+    monkeypatch.delenv("DLIA_CACHE")
+    assert locate.cache_root() == Path.home() / ".cache" / "dlia_utils"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert not locate.on_kaggle()  # An environment variable alone is no Kaggle.
+    os.makedirs(tmp_path / "kaggle" / "input")
+    assert locate.cache_root() == tmp_path / "kaggle" / "temp" / "dlia"

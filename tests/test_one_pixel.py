@@ -1,0 +1,113 @@
+"""One-pixel attack: it finds a planted trigger, keeps its budget, and does not depend on the batches."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dlia_utils.attacks import one_pixel
+from dlia_utils.attacks.one_pixel import _three_others
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that threads cost more than they give, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Trigger(nn.Module):
+    """Class 1 when enough pixels of the middle are bright; the margin grows with their brightness."""
+
+    def __init__(self, needed: int = 1) -> None:
+        super().__init__()
+        self.needed = needed
+
+    def forward(self, x):
+        bright = torch.relu(x[:, :, 2:6, 2:6] - 0.9).sum((1, 2, 3)) * 10
+        return torch.stack([torch.full_like(bright, self.needed - 0.5), bright], dim=1)
+
+
+def dark(n: int, channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((n, channels, 8, 8), 0.4), torch.zeros(n, dtype=torch.int64)
+
+
+def random_cnn() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(36, 2),
+    ).eval()
+
+
+@pytest.mark.parametrize(("pixels", "channels"), [(1, 1), (3, 1), (1, 3)])
+def test_planted_trigger_is_found_within_the_budget(pixels, channels):
+    x, y = dark(6, channels)
+    result = one_pixel(Trigger(pixels), x, y, pixels=pixels, population=60, iterations=80)
+    assert result.success.all()
+    assert (result.l0 <= pixels).all() and (result.first_success_step >= 1).all()
+    assert torch.equal(result.queries, 2 + 60 * result.first_success_step)
+
+
+def test_wrong_images_are_not_attacked_and_hopeless_ones_use_the_whole_budget():
+    x, y = dark(2)
+    y[1] = 1  # the model says 0
+    result = one_pixel(Trigger(needed=100), x, y, population=5, iterations=4)
+    assert result.success.tolist() == [False, True]
+    assert result.first_success_step.tolist() == [-1, 0]
+    assert result.queries.tolist() == [2 + 5 * 5, 2]
+    assert torch.equal(result.x_adv[1], x[1])
+
+
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_batch_size_and_company_do_not_matter(pixels):
+    model = random_cnn()
+    x = torch.rand(5, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    options = {"pixels": pixels, "population": 8, "iterations": 4, "seed": 4}
+    whole = one_pixel(model, x, y, batch_size=64, **options)
+    for batch_size in (1, 7):
+        other = one_pixel(model, x, y, batch_size=batch_size, **options)
+        assert torch.equal(other.x_adv, whole.x_adv)
+        assert torch.equal(other.queries, whole.queries)
+    some = torch.tensor([4, 1])
+    alone = one_pixel(model, x[some], y[some], ids=some, **options)
+    assert torch.equal(alone.x_adv, whole.x_adv[some])
+    assert not torch.equal(one_pixel(model, x, y, **(options | {"seed": 5})).x_adv, whole.x_adv)
+
+
+def test_small_eps_and_grey_bound_the_pixel():
+    x, y = torch.rand(4, 1, 8, 8).expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64)
+    result = one_pixel(Trigger(needed=100), x, y, eps=0.1, grey=True, population=6, iterations=3)
+    change = result.x_adv - x
+    assert change.abs().max() <= 0.1 + 1e-6
+    assert torch.equal(change[:, :1].expand_as(change), change)
+
+
+def test_first_population_is_checked():
+    x, y = dark(3)
+    result = one_pixel(Trigger(), x, y, population=200, iterations=0)
+    assert result.success.all() and (result.first_success_step == 1).all()
+
+
+def test_parents_are_three_others():
+    picks = _three_others(np.random.default_rng(0), 7)
+    for member, row in enumerate(picks):
+        assert len({member, *row}) == 4
+    counts = np.bincount(_three_others(np.random.default_rng(0), 500).ravel(), minlength=500)
+    assert counts.max() < 15  # no member is favoured (mean 3)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"population": 3}, {"pixels": 0}, {"f": 0.0}, {"cr": 1.5}, {"batch_size": 0}]
+)
+def test_bad_search_settings_are_refused(bad):
+    x, y = dark(1)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        one_pixel(Trigger(), x, y, **bad)

@@ -1,0 +1,28 @@
+"""The README tells the truth: its tables come from the committed results, its links point at files."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from dlia_utils import published
+
+README = (published.REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_come_from_the_committed_results():
+    assert published.fill(README, published.blocks()) == README, "run: python -m dlia_utils.published"
+
+
+def test_committed_results_are_real_and_complete():
+    results = pd.read_csv(published.REPOSITORY / "results" / "01_pneumonia.csv")
+    assert not results.data.str.contains("SYNTHETIC").any()
+    clean = results[results.attack.eq("clean") & results.metric.eq("accuracy")]
+    assert (clean.n == 624).all(), "the official test split has 624 images"
+    assert results[results.metric.eq("accuracy")][["ci_low", "ci_high"]].notna().all(axis=None)
+    assert not results.duplicated(["model", "attack", "eps", "eps_unit", "metric"]).any()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:|#)([^)#]+)", README))
+def test_links_point_at_files(link):
+    assert (published.REPOSITORY / link).exists()

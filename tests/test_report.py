@@ -1,0 +1,110 @@
+"""Result rows, the results file, paired tables, verdict and figures on hand-made numbers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from dlia_utils import report
+
+
+@dataclass
+class FakeConfig:
+    """The fields of a Config that report reads."""
+
+    run_dir: Path
+    notebook: str = "01_pneumonia_robustness"
+    seed: int = 0
+    size: int = 48
+    epochs: int = 2
+    profile: str = "smoke"
+    data_name: str = "pneumonia (SYNTHETIC)"
+    synthetic: bool = True
+    headline_eps: float = 4 / 255
+    settings: dict = field(default_factory=dict)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return FakeConfig(tmp_path)
+
+
+def rows(config, model, attack, eps, value, **labels):
+    table = pd.DataFrame([{"metric": "accuracy", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, "n": 9}])
+    return report.result_rows(table, config, model=model, attack=attack, eps=eps, weights="random", **labels)
+
+
+def test_rows_carry_data_profile_and_hardware(config):
+    row = rows(config, "baseline", "worst", 4 / 255, 0.5).iloc[0]
+    assert list(row.index) == list(report.RESULT_COLUMNS)
+    assert row["data"] == "pneumonia (SYNTHETIC)" and row["profile"] == "smoke" and row["hardware"]
+
+
+def test_update_replaces_the_same_row_and_keeps_others(config):
+    path = config.run_dir / "results.csv"
+    report.update_results(pd.concat([rows(config, "a", "worst", 0.1, 0.5), rows(config, "b", "worst", 0.1, 0.6)]), path)
+    merged = report.update_results(rows(config, "a", "worst", 0.1, 0.7), path)
+    assert merged.set_index("model")["value"].to_dict() == {"b": 0.6, "a": 0.7}
+    assert len(pd.read_csv(path)) == 2
+
+
+def test_incomplete_rows_are_refused(config):
+    with pytest.raises(ValueError, match="lack the columns"):
+        report.update_results(pd.DataFrame({"model": ["a"]}), config.run_dir / "results.csv")
+
+
+def per_image(fooled_clean, fooled_worst):
+    image = np.arange(len(fooled_clean))
+    clean = pd.DataFrame({"attack": "clean", "eps": 0.0, "image": image, "fooled": fooled_clean})
+    return pd.concat([clean, pd.DataFrame({"attack": "worst", "eps": 4 / 255, "image": image, "fooled": fooled_worst})])
+
+
+def test_paired_tests_count_discordant_images(config):
+    tables = {"baseline": per_image([0] * 8, [1] * 8), "good": per_image([0] * 7 + [1], [0] * 6 + [1] * 2)}
+    paired = report.paired_tests(tables, eps=4 / 255, reference="baseline").set_index("condition")
+    worst = paired.loc["worst case 4/255"]
+    assert (worst["only_model_right"], worst["only_reference_right"]) == (6, 0)
+    assert worst["p"] == pytest.approx(2 / 2**6)
+    assert paired.loc["clean", "p"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("margin", "zeros", "words"), [(0.60, 0.0, "holds"), (0.05, 0.9, "Masked gradients"), (0.60, 0.9, "Masked gradients")]
+)
+def test_verdict_never_trusts_a_masked_gradient(config, margin, zeros, words):
+    table = pd.concat(
+        [rows(config, "baseline", a, 4 / 255, 0.02) for a in ("worst", "pgd_ce", "pgd_margin")]
+        + [rows(config, "defended", a, 4 / 255, v) for a, v in
+           (("worst", margin), ("pgd_ce", 0.62), ("pgd_margin", margin))]
+    )  # fmt: skip
+    masking = report.masking_table(
+        table, pd.DataFrame({"zero_gradients": {"baseline": 0.0, "defended": zeros}}), eps=4 / 255
+    )
+    paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p": 1e-6}])
+    text = report.verdict(table, masking, paired, config)
+    assert words in text and "Synthetic images" in text
+
+
+def test_figures_are_drawn_and_say_what_data(config):
+    images = np.random.default_rng(0).random((4, 1, 8, 8))
+    labels, p = np.array([0, 1, 0, 1]), np.array([0.2, 0.8, 0.6, 0.7])
+    results = pd.concat([rows(config, "a", "clean", 0.0, 0.9), rows(config, "a", "worst", 4 / 255, 0.4)])
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_auc": [0.6, 0.7]})
+    masking = pd.DataFrame({"pgd_ce": [0.5], "pgd_margin": [0.1], "zero_gradients": [0.3]}, index=["a"])
+    figures = {
+        "samples": report.figure_samples(images, list("abcd"), config),
+        "history": report.figure_history({"a": history}, config),
+        "roc": report.figure_roc(labels, {"a": p}, config),
+        "confusion": report.figure_confusion(labels, {"a": p > 0.5}, ("NORMAL", "PNEUMONIA"), config),
+        "eps": report.figure_accuracy_vs_eps(results, config, attack="worst"),
+        "masking": report.figure_masking(masking, config),
+        "adversarial": report.figure_adversarial(images, {"pgd": images + 0.01}, [{}] * 4, config),
+    }
+    for name, figure in figures.items():
+        assert isinstance(figure, Figure)
+        words = " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+        assert "SYNTHETIC" in words, name
+        assert report.save_figure(figure, config, name).stat().st_size > 2000
