@@ -20,14 +20,16 @@ def train_transform(
     flip: float = 0.5,
     rotate: float = 5.0,
     shift: float = 0.05,
-    scale: float = 0.1,
-    brightness: float = 0.2,
-    contrast: float = 0.2,
+    zoom: float = 0.15,
+    exposure: float = 0.2,
+    blur: float = 0.2,
 ) -> A.Compose:
-    """Random flip, rotation up to `rotate` degrees, shift and zoom by shares of the side, brightness, contrast.
+    """Random flip, rotation in degrees, shift and zoom by shares of the side, exposure, and (p = `blur`) softness.
 
-    Flip and rotation are those of the original study; the rest stands for other machines and exposures. Corners
-    are filled by reflection, so they show no black edge.
+    Flip and rotation are those of the original study. Zoom differs along the two axes: squashing films to a
+    square turns their format, which differs between the classes here, into a distortion that could be learnt.
+    Exposure (brightness, contrast, gamma) and softness stand for other machines. Corners are filled by
+    reflection, so they show no black edge. Input and output: uint8 [H,W], the same for every class.
     """
     return A.Compose(
         [
@@ -35,11 +37,13 @@ def train_transform(
             A.Affine(
                 rotate=(-rotate, rotate),
                 translate_percent=(-shift, shift),
-                scale=(1 - scale, 1 + scale),
+                scale=(1 - zoom, 1 + zoom),
                 border_mode=cv2.BORDER_REFLECT_101,
                 p=1,
             ),
-            A.RandomBrightnessContrast(brightness_limit=brightness, contrast_limit=contrast, p=0.8),
+            A.RandomBrightnessContrast(brightness_limit=exposure, contrast_limit=exposure, p=0.8),
+            A.RandomGamma(gamma_limit=(70, 140), p=0.5),
+            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=blur),
         ]
     )
 

@@ -229,6 +229,7 @@ def execute(
         papermill.execute_notebook(
             str(path), str(out), parameters=dict(parameters or {}), cwd=str(cwd or Path(path).parent),
             kernel_name="python3", progress_bar=progress,
+            extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn about local TCP
         )  # fmt: skip
     return out
 
@@ -434,6 +435,8 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
         yield "the bootstrap cell differs from dlia_utils.notebooks.BOOTSTRAP: run `notebooks build`"
     if _literals(code[1].source) != list(PARAMETERS):
         yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)}, in this order"
+    if any(line.count("=") > 1 for line in code[1].source.splitlines()):
+        yield "papermill cannot read a parameter whose comment holds '=': write it in other words"
     if "print(" not in code[2].source:
         yield "the config cell must print the resolved configuration"
     if "import " not in code[3].source:

@@ -149,7 +149,8 @@ def train_model(
     options = {
         "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "schedule": config.schedule,
         "patience": config.patience, "max_minutes": config.max_minutes, "num_workers": config.num_workers,
-        "seed": config.seed, "resume": config.resume, "config": study.key | {"model": name},
+        "seed": config.seed, "monitor": "val_accuracy", "resume": config.resume,
+        "config": study.key | {"model": name},
     } | overrides  # fmt: skip
     train_set, val_set = study.torch_set("train", augmented=True), study.torch_set("val")
     log_file = config.run_dir / name / "metrics.csv"

@@ -31,6 +31,7 @@ from dlia_utils.objectives import Objective, evaluating
 
 FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
+MEASURED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc")
 NAN_CHECK_EVERY = 50  # steps; reading a number from a GPU waits for it
 
 log = logging.getLogger("dlia_utils")
@@ -155,6 +156,8 @@ def fit(
     }  # fmt: skip
     settings = json.loads(json.dumps(settings, default=str))
     _check(settings, resume)
+    if val_metric is None and monitor not in MEASURED:
+        raise ValueError(f"monitor={monitor!r} is not measured; there are {', '.join(MEASURED)}")
     with _random_state_kept():
         run = _Run(model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric)
         run.start(resume)

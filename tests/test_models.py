@@ -1,4 +1,4 @@
-"""Models: the door in [0, 1], weights from files, spectral normalisation, and files that load strictly or not."""
+"""Models: the door in [0, 1], weights from files, spectral normalisation, files that load strictly or not."""
 
 import copy
 

@@ -117,6 +117,7 @@ def test_a_good_notebook_has_no_fault(tiny_fresh):
         ('tags=["imports"]', "", "code cell 4 must be tagged 'imports'"),
         ('PROFILE = "auto"', 'PROFILE = "auto".lower()', "must assign literals"),
         ("RESUME = True", "RESUME = True\nEXTRA = 1", "must assign literals"),
+        ("RESUME = True", "RESUME = True  # True = go on", "papermill cannot read"),
         ('print("profile", PROFILE)', "PROFILE", "must print the resolved configuration"),
         ("value = 6 * 7", "value = 6 *", "is not plain Python"),
         ("value = 6 * 7", "%matplotlib inline", "is not plain Python"),

@@ -124,5 +124,4 @@ def _climb(
             rows, y, points, gradient, lower, upper = (
                 t[~fooled] for t in (rows, y, points, gradient, lower, upper)
             )
-        # In place, on memory this step owns: at large sizes the copies would cost a few per cent.
         points = (points + step_size * c.ascent_sign(gradient, grey)).clamp_(lower, upper)
