@@ -9,6 +9,10 @@ PROFILE = smoke
 # The environment is made anew when what it must contain changes.
 STAMP := $(VENV)/.installed-$(shell cat requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
+# The peer libraries want old packages: they get an environment of their own that sees ours behind it.
+BENCH := $(VENV)/bench
+SITE  := import sysconfig; print(sysconfig.get_path("purelib"))
+
 # PyTorch on CPU returns its large buffers to the system after every operation; keeping them is 2 to 5 times faster.
 export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 export NO_ALBUMENTATIONS_UPDATE := 1
@@ -37,8 +41,10 @@ notebooks: $(STAMP)  ## rebuild the committed notebooks from notebooks/src, with
 	$(BIN)/python -m dlia_utils notebooks refresh $(NB)
 
 bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -r benchmarks/requirements.txt
-	$(BIN)/python benchmarks/run.py
+	$(PYTHON) -m venv $(BENCH)
+	$(BIN)/python -c '$(SITE)' > "$$($(BENCH)/bin/python -c '$(SITE)')/main.pth"
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q --no-warn-conflicts -r benchmarks/requirements.txt
+	$(BENCH)/bin/python benchmarks/run.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -32,6 +32,7 @@ _PNEUMONIA: dict[str, Any] = {
     "size": 224,
     "per_class": None,  # None = every image; a number = a stratified sample per split and class
     "width": 1.0,  # MobileNetV2 width multiplier
+    "stages": 7,  # of MobileNetV2's seven stages
     "pretrained": True,
     "epochs": 25,
     "batch_size": 32,
@@ -76,15 +77,18 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "smoke": _PNEUMONIA
         | {
             "size": 48,
-            "per_class": 48,
-            "width": 0.25,
+            "per_class": 96,
+            "width": 0.5,
+            "stages": 3,
             "pretrained": False,
-            "epochs": 2,
+            "epochs": 12,
             "batch_size": 16,
+            "lr": 3e-3,
             "num_workers": 0,
             "max_minutes": 5.0,
+            "at_eps": 1 / 255,
             "at_steps": 2,
-            "at_step_size": 2.8 / 255,
+            "at_step_size": 0.7 / 255,
             "eps_grid": tuple(k / 255 for k in (1, 4)),
             "seed_eps_grid": (0.01, 0.1),
             "pgd_steps": 3,
@@ -145,6 +149,19 @@ class Config:
         ]
         width = max(map(len, lines))
         return "\n".join(["=" * width, *lines, "=" * width])
+
+
+def settings_text(config: Config) -> str:
+    """Every resolved setting, one a line."""
+    return "\n".join(f"{name:20} {_text(value, name)}" for name, value in config.settings.items())
+
+
+def _text(value: Any, name: str) -> str:
+    """A setting as people write it: eps and its steps as k/255."""
+    if isinstance(value, tuple):
+        return ", ".join(_text(part, name) for part in value)
+    in_pixels = isinstance(value, float) and name in ("at_eps", "at_step_size", "eps_grid", "headline_eps")
+    return f"{value * 255:.3g}/255" if in_pixels else str(value)
 
 
 def pick_device() -> tuple[str, str]:

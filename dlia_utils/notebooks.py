@@ -417,7 +417,8 @@ def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
         yield f"metadata {key!r} does not belong into a committed notebook"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if stale := [cell.id for cell in code if cell.metadata.get("source_hash") != source_hash(cell.source)]:
-        yield f"code changed since it was executed: run `notebooks refresh` (cells {', '.join(stale)})"
+        named = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
+        yield f"code changed since it was executed: run `notebooks refresh` ({named})"
     elif [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         yield "cells were not executed once each, from top to bottom: run `notebooks refresh`"
 

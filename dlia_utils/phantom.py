@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import expit
 
-VERSION = 1  # Raise it when the pictures change: a phantom written by an older version is then not reused.
+VERSION = 2  # Raise it when the pictures change: a phantom written by an older version is then not reused.
 MARKER = "SYNTHETIC.txt"
 IMAGES = {"train": (96, 144), "val": (8, 8), "test": (24, 40)}
 
@@ -194,9 +194,9 @@ def _opacities(rng: np.random.Generator, air: np.ndarray) -> np.ndarray:
     fluid = np.zeros_like(air)
     for place in rng.choice(places, size=rng.integers(1, 4)):
         row, column = divmod(int(place), size)
-        wide, tall = rng.uniform(0.13, 0.30), rng.uniform(0.13, 0.32)
+        wide, tall = rng.uniform(0.16, 0.34), rng.uniform(0.16, 0.36)
         cloud = np.exp(-(((x - x[row, column]) / wide) ** 2) - ((y - y[row, column]) / tall) ** 2)
-        fluid += rng.uniform(0.5, 1.0) * cloud
+        fluid += rng.uniform(0.7, 1.2) * cloud
     patchy = np.clip(1 + 0.35 * _smooth_noise(rng, size, 14), 0, 2)
     return np.clip(fluid * patchy, 0, 0.95) * (air > 0)
 

@@ -20,7 +20,7 @@ RESULT_COLUMNS = (
     "seed", "size", "epochs", "weights", "profile", "data", "hardware",
 )  # fmt: skip
 
-COLORS = ("#1b4965", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#a3a3a3")
+COLORS = ("#1b4965", "#d1495b", "#edae49", "#e07b39", "#8d6a9f", "#2a9d5c", "#8a8a8a")
 
 
 def result_rows(table: pd.DataFrame, config: Config, *, weights: str = "", **labels) -> pd.DataFrame:
@@ -92,18 +92,19 @@ def one_pixel_table(results: pd.DataFrame) -> pd.DataFrame:
                               sort=False).reset_index()  # fmt: skip
 
 
-def zero_gradient_rows(zeros: pd.DataFrame, study: Study) -> pd.DataFrame:
-    """Result rows of the zero-gradient shares; `zeros` is indexed by model."""
-    table = pd.DataFrame({"model": zeros.index, "metric": "zero_gradient_share", "value": zeros["zero_gradients"],
+def zero_gradient_rows(shares: Mapping[str, float], study: Study) -> pd.DataFrame:
+    """Result rows of the share of images with an exactly zero input gradient, by model."""
+    table = pd.DataFrame({"model": shares.keys(), "metric": "zero_gradient_share", "value": shares.values(),
                           "n": len(study.rows("test"))})  # fmt: skip
     return result_rows(table, study.config, weights=weights_label(study.config), attack="cross-entropy gradient")
 
 
-def masking_table(results: pd.DataFrame, zeros: pd.DataFrame, *, eps: float) -> pd.DataFrame:
+def masking_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
     """Per model: accuracy under PGD with both losses at `eps`, their gap, and the share of zero gradients."""
     near = results[np.isclose(results.eps, eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
     table = near.pivot_table(index="model", columns="attack", values="value", sort=False)[["pgd_ce", "pgd_margin"]]
-    return table.assign(gap=table.pgd_ce - table.pgd_margin, zero_gradients=zeros["zero_gradients"])
+    zeros = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"]
+    return table.assign(gap=table.pgd_ce - table.pgd_margin, zero_gradients=zeros)
 
 
 def paired_tests(per_image: Mapping[str, pd.DataFrame], *, eps: float, reference: str) -> pd.DataFrame:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +97,7 @@ def _split(dataset: datasets.Dataset, config: Config) -> datasets.Dataset:
 def build_model(config: Config) -> models.PixelModel:
     """A fresh MobileNetV2 of the profile's width, on the run's device, from the run's starting weights."""
     weights = starting_weights(config)
-    model = models.mobilenet_v2(width=config.width, weights=weights, seed=config.seed)
+    model = models.mobilenet_v2(width=config.width, stages=config.stages, weights=weights, seed=config.seed)
     return model.to(config.device)
 
 
@@ -158,7 +156,8 @@ def train_model(
     fitted = train.fit(model, objective, train_set, val_set, run_dir=log_file.parent, **options)
     if len(fitted.history) != epochs_before:
         # Tables of an older state of this model would be read back as if they were its own.
-        shutil.rmtree(config.run_dir / "tables", ignore_errors=True)
+        for table in (config.run_dir / "tables").glob(f"*_{name}.csv"):
+            table.unlink()
     return fitted
 
 
@@ -172,12 +171,15 @@ def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelMod
         path = config.run_dir / name / "best.pt"
         if not path.exists():
             raise FileNotFoundError(f"model {name!r} is not in {path.parent}: run the section 'Training' first")
-        loaded[name] = models.load(path, partial(models.mobilenet_v2, width=config.width)).to(config.device).eval()
+        loaded[name] = models.load(path).to(config.device)
     return loaded
 
 
 def stored(study: Study, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Read table `name` of this run, or compute it and keep it: a cut-off run goes on where it stopped."""
+    """Read table `name` of this run, or compute it and keep it: a cut-off run goes on where it stopped.
+
+    A table about one model must end in `_MODEL`: training that model further then removes it.
+    """
     path = study.config.run_dir / "tables" / f"{name}.csv"
     if not (path.exists() and study.config.resume):
         files.write_csv(compute(), path)

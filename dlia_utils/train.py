@@ -134,7 +134,7 @@ def fit(
     in one step after every epoch. With `resume=True` a killed run goes on from its last whole epoch, on one
     CPU process to bit-equal weights, and a finished run returns at once; a run made with other settings or
     another `config` is refused unless `resume="force"`; `resume=False` starts anew. With `max_minutes` no
-    epoch is begun that would not end in time. The caller's random state is left as found.
+    epoch after the first is begun that would not end in time. The caller's random state is left as found.
 
     The model ends in eval mode, on the device of the training. Raises: ValueError (arguments, a run of other
     settings), FloatingPointError (the loss is no longer finite).
@@ -279,6 +279,10 @@ class _Run:
             if (step + 1) % NAN_CHECK_EVERY == 0 or step + 1 == len(self.loader):
                 self._check_finite(sums[0].item(), epoch, step)
             bar.update()
+        if self.accelerator.num_processes > 1:
+            # The running statistics of the last batch differ between processes; the main one's are saved.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         loss, right, images = self.accelerator.reduce(sums, "sum").tolist()
         return {"lr": rate, "train_loss": loss / images, "train_accuracy": right / images}
 
@@ -335,10 +339,10 @@ class _Run:
         return stale or state.epoch >= self.settings["epochs"]
 
     def _out_of_time(self, begun: float, max_minutes: float | None) -> bool:
-        if max_minutes is None:
-            return False
+        if max_minutes is None or not self.progress.history:
+            return False  # one epoch at least: there is always a best.pt
         # Real epochs were seen to vary by a quarter.
-        next_epoch = 1.25 * max((row["seconds"] for row in self.progress.history[-3:]), default=0.0)
+        next_epoch = 1.25 * max(row["seconds"] for row in self.progress.history[-3:])
         (late,) = broadcast_object_list([time.monotonic() - begun + next_epoch > 60 * max_minutes])
         return late
 
@@ -489,6 +493,8 @@ def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
     # is_bf16_supported() also says yes where bf16 is emulated (T4), hence the capability.
     precision = ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16") if half else "no"
     return Accelerator(
+        # Without this the processes of torchrun on CPUs would ignore each other.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),

@@ -80,9 +80,9 @@ def test_verdict_never_trusts_a_masked_gradient(config, margin, zeros, words):
         + [rows(config, "defended", a, 4 / 255, v) for a, v in
            (("worst", margin), ("pgd_ce", 0.62), ("pgd_margin", margin))]
     )  # fmt: skip
-    masking = report.masking_table(
-        table, pd.DataFrame({"zero_gradients": {"baseline": 0.0, "defended": zeros}}), eps=4 / 255
-    )
+    shares = pd.DataFrame({"model": ["baseline", "defended"], "metric": "zero_gradient_share", "value": [0.0, zeros]})
+    table = pd.concat([table, report.result_rows(shares, config)])
+    masking = report.masking_table(table, eps=4 / 255)
     paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p": 1e-6}])
     text = report.verdict(table, masking, paired, config)
     assert words in text and "Synthetic images" in text

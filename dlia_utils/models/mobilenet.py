@@ -16,12 +16,20 @@ from dlia_utils.models.wrap import PixelModel
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HEAD = ("classifier.1.weight", "classifier.1.bias")
+STAGES = (  # the paper's table 2: expansion, channels, blocks, first stride
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+)  # fmt: skip
 
 log = logging.getLogger("dlia_utils")
 
 
 def mobilenet_v2(
-    *, num_classes: int = 2, width: float = 1.0, weights: str | Path | None = None, seed: int = 0
+    *,
+    num_classes: int = 2,
+    width: float = 1.0,
+    stages: int = len(STAGES),
+    weights: str | Path | None = None,
+    seed: int = 0,
 ) -> PixelModel:
     """MobileNetV2 that takes images in [0, 1] (Sandler et al. 2018, arXiv 1801.04381).
 
@@ -37,16 +45,21 @@ def mobilenet_v2(
     >>> model.eval()(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 2])
     """
+    if not 1 <= stages <= len(STAGES):
+        raise ValueError(f"stages must be 1 to {len(STAGES)}, got {stages}")
     # The caller's random stream stays as it is: the same seed gives the same start wherever the call stands.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = torchvision_mobilenet_v2(num_classes=num_classes, width_mult=width)
+        kept = [list(stage) for stage in STAGES[:stages]]
+        backbone = torchvision_mobilenet_v2(
+            num_classes=num_classes, width_mult=width, inverted_residual_setting=kept
+        )
     if weights is None:
         log.info("MobileNetV2: random weights, seed %d", seed)
     else:
         state, origin = _read_weights(weights)
         _load_weights(backbone, state, origin)
-    recipe = {"name": "mobilenet_v2", "num_classes": num_classes, "width": width}
+    recipe = {"name": "mobilenet_v2", "num_classes": num_classes, "width": width, "stages": stages}
     return PixelModel(backbone, IMAGENET_MEAN, IMAGENET_STD, recipe=recipe)
 
 

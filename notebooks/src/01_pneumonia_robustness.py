@@ -27,27 +27,35 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
-DATA_DIR = ""  # "" = find the data set; else the folder that holds chest_xray
-RUN_NAME = ""  # "" = profile and kind of data
-RESUME = True  # True = go on where a run stopped, False = start anew, "force" = ignore other settings
+DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray
+RUN_NAME = ""  # empty: profile and kind of data
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
 
 # %% tags=["config"]
 from dlia_utils import config as dlia_config
 
 config = dlia_config.resolve("01_pneumonia_robustness", PROFILE, DATA_DIR, RUN_NAME, RESUME)
 print(config.banner())
-print("\n".join(f"{name:20} {value}" for name, value in config.settings.items()))
+print(dlia_config.settings_text(config))
 
 # %% tags=["imports"]
 import numpy as np
 import pandas as pd
-import torch
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from dlia_utils import datasets, files, metrics, objectives, report, split, train
-from dlia_utils.attacks import evaluate, fgsm, noise, one_pixel, pgd, seed_eps
+from dlia_utils.attacks import evaluate, fgsm, one_pixel, pgd, seed_eps
 from dlia_utils.models.fold import fast_copy
-from dlia_utils.study import attack_subset, load_models, open_study, stored, test_opened, train_model, weights_label
+from dlia_utils.models.mobilenet import IMAGENET_STD
+from dlia_utils.study import (
+    attack_subset,
+    load_models,
+    open_study,
+    stored,
+    test_opened,
+    train_model,
+    weights_label,
+)
 
 MODELS = ["baseline", "lipschitz", *(f"distilled_T{t:g}" for t in config.temperatures), "papernot", "pgd_at"]
 RESULTS = config.run_dir / "results.csv"
@@ -108,13 +116,15 @@ fitted.history.tail(3).round(4)
 # %% [markdown]
 # **Lipschitz model.** Spectral normalisation divides every convolution and linear layer by (an estimate of) its
 # largest singular value, and a penalty $\lambda\,\|\nabla_x \max_k p_k(x)\|_2^2$ with $\lambda = 0.05$ flattens the
-# output around each image. Two remarks before you trust the name: the norm is that of the *reshaped* kernel,
+# output around each image (the gradient is taken in the normalised units of the original study). Two remarks before you trust the name: the norm is that of the *reshaped* kernel,
 # not of the convolution, and batch normalisation multiplies it right back. Nothing here bounds the network's
 # Lipschitz constant; what is left is a regulariser.
 
 # %%
 study = open_study(config)
-penalised = objectives.lipschitz(penalty=config.lipschitz_penalty, weight=study.class_weights())
+penalised = objectives.lipschitz(
+    penalty=config.lipschitz_penalty, input_std=IMAGENET_STD, weight=study.class_weights()
+)
 fitted = train_model(study, "lipschitz", penalised, spectral=True)
 fitted.history.tail(3).round(4)
 
@@ -199,7 +209,7 @@ clean = pd.concat([
 ])  # fmt: skip
 report.update_results(clean, RESULTS)
 table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()])
-table.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False)
+table.pivot_table(index="metric", columns="model", values="cell", aggfunc="first", sort=False)
 
 # %% [markdown]
 # Precision, recall and F1 are macro averages over both classes, as in the original study. Sensitivity is the
@@ -316,17 +326,15 @@ report.results_table(near)
 study = open_study(config)
 trained, rows = load_models(study, MODELS), study.rows("test")
 test_opened(study, "share of zero gradients")
-
-
-def zero_shares():
-    images, labels = study.images(rows), study.labels(rows)
-    shares = {name: evaluate.zero_gradient_share(m, images, labels) for name, m in trained.items()}
-    return pd.DataFrame({"model": shares.keys(), "zero_gradients": shares.values()})
-
-
-zeros = stored(study, "zero_gradients", zero_shares).set_index("model")
-results = report.update_results(report.zero_gradient_rows(zeros, study), RESULTS)
-masking = report.masking_table(results, zeros, eps=config.headline_eps)
+images, labels = study.images(rows), study.labels(rows)
+shares = {}
+for name, model in trained.items():
+    table = stored(study, f"zero_gradients_{name}", lambda m=model: pd.DataFrame(
+        {"share": [evaluate.zero_gradient_share(m, images, labels, batch_size=config.attack_batch)]}
+    ))  # fmt: skip
+    shares[name] = table["share"].item()
+results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
+masking = report.masking_table(results, eps=config.headline_eps)
 masking.round(3)
 
 # %%
@@ -342,7 +350,7 @@ figure
 # %%
 checks = {
     name: evaluate.sanity(pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv"),
-                          zero_share=zeros.loc[name, "zero_gradients"])
+                          zero_share=masking.loc[name, "zero_gradients"])
     for name in MODELS
 }  # fmt: skip
 pd.concat(checks, names=["model"]).reset_index("model")[["model", "check", "passed", "detail"]]
@@ -424,9 +432,9 @@ paired
 # shows.
 
 # %%
-zeros = pd.read_csv(config.run_dir / "tables" / "zero_gradients.csv").set_index("model")
-masking = report.masking_table(pd.read_csv(RESULTS), zeros, eps=config.headline_eps)
-Markdown(report.verdict(pd.read_csv(RESULTS), masking, paired, config))
+results = pd.read_csv(RESULTS)
+masking = report.masking_table(results, eps=config.headline_eps)
+Markdown(report.verdict(results, masking, paired, config))
 
 # %% [markdown]
 # ## Results and files
