@@ -15,6 +15,8 @@ SITE  := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # PyTorch on CPU returns its large buffers to the system after every operation; keeping them is 2 to 5 times faster.
 export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+# A thread that waits for another must sleep: on a busy machine spinning ones cost up to ten times the work itself.
+export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 ifneq ($(strip $(DATA)),)
 export DLIA_DATA := $(DATA)

@@ -116,10 +116,11 @@ class Config:
     settings: dict[str, Any] = field(repr=False)
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are not fields; "settings" itself must not recurse while unpickling.
-        if name != "settings" and not name.startswith("__") and name in self.settings:
-            return self.settings[name]
-        raise AttributeError(f"no setting {name!r} in profile {self.profile!r} of {self.notebook}")
+        # Reached only for names that are not fields; while unpickling there are no fields yet, hence __dict__.
+        settings = self.__dict__.get("settings", {})
+        if name not in settings:
+            raise AttributeError(f"no setting {name!r}; there are: {', '.join(settings)}")
+        return settings[name]
 
     @property
     def synthetic(self) -> bool:

@@ -319,7 +319,7 @@ def figure_adversarial(
     `clean` [N,1,H,W], each entry of `attacked` the same shape. One row an image.
     """
     columns = ["clean"] + [part for name in attacked for part in (name, f"{name} - clean")]
-    figure, axes = _axes(len(columns), rows=len(clean), width=1.9, height=2.15)
+    figure, axes = _axes(len(columns), rows=len(clean), width=1.7, height=1.95)
     for row in range(len(clean)):
         for axis, column in zip(axes[row], columns, strict=True):
             source = attacked.get(column.removesuffix(" - clean"), clean)

@@ -116,9 +116,9 @@ fitted.history.tail(3).round(4)
 # %% [markdown]
 # **Lipschitz model.** Spectral normalisation divides every convolution and linear layer by (an estimate of) its
 # largest singular value, and a penalty $\lambda\,\|\nabla_x \max_k p_k(x)\|_2^2$ with $\lambda = 0.05$ flattens the
-# output around each image (the gradient is taken in the normalised units of the original study). Two remarks before you trust the name: the norm is that of the *reshaped* kernel,
-# not of the convolution, and batch normalisation multiplies it right back. Nothing here bounds the network's
-# Lipschitz constant; what is left is a regulariser.
+# output around each image (gradient in the normalised units of the original study). Two remarks before you
+# trust the name: the norm is that of the *reshaped* kernel, not of the convolution, and batch normalisation
+# multiplies it right back. Nothing here bounds the network's Lipschitz constant; what is left is a regulariser.
 
 # %%
 study = open_study(config)
@@ -401,7 +401,7 @@ report.one_pixel_table(results)
 # %%
 study = open_study(config)
 trained = load_models(study, ["baseline", "pgd_at"])
-rows = attack_subset(study, 2)
+rows = attack_subset(study, 1)
 x, y = study.images(rows), study.labels(rows)
 attacked, captions = {}, [{"clean": study.dataset.classes[label]} for label in y.tolist()]
 for name, model in trained.items():

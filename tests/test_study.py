@@ -1,0 +1,110 @@
+"""What the sections of a notebook share, on the phantom in a run folder of its own."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dlia_utils import config as dlia_config
+from dlia_utils import datasets, objectives, study
+
+NOTEBOOK = "01_pneumonia_robustness"
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "epochs", 1)
+    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", 12)
+    return study.open_study(dlia_config.resolve(NOTEBOOK, "smoke"))
+
+
+def test_splits_are_disjoint_and_patients_do_not_cross(opened):
+    rows = {name: opened.rows(name) for name in ("train", "val", "test")}
+    assert sum(map(len, rows.values())) == len(opened.dataset.manifest)
+    assert not set(opened.patients(rows["train"])) & set(opened.patients(rows["val"]))
+    images, labels = opened.images(rows["val"]), opened.labels(rows["val"])
+    assert images.shape == (len(rows["val"]), 1, 48, 48) and 0 <= images.min() and images.max() <= 1
+    assert labels.dtype == torch.int64 and set(labels.tolist()) == {0, 1}
+
+
+def test_class_weights_balance_the_loss(opened):
+    counts = np.bincount(opened.labels(opened.rows("train")).numpy())
+    assert np.allclose(counts * np.array(opened.class_weights()), counts.sum() / 2)
+
+
+def test_only_training_images_are_augmented(opened):
+    plain, augmented = opened.torch_set("train"), opened.torch_set("train", augmented=True)
+    assert torch.equal(plain[0][0], opened.images([plain[0][2]])[0])
+    assert not torch.equal(plain[0][0], augmented[0][0])
+
+
+def test_a_finished_model_is_read_back_and_loads(opened):
+    weights = opened.class_weights()
+    first = study.train_model(opened, "baseline", objectives.cross_entropy(weight=weights), progress=False)
+    again = study.train_model(opened, "baseline", objectives.cross_entropy(weight=weights), progress=False)
+    assert first.status == again.status == "done"
+    pd.testing.assert_frame_equal(first.history, again.history)
+    model = study.load_models(opened, ["baseline"])["baseline"]
+    assert not model.training and model(opened.images([0])).shape == (1, 2)
+
+
+def test_a_model_that_was_not_trained_names_the_section(opened):
+    with pytest.raises(FileNotFoundError, match="'Training' first"):
+        study.load_models(opened, ["nobody"])
+
+
+def test_tables_are_kept_until_their_model_is_trained_further(opened):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return pd.DataFrame({"value": [0.5]})
+
+    for _ in range(2):
+        assert study.stored(opened, "robust_baseline", compute)["value"].item() == 0.5
+    study.stored(opened, "robust_other", compute)
+    assert len(calls) == 2
+    study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
+    tables = {path.name for path in (opened.config.run_dir / "tables").iterdir()}
+    assert tables == {"robust_other.csv"}
+
+
+def test_every_opening_of_the_test_split_is_logged(opened):
+    study.test_opened(opened, "first")
+    log = study.test_opened(opened, "second")
+    assert log["purpose"].tolist() == ["first", "second"] and log["split"].nunique() == 1
+
+
+def test_attack_subset_is_balanced_and_fixed(opened):
+    rows = study.attack_subset(opened, 3)
+    assert opened.labels(rows).bincount().tolist() == [3, 3]
+    assert set(rows) <= set(opened.rows("test"))
+    assert np.array_equal(rows, study.attack_subset(opened, 3))
+
+
+def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
+    tree = tmp_path / "data" / "chest_xray"
+    for split, name in [(s, c) for s in ("train", "test") for c in ("NORMAL", "PNEUMONIA")]:
+        (tree / split / name).mkdir(parents=True)
+        (tree / split / name / "person1_virus_1.jpeg").write_bytes(b"")
+    config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "bad")
+    with pytest.raises(datasets.BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
+        study.open_study(config)
+
+
+def test_starting_weights_are_said_and_kept(opened, monkeypatch):
+    assert study.weights_label(opened.config) == "random"
+    monkeypatch.setitem(opened.config.settings, "pretrained", True)
+    (opened.config.run_dir / "weights.txt").unlink()
+
+    def offline(**_):
+        raise RuntimeError("no internet")
+
+    monkeypatch.setattr(study.models, "mobilenet_v2", offline)
+    assert study.starting_weights(opened.config) is None, "offline: goes on from random weights and says so"
+    (opened.config.run_dir / "weights.txt").write_text("file some.pth")
+    monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
+    with pytest.raises(FileNotFoundError, match="set DLIA_WEIGHTS"):
+        study.starting_weights(opened.config)
