@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "at_step_size": 2.8 / 255,
             "pgd_steps": 10,
             "eps_grid": tuple(k / 255 for k in (0.5, 1, 2, 4, 8)),
-            "one_pixel_per_class": 12,
+            "one_pixel_per_class": 8,
         },
         "smoke": _PNEUMONIA
         | {

@@ -67,9 +67,9 @@ def one_pixel(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         value = {row.metric: row for _, row in part.iterrows()}
         rows.append({
             "setting": attack.removeprefix("one_pixel "), "model": model, "n": int(value["accuracy"].n),
-            "accuracy": with_interval(value["accuracy"]), "macro F1": f"{value['f1'].value:.3f}",
+            "clean accuracy": f"{value['clean_accuracy'].value:.3f}", "under attack": with_interval(value["accuracy"]), "macro F1": f"{value['f1'].value:.3f}",
             "queries per image": f"{value['queries_mean'].value:,.0f}",
-            "published accuracy": f"{theirs.item():.3f}" if len(theirs) else "",
+            "published": f"{theirs.item():.3f}" if len(theirs) else "",
         })  # fmt: skip
     return pd.DataFrame(rows)
 

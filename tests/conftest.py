@@ -11,7 +11,8 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albument
 
 import torch
 
-torch.set_num_threads(2)
+# The models of the unit tests are so small that threads cost more than they give, above all on a busy machine.
+torch.set_num_threads(1)
 
 _SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
 

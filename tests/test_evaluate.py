@@ -12,15 +12,6 @@ from dlia_utils.attacks import evaluate, fgsm, pgd
 GRID = evaluate.pixel_eps(2, 8, 16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads cost more than they give, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def study():
     torch.manual_seed(0)

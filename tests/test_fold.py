@@ -13,15 +13,6 @@ from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.wrap import PixelModel
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads cost more than they give, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mobilenet(*, spectral: bool = False) -> PixelModel:
     torch.manual_seed(0)
     backbone = torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.25)

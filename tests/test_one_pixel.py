@@ -9,15 +9,6 @@ from dlia_utils.attacks import one_pixel
 from dlia_utils.attacks.one_pixel import _three_others
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that threads cost more than they give, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Trigger(nn.Module):
     """Class 1 when enough pixels of the middle are bright; the margin grows with their brightness."""
 

@@ -72,7 +72,8 @@ def test_paired_tests_count_discordant_images(config):
 
 
 @pytest.mark.parametrize(
-    ("margin", "zeros", "words"), [(0.60, 0.0, "holds"), (0.05, 0.9, "Masked gradients"), (0.60, 0.9, "Masked gradients")]
+    ("margin", "zeros", "words"),
+    [(0.60, 0.0, "A real gain under both losses."), (0.40, 0.0, "Masked gradients"), (0.05, 0.9, "Masked gradients"), (0.60, 0.9, "Masked gradients")],
 )
 def test_verdict_never_trusts_a_masked_gradient(config, margin, zeros, words):
     table = pd.concat(

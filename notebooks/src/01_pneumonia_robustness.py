@@ -70,6 +70,7 @@ RESULTS = config.run_dir / "results.csv"
 
 # %%
 study = open_study(config)
+print(f"{len(study.cache.truncated)} files end too early but decode: they are used")
 display(datasets.summary(study.dataset))
 study.dataset.ignored["reason"].value_counts().rename("files not read").to_frame()
 
@@ -102,14 +103,16 @@ figure
 # %% [markdown]
 # ## 2 Training
 #
-# All models share one recipe (Adam, class-weighted cross-entropy, flips, small rotations and shifts, changes
-# of brightness and contrast, the same for both classes) and differ only in the loss. The best epoch is chosen
-# on validation. A run that is cut off goes on from its last finished epoch.
+# All models share one recipe (Adam; flips, small rotations, shifts and zooms, changes of exposure and sharpness,
+# the same for both classes) and differ only in the loss. The best epoch is chosen by validation accuracy. A run
+# that is cut off goes on from its last finished epoch.
 #
-# **Baseline.** Plain cross-entropy.
+# **Baseline.** Plain cross-entropy, with both classes weighing the same although there are three pneumonias to
+# each healthy chest.
 
 # %%
 study = open_study(config)
+print("starting weights:", weights_label(config))
 fitted = train_model(study, "baseline", objectives.cross_entropy(weight=study.class_weights()))
 fitted.history.tail(3).round(4)
 
@@ -159,8 +162,9 @@ fitted.history.tail(3).round(4)
 
 # %% [markdown]
 # **Adversarial training** (PGD-AT, Madry et al. [1706.06083](https://arxiv.org/abs/1706.06083)): every batch is
-# first attacked with a few PGD steps inside eps = 4/255, then learned with its true labels. The best epoch is
-# chosen by validation accuracy *under attack*; choosing it by clean accuracy would throw the point away.
+# first attacked with a few PGD steps (inside 4/255; less in the smoke profile), then learned with its true
+# labels. The best epoch is chosen by validation accuracy *under attack*; choosing it by clean accuracy would
+# throw the point away.
 
 # %%
 study = open_study(config)
@@ -346,6 +350,7 @@ figure
 # The checks below come from Carlini et al.'s list for evaluations
 # ([1902.06705](https://arxiv.org/abs/1902.06705)), run on the per-image outcomes of section 5. A failed check
 # is a finding about the *evaluation* of that model: do not believe its robust accuracy before you know why.
+# Below the overview stand the failed checks with their numbers.
 
 # %%
 checks = {
@@ -353,7 +358,10 @@ checks = {
                           zero_share=masking.loc[name, "zero_gradients"])
     for name in MODELS
 }  # fmt: skip
-pd.concat(checks, names=["model"]).reset_index("model")[["model", "check", "passed", "detail"]]
+checks = pd.concat(checks, names=["model"]).reset_index("model")
+outcome = checks.assign(outcome=checks["passed"].map({True: "pass", False: "FAIL"}))
+display(outcome.pivot(index="check", columns="model", values="outcome")[MODELS])
+checks.loc[~checks["passed"], ["model", "check", "detail"]].reset_index(drop=True)
 
 # %% [markdown]
 # ## 7 One-Pixel
@@ -370,8 +378,9 @@ def attack_one_pixel(model, study, rows, setting):
     x, y = study.images(rows).expand(-1, 3, -1, -1), study.labels(rows)
     result = one_pixel(fast_copy(model), x, y, pixels=pixels, population=population, iterations=iterations,
                        f=f, cr=cr, seed=config.seed, ids=rows)  # fmt: skip
-    probability = train.predict(model, result.x_adv)[0][:, 1]
-    return pd.DataFrame({"image": rows, "label": y.cpu(), "probability": probability, "queries": result.queries.cpu()})
+    before, after = (train.predict(model, images)[0][:, 1] for images in (x, result.x_adv))
+    return pd.DataFrame({"image": rows, "label": y.cpu(), "clean_probability": before, "probability": after,
+                         "queries": result.queries.cpu()})  # fmt: skip
 
 
 # %%
@@ -388,15 +397,16 @@ for name, model in trained.items():
 report.one_pixel_table(results)
 
 # %% [markdown]
-# Compare with the clean rows of the same sample, not with the whole test split. The original study saved its
-# attacked images as JPEG before measuring, which wipes out a changed pixel; here the image goes to the model as
-# the attack made it.
+# Compare with *clean accuracy*, which is that of the same sample, not of the whole test split. The original study
+# saved its attacked images as JPEG before measuring, which wipes out a changed pixel; here the image goes to the
+# model as the attack made it.
 
 # %% [markdown]
 # ## Look at an attack
 #
-# The attacked film at the headline eps beside the clean one, with the difference amplified: against the baseline it
-# is a pattern no reader would notice; the adversarially trained model forces changes that follow the anatomy.
+# The attacked film at the headline eps beside the clean one, and the difference, amplified to the full colour
+# range. Side by side the films look the same; the answers above them do not. Compare the two patterns: which model
+# forces the attack to draw something that looks like anatomy?
 
 # %%
 study = open_study(config)
