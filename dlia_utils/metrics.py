@@ -42,6 +42,9 @@ def classification(
 def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> dict:
     """Mean of a boolean array with a patient-bootstrap interval, e.g. robust accuracy from 'still right' flags.
 
+    When all flags agree, every draw does too and the bootstrap would claim certainty: the interval is then the
+    exact binomial one (Clopper & Pearson 1934) with patients as trials.
+
     >>> share(np.array([True, True, False, True]), [1, 1, 2, 3], draws=100)["value"]
     0.75
     """
@@ -49,7 +52,12 @@ def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: floa
     if len(flags) != len(groups) or not len(flags):
         raise ValueError(f"flags ({len(flags)}) and groups ({len(groups)}) must have the same length above 0")
     weights = np.vstack([np.ones(len(flags)), patient_weights(groups, draws=draws, seed=seed)])
-    return _row("share", weights @ flags / weights.sum(1), len(flags), level)
+    row = _row("share", weights @ flags / weights.sum(1), len(flags), level)
+    if row["value"] in (0.0, 1.0):
+        patients = len(pd.unique(np.asarray(groups)))
+        exact = binomtest(int(row["value"]) * patients, patients).proportion_ci(level, method="exact")
+        row |= {"ci_low": float(exact.low), "ci_high": float(exact.high)}
+    return row
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> dict[str, float]:

@@ -72,6 +72,13 @@ def test_interval_of_a_share_is_the_binomial_one_and_widens_with_clusters():
     assert copied["ci_high"] - copied["ci_low"] == pytest.approx(2 * half_width, rel=0.15)
 
 
+def test_a_share_of_none_or_all_is_not_certain():
+    none = metrics.share(np.zeros(200, bool), np.arange(200) // 2)
+    assert none["value"] == none["ci_low"] == 0 and none["ci_high"] == pytest.approx(1 - 0.025 ** (1 / 100))
+    every = metrics.share(np.ones(200, bool), np.arange(200) // 2)
+    assert every["ci_low"] == pytest.approx(0.025 ** (1 / 100)) and every["ci_high"] == 1
+
+
 def test_auc_is_nan_with_one_class():
     table = metrics.classification(np.ones(5, int), np.linspace(0, 1, 5), list("abcde"), draws=5)
     assert np.isnan(table.set_index("metric").loc["auc", "value"])

@@ -29,7 +29,7 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
+PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, one to two hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
