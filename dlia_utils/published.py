@@ -48,9 +48,11 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """FGSM in the normalised units of the original study: its accuracy and ours, model by model."""
     rows = []
-    for model in dict.fromkeys(published.model):
+    for model in dict.fromkeys(results.model):
         for source, table in (("published", published), ("here", results)):
             own = table[table.model.eq(model) & table.metric.eq("accuracy")]
+            if own.empty:  # a model that the original study did not have
+                continue
             cells = {"model": model, "numbers": source, "clean": f"{own[own.attack.eq('clean')]['value'].item():.3f}"}
             for _, row in own[own.attack.eq("fgsm_normalised")].sort_values("eps").iterrows():
                 cells[eps_text(row.eps, "normalised")] = f"{row['value']:.3f}"
