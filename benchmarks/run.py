@@ -218,7 +218,7 @@ def pixel(options: argparse.Namespace, device: str) -> list[Row]:
         "one at a time": lambda: one_at_a_time(model, x, y, queries),
     }
     time_of = seconds(cases, rounds=options.rounds, device=device, group="pixel")
-    plain, loop = f"{queries} plain forwards, batch 64", f"the seed's loop, {queries} forwards of one image"
+    plain, loop = f"{queries} plain forwards, batch 64", f"the original study's loop, {queries} forwards of one image"
     return [
         ("One-Pixel", plain, time_of["one_pixel"] / time_of["forwards"], "<= 1.1x"),
         ("One-Pixel through fast_copy", plain, time_of["one_pixel fast"] / time_of["forwards"], ""),

@@ -83,7 +83,7 @@ def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
 def blocks() -> dict[str, str]:
     """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in the README."""
     results = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
-    published = pd.read_csv(REPOSITORY / "results" / "published_seed_000.csv")
+    published = pd.read_csv(REPOSITORY / "results" / "published_medical_image_diagnosis.csv")
     return {
         "01-headline": markdown(headline(results)),
         "01-fgsm": markdown(beside_published(results, published)),

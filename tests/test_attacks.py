@@ -94,11 +94,11 @@ def test_grey_shares_one_perturbation():
         assert torch.equal(change[:, :1].expand_as(change), change)
 
 
-def test_seed_eps_is_a_step_in_normalised_space():
+def test_normalised_eps_is_a_step_in_normalised_space():
     model = linear_model(3, 2)
     x, y = batch(3, model, low=0.3, high=0.7)
     std = torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
-    change = attacks.fgsm(model, x, y, eps=attacks.seed_eps(0.1, std)).x_adv - x
+    change = attacks.fgsm(model, x, y, eps=attacks.normalised_eps(0.1, std)).x_adv - x
     torch.testing.assert_close((change / std).abs(), torch.full_like(x, 0.1), atol=1e-7, rtol=1e-6)
 
 
@@ -334,7 +334,7 @@ def test_other_errors_name_the_argument():
     with pytest.raises(ValueError, match="ids"):
         attacks.noise(model, GOOD_X, GOOD_Y, eps=EPS, ids=[0])
     with pytest.raises(ValueError, match="expand"):
-        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=attacks.seed_eps(0.1, [0.2, 0.2, 0.2]))
+        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=attacks.normalised_eps(0.1, [0.2, 0.2, 0.2]))
     with pytest.raises(ValueError, match="grey"):
         attacks.fgsm(linear_model(3, 2), torch.rand(2, 3, 4, 4).double(), GOOD_Y, eps=EPS, grey=True)
     with pytest.raises(ValueError, match="logits"):

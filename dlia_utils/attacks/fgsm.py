@@ -13,7 +13,7 @@ def fgsm(
 ) -> c.AttackResult:
     """One step of size eps along the sign of the loss gradient. Source: Goodfellow et al., arXiv 1412.6572.
 
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), or a tensor [C,1,1]; see `seed_eps`.
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), or a tensor [C,1,1]; see `normalised_eps`.
     loss: "ce" or "margin". grey: one perturbation for R=G=B.
     Every image is moved, also one that is already wrong (`first_success_step` 0).
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
@@ -38,12 +38,12 @@ def fgsm(
     return c.build_result(x, x_adv, success, first_step, torch.full_like(y, 2), len(x), eps=eps, seed=None)
 
 
-def seed_eps(value: float, std: float | list[float] | tuple[float, ...] | Tensor) -> Tensor:
+def normalised_eps(value: float, std: float | list[float] | tuple[float, ...] | Tensor) -> Tensor:
     """Pixel eps per channel [C,1,1] of an attack that adds `value` * sign in normalised space.
 
     A model that sees (x - mean) / std is moved by `value` when the pixel moves by value * std.
 
-    >>> (seed_eps(0.03, [0.229, 0.224, 0.225]) * 255).flatten()
+    >>> (normalised_eps(0.03, [0.229, 0.224, 0.225]) * 255).flatten()
     tensor([1.7518, 1.7136, 1.7212])
     """
     return float(value) * torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)

@@ -47,7 +47,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from dlia_utils import datasets, files, metrics, objectives, report, split, train
-from dlia_utils.attacks import evaluate, fgsm, one_pixel, pgd, seed_eps
+from dlia_utils.attacks import evaluate, fgsm, one_pixel, pgd, normalised_eps
 from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
 from dlia_utils.study import (
@@ -248,10 +248,10 @@ figure
 def fgsm_normalised(model, study, rows):
     std = model.std.flatten().cpu()
     tables = []
-    for eps in config.seed_eps_grid:
+    for eps in config.published_eps_grid:
         for chunk in np.array_split(rows, -(-len(rows) // config.attack_batch)):
             x, y = study.images(chunk).expand(-1, 3, -1, -1), study.labels(chunk)
-            result = fgsm(model, x, y, eps=seed_eps(eps, std).to(x.device))
+            result = fgsm(model, x, y, eps=normalised_eps(eps, std).to(x.device))
             tables.append(pd.DataFrame({"eps": eps, "image": chunk, "fooled": result.success.cpu()}))
     return pd.concat(tables).assign(attack="fgsm_normalised")
 
