@@ -42,7 +42,7 @@ MAX_BYTES = 1_000_000
 KERNEL_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=8589934592",
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads cost up to ten times the work on a busy machine
+    "GOMP_SPINCOUNT": "10000",  # endless spinning costs up to ten times the work on a busy machine
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",  # text progress bars are what we want

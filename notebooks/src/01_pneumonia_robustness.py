@@ -47,7 +47,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from dlia_utils import datasets, files, metrics, objectives, report, split, train
-from dlia_utils.attacks import evaluate, fgsm, one_pixel, pgd, normalised_eps
+from dlia_utils.attacks import evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
 from dlia_utils.study import (
