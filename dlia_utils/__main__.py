@@ -140,7 +140,7 @@ def results_text(path: Path) -> str:
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from . import datasets, locate, split
+    from . import cache, datasets, locate, split
 
     location = locate.find(options.dataset, options.data or None)
     kind = "SYNTHETIC" if location.synthetic else "real images"
@@ -149,9 +149,10 @@ def data_check(options: argparse.Namespace) -> int:
     print(datasets.summary(dataset).to_string(), "\n")
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
-    problems = datasets.check(dataset)
+    problems, truncated = cache.examine(dataset)
+    print(f"used although they end too early: {len(truncated)} files {', '.join(truncated[: datasets.SHOWN])}")
     if len(problems):
-        print(f"\n{len(problems)} unusable files: replace or delete them\n{problems.to_string(index=False)}")
+        print("\n" + datasets.problem_text(problems))
         return 1
     audit = split.audit(split.grouped(dataset))
     print("\nAudit of the patient-grouped split\n" + audit.to_string(index=False))

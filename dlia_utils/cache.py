@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,16 @@ def build(
     return cached
 
 
+def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Decode every file as `build` would and keep nothing: all unusable files (path, problem), and those cut short."""
+    problems = datasets.check(dataset)
+    rest = dataset.manifest[~dataset.manifest["path"].isin(problems["path"])]
+    with tempfile.TemporaryDirectory() as scratch:
+        target, readable = Path(scratch) / "images.npy", replace(dataset, manifest=rest)
+        truncated, unusable = _decode_all(target, readable, 8, progress=progress)
+    return pd.concat([problems, pd.DataFrame(unusable, columns=list(problems.columns))]), tuple(truncated)
+
+
 def _key(dataset: Dataset, size: int) -> str:
     digest = hashlib.sha256(f"{VERSION} {size}".encode())
     lost = []
@@ -102,11 +113,15 @@ def _fill(folder: Path, dataset: Dataset, size: int, key: str, *, progress: bool
         left_over.unlink()
     _refuse(list(datasets.check(dataset).itertuples(index=False, name=None)))
     with files.atomic_path(folder / "images.npy") as temporary:
-        truncated = _decode_all(temporary, dataset, size, progress=progress)
+        truncated, unusable = _decode_all(temporary, dataset, size, progress=progress)
+        _refuse(unusable)
     files.write_json({"key": key, "size": size, "truncated": truncated}, folder / "meta.json")
 
 
-def _decode_all(target: Path, dataset: Dataset, size: int, *, progress: bool) -> list[str]:
+def _decode_all(
+    target: Path, dataset: Dataset, size: int, *, progress: bool
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Decode into a new .npy file; returns the files cut short but used, and (path, problem) of the unusable."""
     paths = list(dataset.manifest["path"])
     images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size))
 
@@ -133,9 +148,8 @@ def _decode_all(target: Path, dataset: Dataset, size: int, *, progress: bool) ->
             truncated.append(paths[row])
         except (OSError, SyntaxError, ValueError) as error:
             unusable.append((paths[row], str(error)))
-    _refuse(unusable)
     images.flush()
-    return truncated
+    return truncated, unusable
 
 
 def _decode(path: Path, size: int) -> np.ndarray:

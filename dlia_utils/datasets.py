@@ -85,15 +85,14 @@ def problem_text(problems: pd.DataFrame) -> str:
     >>> print(problem_text(pd.DataFrame({"path": ["test/NORMAL/a.jpeg"], "problem": ["not an image"]})))
     1 unusable file:
       test/NORMAL/a.jpeg: not an image
-    Fix: copy these files again from the original data set, or delete them.
+    Fix: copy these files again from the original data set, or delete them (`data check` decodes every file).
     """
     lines = [f"  {row.path}: {row.problem}" for row in problems.head(SHOWN).itertuples()]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     head = f"{len(problems)} unusable file{'s' if len(problems) != 1 else ''}:"
-    return "\n".join(
-        [head, *lines, "Fix: copy these files again from the original data set, or delete them."]
-    )
+    fix = "Fix: copy these files again from the original data set, or delete them (`data check` decodes every file)."
+    return "\n".join([head, *lines, fix])
 
 
 def pneumonia(root: Path) -> tuple[pd.DataFrame, tuple[str, ...], pd.DataFrame]:

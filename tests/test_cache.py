@@ -129,6 +129,17 @@ def test_truncated_beyond_use_is_refused_and_leaves_no_cache(dataset, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.npy")) and not list((tmp_path / "cache").rglob("meta.json"))
 
 
+def test_examine_lists_every_kind_of_bad_file_at_once(dataset, tmp_path):
+    whole = (dataset.root / "0.jpeg").read_bytes()
+    (dataset.root / "0.jpeg").write_bytes(whole[:-20])
+    (dataset.root / "1.jpeg").write_bytes(b"")
+    half = (dataset.root / "3.jpeg").read_bytes()
+    (dataset.root / "3.jpeg").write_bytes(half[: len(half) // 2])
+    problems, truncated = cache.examine(dataset, progress=False)
+    assert problems["path"].tolist() == ["1.jpeg", "3.jpeg"] and truncated == ("0.jpeg",)
+    assert problems["problem"].str.contains("empty|truncated").all()
+
+
 def test_sixteen_bits_are_refused(dataset, tmp_path):
     Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(dataset.root / "2.png")
     with pytest.raises(datasets.BadData, match="2.png: more than 8 bits"):
