@@ -39,7 +39,7 @@ _PNEUMONIA: dict[str, Any] = {
     "lr": 1e-3,
     "schedule": "onecycle",
     "patience": None,
-    "max_minutes": 600.0,
+    "max_minutes": 90.0,  # for one model
     "num_workers": 2,
     "val_share": 0.15,
     "lipschitz_penalty": 0.05,

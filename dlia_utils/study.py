@@ -22,6 +22,10 @@ from .config import Config
 
 log = logging.getLogger("dlia_utils")
 
+class OutOfTime(RuntimeError):
+    """A training met its wall-clock budget; its checkpoints are kept and the same call goes on from them."""
+
+
 _OPEN: dict[tuple[str, Path], Study] = {}
 
 
@@ -138,8 +142,9 @@ def train_model(
 ) -> train.FitResult:
     """Train a model of this run under `name` with the profile's recipe; a finished one is read back at once.
 
-    `spectral` puts spectral normalisation on every layer while training and bakes it into plain weights for
-    the saved checkpoint. `overrides` go to `train.fit`, e.g. monitor= or val_metric=.
+    `spectral` puts spectral normalisation on every layer while training; `load_models` gives plain layers back.
+    `overrides` go to `train.fit`, e.g. monitor= or val_metric=. Errors: `OutOfTime` when the wall-clock budget
+    ends first: no result of a half-trained model can pass for one of the whole training.
     """
     config, model = study.config, build_model(study.config)
     if spectral:
@@ -158,6 +163,11 @@ def train_model(
         # Tables of an older state of this model would be read back as if they were its own.
         for table in (config.run_dir / "tables").glob(f"*_{name}.csv"):
             table.unlink()
+    if fitted.status == "interrupted":
+        raise OutOfTime(
+            f"{name} stopped after {len(fitted.history)} of {options['epochs']} epochs, which are kept: the next "
+            f"would not end within max_minutes = {options['max_minutes']:g}. Run again (RESUME = True) to go on."
+        )
     return fitted
 
 

@@ -50,6 +50,13 @@ def test_a_finished_model_is_read_back_and_loads(opened):
     assert not model.training and model(opened.images([0])).shape == (1, 2)
 
 
+def test_a_training_out_of_time_stops_with_words_and_goes_on(opened):
+    objective = objectives.cross_entropy()
+    with pytest.raises(study.OutOfTime, match="stopped after 1 of 2 epochs, which are kept"):
+        study.train_model(opened, "slow", objective, epochs=2, max_minutes=1e-6, progress=False)
+    assert len(study.train_model(opened, "slow", objective, epochs=2, progress=False).history) == 2
+
+
 def test_a_model_that_was_not_trained_names_the_section(opened):
     with pytest.raises(FileNotFoundError, match="'Training' first"):
         study.load_models(opened, ["nobody"])
