@@ -44,6 +44,8 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
         raise ValueError(f"result rows lack the columns {sorted(missing)}; build them with result_rows()")
     path = Path(path)
     merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+    # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
+    merged = merged.assign(eps=merged["eps"].round(12))
     merged = merged.drop_duplicates(["notebook", "model", "attack", "eps", "eps_unit", "metric"], keep="last")
     files.write_csv(merged, path)
     return merged.reset_index(drop=True)

@@ -51,6 +51,13 @@ def test_update_replaces_the_same_row_and_keeps_others(config):
     assert len(pd.read_csv(path)) == 2
 
 
+def test_an_eps_whose_last_digit_was_lost_in_a_file_is_the_same_eps(config):
+    path = config.run_dir / "results.csv"
+    report.update_results(rows(config, "a", "worst", 1 / 255, 0.5), path)
+    merged = report.update_results(rows(config, "a", "worst", 0.0039215686274509, 0.7), path)
+    assert merged["value"].tolist() == [0.7] and report.eps_text(merged["eps"].item()) == "1/255"
+
+
 def test_incomplete_rows_are_refused(config):
     with pytest.raises(ValueError, match="lack the columns"):
         report.update_results(pd.DataFrame({"model": ["a"]}), config.run_dir / "results.csv")
