@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import files, locate
+from .attacks.evaluate import pixel_eps, pixel_text
 
 PROFILES = ("smoke", "cpu", "full")
 
@@ -48,7 +49,7 @@ _PNEUMONIA: dict[str, Any] = {
     "at_eps": 4 / 255,
     "at_steps": 7,
     "at_step_size": 1.5 / 255,
-    "eps_grid": tuple(k / 255 for k in (0.25, 0.5, 1, 2, 4, 8)),
+    "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8),
     "headline_eps": 4 / 255,
     "published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1),
     "pgd_steps": 20,
@@ -71,7 +72,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "at_steps": 2,
             "at_step_size": 2.8 / 255,
             "pgd_steps": 10,
-            "eps_grid": tuple(k / 255 for k in (0.5, 1, 2, 4, 8)),
+            "eps_grid": pixel_eps(0.5, 1, 2, 4, 8),
             "one_pixel_per_class": 8,
         },
         "smoke": _PNEUMONIA
@@ -89,7 +90,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "at_eps": 1 / 255,
             "at_steps": 2,
             "at_step_size": 0.7 / 255,
-            "eps_grid": tuple(k / 255 for k in (1, 4)),
+            "eps_grid": pixel_eps(1, 4),
             "published_eps_grid": (0.01, 0.1),
             "pgd_steps": 3,
             "pgd_restarts": 1,
@@ -162,7 +163,7 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, tuple):
         return ", ".join(_text(part, name) for part in value)
     in_pixels = isinstance(value, float) and name in ("at_eps", "at_step_size", "eps_grid", "headline_eps")
-    return f"{value * 255:.3g}/255" if in_pixels else str(value)
+    return pixel_text(value) if in_pixels else str(value)
 
 
 def pick_device() -> tuple[str, str]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from . import files, metrics
+from .attacks.evaluate import pixel_text
 from .config import Config, hardware
 from .study import Study, weights_label
 
@@ -23,15 +24,16 @@ RESULT_COLUMNS = (
 COLORS = ("#1b4965", "#d1495b", "#edae49", "#e07b39", "#8d6a9f", "#2a9d5c", "#8a8a8a")
 
 
-def result_rows(table: pd.DataFrame, config: Config, *, weights: str = "", **labels) -> pd.DataFrame:
+def result_rows(table: pd.DataFrame, config: Config, **labels) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) completed to the suite's tidy `RESULT_COLUMNS`.
 
-    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "k/255".
+    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "pixel".
     """
     known = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel", "ci_low": np.nan, "ci_high": np.nan} | labels
     context = {
         "notebook": config.notebook, "seed": config.seed, "size": config.size, "epochs": config.epochs,
-        "weights": weights, "profile": config.profile, "data": config.data_name, "hardware": hardware(),
+        "weights": weights_label(config), "profile": config.profile, "data": config.data_name,
+        "hardware": hardware(),
     }  # fmt: skip
     filled = table.assign(**{k: v for k, v in (known | context).items() if k not in table.columns})
     return filled.reindex(columns=list(RESULT_COLUMNS))
@@ -62,9 +64,7 @@ def accuracy_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps_unit
         patients = study.patients(part["image"].to_numpy())
         row = metrics.share(right, patients, draws=study.config.bootstrap_draws)
         rows.append(row | {"metric": "accuracy", "attack": attack, "eps": eps})
-    return result_rows(
-        pd.DataFrame(rows), study.config, model=model, weights=weights_label(study.config), eps_unit=eps_unit
-    )
+    return result_rows(pd.DataFrame(rows), study.config, model=model, eps_unit=eps_unit)
 
 
 def one_pixel_rows(table: pd.DataFrame, study: Study, *, model: str, setting: Sequence) -> pd.DataFrame:
@@ -82,8 +82,7 @@ def one_pixel_rows(table: pd.DataFrame, study: Study, *, model: str, setting: Se
     beside = pd.DataFrame({"metric": ["clean_accuracy", "queries_mean"],
                            "value": [right.mean(), table["queries"].mean()], "n": len(table)})  # fmt: skip
     rows = pd.concat([outcome, beside], ignore_index=True)
-    return result_rows(rows, study.config, model=model, weights=weights_label(study.config),
-                       attack=name, eps=1.0, eps_unit="pixels changed fully")  # fmt: skip
+    return result_rows(rows, study.config, model=model, attack=name, eps=1.0, eps_unit="pixels changed fully")
 
 
 def one_pixel_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -100,7 +99,7 @@ def zero_gradient_rows(shares: Mapping[str, float], study: Study) -> pd.DataFram
     """Result rows of the share of images with an exactly zero input gradient, by model."""
     table = pd.DataFrame({"model": shares.keys(), "metric": "zero_gradient_share", "value": shares.values(),
                           "n": len(study.rows("test"))})  # fmt: skip
-    return result_rows(table, study.config, weights=weights_label(study.config), attack="cross-entropy gradient")
+    return result_rows(table, study.config, attack="cross-entropy gradient")
 
 
 def masking_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
@@ -188,11 +187,11 @@ def eps_text(eps: float, unit: str = "pixel") -> str:
     >>> eps_text(4 / 255), eps_text(0.5 / 255), eps_text(0.03, "normalised")
     ('4/255', '0.5/255', '0.03')
     """
-    return f"{eps * 255:.3g}/255" if unit == "pixel" else f"{eps:g}"
+    return pixel_text(eps) if unit == "pixel" else f"{eps:g}"
 
 
 def save_figure(figure: Figure, config: Config, name: str) -> Path:
-    """Write `figure` to the run's `figures/` as PNG; synthetic data is written across the title."""
+    """Write `figure` to the run's `figures/` as PNG, in one step; returns the path."""
     path = config.run_dir / "figures" / f"{name}.png"
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")

@@ -22,6 +22,7 @@ from .config import Config
 
 log = logging.getLogger("dlia_utils")
 
+
 class OutOfTime(RuntimeError):
     """A training met its wall-clock budget; its checkpoints are kept and the same call goes on from them."""
 
@@ -84,18 +85,16 @@ def open_study(config: Config) -> Study:
             raise datasets.BadData(datasets.problem_text(problems))
         if config.per_class:
             dataset = split.subset(dataset, per_class=config.per_class, seed=config.seed)
-        dataset = _split(dataset, config)
+        saved = config.run_dir / "split.json"
+        if saved.exists():
+            dataset = split.load(dataset, saved)
+        else:
+            dataset = split.grouped(dataset, val_share=config.val_share, seed=config.seed)
         _OPEN[name] = Study(config, dataset, cache.build(dataset, size=config.size))
+        if not saved.exists():
+            # Only now: a split that names a file which does not decode would outlive the file's removal.
+            split.save(dataset, saved)
     return _OPEN[name]
-
-
-def _split(dataset: datasets.Dataset, config: Config) -> datasets.Dataset:
-    path = config.run_dir / "split.json"
-    if path.exists():
-        return split.load(dataset, path)
-    divided = split.grouped(dataset, val_share=config.val_share, seed=config.seed)
-    split.save(divided, path)
-    return divided
 
 
 def build_model(config: Config) -> models.PixelModel:

@@ -24,6 +24,7 @@ class FakeConfig:
     data_name: str = "pneumonia (SYNTHETIC)"
     synthetic: bool = True
     headline_eps: float = 4 / 255
+    pretrained: bool = False
     settings: dict = field(default_factory=dict)
 
 
@@ -34,12 +35,13 @@ def config(tmp_path):
 
 def rows(config, model, attack, eps, value, **labels):
     table = pd.DataFrame([{"metric": "accuracy", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, "n": 9}])
-    return report.result_rows(table, config, model=model, attack=attack, eps=eps, weights="random", **labels)
+    return report.result_rows(table, config, model=model, attack=attack, eps=eps, **labels)
 
 
 def test_rows_carry_data_profile_and_hardware(config):
     row = rows(config, "baseline", "worst", 4 / 255, 0.5).iloc[0]
     assert list(row.index) == list(report.RESULT_COLUMNS)
+    assert row["weights"] == "random"
     assert row["data"] == "pneumonia (SYNTHETIC)" and row["profile"] == "smoke" and row["hardware"]
 
 

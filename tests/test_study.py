@@ -1,5 +1,7 @@
 """What the sections of a notebook share, on the phantom in a run folder of its own."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -99,6 +101,18 @@ def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
     config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "bad")
     with pytest.raises(datasets.BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
         study.open_study(config)
+
+
+def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkeypatch):
+    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", None)
+    shutil.copytree(opened.config.location.root, tmp_path / "data" / "chest_xray")
+    cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/*.jpeg"))[0]
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
+    config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "cut")
+    with pytest.raises(datasets.BadData, match=f"{cut.name}: truncated"):
+        study.open_study(config)
+    cut.unlink()
+    assert len(study.open_study(config).dataset.manifest) == 319
 
 
 def test_starting_weights_are_said_and_kept(opened, monkeypatch):

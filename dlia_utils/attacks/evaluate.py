@@ -32,6 +32,15 @@ def pixel_eps(*levels: float) -> tuple[float, ...]:
     return tuple(level / 255 for level in levels)
 
 
+def pixel_text(eps: float) -> str:
+    """A pixel eps the way people write it.
+
+    >>> pixel_text(0.5 / 255)
+    '0.5/255'
+    """
+    return f"{eps * 255:.3g}/255"
+
+
 def robustness(
     model: nn.Module,
     images: Tensor,
@@ -237,7 +246,7 @@ def _beats(
     union = np.logical_or.reduce([fooled[name].to_numpy() for name in strong])
     weaker = fooled[weak].to_numpy()
     counts = [
-        f"{_text(eps)}: {ours} >= {theirs}" if ours >= theirs else f"{_text(eps)}: {ours} < {theirs} FAILED"
+        f"{pixel_text(eps)}: {ours} >= {theirs}" if ours >= theirs else f"{pixel_text(eps)}: {ours} < {theirs} FAILED"
         for eps, ours, theirs in zip(fooled[weak].columns, union.sum(0), weaker.sum(0), strict=True)
     ]
     alone = int((weaker & ~union).sum())
@@ -249,7 +258,7 @@ def _no_masking(fooled: dict[str, pd.DataFrame], *, allowed: float = 0.05) -> tu
     """With two classes both losses point the same way: a lead of the margin means a vanished gradient."""
     lead = fooled["pgd_margin"].mean() - fooled["pgd_ce"].mean()
     worst = lead.idxmax()
-    detail = f"largest lead of the margin loss: {lead[worst]:.1%} of the images at {_text(worst)}"
+    detail = f"largest lead of the margin loss: {lead[worst]:.1%} of the images at {pixel_text(worst)}"
     return "cross-entropy finds what the margin loss finds (no masking)", bool(lead[worst] <= allowed), detail
 
 
@@ -259,9 +268,5 @@ def _monotone(fooled: dict[str, pd.DataFrame]) -> tuple[str, bool, str]:
         counts = table.sum()
         for (low, few), (high, many) in zip(list(counts.items())[:-1], list(counts.items())[1:], strict=True):
             if many < few:
-                falls.append(f"{name} {_text(low)} -> {_text(high)}: {few} -> {many}")
+                falls.append(f"{name} {pixel_text(low)} -> {pixel_text(high)}: {few} -> {many}")
     return "a larger eps never fools fewer", not falls, "; ".join(falls) or "holds for every attack"
-
-
-def _text(eps: float) -> str:
-    return f"{eps * 255:.3g}/255"

@@ -208,12 +208,12 @@ test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 probabilities = {name: train.predict(model, study.torch_set("test"))[0][:, 1] for name, model in trained.items()}
-clean = pd.concat([
+clean = pd.concat(
     report.result_rows(
-        metrics.classification(labels, p, patients, draws=config.bootstrap_draws), config,
-        model=name, weights=weights_label(config),
-    ) for name, p in probabilities.items()
-])  # fmt: skip
+        metrics.classification(labels, p, patients, draws=config.bootstrap_draws), config, model=name
+    )
+    for name, p in probabilities.items()
+)
 report.update_results(clean, RESULTS)
 table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()])
 table.pivot_table(index="metric", columns="model", values="cell", aggfunc="first", sort=False)
