@@ -136,11 +136,12 @@ def verdict(results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, 
     worst = results[headline & results.metric.eq("accuracy")].set_index("model")
     tests = paired[paired.condition.str.startswith("worst")].set_index("model")
     eps = eps_text(config.headline_eps)
+    clean = results[results.attack.eq("clean") & results.metric.eq("balanced_accuracy")].set_index("model")["value"]
     base = worst.loc["baseline"]
     lines = [f"In the worst case at {eps} the **baseline** is right on {with_interval(base)} of {base['n']:.0f} images."]
     for name, test in tests.iterrows():
         gain, mask = worst.loc[name, "value"] - base["value"], masking.loc[name]
-        remark = _judge(worst.loc[name, "value"], gain, test["p"], mask)
+        remark = _judge(worst.loc[name, "value"], gain, test["p"], mask, balanced=clean[name])
         lines.append(f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against the baseline "
                      f"(McNemar p = {test['p']:.2g}). {remark}")  # fmt: skip
     if config.synthetic:
@@ -148,8 +149,11 @@ def verdict(results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, 
     return "\n".join(lines)
 
 
-def _judge(worst: float, gain: float, p: float, mask: pd.Series) -> str:
-    """The remark after the numbers; a gap between the losses outranks any gain measured by cross-entropy."""
+def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: float) -> str:
+    """The remark after the numbers; a model that cannot read clean films, or hides its gradient, has no gain."""
+    if balanced < 0.6:
+        return (f"No defence: its clean balanced accuracy is {balanced:.3f}, and what gives nearly every film the "
+                "same answer cannot be attacked.")  # fmt: skip
     if mask["gap"] > 0.05 or mask["zero_gradients"] > 0.05:
         return (f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly zero, and PGD with "
                 f"cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss leaves {mask['pgd_margin']:.3f}.")  # fmt: skip

@@ -81,17 +81,18 @@ def test_paired_tests_count_discordant_images(config):
 
 
 @pytest.mark.parametrize(
-    ("margin", "zeros", "words"),
-    [(0.60, 0.0, "A real gain under both losses."), (0.40, 0.0, "Masked gradients"), (0.05, 0.9, "Masked gradients"), (0.60, 0.9, "Masked gradients")],
+    ("margin", "zeros", "balanced", "words"),
+    [(0.60, 0.0, 0.9, "A real gain under both losses."), (0.60, 0.0, 0.5, "No defence"), (0.40, 0.0, 0.9, "Masked gradients"), (0.05, 0.9, 0.9, "Masked gradients"), (0.60, 0.9, 0.9, "Masked gradients")],
 )
-def test_verdict_never_trusts_a_masked_gradient(config, margin, zeros, words):
+def test_verdict_trusts_neither_masked_gradients_nor_constant_answers(config, margin, zeros, balanced, words):
     table = pd.concat(
         [rows(config, "baseline", a, 4 / 255, 0.02) for a in ("worst", "pgd_ce", "pgd_margin")]
         + [rows(config, "defended", a, 4 / 255, v) for a, v in
            (("worst", margin), ("pgd_ce", 0.62), ("pgd_margin", margin))]
     )  # fmt: skip
     shares = pd.DataFrame({"model": ["baseline", "defended"], "metric": "zero_gradient_share", "value": [0.0, zeros]})
-    table = pd.concat([table, report.result_rows(shares, config)])
+    reading = shares.assign(metric="balanced_accuracy", value=[0.9, balanced])
+    table = pd.concat([table, report.result_rows(shares, config), report.result_rows(reading, config)])
     masking = report.masking_table(table, eps=4 / 255)
     paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p": 1e-6}])
     text = report.verdict(table, masking, paired, config)

@@ -106,7 +106,7 @@ def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
 def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkeypatch):
     monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", None)
     shutil.copytree(opened.config.location.root, tmp_path / "data" / "chest_xray")
-    cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/*.jpeg"))[0]
+    cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/IM-*.jpeg"))[0]
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
     config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "cut")
     with pytest.raises(datasets.BadData, match=f"{cut.name}: truncated"):
