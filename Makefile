@@ -48,6 +48,8 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BIN)/python -c '$(SITE)' > "$$($(BENCH)/bin/python -c '$(SITE)')/main.pth"
 	$(BENCH)/bin/python -m pip install --disable-pip-version-check -q --no-warn-conflicts -r benchmarks/requirements.txt
 	$(BENCH)/bin/python benchmarks/run.py
+	$(BENCH)/bin/python benchmarks/detection.py
+	$(BENCH)/bin/python benchmarks/corruptions.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,37 +8,24 @@ time of this process on one thread (it holds steady while others use the machine
 For the rows of other libraries: `pip install -r benchmarks/requirements.txt` in an environment of its own.
 """
 
-# ruff: noqa: E402  (the allocator is set and the repository put on the path before the imports)
+# ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
-import os
 import platform
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-# glibc gives large blocks back after each forward and faults them in again, unless told at the start.
-MALLOC = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-)
-if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = MALLOC
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from timing import Row, installed, print_table, seconds
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dlia_utils import cache, datasets, locate, phantom
 from dlia_utils.attacks import fgsm, frozen, one_pixel, pgd
@@ -47,7 +34,6 @@ from dlia_utils.models.wrap import PixelModel
 
 EPS, STEP = 8 / 255, 2 / 255
 REPEATS = 50  # reads of the cache per round: one alone is too short to time
-Row = tuple[str, str, float, str]  # what, against what, ratio, target
 
 
 def main() -> None:
@@ -64,9 +50,7 @@ def main() -> None:
     rows = []
     for name in options.only:
         rows += GROUPS[name](options, device)
-    print("\n| what | against | ratio | target | |\n|---|---|---|---|---|")
-    for what, against, ratio, target in rows:
-        print(f"| {what} | {against} | {ratio_text(ratio)} | {target} | {verdict(ratio, target)} |")
+    print_table(rows)
 
 
 def arguments() -> argparse.Namespace:
@@ -82,52 +66,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ratio_text(ratio: float) -> str:
-    return "not installed" if np.isnan(ratio) else f"{ratio:.3g}x"
-
-
-def verdict(ratio: float, target: str) -> str:
-    if not target or np.isnan(ratio):
-        return ""
-    sign, bound = target.split()
-    met = ratio <= float(bound[:-1]) if sign == "<=" else ratio >= float(bound[:-1])
-    return "met" if met else "NOT met"
-
-
-# ------------------------------------------------------------------------------------------- measuring
-
-
-def seconds(
-    cases: dict[str, Callable[[], object]], *, rounds: int, device: str, group: str
-) -> dict[str, float]:
-    """Fastest time of each case over interleaved rounds, after one round that is not counted."""
-    best = dict.fromkeys(cases, np.inf)
-    for turn in tqdm(range(rounds + 1), desc=group):
-        for name, case in cases.items():
-            start = clock(device)
-            case()
-            if turn:
-                best[name] = min(best[name], clock(device) - start)
-    for name, value in best.items():
-        print(f"{group}: {name}: {value:.3f} s")
-    return best
-
-
-def clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def mobilenet(device: str) -> PixelModel:
     torch.manual_seed(0)
     backbone = torchvision.models.mobilenet_v2(num_classes=2)
     return PixelModel(backbone, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval().to(device)
-
-
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 # ------------------------------------------------------------------------------------------- FGSM and PGD

@@ -1,4 +1,4 @@
-"""The command line: `python -m dlia_utils list | run | data check | notebooks build|check|refresh`."""
+"""The command line: `python -m dlia_utils list | run | data | submission | notebooks | kaggle ...`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--data", default="", metavar="PATH")
     one.set_defaults(command=data_check)
 
+    sent = commands.add_parser("submission", help="look at a competition CSV").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    one = sent.add_parser("check", help="find what the competition would refuse or score wrongly")
+    one.add_argument("file", metavar="FILE")
+    one.add_argument(
+        "--mapping", required=True, metavar="MAP", help="the competition's CSV of ids and image names"
+    )
+    one.add_argument(
+        "--images", default="", metavar="DIR", help="folder of the test images: boxes must lie inside them"
+    )
+    one.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="labels (default: the NIH's 8)")
+    one.set_defaults(command=submission_check)
+
     made = commands.add_parser("notebooks", help="make the committed notebooks").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -61,6 +75,24 @@ def _parser() -> argparse.ArgumentParser:
         one = made.add_parser(name, help=what)
         one.add_argument("nb", nargs="*", metavar="NN", help="which notebooks (default: all)")
         one.set_defaults(command=command)
+
+    one = made.add_parser("back", help="turn an edited NN_name.ipynb into its source again")
+    one.add_argument("path", metavar="FILE", help="e.g. the notebook downloaded from Kaggle")
+    one.set_defaults(command=back)
+
+    pushed = commands.add_parser("kaggle", help="make what Kaggle takes").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    one = pushed.add_parser("build", help="write the kernel folders and the offline data set")
+    one.add_argument("--user", required=True, metavar="NAME", help="your Kaggle user name")
+    one.add_argument("--out", default="build/kaggle", metavar="DIR", help="replaced whole (default: %(default)s)")
+    one.add_argument("--captum", metavar="FILE", help="captum's wheel (default: pip fetches it)")
+    one.add_argument("--strict", action="store_true", help="fail without captum's wheel")
+    one.add_argument("--offline", action="store_true", help="switch the internet off in the notebooks")
+    one.add_argument(
+        "--competition", nargs="+", default=[], metavar="SLUG", help="competitions you have joined, to attach"
+    )
+    one.set_defaults(command=kaggle_build)
     return parser
 
 
@@ -108,9 +140,15 @@ def _report(one) -> None:
     elif (one.folder / "results.csv").exists():
         print("\n" + results_text(one.folder / "results.csv") + "\n")
     print(f"Look at  {_short(one.executed)}")
-    kinds = {"results.csv": "all results", "figures/*.png": "figures", "*submission*.csv": "submissions"}
-    for pattern, what in kinds.items():
-        if found := sorted(one.folder.glob(pattern)):
+    from . import config
+
+    kinds = {
+        "all results": one.folder.glob("results.csv"),
+        "figures": one.folder.glob("figures/*.png"),
+        "submissions": config.submissions_root().glob(f"*_{one.folder.name}.csv"),
+    }
+    for what, paths in kinds.items():
+        if found := sorted(paths):
             where = found[0] if len(found) == 1 else found[0].parent
             print(f"         {_short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})")
     print(flush=True)
@@ -147,6 +185,8 @@ def data_check(options: argparse.Namespace) -> int:
     print(f"{options.dataset}: {location.root} ({kind}, found by: {location.origin})\n")
     dataset = datasets.load(location)
     print(datasets.summary(dataset).to_string(), "\n")
+    if len(dataset.boxes):
+        print(datasets.box_summary(dataset).round(2).to_string(), "\n")
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
     problems, truncated = cache.examine(dataset)
@@ -157,6 +197,21 @@ def data_check(options: argparse.Namespace) -> int:
     audit = split.audit(split.grouped(dataset))
     print("\nAudit of the patient-grouped split\n" + audit.to_string(index=False))
     return int(audit["verdict"].eq("leak").any())
+
+
+def submission_check(options: argparse.Namespace) -> int:
+    from . import datasets, submission
+
+    classes = options.classes or datasets.NIH_CLASSES
+    try:
+        table = submission.check(options.file, options.mapping, images=options.images or None, classes=classes)
+    except submission.SubmissionError as error:
+        print(error)
+        return 1
+    print(f"{options.file} is valid\n{submission.summary(table)}")
+    if not options.images:
+        print("not checked: whether boxes lie inside their images (give --images DIR)")
+    return 0
 
 
 def build(options: argparse.Namespace) -> int:
@@ -172,7 +227,7 @@ def check(options: argparse.Namespace) -> int:
 
     sources = notebooks.pick(options.nb)
     problems = [f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)]
-    problems += [] if options.nb else notebooks.orphans()
+    problems += [] if options.nb else [*notebooks.orphans(), *notebooks.page_problems()]
     print("\n".join(problems) or f"{len(sources)} notebook(s) without fault")
     return int(bool(problems))
 
@@ -185,6 +240,35 @@ def refresh(options: argparse.Namespace) -> int:
         path = notebooks.refresh(source)
         print(f"wrote {_short(path)} ({path.stat().st_size / 1e3:.0f} kB)")
     return check(options)
+
+
+def back(options: argparse.Namespace) -> int:
+    from . import notebooks
+
+    source = notebooks.back(options.path)
+    print(f"wrote {_short(source)}; now rebuild: python -m dlia_utils notebooks refresh {source.stem[:2]}")
+    return 0
+
+
+def kaggle_build(options: argparse.Namespace) -> int:
+    from . import kaggle
+
+    built = kaggle.build(
+        options.user,
+        out=options.out,
+        captum=options.captum,
+        strict=options.strict,
+        internet=not options.offline,
+        competitions=options.competition,
+    )
+    print(f"built {_short(built.folder)}: {len(built.kernels)} kernel(s), data set {', '.join(built.files)}")
+    for note in built.notes:
+        print(f"note: {note}")
+    # The client imports six without asking for it.
+    print("\nPush with Kaggle's client (python -m pip install kaggle six; once: kaggle auth login), in this order:")
+    for command, what in kaggle.push_commands(built):
+        print(f"\n  # {what}\n  {command}")
+    return 0
 
 
 if __name__ == "__main__":

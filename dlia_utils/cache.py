@@ -9,39 +9,51 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from tqdm.auto import tqdm
 
-from . import datasets, files, locate
+from . import datasets, files, layouts, locate
 from .datasets import BadData, Dataset
 
 log = logging.getLogger("dlia_utils")
 
 VERSION = 1  # Raise it when decoding changes: old caches are then not read any more.
+FITS = ("squash", "pad")
 MAX_MISSING = 0.25  # A truncated image that lacks more of its rows than this is refused.
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Decoded images uint8 [N,S,S] in the manifest's order; `truncated` names files cut short but used."""
+    """Decoded images uint8 [N,S,S] in the manifest's order; `truncated` names files cut short but used.
+
+    `shapes` int32 [N,2] holds the height and width of every original file, upright.
+    """
 
     images: np.memmap
     size: int
     key: str
     path: Path
     truncated: tuple[str, ...]
+    shapes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    fit: str = "squash"
 
     def batch(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """Images of `rows` as float32 [n,1,S,S] in [0,1]."""
         pixels = np.asarray(self.images[np.asarray(rows, dtype=np.int64)])
         return torch.from_numpy(pixels).unsqueeze(1).float().div_(255)
+
+    def scale(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        """(sx, sy) float64 [n,2] of `rows`: cached position = position in the upright original x scale."""
+        shapes = self.shapes[np.asarray(rows, dtype=np.int64)].astype(np.int64).reshape(-1, 2)
+        content = [_content(height, width, self.size, self.fit) for height, width in shapes.tolist()]
+        return np.array(content, dtype=np.float64).reshape(-1, 2)[:, ::-1] / shapes[:, ::-1]
 
     def __reduce__(self) -> tuple:
         # A pickled memmap (workers under spawn) would carry all its pixels: send its path instead.
@@ -49,24 +61,29 @@ class ImageCache:
 
 
 def build(
-    dataset: Dataset, *, size: int, root: str | Path | None = None, progress: bool = True
+    dataset: Dataset, *, size: int, fit: str = "squash", root: str | Path | None = None, progress: bool = True
 ) -> ImageCache:
     """Decode `dataset` once to grey uint8 of `size` x `size` pixels, or reopen what an earlier call decoded.
 
-    Images are squashed to the square (aspect not kept, as the original study did), bilinear with
+    `fit="squash"` fills the square (aspect not kept, as the pneumonia study did); `fit="pad"` scales the long
+    side to `size` and keeps the aspect: the image lies at the top left, the rest is 0. Bilinear with
     antialiasing. The cache lies in `root` (default `locate.cache_root()`); its key is a hash of the
-    manifest's paths, the files' lengths and times, and the size. Two processes build it once; a killed build
-    leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file; `ValueError` for
-    the size.
+    manifest's paths, the files' lengths and times, the size and the fit. Two processes build it once; a
+    killed build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file;
+    `ValueError` for the size or the fit.
     """
     if size < 8:
         raise ValueError(f"size is {size} pixels; it must be at least 8")
-    key = _key(dataset, size)
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
+    key = _key(dataset, size, fit)
     folder = Path(root or locate.cache_root()) / "images" / f"{dataset.name}-{size}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "meta.json").is_file():
-            _fill(folder, dataset, size, key, progress=progress)
+            _fill(folder, dataset, size, key, fit, progress=progress)
+        if not (folder / "shapes.npy").is_file():  # Also: a cache from before the shapes were kept.
+            _write_shapes(folder, dataset)
     cached = _open(folder)
     if cached.truncated:
         log.warning(
@@ -83,12 +100,13 @@ def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, t
     rest = dataset.manifest[~dataset.manifest["path"].isin(problems["path"])]
     with tempfile.TemporaryDirectory() as scratch:
         target, readable = Path(scratch) / "images.npy", replace(dataset, manifest=rest)
-        truncated, unusable = _decode_all(target, readable, 8, progress=progress)
+        truncated, unusable = _decode_all(target, readable, 8, "squash", progress=progress)
     return pd.concat([problems, pd.DataFrame(unusable, columns=list(problems.columns))]), tuple(truncated)
 
 
-def _key(dataset: Dataset, size: int) -> str:
-    digest = hashlib.sha256(f"{VERSION} {size}".encode())
+def _key(dataset: Dataset, size: int, fit: str) -> str:
+    # "squash" is left out: it was the only way once, and those caches stay good.
+    digest = hashlib.sha256(f"{VERSION} {size}{'' if fit == 'squash' else f' {fit}'}".encode())
     lost = []
     for path in dataset.manifest["path"]:
         try:
@@ -103,23 +121,46 @@ def _key(dataset: Dataset, size: int) -> str:
 
 def _open(folder: Path) -> ImageCache:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    return ImageCache(images, meta["size"], meta["key"], folder, tuple(meta["truncated"]))
+    images, shapes = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "shapes.npy")
+    fit = meta.get("fit", "squash")
+    return ImageCache(images, meta["size"], meta["key"], folder, tuple(meta["truncated"]), shapes, fit)
 
 
-def _fill(folder: Path, dataset: Dataset, size: int, key: str, *, progress: bool) -> None:
+def _content(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
+    """Height and width that an image takes up in the square of `size` pixels."""
+    if fit == "squash":
+        return size, size
+    ratio = size / max(height, width)
+    return max(round(height * ratio), 1), max(round(width * ratio), 1)
+
+
+def _write_shapes(folder: Path, dataset: Dataset) -> None:
+    """Write shapes.npy: height and width of every file, from its header."""
+
+    def shape(path: str) -> tuple[int, int]:
+        with Image.open(dataset.root / path) as image:
+            return layouts.upright_shape(image)
+
+    with ThreadPoolExecutor(8) as pool:
+        shapes = np.array(list(pool.map(shape, dataset.manifest["path"])), dtype=np.int32).reshape(-1, 2)
+    with files.atomic_path(folder / "shapes.npy") as temporary:
+        np.save(temporary, shapes)
+
+
+def _fill(folder: Path, dataset: Dataset, size: int, key: str, fit: str, *, progress: bool) -> None:
     """Write images.npy, then meta.json, which completes the cache. The caller holds the folder's lock."""
     for left_over in folder.glob(".*.tmp*"):  # Of a killed process: under the lock nobody writes them.
         left_over.unlink()
     _refuse(list(datasets.check(dataset).itertuples(index=False, name=None)))
     with files.atomic_path(folder / "images.npy") as temporary:
-        truncated, unusable = _decode_all(temporary, dataset, size, progress=progress)
+        truncated, unusable = _decode_all(temporary, dataset, size, fit, progress=progress)
         _refuse(unusable)
-    files.write_json({"key": key, "size": size, "truncated": truncated}, folder / "meta.json")
+    meta = {"key": key, "size": size, "fit": fit, "truncated": truncated}
+    files.write_json(meta, folder / "meta.json")
 
 
 def _decode_all(
-    target: Path, dataset: Dataset, size: int, *, progress: bool
+    target: Path, dataset: Dataset, size: int, fit: str, *, progress: bool
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Decode into a new .npy file; returns the files cut short but used, and (path, problem) of the unusable."""
     paths = list(dataset.manifest["path"])
@@ -128,7 +169,7 @@ def _decode_all(
     def decode(row: int) -> int | None:
         """Fill one row; returns it when the file does not decode cleanly."""
         try:
-            images[row] = _decode(dataset.root / paths[row], size)
+            images[row] = _decode(dataset.root / paths[row], size, fit)
         except (OSError, SyntaxError, ValueError):
             return row
         return None
@@ -144,7 +185,7 @@ def _decode_all(
     truncated, unusable = [], []
     for row in doubtful:
         try:
-            images[row] = _decode_truncated(dataset.root / paths[row], size)
+            images[row] = _decode_truncated(dataset.root / paths[row], size, fit)
             truncated.append(paths[row])
         except (OSError, SyntaxError, ValueError) as error:
             unusable.append((paths[row], str(error)))
@@ -152,14 +193,15 @@ def _decode_all(
     return truncated, unusable
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
+def _decode(path: Path, size: int, fit: str) -> np.ndarray:
     with Image.open(path) as image:
+        content = _content(*layouts.upright_shape(image), size, fit)
         # JPEG decodes at 1/2, 1/4 or 1/8 cheaply: keep at least twice the pixels for the antialiasing.
         image.draft("L", (2 * size, 2 * size))
-        return _squash(image, size)
+        return _fitted(image, content, size)
 
 
-def _decode_truncated(path: Path, size: int) -> np.ndarray:
+def _decode_truncated(path: Path, size: int, fit: str) -> np.ndarray:
     """Decode a file that ends too early. Rows that the decoder did not reach come out flat: count them.
 
     The switch is global to Pillow, hence one file at a time, after the threads.
@@ -172,13 +214,18 @@ def _decode_truncated(path: Path, size: int) -> np.ndarray:
             missing = 1 - (varied[-1] + 1) / image.height if len(varied) else 1.0
             if missing >= MAX_MISSING:
                 raise ValueError(f"truncated: {missing:.0%} of its rows are missing")
-            return _squash(image, size)
+            return _fitted(image, _content(*layouts.upright_shape(image), size, fit), size)
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _squash(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.convert("L").resize((size, size), Image.Resampling.BILINEAR))
+def _fitted(image: Image.Image, content: tuple[int, int], size: int) -> np.ndarray:
+    """The image upright and grey, `content` (height, width) pixels large, top left in a black square."""
+    if layouts.orientation(image) > 1:  # Boxes were drawn on the upright image.
+        ImageOps.exif_transpose(image, in_place=True)
+    square = np.zeros((size, size), np.uint8)
+    square[: content[0], : content[1]] = image.convert("L").resize(content[::-1], Image.Resampling.BILINEAR)
+    return square
 
 
 def _refuse(problems: Sequence[tuple[str, str]]) -> None:

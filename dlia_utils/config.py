@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +26,10 @@ import torch
 from . import files, locate
 from .attacks.evaluate import pixel_eps, pixel_text
 
+log = logging.getLogger("dlia_utils")
+
 PROFILES = ("smoke", "cpu", "full")
+KAGGLE_REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All again"
 
 # One-Pixel settings of the study that notebook 01 redoes: (pixels, population, iterations, F, CR).
 PUBLISHED_ONE_PIXEL = ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))
@@ -60,7 +67,46 @@ _PNEUMONIA: dict[str, Any] = {
     "bootstrap_draws": 2000,
 }
 
-# What differs from the full study, per notebook and profile.
+# The recipe of the study that notebook 05 redoes; its own light and laptop sizes are below.
+_DETECTION: dict[str, Any] = {
+    "dataset": ("dlia", "nih", "fracatlas"),  # the first that is there, whole
+    "seed": 0,
+    "size": 1024,
+    "images": None,  # None = every image; a number = at most so many to train on, to select by, to score
+    "arch": "fasterrcnn_resnet50_fpn_v2",
+    "weights": "coco",
+    "trainable_layers": 5,
+    "freeze_bn": True,
+    "nms": 0.3,
+    "rpn_pre_nms": 1000,
+    "rpn_post_nms": 1000,
+    "roi_batch": 512,
+    "anchor_sizes": None,
+    "channels": 256,
+    "width": 1.0,
+    "folds": 5,
+    "run_folds": 5,
+    "flip": 0.5,
+    "epochs": 60,
+    "batch_size": 4,
+    "accumulate": 4,
+    "lr": 5e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 5,
+    "lr_min": 1e-6,
+    "clip_norm": 1.0,
+    "ema": 0.998,
+    "patience": 15,
+    "max_minutes": 240.0,  # for one fold
+    "num_workers": 2,
+    "one_per_class": True,  # NIH: no image has two boxes of one label
+    "wbf_iou": 0.5,
+    "bootstrap_draws": 2000,
+}
+# Fractures are many in an image, and small.
+_FRACATLAS = {"one_per_class": False}
+
+# What differs from the full study, per notebook and profile. "per_dataset" holds what differs with the data found.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "01_pneumonia_robustness": {
         "full": _PNEUMONIA,
@@ -97,6 +143,57 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0)),
             "one_pixel_per_class": 4,
             "bootstrap_draws": 200,
+        },
+    },
+    "05_nih_detection": {
+        "full": _DETECTION | {"per_dataset": {"fracatlas": _FRACATLAS | {"size": 800}}},
+        "cpu": _DETECTION
+        | {
+            "size": 384,
+            "arch": "fasterrcnn_mobilenet_v2_fpn",
+            "weights": "imagenet",
+            "channels": 128,
+            "rpn_pre_nms": 500,
+            "rpn_post_nms": 200,
+            "roi_batch": 64,
+            "run_folds": 1,
+            "epochs": 14,
+            "batch_size": 8,
+            "accumulate": 1,
+            "lr": 0.02,
+            "warmup_epochs": 1,
+            "clip_norm": 5.0,
+            "ema": 0.995,
+            "patience": None,
+            "num_workers": 0,
+            "per_dataset": {"fracatlas": _FRACATLAS},
+        },
+        "smoke": _DETECTION
+        | {
+            "size": 128,
+            "images": 96,
+            "arch": "fasterrcnn_mobilenet_v2_fpn",
+            "weights": None,
+            "freeze_bn": False,
+            "width": 0.5,
+            "channels": 64,
+            "rpn_pre_nms": 200,
+            "rpn_post_nms": 64,
+            "roi_batch": 32,
+            "folds": 3,
+            "run_folds": 1,
+            "epochs": 11,
+            "batch_size": 4,
+            "accumulate": 1,
+            "lr": 0.02,
+            "warmup_epochs": 1,
+            "clip_norm": 5.0,
+            "ema": 0.95,
+            "patience": None,
+            "max_minutes": 5.0,
+            "num_workers": 0,
+            "bootstrap_draws": 200,
+            "per_dataset": {"fracatlas": _FRACATLAS},
         },
     },
 }
@@ -139,14 +236,19 @@ class Config:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def banner(self) -> str:
-        """The lines printed at the top of a notebook: profile, data, device and why."""
+        """The lines printed at the top of a notebook: device, profile, data and why."""
         data = "SYNTHETIC phantom images: the numbers below mean nothing medically" if self.synthetic else (
             f"real images of {self.location.dataset!r}"
         )
+        # A GPU that is missing or cannot be used is what a reader must learn first.
+        device = [f"device   {self.device}  ({self.device_note})"]
+        if self.device == "cpu":
+            device = [f"device   CPU ONLY: {self.device_note}"]
+            device += [f"         {KAGGLE_REMEDY}"] if locate.on_kaggle() else []
         lines = [
+            *device,
             f"profile  {self.profile.upper()}  ({self.reason})",
             f"data     {data}  [found by: {self.location.origin}]",
-            f"device   {self.device}  ({self.device_note})",
             f"run      {self.run_dir.parent.name}/{self.run_dir.name}  (resume: {self.resume}, key {self.key})",
         ]
         width = max(map(len, lines))
@@ -180,8 +282,7 @@ def pick_device() -> tuple[str, str]:
         # is_available() says True on a P100, whose first real operation then dies.
         (torch.ones(2, device="cuda") * 2).sum().item()
     except RuntimeError as error:
-        remedy = "choose the accelerator 'GPU T4 x2' in the session options"
-        return "cpu", f"{name} cannot run this torch ({str(error).splitlines()[0]}); {remedy}"
+        return "cpu", f"{name} is there, but this torch cannot use it ({str(error).splitlines()[0]})"
     return "cuda", f"{torch.cuda.device_count()} x {name}"
 
 
@@ -193,6 +294,11 @@ def runs_root() -> Path:
         return locate.kaggle_root() / "working" / "runs"
     repository = Path(__file__).resolve().parents[1]
     return (repository if (repository / "notebooks").is_dir() else Path.cwd()) / "runs"
+
+
+def submissions_root() -> Path:
+    """Where submissions go: `submissions/` beside the runs, or the working folder on Kaggle, which offers them."""
+    return runs_root().parent if locate.on_kaggle() else runs_root().parent / "submissions"
 
 
 def _pick_profile(asked: str, location: locate.Location, device: str) -> tuple[str, str]:
@@ -221,23 +327,35 @@ def resolve(
         raise ValueError(f"PROFILE={asked!r} is not one of {', '.join(PROFILES)}, auto")
     if resume not in (True, False, "force"):
         raise ValueError(f"RESUME={resume!r} must be True, False or 'force'")
-    any_settings = next(iter(SETTINGS[notebook].values()))
-    location = locate.find(any_settings["dataset"], data_dir or None)
+    location = _find_data(next(iter(SETTINGS[notebook].values()))["dataset"], data_dir)
     device, device_note = pick_device()
     chosen, reason = _pick_profile(asked, location, device)
-    name = run_name or f"{chosen}-{'synthetic' if location.synthetic else 'real'}"
+    settings = dict(SETTINGS[notebook][chosen])
+    kind = "synthetic" if location.synthetic else "real"
+    if not isinstance(settings["dataset"], str):  # runs on several data sets lie side by side
+        kind = f"{location.dataset}-{kind}"
+    settings |= settings.pop("per_dataset", {}).get(location.dataset, {}) | {"dataset": location.dataset}
     config = Config(
         notebook=notebook, profile=chosen, reason=reason, location=location, device=device,
-        device_note=device_note, run_dir=runs_root() / notebook / name, resume=resume,
-        settings=dict(SETTINGS[notebook][chosen]),
+        device_note=device_note, run_dir=runs_root() / notebook / (run_name or f"{chosen}-{kind}"), resume=resume,
+        settings=settings,
     )  # fmt: skip
     _open_run(config)
     return config
 
 
+def _find_data(names: str | Sequence[str], data_dir: str) -> locate.Location:
+    """The notebook's data set, or the first of several that is there and whole."""
+    if isinstance(names, str):
+        return locate.find(names, data_dir or None)
+    return locate.find_first(names, data_dir or None)
+
+
 def _open_run(config: Config) -> None:
-    """Create the run folder; refuse to mix two configurations in one."""
+    """Create the run folder, or take up an earlier session's; refuse to mix two configurations in one."""
     record = config.run_dir / "config.json"
+    if config.resume and not record.exists():
+        _import_run(config)
     if record.exists() and config.resume is False:
         config.run_dir.rename(config.run_dir.with_name(f"{config.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
     elif record.exists() and config.resume is True and json.loads(record.read_text())["key"] != config.key:
@@ -249,6 +367,41 @@ def _open_run(config: Config) -> None:
             "data": config.data_name, "device": config.device, "settings": config.settings}  # fmt: skip
     files.write_json(keep, record)
     files.write_json(environment(), config.run_dir / "env.json")
+
+
+def _import_run(config: Config) -> None:
+    """Copy the run of an earlier Kaggle session, attached as an input, if it has this run's settings.
+
+    Attach the earlier version's output (*Add Input*, *Your Work*) and press Run All: what was finished is read back,
+    and a training that was cut off goes on after its last whole epoch. Of several the one with the newest checkpoint.
+    """
+    place = Path(config.notebook) / config.run_dir.name
+    found = []
+    for mount in locate.mounts():
+        for run in (mount / "runs" / place, mount / place):
+            record = run / "config.json"
+            if not record.is_file():
+                continue
+            if json.loads(record.read_text(encoding="utf-8")).get("key") == config.key:
+                found.append(run)
+            else:
+                log.warning("the run in input %s has other settings: it is not continued", mount.name)
+    if not found:
+        return
+
+    def newest(run: Path) -> float:
+        return max((path.stat().st_mtime for path in run.glob("*/last.pt")), default=0.0)
+
+    chosen = max(found, key=newest)
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.run_dir.parent, prefix=".import-") as scratch:
+        # An input is read-only, and its modes would come along with copy2.
+        copied = shutil.copytree(chosen, Path(scratch) / "run", copy_function=shutil.copyfile)
+        copied.chmod(0o755)
+        for folder in filter(Path.is_dir, copied.rglob("*")):
+            folder.chmod(0o755)
+        os.replace(copied, config.run_dir)
+    log.warning("continues the run of an earlier session, found in input %s", chosen.relative_to(locate.kaggle_root()))
 
 
 def hardware() -> str:

@@ -1,29 +1,40 @@
-"""Each published layout becomes one manifest: a row per image, with patient, group and official split."""
+"""A data set as one table of images and one of boxes, whatever layout it was published in."""
 
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from .locate import DataNotFound, Location
+from . import layouts
+from .layouts import BOX_COLUMNS, COLUMNS, NIH_CLASSES, SHOWN, BadData, no_boxes, pneumonia_patient
+from .locate import Location
+
+__all__ = [
+    "BOX_COLUMNS",
+    "COLUMNS",
+    "NIH_CLASSES",
+    "SHOWN",
+    "BadData",
+    "Dataset",
+    "box_summary",
+    "boxed",
+    "check",
+    "load",
+    "no_boxes",
+    "pneumonia_patient",
+    "problem_text",
+    "summary",
+    "take",
+]
 
 log = logging.getLogger("dlia_utils")
-
-COLUMNS = ("path", "label", "class_name", "patient", "group", "split")
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
-SHOWN = 20  # How many names an error message lists before it only counts.
-
-
-class BadData(ValueError):
-    """Files or folders of the data set that cannot be used; the message lists them and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,8 @@ class Dataset:
     """A data set as a table: `manifest` has the columns `COLUMNS`; the row number is an image's id.
 
     `ignored` (path, reason) lists what was found in the tree but not read; `split_rule` says how `split`
-    arose.
+    arose. A detection set has `boxes` too (columns `BOX_COLUMNS`, corners in pixels of the original file,
+    label k named `box_classes[k - 1]`), and a competition its `mapping` of ids to images as published.
     """
 
     name: str
@@ -42,27 +54,35 @@ class Dataset:
     synthetic: bool
     origin: str
     split_rule: str = "official"
+    boxes: pd.DataFrame = field(default_factory=no_boxes)
+    box_classes: tuple[str, ...] = ()
+    mapping: pd.DataFrame | None = None
 
 
-def load(location: Location) -> Dataset:
+def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = False) -> Dataset:
     """Read the data set at `location` (see `locate.find`) into a `Dataset`; no image is decoded.
 
-    Errors: `DataNotFound` for a missing split or class folder, `BadData` for an empty class folder.
+    `allow_missing` ("nih", "dlia") uses the listed images that are there where others are missing;
+    `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set too.
+    Errors: `DataNotFound` for a missing split or class folder; `BadData` for an empty class folder, unusable
+    rows of a box table and missing images; `ValueError` for an option that the data set does not have.
     """
-    manifest, classes, ignored = _LAYOUTS[location.dataset](location.root)
-    if len(ignored):
-        reasons = ignored["reason"].value_counts()
+    tables = layouts.read(location.dataset, location.root, allow_missing=allow_missing, allow_leak=allow_leak)
+    if len(tables.ignored):
+        reasons = tables.ignored["reason"].value_counts()
         log.info(
-            "ignored %d files: %s", len(ignored), "; ".join(f"{n} {reason}" for reason, n in reasons.items())
+            "ignored %d files: %s",
+            len(tables.ignored),
+            "; ".join(f"{n} {reason}" for reason, n in reasons.items()),
         )
     return Dataset(
-        location.dataset, location.root, manifest, classes, ignored, location.synthetic, location.origin
+        location.dataset, location.root, synthetic=location.synthetic, origin=location.origin, **vars(tables)
     )
 
 
 def summary(dataset: Dataset) -> pd.DataFrame:
     """Images and patients by split and class: columns split, class_name, images, patients."""
-    order = [name for name in ("train", "val", "test") if name in set(dataset.manifest["split"])]
+    order = sorted(set(dataset.manifest["split"]), key=("train", "val", "test", "").index)
     table = dataset.manifest.groupby(["split", "class_name"], as_index=False).agg(
         images=("path", "size"), patients=("patient", "nunique")
     )
@@ -95,112 +115,52 @@ def problem_text(problems: pd.DataFrame) -> str:
     return "\n".join([head, *lines, fix])
 
 
-def pneumonia(root: Path) -> tuple[pd.DataFrame, tuple[str, ...], pd.DataFrame]:
-    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: manifest, classes and ignored files of `root`.
+def take(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> Dataset:
+    """Only the images of `rows` (each at most once), numbered anew in that order, with their boxes."""
+    rows = np.asarray(rows, dtype=np.int64)
+    manifest = dataset.manifest.iloc[rows].reset_index(drop=True)
+    number = pd.Series(np.arange(len(rows)), index=rows)
+    boxes = dataset.boxes[dataset.boxes["image"].isin(rows)]
+    boxes = boxes.assign(image=boxes["image"].map(number).astype("int64"))
+    boxes = boxes.sort_values("image", kind="stable", ignore_index=True)
+    return replace(dataset, manifest=manifest, boxes=boxes)
 
-    `root` holds train/, test/ and perhaps val/ (16 images), each with NORMAL/ and PNEUMONIA/. The published
-    archive also carries a second copy in chest_xray/chest_xray and Finder's litter: listed in `ignored`,
-    never read.
+
+def boxed(dataset: Dataset) -> Dataset:
+    """Only the images that have boxes, numbered anew."""
+    return take(dataset, np.unique(dataset.boxes["image"].to_numpy(dtype=np.int64)))
+
+
+def box_summary(dataset: Dataset) -> pd.DataFrame:
+    """Number and size of the boxes of each class.
+
+    Columns class_name, boxes, images, patients, share, width, height, side_min, side_median, side_max;
+    `share` is the part of the boxed images that have the class, width and height are medians, the sides
+    square roots of the areas, all in pixels of the original files.
     """
-    classes = ("NORMAL", "PNEUMONIA")
-    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    _need_folders(root, [f"{split}/{name}" for split in splits for name in classes])
-    rows, ignored = [], []
-    for path in _walk(root):
-        reason = _junk_reason(path) or _layout_reason(path, splits, classes)
-        if reason:
-            ignored.append((str(path), reason))
-        else:
-            patient, group = pneumonia_patient(path.name)
-            rows.append(
-                (str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0])
-            )
-    manifest = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int64"})
-    _need_images(manifest, root, splits, classes)
-    _say_odd(manifest)
-    return manifest, classes, pd.DataFrame(ignored, columns=["path", "reason"])
-
-
-def pneumonia_patient(name: str) -> tuple[str, str]:
-    """Patient and group read from a file name of the pneumonia set.
-
-    The number N of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful reading:
-    nothing published says whether the numbers of the two kinds are separate. Another name is a patient of its
-    own.
-
-    >>> pneumonia_patient("person12_virus_48.jpeg"), pneumonia_patient("NORMAL2-IM-0501-0001-0002.jpeg")
-    (('person-12', 'virus'), ('NORMAL2-IM-0501', 'normal'))
-    >>> pneumonia_patient("IM-0115-0001.jpeg"), pneumonia_patient("scan.jpeg")
-    (('IM-0115', 'normal'), ('scan', 'unknown'))
-    """
-    if match := re.match(r"person(\d+)_(bacteria|virus)_", name):
-        return f"person-{int(match[1])}", match[2]
-    if match := re.match(r"((?:NORMAL2-)?IM-\d+)-", name):
-        return match[1], "normal"
-    return PurePosixPath(name).stem, "unknown"
-
-
-_LAYOUTS: dict[str, Callable[[Path], tuple[pd.DataFrame, tuple[str, ...], pd.DataFrame]]] = {
-    "pneumonia": pneumonia
-}
-
-
-def _walk(root: Path) -> list[PurePosixPath]:
-    """Every file below `root`, relative and sorted, so that row numbers do not depend on the file system."""
-    found = []
-    for folder, _, names in os.walk(root):
-        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        found.extend(relative / name for name in names)
-    return sorted(found)
-
-
-def _junk_reason(path: PurePosixPath) -> str:
-    if "__MACOSX" in path.parts:
-        return "macOS archive litter (__MACOSX)"
-    if path.name.startswith("._"):
-        return "macOS resource fork (._*)"
-    if path.name.lower() in (".ds_store", "thumbs.db", "desktop.ini"):
-        return "folder settings of the operating system"
-    if any(part.startswith(".") for part in path.parts):
-        return "hidden file or folder"
-    return ""
-
-
-def _layout_reason(path: PurePosixPath, splits: list[str], classes: tuple[str, ...]) -> str:
-    if path.parts[0] == "chest_xray":
-        return "second copy of the data set (nested chest_xray)"
-    if path.parts[0] not in splits or len(path.parts) != 3:
-        return "outside the split and class folders"
-    if path.parts[1] not in classes:
-        return "not a class of this data set"
-    return "" if path.suffix.lower() in IMAGE_SUFFIXES else "not named like an image"
-
-
-def _need_folders(root: Path, folders: list[str]) -> None:
-    missing = [folder for folder in folders if not (root / folder).is_dir()]
-    if missing:
-        raise DataNotFound(
-            f"{root} has no {', '.join(missing)}: unpack the whole archive again (see data/README.md)"
-        )
-
-
-def _need_images(manifest: pd.DataFrame, root: Path, splits: list[str], classes: tuple[str, ...]) -> None:
-    have = set(zip(manifest["split"], manifest["class_name"], strict=True))
-    empty = [f"{split}/{name}" for split in splits for name in classes if (split, name) not in have]
-    if empty:
-        hint = "; val/ may be left out altogether" if any(name.startswith("val/") for name in empty) else ""
-        raise BadData(f"{root}: no images in {', '.join(empty)}. Fix: unpack the whole archive again{hint}.")
-
-
-def _say_odd(manifest: pd.DataFrame) -> None:
-    odd = manifest.loc[manifest["group"] == "unknown", "path"]
-    if len(odd):
-        log.warning(
-            "%d file names tell no patient; each counts as its own: %s", len(odd), ", ".join(odd[:SHOWN])
-        )
-    val = int((manifest["split"] == "val").sum())
-    if 0 < val < 100:
-        log.info("the official val split has only %d images: draw a larger one with split.grouped", val)
+    boxes = dataset.boxes.assign(
+        patient=dataset.manifest["patient"].to_numpy()[dataset.boxes["image"].to_numpy(dtype=np.int64)],
+        width=dataset.boxes["x2"] - dataset.boxes["x1"],
+        height=dataset.boxes["y2"] - dataset.boxes["y1"],
+    )
+    boxes["side"] = np.sqrt(boxes["width"] * boxes["height"])
+    table = boxes.groupby("label").agg(
+        boxes=("image", "size"),
+        images=("image", "nunique"),
+        patients=("patient", "nunique"),
+        share=("image", lambda images: images.nunique() / max(boxes["image"].nunique(), 1)),
+        width=("width", "median"),
+        height=("height", "median"),
+        side_min=("side", "min"),
+        side_median=("side", "median"),
+        side_max=("side", "max"),
+    )
+    table = table.reindex(range(1, len(dataset.box_classes) + 1))
+    counts = ["boxes", "images", "patients"]
+    table[counts] = table[counts].fillna(0).astype("int64")
+    table["share"] = table["share"].fillna(0.0)
+    table.insert(0, "class_name", list(dataset.box_classes))
+    return table.reset_index(drop=True)
 
 
 def _file_problem(path: Path) -> str:

@@ -6,21 +6,18 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from . import phantom
+from . import layouts, phantom
+from .layouts import BadData, DataNotFound
 
 log = logging.getLogger("dlia_utils")
 
 MAX_DEPTH = 3  # How far below a mount or an argument the data set's own folder may lie.
-
-
-class DataNotFound(FileNotFoundError):
-    """No folder with the data set's tree where the user said it is."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,11 @@ class Location:
 class Source:
     """One row of the registry: how a data set is recognised, where to get it, and its synthetic stand-in."""
 
-    signature: tuple[str, ...]  # paths that must exist below the root
+    signature: tuple[str, ...]  # paths that must exist below the root, the most telling first; "a|b": either
     slugs: tuple[str, ...]  # names of its Kaggle mounts
-    handle: str  # kagglehub's "owner/slug"
+    handle: str  # kagglehub's "owner/slug"; "" where it has none
     write_phantom: Callable[[Path], Path]
+    gap: Callable[[Path], str] = lambda root: ""  # why a copy in this folder cannot be used; "" when it can
 
 
 SOURCES: dict[str, Source] = {
@@ -52,6 +50,31 @@ SOURCES: dict[str, Source] = {
         slugs=("chest-xray-pneumonia",),
         handle="paultimothymooney/chest-xray-pneumonia",
         write_phantom=phantom.write_pneumonia,
+    ),
+    "nih": Source(
+        signature=(layouts.NIH_BOXES,),
+        slugs=("data",),
+        handle="nih-chest-xrays/data",
+        write_phantom=phantom.write_nih,
+        gap=layouts.nih_gap,
+    ),
+    "dlia": Source(
+        signature=(layouts.DLIA_MAPPING, layouts.DLIA_TRAIN, "train|train_images", "test|test_images"),
+        slugs=("m-2-big-data-dlia-project-2025-clean-dataset",),
+        handle="",
+        write_phantom=phantom.write_competition,
+        gap=layouts.dlia_gap,
+    ),
+    "fracatlas": Source(
+        signature=(
+            "images/Fractured|images/All_Images",
+            layouts.FRACATLAS_TABLE,
+            layouts.FRACATLAS_BOXES,
+            *layouts.FRACATLAS_SPLITS.values(),
+        ),
+        slugs=("fracatlas", "fracatlas-original-dataset"),
+        handle="vuppalaadithyasriharsha/fracatlas",
+        write_phantom=phantom.write_fracatlas,
     ),
 }
 
@@ -80,7 +103,7 @@ def find(
     download: bool = False,
     phantom_dir: str | Path | None = None,
 ) -> Location:
-    """Find `dataset` ("pneumonia"); without any real copy, write and return its synthetic phantom.
+    """Find `dataset`, a name in `SOURCES`; without any real copy, write and return its synthetic phantom.
 
     Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` of the repository, kagglehub (only with
     `download=True` or `DLIA_DOWNLOAD=1`, never on Kaggle, where it waits for ever for a missing mount), the
@@ -94,8 +117,71 @@ def find(
     >>> location.root.name, location.origin, location.synthetic
     ('chest_xray', 'argument', False)
     """
-    if dataset not in SOURCES:
-        raise ValueError(f"unknown data set {dataset!r}; known: {', '.join(SOURCES)}")
+    _need_known([dataset])
+    if location := _present(dataset, data_dir):
+        return location
+    return _made([dataset], download=download, phantom_dir=phantom_dir)
+
+
+def find_first(
+    datasets: Sequence[str],
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = False,
+    phantom_dir: str | Path | None = None,
+) -> Location:
+    """The first of `datasets` of which a usable copy is there; without any, the phantom of the first.
+
+    Each is searched in turn as by `find`. A copy with a gap (boxed images that are missing) is passed over
+    with a log line, and so is a data set that `data_dir` or `DLIA_DATA` does not hold; when they hold none of
+    them: `DataNotFound`. A download is tried for the first data set that kagglehub has.
+    `ValueError`: no or unknown data sets.
+    """
+    _need_known(datasets)
+    reasons = []
+    for dataset in datasets:
+        try:
+            location = _present(dataset, data_dir)
+        except DataNotFound as error:
+            reasons.append(str(error))
+            log.info("%s is passed over: %s", dataset, error)
+            continue
+        if location is None:
+            continue
+        if not (gap := _gap(location)):
+            return location
+        reasons.append(f"{location.root} ({dataset}): {gap}")
+        log.warning("%s in %s is passed over: %s", dataset, location.root, gap)
+    if data_dir or os.environ.get("DLIA_DATA"):
+        raise DataNotFound("none of " + ", ".join(datasets) + " can be used:\n  " + "\n  ".join(reasons))
+    return _made(datasets, download=download, phantom_dir=phantom_dir)
+
+
+def siblings(location: Location) -> list[Location]:
+    """The usable copies of the same data set in the folders beside `location.root`, itself included, sorted.
+
+    Two editions of the competition that lie in one folder are found so.
+    """
+    source = SOURCES[location.dataset]
+    folders = {location.root, *_children(location.root.parent)}
+    found = [
+        _location(location.dataset, folder, location.origin)
+        for folder in sorted(folders)
+        if folder == location.root or _holds(folder, source.signature)
+    ]
+    return [one for one in found if one.root == location.root or not _gap(one)]
+
+
+def _need_known(datasets: Sequence[str]) -> None:
+    unknown = [repr(name) for name in datasets if name not in SOURCES]
+    if unknown or not datasets:
+        raise ValueError(
+            f"unknown data set {', '.join(unknown) or '(none given)'}; known: {', '.join(SOURCES)}"
+        )
+
+
+def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
+    """A copy that is there already: where the user said (else `DataNotFound`) or in a usual place."""
     for told, origin in ((data_dir, "argument"), (os.environ.get("DLIA_DATA"), "DLIA_DATA")):
         if told:
             return _told(dataset, Path(told).expanduser(), origin)
@@ -104,10 +190,23 @@ def find(
             return _location(dataset, root, origin)
         if missing := _half_there(folder, SOURCES[dataset].signature):
             log.warning("%s looks like %s but is passed over: %s", folder, dataset, missing)
+    return None
+
+
+def _made(datasets: Sequence[str], *, download: bool, phantom_dir: str | Path | None) -> Location:
+    """A download of the first data set that kagglehub has, if asked for, else the phantom of the first."""
     if (download or os.environ.get("DLIA_DOWNLOAD") == "1") and not on_kaggle():
-        return _location(dataset, _download(dataset), "kagglehub")
-    log.warning("no real %s data found: using SYNTHETIC phantom images (see data/README.md)", dataset)
-    return _location(dataset, _phantom(dataset, phantom_dir), "phantom")
+        wanted = next((name for name in datasets if SOURCES[name].handle), datasets[0])
+        return _location(wanted, _download(wanted), "kagglehub")
+    log.warning("no real %s data found: using SYNTHETIC phantom images (see data/README.md)", datasets[0])
+    return _location(datasets[0], _phantom(datasets[0], phantom_dir), "phantom")
+
+
+def _gap(location: Location) -> str:
+    try:
+        return SOURCES[location.dataset].gap(location.root)
+    except BadData as error:
+        return str(error)
 
 
 def _location(dataset: str, root: Path, origin: str) -> Location:
@@ -123,7 +222,7 @@ def _told(dataset: str, folder: Path, origin: str) -> Location:
     if not folder.is_dir():
         raise DataNotFound(
             f"{what} = {str(folder)!r} is not a folder; name the folder that holds {dataset}'s "
-            f"{', '.join(signature)} (at most {MAX_DEPTH} levels below it)"
+            f"{_shown(signature)} (at most {MAX_DEPTH} levels below it)"
         )
     if root := _descend(folder, signature):
         return _location(dataset, root, origin)
@@ -133,13 +232,13 @@ def _told(dataset: str, folder: Path, origin: str) -> Location:
             "Unpack the whole archive again (see data/README.md)"
         )
     for parent in list(folder.resolve().parents)[:2]:
-        if all((parent / part).is_dir() for part in signature):
+        if _holds(parent, signature):
             raise DataNotFound(
                 f"{what} = {str(folder)!r} lies inside {dataset}; name {str(parent)!r} instead"
             )
     raise DataNotFound(
         f"{what} = {str(folder)!r} does not hold {dataset}: no folder in it (down to {MAX_DEPTH} levels) "
-        f"has {', '.join(signature)}. Correct the path, or leave it out to search the usual places"
+        f"has {_shown(signature)}. Correct the path, or leave it out to search the usual places"
     )
 
 
@@ -165,38 +264,56 @@ def _descend(top: Path, signature: tuple[str, ...]) -> Path | None:
     """The nearest folder that has every path of the signature."""
     if not top.is_dir():
         return None
-    return next(
-        (folder for folder in _folders(top) if all((folder / part).exists() for part in signature)), None
-    )
+    return next((folder for folder in _folders(top) if _holds(folder, signature)), None)
+
+
+def _holds(folder: Path, signature: Sequence[str]) -> bool:
+    """Whether `folder` has every path of the signature, or one of its alternatives."""
+    return all(any((folder / part).exists() for part in parts.split("|")) for parts in signature)
+
+
+def _shown(signature: Sequence[str]) -> str:
+    return ", ".join(parts.replace("|", " or ") for parts in signature)
 
 
 def _half_there(top: Path, signature: tuple[str, ...]) -> str:
     """Which parts are missing in the first folder that has some of the signature; "" when there is none."""
     for folder in _folders(top) if top.is_dir() else ():
-        missing = [part for part in signature if not (folder / part).exists()]
-        if 0 < len(missing) < len(signature):
-            return f"{folder} has no {', '.join(missing)}"
+        missing = [parts for parts in signature if not _holds(folder, [parts])]
+        # A train/ and a test/ alone tell nothing: most of the signature must be there, or its first part.
+        if missing and (signature[0] not in missing or 2 * len(missing) < len(signature)):
+            return f"{folder} has no {_shown(missing)}"
     return ""
 
 
-def _usual_places(dataset: str) -> Iterator[tuple[Path, str]]:
+def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
+    """Everything attached under Kaggle's input folder, in all its layouts; names in `slugs` first."""
     # Fixed-depth globs: rglob walks every image of every mount, and finds nested duplicates first.
-    mounts = kaggle_root() / "input"
-    slugs = SOURCES[dataset].slugs
     patterns = [p for s in slugs for p in (s, f"datasets/*/{s}", f"datasets/organizations/*/{s}")]
     patterns += ["*", "datasets/*/*", "datasets/organizations/*/*", "competitions/*", "notebooks/*/*"]
     layouts = {"datasets", "competitions", "notebooks", "models", "organizations"}
     seen: set[Path] = set()
-    for pattern in patterns if mounts.is_dir() else ():
-        for mount in sorted(mounts.glob(pattern)):
+    top = kaggle_root() / "input"
+    for pattern in patterns if top.is_dir() else ():
+        for mount in sorted(top.glob(pattern)):
             if mount not in seen and mount.name not in layouts:
                 seen.add(mount)
-                yield mount, "kaggle"
+                yield mount
+
+
+def _usual_places(dataset: str) -> Iterator[tuple[Path, str]]:
+    for mount in mounts(SOURCES[dataset].slugs):
+        yield mount, "kaggle"
     yield Path(__file__).resolve().parents[1] / "data", "data/"
 
 
 def _download(dataset: str) -> Path:
     handle = SOURCES[dataset].handle
+    if not handle:
+        raise DataNotFound(
+            f"kagglehub has no data set {dataset}: download it from the competition's own page, unpack it "
+            "and name its folder (see data/README.md)"
+        )
     try:
         import kagglehub
     except ImportError as error:
@@ -207,7 +324,7 @@ def _download(dataset: str) -> Path:
     if root := _descend(folder, SOURCES[dataset].signature):
         return root
     raise DataNotFound(
-        f"kagglehub put {handle} into {folder}, but {', '.join(SOURCES[dataset].signature)} are not there"
+        f"kagglehub put {handle} into {folder}, but {_shown(SOURCES[dataset].signature)} are not there"
     )
 
 

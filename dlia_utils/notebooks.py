@@ -7,8 +7,10 @@ A code cell stores the hash of the source that produced its outputs, so an outpu
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,12 +22,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import jupytext
 import nbformat
 from nbformat import NotebookNode
+from PIL import Image
 
 from . import files
 
@@ -37,6 +42,7 @@ PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME")
 MAX_CODE_LINES = 40
 MAX_TEXT_LINES = 100
 MAX_BYTES = 1_000_000
+MAX_OUTPUT_BYTES = 500_000
 
 # PyTorch on CPU is 2 to 5 times faster when glibc keeps large buffers; glibc reads this at a process's start.
 KERNEL_ENVIRONMENT = {
@@ -51,42 +57,45 @@ KERNEL_ENVIRONMENT = {
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
 
 # The second cell of every notebook, word for word: a source only holds an empty cell tagged "bootstrap".
+# REPOSITORY's default is the repository address in pyproject.toml, once there is one (a test compares them).
 BOOTSTRAP = '''\
-# Finds dlia_utils: in the repository around this notebook, else attached on Kaggle (as a folder or a wheel).
+# Finds dlia_utils: in the repository around this notebook, attached on Kaggle (folder or wheel), or by pip.
+import contextlib
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
+REPOSITORY = os.environ.get("DLIA_REPOSITORY", "")  # what pip can install, like "git+https://..."
 KAGGLE = Path(os.environ.get("DLIA_KAGGLE_ROOT", "/kaggle"))
-LAYOUTS = ("input/*", "input/datasets/*/*", "input/datasets/organizations/*/*", "input/notebooks/*/*",
-           "usr/lib/*", "usr/lib/notebooks/*/*")  # fmt: skip
+MOUNTS = ("input/*", "input/datasets/*/*", "input/datasets/organizations/*/*", "input/notebooks/*/*",
+          "usr/lib/*", "usr/lib/notebooks/*/*")  # fmt: skip
+PIP = "-m pip install -qq --no-deps --retries=0 --timeout=5".split()  # --no-deps: numpy and torch stay put
 
 
-def place(package):
-    """Where `package` can be imported from, and what to call that place; a wheel is imported as it is."""
-    spots = [("the repository", folder) for folder in (Path.cwd(), *Path.cwd().parents)]
-    for layout in LAYOUTS:
-        kind = "Kaggle utility script" if layout.startswith("usr") else "Kaggle input"
-        spots += [(f"{kind} {folder.name}", folder) for folder in sorted(KAGGLE.glob(layout))]
-    for name, folder in spots:
-        wheels = sorted(folder.glob(f"{package}-*.whl"))
-        if (folder / package / "__init__.py").is_file() or wheels:
-            return name, str(folder if (folder / package).is_dir() else wheels[-1])
-    return ("the installed packages", None) if importlib.util.find_spec(package) else (None, None)
+def place(package, address):
+    """Make `package` importable and name its place, None for nowhere; a wheel is imported as it lies."""
+    mounts = [folder for mount in MOUNTS for folder in sorted(KAGGLE.glob(mount))]
+    for folder in (Path.cwd(), *Path.cwd().parents, *mounts):
+        is_here = (folder / package / "__init__.py").is_file()
+        if found := [folder] if is_here else sorted(folder.glob(f"{package}-*.whl")):
+            sys.path.insert(0, str(found[-1]))
+            return folder.as_posix() if folder in mounts else "the repository"
+    if importlib.util.find_spec(package) is None and address:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, *PIP, address], timeout=120)
+        importlib.invalidate_caches()
+    return "the installed packages" if importlib.util.find_spec(package) else None
 
 
-ORIGIN, found = place("dlia_utils")
-if ORIGIN is None:
-    raise RuntimeError(
-        "dlia_utils not found. On Kaggle, two clicks: 'Add Input', then '+' beside the data set that holds "
-        "dlia_utils-*.whl. Elsewhere: open this notebook inside the repository."
-    )
-sys.path[:0] = [found] if found else []
+if (ORIGIN := place("dlia_utils", REPOSITORY)) is None:
+    raise RuntimeError("dlia_utils not found. On Kaggle, two clicks: 'Add Input', then '+' beside the data "
+                       "set that holds its wheel. Elsewhere: open this notebook in the repository. By pip: " +
+                       (f"{REPOSITORY} failed" if REPOSITORY else "DLIA_REPOSITORY is not set"))  # fmt: skip
 if importlib.util.find_spec("captum") is None:  # all that Kaggle lacks; its wheel may lie beside ours
-    sys.path += filter(None, [place("captum")[1]])
-
+    place("captum", "captum" if KAGGLE.is_dir() else "")
 import dlia_utils
 
 print("dlia_utils", dlia_utils.__version__, "from", ORIGIN)'''
@@ -168,6 +177,32 @@ def build(source: Path) -> NotebookNode:
             cell.metadata["source_hash"] = old.metadata["source_hash"]
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return clean(notebook)
+
+
+def source_text(notebook: NotebookNode) -> str:
+    """The percent-format source of a notebook, such as one edited on Kaggle: the inverse of `build`.
+
+    Outputs go; the bootstrap cell, the same in all notebooks, becomes an empty one again.
+    """
+    cells = []
+    for cell in notebook.cells:
+        tags = _tags(cell)
+        source = "" if "bootstrap" in tags else cell.source
+        new = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
+        cells.append(new(source, metadata={"tags": tags} if tags else {}))
+    bare = nbformat.v4.new_notebook(cells=cells, metadata={"jupytext": {"notebook_metadata_filter": "-all"}})
+    return jupytext.writes(bare, fmt="py:percent").lstrip("\n")
+
+
+def back(path: str | Path, *, folder: str | Path = FOLDER) -> Path:
+    """Write the edited notebook `path` (NN_name.ipynb) over its source `src/NN_name.py`; returns the source.
+
+    Raises ValueError for a name without a source: a new notebook begins as a source.
+    """
+    source = Path(folder) / "src" / f"{Path(path).stem}.py"
+    if source not in find(folder):
+        raise ValueError(f"{Path(path).name} has no source {source.name} in {source.parent.name}/; name it as its source")
+    return files.write_text(source_text(read(path)), source)
 
 
 def _tags(cell: NotebookNode) -> list[str]:
@@ -364,8 +399,20 @@ def _clean_output(output: NotebookNode) -> NotebookNode | None:
         for kind, text in output.data.items():
             if kind.startswith("text/"):
                 output.data[kind] = _without_machine(text)
+            if kind == "image/png":
+                output.data[kind] = _fewer_colours(text)
         return output if output.data else None
     return output
+
+
+def _fewer_colours(picture: str) -> str:
+    """A PNG (base64) with a palette of 256 colours: a third of the size, and no difference that one could see."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture)))
+    if image.mode == "P":
+        return picture
+    smaller = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def _without_machine(text: str) -> str:
@@ -383,6 +430,13 @@ _MACHINE_PATH = re.compile(
     r"|(?<!\w)[A-Za-z]:\\(?!n)"
 )
 _CUDA = re.compile(r"""["']cuda|\.cuda\(""")
+# A fenced block, or code within a paragraph, which ends with the backticks that it began with.
+_CODE = re.compile(r"^(```|~~~).*?^\1|(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
+_LINKS = (
+    re.compile(r"\]\(\s*<?([^)\s>]*)"),  # [text](target "title"), ![picture](target)
+    re.compile(r"^ {0,3}\[[^\]^]+\]:\s+<?([^\s>]+)", re.MULTILINE),  # [text]: target
+    re.compile(r"""<(?:a|img)\b[^>]*?\b(?:href|src)=["']([^"']*)["']""", re.IGNORECASE),
+)
 
 
 def check(source: Path) -> list[str]:
@@ -390,7 +444,11 @@ def check(source: Path) -> list[str]:
     path = product(source)
     if not path.exists():
         return [f"{path.name} is missing: run `notebooks refresh`"]
-    notebook = read(path)
+    try:
+        notebook = read(path)
+    except (ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        return [f"{path.name} is not a notebook ({reason}): delete it and run `notebooks refresh`"]
     problems = [*_file_problems(path, notebook), *_opening_problems(notebook)]
     problems += [*_parity_problems(source, notebook), *_section_problems(notebook)]
     for cell in notebook.cells:
@@ -398,6 +456,9 @@ def check(source: Path) -> list[str]:
             problems += [
                 f"cell {cell.id}: {what}" for what in (*_code_problems(cell), *_output_problems(cell))
             ]
+        elif cell.cell_type == "markdown":
+            links = link_problems(cell.source, path.parent, path.parent.parent)
+            problems += [f"cell {cell.id}: {what}" for what in links]
     return problems
 
 
@@ -405,6 +466,55 @@ def orphans(folder: str | Path = FOLDER) -> list[str]:
     """A fault for each notebook without a source: it would escape building and checking."""
     alone = set(Path(folder).glob("*.ipynb")) - {product(source) for source in find(folder)}
     return [f"{path.name} has no source in src/" for path in sorted(alone)]
+
+
+def page_problems(repository: str | Path = REPOSITORY) -> list[str]:
+    """Every link that leads nowhere in the repository's pages, `*.md` and the README.md of its folders."""
+    repository = Path(repository)
+    pages = sorted([*repository.glob("*.md"), *repository.glob("*/README.md")])
+    return [
+        f"{page.relative_to(repository).as_posix()}: {problem}"
+        for page in pages
+        for problem in link_problems(page.read_text(encoding="utf-8"), page.parent, repository)
+    ]
+
+
+def link_problems(text: str, folder: str | Path, repository: str | Path = REPOSITORY) -> list[str]:
+    """Every link, picture or badge in the Markdown `text` of a file in `folder` that leads nowhere.
+
+    A relative link must point at something inside `repository`. An address on the web is only read, never
+    fetched: it needs a host, and a notebook of a suite that it names (as badges do) must be there.
+
+    >>> link_problems("[a](README.md) [b](gone.md) `[c](code.md)` [d](https://)", REPOSITORY)
+    ["link 'gone.md' points at nothing", "link 'https://' is no web address"]
+    """
+    folder, repository = Path(folder).resolve(), Path(repository).resolve()
+    faults = {target: _link_fault(target, folder, repository) for target in _links(text)}
+    return [f"link {target!r} {fault}" for target, fault in faults.items() if fault]
+
+
+def _links(text: str) -> list[str]:
+    """Targets of the links in Markdown `text`, each once, in order; what stands in code is no link."""
+    text = _CODE.sub("", text)
+    found = [match for pattern in _LINKS for match in pattern.finditer(text)]
+    return list(dict.fromkeys(match.group(1) for match in sorted(found, key=lambda match: match.start())))
+
+
+def _link_fault(target: str, folder: Path, repository: Path) -> str:
+    """What is wrong with a link in a file of `folder`; "" when nothing is."""
+    parts = urlsplit(target)
+    if parts.scheme in ("http", "https"):
+        if not re.fullmatch(r"[\w.-]+\.\w+(:\d+)?", parts.netloc):
+            return "is no web address"
+        named = re.findall(r"notebooks/(\d\d_\w+\.ipynb)", unquote(target))
+        gone = [name for name in named if not (repository / "notebooks" / name).exists()]
+        return f"names notebooks/{gone[0]}, which is not there" if gone else ""
+    if parts.scheme == "mailto" or not parts.path:  # "#heading" stays in the same file
+        return ""
+    place = (folder / unquote(parts.path)).resolve()
+    if parts.scheme or not place.is_relative_to(repository):
+        return "leaves the repository: make it relative, or a web address"
+    return "" if place.exists() else "points at nothing"
 
 
 def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
@@ -464,11 +574,14 @@ def _parse(code: str) -> ast.Module:
 
 
 def _parity_problems(source: Path, notebook: NotebookNode) -> Iterator[str]:
-    def essence(one: NotebookNode) -> list[tuple]:
-        return [(cell.id, cell.cell_type, cell.source, _tags(cell)) for cell in one.cells]
+    def essence(cell: NotebookNode | None) -> tuple | None:
+        return cell and (cell.get("id"), cell.cell_type, cell.source, _tags(cell))
 
-    if essence(build(source)) != essence(notebook):
-        yield f"differs from src/{source.name}: run `notebooks refresh`"
+    for there, meant in zip_longest(notebook.cells, build(source).cells):
+        if essence(there) != essence(meant):
+            where = f"in cell {there.get('id')}" if there else f"where cell {meant.id} is missing"
+            yield f"differs from src/{source.name}, first {where}: edit the source, run `notebooks refresh`"
+            return
 
 
 def _code_problems(cell: NotebookNode) -> Iterator[str]:
@@ -499,23 +612,29 @@ def _output_problems(cell: NotebookNode) -> Iterator[str]:
         if match := _MACHINE_PATH.search(text):
             around = text[max(match.start() - 20, 0) : match.end() + 20]
             yield f"its output shows a path of the machine: {around!r}"
+        if (size := len(json.dumps(output))) > MAX_OUTPUT_BYTES:
+            yield f"an output of {size / 1e3:.0f} kB, over {MAX_OUTPUT_BYTES / 1e3:.0f}: draw it smaller"
         if len(output.get("text", "").splitlines()) > MAX_TEXT_LINES:
             yield f"its output has more than {MAX_TEXT_LINES} lines of text"
 
 
-def _section_problems(notebook: NotebookNode) -> Iterator[str]:
-    """Sections ('## ') that need another section: people copy one section behind the opening cells."""
-    opening, sections, title = "", defaultdict(str), ""
+def sections(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
+    """The code of the opening cells, and that of every section ('## ', by its title), cell by cell."""
+    opening, parts, title = [], defaultdict(list), ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (heading := re.match(r"## (.+)", cell.source)):
             title = heading.group(1)
-        elif cell.cell_type == "code" and set(_tags(cell)) & set(OPENING):
-            opening += cell.source + "\n"
         elif cell.cell_type == "code":
-            sections[title] += cell.source + "\n"
-    known = _names(opening)[0] | set(dir(builtins)) | {"display", "get_ipython"}
-    for title, code in sections.items():
-        bound, used = _names(code)
+            (opening if set(_tags(cell)) & set(OPENING) else parts[title]).append(cell.source)
+    return opening, dict(parts)
+
+
+def _section_problems(notebook: NotebookNode) -> Iterator[str]:
+    """Sections ('## ') that need another section: people copy one section behind the opening cells."""
+    opening, parts = sections(notebook)
+    known = _names("\n".join(opening))[0] | set(dir(builtins)) | {"display", "get_ipython"}
+    for title, code in parts.items():
+        bound, used = _names("\n".join(code))
         if missing := sorted(used - bound - known):
             yield f"section {title!r} does not run alone after the opening cells: {', '.join(missing)}"
 

@@ -3,7 +3,7 @@
 Every objective takes images [B, 1 or 3, H, W] in [0, 1] and labels int64 [B]; the loss is a mean over the
 batch. `objective.settings` holds its name and numbers; `train.fit` stores them with the run, so that a run
 made with other numbers is not taken for this one. `objective.second_order` tells `fit` that gradients are
-differentiated.
+differentiated. `detection` differs: its labels are lists of boxes, and it has no logits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from dlia_utils.models.lipschitz import quick_input_gradient
 
-Objective = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
 
 
 def cross_entropy(*, weight: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Objective:
@@ -177,6 +178,22 @@ def pgd_adversarial(
 
     settings = {"eps": eps, "steps": steps, "step_size": step_size}
     return _describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+
+
+def detection() -> Objective:
+    """Faster R-CNN's four losses, summed: objectness and box of proposals, class and box of regions (1506.01497).
+
+    `x` images and `y` the list of targets, as `augment.collate_boxes` makes them; the model is a
+    `models.Detector` in training mode. No logits are returned.
+
+    >>> detection().settings["name"]
+    'detection'
+    """
+
+    def objective(model: nn.Module, x: Tensor, y: Sequence[dict[str, Tensor]]) -> tuple[Tensor, None]:
+        return torch.stack(list(model(x, y).values())).sum(), None
+
+    return _describe(objective, "detection")
 
 
 def _pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Synthetic chest films in a data set's own tree, junk included: the default when no real data is there.
+"""Synthetic films in each data set's own tree, junk included: the default when no real data is there.
 
 They are drawn from physics, not from patients: X-rays pass through simple solids (Beer-Lambert), the detector
 counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
@@ -6,11 +6,13 @@ counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,13 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import expit
 
+from . import findings, layouts
+
 VERSION = 2  # Raise it when the pictures change: a phantom written by an older version is then not reused.
 MARKER = "SYNTHETIC.txt"
 IMAGES = {"train": (96, 144), "val": (8, 8), "test": (24, 40)}
+FINDING_IMAGES = {"train": 240, "test": 40}  # of each edition of the competition
+LEAKED, TWO_IDS = 4, 3  # edition A: test images that train has too, and test images with two ids
 
 # Linear attenuation in 1/cm near 60 keV: soft tissue, bone, aerated lung.
 SOFT, BONE, LUNG = 0.20, 0.55, 0.05
@@ -78,11 +84,77 @@ def chest(
     air = _lungs(anatomy, x, y)
     fluid = _opacities(rng, air) if pneumonia else np.zeros_like(air)
     aerated = air * (1 - 0.85 * fluid)
+    aerated = np.maximum(aerated * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
+    return _film(rng, _attenuation(anatomy, x, y, aerated)), (fluid > 0.3) & (air > 1.0)
+
+
+def chest_with_findings(
+    rng: np.random.Generator, names: Sequence[str], *, size: int, anatomy: Anatomy | None = None
+) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
+    """One chest film with the findings `names` (see `findings`): image float32 [size,size], a box for each.
+
+    Corners are x1, y1, x2, y2 in pixels and enclose what the finding changes on the film. Two findings lie
+    in different lungs. The same generator gives the same film but for the findings.
+
+    >>> image, boxes = chest_with_findings(np.random.default_rng(0), ["Mass"], size=64)
+    >>> image.shape, len(boxes), boxes[0][2] - boxes[0][0] > 6
+    ((64, 64), 1, True)
+    """
+    planting, rng = rng.spawn(2)
+    anatomy = anatomy or Anatomy.draw(rng)
+    x, y = _pose(rng, size)
+    air = _lungs(anatomy, x, y)
+    aerated = np.maximum(air * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
+    tissue = findings.DEPTH * (SOFT * air - (SOFT - LUNG) * aerated)  # what free air takes the place of
+    side = -1 if "Cardiomegaly" in names else int(planting.choice([-1, 1]))
+    filled, freed, boxes = np.zeros_like(air), np.zeros_like(air), []
+    for name in names:
+        change = findings.paint(name, planting, _lung(anatomy, x, y, air, side))
+        fluid, gas = np.maximum(change, 0), np.maximum(-change, 0)
+        boxes.append(findings.tight_box((SOFT - LUNG) * aerated * fluid - tissue * gas))
+        filled, freed = 1 - (1 - filled) * (1 - fluid), np.maximum(freed, gas)
+        if name != "Cardiomegaly":
+            side = -side
+    path = _attenuation(anatomy, x, y, aerated * (1 - filled)) - tissue * freed
+    return _film(rng, path), boxes
+
+
+def bone(
+    rng: np.random.Generator, *, height: int, width: int, fractured: bool
+) -> tuple[np.ndarray, tuple[float, float, float, float] | None]:
+    """A film of a long bone, float32 [height,width]; with a fracture, the box of its gap (x1, y1, x2, y2).
+
+    >>> image, box = bone(np.random.default_rng(0), height=96, width=64, fractured=True)
+    >>> image.shape, box is not None
+    ((96, 64), True)
+    """
+    long = max(height, width)
+    down, across = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    x, y = (2 * across - width) / long, (2 * down - height) / long
+    turn = rng.normal(0, 0.2) + (math.pi / 2 if width > height else 0)
+    along, side = y * math.cos(turn) + x * math.sin(turn), x * math.cos(turn) - y * math.sin(turn)
+    radius = rng.uniform(0.10, 0.14)
+    place, tilt, gap = rng.uniform(-0.4, 0.4), rng.uniform(-0.7, 0.7), rng.uniform(0.045, 0.075)
+    soft = 7.0 * _tube(side - 0.04, 3.2 * radius)
+    slip = rng.choice([-1, 1]) * rng.uniform(0.35, 0.65) * radius
+    if fractured:
+        side = side - slip * (along > place + tilt * side)  # The lower fragment has slipped aside.
+    wide = radius * (1 + 0.9 * np.abs(along) ** 4)
+    shell = HALF_WIDTH * 0.6 * (_tube(side, wide) - 0.75 * _tube(side, 0.6 * wide))
+    distance = np.abs(along - place - tilt * side)
+    shell = shell * (distance > gap / 2) if fractured else shell
+    image = _film(rng, SOFT * soft + (BONE - SOFT) * shell)
+    near = (distance < gap / 2 + 0.3 * radius) & (np.abs(side) < wide)
+    return image, findings.tight_box(near.astype(float)) if fractured else None
+
+
+def _attenuation(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, aerated: np.ndarray) -> np.ndarray:
+    """Total attenuation along each ray; `aerated` is centimetres of lung, less its vessels."""
     body = _body(anatomy, x, y)
     path = SOFT * body + (BONE - SOFT) * _bones(anatomy, x, y) * np.minimum(body, 1)
-    path -= (SOFT - LUNG) * np.maximum(aerated * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
+    path -= (SOFT - LUNG) * aerated
     path -= SOFT * _airways(anatomy, x, y)
-    return _film(rng, path), (fluid > 0.3) & (air > 1.0)
+    return path
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,13 +192,27 @@ def _lungs(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Centimetres of aerated lung, less the heart in front of it, down to the two domes of the diaphragm."""
     total = np.zeros_like(x)
     for side in (-1, 1):  # -1: the patient's right lung, on the left of the film
-        centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
-        width = anatomy.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
-        lung = _dome((x - centre) / width, y, (0, -0.04), (1, 0.82), 2.3)
-        floor = anatomy.dome + (0.0 if side < 0 else 0.06) + 1.1 * (x - side * 0.36) ** 2
-        total += lung * expit((floor - y) / 0.012)
+        lung = _dome(_across(anatomy, x, y, side), y, (0, -0.04), (1, 0.82), 2.3)
+        total += lung * expit((_floor(anatomy, x, side) - y) / 0.012)
     heart = _dome(x, y, (0.09, 0.24), (anatomy.heart, 0.30)) + 0.8 * _dome(x, y, (0.02, -0.25), (0.14, 0.45))
     return 0.74 * anatomy.depth * np.maximum(total - 0.75 * heart, 0)
+
+
+def _across(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+    """Position across the lung of one side: -1 at the left of the film, 1 at the right edge of that lung."""
+    centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
+    width = anatomy.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
+    return (x - centre) / width
+
+
+def _floor(anatomy: Anatomy, x: np.ndarray, side: int) -> np.ndarray:
+    """Height of the diaphragm under the lung of one side."""
+    return anatomy.dome + (0.0 if side < 0 else 0.06) + 1.1 * (x - side * 0.36) ** 2
+
+
+def _lung(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, air: np.ndarray, side: int) -> findings.Lung:
+    out = side * _across(anatomy, x, y, side)
+    return findings.Lung(side, x, y, out, _floor(anatomy, x, side), air)
 
 
 def _tube(distance: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
@@ -233,9 +319,221 @@ def write_pneumonia(
     _write_twin(tree)
     shutil.copytree(tree, tree / "chest_xray")
     _write_litter(tree)
+    _mark(root, seed)
+    return tree
+
+
+def write_competition(
+    root: str | Path, *, seed: int = 0, images: Mapping[str, int] | None = None, size: int = 128
+) -> Path:
+    """Write both editions of the DLIA competition with planted findings; returns `root`.
+
+    `root`/competition_edition_a and `root`/competition_edition_b train on the same images and test on
+    different ones; `images` gives the counts of one edition ("train", "test"), default `FINDING_IMAGES`. As
+    in the real editions: A's ids are the boxes missing from train.csv, so that `TWO_IDS` images have two and
+    `LEAKED` stand in train and test; each of B's test images has exactly one box. The boxes behind the ids
+    are in `root`/phantom_truth.csv (edition, image_id, x1, y1, x2, y2, class_name), beside the editions.
+    The same seed gives the same bytes. Errors: `ValueError` for fewer than 12 or 8 images.
+    """
+    root, counts = Path(root), {**FINDING_IMAGES, **(images or {})}
+    if counts["train"] < 12 or counts["test"] < 8:
+        raise ValueError(f"images is {counts}; the competition needs at least 12 to train on and 8 to test")
+    films = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
+    rng = np.random.default_rng([seed, 1])
+    order = [films[k] for k in rng.permutation(len(films))]
+    single, double = ([film for film in order if len(film.names) == k] for k in (1, 2))
+    test_b, rest = single[: counts["test"]], single[counts["test"] :]
+    alone = counts["test"] - LEAKED - TWO_IDS
+    test_a, train = [*rest[:alone], *double[:TWO_IDS]], [*rest[alone:], *double[TWO_IDS:]]
+    leaked = double[TWO_IDS : TWO_IDS + LEAKED]
+    hidden_a = [*_rows(test_a), *(list(_rows([film]))[1] for film in leaked)]
+    train_a = [row for row in _rows(train) if row not in hidden_a]
+    _write_edition_a(root / "competition_edition_a", rng, train, test_a + leaked, train_a, hidden_a)
+    _write_edition_b(root / "competition_edition_b", rng, train, test_b)
+    truth = [("A", *row) for row in sorted(hidden_a)] + [("B", *row) for row in sorted(_rows(test_b))]
+    header = ("edition", "image_id", "class_name", "x1", "y1", "x2", "y2")
+    _write_table(root / "phantom_truth.csv", header, truth)
+    _mark(root, seed)
+    return root
+
+
+def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int = 128) -> Path:
+    """Write the tree of NIH ChestX-ray8 with `images` films with planted findings; returns `root`/nih.
+
+    Its traps are there too: the box list's header split by its own commas and followed by empty columns,
+    `Infiltrate` there and `Infiltration` in Data_Entry_2017.csv, images in several folders, some RGBA, films
+    without a box, Finder's litter. The same seed gives the same bytes.
+    """
+    root = Path(root)
+    tree = root / "nih"
+    films = _draw_findings(images, seed=seed, size=size)
+    entries = []
+    for k, film in enumerate(films):
+        path = tree / f"images_{1 + 2 * k // len(films):03d}" / "images" / film.name
+        _save(film.image, path, "PNG", mode="RGBA" if k % 28 == 4 else "L")
+        labels = "|".join(film.names).replace("Infiltrate", "Infiltration")
+        entries.append((film.name, labels, "PA"))
+    for k in range(max(images // 20, 1)):  # As in the real archive, where most films have no box.
+        name = f"{90_000_000 + k:08d}_000.png"
+        image, _ = chest_with_findings(np.random.default_rng([seed, 2, k]), [], size=size)
+        _save(image, tree / "images_002" / "images" / name, "PNG")
+        entries.append((name, "No Finding", "PA"))
+    header = "Image Index,Finding Label,Bbox [x,y,w,h],,,".split(",")
+    _write_table(tree / layouts.NIH_BOXES, header, [[*row, "", "", ""] for row in _rows_xywh(_rows(films))])
+    _write_table(tree / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "View Position"), entries)
+    (tree / "images_001" / "images" / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+    _mark(root, seed)
+    return tree
+
+
+def write_fracatlas(
+    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
+) -> Path:
+    """Write the original tree of FracAtlas with films of long bones; returns `root`/FracAtlas.
+
+    `images` counts (fractured, not fractured), `size` is the long side in pixels. Its traps are there too:
+    one JPEG cut short, one stored on its side (EXIF), one whose flag in dataset.csv contradicts its box. The
+    same seed gives the same bytes.
+    """
+    root = Path(root)
+    tree = root / "FracAtlas"
+    table, boxes, shapes = [], {}, {}
+    for k in range(sum(images)):
+        fractured = k < images[0]
+        rng = np.random.default_rng([seed, k])
+        height, width = size, int(size * rng.uniform(0.55, 1.0))
+        if rng.random() < 0.3:
+            height, width = width, height
+        image, box = bone(rng, height=height, width=width, fractured=fractured)
+        name = f"IMG{k:07d}.jpg"
+        path = tree / "images" / ("Fractured" if fractured else "Non_fractured") / name
+        _save(image, path, "JPEG", on_its_side=k == 1)
+        if fractured:
+            boxes[name], shapes[name] = box, (height, width)
+        table.append((name, 0, 1, 0, 0, 0, 0, 0, int(fractured and k != 2), int(fractured), 1, 0, 0))
+    parts = "hand,leg,hip,shoulder,mixed,hardware,multiscan,fractured,fracture_count,frontal,lateral,oblique"
+    _write_table(tree / layouts.FRACATLAS_TABLE, ["image_id", *parts.split(",")], table)
+    cut = tree / "images" / "Fractured" / table[3][0]
+    cut.write_bytes(cut.read_bytes()[:-40])
+    _write_coco(tree / layouts.FRACATLAS_BOXES, boxes, shapes)
+    names = list(boxes)
+    marks = [0, round(0.8 * len(names)), round(0.9 * len(names)), len(names)]
+    for k, file in enumerate(layouts.FRACATLAS_SPLITS.values()):
+        _write_table(tree / file, ("image_id",), [(name,) for name in names[marks[k] : marks[k + 1]]])
+    _mark(root, seed)
+    return tree
+
+
+@dataclass(frozen=True)
+class _FindingFilm:
+    """A drawn film: its file name, image [size,size], names and boxes of its findings."""
+
+    name: str
+    image: np.ndarray
+    names: list[str]
+    boxes: list[tuple[float, float, float, float]]
+
+
+def _draw_findings(count: int, *, seed: int, size: int) -> list[_FindingFilm]:
+    """`count` films, sorted by name; every third has two findings, about a quarter share a patient."""
+
+    def draw(film: tuple[str, list[str], list[int], list[int]]) -> _FindingFilm:
+        name, names, patient, key = film
+        anatomy = Anatomy.draw(np.random.default_rng(patient))
+        image, boxes = chest_with_findings(np.random.default_rng(key), names, size=size, anatomy=anatomy)
+        return _FindingFilm(name, image, names, boxes)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(draw, _plan_findings(seed, count)))
+
+
+def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list[int], list[int]]]:
+    """(file name, names of the findings, seed of the patient, seed of the film) of every image."""
+    rng = np.random.default_rng([seed, 0])
+    patient, films_left, deck = 0, 0, []
+    for film in range(count):
+        if not films_left:
+            patient += int(rng.integers(1, 60))
+            films_left, visit = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03])), int(rng.integers(0, 20))
+        films_left, visit = films_left - 1, visit + 1
+        if len(deck) < 4:  # A deck of all classes, dealt out, keeps their numbers equal.
+            deck += rng.permutation(layouts.NIH_CLASSES).tolist()
+        names = [deck.pop(0)]
+        if film % 3 == 2:
+            names.append(deck.pop(next(k for k, name in enumerate(deck) if name != names[0])))
+        yield f"{patient:08d}_{visit:03d}.png", names, [seed, 3, patient], [seed, 4, patient, visit]
+
+
+def _rows(films: Iterable[_FindingFilm]) -> Iterator[tuple]:
+    """(file name, class, x1, y1, x2, y2) of every box."""
+    for film in films:
+        for name, box in zip(film.names, film.boxes, strict=True):
+            yield film.name, name, *box
+
+
+def _rows_xywh(rows: Iterable[tuple]) -> list[tuple]:
+    return [(film, name, x1, y1, x2 - x1, y2 - y1) for film, name, x1, y1, x2, y2 in rows]
+
+
+def _write_edition_a(
+    tree: Path,
+    rng: np.random.Generator,
+    train: list[_FindingFilm],
+    test: list[_FindingFilm],
+    shown: list[tuple],
+    hidden: list[tuple],
+) -> None:
+    """Every id stands for one of the `hidden` boxes; the header is NIH's, the rows are in no order."""
+    _save_films(tree, train, test)
+    header = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")
+    rows = _rows_xywh(shown)
+    _write_table(tree / layouts.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
+    ids = [(n, hidden[k][0]) for n, k in enumerate(rng.permutation(len(hidden)), 1)]
+    _write_table(tree / layouts.DLIA_MAPPING, ("id", "image_id"), ids)
+
+
+def _write_edition_b(
+    tree: Path, rng: np.random.Generator, train: list[_FindingFilm], test: list[_FindingFilm]
+) -> None:
+    """One id an image, counted from 0 in the order of the names; train.csv has a column more."""
+    _save_films(tree, train, test)
+    rows = [(film, rng.choice(["AP", "PA"]), *box, name) for film, name, *box in sorted(_rows(train))]
+    header = ("image_id", "view", "x_min", "y_min", "x_max", "y_max", "label")
+    _write_table(tree / layouts.DLIA_TRAIN, header, rows)
+    ids = enumerate(sorted(film.name for film in test))
+    _write_table(tree / layouts.DLIA_MAPPING, ("ID", "image_id"), ids)
+
+
+def _save_films(tree: Path, train: list[_FindingFilm], test: list[_FindingFilm]) -> None:
+    for folder, films in (("train", train), ("test", test)):
+        for film in films:
+            _save(film.image, tree / folder / film.name, "PNG")
+
+
+def _write_coco(
+    path: Path, boxes: Mapping[str, tuple[float, ...]], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    images, annotations = [], []
+    for k, (name, (x1, y1, x2, y2)) in enumerate(boxes.items()):
+        height, width = shapes[name]
+        images.append({"id": k + 1, "width": width, "height": height, "file_name": name})
+        box = [x1, y1, x2 - x1, y2 - y1]
+        annotations.append({"id": k, "image_id": k + 1, "category_id": 0, "iscrowd": 0, "bbox": box})
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": 0, "name": "fractured"}]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(coco), encoding="utf-8")
+
+
+def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def _mark(root: Path, seed: int) -> None:
+    """Say that all of it is synthetic; written last, so that a phantom left half-written is not used."""
     note = f"Synthetic films, drawn by dlia_utils.phantom {VERSION}, seed {seed}. No patient data.\n"
     (root / MARKER).write_text(note, encoding="utf-8")
-    return tree
 
 
 def _plan(
@@ -275,9 +573,15 @@ def _write_film(
         _save(lesion, (root / "phantom_masks" / relative).with_suffix(".png"), "PNG")
 
 
-def _save(picture: np.ndarray, path: Path, kind: str) -> None:
+def _save(picture: np.ndarray, path: Path, kind: str, *, mode: str = "L", on_its_side: bool = False) -> None:
+    """Write grey values in [0, 1]; `on_its_side` stores them turned, with the EXIF tag that says so."""
+    image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
+    exif = Image.Exif()
+    if on_its_side:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+        exif[0x0112] = 6
     buffer = io.BytesIO()
-    Image.fromarray((picture * 255.0).round().astype(np.uint8)).save(buffer, kind, quality=92)
+    image.convert(mode).save(buffer, kind, quality=92, **({"exif": exif} if on_its_side else {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
 

@@ -1,15 +1,19 @@
-"""The README's tables, made from the committed results files: `python -m dlia_utils.published` rewrites them."""
+"""The README's tables and pictures, made from the committed results: `python -m dlia_utils.published` rewrites them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from . import files
-from .report import eps_text, with_interval
+from . import files, phantom
+from .datasets import NIH_CLASSES
+from .detect import figures
+from .report import eps_text, figure_accuracy_vs_eps, with_interval
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEADLINE_EPS = 4 / 255
@@ -76,6 +80,32 @@ def one_pixel(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def detection(results: pd.DataFrame) -> pd.DataFrame:
+    """What the plain view of the detector reaches on the scored films, each with its interval."""
+    names = {"mAP50": "mAP, IoU 0.5", "mAP50_95": "mAP, IoU 0.5 to 0.95", "froc_mean": "FROC, mean of 1/8 to 8",
+             "sensitivity_at_1": "sensitivity at 1 false mark per film"}  # fmt: skip
+    own = results[results.model.eq("plain")].set_index("metric")
+    return pd.DataFrame([{"metric": text, "value": with_interval(own.loc[name])} for name, text in names.items()])
+
+
+def views(results: pd.DataFrame) -> pd.DataFrame:
+    """mAP of each view and fusion, and its paired difference to the plain view."""
+    rows = []
+    for model, own in results[results.data.eq("fracatlas")].groupby("model", sort=False):
+        own = own.set_index("metric")
+        gain = own.loc["mAP50_gain"]
+        signed = "" if model == "plain" else f"{gain.value:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]"
+        rows.append({"views": model, "mAP, IoU 0.5": with_interval(own.loc["mAP50"]), "difference to plain": signed})
+    return pd.DataFrame(rows)
+
+
+def planted(results: pd.DataFrame) -> pd.DataFrame:
+    """Average precision of each planted finding, learnt from scratch and scored out of fold."""
+    own = results[results.model.eq("planted findings, 5 folds") & results.metric.str.startswith(("mAP50", "AP50"))]
+    names = own.metric.str.removeprefix("AP50 ").replace({"mAP50": "all, mAP, IoU 0.5", "mAP50_95": "all, mAP, IoU 0.5 to 0.95"})
+    return pd.DataFrame({"finding": names, "average precision": [with_interval(row) for _, row in own.iterrows()]})
+
+
 def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
     return with_interval(own[own.attack.eq(attack) & own.metric.eq(metric)].iloc[0])
 
@@ -83,12 +113,50 @@ def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
 def blocks() -> dict[str, str]:
     """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in the README."""
     results = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
+    boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
     published = pd.read_csv(REPOSITORY / "results" / "published_medical_image_diagnosis.csv")
     return {
         "01-headline": markdown(headline(results)),
         "01-fgsm": markdown(beside_published(results, published)),
         "01-one-pixel": markdown(one_pixel(results, published)),
+        "05-detection": markdown(detection(boxes)),
+        "05-views": markdown(views(boxes)),
+        "05-planted": markdown(planted(boxes)),
     }
+
+
+def pictures() -> dict[str, Figure]:
+    """The README's figures by file name: plots of the committed results, and synthetic films. No radiographs."""
+    attacks = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
+    boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
+    pneumonia = SimpleNamespace(data_name="pneumonia, all 624 test films", profile="cpu", size=112)
+    fractures = SimpleNamespace(data_name="FracAtlas, 61 test films", profile="cpu", size=384)
+    return {
+        "worst_case": figure_accuracy_vs_eps(attacks, pneumonia, attack="worst", note="Worst case over all attacks"),
+        "views": figures.figure_tta(_view_table(boxes), fractures),
+        "findings": _finding_films(),
+    }
+
+
+def _view_table(results: pd.DataFrame) -> pd.DataFrame:
+    real = results[results.data.eq("fracatlas")]
+    value = real[real.metric.eq("mAP50")].set_index("model")[["value", "ci_low", "ci_high"]]
+    gain = real[real.metric.eq("mAP50_gain")].set_index("model")[["value", "ci_low", "ci_high"]]
+    gain.columns = ["difference", "difference_low", "difference_high"]
+    return value.join(gain).rename_axis("name").reset_index()
+
+
+def _finding_films() -> Figure:
+    """One synthetic film per planted finding, with its box."""
+    films, boxes = [], []
+    for label, name in enumerate(NIH_CLASSES, start=1):
+        rng = np.random.default_rng([5, label])
+        film, found = phantom.chest_with_findings(rng, [name], size=192)
+        films.append(film)
+        boxes.append(pd.DataFrame([[*found[0], label]], columns=[*figures.CORNERS, "label"]))
+    config = SimpleNamespace(data_name="planted findings (SYNTHETIC)", profile="phantom", size=192)
+    return figures.figure_boxes(np.stack(films), boxes, [box.iloc[:0] for box in boxes], [""] * len(films),
+                                NIH_CLASSES, config)  # fmt: skip
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -109,5 +177,8 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    for name, figure in pictures().items():
+        with files.atomic_path(REPOSITORY / "docs" / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=80, bbox_inches="tight")
     readme = REPOSITORY / "README.md"
     files.write_text(fill(readme.read_text(encoding="utf-8"), blocks()), readme)

@@ -53,6 +53,12 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     return merged.reset_index(drop=True)
 
 
+def interval_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Metric rows (metric, value, ci_low, ci_high, n) for reading: metric, "value [low, high]", n."""
+    cells = [with_interval(row) for _, row in table.iterrows()]
+    return pd.DataFrame({"metric": table["metric"].to_numpy(), "value [95 % interval]": cells, "images": table["n"]})
+
+
 def accuracy_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps_unit: str = "pixel") -> pd.DataFrame:
     """Accuracy under attack with patient intervals, one result row per attack and eps.
 

@@ -139,22 +139,40 @@ def _choose_weights(config: Config) -> str:
 def train_model(
     study: Study, name: str, objective: Callable, *, spectral: bool = False, **overrides
 ) -> train.FitResult:
-    """Train a model of this run under `name` with the profile's recipe; a finished one is read back at once.
+    """Train a classifier of this run under `name` with the profile's recipe; a finished one is read back at once.
 
     `spectral` puts spectral normalisation on every layer while training; `load_models` gives plain layers back.
-    `overrides` go to `train.fit`, e.g. monitor= or val_metric=. Errors: `OutOfTime` when the wall-clock budget
-    ends first: no result of a half-trained model can pass for one of the whole training.
+    `overrides` go to `train.fit`, e.g. monitor= or val_metric=. Errors: `OutOfTime`.
     """
-    config, model = study.config, build_model(study.config)
+    model = build_model(study.config)
     if spectral:
         model = models.spectral_normalize(model)
+    options = {"schedule": study.config.schedule, "monitor": "val_accuracy"} | overrides
+    return fit_model(
+        study, name, model, objective, study.torch_set("train", augmented=True), study.torch_set("val"), **options
+    )
+
+
+def fit_model(
+    study: Study,
+    name: str,
+    model: torch.nn.Module,
+    objective: Callable,
+    train_set: torch.utils.data.Dataset,
+    val_set: torch.utils.data.Dataset | None,
+    **overrides,
+) -> train.FitResult:
+    """`train.fit` in the run's folder `name`, with the profile's epochs, batch size, rate and budget.
+
+    Errors: `OutOfTime` when the wall-clock budget ends first: no result of a half-trained model can pass for one
+    of the whole training.
+    """
+    config = study.config
     options = {
-        "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "schedule": config.schedule,
-        "patience": config.patience, "max_minutes": config.max_minutes, "num_workers": config.num_workers,
-        "seed": config.seed, "monitor": "val_accuracy", "resume": config.resume,
-        "config": study.key | {"model": name},
+        "epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "patience": config.patience,
+        "max_minutes": config.max_minutes, "num_workers": config.num_workers, "seed": config.seed,
+        "resume": config.resume, "config": study.key | {"model": name},
     } | overrides  # fmt: skip
-    train_set, val_set = study.torch_set("train", augmented=True), study.torch_set("val")
     log_file = config.run_dir / name / "metrics.csv"
     epochs_before = len(pd.read_csv(log_file)) if log_file.exists() else 0
     fitted = train.fit(model, objective, train_set, val_set, run_dir=log_file.parent, **options)

@@ -22,10 +22,12 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from tqdm.auto import tqdm
 
 from dlia_utils import models
+from dlia_utils.config import pick_device
 from dlia_utils.files import atomic_path, write_csv
 from dlia_utils.objectives import Objective, evaluating
 
@@ -70,8 +72,8 @@ class _Trained(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
 
 
 class _EpochBatches(Sampler[list[int]]):
@@ -90,6 +92,10 @@ class _EpochBatches(Sampler[list[int]]):
         for start in self._starts():
             yield order[start : start + self.batch_size]
 
+    def images(self, batches: range) -> int:
+        """How many images the given batches hold: only the epoch's last batch may be smaller."""
+        return sum(min(self.batch_size, self.size - start) for start in self._starts()[batches.start : batches.stop])
+
     def _starts(self) -> range:
         # Batch normalisation cannot train on one image: a last batch of one is left out (each epoch another).
         return range(0, self.size - 1 if self.batch_size > 1 else self.size, self.batch_size)
@@ -99,7 +105,7 @@ def fit(
     model: nn.Module,
     objective: Objective,
     train_set: Dataset,
-    val_set: Dataset,
+    val_set: Dataset | None,
     *,
     run_dir: str | Path,
     epochs: int,
@@ -108,7 +114,11 @@ def fit(
     optimizer: str = "adam",
     weight_decay: float = 0.0,
     schedule: str = "constant",
+    warmup_epochs: float = 0.0,
+    lr_min: float = 0.0,
     accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema: float | None = None,
     patience: int | None = None,
     monitor: str = "val_auc",
     val_metric: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -116,17 +126,21 @@ def fit(
     resume: bool | str = True,
     seed: int = 0,
     num_workers: int = 0,
+    collate: Callable | None = None,
     config: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Train `model` in place and give it the weights of its best validation epoch.
 
-    Data sets yield (x float [C, H, W] in [0, 1], y int, ...); `train_set.set_epoch(epoch)` is called if it
-    exists. `objective` is one of `objectives`; `optimizer` is adam, adamw or sgd (momentum 0.9); `schedule`
-    is constant, cosine or onecycle, stepped with every optimiser step; `accumulate` batches make one step,
-    the last incomplete group too. `monitor` names a column of the history: val_auc, val_accuracy, val_loss
-    (the smaller the better, as every name that ends in "loss") or one that `val_metric(model)` returns (model
-    in eval mode). `patience` epochs without a better score end the training. Half precision is used on GPUs
+    Data sets yield (x float [C, H, W] in [0, 1], y int, ...), or what `collate` makes batches (x, y, ...) of;
+    `train_set.set_epoch(epoch)` is called if it exists. `objective` is one of `objectives`; `optimizer` is adam,
+    adamw or sgd (momentum 0.9); `schedule` is constant, cosine (linear warm-up from lr / 50 over
+    `warmup_epochs`, then down to `lr_min`) or onecycle, stepped with every optimiser step; `accumulate` batches
+    make one step, every image weighing the same, the last incomplete group too. Gradients are clipped to
+    `clip_norm`. With `ema`, what is validated and kept are the exponentially averaged weights (Polyak & Juditsky
+    1992), with that decay once some steps are done. `monitor` names a column of the history: val_auc,
+    val_accuracy, val_loss (the smaller the better, as every name that ends in "loss") or one that
+    `val_metric(model)` returns (model in eval mode), which is all there is when `val_set` is None. `patience` epochs without a better score end the training. Half precision is used on GPUs
     (fp16 below capability 8.0, else bf16) unless the objective differentiates gradients. Under torchrun every
     process calls `fit` (DDP; `batch_size` is per process).
 
@@ -149,17 +163,22 @@ def fit(
     """
     settings = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
-        "weight_decay": weight_decay, "schedule": schedule, "accumulate": accumulate, "patience": patience,
-        "monitor": monitor, "seed": seed, "train_images": len(train_set), "val_images": len(val_set),
+        "weight_decay": weight_decay, "schedule": schedule, "warmup_epochs": warmup_epochs, "lr_min": lr_min,
+        "accumulate": accumulate, "clip_norm": clip_norm, "ema": ema, "patience": patience, "monitor": monitor,
+        "seed": seed, "train_images": len(train_set), "val_images": None if val_set is None else len(val_set),
         "objective": getattr(objective, "settings", getattr(objective, "__qualname__", "objective")),
         "config": config or {},
     }  # fmt: skip
     settings = json.loads(json.dumps(settings, default=str))
     _check(settings, resume)
+    if val_metric is None and val_set is None:
+        raise ValueError("nothing to choose the best epoch by: give a val_set, a val_metric or both")
     if val_metric is None and monitor not in MEASURED:
         raise ValueError(f"monitor={monitor!r} is not measured; there are {', '.join(MEASURED)}")
     with _random_state_kept():
-        run = _Run(model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric)
+        run = _Run(
+            model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric, collate
+        )
         run.start(resume)
         status = run.train(max_minutes=max_minutes, progress=progress)
         return run.result(status)
@@ -173,11 +192,12 @@ class _Run:
         model: nn.Module,
         objective: Objective,
         train_set: Dataset,
-        val_set: Dataset,
+        val_set: Dataset | None,
         run_dir: Path,
         settings: dict[str, Any],
         num_workers: int,
         val_metric: Callable[[nn.Module], dict[str, float]] | None,
+        collate: Callable | None,
     ) -> None:
         self.objective, self.train_set, self.val_set = objective, train_set, val_set
         self.run_dir, self.settings, self.val_metric = run_dir, settings, val_metric
@@ -186,21 +206,26 @@ class _Run:
         second_order = getattr(objective, "second_order", False)
         layout = torch.contiguous_format if second_order else torch.channels_last
         self.model = model.to(accelerator.device, memory_format=layout)
+        self.average = _average(self.model, settings["ema"])
         self.batches = _EpochBatches(len(train_set), settings["batch_size"], settings["seed"])
         loader = DataLoader(
             train_set,
             batch_sampler=self.batches,
             num_workers=num_workers,
+            collate_fn=collate,
             pin_memory=accelerator.device.type == "cuda",
         )
         self.trained, self.optimizer, self.loader = accelerator.prepare(
             _Trained(model), _optimizer(model, settings), loader
         )
         self.steps = math.ceil(len(self.loader) / settings["accumulate"])
-        self.scheduler = _scheduler(
-            self.optimizer.optimizer, settings["schedule"], self.steps * settings["epochs"]
-        )
+        self.scheduler = _scheduler(self.optimizer.optimizer, settings, self.steps)
         self.progress = _Progress()
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is validated and kept: the average if there is one."""
+        return self.average.module if self.average else self.model
 
     # ---------------------------------------------------------------- start, train, result
 
@@ -260,9 +285,8 @@ class _Run:
         self._keep_best(row)
         state.finished = self._is_finished()
         self._save()
-        bar.set_postfix_str(
-            f"epoch {state.epoch}, loss {row['train_loss']:.3f}, val auc {row['val_auc']:.3f}"
-        )
+        monitor = self.settings["monitor"]
+        bar.set_postfix_str(f"epoch {state.epoch}, loss {row['train_loss']:.3f}, {monitor} {row[monitor]:.3f}")
         log.info("%s: %s", self.run_dir.name, {key: round(value, 4) for key, value in row.items()})
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
@@ -284,26 +308,38 @@ class _Run:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         loss, right, images = self.accelerator.reduce(sums, "sum").tolist()
-        return {"lr": rate, "train_loss": loss / images, "train_accuracy": right / images}
+        row = {"lr": rate, "train_loss": loss / images}
+        return row if math.isnan(right) else row | {"train_accuracy": right / images}
 
-    def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+    def _step(self, step: int, x: Tensor, y: Any) -> Tensor:
         """One batch; returns (loss * images, right answers, images) without waiting for the device."""
         accelerator, images = self.accelerator, len(y)
         with accelerator.accumulate(self.trained):
             loss, logits = self.objective(self.trained, x, y)
-            accelerator.backward(loss * self._share(step))
+            accelerator.backward(loss * self._share(step, images))
+            if accelerator.sync_gradients and self.settings["clip_norm"]:
+                accelerator.clip_grad_norm_(self.trained.parameters(), self.settings["clip_norm"])
             self.optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
+                if self.average:
+                    self.average.update_parameters(self.model)
             self.optimizer.zero_grad()
-        right = (logits.detach().argmax(dim=1) == y).sum()
-        return torch.stack([loss.detach().float() * images, right, torch.full_like(right, images)])
+        # An objective without logits (a detector's) has no right answers to count.
+        right = math.nan if logits is None else (logits.detach().argmax(dim=1) == y).sum()
+        return torch.stack([torch.as_tensor(part).to(loss) for part in (loss.detach() * images, right, images)])
 
-    def _share(self, step: int) -> float:
-        """Accelerate divides by `accumulate`; this makes up for a last group of fewer batches."""
-        accumulate = self.settings["accumulate"]
-        group_start = step - step % accumulate
-        return accumulate / min(accumulate, len(self.loader) - group_start)
+    def _share(self, step: int, images: int) -> float:
+        """The weight of a batch in its step: its share of the group's images, as the last group may be smaller.
+
+        Accelerate divides by `accumulate`, so this multiplies by it.
+        """
+        accumulate, processes = self.settings["accumulate"], self.accelerator.num_processes
+        first = step - step % accumulate
+        group = range(first, min(first + accumulate, len(self.loader)))
+        if processes > 1:  # Accelerate fills the last batches up, so that all are of one size.
+            return accumulate / len(group)
+        return accumulate * images / self.batches.images(group)
 
     def _check_finite(self, loss_sum: float, epoch: int, step: int) -> None:
         if not math.isfinite(loss_sum):
@@ -313,11 +349,14 @@ class _Run:
             )
 
     def _validate(self) -> dict[str, float]:
-        logits, labels, _ = _logits(self.model, self.val_set, batch_size=max(64, self.settings["batch_size"]))
-        row = _scores(logits, torch.as_tensor(labels))
+        row = {}
+        if self.val_set is not None:
+            batch_size = max(64, self.settings["batch_size"])
+            logits, labels, _ = _logits(self.judged, self.val_set, batch_size=batch_size)
+            row |= _scores(logits, torch.as_tensor(labels))
         if self.val_metric is not None:
-            with evaluating(self.model):
-                row |= {name: float(value) for name, value in self.val_metric(self.model).items()}
+            with evaluating(self.judged):
+                row |= {name: float(value) for name, value in self.val_metric(self.judged).items()}
         return row
 
     def _keep_best(self, row: dict[str, float]) -> None:
@@ -328,7 +367,7 @@ class _Run:
         if math.isnan(state.best_score) or sign * (score - state.best_score) > 0:
             state.best_epoch, state.best_score = state.epoch, score
             state.best_state = {
-                key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()
+                key: value.detach().cpu().clone() for key, value in self.judged.state_dict().items()
             }
         if math.isnan(score):
             log.warning("%s is not a number in epoch %d", self.settings["monitor"], state.epoch)
@@ -356,6 +395,7 @@ class _Run:
         scaler = self.accelerator.scaler
         content = {
             "format": FORMAT, "settings": self.settings, "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler else None, "random": random_states, **vars(self.progress),
         }  # fmt: skip
@@ -364,21 +404,23 @@ class _Run:
         self._export(best=self.progress.best_epoch == self.progress.epoch)
 
     def _export(self, *, best: bool) -> None:
-        """The files for readers, made from what last.pt holds; the model has the best weights when `best`."""
+        """The files for readers, made from what last.pt holds; the judged model has the best weights when `best`."""
         write_csv(pd.DataFrame(self.progress.history), self.run_dir / "metrics.csv")
         if best:
             state = self.progress
             meta = {"epoch": state.best_epoch, "monitor": self.settings["monitor"], "score": state.best_score}
-            models.save(self.model, self.run_dir / "best.pt", meta={**meta, "settings": self.settings})
+            models.save(self.judged, self.run_dir / "best.pt", meta={**meta, "settings": self.settings})
 
     def _restore(self, saved: dict[str, Any]) -> None:
         state = self.progress
         for name in vars(state):
             setattr(state, name, saved[name])
-        models.load_strictly(self.model, state.best_state, origin=f"{self.run_dir.name}/last.pt")
+        models.load_strictly(self.judged, state.best_state, origin=f"{self.run_dir.name}/last.pt")
         if self.accelerator.is_main_process:
             self._export(best=True)
         self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         if saved["settings"] != self.settings:  # only with resume="force"
             state.finished = self._is_finished()
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -448,9 +490,15 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _check(settings: dict[str, Any], resume: bool | str) -> None:
     """Refuse unusable arguments before anything is loaded or written."""
-    for name in ("epochs", "batch_size", "accumulate", "lr", "train_images", "val_images"):
-        if settings[name] <= 0:
+    for name in ("epochs", "batch_size", "accumulate", "lr", "train_images", "val_images", "clip_norm"):
+        if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
+    if settings["ema"] is not None and not 0 < settings["ema"] < 1:
+        raise ValueError(f"ema is a decay between 0 and 1 or None, got {settings['ema']}")
+    if settings["schedule"] != "cosine" and (settings["warmup_epochs"] or settings["lr_min"]):
+        raise ValueError(f"warmup_epochs and lr_min belong to schedule='cosine', not {settings['schedule']!r}")
+    if not 0 <= settings["warmup_epochs"] < settings["epochs"]:
+        raise ValueError(f"warmup_epochs must be 0 or more and fewer than epochs, got {settings['warmup_epochs']}")
     for name, known in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", SCHEDULES)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; known: {', '.join(known)}")
@@ -488,17 +536,34 @@ def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
     # Accelerate allows one precision per process; runs with another one may follow in a notebook.
     AcceleratorState._reset_state()
     GradientState._reset_state()  # a run that ended in an error leaves its loader there
+    gpu = pick_device()[0] == "cuda"
     # Second derivatives underflow in half precision.
-    half = torch.cuda.is_available() and not getattr(objective, "second_order", False)
+    half = gpu and not getattr(objective, "second_order", False)
     # is_bf16_supported() also says yes where bf16 is emulated (T4), hence the capability.
     precision = ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16") if half else "no"
     return Accelerator(
         # Without this the processes of torchrun on CPUs would ignore each other.
-        cpu=not torch.cuda.is_available(),
+        cpu=not gpu,
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+
+
+def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """The moving average of the weights; its decay rises to `decay`, so that the random start is soon forgotten."""
+    if decay is None:
+        return None
+
+    def blend(averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        share = 1 - min(decay, (1 + steps.item()) / (10 + steps.item()))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, share)
+        else:  # counters
+            for mine, theirs in zip(averaged, current, strict=True):
+                mine.copy_(theirs)
+
+    return AveragedModel(model, multi_avg_fn=blend, use_buffers=True)
 
 
 def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -513,27 +578,33 @@ def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimi
 
 
 def _scheduler(
-    optimizer: torch.optim.Optimizer, schedule: str, steps: int
+    optimizer: torch.optim.Optimizer, settings: dict[str, Any], steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Learning rate as a factor of `lr`; a function of the step alone, so that its state is one number."""
+    steps = steps_per_epoch * settings["epochs"]
+    warmup = steps_per_epoch * settings["warmup_epochs"]
+    lowest = settings["lr_min"] / settings["lr"]
 
     def cosine(start: float, end: float, share: float) -> float:
         return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
-    def factor(step: int) -> float:
-        if schedule == "constant":
-            return 1.0
-        if schedule == "cosine":
-            return cosine(1.0, 0.0, step / steps)
-        # One cycle (arXiv 1708.07120): from lr / 25 up to lr in 30 % of the steps, then down to almost 0.
-        rise = 0.3 * steps
-        return (
-            cosine(0.04, 1.0, step / rise)
-            if step < rise
-            else cosine(1.0, 4e-6, (step - rise) / (steps - rise))
-        )
+    def constant(step: int) -> float:
+        return 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def warm_then_cosine(step: int) -> float:
+        if step < warmup:
+            return 0.02 + 0.98 * step / warmup
+        return cosine(1.0, lowest, (step - warmup) / (steps - warmup))
+
+    def one_cycle(step: int) -> float:
+        # arXiv 1708.07120: from lr / 25 up to lr in 30 % of the steps, then down to almost 0.
+        rise = 0.3 * steps
+        if step < rise:
+            return cosine(0.04, 1.0, step / rise)
+        return cosine(1.0, 4e-6, (step - rise) / (steps - rise))
+
+    factors = {"constant": constant, "cosine": warm_then_cosine, "onecycle": one_cycle}
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors[settings["schedule"]])
 
 
 def _random_state() -> dict[str, Any]:

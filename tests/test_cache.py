@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,72 @@ def test_sixteen_bits_are_refused(dataset, tmp_path):
         build(dataset, tmp_path)
 
 
+def test_padded_images_keep_their_aspect(dataset, tmp_path):
+    cached = cache.build(dataset, size=24, fit="pad", root=tmp_path / "cache", progress=False)
+    assert cached.fit == "pad" and cached.shapes.dtype == np.int32
+    assert cached.shapes.tolist() == [[80, 96]] * 6
+    for row, path in enumerate(dataset.manifest["path"]):
+        with Image.open(dataset.root / path) as image:
+            expected = np.asarray(image.convert("L").resize((24, 20), Image.Resampling.BILINEAR), dtype=float)
+        assert np.abs(expected - cached.images[row, :20]).max() <= (0 if path.endswith("png") else 6)
+        assert (cached.images[row, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+@pytest.mark.parametrize("size", [(200, 80), (80, 200), (101, 100), (300, 7)])
+def test_scale_finds_a_mark_again(tmp_path, fit, size):
+    (tmp_path / "images").mkdir()
+    width, height = size
+    x1, y1, x2, y2 = width // 2, height // 3, width - 1, height  # a bright box on black
+    film = np.zeros((height, width), np.uint8)
+    film[y1:y2, x1:x2] = 255
+    Image.fromarray(film).save(tmp_path / "images" / "0.png")
+    one = make(tmp_path / "images", count=1)
+    one = replace(one, manifest=one.manifest.assign(path="0.png"))
+    cached = cache.build(one, size=64, fit=fit, root=tmp_path / "cache", progress=False)
+    (sx, sy), pixels = cached.scale([0])[0], cached.images[0] > 127
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert found == pytest.approx([x1 * sx, y1 * sy, x2 * sx, y2 * sy], abs=1)
+    assert fit == "pad" or (sx, sy) == (64 / width, 64 / height)
+    assert cached.scale([]).shape == (0, 2) and cached.scale(torch.tensor([0, 0])).dtype == np.float64
+
+
+def test_fit_is_part_of_the_key_and_checked(dataset, tmp_path):
+    squashed = build(dataset, tmp_path)
+    padded = cache.build(dataset, size=24, fit="pad", root=tmp_path / "cache", progress=False)
+    assert squashed.key != padded.key and squashed.fit == "squash"
+    stats = [(path, os.stat(dataset.root / path)) for path in dataset.manifest["path"]]
+    text = "1 24" + "".join(f"\n{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    assert squashed.key == hashlib.sha256(text.encode()).hexdigest()[:20]  # As before there was a fit.
+    with pytest.raises(ValueError, match="fit is 'crop'; it must be one of squash, pad"):
+        cache.build(dataset, size=24, fit="crop", root=tmp_path / "cache")
+
+
+def test_cache_of_an_earlier_version_gets_its_shapes(dataset, tmp_path, monkeypatch):
+    first = build(dataset, tmp_path)
+    meta = json.loads((first.path / "meta.json").read_text())
+    del meta["fit"]
+    (first.path / "meta.json").write_text(json.dumps(meta))
+    (first.path / "shapes.npy").unlink()
+    monkeypatch.setattr(cache, "_decode_all", lambda *a, **k: pytest.fail("decoded again"))
+    again = build(dataset, tmp_path)
+    assert again.shapes.tolist() == [[80, 96]] * 6 and again.fit == "squash"
+    assert np.array_equal(pickle.loads(pickle.dumps(again)).shapes, again.shapes)
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_images_stored_on_their_side_are_turned_upright(dataset, tmp_path, fit):
+    upright = picture(5, size=(96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    upright.transpose(Image.Transpose.ROTATE_270).save(dataset.root / "0.jpeg", exif=exif, quality=95)
+    upright.save(dataset.root / "1.jpeg", quality=95)
+    cached = cache.build(dataset, size=48, fit=fit, root=tmp_path / "cache", progress=False)
+    assert cached.shapes[:2].tolist() == [[64, 96]] * 2
+    assert np.abs(cached.images[0].astype(int) - cached.images[1]).max() <= 6
+
+
 def test_size_is_checked(dataset, tmp_path):
     with pytest.raises(ValueError, match="size is 4"):
         build(dataset, tmp_path, size=4)
@@ -158,11 +226,11 @@ from pathlib import Path
 import test_cache
 from dlia_utils import cache, datasets
 plain = cache._decode
-def slowly(path, size):
+def slowly(path, size, fit):
     with open({calls!r}, "a") as file:
         file.write(path.name + "\\n")
     time.sleep({pause})
-    return plain(path, size)
+    return plain(path, size, fit)
 cache._decode = slowly
 dataset = test_cache.dataset_at(Path({images!r}))
 print(cache.build(dataset, size=24, root={root!r}, progress=False).key)
@@ -208,6 +276,7 @@ def test_killed_build_is_not_taken_for_complete(dataset, tmp_path):
     assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
         "images.npy",
         "meta.json",
+        "shapes.npy",
     ]
 
 

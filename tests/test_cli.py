@@ -6,6 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from dlia_utils import __main__ as cli
 from dlia_utils import config, locate, notebooks
@@ -129,6 +130,42 @@ def test_data_check_lists_bad_files_and_fails(suite, tmp_path, capsys):
 def test_data_check_of_an_unknown_data_set(capsys):
     assert cli.main(["data", "check", "moon"]) == 2
     assert "unknown data set 'moon'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """A good submission of two rows, its mapping, and the folder of its images."""
+    (tmp_path / "map.csv").write_text("ID,image_id\n0,a.png\n1,b.png\n")
+    header = "ID,image_id,x_min,y_min,x_max,y_max,confidence,label\n"
+    rows = "0,a.png,1,1,9,9,0.5,Mass\n1,b.png,2,1,30,9,0.25,Nodule\n"
+    (tmp_path / "mine.csv").write_text(header + rows)
+    for name in ("a.png", "b.png"):
+        Image.new("L", (20, 20)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_submission_check_sums_up_a_good_file(sent, capsys):
+    assert cli.main(["submission", "check", str(sent / "mine.csv"), "--mapping", str(sent / "map.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "mine.csv is valid" in printed and "rows        2, ids 0 to 1" in printed and "images      2" in printed
+    assert "Mass 1, Nodule 1" in printed and "0.25 to 0.5" in printed and "not checked" in printed
+
+
+def test_submission_check_prints_problems_and_fails(sent, capsys):
+    command = ["submission", "check", str(sent / "mine.csv"), "--mapping", str(sent / "map.csv")]
+    assert cli.main([*command, "--images", str(sent)]) == 1
+    assert "x_max beyond its width in 1 row: line 3 (30 > 20)" in capsys.readouterr().out
+    assert cli.main([*command, "--classes", "Mass", "Effusion"]) == 1
+    assert "unknown label in 1 row: line 3 ('Nodule')" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["mine.csv", "map.csv", "images"])
+def test_submission_check_without_its_files(sent, missing, capsys):
+    paths = {name: str(sent / name) for name in ("mine.csv", "map.csv")} | {"images": str(sent)}
+    paths[missing] = str(sent / "nowhere")
+    command = ["submission", "check", paths["mine.csv"], "--mapping", paths["map.csv"], "--images", paths["images"]]
+    assert cli.main(command) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_module_has_help():

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,99 @@ def test_download_only_when_asked_and_never_on_kaggle(tmp_path, monkeypatch, qui
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     (tmp_path / "kaggle" / "input").mkdir(parents=True)
     assert locate.on_kaggle() and locate.find("pneumonia").origin == "phantom"
+
+
+NIH_LIST = "Image Index,Finding Label,Bbox [x,y,w,h]\n00000001_000.png,Mass,1,2,3,4\n"
+
+
+def make_nih(root: Path, *, complete: bool = True) -> Path:
+    (root / "images").mkdir(parents=True)
+    (root / "BBox_List_2017.csv").write_text(NIH_LIST)
+    if complete:
+        (root / "images" / "00000001_000.png").write_bytes(b"x")
+    return root
+
+
+def make_competition(root: Path, *, folders: tuple[str, str] = ("train", "test")) -> Path:
+    for folder, name in zip(folders, ("00000001_000.png", "00000002_000.png"), strict=True):
+        (root / folder).mkdir(parents=True)
+        (root / folder / name).write_bytes(b"x")
+    (root / "train.csv").write_text(NIH_LIST)
+    (root / "ID_to_Image_Mapping.csv").write_text("id,image_id\n1,00000002_000.png\n")
+    return root
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("train_images", "test_images")])
+def test_signature_with_alternatives(tmp_path, folders):
+    root = make_competition(tmp_path / "kaggle" / "input" / "competitions" / "some-slug", folders=folders)
+    assert locate.find("dlia").root == root
+
+
+def test_train_and_test_folders_alone_are_no_competition(tmp_path, quick_phantom, monkeypatch, caplog):
+    make_tree(tmp_path / "repository" / "data" / "chest_xray")
+    source = locate.SOURCES["dlia"]
+    monkeypatch.setitem(locate.SOURCES, "dlia", replace(source, write_phantom=quick_phantom_of_nothing))
+    assert locate.find("dlia").synthetic and "looks like dlia" not in caplog.text
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / "ID_to_Image_Mapping.csv").write_text("id,image_id\n")
+    with pytest.raises(locate.DataNotFound, match="not complete: .*no train.csv, train or train_images"):
+        locate.find("dlia", tmp_path / "told")
+
+
+def quick_phantom_of_nothing(root: Path) -> Path:
+    (root / phantom.MARKER).write_text("")
+    return root
+
+
+def test_first_usable_data_set_is_taken(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dlia_utils")
+    data = tmp_path / "repository" / "data"
+    make_nih(data / "boxes", complete=False)
+    chest = make_tree(data / "chest_xray")
+    order = ("dlia", "nih", "pneumonia")
+    found = locate.find_first(order)
+    assert (found.dataset, found.root) == ("pneumonia", chest)
+    assert "nih in" in caplog.text and "1 of the 1 boxed images are missing" in caplog.text
+    assert locate.find("nih").root == data / "boxes"  # Asked for by name it is found nevertheless.
+    (data / "boxes" / "images" / "00000001_000.png").write_bytes(b"x")
+    assert locate.find_first(order).dataset == "nih"
+    make_competition(data / "challenge")
+    assert locate.find_first(order).dataset == "dlia"
+
+
+def test_find_first_in_a_told_folder(tmp_path, monkeypatch, caplog):
+    make_competition(tmp_path / "repository" / "data" / "challenge")  # Must not be used instead.
+    told = tmp_path / "told"
+    make_nih(told / "boxes", complete=False)
+    with pytest.raises(locate.DataNotFound, match="none of dlia, nih can be used(.|\n)*images are missing"):
+        locate.find_first(("dlia", "nih"), told)
+    make_tree(told / "chest_xray")
+    monkeypatch.setenv("DLIA_DATA", str(told))
+    assert locate.find_first(("dlia", "nih", "pneumonia")).origin == "DLIA_DATA"
+    with pytest.raises(ValueError, match="unknown data set 'nhi'; known"):
+        locate.find_first(("dlia", "nhi"))
+    with pytest.raises(ValueError, match="none given"):
+        locate.find_first(())
+
+
+def test_find_first_falls_back_to_the_phantom_of_the_first(quick_phantom):
+    found = locate.find_first(("pneumonia", "nih"))
+    assert (found.dataset, found.origin, found.synthetic) == ("pneumonia", "phantom", True)
+
+
+def test_competition_cannot_be_downloaded(tmp_path):
+    with pytest.raises(locate.DataNotFound, match="kagglehub has no data set dlia"):
+        locate.find("dlia", download=True)
+
+
+def test_siblings(tmp_path):
+    first, second = (make_competition(tmp_path / "told" / name) for name in ("edition_a", "edition_b"))
+    make_competition(tmp_path / "told" / "gap")
+    (tmp_path / "told" / "gap" / "test" / "00000002_000.png").unlink()
+    make_tree(tmp_path / "told" / "chest_xray")
+    found = locate.find("dlia", tmp_path / "told" / "edition_b")
+    assert [one.root for one in locate.siblings(found)] == [first, second]
+    assert {one.origin for one in locate.siblings(found)} == {"argument"}
 
 
 def test_cache_root(tmp_path, monkeypatch):

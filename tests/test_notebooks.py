@@ -1,13 +1,23 @@
-"""Notebooks: the machinery on a tiny notebook, then every notebook of the suite, checked and executed."""
+"""Notebooks: the machinery on a tiny notebook, then every notebook of the suite, checked and run on real data.
 
-import json
+Synthetic runs are in test_kaggle_tree.py and test_copy.py.
+"""
+
+import base64
+import io
+import os
 import subprocess
 import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
 
-import matplotlib.image
 import nbformat
-import pandas as pd
+import numpy as np
 import pytest
+from kaggle_tree import need_complete, write_wheel
+from PIL import Image
 
 from dlia_utils import __version__, notebooks
 
@@ -152,6 +162,8 @@ def test_a_name_of_another_section_is_found_inside_functions_too(tiny_fresh):
         ('"execution_count": 5', '"execution_count": 9', "from top to bottom"),
         ('"kernelspec"', '"widgets": {}, "kernelspec"', "metadata 'widgets'"),
         ("output 5", "x" * 1_000_001, "is over 1 MB"),
+        ("output 5", "x" * 500_001, "cell 07-tiny-007: an output of 500 kB"),
+        ("# A tiny notebook", "# ![a badge](gone.svg)", "cell 07-tiny-001: link 'gone.svg' points at nothing"),
     ],
 )
 def test_faults_of_a_committed_notebook_are_found(tiny_fresh, before, after, fault):
@@ -169,6 +181,69 @@ def test_a_stored_error_a_missing_and_an_orphan_notebook_are_found(tiny_fresh):
     path.rename(path.with_name("08_alone.ipynb"))
     assert "07_tiny.ipynb is missing" in notebooks.check(tiny_fresh)[0]
     assert notebooks.orphans(path.parent) == ["08_alone.ipynb has no source in src/"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "<<<<<<< HEAD", '{"cells": 3, "nbformat": 4, "metadata": {}}'])
+def test_a_file_that_is_no_notebook_is_a_fault_not_a_crash(tiny_fresh, text):
+    notebooks.product(tiny_fresh).write_text(text)
+    (problem,) = notebooks.check(tiny_fresh)
+    assert problem.startswith("07_tiny.ipynb is not a notebook (") and "notebooks refresh" in problem
+
+
+def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
+    tiny_fresh.write_text(TINY + "\n# %%\n1\n")
+    assert any("first where cell 07-tiny-008 is missing" in problem for problem in notebooks.check(tiny_fresh))
+    tiny_fresh.write_text(TINY.replace("import sys", "import os"))
+    assert any("first in cell 07-tiny-005" in problem for problem in notebooks.check(tiny_fresh))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[a](other.md) [b](other.md#part) [c](#part) [d](../top.md \"title\") <me@there.org>", ""),
+        ("[![badge](https://a.b/c.svg)](https://x.org/src=https%3A//a.b/notebooks/01_here.ipynb)", ""),
+        ("```\n[a](gone)\n```\n`[a](gone)` ``[b](`gone)``\n\n    x = y[0](1)", "link '1' points at nothing"),
+        ("an odd ` and\n\n[a](gone) `", "link 'gone' points at nothing"),
+        ("[a](<gone>)", "link 'gone' points at nothing"),
+        ("[a]\n\n[a]: gone.md\n\n[^1]: a note", "link 'gone.md' points at nothing"),
+        ('<a class="x" href="gone.md">', "link 'gone.md' points at nothing"),
+        ('<img\n alt="a" src="gone.png" width=5>', "link 'gone.png' points at nothing"),
+        ("[a](Other.md)", "link 'Other.md' points at nothing"),
+        ("[a](/etc/hosts)", "link '/etc/hosts' leaves the repository"),
+        ("[a](../../x.md)", "link '../../x.md' leaves the repository"),
+        ("[a](file:///x.md)", "link 'file:///x.md' leaves the repository"),
+        ("[a](http://) ", "link 'http://' is no web address"),
+        ("[a](https://kaggle)", "link 'https://kaggle' is no web address"),
+        ("[a](https://x.org/blob/main/notebooks/02_gone.ipynb)", "names notebooks/02_gone.ipynb, which is not there"),
+    ],
+)
+def test_links_that_lead_nowhere_are_found(tmp_path, text, fault):
+    for name in ("top.md", "docs/other.md", "notebooks/01_here.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    problems = notebooks.link_problems(text, tmp_path / "docs", tmp_path)
+    assert (problems == []) if not fault else (len(problems) == 1 and fault in problems[0]), problems
+
+
+def test_pages_are_found_by_themselves(tmp_path):
+    for name in ("README.md", "NEW.md", "data/README.md", "data/set/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[a](gone.md)")
+    found = [problem.split(":")[0] for problem in notebooks.page_problems(tmp_path)]
+    assert found == ["NEW.md", "README.md", "data/README.md"]
+
+
+def test_pages_of_the_repository_have_no_dead_link():
+    assert notebooks.page_problems() == []
+
+
+def test_checks_need_no_torch_and_end_in_seconds(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('the checks imported torch')")
+    done = subprocess.run(
+        [sys.executable, "-m", "dlia_utils", "notebooks", "check"], cwd=notebooks.REPOSITORY, timeout=30,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr  # faults have their own test
 
 
 def test_clean_drops_what_depends_on_the_machine(tiny):
@@ -190,6 +265,37 @@ def test_clean_drops_what_depends_on_the_machine(tiny):
     texts = [one.get("text") or one.data["text/plain"] for one in cleaned.cells[-1].outputs]
     assert texts == ["red\nruns/a and <python>/lib\n", "42"]
     assert nbformat.writes(notebooks.clean(cleaned)) == nbformat.writes(cleaned)
+
+
+def test_clean_gives_pictures_a_palette_that_looks_the_same(tiny):
+    film = np.random.default_rng(0).integers(0, 256, (60, 60, 1), dtype=np.uint8).repeat(3, axis=2)
+    film[:20] = (61, 220, 132)  # boxes of one colour
+    buffer = io.BytesIO()
+    Image.fromarray(film).save(buffer, "PNG")
+    notebook = notebooks.build(tiny)
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", data={"image/png": picture})]
+    cleaned = notebooks.clean(notebook)
+    small = cleaned.cells[-1].outputs[0].data["image/png"]
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB")).astype(int)
+    assert len(small) < 0.6 * len(picture) and np.abs(seen - film).max() <= 4
+    assert nbformat.writes(notebooks.clean(cleaned)) == nbformat.writes(cleaned)
+
+
+# ------------------------------------------------------------------------------------------------- and back
+
+
+def test_an_edited_notebook_becomes_its_source_again(tiny):
+    notebooks.write(notebooks.build(tiny), notebooks.product(tiny))
+    before = tiny.read_text()
+    edit(tiny, "6 * 7", "6 * 8")
+    elsewhere = tiny.parents[2] / "download" / "07_tiny.ipynb"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(notebooks.product(tiny).read_bytes())
+    assert notebooks.back(elsewhere, folder=tiny.parents[1]) == tiny
+    assert tiny.read_text() == before.replace("6 * 7", "6 * 8")
+    with pytest.raises(ValueError, match="08_tiny.ipynb has no source"):
+        notebooks.back(elsewhere.rename(elsewhere.with_name("08_tiny.ipynb")), folder=tiny.parents[1])
 
 
 # ------------------------------------------------------------------------------------------------- execution
@@ -236,62 +342,87 @@ def test_execute_passes_parameters_and_tells_the_failing_cell(tiny, tmp_path, mo
 # ------------------------------------------------------------------------------------------------- bootstrap
 
 
-def wheel(folder, name, version, code):
-    """A file that imports like a pure wheel: a zip archive holding a package."""
-    import zipfile
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}/__init__.py", code)
-
-
-def run_bootstrap(kaggle, cwd, after=""):
+def run_bootstrap(kaggle, cwd, after="", python=(sys.executable, "-I", "-S"), **environment):
     """The bootstrap cell in a Python without any installed package: exit status, last line of its output."""
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", notebooks.BOOTSTRAP + "\n" + after],
-        cwd=cwd, env={"DLIA_KAGGLE_ROOT": str(kaggle)}, capture_output=True, text=True, check=False,
+        [*python, "-c", notebooks.BOOTSTRAP + "\n" + after], capture_output=True, text=True, check=False,
+        cwd=cwd, env={"DLIA_KAGGLE_ROOT": str(kaggle), **environment},
     )  # fmt: skip
     return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
-LAYOUTS = ("input/{}", "input/datasets/me/{}", "input/datasets/organizations/us/{}", "input/notebooks/me/{}")
+LAYOUTS = ("input/{}", "input/datasets/me/{}", "input/datasets/organizations/us/{}", "input/notebooks/me/{}",
+           "usr/lib/{}", "usr/lib/notebooks/me/{}")  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["folder", "wheel"])
-def test_bootstrap_finds_kaggle_mounts(tmp_path, layout, kind):
+def test_bootstrap_finds_kaggle_mounts_and_utility_scripts(tmp_path, layout, kind):
     mount = tmp_path / "kaggle" / layout.format("dlia-utils")
-    (tmp_path / "kaggle" / "input" / "other" / "train").mkdir(parents=True)
+    (tmp_path / "kaggle" / "input" / "other" / "dlia_utils").mkdir(parents=True)  # a folder, but no package
     if kind == "wheel":
-        wheel(mount, "dlia_utils", "0.3", "__version__ = '0.3'")
+        write_wheel(mount, "dlia_utils", "0.3", "__version__ = '0.3'")
     else:
         (mount / "dlia_utils").mkdir(parents=True)
         (mount / "dlia_utils" / "__init__.py").write_text("__version__ = '0.3'")
-    assert run_bootstrap(tmp_path / "kaggle", tmp_path) == (0, "dlia_utils 0.3 from Kaggle input dlia-utils")
+    write_wheel(mount, "captum", "0.9", "LOCAL = True")
+    found = run_bootstrap(tmp_path / "kaggle", tmp_path, "import captum; assert captum.LOCAL")
+    assert found == (0, f"dlia_utils 0.3 from {mount}")
 
 
-def test_bootstrap_prefers_the_repository_and_takes_captum_from_its_wheel(tmp_path):
+def test_bootstrap_prefers_the_repository_and_takes_captum2from_its_wheel(tmp_path):
     (tmp_path / "clone" / "dlia_utils").mkdir(parents=True)
     (tmp_path / "clone" / "dlia_utils" / "__init__.py").write_text("__version__ = '9'")
     (tmp_path / "clone" / "notebooks").mkdir()
-    wheel(tmp_path / "kaggle" / "input" / "wheels", "dlia_utils", "0.3", "__version__ = '0.3'")
-    wheel(tmp_path / "kaggle" / "input" / "wheels", "captum", "0.9", "LOCAL = True")
-    after = (
-        "import captum; print(dlia_utils.__version__, captum.LOCAL, os.getenv('NO_ALBUMENTATIONS_UPDATE'))"
-    )
-    assert run_bootstrap(tmp_path / "kaggle", tmp_path / "clone" / "notebooks", after) == (0, "9 True 1")
+    write_wheel(tmp_path / "kaggle" / "input" / "wheels", "dlia_utils", "0.3", "__version__ = '0.3'")
+    write_wheel(tmp_path / "kaggle" / "input" / "wheels", "captum", "0.9", "LOCAL = True")
+    after = "import captum; print(ORIGIN, dlia_utils.__version__, captum.LOCAL, os.getenv('NO_ALBUMENTATIONS_UPDATE'))"
+    found = run_bootstrap(tmp_path / "kaggle", tmp_path / "clone" / "notebooks", after)
+    assert found == (0, "the repository 9 True 1")
 
 
-def test_bootstrap_finds_a_utility_script_or_names_the_two_clicks(tmp_path):
-    code, message = run_bootstrap(tmp_path / "kaggle", tmp_path)
-    assert code == 1 and "'Add Input', then '+'" in message
-    package = tmp_path / "kaggle" / "usr" / "lib" / "notebooks" / "me" / "ours" / "dlia_utils"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("__version__ = '0.3'")
-    assert run_bootstrap(tmp_path / "kaggle", tmp_path) == (
-        0,
-        "dlia_utils 0.3 from Kaggle utility script ours",
-    )
+def test_bootstrap_names_the_two_clicks_at_last(tmp_path):
+    code, message = run_bootstrap(tmp_path / "no-kaggle", tmp_path)
+    assert code == 1 and "'Add Input', then '+'" in message and "DLIA_REPOSITORY is not set" in message
+    code, message = run_bootstrap(tmp_path / "no-kaggle", tmp_path, DLIA_REPOSITORY=str(tmp_path / "gone"))
+    assert code == 1 and "'Add Input', then '+'" in message and f"{tmp_path / 'gone'} failed" in message
+
+
+@pytest.fixture
+def fresh_python(tmp_path):
+    """A Python of its own that sees the installed packages but keeps apart what pip adds to it."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=os.name != "nt")
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(own) / "installed.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_bootstrap_installs_from_the_repository_and_moves_neither_numpy_nor_torch(tmp_path, fresh_python):
+    need = "Requires-Dist: numpy<1\nRequires-Dist: torch<1\n"  # without --no-deps pip would look for these
+    ours = write_wheel(tmp_path / "web", "dlia_utils", "0.3", "__version__ = '0.3'", need)
+    write_wheel(tmp_path / "web", "captum2", "9", "NEW = True", need)
+    (tmp_path / "kaggle").mkdir()
+    cell = notebooks.BOOTSTRAP.replace('"captum"', '"captum2"')  # the real one may be installed
+    versions = "[importlib.metadata.version(name) for name in ('numpy', 'torch')]"
+    code = f"import importlib.metadata; before = {versions}\n{cell}\nimport captum2; print(before == {versions})"
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "web")}
+    done = subprocess.run(
+        [fresh_python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"DLIA_KAGGLE_ROOT": str(tmp_path / "kaggle"), "DLIA_REPOSITORY": str(ours), **index},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("dlia_utils 0.3 from the installed packages\nTrue\n")
+    own = {path.name for path in fresh_python.parents[1].rglob("*.dist-info")}
+    assert own == {"dlia_utils-0.3.dist-info", "captum2-9.dist-info"}
+
+
+def test_bootstrap_default_address_is_the_one_in_pyproject():
+    project = tomllib.loads((notebooks.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project.get("urls", {}).get("Repository", "")
+    wanted = f'REPOSITORY = os.environ.get("DLIA_REPOSITORY", "{address and "git+" + address}")'
+    assert wanted in notebooks.BOOTSTRAP
 
 
 def test_bootstrap_cell_is_short_and_finds_this_repository():
@@ -310,6 +441,11 @@ def test_suite_notebook_has_no_static_fault(source):
     assert notebooks.check(source) == []
 
 
+@SUITE
+def test_suite_notebook_gives_its_source_back(source):
+    assert notebooks.source_text(notebooks.read(notebooks.product(source))) == source.read_text()
+
+
 def test_suite_has_no_notebook_without_source():
     assert notebooks.orphans() == []
 
@@ -320,31 +456,9 @@ def test_suite_notebook_shows_synthetic_outputs(source):
 
 
 @pytest.mark.notebook
-@SUITE
-def test_suite_notebook_runs_on_synthetic_data(source, monkeypatch):
-    monkeypatch.delenv("DLIA_DATA", raising=False)
-    complete(notebooks.run(source, run_name="synthetic-test", progress=False), synthetic=True)
-
-
-@pytest.mark.notebook
 @pytest.mark.real
 @SUITE
 def test_suite_notebook_runs_on_real_data(source, real_data):
-    complete(notebooks.run(source, data=real_data, run_name="real-test", progress=False), synthetic=False)
-
-
-def complete(run, *, synthetic):
-    """A run left everything that the design promises, and nothing in it is empty."""
-    assert not run.error, run.error
-    executed = notebooks.read(run.executed)
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
-    results = pd.read_csv(run.folder / "results.csv")
-    assert len(results) and results["value"].notna().all()
-    assert results["profile"].eq("smoke").all()
-    assert results["data"].str.contains("SYNTHETIC").all() == synthetic
-    assert json.loads((run.folder / "config.json").read_text())["profile"] == "smoke"
-    assert json.loads((run.folder / "env.json").read_text())["torch"]
-    figures = sorted((run.folder / "figures").glob("*.png"))
-    assert figures
-    for figure in figures:
-        assert matplotlib.image.imread(figure)[..., :3].std() > 0.01, f"{figure.name} is blank"
+    done = notebooks.run(source, data=real_data, run_name="real-test", progress=False)
+    assert not done.error, done.error
+    need_complete(done.folder, notebooks.read(done.executed), synthetic=False)

@@ -23,6 +23,20 @@ def test_committed_results_are_real_and_complete():
     assert not results.duplicated(["model", "attack", "eps", "eps_unit", "metric"]).any()
 
 
+def test_committed_detection_results_say_what_is_synthetic():
+    results = pd.read_csv(published.REPOSITORY / "results" / "05_detection.csv")
+    planted = results.model.eq("planted findings, 5 folds")
+    assert (results.data.str.contains("SYNTHETIC") == planted).all() and (results[~planted].n == 61).all()
+    assert not results.duplicated(["model", "metric"]).any()
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:|#)([^)#]+)", README))
 def test_links_point_at_files(link):
     assert (published.REPOSITORY / link).exists()
+
+
+def test_pictures_are_made_from_the_results_and_lie_where_the_readme_looks():
+    pictures = published.pictures()
+    assert {f"docs/{name}.png" for name in pictures} == set(re.findall(r"docs/\w+\.png", README))
+    for name, figure in pictures.items():
+        assert (published.REPOSITORY / "docs" / f"{name}.png").is_file() and figure.axes

@@ -152,6 +152,92 @@ def test_subset(dataset):
         split.subset(divided, per_class=0)
 
 
+def with_boxes(dataset):
+    """The same data set with one box in every image, whose x1 is the image's number."""
+    count = len(dataset.manifest)
+    rows = {"image": range(count), "x1": np.arange(count) * 1.0, "y1": 0.0, "x2": 1e6, "y2": 1.0, "label": 1}
+    boxes = pd.DataFrame({**rows, "class_name": "finding"})
+    return replace(dataset, boxes=boxes, box_classes=("finding",))
+
+
+def test_subset_takes_the_boxes_along(dataset):
+    full = with_boxes(dataset)
+    small = split.subset(full, per_class=5)
+    for row in small.boxes.itertuples():
+        assert full.manifest["path"][int(row.x1)] == small.manifest["path"][row.image]
+    assert len(small.boxes) == len(small.manifest)
+
+
+def test_subset_keeps_unlabelled_images(dataset):
+    manifest = dataset.manifest.copy()
+    manifest.loc[manifest["split"] == "test", "label"] = -1
+    small = split.subset(replace(dataset, manifest=manifest), per_class=6)
+    assert small.manifest["label"].value_counts()[-1] == 6
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_folds(dataset, n):
+    manifest = dataset.manifest.copy()
+    manifest.loc[manifest.index[10:20], "label"] = -1
+    dealt = split.folds(replace(dataset, manifest=manifest), n=n, seed=1)
+    fold = dealt.manifest["fold"]
+    out = (manifest["split"] == "test") | (manifest["label"] < 0)
+    assert fold.dtype == "int64" and (fold[out] == -1).all() and set(fold[~out]) == set(range(n))
+    used = dealt.manifest[~out]
+    assert used.groupby("patient")["fold"].nunique().max() == 1
+    share = used.groupby("fold")["label"].mean()
+    assert share.max() - share.min() < 0.05 and used["fold"].value_counts(normalize=True).max() < 1.2 / n
+    assert "fold" not in dataset.manifest and f"{n} folds by patient" in dealt.split_rule
+
+
+def test_folds_keep_identical_files_together(dataset):
+    paths = dataset.manifest.loc[dataset.manifest["split"] == "train", "path"]
+    for row in range(30, 300, 30):
+        shutil.copyfile(dataset.root / paths.iloc[0], dataset.root / paths.iloc[row])
+    copies = paths.iloc[[0, *range(30, 300, 30)]].index
+    assert split.folds(dataset).manifest.loc[copies, "fold"].nunique() == 1
+
+
+def test_folds_errors_and_rare_classes(tmp_path, caplog):
+    rows = [(f"train/{i}.jpeg", int(i < 2), f"p{i}", "g", "train") for i in range(12)]
+    few = make(tmp_path, rows)
+    with pytest.raises(ValueError, match="n is 1"):
+        split.folds(few, n=1)
+    with pytest.raises(datasets.BadData, match="no class has 11 patients"):
+        split.folds(few, n=11)
+    assert split.folds(few, n=3).manifest["fold"].value_counts().max() <= 5
+    assert "patients of PNEUMONIA 2 for 3 folds" in caplog.text
+
+
+def test_folds_are_saved_and_hashed(dataset, tmp_path):
+    plain, dealt = split.split_hash(dataset), split.folds(dataset, seed=2)
+    assert split.save(dealt, tmp_path / "split.json") == split.split_hash(dealt) != plain
+    pd.testing.assert_frame_equal(split.load(dataset, tmp_path / "split.json").manifest, dealt.manifest)
+    split.save(dataset, tmp_path / "plain.json")
+    assert "fold" not in split.load(dealt, tmp_path / "plain.json").manifest
+    saved = json.loads((tmp_path / "split.json").read_text())
+    saved["fold"][dataset.manifest["path"][0]] += 1
+    (tmp_path / "split.json").write_text(json.dumps(saved))
+    with pytest.raises(datasets.BadData, match="changed after it was written"):
+        split.load(dataset, tmp_path / "split.json")
+
+
+def test_hash_without_folds_is_the_one_of_earlier_runs(tmp_path):
+    small = make(tmp_path, [("a.jpeg", 0, "p0", "g", "train"), ("b.jpeg", 1, "p1", "g", "test")])
+    assert split.split_hash(small) == "8a79045f73208b31"
+
+
+def test_audit_of_one_group_and_of_unlabelled_images(tmp_path):
+    rows = [("train/a.png", 1, "p0", "", "train"), ("test/a.png", -1, "p0", "", "test")]
+    pair = make(tmp_path, rows)
+    shutil.copyfile(tmp_path / "train" / "a.png", tmp_path / "test" / "a.png")
+    audit = split.audit(pair).set_index("check")
+    assert audit.loc["patients in train and test, by number", "verdict"] == "warning"
+    assert not any("kind" in check for check in audit.index)
+    assert audit.loc["identical files in train and test", "verdict"] == "leak"
+    assert audit.loc["identical files with different labels", "verdict"] == "ok"
+
+
 def test_real_set(real_data):
     dataset = split.grouped(datasets.load(locate.find("pneumonia", real_data)))
     audit = split.audit(dataset).set_index("check")

@@ -126,6 +126,8 @@ def train_once(run_dir: Path, event: str | None, nth: int) -> None:
         objective=objective,
         schedule="onecycle",
         accumulate=2,
+        clip_norm=1.0,
+        ema=0.9,
     )
 
 
@@ -310,6 +312,83 @@ def test_schedules(tmp_path, schedule):
         assert rates[-1] < 0.002
 
 
+def test_cosine_after_a_warm_up_over_the_real_number_of_steps(tmp_path, monkeypatch):
+    seen = []
+    real = torch.optim.SGD.step
+
+    def step(self, *arguments, **options):
+        seen.append(self.param_groups[0]["lr"])
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    # 20 images, batches of 4, groups of 2: three steps an epoch, the last of one batch.
+    options = {"batch_size": 4, "accumulate": 2, "optimizer": "sgd", "lr": 0.1, "epochs": 6}
+    run(tmp_path, schedule="cosine", warmup_epochs=2, lr_min=0.001, **options)
+    rates = np.array(seen)
+    assert len(rates) == 18
+    np.testing.assert_allclose(rates[:6], 0.1 * (0.02 + 0.98 * np.arange(6) / 6))
+    falling = np.arange(12) / 12
+    np.testing.assert_allclose(rates[6:], 0.001 + 0.099 * (1 + np.cos(np.pi * falling)) / 2)
+    assert rates[-1] < 0.004  # the original study's cosine ended at a seventh of its top
+
+
+def test_every_image_of_a_step_weighs_the_same_also_in_a_smaller_last_batch(tmp_path):
+    """22 images in batches of 8: the last group is 6 images; with a mean of batch means 8 + 6 would not be one step."""
+    together, apart = linear(), linear()
+    options = {"epochs": 2, "optimizer": "sgd", "lr": 0.1, "monitor": "epoch", "train_set": Shifted(size=22)}
+    run(tmp_path / "a", model=together, batch_size=16, **options)
+    run(tmp_path / "b", model=apart, batch_size=8, accumulate=2, **options)
+    torch.testing.assert_close(together.state_dict(), apart.state_dict())
+
+
+def test_gradients_are_clipped_after_they_were_accumulated(tmp_path):
+    free, clipped, start = linear(), linear(), linear()
+    options = {"epochs": 1, "optimizer": "sgd", "lr": 1.0, "batch_size": 10, "accumulate": 2}
+    run(tmp_path / "a", model=free, **options)
+    run(tmp_path / "b", model=clipped, clip_norm=1e-3, **options)
+
+    def moved(model):
+        steps = [new - old for new, old in zip(model.parameters(), start.parameters(), strict=True)]
+        return torch.cat([step.detach().flatten() for step in steps])
+
+    assert moved(clipped).norm() == pytest.approx(1e-3, rel=1e-3) and moved(free).norm() > 1e-2
+    torch.testing.assert_close(moved(clipped) / 1e-3, moved(free) / moved(free).norm(), atol=1e-4, rtol=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
+    seen, judged, model = [], [], linear()
+
+    def objective(net, x, y):  # sees the weights before each step
+        seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+        return objectives.cross_entropy()(net, x, y)
+
+    def metric(net):
+        judged.append(torch.cat([p.detach().flatten().clone() for p in net.parameters()]))
+        return {"val_epoch": float(len(judged))}
+
+    run(tmp_path, model=model, objective=objective, val_metric=metric, monitor="val_epoch", ema=0.5, lr=0.1)
+    after = [*seen[1:], None]  # the weights after each step; three steps an epoch
+    average = after[0]
+    for steps, weights in enumerate(after[1:8], 1):
+        keep = min(0.5, (1 + steps) / (10 + steps))
+        average = keep * average + (1 - keep) * weights
+        if steps in (2, 5):
+            torch.testing.assert_close(judged[steps // 3], average)
+    kept = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(kept, judged[-1])
+    loaded = models.load(tmp_path / "best.pt", linear)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in loaded.parameters()]), judged[-1])
+
+
+def test_a_validation_set_may_be_left_out_but_not_all_that_chooses(tmp_path):
+    options = {"run_dir": tmp_path, "epochs": 2, "progress": False}
+    metric = scripted([0.1, 0.2])
+    done = fit(linear(), objectives.cross_entropy(), Shifted(), None, val_metric=metric, monitor="val_robust", **options)
+    assert done.best_epoch == 2 and "val_loss" not in done.history
+    with pytest.raises(ValueError, match="give a val_set, a val_metric"):
+        fit(linear(), objectives.cross_entropy(), Shifted(), None, **options)
+
+
 def scripted(values):
     values = iter(values)
     return lambda model: {"val_robust": next(values)}
@@ -371,6 +450,10 @@ def test_the_model_learns_what_there_is_to_learn(tmp_path):
         ({"resume": "yes"}, "force"),
         ({"train_set": Shifted(size=1)}, "two images"),
         ({"monitor": "val_f1"}, "val_f1"),
+        ({"ema": 1.0}, "ema"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"schedule": "cosine", "warmup_epochs": 3}, "fewer than epochs"),
+        ({"warmup_epochs": 1}, "schedule='cosine'"),
     ],
 )
 def test_unusable_arguments_are_refused_before_anything_is_written(tmp_path, options, message):

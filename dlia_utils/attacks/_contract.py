@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
+NORMS = ("linf", "l2")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class AttackResult:
     queries             [B] int64: forward passes spent on each image
     linf, l2, l0        [B] float: size of x_adv - x in pixel units; l0 counts changed pixel positions
     forwards, backwards image-passes of the whole batch
-    eps                 the largest eps over channels; seed: None when nothing was drawn
+    eps                 the largest eps over channels; None: no budget; seed: None when nothing was drawn
     """
 
     x_adv: Tensor
@@ -48,19 +49,27 @@ def check_inputs(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
+    norm: str = "linf",
     grey: bool = False,
+    mask: Tensor | None = None,
     ids: Sequence[int] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Refuse what would give a wrong number without a word; returns (a clamped copy of x, the image ids).
 
-    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: pixel units of [0,1], a number or a tensor [C,1,1].
+    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: pixel units of [0,1], a number or, for "linf", a tensor [C,1,1];
+    None: no budget. norm: "linf" or "l2". mask: bool [B,1,H,W] of the pixels that may change.
     Errors: TypeError or ValueError that names the argument and the fix.
     """
     _check_model(model)
     _check_images(x)
     _check_labels(y, x)
-    _check_eps(eps, x, grey)
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {list(NORMS)}, not {norm!r}")
+    if eps is not None:
+        _check_eps(eps, x, norm, grey)
+    if mask is not None:
+        _check_mask(mask, x)
     if grey and x.shape[1] > 1 and not bool((x == x[:, :1]).all()):
         raise ValueError("grey=True needs grey images, but the channels of x differ; pass grey=False")
     ids = [int(i) for i in ids] if ids is not None else list(range(len(x)))
@@ -113,10 +122,14 @@ def _check_labels(y: Tensor, x: Tensor) -> None:
         raise ValueError(f"y holds the negative label {int(y.min())}")
 
 
-def _check_eps(eps: float | Tensor, x: Tensor, grey: bool) -> None:
+def _check_eps(eps: float | Tensor, x: Tensor, norm: str, grey: bool) -> None:
     values = torch.as_tensor(eps)
     if not bool((values >= 0).all()):
         raise ValueError(f"eps must be >= 0, not {eps}")
+    if norm == "l2":
+        if values.ndim or not bool(values.isfinite()):
+            raise ValueError(f"eps of an L2 ball must be one finite number, not {eps}; give a float")
+        return
     if bool((values > 1).any()):
         raise ValueError(f"eps={eps} is larger than the pixel range [0,1]: give pixel units, such as 8/255")
     if values.ndim and values.shape != (x.shape[1], 1, 1):
@@ -126,6 +139,18 @@ def _check_eps(eps: float | Tensor, x: Tensor, grey: bool) -> None:
         )
     if grey and values.numel() > 1 and bool((values != values.flatten()[0]).any()):
         raise ValueError("grey=True shares one perturbation over the channels: give one eps for all")
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError("mask must be a bool tensor, True where a pixel may change; use mask > 0")
+    if mask.shape != (len(x), 1, *x.shape[2:]):
+        raise ValueError(
+            f"mask must have shape {[len(x), 1, *x.shape[2:]]}, one plane per image, not {list(mask.shape)}; "
+            "use mask.expand(len(x), 1, -1, -1) for one mask of all"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"x is on {x.device} but mask on {mask.device}; move mask with mask.to(x.device)")
 
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
@@ -204,11 +229,6 @@ def ball(x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
 
 
-def ascent_sign(gradient: Tensor, grey: bool) -> Tensor:
-    """Sign of the gradient; grey: of its sum over channels, one value for R=G=B."""
-    return (gradient.sum(1, keepdim=True) if grey else gradient).sign()
-
-
 def uniform(x: Tensor, ids: Sequence[int], *, seed: int, stream: int, grey: bool) -> Tensor:
     """Uniform draws in [-1,1] shaped like x (one channel if grey), each from (seed, stream, id) only."""
     shape = (1 if grey else x.shape[1], *x.shape[2:])
@@ -252,10 +272,29 @@ class Ledger:
         """Row numbers of the images not fooled yet."""
         return torch.nonzero(~self.fooled)[:, 0]
 
-    def result(self, *, eps: float | Tensor, seed: int | None) -> AttackResult:
+    def result(self, *, eps: float | Tensor | None, seed: int | None) -> AttackResult:
         return build_result(
             self.x, self.x_adv, self.fooled, self.first_step, self.queries, self.backwards, eps=eps, seed=seed
         )
+
+
+def look(model: nn.Module, ledger: Ledger, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Ask the model about the clean images: those it gets wrong are fooled at step 0."""
+    with torch.no_grad():
+        logits = check_logits(model(ledger.x), ledger.y)
+        ledger.record(ledger.everyone(), ledger.x, logits, objective(logits, ledger.y), step=0)
+
+
+def gradient_at(
+    model: nn.Module, points: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward and one backward pass: (logits [B,K], objective [B], its gradient shaped like points)."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        logits = model(points)
+        value = objective(logits, y)
+        (gradient,) = torch.autograd.grad(value.sum(), points)
+    return logits.detach(), value.detach(), gradient
 
 
 def build_result(
@@ -266,7 +305,7 @@ def build_result(
     queries: Tensor,
     backwards: int,
     *,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     seed: int | None,
 ) -> AttackResult:
     """Measure the perturbation and wrap everything up."""
@@ -281,6 +320,6 @@ def build_result(
         linf=change.flatten(1).amax(1),
         l2=change.flatten(1).norm(dim=1),
         l0=(change.amax(1) > 0).flatten(1).sum(1).to(x.dtype),
-        eps=float(torch.as_tensor(eps).max()),
+        eps=None if eps is None else float(torch.as_tensor(eps).max()),
         seed=seed,
     )

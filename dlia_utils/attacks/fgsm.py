@@ -6,15 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from . import _contract as c
+from ._ball import Ball
 
 
 def fgsm(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor, loss: str = "ce", grey: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    loss: str = "ce",
+    grey: bool = False,
+    mask: Tensor | None = None,
 ) -> c.AttackResult:
     """One step of size eps along the sign of the loss gradient. Source: Goodfellow et al., arXiv 1412.6572.
 
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), or a tensor [C,1,1]; see `normalised_eps`.
     loss: "ce" or "margin". grey: one perturbation for R=G=B.
+    mask: bool [B,1,H,W] of the pixels that may change.
     Every image is moved, also one that is already wrong (`first_success_step` 0).
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
@@ -24,14 +33,15 @@ def fgsm(
     (8, 2, 1)
     """
     objective = c.choose_loss(loss)
-    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey)
+    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask)
     eps = c.on_device(eps, x)
+    ball = Ball(x, eps, grey=grey, mask=mask)
     with c.frozen(model):
         with torch.enable_grad():
             point = x.clone().requires_grad_()
             logits = c.check_logits(model(point), y)
             (gradient,) = torch.autograd.grad(objective(logits, y).sum(), point)
-        x_adv = torch.clamp(x + eps * c.ascent_sign(gradient, grey), *c.ball(x, eps))
+        x_adv = ball.project(x + eps * ball.ascent(gradient))
         with torch.inference_mode():
             success = (model(x_adv).argmax(1) != y).clone()
     first_step = torch.where(logits.argmax(1) != y, 0, torch.where(success, 1, -1))

@@ -1,4 +1,4 @@
-"""Projected gradient descent in the L-infinity ball."""
+"""Projected gradient descent in the L-infinity or L2 ball."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _contract as c
+from ._ball import Ball
 
 
 def pgd(
@@ -16,22 +17,26 @@ def pgd(
     y: Tensor,
     *,
     eps: float | Tensor,
+    norm: str = "linf",
     steps: int = 10,
     step_size: float | Tensor | None = None,
     restarts: int = 1,
     random_start: bool = True,
     loss: str = "ce",
     grey: bool = False,
+    mask: Tensor | None = None,
     stop_when_fooled: bool = True,
     seed: int = 0,
     ids: Sequence[int] | None = None,
 ) -> c.AttackResult:
-    """Many small signed steps, each projected back into the eps-ball. Source: Madry et al., arXiv 1706.06083.
+    """Many small steps, each projected back into the eps-ball. Source: Madry et al., arXiv 1706.06083.
 
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps, step_size: pixel units (k/255); step_size defaults to
-    2.5 * eps / steps. loss: "ce", or "margin", which does not vanish on a saturated model. grey: one
-    perturbation for R=G=B. stop_when_fooled: an image leaves the batch once fooled, and one that is wrong
-    already is returned unchanged; otherwise every step is run and the strongest point is returned.
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps, step_size: pixel units (k/255), of the largest change of a pixel
+    with norm "linf", of the length of the whole change with "l2"; step_size defaults to 2.5 * eps / steps.
+    loss: "ce", or "margin", which does not vanish on a saturated model. grey: one perturbation for R=G=B.
+    mask: bool [B,1,H,W] of the pixels that may change. stop_when_fooled: an image leaves the batch once
+    fooled, and one that is wrong already is returned unchanged; otherwise every step is run and the strongest
+    point is returned.
     Images do not influence each other, and the random start depends on (seed, restart, id) only.
     `first_success_step`: updates made, counted over restarts; a random start that fools counts as step 1.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
@@ -42,36 +47,36 @@ def pgd(
     True
     """
     objective = c.choose_loss(loss)
-    x, ids = c.check_inputs(model, x, y, eps=eps, grey=grey, ids=ids)
+    x, ids = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, ids=ids)
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
     if restarts > 1 and not random_start:
         raise ValueError("restarts > 1 without random_start repeats the same attack; set random_start=True")
     eps = c.on_device(eps, x)
+    whole = Ball(x, eps, norm=norm, grey=grey, mask=mask)
     step_size = 2.5 * eps / steps if step_size is None else c.on_device(step_size, x)
 
     ledger = c.Ledger(x, y)
     with c.frozen(model):
         if random_start:  # without it the first iterate is the clean image itself
-            _look(model, ledger, objective)
+            c.look(model, ledger, objective)
         for restart in range(restarts):
             rows = ledger.standing() if stop_when_fooled else ledger.everyone()
             if not len(rows):
                 break
-            start = x[rows]
+            ball = whole.of(rows)
+            start = ball.x
             if random_start:
-                chosen = [ids[i] for i in rows.tolist()]
-                start = start + eps * c.uniform(start, chosen, seed=seed, stream=restart, grey=grey)
+                start = ball.random([ids[i] for i in rows.tolist()], seed=seed, stream=restart)
             _climb(
                 model,
                 ledger,
                 rows,
+                ball,
                 start,
                 objective=objective,
-                eps=eps,
                 step_size=step_size,
                 steps=steps,
-                grey=grey,
                 stop_when_fooled=stop_when_fooled,
                 first=restart * steps,
                 start_step=1 if random_start else 0,
@@ -79,32 +84,23 @@ def pgd(
     return ledger.result(eps=eps, seed=seed if random_start else None)
 
 
-def _look(model: nn.Module, ledger: c.Ledger, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Ask the model about the clean images: those it gets wrong are fooled at step 0."""
-    with torch.no_grad():
-        logits = c.check_logits(model(ledger.x), ledger.y)
-        ledger.record(ledger.everyone(), ledger.x, logits, objective(logits, ledger.y), step=0)
-
-
 def _climb(
     model: nn.Module,
     ledger: c.Ledger,
     rows: Tensor,
+    ball: Ball,
     points: Tensor,
     *,
     objective: Callable[[Tensor, Tensor], Tensor],
-    eps: float | Tensor,
     step_size: float | Tensor,
     steps: int,
-    grey: bool,
     stop_when_fooled: bool,
     first: int,
     start_step: int,
 ) -> None:
     """Run one start of PGD for the images `rows`; every iterate, also the last, goes into the ledger."""
     y = ledger.y[rows]
-    lower, upper = c.ball(ledger.x[rows], eps)
-    points = torch.clamp(points, lower, upper)
+    points = points.detach()
     for step in range(steps + 1):
         last = step == steps
         with torch.set_grad_enabled(not last):
@@ -121,7 +117,6 @@ def _climb(
         ledger.backwards += len(rows)
         points = points.detach()
         if stop_when_fooled and bool(fooled.any()):
-            rows, y, points, gradient, lower, upper = (
-                t[~fooled] for t in (rows, y, points, gradient, lower, upper)
-            )
-        points = (points + step_size * c.ascent_sign(gradient, grey)).clamp_(lower, upper)
+            rows, y, points, gradient = (t[~fooled] for t in (rows, y, points, gradient))
+            ball = ball.of(~fooled)
+        points = ball.project(points + step_size * ball.ascent(gradient))

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dlia_utils.files import atomic_path
+from dlia_utils.models import robust
+from dlia_utils.models.detector import Detector, faster_rcnn
 from dlia_utils.models.lipschitz import bake, spectral_normalize
 from dlia_utils.models.mobilenet import mobilenet_v2
 from dlia_utils.models.wrap import PixelModel
 
 __all__ = [
+    "Detector",
     "PixelModel",
     "bake",
     "create",
+    "faster_rcnn",
     "load",
     "load_strictly",
     "mobilenet_v2",
+    "robust",
     "save",
     "spectral_normalize",
 ]
 
 FORMAT = "dlia_utils model 1"
-REGISTRY: dict[str, Callable[..., PixelModel]] = {"mobilenet_v2": mobilenet_v2}
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    "mobilenet_v2": mobilenet_v2,
+    "faster_rcnn": faster_rcnn,
+    **{name: partial(robust.create, name) for name in robust.SOURCES},
+}
 
 log = logging.getLogger("dlia_utils")
 
 
-def create(name: str, **options) -> PixelModel:
+def create(name: str, **options) -> nn.Module:
     """Build a registered model; `options` go to its function. Raises: ValueError for an unknown name.
 
     >>> create("mobilenet_v2", width=0.25).recipe["width"]

@@ -57,13 +57,13 @@ def mobilenet_v2(
     if weights is None:
         log.info("MobileNetV2: random weights, seed %d", seed)
     else:
-        state, origin = _read_weights(weights)
-        _load_weights(backbone, state, origin)
+        state, origin = read_weights(weights)
+        load_weights(backbone, state, origin)
     recipe = {"name": "mobilenet_v2", "num_classes": num_classes, "width": width, "stages": stages}
     return PixelModel(backbone, IMAGENET_MEAN, IMAGENET_STD, recipe=recipe)
 
 
-def _read_weights(weights: str | Path) -> tuple[dict[str, Tensor], str]:
+def read_weights(weights: str | Path) -> tuple[dict[str, Tensor], str]:
     """State dict and a short name for the log, which never holds a path of this machine."""
     if str(weights) == "imagenet" and not os.environ.get("DLIA_WEIGHTS"):
         return _download(), "torchvision ImageNet weights"
@@ -91,7 +91,7 @@ def _download() -> dict[str, Tensor]:
         ) from error
 
 
-def _load_weights(backbone: torch.nn.Module, state: dict[str, Tensor], origin: str) -> None:
+def load_weights(backbone: torch.nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Load all but a last layer that is absent or of another width; refuse every other difference."""
     own = backbone.state_dict()
     fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}

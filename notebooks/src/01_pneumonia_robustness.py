@@ -42,11 +42,13 @@ print(config.banner())
 print(dlia_config.settings_text(config))
 
 # %% tags=["imports"]
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
-from dlia_utils import datasets, files, metrics, objectives, report, split, train
+from dlia_utils import datasets, files, launch, metrics, objectives, report, split, train
 from dlia_utils.attacks import evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
@@ -103,21 +105,21 @@ figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config
 report.save_figure(figure, config, "samples")
 figure
 
+
 # %% [markdown]
 # ## 2 Training
 #
 # All models share one recipe (Adam; flips, small rotations, shifts and zooms, changes of exposure and sharpness,
 # the same for both classes) and differ only in the loss. The best epoch is chosen by validation accuracy. A run
-# that is cut off goes on from its last finished epoch.
+# that is cut off goes on from its last finished epoch. Each cell below defines one model; the last one trains them.
 #
 # **Baseline.** Plain cross-entropy, with both classes weighing the same although there are three pneumonias to
 # each healthy chest.
 
 # %%
-study = open_study(config)
-print("starting weights:", weights_label(config))
-fitted = train_model(study, "baseline", objectives.cross_entropy(weight=study.class_weights()))
-fitted.history.tail(3).round(4)
+def train_baseline(study):
+    return train_model(study, "baseline", objectives.cross_entropy(weight=study.class_weights()))
+
 
 # %% [markdown]
 # **Lipschitz model.** Spectral normalisation divides every convolution and linear layer by (an estimate of) its
@@ -127,12 +129,12 @@ fitted.history.tail(3).round(4)
 # multiplies it right back. Nothing here bounds the network's Lipschitz constant; what is left is a regulariser.
 
 # %%
-study = open_study(config)
-penalised = objectives.lipschitz(
-    penalty=config.lipschitz_penalty, input_std=IMAGENET_STD, weight=study.class_weights()
-)
-fitted = train_model(study, "lipschitz", penalised, spectral=True)
-fitted.history.tail(3).round(4)
+def train_lipschitz(study):
+    penalised = objectives.lipschitz(
+        penalty=config.lipschitz_penalty, input_std=IMAGENET_STD, weight=study.class_weights()
+    )
+    return train_model(study, "lipschitz", penalised, spectral=True)
+
 
 # %% [markdown]
 # **Distillation as published in the study we redo.** The teacher is the baseline; the student learns
@@ -140,12 +142,11 @@ fitted.history.tail(3).round(4)
 # $T = 50$. This is Hinton's knowledge distillation.
 
 # %%
-study = open_study(config)
-teacher = load_models(study, ["baseline"])["baseline"]
-for temperature in config.temperatures:
+def train_distilled(study, temperature):
+    teacher = load_models(study, ["baseline"])["baseline"]
     student = objectives.distillation(teacher, temperature=temperature, alpha=config.alpha)
-    fitted = train_model(study, f"distilled_T{temperature:g}", student)
-    print(f"T = {temperature:g}: best validation {fitted.best_score:.4f} in epoch {fitted.best_epoch}")
+    return train_model(study, f"distilled_T{temperature:g}", student)
+
 
 # %% [markdown]
 # **Distillation as Papernot defined it** ([1511.04508](https://arxiv.org/abs/1511.04508)). The difference is
@@ -154,14 +155,16 @@ for temperature in config.temperatures:
 # Remember this in section 6.
 
 # %%
-study = open_study(config)
-temperature = max(config.temperatures)
-hot_loss = objectives.cross_entropy_at(temperature, weight=study.class_weights())
-train_model(study, "papernot_teacher", hot_loss)
-teacher = load_models(study, ["papernot_teacher"])["papernot_teacher"]
-student = objectives.distillation(teacher, temperature=temperature, alpha=1.0)
-fitted = train_model(study, "papernot", student)
-fitted.history.tail(3).round(4)
+def train_papernot_teacher(study):
+    hot_loss = objectives.cross_entropy_at(max(config.temperatures), weight=study.class_weights())
+    return train_model(study, "papernot_teacher", hot_loss)
+
+
+def train_papernot(study):
+    teacher = load_models(study, ["papernot_teacher"])["papernot_teacher"]
+    student = objectives.distillation(teacher, temperature=max(config.temperatures), alpha=1.0)
+    return train_model(study, "papernot", student)
+
 
 # %% [markdown]
 # **Adversarial training** (PGD-AT, Madry et al. [1706.06083](https://arxiv.org/abs/1706.06083)): every batch is
@@ -170,20 +173,36 @@ fitted.history.tail(3).round(4)
 # throw the point away.
 
 # %%
+def train_pgd_at(study):
+    adversarial = objectives.pgd_adversarial(
+        eps=config.at_eps, steps=config.at_steps, step_size=config.at_step_size, weight=study.class_weights()
+    )
+    held_out = study.rows("val")[:: max(1, len(study.rows("val")) // 200)]
+
+    def under_attack(model):
+        x, y = study.images(held_out), study.labels(held_out)
+        fooled = pgd(model, x, y, eps=config.at_eps, steps=5, loss="margin").success
+        return {"val_robust": 1 - fooled.float().mean().item()}
+
+    return train_model(study, "pgd_at", adversarial, val_metric=under_attack, monitor="val_robust")
+
+
+# %% [markdown]
+# **Train them**, teachers before their students. `launch.each` is a loop on a laptop; with two GPUs it trains two
+# models at a time, each in a process of its own with a log in the run folder. Models already trained are read back.
+
+# %%
 study = open_study(config)
-adversarial = objectives.pgd_adversarial(
-    eps=config.at_eps, steps=config.at_steps, step_size=config.at_step_size, weight=study.class_weights()
-)
-held_out = study.rows("val")[:: max(1, len(study.rows("val")) // 200)]
-
-
-def robust_validation(model):
-    x, y = study.images(held_out), study.labels(held_out)
-    return {"val_robust": 1 - pgd(model, x, y, eps=config.at_eps, steps=5, loss="margin").success.float().mean().item()}
-
-
-fitted = train_model(study, "pgd_at", adversarial, val_metric=robust_validation, monitor="val_robust")
-fitted.history.tail(3).round(4)
+print("starting weights:", weights_label(config))
+first = {"baseline": train_baseline, "papernot_teacher": train_papernot_teacher,
+         "pgd_at": train_pgd_at, "lipschitz": train_lipschitz}  # fmt: skip
+second = {f"distilled_T{t:g}": partial(train_distilled, temperature=t) for t in config.temperatures}
+rows = []
+for wave in (first, second | {"papernot": train_papernot}):
+    fitted = launch.each(lambda name, wave=wave: wave[name](study), list(wave), log_dir=config.run_dir / "logs")
+    rows += [{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch,
+              "best score": one.best_score, "minutes": one.seconds / 60} for name, one in fitted.items()]  # fmt: skip
+pd.DataFrame(rows).round(3)
 
 # %% [markdown]
 # The curves: each loss has its own scale on the left (a distillation loss is not a cross-entropy), validation
@@ -234,6 +253,7 @@ predicted = {name: (p > 0.5).astype(int) for name, p in probabilities.items()}
 figure = report.figure_confusion(labels, predicted, study.dataset.classes, config)
 report.save_figure(figure, config, "confusion")
 figure
+
 
 # %% [markdown]
 # ## 4 FGSM in the units of the original study
@@ -287,7 +307,7 @@ figure
 # | PGD, margin | the same on $z_{wrong} - z_{right}$ | cannot be blinded by a saturated softmax |
 #
 # An image counts as right only if *no* attack fooled it at this or any smaller eps: the worst case per image.
-# Images that are wrong before any attack count as fooled.
+# Images that are wrong before any attack count as fooled. With two GPUs, two models are attacked at a time.
 
 # %%
 study = open_study(config)
@@ -296,8 +316,14 @@ test_opened(study, "noise, FGSM and PGD in pixel units")
 images, labels = study.images(rows), study.labels(rows)
 options = dict(eps_grid=config.eps_grid, steps=config.pgd_steps, restarts=config.pgd_restarts,
                batch_size=config.attack_batch, seed=config.seed, ids=rows)  # fmt: skip
-for name, model in trained.items():
-    per_image = stored(study, f"robust_{name}", lambda m=model: evaluate.robustness(m, images, labels, **options))
+
+
+def attacked(name):
+    model = trained[name]
+    return stored(study, f"robust_{name}", lambda: evaluate.robustness(model, images, labels, **options))
+
+
+for name, per_image in launch.each(attacked, MODELS, log_dir=config.run_dir / "logs").items():
     results = report.update_results(report.accuracy_rows(per_image, study, model=name), RESULTS)
 worst = results[results.attack.isin(["clean", "worst"])]
 report.results_table(worst)
@@ -365,6 +391,7 @@ checks = pd.concat(checks, names=["model"]).reset_index("model")
 outcome = checks.assign(outcome=checks["passed"].map({True: "pass", False: "FAIL"}))
 display(outcome.pivot(index="check", columns="model", values="outcome")[MODELS])
 checks.loc[~checks["passed"], ["model", "check", "detail"]].reset_index(drop=True)
+
 
 # %% [markdown]
 # ## 7 One-Pixel

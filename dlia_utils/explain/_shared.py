@@ -1,0 +1,118 @@
+"""What every map shares: the result, two logits from any head, the checks, the target class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlia_utils.attacks._contract import check_inputs
+
+TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Maps of a batch, and what is needed to judge them.
+
+    method   name of the method
+    maps     float32 [B,H,W] at image size: [0,1] for Grad-CAM, else signed and in logits (saliency: logits
+             per unit of grey, >= 0)
+    target   int64 [B]: the class that is explained; score [B]: its logit
+    zero     bool [B]: the map is zero everywhere and says nothing
+    error    [B]: completeness error |sum of the map - (f(x) - f(b))| over |f(x) - f(b)|, where differences
+             below 0.01 logit count as 0.01; None for methods that promise no sum
+    baseline what stands for "nothing there", in words; "" when the method needs none
+    grid     Grad-CAM's map [B,h,w] as computed, before it is resized and scaled; else None
+
+    >>> map = Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2)
+    >>> map.heat()
+    tensor([[[0., 0., 1.]]])
+    >>> map.heat(absolute=True)
+    tensor([[[1.0000, 0.0000, 0.5000]]])
+    """
+
+    method: str
+    maps: Tensor
+    target: Tensor
+    score: Tensor
+    error: Tensor | None = None
+    baseline: str = ""
+    grid: Tensor | None = None
+
+    @property
+    def zero(self) -> Tensor:
+        return self.maps.abs().amax((1, 2)) <= TINY
+
+    def heat(self, *, absolute: bool = False) -> Tensor:
+        """Maps [B,H,W] in [0,1] for overlays and scores: what speaks for the class, over its maximum.
+
+        absolute: what speaks against it counts too, by its size.
+        """
+        return scale(self.maps.abs() if absolute else self.maps.clamp(min=0))
+
+
+def scale(maps: Tensor) -> Tensor:
+    """Maps >= 0 divided by their own maximum; zero maps stay zero."""
+    top = maps.amax((1, 2), keepdim=True)
+    return torch.where(top > TINY, maps / top.clamp(min=TINY), 0.0)
+
+
+class TwoLogits(nn.Module):
+    """`model` with one column per class: a scalar logit z becomes [-z, z]. Works on a copy of its input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A first layer that works in place would write into the caller's images.
+        return two_logits(self.model(x.clone()))
+
+
+def two_logits(output: Tensor) -> Tensor:
+    """Logits [B,K]; a scalar logit z [B] or [B,1] of class 1 becomes [-z, z].
+
+    >>> two_logits(torch.tensor([[3.0], [-1.0]]))
+    tensor([[-3.,  3.],
+            [ 1., -1.]])
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (1, 2):
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the model must return logits [B,K], or one logit per image [B] or [B,1], not {what}"
+        )
+    if output.ndim == 1 or output.shape[1] == 1:
+        z = output.reshape(-1)
+        return torch.stack([-z, z], 1)
+    return output
+
+
+def check(model: nn.Module, x: Tensor, *, batch_size: int = 1) -> Tensor:
+    """A clamped copy of the images; refuses a model in training mode and images outside [0,1]."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, not {batch_size}")
+    # The attacks' check wants labels; what is not a tensor it refuses before it looks at them.
+    tensor = isinstance(x, Tensor) and x.ndim
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if tensor else x
+    return check_inputs(model, x, labels, eps=0)[0]
+
+
+def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
+    """The class of each image, int64 [B]: as given, or the predicted one; refuses classes the model lacks."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model returns NaN or infinite logits on these images")
+    if target is None:
+        return logits.argmax(1)
+    chosen = torch.as_tensor(target, device=logits.device)
+    if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.shape not in ((), logits.shape[:1]):
+        raise ValueError(f"target must be None, one class number, or int64 [{len(logits)}], not {target!r}")
+    if not bool(((chosen >= 0) & (chosen < logits.shape[1])).all()):
+        raise ValueError(f"target holds a class outside 0..{logits.shape[1] - 1}: {target!r}")
+    return chosen.long().expand(len(logits))
+
+
+def pick(logits: Tensor, target: Tensor) -> Tensor:
+    """The target's logit of every image [B]."""
+    return logits.gather(1, target[:, None])[:, 0]

@@ -1,0 +1,406 @@
+# %% [markdown]
+# # 05 Where is the finding? Detection on chest films, from boxes to a submission
+#
+# A classifier says *that* something is wrong with a film. A detector has to say *where*, with a box, a label and a
+# confidence, and is then held to it. This notebook trains a Faster R-CNN on boxed radiographs (the 880 boxed films of
+# NIH ChestX-ray8, a competition made of them in two editions, or the fractures of FracAtlas), measures it the way
+# detection is measured, tests whether test-time augmentation helps *here*, and writes a submission that is checked.
+#
+# **What you get**
+#
+# | part | question |
+# |---|---|
+# | 1 Data | Which findings, how large, how many films a patient? What would leak? |
+# | 2 Training | Faster R-CNN with warm-up, cosine, accumulation, averaged weights and early stopping |
+# | 3 Evaluation | mAP, average precision per class, FROC, each with an interval over patients |
+# | 4 Thresholds | Why a threshold cannot be tuned by mAP, and what to tune it by |
+# | 5 Looking | True boxes and found boxes, side by side; confidences; boxes per film |
+# | 6 Test-time augmentation | Which view helps, by how much, and is that more than chance? |
+# | 7 Submission | One row for each id, built and checked, for every edition at hand |
+# | 8 Where it looks | EigenCAM on the feature pyramid, and how much of it lies inside the true boxes |
+#
+# What came out on real images stands in the [README](../README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* films: they show what you will see, and no finding.
+#
+# Press *Run All*. Every section also runs alone after the five opening cells: trained models and finished tables are
+# read back from the run folder.
+#
+# *For research and teaching. Not a medical device.*
+
+# %% tags=["bootstrap"]
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, an hour), "full" (GPU), or "auto"
+DATA_DIR = ""  # empty: find a data set; else the folder of the competition, of the NIH films or of FracAtlas
+RUN_NAME = ""  # empty: profile, data set and kind of data
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+
+# %% tags=["config"]
+from dlia_utils import config as dlia_config
+
+config = dlia_config.resolve("05_nih_detection", PROFILE, DATA_DIR, RUN_NAME, RESUME)
+print(config.banner())
+print(dlia_config.settings_text(config))
+
+# %% tags=["imports"]
+import json
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from dlia_utils import datasets, files, report, split, submission
+from dlia_utils.detect import evaluate, figures
+from dlia_utils.detect.study import (
+    compare,
+    folds,
+    join,
+    load_fold,
+    look,
+    matches,
+    on_film,
+    open_detection,
+    record,
+    shown_threshold,
+    submission_path,
+    submit,
+    targets,
+    train_folds,
+    truth,
+)
+from dlia_utils.explain.eigencam import activations, eigencam, energy_inside
+from dlia_utils.study import test_opened
+
+# %% [markdown]
+# ## 1 The data
+#
+# Three published layouts become one table of boxes: corners in pixels of the original file, labels counted **from 1**.
+# That last point is not bookkeeping. In torchvision's detectors label 0 is the background; number eight findings from
+# 0 to 7 and the first one can never be found, however long you train. (It happened to the study we redo: the class
+# was Atelectasis, the most frequent one, and nothing crashed.)
+
+# %%
+study = open_detection(config)
+display(datasets.box_summary(study.dataset).round(2))
+display(datasets.summary(study.dataset))
+study.dataset.ignored["reason"].value_counts().rename("not used").to_frame()
+
+# %% [markdown]
+# *Not used* is worth reading. One edition of the competition was split by **row** and not by film, so some films stand
+# in its training table and in its test mapping. Training on them would be training on the answer: these rows are
+# refused.
+#
+# Sizes decide how hard a class is. A nodule covers half a per cent of a film, an enlarged heart thirty times as much.
+
+# %%
+figure = figures.figure_classes(study.dataset.boxes, study.dataset.box_classes, config)
+report.save_figure(figure, config, "classes")
+figure
+
+# %%
+figure = figures.figure_patients(study.dataset.manifest, config)
+report.save_figure(figure, config, "patients")
+figure
+
+# %% [markdown]
+# **The split** keeps each patient on one side. A random split by film would put a quarter of the NIH validation films
+# beside another film of the same patient in training. Where a data set has an official split it is kept; otherwise
+# folds are drawn by patient: fold *k* is scored, fold *k + 1* chooses (epoch, thresholds, fusion), the rest trains.
+# So no film is scored by a model that saw its patient or was chosen by it.
+
+# %%
+uses = [{"fold": f.name, "train": len(f.train), "select": len(f.select), "score": len(f.score)} for f in folds(study)]
+display(pd.DataFrame(uses))
+pd.set_option("display.max_colwidth", 110)
+split.audit(study.dataset)
+
+# %% [markdown]
+# A few training films with their true boxes:
+
+# %%
+shown = folds(study)[0].train[:3]
+known = truth(study, shown)
+figure = figures.figure_boxes(*on_film(study, shown, known, known.iloc[:0]), study.dataset.box_classes, config)
+report.save_figure(figure, config, "samples")
+figure
+
+# %% [markdown]
+# ## 2 Training
+#
+# A Faster R-CNN in two stages: a proposal network says where *something* is, a head says what it is and moves the box.
+# The recipe is that of the study we redo, minus its faults:
+#
+# | there | here |
+# |---|---|
+# | the last incomplete group of batches was thrown away in every epoch | it is stepped, every film with the same weight |
+# | warm-up by epochs, and a cosine that never arrived | both over the real number of steps |
+# | "best" weights were an alias of the last ones | copied and saved; reading them back gives the logged score |
+# | augmentation arguments that the library ignored with a warning | unknown arguments are errors |
+# | every loader worker drew the same random numbers | they depend on seed, epoch and film only |
+#
+# Added: averaged weights (EMA), frozen batch norms when the weights are pretrained, resuming, a time budget. With two
+# GPUs the folds run side by side, one on each.
+
+# %%
+study = open_detection(config)
+fitted = train_folds(study)
+fitted.round(3)
+
+# %%
+histories = {fold.name: pd.read_csv(config.run_dir / fold.name / "metrics.csv") for fold in folds(study)}
+figure = figures.figure_training(next(iter(histories.values())), config)
+report.save_figure(figure, config, "training")
+figure
+
+# %% [markdown]
+# ## 3 Evaluation
+#
+# A found box counts as a hit when it overlaps a true box of its label by at least half (IoU 0.5) and no more confident
+# box has claimed it. Sort all boxes by confidence, and two curves follow: precision against recall, whose area is the
+# **average precision** (its mean over the classes is mAP), and **FROC**, sensitivity against false marks per film, the
+# curve radiologists read. Both come from one matching pass, down to confidence 0.001: cutting low confidences away
+# beforehand can only lower mAP.
+#
+# The scored films are read here for the first time. The intervals draw patients, not films, with replacement.
+
+# %%
+study = open_detection(config)
+classes = study.dataset.box_classes
+test_opened(study, "evaluation of the plain view")
+scored = np.concatenate([fold.score for fold in folds(study)])
+views_found = pd.concat([look(study, fold, "score") for fold in folds(study)])
+found = join(views_found, method="wbf", views_used=(0,), config=config)
+own = matches(study, scored, found, iou=evaluate.COCO_IOUS)
+asked = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1")
+headline = evaluate.bootstrap(own, study.patients(scored), draws=config.bootstrap_draws, statistics=asked)
+record(study, headline, model="plain")
+report.interval_table(headline)
+
+# %% [markdown]
+# **Per class.** Average precision, and what a box of that class would be worth at the best threshold *for these
+# films* (the honest ones, chosen on other films, follow in section 4). A class with twenty boxes has an interval as
+# wide as the scale; do not rank classes by it.
+
+# %%
+per_class = evaluate.bootstrap(own, study.patients(scored), draws=config.bootstrap_draws, statistics=("AP50",))
+record(study, per_class, model="plain")
+best = evaluate.best_thresholds(own, objective="f1")
+figures.per_class_table(per_class, best, truth(study, scored), classes)
+
+# %% [markdown]
+# FROC. The line of all classes counts every false mark of a film, a class's line only its own: compare classes with
+# each other, not with the pooled line.
+
+# %%
+curves = {"all classes": evaluate.curve(own)}
+curves |= {name: evaluate.curve(own, label=label) for label, name in enumerate(classes, 1) if len(classes) > 1}
+froc = {name: curve.rename(columns={"recall": "sensitivity"}) for name, curve in curves.items()}
+figure = figures.figure_froc(froc, config)
+report.save_figure(figure, config, "froc")
+figure
+
+# %%
+figure = figures.figure_pr(curves, config)
+report.save_figure(figure, config, "precision_recall")
+figure
+
+# %% [markdown]
+# ## 4 Thresholds
+#
+# The study we redo tried confidences from 0.05 to 0.40, kept the one with the best mAP, and found the smallest. It
+# always will: a cut removes boxes from the end of the ranking, and average precision is never lower with them than
+# without. The left panel shows it. A threshold is a choice between misses and false marks, so it is made by F1, or by
+# a number of false marks per film that a reader would bear.
+
+# %%
+study = open_detection(config)
+classes = study.dataset.box_classes
+chosen_on = np.concatenate([fold.select for fold in folds(study)])
+found = join(pd.concat([look(study, f, "select") for f in folds(study)]), method="wbf", views_used=(0,), config=config)
+selecting = matches(study, chosen_on, found)
+sweep = evaluate.threshold_sweep(selecting)
+best = evaluate.best_thresholds(selecting, objective="f1")
+figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], config)
+report.save_figure(figure, config, "thresholds")
+display(sweep.round(4))
+figure
+
+# %% [markdown]
+# Chosen on the *select* films, per class and for all together, by F1 and by one false mark per film:
+
+# %%
+by_marks = evaluate.best_thresholds(selecting, objective="froc", fp_per_image=1.0)
+table = pd.concat({"best F1": best, "1 false mark per film": by_marks}, names=["objective"]).reset_index("objective")
+files.write_csv(table, config.run_dir / "thresholds.csv")
+table.assign(label=[x if x == "all" else classes[int(x) - 1] for x in table["label"]]).round(3)
+
+# %% [markdown]
+# ## 5 Looking
+#
+# Numbers do not show *how* a detector errs. Green and solid: the true box. Red and dashed: found, with its confidence,
+# above the F1 threshold of section 4.
+
+# %%
+study, threshold = open_detection(config), shown_threshold(config)
+classes, fold = study.dataset.box_classes, folds(study)[0]
+found = join(look(study, fold, "score"), method="wbf", views_used=(0,), config=config)
+shown = np.random.default_rng(config.seed).permutation(fold.score)[:4]
+films = on_film(study, shown, truth(study, fold.score), found)
+figure = figures.figure_boxes(*films, classes, config, threshold=threshold)
+report.save_figure(figure, config, "grid")
+figure
+
+# %% [markdown]
+# One of them again, truth on the left and prediction on the right:
+
+# %%
+films = on_film(study, shown[1:2], truth(study, fold.score), found)
+figure = figures.figure_boxes(*films, classes, config, threshold=threshold, beside=True)
+report.save_figure(figure, config, "beside")
+figure
+
+# %% [markdown]
+# **Confidences.** If hits and misses had the same distribution, the score would say nothing.
+
+# %%
+own = matches(study, fold.score, found)
+figure = figures.figure_confidence(pd.DataFrame({"score": own.score}), config, hits=own.hit[0])
+report.save_figure(figure, config, "confidence")
+figure
+
+# %%
+figure = figures.figure_per_image(found, fold.score, config, threshold=threshold)
+report.save_figure(figure, config, "per_image")
+figure
+
+# %% [markdown]
+# ## 6 Test-time augmentation
+#
+# Show the film again, a little smaller, larger, mirrored, darker, brighter; join the boxes. Two faults made it void in
+# the study we redo: its "0.9x" film was resized back to 1024 by the model itself, so it was only blurred; and its
+# brightness was random, so the same film gave two answers. Here the scale is set **inside** the model's own transform,
+# every factor is fixed, and each way back is tested to be exact.
+#
+# Does it help? That is an empirical question with a paired answer: the same bootstrap draws for both sides. An
+# interval that crosses zero says "not shown". *All views* are joined in three ways: plain suppression (NMS), which
+# keeps the most confident of overlapping boxes; soft-NMS, which lowers the others; and weighted boxes fusion
+# ([1910.13302](https://arxiv.org/abs/1910.13302)), which averages them and lowers a box that few views saw.
+#
+# First on the *select* films, where the recipe for the submission is chosen:
+
+# %%
+study = open_detection(config)
+chosen_on = np.concatenate([fold.select for fold in folds(study)])
+views_found = pd.concat([look(study, fold, "select") for fold in folds(study)])
+on_select = compare(study, chosen_on, views_found)
+recipe = on_select.loc[on_select["value"].idxmax(), "name"]
+files.write_json({"recipe": recipe}, config.run_dir / "recipe.json")
+print("chosen for the submission:", recipe)
+on_select.round(4)
+
+# %% [markdown]
+# Then on the *score* films, which chose nothing:
+
+# %%
+test_opened(study, "comparison of views and fusions")
+scored = np.concatenate([fold.score for fold in folds(study)])
+views_found = pd.concat([look(study, fold, "score") for fold in folds(study)])
+on_score = compare(study, scored, views_found)
+for row in on_score.itertuples():
+    gain = dict(metric="mAP50_gain", value=row.difference, ci_low=row.difference_low, ci_high=row.difference_high, n=row.n)
+    value = dict(metric="mAP50", value=row.value, ci_low=row.ci_low, ci_high=row.ci_high, n=row.n)
+    record(study, pd.DataFrame([value, gain]).assign(label=0), model=row.name)
+figure = figures.figure_tta(on_score, config)
+report.save_figure(figure, config, "tta")
+figure
+
+# %% [markdown]
+# And fusion against suppression, directly: all views joined by WBF less all views joined by NMS.
+
+# %%
+every_view = range(on_score["name"].str.startswith("plain").sum())
+fused = {how: matches(study, scored, join(views_found, method=how, views_used=every_view, config=config))
+         for how in ("wbf", "nms")}  # fmt: skip
+change = evaluate.paired_bootstrap(fused["wbf"], fused["nms"], study.patients(scored), statistics=("mAP50",),
+                                   draws=config.bootstrap_draws).assign(metric="mAP50_wbf_less_nms")  # fmt: skip
+record(study, change, model="all views, wbf")
+report.interval_table(change)
+
+# %% [markdown]
+# ## 7 Submission
+#
+# A submission has one row for **each id of the mapping**, not for each film: in one edition of the competition three
+# films have two ids, and the n-th id gets the n-th best distinct box. The best box is submitted whatever its
+# confidence: a dummy box in the corner is a certain miss, a doubtful box is not. Only a film without any box gets the
+# most frequent class's median box.
+#
+# Every fold's model looks at every test film; all their boxes are fused as one large set of views. `submission.write`
+# checks before it writes and reads the file back afterwards. The label is spelled `Infiltrate`: rows with
+# `Infiltration` score nothing, without a word from the competition.
+
+# %%
+study = open_detection(config)
+recipe = json.loads((config.run_dir / "recipe.json").read_text())["recipe"]
+written = {}
+for target in targets(study):
+    table, boxes, sizes = submit(study, target, recipe)
+    path = submission_path(study, target)
+    submission.write(table, path, target.mapping, images=sizes, classes=study.dataset.box_classes)
+    written[target.name] = path
+    print(f"{target.name}: {len(table)} rows for {table['image_id'].nunique()} films -> {path.name}")
+display(table.head())
+
+# %% [markdown]
+# The same check from the command line:
+# `python -m dlia_utils submission check FILE --mapping ID_to_Image_Mapping.csv --images test/`. Here is what it says
+# to a file with the wrong spelling and a box turned inside out:
+
+# %%
+broken = table.astype({"label": "object"}).copy()
+broken.loc[0, "label"] = "Infiltration"
+broken.loc[1, ["x_min", "x_max"]] = broken.loc[1, ["x_max", "x_min"]].tolist()
+try:
+    submission.check(broken, target.mapping, images=sizes, classes=study.dataset.box_classes)
+except submission.SubmissionError as error:
+    print(error)
+
+# %% [markdown]
+# ## 8 Where it looks
+#
+# EigenCAM ([2008.00299](https://arxiv.org/abs/2008.00299)) projects a layer's activations on their first principal
+# component: where does the pyramid respond most? No class, no gradient, so it explains the *attention* of the layer,
+# not a decision; and it is as coarse as the layer (one cell is a thirtieth of the film's side in the smoke profile).
+# The table says what share of the map lies inside the true boxes, beside the share of the area those boxes cover; a
+# map that ignores the findings scores the second number.
+
+# %%
+study, threshold = open_detection(config), shown_threshold(config)
+classes, fold = study.dataset.box_classes, folds(study)[0]
+model = load_fold(study, fold)
+shown = np.random.default_rng(config.seed).permutation(fold.score)[:2]
+x = study.images(shown)
+maps = eigencam(activations(model, x, "rcnn.backbone", level="0"), size=config.size)
+found = join(look(study, fold, "score"), method="wbf", views_used=(0,), config=config)
+films, known, boxes, titles = on_film(study, shown, truth(study, shown), found)
+figure = figures.figure_localisation(films, maps.cpu().numpy(), known, boxes, classes, config, titles=titles,
+                                     threshold=threshold)  # fmt: skip
+report.save_figure(figure, config, "eigencam")
+figure
+
+# %%
+rows = fold.score[:64]
+maps = eigencam(activations(model, study.images(rows), "rcnn.backbone", level="0"), size=config.size)
+_, known, _, _ = on_film(study, rows, truth(study, rows), found)
+inside = pd.DataFrame(energy_inside(maps, known), columns=["map inside the boxes", "area of the boxes"])
+inside.describe().loc[["mean", "std"]].round(3)
+
+# %% [markdown]
+# ## Results and files
+
+# %%
+results = pd.read_csv(config.run_dir / "results.csv")
+cells = results.assign(cell=[report.with_interval(row) for _, row in results.iterrows()])
+display(cells[["model", "metric", "cell", "n"]])
+written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+print("\n".join(name for name in written if "tables/" not in name))

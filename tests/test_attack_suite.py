@@ -1,0 +1,510 @@
+"""Attacks in a ball and of smallest changes (APGD to Carlini-Wagner): known truth and the common contract."""
+
+import pytest
+import torch
+from torch import nn
+
+from dlia_utils import attacks
+from dlia_utils.attacks import _ball, _contract
+
+EPS = 8 / 255
+
+
+def linear_model(channels: int = 1, classes: int = 2, size: int = 4, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes)).double().eval()
+
+
+def near_boundary(model: nn.Module, channels: int = 1, n: int = 12, size: int = 4):
+    """Images well inside [0,1], so that the nearest boundary of a linear model is reached inside it too."""
+    x = 0.4 + 0.2 * torch.rand(n, channels, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(x)
+        model[1].bias -= logits.mean(0)  # all classes about equally likely
+        return x, model(x).argmax(1)
+
+
+def boundary_distances(model: nn.Module, x, y, norm: str, *, grey: bool = False, mask=None):
+    """Closed form: over the other classes, the least |logit gap| / dual norm of the weight difference."""
+    weight, logits = model[1].weight.detach(), model(x).detach()
+    distances = []
+    for other in range(logits.shape[1]):
+        difference = (weight[other] - weight[y]).view_as(x)
+        if grey:
+            difference = difference.sum(1, keepdim=True) / (x.shape[1] ** 0.5 if norm == "l2" else 1)
+        if mask is not None:
+            difference = difference * mask
+        flat = difference.flatten(1)
+        rise = flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)
+        gap = logits.gather(1, y[:, None])[:, 0] - logits[:, other]
+        distances.append(torch.where(y == other, torch.inf, gap / rise))
+    return torch.stack(distances).min(0).values
+
+
+@pytest.fixture(scope="module", params=[2, 10])
+def trained(request):
+    """A small CNN of 2 or 10 classes and 40 images of 8 x 8 that it was trained on."""
+    classes = request.param
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(6 * 16, classes))
+    y = torch.arange(40) % classes
+    patterns = 0.5 + 0.15 * torch.randn(classes, 1, 8, 8)
+    x = (patterns[y] + 0.05 * torch.randn(40, 1, 8, 8)).clamp(0, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
+
+
+BUDGET = {  # attacks inside a given ball: (call, norm)
+    "apgd_ce": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=10, restarts=2, **kw), "linf"),
+    "apgd_margin": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=20, loss="margin", **kw), "linf"),
+    "apgd_l2": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=10, norm="l2", **kw), "l2"),
+    "apgd_full": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=9, stop_when_fooled=False, **kw), "linf"),
+    "fgsm": (lambda m, x, y, **kw: attacks.fgsm(m, x, y, **kw), "linf"),
+    "noise": (lambda m, x, y, **kw: attacks.noise(m, x, y, **kw), "linf"),
+    "pgd": (lambda m, x, y, **kw: attacks.pgd(m, x, y, **kw), "linf"),
+    "pgd_l2": (lambda m, x, y, **kw: attacks.pgd(m, x, y, norm="l2", **kw), "l2"),
+    "mi_fgsm": (lambda m, x, y, **kw: attacks.mi_fgsm(m, x, y, **kw), "linf"),
+    "square": (lambda m, x, y, **kw: attacks.square(m, x, y, steps=15, restarts=2, **kw), "linf"),
+}
+SMALLEST = {  # attacks that look for the smallest change
+    "fmn_linf": (lambda m, x, y, **kw: attacks.fmn(m, x, y, steps=20, **kw), "linf"),
+    "fmn_l2": (lambda m, x, y, **kw: attacks.fmn(m, x, y, steps=20, norm="l2", **kw), "l2"),
+    "deepfool_l2": (lambda m, x, y, **kw: attacks.deepfool(m, x, y, **kw), "l2"),
+    "deepfool_linf": (lambda m, x, y, **kw: attacks.deepfool(m, x, y, norm="linf", **kw), "linf"),
+    "carlini_wagner": (lambda m, x, y, **k: attacks.carlini_wagner(m, x, y, steps=9, searches=3, **k), "l2"),
+}
+ALL = BUDGET | SMALLEST
+SEEDED = ("noise", "apgd_ce", "apgd_margin", "apgd_l2", "apgd_full", "pgd", "pgd_l2", "square")
+
+
+def budget(norm: str) -> float:
+    return 0.1 if norm == "linf" else 0.5
+
+
+# ------------------------------------------------------------------------------------------- known truth
+
+
+def corner(model, x, y, eps):
+    """The point of the L-infinity ball with the highest two-class margin."""
+    return (x + eps * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()).clamp(0, 1).detach()
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_apgd_reaches_the_linear_optimum(loss):
+    model = linear_model(3)
+    x = torch.rand(9, 3, 4, 4, dtype=torch.float64)
+    y = model(x).argmax(1)
+    result = attacks.apgd(model, x, y, eps=EPS, loss=loss, steps=30, stop_when_fooled=False)
+    torch.testing.assert_close(result.x_adv, corner(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("attack", [attacks.apgd, attacks.pgd])
+def test_l2_attacks_reach_the_linear_optimum(attack):
+    model = linear_model(2)
+    x, y = near_boundary(model, 2)
+    direction = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x)
+    best = 0.2 * direction.flatten(1).norm(dim=1)
+    result = attack(model, x, y, eps=0.2, norm="l2", steps=40, loss="margin", stop_when_fooled=False)
+    gain = _contract.margin(model(result.x_adv), y) - _contract.margin(model(x), y)
+    assert (gain >= 0.97 * best).all()
+    assert (result.l2 <= 0.2 + 1e-9).all()
+
+
+def test_mi_fgsm_reaches_the_linear_optimum():
+    model = linear_model()
+    x = torch.rand(9, 1, 4, 4, dtype=torch.float64)
+    y = model(x).argmax(1)
+    torch.testing.assert_close(attacks.mi_fgsm(model, x, y, eps=EPS).x_adv, corner(model, x, y, EPS))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_budget_attacks_fool_exactly_what_can_be_fooled(classes):
+    """A linear model's image falls exactly when its closed-form distance lies within eps."""
+    model = linear_model(classes=classes)
+    x, y = near_boundary(model, n=20)
+    for norm, attack in [
+        ("linf", lambda **kw: attacks.apgd(model, x, y, loss="margin", restarts=2, steps=40, **kw)),
+        ("l2", lambda **kw: attacks.apgd(model, x, y, loss="margin", norm="l2", steps=50, **kw)),
+        ("linf", lambda **kw: attacks.square(model, x, y, steps=600, **kw)),
+    ]:
+        distance = boundary_distances(model, x, y, norm)
+        eps = float(distance.sort().values[9:11].mean())  # between two images: half of them can be fooled
+        assert torch.equal(attack(eps=eps).success, distance < eps)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_smallest_change_of_a_linear_model(norm, classes):
+    model = linear_model(classes=classes)
+    x, y = near_boundary(model)
+    best = boundary_distances(model, x, y, norm)
+    found = {
+        "deepfool": (attacks.deepfool(model, x, y, norm=norm), 1.02),
+        "fmn": (attacks.fmn(model, x, y, norm=norm), 1.02),
+    }
+    if norm == "l2":
+        nearest = attacks.carlini_wagner(model, x, y, step_size=0.005, steps=120, searches=7)
+        found["carlini_wagner"] = nearest, 1.08
+    if classes > 2:  # these follow the class that is likeliest at each step, not the nearest
+        found |= {name: (found[name][0], 2.0) for name in found if name != "deepfool"}
+    for name, (result, allowed) in found.items():
+        size = getattr(result, norm)
+        assert result.success.all(), name
+        assert (size >= best * (1 - 1e-6)).all(), name
+        assert (size <= best * allowed + 2e-4).all(), (name, (size / best).max())
+
+
+def test_deepfool_is_one_step_of_a_linear_model():
+    model = linear_model(2)
+    x, y = near_boundary(model, 2)
+    result = attacks.deepfool(model, x, y)
+    assert result.first_success_step.eq(1).all() and result.forwards == 2 * len(x)
+    torch.testing.assert_close(result.l2, 1.02 * (boundary_distances(model, x, y, "l2") + 1e-4))
+
+
+def test_black_borders_do_not_stop_the_smallest_changes():
+    """Pixels at 0 that should go lower cannot move: the others have to make up for them."""
+    model = linear_model()
+    x, y = near_boundary(model)
+    x, y = x[:1], y[:1]
+    direction = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).detach()
+    x = torch.where(direction < -0.2, 0.0, x)
+    with torch.no_grad():
+        model[1].bias[y] += _contract.margin(model(x), y) + 0.05
+    for attack in (attacks.deepfool, attacks.fmn, attacks.carlini_wagner):
+        assert attack(model, x, y, steps=60).success.all()
+
+
+def test_eps_per_channel():
+    model = linear_model(3)
+    x, y = near_boundary(model, 3)
+    eps = attacks.normalised_eps(0.03, [0.2, 0.3, 0.4])
+    best = corner(model, x, y, eps)
+    options = {"eps": eps, "loss": "margin"}
+    for result in (
+        attacks.apgd(model, x, y, steps=30, stop_when_fooled=False, **options),
+        attacks.mi_fgsm(model, x, y, **options),
+    ):
+        torch.testing.assert_close(result.x_adv, best, atol=1e-6, rtol=0)
+    change = (attacks.square(model, x, y, eps=eps, steps=20).x_adv - x).abs()
+    assert (change <= eps + 1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------- grey and mask
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_grey_and_mask_are_respected(name):
+    model = linear_model(3)
+    x, y = near_boundary(model, 3)
+    x = x[:, :1].expand(-1, 3, -1, -1).contiguous()
+    y = model(x).argmax(1)
+    mask = torch.zeros(len(x), 1, 4, 4, dtype=torch.bool)
+    mask[:, :, :, 1:3] = True
+    mask[0, :, 0] = True  # another mask for one image
+    run, norm = ALL[name]
+    result = run(model, x, y, eps=budget(norm), grey=True, mask=mask)
+    change = result.x_adv - x
+    assert torch.equal(result.x_adv[:, :1].expand_as(x), result.x_adv)
+    assert not change[~mask.expand_as(x)].any()
+    assert change.any()
+    assert torch.equal(result.success, model(result.x_adv).argmax(1) != y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_smallest_change_within_grey_and_mask(norm, grey):
+    model = linear_model(3)
+    x, y = near_boundary(model, 3)
+    if grey:
+        x = x[:, :1].expand(-1, 3, -1, -1).contiguous()
+        with torch.no_grad():
+            model[1].bias -= model(x).mean(0)
+        y = model(x).argmax(1)
+    mask = torch.rand(len(x), 1, 4, 4) < 0.7
+    options = {"norm": norm, "grey": grey, "mask": mask}
+    best = boundary_distances(model, x, y, norm, grey=grey, mask=mask)
+    reachable = best < 0.1  # further away [0,1] comes into play
+    assert reachable.sum() >= 5
+    for result in (attacks.deepfool(model, x, y, **options), attacks.fmn(model, x, y, **options)):
+        size = getattr(result, norm)[reachable]
+        assert (size >= best[reachable] * (1 - 1e-6)).all()
+        assert (size <= best[reachable] * 1.03 + 2e-4).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_free_changes_nothing(name, trained):
+    model, x, y = trained
+    run, norm = ALL[name]
+    x, y = x[:6], y[:6]
+    closed = torch.zeros(6, 1, 8, 8, dtype=torch.bool)
+    result = run(model, x, y, eps=budget(norm), mask=closed)
+    assert torch.equal(result.x_adv, x)
+    assert torch.equal(result.success, model(x).argmax(1) != y)
+
+
+# ------------------------------------------------------------------------------------------- every result
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_result_is_feasible_and_true(name, trained):
+    model, x, y = trained
+    x, y = x[:12].clone(), y[:12].clone()
+    x[:, :, 0], x[:, :, 1] = 0.0, 1.0  # pixels at both ends of the range
+    y[0] = (model(x[:1]).argmax() + 1) % 2  # one clean error
+    before, labels = x.clone(), y.clone()
+    run, norm = ALL[name]
+    for eps in (budget(norm), 0.0) if name in BUDGET else (budget(norm), 0.0, None):
+        result = run(model, x, y, eps=eps)
+        assert torch.equal(x, before) and torch.equal(y, labels)
+        assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+        change = result.x_adv - x
+        if eps is not None:
+            assert (_ball.size(change, norm) <= eps + 1e-6).all()
+        assert result.eps == (None if eps is None else pytest.approx(eps))
+        torch.testing.assert_close(result.linf, change.abs().flatten(1).amax(1))
+        torch.testing.assert_close(result.l2, change.flatten(1).norm(dim=1))
+        assert torch.equal(result.success, model(result.x_adv).argmax(1) != y)
+        assert torch.equal(result.first_success_step == 0, model(x).argmax(1) != y)
+        assert torch.equal(result.first_success_step >= 0, result.success)
+        assert result.forwards == int(result.queries.sum())
+        assert not result.x_adv.requires_grad
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_passes_are_counted_as_the_model_sees_them(name, trained):
+    model, x, y = trained
+    seen, asked = [], []
+    forward = model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    backward = model[0].register_full_backward_hook(lambda module, gi, go: asked.append(len(go[0])))
+    run, norm = ALL[name]
+    result = run(model, x[:12], y[:12], eps=budget(norm) / 2)
+    forward.remove(), backward.remove()
+    assert sum(seen) == result.forwards
+    assert sum(asked) == result.backwards
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_works_inside_no_grad_and_per_image(name, trained):
+    """Results do not depend on the batch an image is attacked in, and come back from the same seed."""
+    model, x, y = trained
+    run, norm = ALL[name]
+    seeded = name in SEEDED
+    options = {"eps": budget(norm) / 2} | ({"seed": 3} if seeded else {})
+    with torch.no_grad():
+        together = run(model, x[:10], y[:10], **options)
+    assert together.seed == (3 if seeded else None)
+    for part in (torch.arange(3), torch.tensor([7]), torch.tensor([9, 2])):
+        alone = run(model, x[part], y[part], **options, **({"ids": part} if seeded else {}))
+        torch.testing.assert_close(alone.x_adv, together.x_adv[part], atol=1e-4, rtol=0)
+        assert torch.equal(alone.success, together.success[part])
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_another_seed_gives_other_draws(name, trained):
+    model, x, y = trained
+    run, norm = ALL[name]
+    one, two = (run(model, x[:6], y[:6], eps=0.02, seed=seed).x_adv for seed in (0, 1))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_model_is_left_bit_equal(name, trained):
+    model, x, y = trained
+    model[0].bias.requires_grad_(False)
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    run, norm = ALL[name]
+
+    def state() -> list:
+        tensors = [t.clone() for t in model.state_dict().values()]
+        return tensors, [(p.requires_grad, p.grad is None, m.training) for m in model for p in m.parameters()]
+
+    try:
+        tensors, flags = state()
+        run(model, x[:4], y[:4], eps=budget(norm))
+        assert all(torch.equal(a, b) for a, b in zip(tensors, state()[0], strict=True))
+        assert state()[1] == flags
+        assert torch.equal(model[1].weight.grad, torch.ones_like(model[1].weight))
+    finally:
+        model[0].bias.requires_grad_(True)
+        model[1].weight.grad = None
+
+
+# ------------------------------------------------------------------------------------------- strength
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.1])
+def test_apgd_keeps_up_with_pgd_and_beats_square(eps, trained):
+    model, x, y = trained
+    fooled = {
+        "pgd": attacks.pgd(model, x, y, eps=eps, steps=40, loss="margin").success,
+        "apgd": attacks.apgd(model, x, y, eps=eps, steps=40, loss="margin").success,
+        "square": attacks.square(model, x, y, eps=eps, steps=80).success,
+    }
+    assert fooled["apgd"].sum() >= fooled["pgd"].sum()
+    assert (fooled["apgd"] | ~fooled["square"]).all()
+
+
+def test_one_run_of_fmn_answers_for_every_eps(trained):
+    """The share of images within eps is not below what PGD fools there; with eps only the close ones stay."""
+    model, x, y = trained
+    free = attacks.fmn(model, x, y, steps=60)
+    assert free.success.all()
+    for eps in (0.02, 0.05, 0.1):
+        pgd = attacks.pgd(model, x, y, eps=eps, steps=40, loss="margin").success
+        assert (free.linf <= eps).sum() >= pgd.sum() - 1
+        kept = attacks.fmn(model, x, y, eps=eps, steps=60)
+        assert torch.equal(kept.success, free.linf <= eps)
+        assert torch.equal(kept.x_adv[~kept.success], x[~kept.success])
+
+
+def test_smallest_changes_are_ordered(trained):
+    """FMN and Carlini-Wagner find smaller L2 changes than DeepFool, which stops at its first success."""
+    model, x, y = trained
+    deepfool = attacks.deepfool(model, x, y).l2.median()
+    assert attacks.fmn(model, x, y, norm="l2", steps=60).l2.median() <= deepfool
+    assert attacks.carlini_wagner(model, x, y, step_size=0.02, steps=60).l2.median() <= 1.02 * deepfool
+
+
+def test_stopping_early_fools_the_same_images(trained):
+    model, x, y = trained
+    options = {"eps": 0.12, "steps": 20, "restarts": 2, "seed": 5}
+    early = attacks.apgd(model, x, y, **options)
+    full = attacks.apgd(model, x, y, stop_when_fooled=False, **options)
+    assert torch.equal(early.success, full.success)
+    assert torch.equal(early.first_success_step, full.first_success_step)
+    assert early.forwards < full.forwards
+
+
+def test_margin_fools_a_saturated_model_where_cross_entropy_has_no_gradient(trained):
+    model, x, y = trained
+
+    class Saturated(nn.Module):
+        def forward(self, images):
+            return 1e4 * model(images)
+
+    saturated = Saturated().eval()
+    for attack in (attacks.apgd, attacks.mi_fgsm):
+        blind = attack(saturated, x, y, eps=0.2, loss="ce", steps=10).success.float().mean()
+        assert attack(saturated, x, y, eps=0.2, loss="margin", steps=10).success.float().mean() > 0.9 > blind
+
+
+def test_apgd_halves_the_step_where_the_loss_swings():
+    """A valley that a step of 2 eps jumps across at once: fixed steps swing, APGD settles at the top."""
+
+    class Ridge(nn.Module):
+        def forward(self, x):
+            height = -((x.flatten(1) - 0.513) ** 2).sum(1)
+            return torch.stack([1 - height, height], 1)
+
+    x, y = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), torch.tensor([0])
+    result = attacks.apgd(Ridge().eval(), x, y, eps=0.1, loss="margin", steps=100)
+    torch.testing.assert_close(result.x_adv, torch.full_like(x, 0.513), atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- transfer
+
+
+def test_mi_fgsm_crafts_on_the_surrogate_and_asks_the_target_twice(trained):
+    target, x, y = trained
+    torch.manual_seed(1)
+    surrogate = nn.Sequential(nn.Flatten(), nn.Linear(64, int(y.max()) + 1)).eval()
+    with torch.no_grad():
+        for k in range(int(y.max()) + 1):  # the mean image of each class as its template
+            surrogate[1].weight[k] = x[y == k].mean(0).flatten() - 0.5
+            weight = surrogate[1].weight[k]
+            surrogate[1].bias[k] = -0.5 * (weight**2).sum() - 0.5 * weight.sum()
+    seen = []
+    handle = target.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    result = attacks.mi_fgsm(target, x, y, eps=0.2, surrogate=surrogate)
+    handle.remove()
+    assert seen == [len(x), len(x)]
+    assert result.forwards == 2 * len(x) and result.backwards == 10 * len(x)
+    assert torch.equal(result.success, target(result.x_adv).argmax(1) != y)
+    noise = attacks.noise(target, x, y, eps=0.2, draws=2).success
+    assert noise.sum() < result.success.sum()
+
+
+def test_mi_fgsm_refuses_a_surrogate_in_training_mode(trained):
+    model, x, y = trained
+    surrogate = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2)).train()
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        attacks.mi_fgsm(model, x, y, eps=EPS, surrogate=surrogate)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+GOOD_X, GOOD_Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
+BAD = {
+    "uint8": ({"x": (GOOD_X * 255).to(torch.uint8)}, TypeError, "255"),
+    "normalised": ({"x": GOOD_X * 4 - 2.1}, ValueError, "before normalisation"),
+    "label 12": ({"y": GOOD_Y + 12}, ValueError, "the model has classes"),
+    "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
+    "eps -0.1": ({"eps": -0.1}, ValueError, ">= 0"),
+    "no bool mask": ({"mask": torch.ones(2, 1, 8, 8)}, TypeError, "mask > 0"),
+    "mask of one": ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, ValueError, "expand"),
+    "no steps": ({"steps": 0}, ValueError, "steps"),
+}
+DIRECT = {
+    "apgd": attacks.apgd,
+    "mi_fgsm": attacks.mi_fgsm,
+    "square": attacks.square,
+    "fmn": attacks.fmn,
+    "deepfool": attacks.deepfool,
+    "carlini_wagner": attacks.carlini_wagner,
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(name, case, trained):
+    arguments, error, words = BAD[case]
+    given = {"x": GOOD_X, "y": GOOD_Y, "eps": EPS} | arguments
+    with pytest.raises(error, match=words):
+        DIRECT[name](trained[0], given.pop("x"), given.pop("y"), **given)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_model_in_training_mode_is_refused(name, trained):
+    model = trained[0]
+    model[5].train()  # dropout alone left on
+    try:
+        with pytest.raises(ValueError, match=r"5 \(Dropout\).*model\.eval\(\)"):
+            DIRECT[name](model, GOOD_X, GOOD_Y, eps=EPS)
+    finally:
+        model[5].eval()
+
+
+def test_other_errors_name_the_argument(trained):
+    model = trained[0]
+    with pytest.raises(ValueError, match="norm must be one of"):
+        attacks.apgd(model, GOOD_X, GOOD_Y, eps=EPS, norm="l1")
+    with pytest.raises(ValueError, match="one finite number"):
+        attacks.pgd(model, GOOD_X, GOOD_Y, eps=torch.full((1, 1, 1), 0.1), norm="l2")
+    with pytest.raises(ValueError, match="8/255"):
+        attacks.square(model, GOOD_X, GOOD_Y, eps=8)
+    with pytest.raises(ValueError, match="area"):
+        attacks.square(model, GOOD_X, GOOD_Y, eps=EPS, area=0)
+    with pytest.raises(ValueError, match="overshoot"):
+        attacks.deepfool(model, GOOD_X, GOOD_Y, overshoot=-1)
+    with pytest.raises(ValueError, match="gamma"):
+        attacks.fmn(model, GOOD_X, GOOD_Y, gamma=1)
+    with pytest.raises(ValueError, match="constant"):
+        attacks.carlini_wagner(model, GOOD_X, GOOD_Y, constant=0)
+    with pytest.raises(ValueError, match="decay"):
+        attacks.mi_fgsm(model, GOOD_X, GOOD_Y, eps=EPS, decay=-1)
+    assert attacks.apgd(model, GOOD_X, GOOD_Y, eps=3.0, norm="l2", steps=1).eps == 3.0
+
+
+def test_attacks_of_a_ball_share_one_contract():
+    assert _contract.NORMS == ("linf", "l2")
+    x = torch.full((1, 1, 2, 2), 0.9)
+    ball = _ball.Ball(x, 0.5, norm="l2")
+    inside = ball.project(x + 10)
+    assert float(inside.max()) == 1 and float(_ball.size(inside - x, "l2")[0]) <= 0.5 + 1e-6

@@ -1,0 +1,169 @@
+"""Detectors: the door, frozen parts, saving, the scale that reaches the network."""
+
+import pytest
+import torch
+from torch import nn
+
+from dlia_utils import models
+from dlia_utils.models.detector import (
+    ARCHITECTURES,
+    LIGHT,
+    MOBILENET_V2,
+    RESNET50,
+    Detector,
+    faster_rcnn,
+    scaled,
+)
+from dlia_utils.objectives import detection, fingerprint
+
+SMALL = {"num_classes": 2, "size": 64, "rpn_pre_nms": 50, "rpn_post_nms": 20, "roi_batch": 16}
+
+
+@pytest.fixture(scope="module")
+def light():
+    return faster_rcnn(**SMALL).eval()
+
+
+def targets(*labels):
+    return [{"boxes": torch.tensor([[8.0, 8, 40, 48]] * len(labels)).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_detects_and_comes_back_from_its_file(arch, tmp_path):
+    model = faster_rcnn(arch=arch, **SMALL, freeze_bn=True)
+    images = torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loss, logits = detection()(model.train(), images, targets(1))
+    loss.backward()
+    assert loss.isfinite() and logits is None
+    loaded = models.load(models.save(model, tmp_path / "model.pt", meta={}))
+    ours, theirs = model.eval()(images)[0], loaded(images)[0]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert len(ours["labels"]) and set(ours["labels"].tolist()) <= {1, 2}
+
+
+def test_settings_reach_the_model(light):
+    assert light.rcnn.roi_heads.nms_thresh == 0.3  # the original study said 0.3 and left 0.5
+    assert light.rcnn.roi_heads.score_thresh == 0.001
+    assert light.rcnn.transform.min_size == (64,) and light.rcnn.transform.max_size == 64
+    assert light.rcnn.roi_heads.box_predictor.cls_score.out_features == 3  # two findings and the background
+    full = faster_rcnn(arch=RESNET50, num_classes=8, size=1024)
+    assert full.rcnn.transform.min_size == (1024,) and full.rcnn.roi_heads.box_predictor.cls_score.out_features == 9
+
+
+def test_bytes_and_floats_are_the_same_image(light):
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    from_bytes, from_floats = light(images), light(images.float().div(255).expand(-1, 3, -1, -1))
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(from_bytes, from_floats, strict=True))
+
+
+@pytest.mark.parametrize("images", [torch.full((1, 1, 64, 64), 1.5), torch.full((1, 3, 64, 64), -2.0)])
+def test_images_normalised_before_are_refused(light, images):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]: the detector normalises"):
+        light(images)
+
+
+def test_other_shapes_are_refused(light):
+    with pytest.raises(ValueError, match="expected images"):
+        light(torch.zeros(1, 2, 64, 64))
+
+
+def test_label_zero_is_refused_because_it_is_the_background(light):
+    with pytest.raises(ValueError, match="labels start at 1"):
+        light(torch.zeros(1, 1, 64, 64), targets(0))
+
+
+def test_an_image_without_boxes_trains():
+    loss, _ = detection()(faster_rcnn(**SMALL).train(), torch.zeros(1, 1, 64, 64), targets())
+    assert loss.isfinite()
+
+
+def test_frozen_batch_norm_stays_as_it_is():
+    model = faster_rcnn(**SMALL, freeze_bn=True).train()
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    before = [layer.running_mean.clone() for layer in norms]
+    detection()(model, torch.rand(2, 1, 64, 64), targets(1) + targets(2))[0].backward()
+    assert norms and all(not layer.training and layer.weight.grad is None for layer in norms)
+    assert all(torch.equal(layer.running_mean, old) for layer, old in zip(norms, before, strict=True))
+
+
+def test_trainable_stages_are_counted_from_the_end():
+    def learning(arch, stages):
+        body = faster_rcnn(arch=arch, **SMALL, trainable_layers=stages).rcnn.backbone.body
+        return {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+
+    assert learning(RESNET50, 0) == set()
+    assert learning(RESNET50, 2) == {"layer3", "layer4"}
+    assert learning(RESNET50, 5) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert "0" in learning(MOBILENET_V2, 5) and "0" not in learning(MOBILENET_V2, 4)
+    assert min(map(int, learning(LIGHT, 1))) > min(map(int, learning(LIGHT, 3))) > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arch": "yolo"}, "unknown arch"),
+        ({"num_classes": 0}, "without the background"),
+        ({"trainable_layers": 6}, "must be 0 to 5"),
+        ({"weights": "imagenet"}, "do not go with"),
+        ({"arch": MOBILENET_V2, "weights": "coco"}, "do not go with"),
+        ({"anchor_sizes": [(8,)]}, "levels"),
+        ({"arch": MOBILENET_V2, "anchor_sizes": [(8,), (16, 20), (32,), (64,), (128,)]}, "equally many"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        faster_rcnn(**(SMALL | wrong))
+
+
+def test_own_anchors_replace_the_head():
+    model = faster_rcnn(**SMALL, anchor_sizes=[(8, 12), (16, 24), (32, 48)])
+    assert model.rcnn.rpn.anchor_generator.num_anchors_per_location() == [6, 6, 6]
+    assert model.eval()(torch.zeros(1, 1, 64, 64))
+
+
+def test_weights_depend_on_the_seed_and_leave_the_callers_randomness():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    one, two, other = (fingerprint(faster_rcnn(**SMALL, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert one == two != other
+
+
+def test_pretrained_features_are_really_taken(tmp_path):
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(3)
+    state = {key: value for key, value in mobilenet_v2().state_dict().items() if not key.startswith("classifier")}
+    torch.save(state, tmp_path / "features.pth")
+    model = faster_rcnn(arch=MOBILENET_V2, **SMALL, weights=tmp_path / "features.pth")
+    body = model.rcnn.backbone.body.state_dict()
+    assert all(torch.equal(value, state[f"features.{key}"]) for key, value in body.items())
+
+
+def test_a_scale_reaches_the_network_and_boxes_stay_in_input_pixels(light):
+    """Resizing the image beforehand does not: the model's transform makes every square input one size again."""
+    seen = []
+    handle = light.rcnn.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    for side in (58, 64, 70):
+        light(torch.zeros(1, 1, side, side))
+    for scale in (0.5, 1.0, 1.5):
+        with scaled(light, scale):
+            (found,) = light(torch.zeros(1, 1, 64, 64))
+            assert found["boxes"].max() <= 64
+    handle.remove()
+    assert seen == [64, 64, 64, 32, 64, 96]
+    assert light.rcnn.transform.min_size == (64,) and light.rcnn.transform.max_size == 64
+
+
+def test_a_scale_is_taken_back_after_an_error(light):
+    with pytest.raises(RuntimeError, match="stop"), scaled(light, 2.0):
+        raise RuntimeError("stop")
+    assert light.rcnn.transform.max_size == 64
+    with pytest.raises(ValueError, match="positive"), scaled(light, 0):
+        pass
+
+
+def test_the_door_is_a_view_not_a_copy():
+    image = torch.rand(1, 1, 8, 8)
+    assert Detector.pixels(image).data_ptr() == image.data_ptr()

@@ -1,0 +1,215 @@
+"""EigenCAM against numpy's SVD, the hook that leaves no trace, and the share of a map inside boxes."""
+
+from collections import OrderedDict
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from dlia_utils.explain import activations, eigencam, energy_inside
+
+
+def stretch(m):
+    return (m - m.min()) / (m.max() - m.min())
+
+
+def oracle(image, component=0):
+    """The paper's projection with numpy's full SVD; the sign by the same rule."""
+    a = image.astype(float).reshape(len(image), -1).T
+    u, s, _ = np.linalg.svd(a, full_matrices=False)
+    projected = u[:, component] * s[component]
+    projected *= np.sign(projected @ np.linalg.norm(a, axis=1)) or 1
+    return stretch(projected).reshape(image.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "shape, component",
+    [((40, 3, 5), 0), ((40, 3, 5), 1), ((3, 9, 8), 0), ((3, 9, 8), 2), ((6, 2, 3), 0), ((1, 4, 4), 0)],
+)
+def test_equals_numpys_svd_for_wide_and_tall_matrices(shape, component):
+    x = np.random.default_rng(1).normal(0.3, 1, (2, *shape)).astype(np.float32)
+    maps = eigencam(torch.from_numpy(x), component=component)
+    assert maps.shape == (2, *shape[1:]) and maps.dtype == torch.float32
+    for ours, image in zip(maps.numpy(), x, strict=True):
+        np.testing.assert_allclose(ours, oracle(image, component), atol=2e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rank_one_activations_give_their_spatial_factor(sign):
+    place = torch.rand(1, 7, 5, generator=torch.Generator().manual_seed(0))
+    channels = torch.tensor([0.5, -2.0, 1.0]).view(3, 1, 1)  # a signed layer, such as an FPN output
+    maps = eigencam((sign * channels * place)[None])
+    torch.testing.assert_close(maps, stretch(place), atol=1e-6, rtol=0)
+
+
+def test_the_strong_place_is_the_high_one_whatever_the_sign_of_the_svd():
+    x = 0.01 * torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(2))
+    x[0, :, 4, 1] -= 5
+    assert eigencam(x).argmax() == 4 * 6 + 1
+
+
+def test_maps_are_resized_before_they_are_stretched_to_the_full_range():
+    x = torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(3))
+    for size, shape in ((16, (16, 16)), ((10, 12), (10, 12)), (2, (2, 2))):
+        maps = eigencam(x, size=size)
+        assert maps.shape == (3, *shape)
+        assert maps.amin((1, 2)).tolist() == [0, 0, 0] and maps.amax((1, 2)).tolist() == [1, 1, 1]
+
+
+def test_images_of_a_batch_do_not_influence_each_other():
+    x = torch.rand(4, 6, 5, 5, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(eigencam(x, size=20)[2], eigencam(x[2:3] * 1.0, size=20)[0])
+    mixed = x.clone()
+    mixed[0] *= 1e6
+    assert torch.equal(eigencam(mixed)[1:], eigencam(x)[1:])
+
+
+def test_constant_maps_and_missing_components_are_zeros_not_noise():
+    flat = torch.tensor([0.1, 0.7, -0.3]).view(1, 3, 1, 1).expand(1, 3, 9, 9)
+    assert not eigencam(flat).any() and not eigencam(flat, size=32).any()
+    assert not eigencam(torch.zeros(1, 3, 4, 4)).any()
+    rank_one = torch.linspace(0.1, 1, 36).view(1, 1, 6, 6) * torch.tensor([0.3, 0.9, 0.7]).view(1, 3, 1, 1)
+    assert eigencam(rank_one).any() and not eigencam(rank_one, component=1).any()
+
+
+def test_half_precision_and_gradients_are_taken_as_they_come():
+    x = torch.rand(1, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    maps = eigencam(x.bfloat16().requires_grad_())
+    assert not maps.requires_grad and maps.dtype == torch.float32
+    assert (maps - eigencam(x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "x, options, words",
+    [
+        (torch.rand(3, 4, 4), {}, "floats"),
+        (torch.zeros(1, 2, 3, 3, dtype=torch.uint8), {}, "floats"),
+        (torch.full((1, 2, 3, 3), float("nan")), {}, "NaN"),
+        (torch.rand(1, 2, 3, 3), {"component": 2}, r"0\.\.1"),
+    ],
+)
+def test_bad_activations_are_refused(x, options, words):
+    with pytest.raises(ValueError, match=words):
+        eigencam(x, **options)
+
+
+# ------------------------------------------------------------------------------------------- the hook
+
+
+class Pyramid(nn.Module):
+    """A backbone that returns maps by name, as torchvision's FPN does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        fine = self.body(x)
+        return OrderedDict({"0": fine, "pool": nn.functional.max_pool2d(fine, 2)})
+
+
+class Detector(nn.Module):
+    def __init__(self, *, fails=False):
+        super().__init__()
+        self.backbone, self.norm, self.relu, self.fails = (
+            Pyramid(),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            fails,
+        )
+        self.unused = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        if self.fails:
+            self.backbone(x)
+            raise RuntimeError("boom")
+        features = self.relu(self.norm(self.backbone(x)["0"]))
+        return self.relu(features.mean((2, 3)))
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_a_layer_is_found_by_module_or_name_and_the_model_is_left_bit_equal():
+    model, x = Detector().eval(), torch.rand(2, 1, 8, 8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    by_name = activations(model, x, "norm")
+    assert by_name.shape == (2, 4, 8, 8) and not by_name.requires_grad
+    assert torch.equal(by_name, activations(model, x, model.norm))
+    assert (by_name < 0).any(), "the in-place ReLU behind the layer wrote into what was seen"
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not hooks(model) and not model.training
+
+
+def test_one_level_of_a_pyramid():
+    model, x = Detector().eval(), torch.rand(1, 1, 8, 8)
+    assert activations(model, x, "backbone", level="0").shape == (1, 4, 8, 8)
+    assert activations(model, x, "backbone", level="pool").shape == (1, 4, 4, 4)
+
+
+def test_the_hook_goes_even_when_the_model_fails():
+    model = Detector(fails=True).eval()
+    with pytest.raises(RuntimeError, match="boom"):
+        activations(model, torch.rand(1, 1, 8, 8), "backbone", level="0")
+    assert not hooks(model)
+
+
+@pytest.mark.parametrize(
+    "layer, level, words",
+    [
+        ("backbone.boby", None, "backbone.body"),
+        ("backbone", None, r"\['0', 'pool'\]"),
+        ("backbone", "7", r"level='7'"),
+        ("norm", "0", "leave out level"),
+        ("unused", None, "ran 0 times"),
+        ("", None, "convolutional"),
+        (nn.ReLU(), None, "not a part of the model"),
+    ],
+)
+def test_a_wrong_layer_is_explained(layer, level, words):
+    model = Detector().eval()
+    with pytest.raises(ValueError, match=words):
+        activations(model, torch.rand(1, 1, 8, 8), layer, level=level)
+    assert not hooks(model)
+
+
+def test_a_layer_that_runs_twice_and_a_model_in_training_mode_are_refused():
+    shared = nn.Conv2d(1, 1, 1)
+    with pytest.raises(ValueError, match="ran 2 times"):
+        activations(nn.Sequential(shared, shared).eval(), torch.rand(1, 1, 4, 4), shared)
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        activations(Detector(), torch.rand(1, 1, 8, 8), "norm")
+
+
+# ------------------------------------------------------------------------------------------- energy
+
+
+def table(*boxes):
+    return pd.DataFrame(boxes, columns=["x1", "y1", "x2", "y2"], dtype=float)
+
+
+def test_energy_counts_a_pixel_once_and_stands_beside_the_area():
+    heat = np.ones((3, 4, 8))
+    heat[0, 0, 0] = 9  # sum 40
+    boxes = [table((0, 0, 2, 2), (1, 1, 3, 3)), table(), table((-5, -5, 99, 99))]
+    found = energy_inside(torch.from_numpy(heat), boxes)
+    np.testing.assert_allclose(found[0], [(7 + 8) / 40, 7 / 32])
+    assert np.isnan(found[1]).all()
+    np.testing.assert_allclose(found[2], [1, 1])
+
+
+def test_a_pixel_belongs_to_a_box_by_its_centre():
+    heat = np.ones((1, 2, 4))
+    assert energy_inside(heat, [table((0.6, 0, 2.5, 1))])[0, 1] == 1 / 8  # centres 0.5, 1.5, 2.5: only 1.5
+    assert np.isnan(energy_inside(0 * heat, [table((0, 0, 1, 1))])[0, 0])
+
+
+def test_energy_needs_one_table_a_map_and_no_negative_heat():
+    with pytest.raises(ValueError, match="one table"):
+        energy_inside(np.ones((2, 3, 3)), [table()])
+    with pytest.raises(ValueError, match="negative"):
+        energy_inside(-np.ones((1, 3, 3)), [table()])

@@ -1,0 +1,145 @@
+"""A Kaggle session without Kaggle: both mount layouts, no repository, no network, a GPU that cannot be used."""
+
+import json
+from pathlib import Path
+
+import kaggle_tree
+import pytest
+import torch
+
+from dlia_utils import config as dlia_config
+from dlia_utils import locate, notebooks, objectives, train
+
+TINY = """\
+# %% [markdown]
+# # A tiny notebook
+
+# %% tags=["bootstrap"]
+
+# %% tags=["parameters"]
+PROFILE = "auto"
+
+# %%
+import socket
+
+from dlia_utils import locate
+
+location = locate.find("nih")
+print(location.origin, location.synthetic, location.root, locate.on_kaggle(), locate.cache_root())
+
+# %%
+import captum
+
+for ask in (lambda: socket.create_connection(("192.0.2.1", 80), timeout=5), lambda: socket.getaddrinfo("example.org", 443)):
+    try:
+        ask()
+    except OSError as error:
+        print(error)
+"""
+
+
+def printed(notebook, number):
+    """What code cell `number` wrote to its standard output."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return "".join(one.text for one in cells[number].outputs if one.get("name") == "stdout")
+
+
+def need_only_the_wheel(session, notebook):
+    """All of dlia_utils came from the offline data set, and no folder of the repository could be imported from."""
+    seen = json.loads(printed(notebook, -1))
+    wheel = next((session.root / "input").rglob("dlia_utils-*.whl"))
+    assert seen["modules"] and all(path.startswith(f"{wheel}/dlia_utils/") for path in seen["modules"].values())
+    assert not {str(notebooks.REPOSITORY), str(notebooks.REPOSITORY / "tests")} & set(seen["path"])
+
+
+@pytest.mark.parametrize("layout", kaggle_tree.LAYOUTS)
+def test_a_tiny_notebook_finds_wheel_and_data_in_both_layouts(tmp_path, layout):
+    source = tmp_path / "src" / "07_tiny.py"
+    source.parent.mkdir()
+    source.write_text(TINY)
+    session = kaggle_tree.make(tmp_path / "session", datasets=("nih",), layout=layout)
+    before = session.input_state()
+    executed = session.run(notebooks.build(source))
+    need_only_the_wheel(session, executed)
+    mounted = {"old": "data", "new": "datasets/organizations/nih-chest-xrays/data"}[layout]
+    ours = {"old": "dlia-utils", "new": "datasets/somebody/dlia-utils"}[layout]
+    assert printed(executed, 0).endswith(f"from {session.root}/input/{ours}\n")
+    where = f"{session.root}/input/{mounted}/nih True {session.root}/temp/dlia\n"
+    assert printed(executed, 2) == f"kaggle True {where}"
+    assert printed(executed, 3).count("Network is unreachable") == 2
+    assert session.network == ["192.0.2.1", "example.org"], "the probes above and nothing else"
+    assert session.input_state() == before
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
+def test_every_notebook_of_the_suite_runs_on_kaggle(source, tmp_path_factory):
+    done = kaggle_tree.finished(source, tmp_path_factory)
+    assert not done.error, notebooks.failure_text(done.error) if hasattr(done.error, "traceback") else done.error
+    session = done.session
+    kaggle_tree.need_complete(done.run_dir, done.executed, synthetic=True)
+    need_only_the_wheel(session, done.executed)
+    banner = printed(done.executed, 2).splitlines()
+    assert ("CPU ONLY" in banner[1] and "GPU T4 x2" in banner[2]) or "cuda" in banner[1]
+    assert "SMOKE  (auto: " in printed(done.executed, 2) and "[found by: kaggle]" in printed(done.executed, 2)
+    assert session.network == [], "without internet a smoke run must not even ask for it"
+    assert session.input_state() == done.before, "inputs are read-only on Kaggle"
+    assert (session.root / "temp" / "dlia").is_dir(), "decoded images belong on the scratch disk"
+    if "submit" in source.read_text(encoding="utf-8"):
+        assert list(session.working.glob("*.csv")), "Kaggle offers files of the working folder as submissions"
+
+
+# ------------------------------------------------------------------------------- a GPU that torch cannot use
+
+
+@pytest.fixture
+def p100(monkeypatch):
+    """Kaggle's default GPU as today's torch sees it: there, until the first operation."""
+    ones = torch.ones
+
+    def broken(*size, device=None, **options):
+        if device is not None and torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+        return ones(*size, device=device, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 0))
+    monkeypatch.setattr(torch, "ones", broken)
+
+
+@pytest.fixture
+def real_films_on_kaggle(tmp_path, monkeypatch):
+    """A session with a data set that is not marked as synthetic."""
+    for name in ("DLIA_DATA", "DLIA_PROFILE", "DLIA_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path))
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    for part in locate.SOURCES["pneumonia"].signature:
+        (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)
+
+
+def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_films_on_kaggle):
+    config = dlia_config.resolve("01_pneumonia_robustness")
+    assert (config.profile, config.device, config.synthetic) == ("smoke", "cpu", False)
+    lines = config.banner().splitlines()
+    assert "CPU ONLY: Tesla P100-PCIE-16GB is there, but this torch cannot use it" in lines[1]
+    assert "no kernel image" in lines[1] and "Compile" not in config.banner()
+    assert "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
+    assert dlia_config.hardware().endswith(("x86_64", "arm64", "aarch64", "AMD64"))
+
+
+def test_no_gpu_is_said_first_too_and_how_to_get_one(real_films_on_kaggle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines = dlia_config.resolve("01_pneumonia_robustness").banner().splitlines()
+    assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    monkeypatch.setattr(dlia_config, "runs_root", lambda: Path(locate.kaggle_root()) / "runs")
+    elsewhere = dlia_config.resolve("01_pneumonia_robustness", "smoke", str(locate.kaggle_root() / "input")).banner()
+    assert "CPU ONLY" in elsewhere and "T4" not in elsewhere, "a laptop has no session options"
+
+
+def test_training_leaves_a_p100_alone(p100):
+    accelerator = train._accelerator(objectives.cross_entropy(), 1)
+    assert accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"

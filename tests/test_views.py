@@ -1,0 +1,119 @@
+"""Test-time augmentation: every view's boxes come back exactly where they belong."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from dlia_utils.detect.views import COLUMNS, PLAIN, VIEWS, View, predict
+from dlia_utils.models.detector import Detector, faster_rcnn
+from dlia_utils.objectives import fingerprint
+
+SIZE = 100
+# Multiples of ten: 0.9 and 1.1 times them are whole pixels, so that even a resized edge is sharp.
+BOXES = np.array([[10, 20, 50, 40], [60, 30, 90, 80], [0, 0, 100, 100], [20, 70, 30, 100]], float)
+
+
+class FindsTheBrightBox(nn.Module):
+    """An identity detector: it returns the rectangle that is brighter than half of the image's brightest pixel.
+
+    Resizing and the way back are torchvision's own, as in a real detector.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.rcnn = nn.Module()
+        self.rcnn.transform = GeneralizedRCNNTransform(SIZE, SIZE, [0.0] * 3, [1.0] * 3)
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.sides = []
+
+    def forward(self, images):
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        shown, _ = self.rcnn.transform(list(Detector.pixels(images)))
+        self.sides.append(shown.image_sizes[0])
+        found = []
+        for image, (height, width) in zip(shown.tensors, shown.image_sizes, strict=True):
+            image = image[0, :height, :width]
+            rows, columns = torch.where(image > image.max() / 2)
+            box = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+            found.append({"boxes": box[None], "labels": torch.tensor([1]), "scores": image.max()[None]})
+        return self.rcnn.transform.postprocess(found, shown.image_sizes, sizes)
+
+
+def fake_cache(shapes=None):
+    """What `predict` needs of an `ImageCache`: bytes, original shapes and the scale between the two."""
+    images = np.full((len(BOXES), SIZE, SIZE), 40, np.uint8)
+    for image, (x1, y1, x2, y2) in zip(images, BOXES.astype(int), strict=True):
+        image[y1:y2, x1:x2] = 200
+    shapes = np.array(shapes or [(SIZE, SIZE)] * len(BOXES))
+
+    def scale(rows):
+        return np.repeat(SIZE / shapes[np.asarray(rows)].max(1)[:, None], 2, axis=1)
+
+    return SimpleNamespace(images=images, shapes=shapes, size=SIZE, scale=scale)
+
+
+def iou(a, b):
+    inter = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return inter / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inter)
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.name)
+def test_the_inverse_of_every_view_is_exact(view):
+    table = predict(FindsTheBrightBox(), fake_cache(), range(len(BOXES)), views=[view], progress=False)
+    found = table[["x1", "y1", "x2", "y2"]].to_numpy()
+    assert [iou(a, b) for a, b in zip(found, BOXES, strict=True)] == pytest.approx([1.0] * len(BOXES), abs=1e-6)
+
+
+def test_scales_really_differ_and_brightness_is_fixed():
+    model = FindsTheBrightBox()
+    table = predict(model, fake_cache(), [0], views=VIEWS, progress=False)
+    assert [height for height, _ in model.sides] == [100, 90, 110, 100, 100, 100]
+    shown = dict(zip([view.name for view in VIEWS], table.sort_values("view")["score"], strict=True))
+    assert shown["brightness 0.9"] == pytest.approx(0.9 * shown["plain"], rel=1e-5)
+    assert shown["brightness 1.1"] == pytest.approx(1.1 * shown["plain"], rel=1e-5)
+
+
+def test_boxes_come_back_in_original_pixels_and_inside_the_image():
+    # A film of 200 x 100 (height, width) lies in the left half of its padded square.
+    table = predict(FindsTheBrightBox(), fake_cache([(200, 100)] * 4), [0, 1, 2], views=[PLAIN], progress=False)
+    assert table["image"].tolist() == [0, 2]  # image 1's box lies in the padding
+    assert table[["x1", "y1", "x2", "y2"]].to_numpy().tolist() == [[20, 40, 100, 80], [0, 0, 100, 200]]
+
+
+def test_a_brighter_view_is_clipped_to_the_pixel_range():
+    view = View("bright", brightness=1.5)
+    assert view.show(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).max() == 1.0
+
+
+@pytest.fixture(scope="module")
+def small():
+    return faster_rcnn(num_classes=2, size=SIZE, rpn_pre_nms=50, rpn_post_nms=20, freeze_bn=True)
+
+
+def test_predictions_are_deterministic_whatever_the_batch(small):
+    one, two = (predict(small, fake_cache(), [3, 0, 2], views=VIEWS, batch_size=size, progress=False) for size in (1, 3))
+    again = predict(small, fake_cache(), [3, 0, 2], views=VIEWS, batch_size=3, progress=False)
+    assert list(one.columns) == list(COLUMNS) and len(one)
+    assert two.equals(again)
+    np.testing.assert_allclose(one.to_numpy(), two.to_numpy(), atol=1e-2)
+    assert set(one["view"]) == set(range(len(VIEWS)))
+
+
+def test_the_model_is_left_as_it_was(small):
+    small.train()
+    before, flags = fingerprint(small), [module.training for module in small.modules()]
+    predict(small, fake_cache(), [0], views=VIEWS, progress=False)
+    assert fingerprint(small) == before
+    assert [module.training for module in small.modules()] == flags
+    assert small.rcnn.transform.min_size == (SIZE,)
+
+
+def test_no_images_give_an_empty_table_and_no_views_an_error(small):
+    table = predict(small, fake_cache(), [], progress=False)
+    assert len(table) == 0 and set(COLUMNS) == set(table.columns)
+    with pytest.raises(ValueError, match="views is empty"):
+        predict(small, fake_cache(), [0], views=[])
