@@ -50,6 +50,7 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BENCH)/bin/python benchmarks/run.py
 	$(BENCH)/bin/python benchmarks/detection.py
 	$(BENCH)/bin/python benchmarks/corruptions.py
+	$(BENCH)/bin/python benchmarks/explain.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -111,21 +111,28 @@ def list_all(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from . import notebooks
+    from .layouts import DataNotFound
 
     runs = []
     sources = notebooks.pick(options.nb)
     for number, source in enumerate(sources, 1):
         print(f"[{number}/{len(sources)}] {source.stem}, profile {options.profile}", flush=True)
-        runs.append(
-            notebooks.run(
+        try:
+            done = notebooks.run(
                 source,
                 profile=options.profile,
                 data=options.data,
                 run_name=options.run_name,
                 resume=not options.fresh,
             )
-        )
-        _report(runs[-1])
+        except DataNotFound as missing:
+            if options.nb or (source == sources[-1] and not runs):
+                raise
+            # All notebooks were asked for, and few people have all the data sets.
+            print(f"{source.stem} is left out: {missing}", file=sys.stderr)
+            continue
+        runs.append(done)
+        _report(done)
     failed = [one.notebook for one in runs if one.error]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)

@@ -194,6 +194,38 @@ class CachedImages(torch.utils.data.Dataset):
         return torch.from_numpy(pixels).unsqueeze(0).float().div_(255), int(self.labels[index]), row
 
 
+class Balanced(torch.utils.data.Dataset):
+    """As many draws of every class in each epoch: images are drawn with replacement, of each class as many.
+
+    The sampling alternative to class weights in the loss; what an epoch draws depends on `seed` and epoch alone.
+    `data` yields (x, y, ...) and has `labels` [N]; an image drawn twice in one epoch is augmented alike.
+
+    >>> import types
+    >>> data = types.SimpleNamespace(labels=np.array([0, 0, 0, 1]), set_epoch=lambda epoch: None)
+    >>> drawn = Balanced(data, seed=0)
+    >>> len(drawn), np.bincount(data.labels[drawn.order]).tolist()
+    (4, [2, 2])
+    """
+
+    def __init__(self, data: CachedImages, *, seed: int = 0) -> None:
+        self.data, self.seed = data, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the epoch's images; call it before the epoch's loader starts."""
+        self.data.set_epoch(epoch)
+        rng, labels = np.random.default_rng([self.seed, epoch]), self.data.labels
+        classes = np.unique(labels)
+        wanted = np.repeat(classes, -(-len(labels) // len(classes)))[: len(labels)]
+        self.order = np.concatenate([rng.choice(np.flatnonzero(labels == c), (wanted == c).sum()) for c in classes])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        return self.data[int(self.order[index])]
+
+
 class CachedBoxes(torch.utils.data.Dataset):
     """Rows of an `ImageCache` with their boxes: (x uint8 [1,S,S], target), target a dict as torchvision wants it.
 

@@ -69,8 +69,8 @@ def build(
     side to `size` and keeps the aspect: the image lies at the top left, the rest is 0. Bilinear with
     antialiasing. The cache lies in `root` (default `locate.cache_root()`); its key is a hash of the
     manifest's paths, the files' lengths and times, the size and the fit. Two processes build it once; a
-    killed build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file;
-    `ValueError` for the size or the fit.
+    killed build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file (as a table
+    in its attribute `problems`); `ValueError` for the size or the fit.
     """
     if size < 8:
         raise ValueError(f"size is {size} pixels; it must be at least 8")
@@ -230,4 +230,7 @@ def _fitted(image: Image.Image, content: tuple[int, int], size: int) -> np.ndarr
 
 def _refuse(problems: Sequence[tuple[str, str]]) -> None:
     if problems:
-        raise BadData(datasets.problem_text(pd.DataFrame(problems, columns=["path", "problem"])))
+        table = pd.DataFrame(problems, columns=["path", "problem"])
+        error = BadData(datasets.problem_text(table))
+        error.problems = table  # for a caller who may do without these files
+        raise error

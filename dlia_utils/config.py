@@ -106,6 +106,163 @@ _DETECTION: dict[str, Any] = {
 # Fractures are many in an image, and small.
 _FRACATLAS = {"one_per_class": False}
 
+# Notebooks 02 and 03: MobileNetV2 with three trainings, and the robust models of the literature behind a new head.
+ZOO = (
+    "chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10", "rebuffi2021_wrn_70_16",
+    "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16",
+)  # fmt: skip
+_TRANSFER: dict[str, Any] = {
+    "dataset": "fracatlas",
+    "seed": 0,
+    "size": 224,
+    "fit": "pad",  # a long bone squashed to a square would be another bone
+    "per_class": None,
+    "unusable_share": 0.01,  # FracAtlas holds a few films of which a third and more is missing
+    "val_share": 0.1,
+    "test_share": 0.1,
+    "width": 1.0,
+    "stages": 7,
+    "pretrained": True,
+    "epochs": 30,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": 90.0,
+    "num_workers": 2,
+    "balance": "weights",  # of the classes in the loss; or "sampling", as the original study did
+    "at_eps": 4 / 255,
+    "at_steps": 7,
+    "at_step_size": 1 / 255,
+    "trades_beta": 6.0,
+    "head": "linear",  # or "mlp", the original study's
+    "zoo": (*ZOO, "ra_resnet_50"),
+    "zoo_weights": "public",  # downloaded; None = random weights
+    "zoo_width": 1.0,
+    "zoo_size": 64,  # trained on 32 px, where a fracture cannot be seen
+    "zoo_epochs": 30,
+    "zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "zoo_maps": None,  # maps of so many of them, the first ones; None = all
+    "eps_grid": pixel_eps(0.5, 1, 2, 4, 8),
+    "headline_eps": 4 / 255,
+    "pgd_steps": 10,
+    "pgd_restarts": 1,
+    "attack_batch": 64,
+    "maps": 72,  # so many fractured test films are explained
+    "occlusion_window": 28,
+    "integrated_steps": 32,
+    "bootstrap_draws": 2000,
+}
+_TRANSFER_CPU: dict[str, Any] = {
+    "size": 160,
+    "epochs": 10,
+    "num_workers": 0,
+    "at_eps": 2 / 255,
+    "at_steps": 2,
+    "at_step_size": 1.4 / 255,
+    "zoo": (),  # 5 to 60 billion multiplications an image are no work for a laptop
+    "occlusion_window": 20,
+    "integrated_steps": 16,
+}
+_TRANSFER_SMOKE: dict[str, Any] = {
+    "size": 48,
+    "per_class": 80,
+    "val_share": 0.15,
+    "test_share": 0.2,
+    "width": 0.5,
+    "stages": 3,
+    "pretrained": False,
+    "epochs": 6,
+    "batch_size": 16,
+    "lr": 3e-3,
+    "num_workers": 0,
+    "max_minutes": 5.0,
+    "at_eps": 0.5 / 255,
+    "at_steps": 2,
+    "at_step_size": 0.35 / 255,
+    "zoo": ("hat_wrn_34_10", "gairat_wrn_28_10", "huang2021_wrn_34_r", "meansparse_wrn_94_16"),  # one of each family
+    "zoo_maps": 1,
+    "zoo_weights": None,
+    "zoo_width": 1 / 16,
+    "zoo_size": 32,
+    "zoo_epochs": 3,
+    "zoo_alphas": (0.0, 0.2),
+    "eps_grid": pixel_eps(1, 4),
+    "pgd_steps": 3,
+    "maps": 6,
+    "occlusion_window": 8,
+    "integrated_steps": 8,
+    "bootstrap_draws": 200,
+}
+
+# Notebook 07: a pretrained network under a new head, then fine-tuned; the map layer and the audit need no settings.
+_COVID_TRANSFER: dict[str, Any] = {
+    "dataset": "covid",
+    "seed": 0,
+    "size": 224,
+    "fit": "squash",
+    "per_class": None,
+    "unusable_share": 0.01,
+    "val_share": 0.15,
+    "test_share": 0.15,
+    "backbone": "resnet50_v2",  # MobileNetV2 takes its place, and the notebook says so, when its weights cannot be had
+    "width": 1.0,  # of MobileNetV2
+    "stages": 7,
+    "pretrained": True,
+    "heads": ("linear", "mlp"),
+    "hidden": 128,  # units of the mlp head
+    "dropout": 0.3,  # before any search
+    "epochs": 30,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "patience": 6,
+    "max_minutes": 90.0,
+    "num_workers": 2,
+    "trials": 24,
+    "extend": 3,
+    "unfrozen": "all",  # blocks that are fine-tuned, counted from the end
+    "tuning_lrs": (1e-3, 2e-4, 4e-5, 8e-6),
+    "tuning_epochs": 15,
+    "baseline_channels": (32, 64, 128),
+    "baseline_epochs": 30,
+    "audit_films": 2000,  # at most so many training films for the pipeline that the audit trains anew
+    "bootstrap_draws": 2000,
+}
+
+# Notebook 06: a small CNN from scratch, searched. Of each part of the search: (values beyond, values, values beyond).
+_COVID: dict[str, Any] = {
+    "dataset": "covid",
+    "seed": 0,
+    "size": 128,
+    "fit": "squash",
+    "per_class": None,
+    "unusable_share": 0.01,
+    "val_share": 0.15,
+    "test_share": 0.15,
+    "weights_text": "random",
+    "blocks": 4,
+    "width": 16,  # channels of the first block; every further block has twice as many
+    "hidden": 128,
+    "dropout": 0.3,
+    "epochs": 30,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "patience": 8,
+    "max_minutes": 120.0,  # for one training
+    "num_workers": 2,
+    "quick_films": 2000,  # at most so many train the quick comparisons of sizes and normalisations
+    "quick_epochs": 5,
+    "trials": 30,
+    "extend": 3,
+    "search_epochs": 15,
+    "search_patience": 5,
+    "search_lr": (3e-4, 1e-2),
+    "search_dropout": (0.1, 0.6),
+    "search_batch": ((8,), (16, 32, 64), (128,)),
+    "search_width": ((4,), (8, 16, 32), (64,)),
+    "bootstrap_draws": 2000,
+}
+
 # What differs from the full study, per notebook and profile. "per_dataset" holds what differs with the data found.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "01_pneumonia_robustness": {
@@ -143,6 +300,25 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0)),
             "one_pixel_per_class": 4,
             "bootstrap_draws": 200,
+        },
+    },
+    "02_fracatlas_robust_models": {
+        "full": _TRANSFER,
+        "cpu": _TRANSFER | _TRANSFER_CPU,
+        "smoke": _TRANSFER | _TRANSFER_SMOKE,
+    },
+    "03_tuberculosis_robustness": {
+        "full": _TRANSFER | {"dataset": "tuberculosis", "sensitivity": 0.95},
+        "cpu": _TRANSFER | _TRANSFER_CPU | {"dataset": "tuberculosis", "sensitivity": 0.95},
+        "smoke": _TRANSFER
+        | _TRANSFER_SMOKE
+        | {
+            "dataset": "tuberculosis",
+            "sensitivity": 0.95,
+            "per_class": (160, 40),
+            "epochs": 15,
+            "zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16"),
+            "integrated_steps": 32,
         },
     },
     "05_nih_detection": {
@@ -194,6 +370,83 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_workers": 0,
             "bootstrap_draws": 200,
             "per_dataset": {"fracatlas": _FRACATLAS},
+        },
+    },
+    "07_covid_transfer_gradcam": {
+        "full": _COVID_TRANSFER,
+        "cpu": _COVID_TRANSFER
+        | {
+            "size": 128,
+            "backbone": "mobilenet_v2",
+            "num_workers": 0,
+            "trials": 12,
+            "tuning_epochs": 10,
+            "baseline_channels": (16, 32, 64),
+            "baseline_epochs": 8,
+            "audit_films": 1000,
+        },
+        "smoke": _COVID_TRANSFER
+        | {
+            "size": 48,
+            "per_class": 90,  # as in notebook 06: the same films, the same split
+            "backbone": "mobilenet_v2",
+            "width": 0.5,
+            "stages": 3,
+            "pretrained": False,
+            "hidden": 32,
+            "epochs": 20,
+            "batch_size": 16,
+            "lr": 3e-3,
+            "patience": 6,
+            "max_minutes": 5.0,
+            "num_workers": 0,
+            "trials": 4,
+            "extend": 1,
+            "tuning_lrs": (3e-3, 1e-3),
+            "tuning_epochs": 24,
+            "baseline_channels": (8, 16),
+            "baseline_epochs": 10,
+            "audit_films": 120,
+            "bootstrap_draws": 200,
+        },
+    },
+    "06_covid_baseline": {
+        "full": _COVID,
+        "cpu": _COVID
+        | {
+            "size": 96,
+            "epochs": 15,
+            "patience": 4,
+            "num_workers": 0,
+            "quick_epochs": 3,
+            "trials": 10,
+            "extend": 2,
+            "search_epochs": 6,
+            "search_patience": 3,
+            "search_width": ((4,), (8, 16), (32,)),
+        },
+        "smoke": _COVID
+        | {
+            "size": 48,
+            "per_class": 90,
+            "blocks": 3,
+            "width": 8,
+            "hidden": 32,
+            "epochs": 10,
+            "batch_size": 16,
+            "lr": 2e-3,
+            "patience": 4,
+            "max_minutes": 5.0,
+            "num_workers": 0,
+            "quick_epochs": 3,
+            "trials": 4,
+            "extend": 1,
+            "search_epochs": 4,
+            "search_patience": 4,
+            "search_lr": (5e-4, 4e-3),
+            "search_batch": ((4,), (8, 16), (32,)),
+            "search_width": ((4,), (8, 16), (32,)),
+            "bootstrap_draws": 200,
         },
     },
 }

@@ -1,4 +1,4 @@
-"""A data set as one table of images and one of boxes, whatever layout it was published in."""
+"""A data set as one table of images and tables of what is marked on them, whatever its published layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from . import layouts
-from .layouts import BOX_COLUMNS, COLUMNS, NIH_CLASSES, SHOWN, BadData, no_boxes, pneumonia_patient
+from .layouts import (
+    BOX_COLUMNS,
+    COLUMNS,
+    NIH_CLASSES,
+    SHOWN,
+    BadData,
+    no_boxes,
+    no_masks,
+    no_outlines,
+    pneumonia_patient,
+)
 from .locate import Location
 
 __all__ = [
@@ -28,6 +38,8 @@ __all__ = [
     "check",
     "load",
     "no_boxes",
+    "no_masks",
+    "no_outlines",
     "pneumonia_patient",
     "problem_text",
     "summary",
@@ -44,6 +56,9 @@ class Dataset:
     `ignored` (path, reason) lists what was found in the tree but not read; `split_rule` says how `split`
     arose. A detection set has `boxes` too (columns `BOX_COLUMNS`, corners in pixels of the original file,
     label k named `box_classes[k - 1]`), and a competition its `mapping` of ids to images as published.
+    `outlines` (image, label, points: float64 [n,2] of x, y; one row a polygon) lie on the same pixels as the
+    boxes; `masks` (image, path) names files, relative to `root`, that show an organ of that film (the lungs).
+    Boxes, outlines and masks are tables without rows where the data set has none.
     """
 
     name: str
@@ -57,6 +72,8 @@ class Dataset:
     boxes: pd.DataFrame = field(default_factory=no_boxes)
     box_classes: tuple[str, ...] = ()
     mapping: pd.DataFrame | None = None
+    outlines: pd.DataFrame = field(default_factory=no_outlines)
+    masks: pd.DataFrame = field(default_factory=no_masks)
 
 
 def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = False) -> Dataset:
@@ -116,14 +133,18 @@ def problem_text(problems: pd.DataFrame) -> str:
 
 
 def take(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> Dataset:
-    """Only the images of `rows` (each at most once), numbered anew in that order, with their boxes."""
+    """Only the images of `rows` (each at most once), numbered anew in that order, with all that is on them."""
     rows = np.asarray(rows, dtype=np.int64)
     manifest = dataset.manifest.iloc[rows].reset_index(drop=True)
     number = pd.Series(np.arange(len(rows)), index=rows)
-    boxes = dataset.boxes[dataset.boxes["image"].isin(rows)]
-    boxes = boxes.assign(image=boxes["image"].map(number).astype("int64"))
-    boxes = boxes.sort_values("image", kind="stable", ignore_index=True)
-    return replace(dataset, manifest=manifest, boxes=boxes)
+
+    def renumbered(table: pd.DataFrame) -> pd.DataFrame:
+        kept = table[table["image"].isin(rows)]
+        kept = kept.assign(image=kept["image"].map(number).astype("int64"))
+        return kept.sort_values("image", kind="stable", ignore_index=True)
+
+    marked = {name: renumbered(getattr(dataset, name)) for name in ("boxes", "outlines", "masks")}
+    return replace(dataset, manifest=manifest, **marked)
 
 
 def boxed(dataset: Dataset) -> Dataset:

@@ -1,25 +1,66 @@
-"""Each published layout is read into plain tables: images, what was ignored, boxes, a competition's ids."""
+"""Each published layout is read into plain tables: images, what was ignored, boxes, outlines, masks, ids."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
-from PIL import Image
+
+from ._fracatlas import fracatlas
+from ._tables import (
+    BOX_COLUMNS,
+    COLUMNS,
+    CORNERS,
+    SHOWN,
+    BadData,
+    DataNotFound,
+    Tables,
+    absent,
+    box_table,
+    gap_text,
+    ignored_table,
+    image_files,
+    manifest_table,
+    need_columns,
+    need_files,
+    need_folders,
+    need_images,
+    no_boxes,
+    no_masks,
+    no_outlines,
+    orientation,
+    read_csv,
+    shapes_of,
+    sort_files,
+    trace,
+    upright_shape,
+)
+
+__all__ = [
+    "BOX_COLUMNS",
+    "COLUMNS",
+    "CORNERS",
+    "LAYOUTS",
+    "NIH_CLASSES",
+    "SHOWN",
+    "BadData",
+    "DataNotFound",
+    "Tables",
+    "no_boxes",
+    "no_masks",
+    "no_outlines",
+    "orientation",
+    "read",
+    "trace",
+    "upright_shape",
+]
 
 log = logging.getLogger("dlia_utils")
 
-COLUMNS = ("path", "label", "class_name", "patient", "group", "split")
-BOX_COLUMNS = ("image", "x1", "y1", "x2", "y2", "label", "class_name")
 # The order is part of every detection result: label k is NIH_CLASSES[k - 1], and 0 is the background.
 NIH_CLASSES = (
     "Atelectasis",
@@ -33,48 +74,12 @@ NIH_CLASSES = (
 )
 NIH_SPELLINGS = {"Infiltration": "Infiltrate"}  # Data_Entry_2017.csv and some copies write it out.
 UNLABELLED = "unlabelled"  # class_name of a competition's test image; its label is -1
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
-SHOWN = 20  # How many names an error message lists before it only counts.
-SLACK = 1.0  # A box may stick out of its image by this many pixels: it is clipped. More is an error.
 
-CORNERS = ["x1", "y1", "x2", "y2"]
 NIH_BOXES = "BBox_List_2017.csv"
 DLIA_TRAIN, DLIA_MAPPING = "train.csv", "ID_to_Image_Mapping.csv"
-FRACATLAS_TABLE = "dataset.csv"
-FRACATLAS_BOXES = "Annotations/COCO JSON/COCO_fracture_masks.json"
-FRACATLAS_SPLITS = {name: f"Utilities/Fracture Split/{name}.csv" for name in ("train", "valid", "test")}
-REPAIR = "unpack the whole archive again (see data/README.md)"
-
-
-class DataNotFound(FileNotFoundError):
-    """No folder with the data set's tree where the user said it is."""
-
-
-class BadData(ValueError):
-    """Files or folders of the data set that cannot be used; the message lists them and says what to do."""
-
-
-def no_boxes() -> pd.DataFrame:
-    """An empty box table: the columns `BOX_COLUMNS` with their types.
-
-    >>> no_boxes().dtypes["image"].name, no_boxes().dtypes["x1"].name, len(no_boxes())
-    ('int64', 'float64', 0)
-    """
-    types = {"image": "int64", "label": "int64", "class_name": "str"}
-    return pd.DataFrame({name: pd.Series(dtype=types.get(name, "float64")) for name in BOX_COLUMNS})
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What a layout holds; the fields are those of `datasets.Dataset` that bear their names."""
-
-    manifest: pd.DataFrame
-    classes: tuple[str, ...]
-    ignored: pd.DataFrame
-    split_rule: str = "official"
-    boxes: pd.DataFrame = field(default_factory=no_boxes)
-    box_classes: tuple[str, ...] = ()
-    mapping: pd.DataFrame | None = None
+TUBERCULOSIS_CLASSES = ("Normal", "Tuberculosis")
+COVID_CLASSES = ("Normal", "COVID")
+COVID_OTHERS = ("Lung_Opacity", "Viral Pneumonia")  # folders of the Radiography Database that are not read
 
 
 def read(dataset: str, root: Path, **options: bool) -> Tables:
@@ -98,21 +103,17 @@ def pneumonia(root: Path) -> Tables:
     """
     classes = ("NORMAL", "PNEUMONIA")
     splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    _need_folders(root, [f"{split}/{name}" for split in splits for name in classes])
-    rows, ignored = [], []
-    for path in _walk(root):
-        reason = _junk_reason(path) or _class_folder_reason(path, splits, classes)
-        if reason:
-            ignored.append((str(path), reason))
-        else:
-            patient, group = pneumonia_patient(path.name)
-            rows.append(
-                (str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0])
-            )
-    manifest = _manifest(rows)
-    _need_images(manifest, root, splits, classes)
+    need_folders(root, [f"{split}/{name}" for split in splits for name in classes])
+    found, ignored = sort_files(root, lambda path: _class_folder_reason(path, splits, classes))
+    rows = []
+    for path in found:
+        patient, group = pneumonia_patient(path.name)
+        rows.append((str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0]))
+    manifest = manifest_table(rows)
+    need_images(manifest, root, splits, classes)
     _say_odd(manifest)
-    return Tables(manifest, classes, _ignored(ignored))
+    _say_small_val(manifest)
+    return Tables(manifest, classes, ignored_table(ignored))
 
 
 def pneumonia_patient(name: str) -> tuple[str, str]:
@@ -142,9 +143,9 @@ def nih(root: Path, *, allow_missing: bool = False) -> Tables:
     unusable rows, and when boxed images are missing, unless `allow_missing` keeps those that are there.
     """
     raw = _nih_rows(root / NIH_BOXES)
-    found, ignored = _files(root, _nih_folder, known=[NIH_BOXES])
-    missing = _missing(raw["name"], found, "train")
-    _need_files(missing, raw["name"].nunique(), "boxed", root, allow_missing=allow_missing)
+    found, ignored = image_files(root, _nih_folder, known=[NIH_BOXES])
+    missing = absent(raw["name"], found, "train")
+    need_files(missing, raw["name"].nunique(), "boxed", root, allow_missing=allow_missing)
     names = sorted({name for _, name in found} & set(raw["name"]))
     ignored += [(path, "has no box") for (_, name), path in found.items() if name not in set(names)]
     images = [(name, found["train", name], "train") for name in names]
@@ -155,8 +156,8 @@ def nih(root: Path, *, allow_missing: bool = False) -> Tables:
 def nih_gap(root: Path) -> str:
     """Why the NIH copy in `root` cannot be used: boxed images that are missing; "" when there are none."""
     names = _nih_rows(root / NIH_BOXES)["name"]
-    missing = _missing(names, _files(root, _nih_folder)[0], "train")
-    return _gap(missing, names.nunique(), "boxed")
+    missing = absent(names, image_files(root, _nih_folder)[0], "train")
+    return gap_text(missing, names.nunique(), "boxed")
 
 
 def nih_patient(name: str) -> str:
@@ -181,10 +182,10 @@ def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -
     edition, raw = _dlia_rows(root / DLIA_TRAIN)
     mapping = _dlia_mapping(root / DLIA_MAPPING)
     wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
-    found, ignored = _files(root, _dlia_folder, known=[DLIA_TRAIN, DLIA_MAPPING])
-    missing = [name for split, names in wanted.items() for name in _missing(names, found, split)]
+    found, ignored = image_files(root, _dlia_folder, known=[DLIA_TRAIN, DLIA_MAPPING])
+    missing = [name for split, names in wanted.items() for name in absent(names, found, split)]
     total = sum(map(len, wanted.values()))
-    _need_files(missing, total, "listed", root, allow_missing=allow_missing)
+    need_files(missing, total, "listed", root, allow_missing=allow_missing)
     leaked = set() if allow_leak else wanted["train"] & wanted["test"]
     if leaked:
         log.warning(
@@ -209,60 +210,106 @@ def dlia_gap(root: Path) -> str:
     """Why the competition in `root` cannot be used: images that are missing; "" when there are none."""
     train = _dlia_rows(root / DLIA_TRAIN)[1]["name"]
     test = _dlia_mapping(root / DLIA_MAPPING)["image_id"]
-    found = _files(root, _dlia_folder)[0]
-    missing = _missing(train, found, "train") + _missing(test, found, "test")
-    return _gap(missing, train.nunique() + test.nunique(), "listed")
+    found = image_files(root, _dlia_folder)[0]
+    missing = absent(train, found, "train") + absent(test, found, "test")
+    return gap_text(missing, train.nunique() + test.nunique(), "listed")
 
 
-def fracatlas(root: Path) -> Tables:
-    """FracAtlas in its original layout, Abedeen et al., Scientific Data 2023: 717 of 4,083 films fractured.
+def tuberculosis(root: Path) -> Tables:
+    """TB Chest Radiography Database, Rahman et al., IEEE Access 2020: 3,500 Normal and 700 Tuberculosis.
 
-    The class is dataset.csv's `fractured`, and Fractured wherever an image has a fracture box: the flag of
-    IMG0003298.jpg says 0 against its own fracture_count, folder, box and split. The official split names the
-    fractured images only; `split` is "" for the others. There are no patient numbers: each image counts as a
-    patient. Corners refer to the image the right way up (EXIF orientation applied), as the annotators saw it.
-    Only images that are there count. Errors: `BadData` for unusable boxes or an image of another size than
-    the one annotated; `DataNotFound` for a missing file.
+    `root` holds Normal/ and Tuberculosis/ with PNG files, and tables about them that are not read. No split
+    and no patients are published: `split` is "" and each image counts as a patient. Errors: `DataNotFound`
+    for a missing class folder, `BadData` for an empty one.
     """
-    classes = ("Non_fractured", "Fractured")
-    needed = [FRACATLAS_TABLE, FRACATLAS_BOXES, *FRACATLAS_SPLITS.values()]
-    if missing := [name for name in needed if not (root / name).is_file()]:
-        raise DataNotFound(f"{root} has no {', '.join(missing)}: {REPAIR}")
-    found, ignored = _files(root, _fracatlas_folder, known=needed)
-    table = pd.read_csv(root / FRACATLAS_TABLE)
-    _need_columns(table, ("image_id", "fractured", "hand", "leg", "hip", "shoulder"), root / FRACATLAS_TABLE)
-    table = table.drop_duplicates("image_id").set_index("image_id")
-    raw, annotated = _coco_rows(root / FRACATLAS_BOXES)
-    images = [(name, path) for (_, name), path in sorted(found.items()) if name in table.index]
-    ignored += [
-        (path, f"not listed in {FRACATLAS_TABLE}")
-        for (_, name), path in found.items()
-        if name not in table.index
-    ]
-    boxed = set(raw["name"])
-    flags = {name: bool(table.at[name, "fractured"]) for name, _ in images}
-    fractured = {name: flag or name in boxed for name, flag in flags.items()}
-    split_of = _fracatlas_split(root)
-    rows = [
-        (
-            path,
-            int(fractured[name]),
-            classes[fractured[name]],
-            PurePosixPath(name).stem,
-            _body_part(table.loc[name]),
-            split_of.get(name, ""),
-        )
-        for name, path in images
-    ]
-    manifest = _manifest(rows)
-    _say_contradictions([(name, path, flags[name], name in boxed) for name, path in images])
-    if absent := sorted(boxed - set(fractured)):
-        log.warning("%d images with a box are not there, first: %s", len(absent), ", ".join(absent[:3]))
-    row_of = {name: row for row, (name, _) in enumerate(images)}
-    shapes = _shapes(root, {name: path for name, path in images if name in boxed})
-    _need_sizes(annotated, shapes, root / FRACATLAS_BOXES)
-    boxes = _boxes(raw, root / FRACATLAS_BOXES, ("fracture",), row_of, shapes)
-    return Tables(manifest, classes, _ignored(ignored), boxes=boxes, box_classes=("fracture",))
+    classes = TUBERCULOSIS_CLASSES
+    need_folders(root, classes)
+    found, ignored = sort_files(
+        root,
+        lambda path: "" if path.parts[0] in classes and len(path.parts) == 2 else "outside the class folders",
+    )
+    rows = [_unknown_patient(path, path.parts[0], classes) for path in found]
+    return _class_folder_tables(root, rows, classes, ignored, rule="none published")
+
+
+def covid(root: Path) -> Tables:
+    """COVID-19 against normal chest films, in either of two trees.
+
+    The COVID-19 Radiography Database, Chowdhury et al. 2020 and Rahman et al. 2021: COVID/ and Normal/ with
+    images/ and, in newer versions, masks/ (the lungs, under the image's name: read into `masks`); in old
+    versions the images lie in the class folders themselves. Lung_Opacity/ and `Viral Pneumonia/` are not
+    read. Nothing tells from which of its sources an image came, no split is published: `group` and `split`
+    are "". Second tree, covid_xray: train/, test/ and perhaps val/, each with normal/ and COVID/ in any case:
+    the official split.
+    Each image counts as a patient, since no patients are known. Images without a mask, and masks without an
+    image, are counted in a warning. Errors: `DataNotFound` for a missing folder, `BadData` for one without
+    images.
+    """
+    return _covid_splits(root) if (root / "train").is_dir() else _covid_radiography(root)
+
+
+def _covid_radiography(root: Path) -> Tables:
+    classes = COVID_CLASSES
+    need_folders(root, classes)
+    found, ignored = sort_files(root, _covid_reason)
+    images: dict[tuple[str, str], PurePosixPath] = {}
+    masks: dict[tuple[str, str], PurePosixPath] = {}
+    # Images of an old version that lie beside an images/ folder are the same films once more.
+    for path in sorted(found, key=lambda path: (len(path.parts) == 2, path)):
+        kind = masks if path.parts[1] == "masks" else images
+        if kind.setdefault((path.parts[0], path.stem), path) != path:
+            ignored.append((str(path), "second copy of an image"))
+    paths = sorted(images.values())
+    rows = [_unknown_patient(path, path.parts[0], classes) for path in paths]
+    lost = [str(path) for key, path in masks.items() if key not in images]
+    ignored += [(path, "mask without an image") for path in lost]
+    bare = sum((root / name / "masks").is_dir() and (name, stem) not in masks for name, stem in images)
+    if lost or bare:
+        log.warning("%s: %d images have no mask and %d masks have no image", root, bare, len(lost))
+    row_of = {(path.parts[0], path.stem): row for row, path in enumerate(paths)}
+    table = [(row_of[key], str(path)) for key, path in masks.items() if key in row_of]
+    organs = pd.DataFrame(sorted(table), columns=["image", "path"]) if table else no_masks()
+    return _class_folder_tables(root, rows, classes, ignored, rule="none published", masks=organs)
+
+
+def _covid_splits(root: Path) -> Tables:
+    classes = COVID_CLASSES
+    spelled = {name.casefold(): name for name in classes}
+    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
+    need_folders(root, splits)
+
+    def reason(path: PurePosixPath) -> str:
+        if path.parts[0] not in splits or len(path.parts) != 3:
+            return "outside the split and class folders"
+        return "" if path.parts[1].casefold() in spelled else "not a class of this study"
+
+    found, ignored = sort_files(root, reason)
+    rows = [_unknown_patient(path, spelled[path.parts[1].casefold()], classes, path.parts[0]) for path in found]
+    return _class_folder_tables(root, rows, classes, ignored, splits=splits)
+
+
+def _unknown_patient(
+    path: PurePosixPath, class_name: str, classes: tuple[str, ...], split: str = ""
+) -> tuple[str, int, str, str, str, str]:
+    """A row of the manifest for an image of which nothing but its class is known."""
+    return str(path), classes.index(class_name), class_name, str(path.with_suffix("")), "", split
+
+
+def _class_folder_tables(
+    root: Path,
+    rows: Sequence[tuple],
+    classes: tuple[str, ...],
+    ignored: Sequence[tuple[str, str]],
+    *,
+    splits: Sequence[str] = ("",),
+    rule: str = "official",
+    masks: pd.DataFrame | None = None,
+) -> Tables:
+    manifest = manifest_table(rows)
+    need_images(manifest, root, splits, classes)
+    _say_small_val(manifest)
+    masks = no_masks() if masks is None else masks
+    return Tables(manifest, classes, ignored_table(sorted(ignored)), rule, masks=masks)
 
 
 LAYOUTS: dict[str, Callable[..., Tables]] = {
@@ -270,55 +317,12 @@ LAYOUTS: dict[str, Callable[..., Tables]] = {
     "nih": nih,
     "dlia": dlia,
     "fracatlas": fracatlas,
+    "tuberculosis": tuberculosis,
+    "covid": covid,
 }
 
 
-def upright_shape(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an opened image the right way up, from its header alone."""
-    return (image.width, image.height) if orientation(image) >= 5 else (image.height, image.width)
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image: 1 is upright, 5 to 8 swap the sides. A PNG counts as upright."""
-    # Pillow would decode a whole PNG to look for the tag.
-    return 1 if image.format == "PNG" else image.getexif().get(0x0112, 1)
-
-
 # --- files and folders
-
-
-def _walk(root: Path) -> list[PurePosixPath]:
-    """Every file below `root`, relative and sorted, so that row numbers do not depend on the file system."""
-    found = []
-    for folder, _, names in os.walk(root):
-        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        found.extend(relative / name for name in names)
-    return sorted(found)
-
-
-def _files(
-    root: Path, folder: Callable[[PurePosixPath], str], *, known: Iterable[str] = ()
-) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
-    """Images by (kind of folder, name), and (path, reason) of the rest; `folder` gives the kind or ""."""
-    found: dict[tuple[str, str], str] = {}
-    ignored = []
-    for path in _walk(root):
-        if str(path) in known:
-            continue
-        kind = folder(path)
-        if reason := _junk_reason(path):
-            pass
-        elif not kind:
-            reason = "outside the image folders"
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            reason = "not named like an image"
-        elif (kind, path.name) in found:
-            reason = "second copy of an image"
-        else:
-            found[kind, path.name] = str(path)
-            continue
-        ignored.append((str(path), reason))
-    return found, ignored
 
 
 def _nih_folder(path: PurePosixPath) -> str:
@@ -330,21 +334,13 @@ def _dlia_folder(path: PurePosixPath) -> str:
     return match[1] if match else ""
 
 
-def _fracatlas_folder(path: PurePosixPath) -> str:
-    # Some copies hold images/All_Images as well, or only that: one kind, so a name counts once.
-    return "image" if len(path.parts) == 3 and path.parts[0] == "images" else ""
-
-
-def _junk_reason(path: PurePosixPath) -> str:
-    if "__MACOSX" in path.parts:
-        return "macOS archive litter (__MACOSX)"
-    if path.name.startswith("._"):
-        return "macOS resource fork (._*)"
-    if path.name.lower() in (".ds_store", "thumbs.db", "desktop.ini"):
-        return "folder settings of the operating system"
-    if any(part.startswith(".") for part in path.parts):
-        return "hidden file or folder"
-    return ""
+def _covid_reason(path: PurePosixPath) -> str:
+    if path.parts[0] in COVID_OTHERS:
+        return "not a class of this study"
+    if path.parts[0] not in COVID_CLASSES:
+        return "outside the class folders"
+    inside = len(path.parts) == 2 or len(path.parts) == 3 and path.parts[1] in ("images", "masks")
+    return "" if inside else "outside the image folders"
 
 
 def _class_folder_reason(path: PurePosixPath, splits: list[str], classes: tuple[str, ...]) -> str:
@@ -354,40 +350,7 @@ def _class_folder_reason(path: PurePosixPath, splits: list[str], classes: tuple[
         return "outside the split and class folders"
     if path.parts[1] not in classes:
         return "not a class of this data set"
-    return "" if path.suffix.lower() in IMAGE_SUFFIXES else "not named like an image"
-
-
-def _need_folders(root: Path, folders: list[str]) -> None:
-    missing = [folder for folder in folders if not (root / folder).is_dir()]
-    if missing:
-        raise DataNotFound(f"{root} has no {', '.join(missing)}: {REPAIR}")
-
-
-def _need_images(manifest: pd.DataFrame, root: Path, splits: list[str], classes: tuple[str, ...]) -> None:
-    have = set(zip(manifest["split"], manifest["class_name"], strict=True))
-    empty = [f"{split}/{name}" for split in splits for name in classes if (split, name) not in have]
-    if empty:
-        hint = "; val/ may be left out altogether" if any(name.startswith("val/") for name in empty) else ""
-        raise BadData(f"{root}: no images in {', '.join(empty)}. Fix: unpack the whole archive again{hint}.")
-
-
-def _missing(names: Iterable[str], found: dict[tuple[str, str], str], kind: str) -> list[str]:
-    return sorted(name for name in set(names) if (kind, name) not in found)
-
-
-def _gap(missing: Sequence[str], total: int, what: str) -> str:
-    return f"{len(missing)} of the {total} {what} images are missing" if missing else ""
-
-
-def _need_files(missing: Sequence[str], total: int, what: str, root: Path, *, allow_missing: bool) -> None:
-    if not missing:
-        return
-    text = f"{root}: {_gap(missing, total, what)}, first: {', '.join(missing[:3])}"
-    if not allow_missing or len(missing) == total:
-        raise BadData(
-            f"{text}; fix: {REPAIR}, or load the rest with datasets.load(location, allow_missing=True)"
-        )
-    log.warning("%s; the other %d are used", text, total - len(missing))
+    return ""
 
 
 def _say_odd(manifest: pd.DataFrame) -> None:
@@ -396,6 +359,9 @@ def _say_odd(manifest: pd.DataFrame) -> None:
         log.warning(
             "%d file names tell no patient; each counts as its own: %s", len(odd), ", ".join(odd[:SHOWN])
         )
+
+
+def _say_small_val(manifest: pd.DataFrame) -> None:
     val = int((manifest["split"] == "val").sum())
     if 0 < val < 100:
         log.info("the official val split has only %d images: draw a larger one with split.grouped", val)
@@ -404,40 +370,17 @@ def _say_odd(manifest: pd.DataFrame) -> None:
 # --- tables
 
 
-def _manifest(rows: Sequence[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int64"})
-
-
-def _ignored(rows: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["path", "reason"])
-
-
-def _need_columns(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
-    if missing := [name for name in names if name not in table.columns]:
-        raise BadData(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}. "
-            "Fix: copy the file again from the original data set."
-        )
-
-
-def _csv(path: Path) -> pd.DataFrame:
-    # index_col=False: where the rows end in more commas than the header, pandas would shift the columns.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pd.errors.ParserWarning)
-        return pd.read_csv(path, index_col=False).rename(columns=lambda name: str(name).strip())
-
-
 def _nih_rows(path: Path) -> pd.DataFrame:
     """The raw boxes of a table with the NIH header, whose `Bbox [x,y,w,h]` its own commas split into four."""
-    table = _csv(path)
+    table = read_csv(path)
     columns = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]  # More, empty ones may follow.
-    _need_columns(table, columns, path)
+    need_columns(table, columns, path)
     return _raw(table["Image Index"], table["Finding Label"], table[columns[2:]], xywh=True)
 
 
 def _dlia_rows(path: Path) -> tuple[str, pd.DataFrame]:
     """Edition ("A" or "B") and raw boxes of the competition's train.csv."""
-    table = _csv(path)
+    table = read_csv(path)
     if "Image Index" in table.columns:
         return "A", _nih_rows(path)
     corners = ["x_min", "y_min", "x_max", "y_max"]
@@ -450,8 +393,8 @@ def _dlia_rows(path: Path) -> tuple[str, pd.DataFrame]:
 
 
 def _dlia_mapping(path: Path) -> pd.DataFrame:
-    table = _csv(path)
-    _need_columns(table, ("image_id",), path)
+    table = read_csv(path)
+    need_columns(table, ("image_id",), path)
     key = next((name for name in table.columns if name in ("id", "ID")), None)
     if key is None:
         raise BadData(f"{path} has no column id or ID; it has {', '.join(table.columns)}")
@@ -475,24 +418,6 @@ def _raw(names: pd.Series, labels: pd.Series, sides: pd.DataFrame, *, xywh: bool
     return numbers.assign(name=names, class_name=labels.replace(NIH_SPELLINGS), where=lines)
 
 
-def _coco_rows(path: Path) -> tuple[pd.DataFrame, dict[str, tuple[int, int]]]:
-    """Raw boxes of a COCO file, and the (height, width) that it gives for each image."""
-    coco = json.loads(path.read_text(encoding="utf-8"))
-    images = {one["id"]: one for one in coco["images"]}
-    kinds = {
-        one["id"]: "fracture" if one["name"] == "fractured" else one["name"] for one in coco["categories"]
-    }
-    rows = []
-    for one in coco["annotations"]:
-        x, y, width, height = one["bbox"]
-        name = images[one["image_id"]]["file_name"] if one["image_id"] in images else ""
-        kind = kinds.get(one["category_id"], str(one["category_id"]))
-        rows.append((name, kind, x, y, x + width, y + height, f"annotation {one['id']}"))
-    raw = pd.DataFrame(rows, columns=["name", "class_name", *CORNERS, "where"])
-    shapes = {one["file_name"]: (one["height"], one["width"]) for one in images.values()}
-    return raw.astype(dict.fromkeys(CORNERS, "float64")), shapes
-
-
 def _detection_tables(
     root: Path,
     file: str,
@@ -508,8 +433,8 @@ def _detection_tables(
     it spread the rare ones.
     """
     labelled = {name: row for row, (name, _, split) in enumerate(images) if split != "test"}
-    shapes = _shapes(root, {name: images[row][1] for name, row in labelled.items()})
-    boxes = _boxes(raw, root / file, NIH_CLASSES, labelled, shapes)
+    shapes = shapes_of(root, {name: images[row][1] for name, row in labelled.items()})
+    boxes = box_table(raw, root / file, NIH_CLASSES, labelled, shapes)
     frequency = boxes["label"].map(boxes["label"].value_counts())
     rarest = boxes.assign(frequency=frequency).sort_values(["frequency", "label"]).drop_duplicates("image")
     class_of = dict(zip(rarest["image"], rarest["class_name"], strict=True))
@@ -518,133 +443,6 @@ def _detection_tables(
         class_name = class_of.get(row, UNLABELLED)
         label = NIH_CLASSES.index(class_name) if row in class_of else -1
         rows.append((path, label, class_name, nih_patient(name), "", split))
-    return Tables(_manifest(rows), NIH_CLASSES, _ignored(ignored), split_rule, boxes, NIH_CLASSES)
+    return Tables(manifest_table(rows), NIH_CLASSES, ignored_table(ignored), split_rule, boxes, NIH_CLASSES)
 
 
-def _boxes(
-    raw: pd.DataFrame,
-    file: Path,
-    classes: tuple[str, ...],
-    row_of: dict[str, int],
-    shapes: dict[str, tuple[int, int]],
-) -> pd.DataFrame:
-    """The box table of the images in `row_of`, clipped to them; every row of `raw` is checked first."""
-    limits = pd.DataFrame(
-        [shapes.get(name, (float("inf"), float("inf"))) for name in raw["name"]],
-        columns=["height", "width"],
-        index=raw.index,
-        dtype="float64",
-    )
-    _refuse_rows(raw, limits, file, classes)
-    kept = raw["name"].isin(list(row_of))
-    boxes, limits = raw[kept].copy(), limits[kept]
-    for low, high, side in (("x1", "x2", "width"), ("y1", "y2", "height")):
-        boxes[low] = boxes[low].clip(lower=0)
-        boxes[high] = boxes[high].clip(upper=limits[side])
-    boxes["image"] = boxes["name"].map(row_of).astype("int64")
-    boxes["label"] = boxes["class_name"].map({name: k for k, name in enumerate(classes, 1)}).astype("int64")
-    return boxes.sort_values(["image", "label", *CORNERS], ignore_index=True)[list(BOX_COLUMNS)]
-
-
-def _refuse_rows(raw: pd.DataFrame, limits: pd.DataFrame, file: Path, classes: tuple[str, ...]) -> None:
-    """Raise `BadData` naming every row that is no box of a known class inside its image."""
-    outside = (raw["x2"] > limits["width"] + SLACK) | (raw["y2"] > limits["height"] + SLACK)
-    identity = ["name", "class_name", *CORNERS]
-    tests = [
-        (raw["name"] == "", "names no image"),
-        (~raw["class_name"].isin(classes), f"unknown label (known: {', '.join(classes)})"),
-        (raw[CORNERS].isna().any(axis=1), "a coordinate is not a number"),
-        ((raw["x2"] <= raw["x1"]) | (raw["y2"] <= raw["y1"]), "no width or no height"),
-        (((raw["x1"] < -SLACK) | (raw["y1"] < -SLACK)), "a coordinate is negative"),
-        (outside, "reaches out of its image"),
-        (raw.duplicated(identity), "the same box stands above already"),
-    ]
-    problems = []
-    for position, (wrong, what) in enumerate(tests):
-        for row in raw[wrong].itertuples():
-            corners = ", ".join(f"{getattr(row, name):g}" for name in CORNERS)
-            text = f"  {row.where}: {row.name} {row.class_name} [{corners}]: {what}"
-            problems.append((row.Index, position, text))
-    if problems:
-        lines = [text for *_, text in sorted(problems)]
-        more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        raise BadData(
-            "\n".join(
-                [
-                    f"{file}: {len(lines)} unusable rows (corners x1, y1, x2, y2):",
-                    *lines[:SHOWN],
-                    *more,
-                    "Fix: correct or delete these rows, or copy the file again from the original data set.",
-                ]
-            )
-        )
-
-
-def _shapes(root: Path, paths: dict[str, str]) -> dict[str, tuple[int, int]]:
-    """(height, width) by name; a file that cannot be read is left out (`datasets.check` names it)."""
-
-    def shape(path: str) -> tuple[int, int] | None:
-        try:
-            with Image.open(root / path) as image:
-                return upright_shape(image)
-        except OSError:
-            return None
-
-    with ThreadPoolExecutor(8) as pool:
-        shapes = zip(paths, pool.map(shape, paths.values()), strict=True)
-        return {name: found for name, found in shapes if found}
-
-
-def _need_sizes(
-    annotated: dict[str, tuple[int, int]], shapes: dict[str, tuple[int, int]], file: Path
-) -> None:
-    """The images must have the size that they were annotated in; else every box would be off."""
-    wrong = [
-        f"  {name}: {annotated[name][1]} x {annotated[name][0]} in the file, {shape[1]} x {shape[0]} on disk"
-        for name, shape in shapes.items()
-        if name in annotated and max(abs(a - b) for a, b in zip(annotated[name], shape, strict=True)) > SLACK
-    ]
-    if wrong:
-        raise BadData(
-            "\n".join(
-                [
-                    f"{file}: {len(wrong)} images do not have the size that they were annotated in:",
-                    *wrong[:SHOWN],
-                    "Fix: use the images of the same archive, or scale the boxes in this file with them.",
-                ]
-            )
-        )
-
-
-def _fracatlas_split(root: Path) -> dict[str, str]:
-    split_of: dict[str, str] = {}
-    for name, file in FRACATLAS_SPLITS.items():
-        table = _csv(root / file)
-        _need_columns(table, ("image_id",), root / file)
-        for image in table["image_id"]:
-            if image in split_of:
-                raise BadData(f"{root / file}: {image} is in another split already. Fix: keep it in one.")
-            split_of[image] = "val" if name == "valid" else name
-    return split_of
-
-
-def _body_part(row: pd.Series) -> str:
-    parts = [name for name in ("hand", "leg", "hip", "shoulder") if row[name]]
-    return parts[0] if len(parts) == 1 else "mixed"
-
-
-def _say_contradictions(images: Sequence[tuple[str, str, bool, bool]]) -> None:
-    """Name the images (name, path, flag, has a box) whose flag, folder and boxes do not say the same."""
-    for name, path, flag, boxed in images:
-        folder = PurePosixPath(path).parent.name
-        by_folder = {"Fractured": True, "Non_fractured": False}.get(folder, flag)
-        if not flag == by_folder == boxed:
-            log.warning(
-                "%s: %s says fractured=%d, its folder is %s, and it has %s box: taken as %s",
-                name,
-                FRACATLAS_TABLE,
-                flag,
-                folder,
-                "a" if boxed else "no",
-                "Fractured" if flag or boxed else "Non_fractured",
-            )

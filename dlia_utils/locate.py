@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from . import layouts, phantom
+from . import _fracatlas, layouts, phantom
 from .layouts import BadData, DataNotFound
 
 log = logging.getLogger("dlia_utils")
@@ -42,6 +42,12 @@ class Source:
     handle: str  # kagglehub's "owner/slug"; "" where it has none
     write_phantom: Callable[[Path], Path]
     gap: Callable[[Path], str] = lambda root: ""  # why a copy in this folder cannot be used; "" when it can
+    others: tuple[tuple[str, ...], ...] = ()  # signatures of the other trees that it is published in
+
+    @property
+    def signatures(self) -> tuple[tuple[str, ...], ...]:
+        """All trees that the data set is recognised by."""
+        return (self.signature, *self.others)
 
 
 SOURCES: dict[str, Source] = {
@@ -68,13 +74,45 @@ SOURCES: dict[str, Source] = {
     "fracatlas": Source(
         signature=(
             "images/Fractured|images/All_Images",
-            layouts.FRACATLAS_TABLE,
-            layouts.FRACATLAS_BOXES,
-            *layouts.FRACATLAS_SPLITS.values(),
+            _fracatlas.TABLE,
+            _fracatlas.BOXES,
+            *_fracatlas.SPLITS.values(),
         ),
         slugs=("fracatlas", "fracatlas-original-dataset"),
         handle="vuppalaadithyasriharsha/fracatlas",
         write_phantom=phantom.write_fracatlas,
+        others=(
+            (
+                "not fractured/ann",
+                "not fractured/img",
+                "train/ann",
+                "train/img",
+                "val/ann",
+                "val/img",
+                "test/ann",
+                "test/img",
+            ),
+        ),
+    ),
+    "tuberculosis": Source(
+        signature=("Tuberculosis", "Normal"),
+        slugs=("tuberculosis-tb-chest-xray-dataset",),
+        handle="tawsifurrahman/tuberculosis-tb-chest-xray-dataset",
+        write_phantom=phantom.write_tuberculosis,
+    ),
+    "covid": Source(
+        signature=("COVID", "Normal"),
+        slugs=("covid19-radiography-database",),
+        handle="tawsifurrahman/covid19-radiography-database",
+        write_phantom=phantom.write_covid,
+        others=(
+            (
+                "train/COVID|train/covid|train/Covid",
+                "test/COVID|test/covid|test/Covid",
+                "train/normal|train/Normal|train/NORMAL",
+                "test/normal|test/Normal|test/NORMAL",
+            ),
+        ),
     ),
 }
 
@@ -167,7 +205,7 @@ def siblings(location: Location) -> list[Location]:
     found = [
         _location(location.dataset, folder, location.origin)
         for folder in sorted(folders)
-        if folder == location.root or _holds(folder, source.signature)
+        if folder == location.root or _is_root(folder, source)
     ]
     return [one for one in found if one.root == location.root or not _gap(one)]
 
@@ -186,9 +224,9 @@ def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
         if told:
             return _told(dataset, Path(told).expanduser(), origin)
     for folder, origin in _usual_places(dataset):
-        if root := _descend(folder, SOURCES[dataset].signature):
+        if root := _descend(folder, SOURCES[dataset]):
             return _location(dataset, root, origin)
-        if missing := _half_there(folder, SOURCES[dataset].signature):
+        if missing := _half_there(folder, SOURCES[dataset]):
             log.warning("%s looks like %s but is passed over: %s", folder, dataset, missing)
     return None
 
@@ -218,27 +256,27 @@ def _location(dataset: str, root: Path, origin: str) -> Location:
 def _told(dataset: str, folder: Path, origin: str) -> Location:
     """The location inside a folder that the user named, or an error: never another place."""
     what = "data_dir" if origin == "argument" else "the environment variable DLIA_DATA"
-    signature = SOURCES[dataset].signature
+    source = SOURCES[dataset]
     if not folder.is_dir():
         raise DataNotFound(
             f"{what} = {str(folder)!r} is not a folder; name the folder that holds {dataset}'s "
-            f"{_shown(signature)} (at most {MAX_DEPTH} levels below it)"
+            f"{_shown(source)} (at most {MAX_DEPTH} levels below it)"
         )
-    if root := _descend(folder, signature):
+    if root := _descend(folder, source):
         return _location(dataset, root, origin)
-    if missing := _half_there(folder, signature):
+    if missing := _half_there(folder, source):
         raise DataNotFound(
             f"{what} = {str(folder)!r} looks like {dataset} but is not complete: {missing}. "
             "Unpack the whole archive again (see data/README.md)"
         )
     for parent in list(folder.resolve().parents)[:2]:
-        if _holds(parent, signature):
+        if _is_root(parent, source):
             raise DataNotFound(
                 f"{what} = {str(folder)!r} lies inside {dataset}; name {str(parent)!r} instead"
             )
     raise DataNotFound(
         f"{what} = {str(folder)!r} does not hold {dataset}: no folder in it (down to {MAX_DEPTH} levels) "
-        f"has {_shown(signature)}. Correct the path, or leave it out to search the usual places"
+        f"has {_shown(source)}. Correct the path, or leave it out to search the usual places"
     )
 
 
@@ -260,11 +298,15 @@ def _children(folder: Path) -> list[Path]:
     return [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
 
 
-def _descend(top: Path, signature: tuple[str, ...]) -> Path | None:
-    """The nearest folder that has every path of the signature."""
+def _descend(top: Path, source: Source) -> Path | None:
+    """The nearest folder that holds the data set."""
     if not top.is_dir():
         return None
-    return next((folder for folder in _folders(top) if _holds(folder, signature)), None)
+    return next((folder for folder in _folders(top) if _is_root(folder, source)), None)
+
+
+def _is_root(folder: Path, source: Source) -> bool:
+    return any(_holds(folder, signature) for signature in source.signatures)
 
 
 def _holds(folder: Path, signature: Sequence[str]) -> bool:
@@ -272,17 +314,22 @@ def _holds(folder: Path, signature: Sequence[str]) -> bool:
     return all(any((folder / part).exists() for part in parts.split("|")) for parts in signature)
 
 
-def _shown(signature: Sequence[str]) -> str:
-    return ", ".join(parts.replace("|", " or ") for parts in signature)
+def _shown(source: Source) -> str:
+    return "; or ".join(map(_listed, source.signatures))
 
 
-def _half_there(top: Path, signature: tuple[str, ...]) -> str:
-    """Which parts are missing in the first folder that has some of the signature; "" when there is none."""
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(one.replace("|", " or ") for one in parts)
+
+
+def _half_there(top: Path, source: Source) -> str:
+    """Which parts are missing in the first folder that has some of a signature; "" when there is none."""
     for folder in _folders(top) if top.is_dir() else ():
-        missing = [parts for parts in signature if not _holds(folder, [parts])]
-        # A train/ and a test/ alone tell nothing: most of the signature must be there, or its first part.
-        if missing and (signature[0] not in missing or 2 * len(missing) < len(signature)):
-            return f"{folder} has no {_shown(missing)}"
+        for signature in source.signatures:
+            missing = [parts for parts in signature if not _holds(folder, [parts])]
+            # A train/ and a test/ alone tell nothing: most of the signature must be there, or its first part.
+            if missing and (signature[0] not in missing or 2 * len(missing) < len(signature)):
+                return f"{folder} has no {_listed(missing)}"
     return ""
 
 
@@ -321,10 +368,10 @@ def _download(dataset: str) -> Path:
             f"downloading {handle} needs kagglehub: python -m pip install kagglehub"
         ) from error
     folder = Path(kagglehub.dataset_download(handle))
-    if root := _descend(folder, SOURCES[dataset].signature):
+    if root := _descend(folder, SOURCES[dataset]):
         return root
     raise DataNotFound(
-        f"kagglehub put {handle} into {folder}, but {_shown(SOURCES[dataset].signature)} are not there"
+        f"kagglehub put {handle} into {folder}, but {_shown(SOURCES[dataset])} are not there"
     )
 
 
@@ -341,4 +388,4 @@ def _phantom(dataset: str, phantom_dir: str | Path | None) -> Path:
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.replace(part, folder)
-    return _descend(folder, SOURCES[dataset].signature) or folder
+    return _descend(folder, SOURCES[dataset]) or folder

@@ -24,7 +24,8 @@ def classification(
     """Two-class metrics, each with a percentile interval from resampling whole patients (Field & Welsh 2007).
 
     `labels` [N] of 0/1, `probability` [N] of class 1, `groups` [N] patient ids. Precision, recall and F1 are
-    macro averages; sensitivity and specificity belong to class 1 and class 0. An AUC needs both classes, else
+    macro averages; sensitivity and specificity belong to class 1 and class 0 (accuracy, too, gets the exact binomial
+    interval where it is 0 or 1: see `share`). An AUC needs both classes, else
     it is NaN. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths, labels other than 0/1.
 
     >>> table = classification(np.array([0, 0, 1, 1]), np.array([.1, .6, .7, .9]), list("abcd"), draws=50)
@@ -36,7 +37,12 @@ def classification(
     # Strictly above, as argmax decides two equal logits for class 0.
     predicted = (probability > threshold).astype(int)
     values = _rates(labels, predicted, weights) | {"auc": _weighted_auc(labels, probability, weights)}
-    return pd.DataFrame([_row(name, values[name], len(labels), level) for name in METRICS])
+    rows = [_row(name, values[name], len(labels), level) for name in METRICS]
+    counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
+    for row in rows:
+        if row["metric"] in counted and row["value"] in (0.0, 1.0):
+            row |= _exact(row["value"], np.asarray(groups)[counted[row["metric"]]], level)
+    return pd.DataFrame(rows)
 
 
 def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> dict:
@@ -54,10 +60,15 @@ def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: floa
     weights = np.vstack([np.ones(len(flags)), patient_weights(groups, draws=draws, seed=seed)])
     row = _row("share", weights @ flags / weights.sum(1), len(flags), level)
     if row["value"] in (0.0, 1.0):
-        patients = len(pd.unique(np.asarray(groups)))
-        exact = binomtest(int(row["value"]) * patients, patients).proportion_ci(level, method="exact")
-        row |= {"ci_low": float(exact.low), "ci_high": float(exact.high)}
+        row |= _exact(row["value"], groups, level)
     return row
+
+
+def _exact(value: float, groups: Sequence, level: float) -> dict[str, float]:
+    """The binomial interval of a share of 0 or 1, with patients as trials; the bootstrap would claim certainty."""
+    patients = len(pd.unique(np.asarray(groups)))
+    exact = binomtest(int(value) * patients, patients).proportion_ci(level, method="exact")
+    return {"ci_low": float(exact.low), "ci_high": float(exact.high)}
 
 
 def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> dict[str, float]:

@@ -123,13 +123,14 @@ def product(source: Path) -> Path:
 
 
 def pick(names: Sequence[str], folder: str | Path = FOLDER) -> list[Path]:
-    """The sources that `names` means ("01", "1" or the full name); all of them for no names.
+    """The sources that `names` means ("01", "1", "02,03" or the full name); all of them for no names.
 
     Raises ValueError naming what there is when a name fits no notebook.
     """
     sources = find(folder)
     if not sources:
         raise ValueError(f"no notebook source src/NN_name.py in {folder}")
+    names = [part for name in names for part in name.split(",") if part]
     unknown = [name for name in names if not any(_means(name, source) for source in sources)]
     if unknown:
         raise ValueError(f"no notebook {', '.join(unknown)}; there are: {', '.join(s.stem for s in sources)}")

@@ -161,23 +161,79 @@ def pgd_adversarial(
     >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
     >>> loss, _ = pgd_adversarial(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
     """
-    if not 0 <= eps <= 1:
-        raise ValueError(f"eps is in pixel units of [0, 1], e.g. 4/255; got {eps}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    step_size = 0.7 * eps if step_size is None else step_size
+    step_size = _check_ball(eps, steps, step_size)
     ce = _cross_entropy(weight, label_smoothing)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # Under DDP the attack must not go through the wrapper: it would wait for parameter gradients.
-        bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        bare = _bare(model)
         with evaluating(bare):
-            x_adv = _pgd(bare, x, y, eps=eps, steps=steps, step_size=step_size)
+            # The sum, not the mean: images must not depend on each other, and fp16 loses small gradients.
+            x_adv = _pgd(bare, x, lambda logits: F.cross_entropy(logits, y, reduction="sum"), eps=eps, steps=steps,
+                         step_size=step_size)  # fmt: skip
         logits = model(x_adv)
         return ce(logits, y), logits
 
     settings = {"eps": eps, "steps": steps, "step_size": step_size}
     return _describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+
+
+def trades(
+    *,
+    eps: float,
+    beta: float = 6.0,
+    steps: int = 2,
+    step_size: float | None = None,
+    weight: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """TRADES: clean cross-entropy + beta KL(clean || attacked) (Zhang et al. 2019, arXiv 1901.08573).
+
+    The attacked image is the one in the eps ball whose answer differs most from the clean answer, whatever the
+    label; beta weighs stability against clean accuracy. `eps` and `step_size` (default 0.7 eps, right for two
+    steps) are in pixel units, e.g. 4/255; the attack sees the model in eval mode. The returned logits are those of
+    the clean images. Raises: ValueError for eps outside [0, 1], steps < 1 or beta < 0.
+
+    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> loss, logits = trades(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
+    >>> logits.shape
+    torch.Size([4, 2])
+    """
+    step_size = _check_ball(eps, steps, step_size)
+    if beta < 0:
+        raise ValueError(f"beta must not be negative, got {beta}")
+    ce = _cross_entropy(weight, label_smoothing)
+
+    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        bare = _bare(model)
+        with evaluating(bare):
+            with torch.no_grad():
+                target = bare(x).float().softmax(1)
+            x_adv = _pgd(bare, x, lambda logits: _kl(target, logits), eps=eps, steps=steps, step_size=step_size)
+        logits = model(x)
+        stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+        return ce(logits, y) + beta * stability, logits
+
+    settings = {"eps": eps, "beta": beta, "steps": steps, "step_size": step_size}
+    return _describe(objective, "trades", **settings, weight=weight, label_smoothing=label_smoothing)
+
+
+def _kl(target: Tensor, logits: Tensor) -> Tensor:
+    """Sum over the batch of KL(target || softmax(logits)); `target` [B, K] are probabilities."""
+    return F.kl_div(logits.float().log_softmax(1), target, reduction="sum")
+
+
+def _check_ball(eps: float, steps: int, step_size: float | None) -> float:
+    """The step size of an attack in training, after a look at its numbers."""
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps is in pixel units of [0, 1], e.g. 4/255; got {eps}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return 0.7 * eps if step_size is None else step_size
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    # Under DDP the attack must not go through the wrapper: it would wait for parameter gradients.
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def detection() -> Objective:
@@ -196,8 +252,10 @@ def detection() -> Objective:
     return _describe(objective, "detection")
 
 
-def _pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float) -> Tensor:
-    """PGD for training: the last iterate as it is, one forward pass per step.
+def _pgd(
+    model: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor], *, eps: float, steps: int, step_size: float
+) -> Tensor:
+    """PGD for training: the last iterate as it is, one forward pass per step; `loss_of` logits is raised.
 
     `attacks.pgd` also looks at its last step, for measuring; here that would be one forward pass too many.
     """
@@ -205,9 +263,7 @@ def _pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, step
     x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        # The sum, not the mean: images must not depend on each other, and fp16 loses small gradients.
-        loss = F.cross_entropy(model(x_adv), y, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x_adv)
+        (gradient,) = torch.autograd.grad(loss_of(model(x_adv)), x_adv)
         x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
 

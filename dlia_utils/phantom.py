@@ -1,302 +1,37 @@
 """Synthetic films in each data set's own tree, junk included: the default when no real data is there.
 
-They are drawn from physics, not from patients: X-rays pass through simple solids (Beer-Lambert), the detector
-counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
+What they show is drawn by `films`, from physics and not from patients: nothing medical can be learnt from it.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, zoom
-from scipy.special import expit
 
-from . import findings, layouts
+from . import _fracatlas, layouts
+from ._tables import trace
+from .films import Anatomy, bone, chest, chest_with_findings, chest_with_lungs
 
-VERSION = 2  # Raise it when the pictures change: a phantom written by an older version is then not reused.
+VERSION = 3  # Raise it when the pictures change: a phantom written by an older version is then not reused.
 MARKER = "SYNTHETIC.txt"
 IMAGES = {"train": (96, 144), "val": (8, 8), "test": (24, 40)}
 FINDING_IMAGES = {"train": 240, "test": 40}  # of each edition of the competition
+MARKED = (0.25, 0.75)  # share of the Normal and of the COVID films with a marker in a corner
+SPREAD = 2.5  # of how patients are placed; at 1, films of healthy lungs are taken for copies of one another
+TWINS = 1 / 15  # share of the COVID set's films that are another film once more
 LEAKED, TWO_IDS = 4, 3  # edition A: test images that train has too, and test images with two ids
-
-# Linear attenuation in 1/cm near 60 keV: soft tissue, bone, aerated lung.
-SOFT, BONE, LUNG = 0.20, 0.55, 0.05
-PHOTONS = 12_000  # per detector pixel before the patient
-HALF_WIDTH = 17.0  # cm
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Shape of one patient, the same in all the patient's films; lengths in half widths of the film."""
-
-    width: float
-    depth: float  # cm, front to back
-    lung: float
-    heart: float
-    ribs: float
-    slope: float
-    spine: float
-    dome: float
-    vessels: int  # seed of the vessel tree
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Anatomy:
-        """A random patient."""
-        near = rng.normal
-        return cls(
-            width=float(near(0.95, 0.03)),
-            depth=float(np.clip(near(20, 2), 15, 26)),
-            lung=float(near(0.345, 0.015)),
-            heart=float(np.clip(near(0.27, 0.03), 0.2, 0.36)),
-            ribs=float(near(0.165, 0.008)),
-            slope=float(near(0.30, 0.05)),
-            spine=float(near(0.085, 0.006)),
-            dome=float(near(0.50, 0.05)),
-            vessels=int(rng.integers(2**31)),
-        )
-
-
-def chest(
-    rng: np.random.Generator, *, size: int, pneumonia: bool, anatomy: Anatomy | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """One frontal chest film: image float32 [size,size] in [0,1], and mask of its opacities bool [size,size].
-
-    Pose, exposure and noise are drawn alike for both classes; only the opacities, fluid in the air of the
-    lungs, tell them apart. `anatomy` makes it another film of the same patient.
-
-    >>> image, lesion = chest(np.random.default_rng(0), size=48, pneumonia=True)
-    >>> image.shape, image.dtype.name, bool(lesion.any())
-    ((48, 48), 'float32', True)
-    """
-    anatomy = anatomy or Anatomy.draw(rng)
-    x, y = _pose(rng, size)
-    air = _lungs(anatomy, x, y)
-    fluid = _opacities(rng, air) if pneumonia else np.zeros_like(air)
-    aerated = air * (1 - 0.85 * fluid)
-    aerated = np.maximum(aerated * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
-    return _film(rng, _attenuation(anatomy, x, y, aerated)), (fluid > 0.3) & (air > 1.0)
-
-
-def chest_with_findings(
-    rng: np.random.Generator, names: Sequence[str], *, size: int, anatomy: Anatomy | None = None
-) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
-    """One chest film with the findings `names` (see `findings`): image float32 [size,size], a box for each.
-
-    Corners are x1, y1, x2, y2 in pixels and enclose what the finding changes on the film. Two findings lie
-    in different lungs. The same generator gives the same film but for the findings.
-
-    >>> image, boxes = chest_with_findings(np.random.default_rng(0), ["Mass"], size=64)
-    >>> image.shape, len(boxes), boxes[0][2] - boxes[0][0] > 6
-    ((64, 64), 1, True)
-    """
-    planting, rng = rng.spawn(2)
-    anatomy = anatomy or Anatomy.draw(rng)
-    x, y = _pose(rng, size)
-    air = _lungs(anatomy, x, y)
-    aerated = np.maximum(air * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
-    tissue = findings.DEPTH * (SOFT * air - (SOFT - LUNG) * aerated)  # what free air takes the place of
-    side = -1 if "Cardiomegaly" in names else int(planting.choice([-1, 1]))
-    filled, freed, boxes = np.zeros_like(air), np.zeros_like(air), []
-    for name in names:
-        change = findings.paint(name, planting, _lung(anatomy, x, y, air, side))
-        fluid, gas = np.maximum(change, 0), np.maximum(-change, 0)
-        boxes.append(findings.tight_box((SOFT - LUNG) * aerated * fluid - tissue * gas))
-        filled, freed = 1 - (1 - filled) * (1 - fluid), np.maximum(freed, gas)
-        if name != "Cardiomegaly":
-            side = -side
-    path = _attenuation(anatomy, x, y, aerated * (1 - filled)) - tissue * freed
-    return _film(rng, path), boxes
-
-
-def bone(
-    rng: np.random.Generator, *, height: int, width: int, fractured: bool
-) -> tuple[np.ndarray, tuple[float, float, float, float] | None]:
-    """A film of a long bone, float32 [height,width]; with a fracture, the box of its gap (x1, y1, x2, y2).
-
-    >>> image, box = bone(np.random.default_rng(0), height=96, width=64, fractured=True)
-    >>> image.shape, box is not None
-    ((96, 64), True)
-    """
-    long = max(height, width)
-    down, across = np.mgrid[:height, :width].astype(np.float32) + 0.5
-    x, y = (2 * across - width) / long, (2 * down - height) / long
-    turn = rng.normal(0, 0.2) + (math.pi / 2 if width > height else 0)
-    along, side = y * math.cos(turn) + x * math.sin(turn), x * math.cos(turn) - y * math.sin(turn)
-    radius = rng.uniform(0.10, 0.14)
-    place, tilt, gap = rng.uniform(-0.4, 0.4), rng.uniform(-0.7, 0.7), rng.uniform(0.045, 0.075)
-    soft = 7.0 * _tube(side - 0.04, 3.2 * radius)
-    slip = rng.choice([-1, 1]) * rng.uniform(0.35, 0.65) * radius
-    if fractured:
-        side = side - slip * (along > place + tilt * side)  # The lower fragment has slipped aside.
-    wide = radius * (1 + 0.9 * np.abs(along) ** 4)
-    shell = HALF_WIDTH * 0.6 * (_tube(side, wide) - 0.75 * _tube(side, 0.6 * wide))
-    distance = np.abs(along - place - tilt * side)
-    shell = shell * (distance > gap / 2) if fractured else shell
-    image = _film(rng, SOFT * soft + (BONE - SOFT) * shell)
-    near = (distance < gap / 2 + 0.3 * radius) & (np.abs(side) < wide)
-    return image, findings.tight_box(near.astype(float)) if fractured else None
-
-
-def _attenuation(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, aerated: np.ndarray) -> np.ndarray:
-    """Total attenuation along each ray; `aerated` is centimetres of lung, less its vessels."""
-    body = _body(anatomy, x, y)
-    path = SOFT * body + (BONE - SOFT) * _bones(anatomy, x, y) * np.minimum(body, 1)
-    path -= (SOFT - LUNG) * aerated
-    path -= SOFT * _airways(anatomy, x, y)
-    return path
-
-
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Film coordinates of every pixel, -1 to 1; float32, which halves the time to draw a film."""
-    line = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    return tuple(np.meshgrid(line, line))
-
-
-def _pose(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patient coordinates of every pixel: x to the right, y downwards, a little turned, moved and scaled."""
-    across, down = _grid(size)
-    turn, scale = rng.normal(0, 0.026), rng.normal(1.0, 0.035)  # radians
-    x = (across * math.cos(turn) + down * math.sin(turn)) / scale - rng.normal(0, 0.03)
-    y = (down * math.cos(turn) - across * math.sin(turn)) / scale - rng.normal(0, 0.03)
-    return x, y
-
-
-def _dome(
-    x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], power: float = 2.0
-) -> np.ndarray:
-    """Relative thickness (0..1) of a super-ellipsoid seen from the front."""
-    reach = np.abs((x - centre[0]) / radii[0]) ** power + np.abs((y - centre[1]) / radii[1]) ** power
-    return np.sqrt(np.maximum(1 - reach, 0))
-
-
-def _body(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centimetres of soft tissue: the trunk, widening to the shoulders, and the neck."""
-    shoulders = 0.16 * expit((-0.62 - y) / 0.07)
-    flat = np.zeros_like(y)  # as thick above as below
-    trunk = anatomy.depth * _dome(x / (1 + shoulders), flat, (0, 0), (anatomy.width + 0.08, 1), 3.2)
-    return trunk * expit((y + 1.05 - 0.5 * np.maximum(np.abs(x) - 0.22, 0)) / 0.05)
-
-
-def _lungs(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centimetres of aerated lung, less the heart in front of it, down to the two domes of the diaphragm."""
-    total = np.zeros_like(x)
-    for side in (-1, 1):  # -1: the patient's right lung, on the left of the film
-        lung = _dome(_across(anatomy, x, y, side), y, (0, -0.04), (1, 0.82), 2.3)
-        total += lung * expit((_floor(anatomy, x, side) - y) / 0.012)
-    heart = _dome(x, y, (0.09, 0.24), (anatomy.heart, 0.30)) + 0.8 * _dome(x, y, (0.02, -0.25), (0.14, 0.45))
-    return 0.74 * anatomy.depth * np.maximum(total - 0.75 * heart, 0)
-
-
-def _across(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
-    """Position across the lung of one side: -1 at the left of the film, 1 at the right edge of that lung."""
-    centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
-    width = anatomy.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
-    return (x - centre) / width
-
-
-def _floor(anatomy: Anatomy, x: np.ndarray, side: int) -> np.ndarray:
-    """Height of the diaphragm under the lung of one side."""
-    return anatomy.dome + (0.0 if side < 0 else 0.06) + 1.1 * (x - side * 0.36) ** 2
-
-
-def _lung(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, air: np.ndarray, side: int) -> findings.Lung:
-    out = side * _across(anatomy, x, y, side)
-    return findings.Lung(side, x, y, out, _floor(anatomy, x, side), air)
-
-
-def _tube(distance: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Thickness of a rod at `distance` from its axis, in the unit of `radius`."""
-    return 2 * np.sqrt(np.maximum(radius**2 - distance**2, 0))
-
-
-def _bones(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centimetres of bone: ribs at the back and front, collar bones, spine."""
-    reach = np.abs(x)
-    inside = expit((anatomy.width - 0.06 - reach) / 0.02)
-    total = np.zeros_like(x)
-    for k in range(9):
-        level = -0.92 + k * anatomy.ribs
-        back = y - (level - 0.10 * np.sin(np.pi * np.minimum(reach / 0.5, 1)) + anatomy.slope * reach**2)
-        front = y - (level + 0.34 - 1.2 * anatomy.slope * reach + 0.28 * reach**2)
-        shell = _tube(back, 0.036) - 0.65 * _tube(back, 0.026)
-        total += HALF_WIDTH * 0.85 * shell * inside * (reach > 0.06)
-        total += HALF_WIDTH * 0.20 * _tube(front, 0.042) * inside * (reach > 0.34)
-    collar = (y + 0.70 + 0.18 * np.tanh((reach - 0.1) * 3)) / 1.1
-    shell = _tube(collar, 0.036) - 0.5 * _tube(collar, 0.022)
-    total += HALF_WIDTH * 0.75 * shell * ((reach > 0.07) & (reach < 0.8))
-    bodies = 0.85 + 0.15 * np.cos(2 * np.pi * y / 0.155)
-    return total + HALF_WIDTH * 0.45 * _tube(x, anatomy.spine) * bodies
-
-
-def _airways(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centimetres of air in the windpipe and, under the left dome, in the stomach."""
-    trachea = HALF_WIDTH * 0.7 * _tube(x + 0.02, 0.042) * expit((-0.22 - y) / 0.03)
-    return trachea + 4.0 * _dome(x, y, (0.38, anatomy.dome + 0.22), (0.13, 0.08))
-
-
-def _vessels(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centimetres of blood in the vessels that fan out from both hila, thinner towards the edge."""
-    rng = np.random.default_rng(anatomy.vessels)
-    total = np.zeros_like(x)
-    for side in (-1, 1):
-        out, down = side * x - 0.14, y - 0.02
-        near = (np.hypot(out, down) < 0.73) & (out > -0.05)  # Beyond, the vessels have no width left.
-        radius, angle = np.hypot(out, down)[near], np.arctan2(down, out)[near]
-        for direction in rng.uniform(-1.4, 1.4, 11):
-            bend = direction + 0.35 * np.sin(rng.uniform(4, 9) * radius + rng.uniform(0, 6))
-            total[near] += _tube(radius * (angle - bend), 0.022 - 0.030 * radius)
-        total += 0.10 * _dome(out, down, (0, 0), (0.10, 0.15))
-    return HALF_WIDTH * 1.3 * total
-
-
-def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Noise of unit variance with structures of about size/cells pixels."""
-    coarse = rng.standard_normal((cells + 3, cells + 3))
-    fine = zoom(coarse.astype(np.float32), size / cells + 0.01, order=3)[:size, :size]
-    return fine / fine.std()
-
-
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Uneven aeration of normal lung: a few per cent, at two scales."""
-    return 1 + 0.03 * _smooth_noise(rng, size, 6) + 0.03 * _smooth_noise(rng, size, 28)
-
-
-def _opacities(rng: np.random.Generator, air: np.ndarray) -> np.ndarray:
-    """Share of the air replaced by fluid (0..1): one to three soft, patchy clouds centred in the lungs."""
-    size = len(air)
-    x, y = _grid(size)
-    places = np.flatnonzero(air > 0.5 * air.max())
-    fluid = np.zeros_like(air)
-    for place in rng.choice(places, size=rng.integers(1, 4)):
-        row, column = divmod(int(place), size)
-        wide, tall = rng.uniform(0.16, 0.34), rng.uniform(0.16, 0.36)
-        cloud = np.exp(-(((x - x[row, column]) / wide) ** 2) - ((y - y[row, column]) / tall) ** 2)
-        fluid += rng.uniform(0.7, 1.2) * cloud
-    patchy = np.clip(1 + 0.35 * _smooth_noise(rng, size, 14), 0, 2)
-    return np.clip(fluid * patchy, 0, 0.95) * (air > 0)
-
-
-def _film(rng: np.random.Generator, path: np.ndarray) -> np.ndarray:
-    """Exposure, scatter, photon noise, detector blur, then the machine's grey window; bone is white."""
-    exposure = PHOTONS * rng.uniform(0.7, 1.4)
-    light = gaussian_filter(exposure * np.exp(-path), 0.003 * len(path))
-    scatter = 0.10 * gaussian_filter(light, 0.12 * len(path))
-    counts = rng.poisson(light + scatter) + 1.0
-    density = -np.log(gaussian_filter(counts, 0.45) / exposure)
-    low, high = np.percentile(density, [rng.uniform(0.5, 3), rng.uniform(97, 99.7)])
-    shown = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.85, 1.2)
-    return (rng.uniform(0.01, 0.06) + rng.uniform(0.84, 0.93) * shown).astype(np.float32)
 
 
 def write_pneumonia(
@@ -313,9 +48,7 @@ def write_pneumonia(
     root = Path(root)
     tree = root / "chest_xray"
     plan = list(_plan(seed, images or IMAGES))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # Drawn in parallel, each from its own generator: the bytes do not depend on the order.
-        list(pool.map(lambda film: _write_film(root, *film, size=size), plan))
+    _in_parallel(lambda film: _write_film(root, *film, size=size), plan)
     _write_twin(tree)
     shutil.copytree(tree, tree / "chest_xray")
     _write_litter(tree)
@@ -387,41 +120,117 @@ def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int =
 
 
 def write_fracatlas(
-    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
+    root: str | Path,
+    *,
+    seed: int = 0,
+    images: tuple[int, int] = (60, 60),
+    size: int = 128,
+    layout: str = "original",
 ) -> Path:
-    """Write the original tree of FracAtlas with films of long bones; returns `root`/FracAtlas.
+    """Write FracAtlas with films of long bones, boxes and outlines of the fractures; returns `root`/FracAtlas.
 
-    `images` counts (fractured, not fractured), `size` is the long side in pixels. Its traps are there too:
-    one JPEG cut short, one stored on its side (EXIF), one whose flag in dataset.csv contradicts its box. The
-    same seed gives the same bytes.
+    `images` counts (fractured, not fractured), `size` is the long side in pixels. `layout` is "original" or
+    "ninja" (DatasetNinja's: every second outline is a bitmap): the same films under the same names. The
+    traps are there too: one JPEG cut short, one stored on its side (EXIF), in the original layout one whose
+    flag in dataset.csv contradicts its box. The same seed gives the same bytes. Errors: `ValueError` for
+    another layout or fewer than 4 fractured.
     """
+    writers = {"original": _write_original, "ninja": _write_ninja}
+    if layout not in writers or images[0] < 4:
+        raise ValueError(f"layout is {layout!r} (of {', '.join(writers)}), images {images} (4 or more fractured)")
     root = Path(root)
     tree = root / "FracAtlas"
-    table, boxes, shapes = [], {}, {}
-    for k in range(sum(images)):
-        fractured = k < images[0]
-        rng = np.random.default_rng([seed, k])
-        height, width = size, int(size * rng.uniform(0.55, 1.0))
-        if rng.random() < 0.3:
-            height, width = width, height
-        image, box = bone(rng, height=height, width=width, fractured=fractured)
-        name = f"IMG{k:07d}.jpg"
-        path = tree / "images" / ("Fractured" if fractured else "Non_fractured") / name
-        _save(image, path, "JPEG", on_its_side=k == 1)
-        if fractured:
-            boxes[name], shapes[name] = box, (height, width)
-        table.append((name, 0, 1, 0, 0, 0, 0, 0, int(fractured and k != 2), int(fractured), 1, 0, 0))
-    parts = "hand,leg,hip,shoulder,mixed,hardware,multiscan,fractured,fracture_count,frontal,lateral,oblique"
-    _write_table(tree / layouts.FRACATLAS_TABLE, ["image_id", *parts.split(",")], table)
-    cut = tree / "images" / "Fractured" / table[3][0]
-    cut.write_bytes(cut.read_bytes()[:-40])
-    _write_coco(tree / layouts.FRACATLAS_BOXES, boxes, shapes)
-    names = list(boxes)
+    bones = _in_parallel(lambda k: _draw_bone(seed, k, fractured=k < images[0], size=size), range(sum(images)))
+    names = [film.name for film in bones if film.fractured]
     marks = [0, round(0.8 * len(names)), round(0.9 * len(names)), len(names)]
-    for k, file in enumerate(layouts.FRACATLAS_SPLITS.values()):
-        _write_table(tree / file, ("image_id",), [(name,) for name in names[marks[k] : marks[k + 1]]])
+    splits = {split: names[marks[k] : marks[k + 1]] for k, split in enumerate(_fracatlas.SPLITS)}
+    writers[layout](tree, bones, splits)
     _mark(root, seed)
     return tree
+
+
+def write_tuberculosis(
+    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (200, 40), size: int = 128
+) -> Path:
+    """Write the tree of the TB Chest Radiography Database; returns `root`/TB_Chest_Radiography_Database.
+
+    `images` counts (Normal, Tuberculosis); opacities lie in the upper half of the lungs. The tables and the
+    README of the archive, Finder's litter and a few RGB files are there too. The same seed gives the same
+    bytes.
+    """
+    root = Path(root)
+    tree = root / "TB_Chest_Radiography_Database"
+
+    def write(film: tuple[int, int]) -> None:
+        label, number = film
+        rng, name = np.random.default_rng([seed, label, number]), layouts.TUBERCULOSIS_CLASSES[label]
+        image, *_ = chest_with_lungs(rng, size=size, diseased=bool(label), upper=True, spread=SPREAD)
+        mode = "RGB" if number % 7 == 0 else "L"
+        _save(image, tree / name / f"{name}-{number}.png", "PNG", mode=mode)
+
+    _in_parallel(write, [(label, k + 1) for label, count in enumerate(images) for k in range(count)])
+    _write_about(tree, layouts.TUBERCULOSIS_CLASSES)
+    _mark(root, seed)
+    return tree
+
+
+def write_covid(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    images: tuple[int, int] = (90, 90),
+    size: int = 128,
+    layout: str = "radiography",
+) -> Path:
+    """Write a COVID set with a planted shortcut; returns `root`/COVID-19_Radiography_Dataset or `root`/covid_xray.
+
+    `images` counts (Normal, COVID). `layout` is "radiography" (the COVID-19 Radiography Database: images and
+    masks of the lungs, smaller than the films, two classes that are not read) or "splits" (covid_xray: train,
+    val, test with normal and COVID, about 70/15/15, no masks). COVID films have opacities; but 75 % of them,
+    and 25 % of the normal ones, also bear a bright L in the top left corner (`MARKED`): a shortcut that an
+    audit should find. And `TWINS` of the films are another film of their class once more, a little flatter
+    and re-encoded, under a name of their own; in "splits" they may lie in another split. The truth is in
+    `root`/phantom_truth.csv (path, marker, twin_of: the path of the film, or ""). The same seed gives the
+    same bytes. Errors: `ValueError` for another layout.
+    """
+    if layout not in ("radiography", "splits"):
+        raise ValueError(f"layout is {layout!r}; it must be radiography or splits")
+    root = Path(root)
+    tree = root / ("covid_xray" if layout == "splits" else "COVID-19_Radiography_Dataset")
+    plan = [film for label, count in enumerate(images) for film in _plan_covid(seed, label, count, layout)]
+
+    def write(film: _CovidFilm) -> None:
+        rng = np.random.default_rng(film.key)
+        image, _, lungs = chest_with_lungs(rng, size=size, diseased=bool(film.label), spread=SPREAD)
+        if film.marker:
+            _burn_l(image)
+        _save(_recoded(image) if film.twin_of else image, tree / film.path, "PNG")
+        if layout == "radiography":
+            _save_mask(lungs, tree / film.path.replace("/images/", "/masks/"))
+
+    _in_parallel(write, plan)
+    if layout == "radiography":
+        for k, name in enumerate(layouts.COVID_OTHERS):
+            for number in range(1, 4):
+                rng = np.random.default_rng([seed, 8 + k, number])
+                image, _, lungs = chest_with_lungs(rng, size=size, diseased=True, spread=SPREAD)
+                _save(image, tree / name / "images" / f"{name}-{number}.png", "PNG")
+                _save_mask(lungs, tree / name / "masks" / f"{name}-{number}.png")
+        _write_about(tree, [*layouts.COVID_CLASSES, *layouts.COVID_OTHERS])
+    else:
+        spare = tree / "train" / "COVID" / ".ipynb_checkpoints" / "COVID-1-checkpoint.png"
+        spare.parent.mkdir()
+        shutil.copyfile(next(iter(sorted(tree.glob("train/COVID/*.png")))), spare)
+    truth = [(film.path, int(film.marker), film.twin_of) for film in sorted(plan, key=lambda film: film.path)]
+    _write_table(root / "phantom_truth.csv", ("path", "marker", "twin_of"), truth)
+    _mark(root, seed)
+    return tree
+
+
+def _in_parallel(work: Callable, jobs: Iterable) -> list:
+    """`work` of every job, in threads: each draws from a generator of its own, so that the order does not matter."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, jobs))
 
 
 @dataclass(frozen=True)
@@ -443,8 +252,7 @@ def _draw_findings(count: int, *, seed: int, size: int) -> list[_FindingFilm]:
         image, boxes = chest_with_findings(np.random.default_rng(key), names, size=size, anatomy=anatomy)
         return _FindingFilm(name, image, names, boxes)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(draw, _plan_findings(seed, count)))
+    return _in_parallel(draw, _plan_findings(seed, count))
 
 
 def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list[int], list[int]]]:
@@ -510,18 +318,166 @@ def _save_films(tree: Path, train: list[_FindingFilm], test: list[_FindingFilm])
             _save(film.image, tree / folder / film.name, "PNG")
 
 
-def _write_coco(
-    path: Path, boxes: Mapping[str, tuple[float, ...]], shapes: Mapping[str, tuple[int, int]]
-) -> None:
+@dataclass(frozen=True)
+class _BoneFilm:
+    """A drawn film: its number and file name, image [h,w], box of the fracture or None, mask of the gap [h,w]."""
+
+    number: int
+    name: str
+    image: np.ndarray
+    box: tuple[float, float, float, float] | None
+    gap: np.ndarray
+
+    @property
+    def fractured(self) -> bool:
+        return self.box is not None
+
+
+def _draw_bone(seed: int, number: int, *, fractured: bool, size: int) -> _BoneFilm:
+    rng = np.random.default_rng([seed, number])
+    height, width = size, int(size * rng.uniform(0.55, 1.0))
+    if rng.random() < 0.3:
+        height, width = width, height
+    film = bone(rng, height=height, width=width, fractured=fractured)
+    return _BoneFilm(number, f"IMG{number:07d}.jpg", *film)
+
+
+def _save_bone(film: _BoneFilm, path: Path) -> None:
+    """Write the JPEG; number 1 lies on its side, number 3 is cut short."""
+    _save(film.image, path, "JPEG", on_its_side=film.number == 1)
+    if film.number == 3:
+        path.write_bytes(path.read_bytes()[:-40])
+
+
+def _write_original(tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]) -> None:
+    table = []
+    for film in bones:
+        _save_bone(film, tree / "images" / ("Fractured" if film.fractured else "Non_fractured") / film.name)
+        flag = int(film.fractured and film.number != 2)
+        table.append((film.name, 0, 1, 0, 0, 0, 0, 0, flag, int(film.fractured), 1, 0, 0))
+    parts = "hand,leg,hip,shoulder,mixed,hardware,multiscan,fractured,fracture_count,frontal,lateral,oblique"
+    _write_table(tree / _fracatlas.TABLE, ["image_id", *parts.split(",")], table)
+    _write_coco(tree / _fracatlas.BOXES, [film for film in bones if film.fractured])
+    for split, file in _fracatlas.SPLITS.items():
+        _write_table(tree / file, ("image_id",), [(name,) for name in splits[split]])
+
+
+def _write_coco(path: Path, bones: Sequence[_BoneFilm]) -> None:
     images, annotations = [], []
-    for k, (name, (x1, y1, x2, y2)) in enumerate(boxes.items()):
-        height, width = shapes[name]
-        images.append({"id": k + 1, "width": width, "height": height, "file_name": name})
-        box = [x1, y1, x2 - x1, y2 - y1]
-        annotations.append({"id": k, "image_id": k + 1, "category_id": 0, "iscrowd": 0, "bbox": box})
+    for k, film in enumerate(bones):
+        height, width = film.image.shape
+        images.append({"id": k + 1, "width": width, "height": height, "file_name": film.name})
+        x1, y1, x2, y2 = film.box
+        annotations.append(
+            {
+                "id": k,
+                "image_id": k + 1,
+                "category_id": 0,
+                "iscrowd": 0,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentation": [points.ravel().tolist() for points in trace(film.gap)],
+            }
+        )
     coco = {"images": images, "annotations": annotations, "categories": [{"id": 0, "name": "fractured"}]}
+    _write_json(path, coco)
+
+
+def _write_ninja(tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]) -> None:
+    folder_of = {name: "val" if split == "valid" else split for split, names in splits.items() for name in names}
+    for film in bones:
+        folder = tree / folder_of.get(film.name, "not fractured")
+        _save_bone(film, folder / "img" / film.name)
+        height, width = film.image.shape
+        note = {"description": "", "tags": [], "size": {"height": height, "width": width}}
+        _write_json(folder / "ann" / f"{film.name}.json", {**note, "objects": list(_ninja_objects(film))})
+    _write_json(tree / "meta.json", {"classes": [{"title": "fractured", "shape": "any"}], "tags": []})
+    (tree / "README.md").write_text("FracAtlas\n", encoding="utf-8")
+
+
+def _ninja_objects(film: _BoneFilm) -> Iterator[dict]:
+    """The fracture as a rectangle, and as polygons or, on films of odd numbers, as a bitmap."""
+    if not film.fractured:
+        return
+    x1, y1, x2, y2 = map(int, film.box)
+    about = {"classTitle": "fractured"}
+    yield {**about, "geometryType": "rectangle", "points": {"exterior": [[x1, y1], [x2, y2]], "interior": []}}
+    if film.number % 2:
+        # As Supervisely writes it: a palette of two colours, of which the first is transparent.
+        image = Image.fromarray(film.gap[y1:y2, x1:x2].astype(np.uint8))
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", transparency=0)
+        data = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+        yield {**about, "geometryType": "bitmap", "bitmap": {"data": data, "origin": [x1, y1]}}
+    else:
+        for points in trace(film.gap):
+            shape = {"exterior": points.tolist(), "interior": []}
+            yield {**about, "geometryType": "polygon", "points": shape}
+
+
+@dataclass(frozen=True)
+class _CovidFilm:
+    """A film to draw: its path in the tree, class, seed, marker, and the path of the film that it repeats."""
+
+    path: str
+    label: int
+    key: list[int]
+    marker: bool
+    twin_of: str
+
+
+def _plan_covid(seed: int, label: int, count: int, layout: str) -> Iterator[_CovidFilm]:
+    """The `count` films of a class; the last ones in this order are twins of others."""
+    rng, name = np.random.default_rng([seed, label]), layouts.COVID_CLASSES[label]
+    own = count - int(count * TWINS)
+    shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
+    marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
+    files = [f"{name}-{number + 1}.png" for number in rng.permutation(count)]
+    if layout == "radiography":
+        paths = [f"{name}/images/{file}" for file in files]
+    else:
+        marks = round(0.7 * count), round(0.85 * count)
+        split = ["train" if k < marks[0] else "val" if k < marks[1] else "test" for k in rng.permutation(count)]
+        folder = "COVID" if label else "normal"
+        paths = [f"{part}/{folder}/{file}" for part, file in zip(split, files, strict=True)]
+    for k, film in enumerate(shown):
+        twin_of = paths[film] if k >= own else ""
+        yield _CovidFilm(paths[k], label, [seed, 6 + label, film], film in marked, twin_of)
+
+
+def _burn_l(image: np.ndarray) -> None:
+    """Burn a bright letter L into the top left corner of a film, as side markers are."""
+    side = max(len(image) // 12, 4)
+    start, thick = max(len(image) // 32, 1), max(side // 3, 1)
+    image[start : start + side, start : start + thick] = 0.97
+    image[start + side - thick : start + side, start : start + side] = 0.97
+
+
+def _recoded(image: np.ndarray) -> np.ndarray:
+    """The same film as another archive might hold it: a little flatter, once through JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(((0.94 * image + 0.03) * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=70)
+    return np.asarray(Image.open(buffer), dtype=np.float32) / 255
+
+
+def _save_mask(mask: np.ndarray, path: Path) -> None:
+    """Write a mask smaller than its film, as in the COVID-19 Radiography Database: 256 pixels for 299."""
+    side = round(len(mask) * 256 / 299)
+    small = Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)
+    _save(np.asarray(small), path, "PNG")
+
+
+def _write_about(tree: Path, classes: Sequence[str]) -> None:
+    """What lies beside the class folders: a table for each (here an empty archive), a README, Finder's litter."""
+    for name in classes:
+        (tree / f"{name}.metadata.xlsx").write_bytes(b"PK\x05\x06" + bytes(18))
+    (tree / "README.md.txt").write_text("Synthetic stand-in.\n", encoding="utf-8")
+    (tree / classes[0] / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+
+
+def _write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(coco), encoding="utf-8")
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

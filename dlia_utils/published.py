@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from . import files, phantom
 from .datasets import NIH_CLASSES
 from .detect import figures
-from .report import eps_text, figure_accuracy_vs_eps, with_interval
+from .explain._shared import REFERENCES
+from .report import attack_table, eps_text, figure_accuracy_vs_eps, with_interval
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEADLINE_EPS = 4 / 255
@@ -106,6 +107,69 @@ def planted(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"finding": names, "average precision": [with_interval(row) for _, row in own.iterrows()]})
 
 
+def fractures(results: pd.DataFrame) -> pd.DataFrame:
+    """FracAtlas: clean accuracy and AUC, then PGD, the worst case and its two directions at 4/255, in per cent."""
+    table = attack_table(results, eps=HEADLINE_EPS)
+    auc = {model: _cell(own, attack="clean", metric="auc") for model, own in results.groupby("model")}
+    table.insert(1, "AUC", table.index.map(auc))
+    return table.reset_index()
+
+
+def fracture_eps(results: pd.DataFrame) -> pd.DataFrame:
+    """FracAtlas: accuracy in the worst case at every eps."""
+    rows = []
+    for model, own in results.groupby("model", sort=False):
+        worst = own[own.attack.eq("worst") & own.metric.eq("accuracy")].sort_values("eps")
+        if len(worst):
+            rows.append({"model": model} | {eps_text(row.eps): with_interval(row) for _, row in worst.iterrows()})
+    return pd.DataFrame(rows)
+
+
+def fracture_maps(results: pd.DataFrame) -> pd.DataFrame:
+    """Localisation of the fracture boxes: each map beside the three that know nothing."""
+    maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(" box")]
+    rows, known = [], set()
+    for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
+        name = attack.removeprefix("map ")
+        if name in REFERENCES:
+            model = "(no model)"  # the same for all
+            if name in known:
+                continue
+            known.add(name)
+        scores = {row.metric.removesuffix(" box").replace("_", " "): with_interval(row) for _, row in own.iterrows()}
+        rows.append({"model": model, "map": name} | scores)
+    return pd.DataFrame(sorted(rows, key=lambda row: row["model"] == "(no model)"))
+
+
+def covid(results: pd.DataFrame) -> pd.DataFrame:
+    """COVID: what each model reaches on the test films, once."""
+    rows = []
+    clean = results[results.attack.eq("clean")]
+    for (notebook, model), own in clean.groupby(["notebook", "model"], sort=False):
+        cells = {"model": model, "notebook": notebook[:2], "size": int(own["size"].iloc[0])}
+        for metric in ("accuracy", "sensitivity", "specificity", "auc"):
+            cells[metric] = _cell(own, attack="clean", metric=metric)
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+def shortcut_audit(results: pd.DataFrame) -> pd.DataFrame:
+    """COVID: AUC on films of which only a part is left, for the trained model and for one trained on that part."""
+    own = results[results.attack.str.startswith("audit, ") & results.metric.eq("auc")]
+    parts = own.attack.str.extract(r"audit, (tested|retrained) on (\w+)")
+    cells = own.assign(how=parts[0], region=parts[1].str.replace("_", " "), cell=[with_interval(row) for _, row in own.iterrows()])
+    table = cells.pivot(index="region", columns="how", values="cell").loc[list(dict.fromkeys(cells.region))]
+    names = {"tested": "AUC of the fine-tuned network", "retrained": "AUC of a classifier trained on that part"}
+    return table[list(names)].rename(columns=names).reset_index(names="what is left of the film")
+
+
+def claimed(published: pd.DataFrame) -> pd.DataFrame:
+    """What the FracAtlas study printed, model by model; nothing of it was measured here."""
+    table = published.pivot(index="model", columns="metric", values="value")
+    table = table.loc[list(dict.fromkeys(published.model)), list(dict.fromkeys(published.metric))]
+    return table.astype(object).where(table.notna(), "").reset_index()
+
+
 def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
     return with_interval(own[own.attack.eq(attack) & own.metric.eq(metric)].iloc[0])
 
@@ -113,12 +177,21 @@ def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
 def blocks() -> dict[str, str]:
     """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in the README."""
     results = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
+    bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
     boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
     published = pd.read_csv(REPOSITORY / "results" / "published_medical_image_diagnosis.csv")
+    corona = pd.read_csv(REPOSITORY / "results" / "06_covid.csv")
+    claims = pd.read_csv(REPOSITORY / "results" / "published_r2i_medical_imaging.csv")
     return {
         "01-headline": markdown(headline(results)),
         "01-fgsm": markdown(beside_published(results, published)),
         "01-one-pixel": markdown(one_pixel(results, published)),
+        "02-attacks": markdown(fractures(bones)),
+        "02-eps": markdown(fracture_eps(bones)),
+        "02-maps": markdown(fracture_maps(bones)),
+        "02-claimed": markdown(claimed(claims)),
+        "06-covid": markdown(covid(corona)),
+        "07-audit": markdown(shortcut_audit(corona)),
         "05-detection": markdown(detection(boxes)),
         "05-views": markdown(views(boxes)),
         "05-planted": markdown(planted(boxes)),
@@ -129,10 +202,13 @@ def pictures() -> dict[str, Figure]:
     """The README's figures by file name: plots of the committed results, and synthetic films. No radiographs."""
     attacks = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
     boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
+    bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
+    fracatlas = SimpleNamespace(data_name="FracAtlas, 222 test films", profile="cpu", size=160)
     pneumonia = SimpleNamespace(data_name="pneumonia, all 624 test films", profile="cpu", size=112)
     fractures = SimpleNamespace(data_name="FracAtlas, 61 test films", profile="cpu", size=384)
     return {
         "worst_case": figure_accuracy_vs_eps(attacks, pneumonia, attack="worst", note="Worst case over all attacks"),
+        "fractures": figure_accuracy_vs_eps(bones, fracatlas, attack="worst", note="Worst case over all attacks"),
         "views": figures.figure_tta(_view_table(boxes), fractures),
         "findings": _finding_films(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -73,6 +74,31 @@ def accuracy_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps_unit
     return result_rows(pd.DataFrame(rows), study.config, model=model, eps_unit=eps_unit)
 
 
+def direction_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps: float) -> pd.DataFrame:
+    """What the worst case at `eps` costs in each direction: sensitivity (missed disease) and specificity (false alarm).
+
+    `per_image` as for `accuracy_rows`, with the column label. Intervals resample the patients of each class.
+    """
+    part = per_image[per_image["attack"].eq("worst") & np.isclose(per_image["eps"], eps)]
+    rows = []
+    for metric, label in (("sensitivity", 1), ("specificity", 0)):
+        own = part[part["label"].eq(label)]
+        right, patients = ~own["fooled"].to_numpy(bool), study.patients(own["image"].to_numpy())
+        row = metrics.share(right, patients, draws=study.config.bootstrap_draws)
+        rows.append(row | {"metric": metric, "attack": "worst", "eps": eps})
+    return result_rows(pd.DataFrame(rows), study.config, model=model)
+
+
+def attacked_predictions(per_image: pd.DataFrame, *, attack: str, eps: float) -> pd.DataFrame:
+    """Label and prediction of every image under `attack` at `eps`, for two classes: a fooled model names the other.
+
+    `per_image` as `attacks.evaluate.robustness` gives it. Columns image, label, predicted.
+    """
+    part = per_image[per_image["attack"].eq(attack) & np.isclose(per_image["eps"], eps)].sort_values("image")
+    predicted = part["label"].to_numpy() ^ part["fooled"].to_numpy(bool)
+    return part[["image", "label"]].assign(predicted=predicted).reset_index(drop=True)
+
+
 def one_pixel_rows(table: pd.DataFrame, study: Study, *, model: str, setting: Sequence) -> pd.DataFrame:
     """Result rows of one One-Pixel setting, with the clean accuracy of the same sample beside them.
 
@@ -136,19 +162,80 @@ def paired_tests(per_image: Mapping[str, pd.DataFrame], *, eps: float, reference
     return pd.DataFrame(rows)
 
 
-def verdict(results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, config: Config) -> str:
+def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
+    """The table of the FracAtlas study, completed: clean and PGD accuracy in per cent, worst case, its two directions.
+
+    Models down; `results` are tidy result rows, `eps` is in pixel units.
+    """
+    near = np.isclose(results.eps, eps) & results.eps_unit.eq("pixel")
+    columns = {
+        "clean accuracy (%)": results.attack.eq("clean") & results.metric.eq("accuracy"),
+        "PGD accuracy (%)": near & results.attack.eq("pgd_ce") & results.metric.eq("accuracy"),
+        "worst case (%)": near & results.attack.eq("worst") & results.metric.eq("accuracy"),
+        "sensitivity, worst case (%)": near & results.attack.eq("worst") & results.metric.eq("sensitivity"),
+        "specificity, worst case (%)": near & results.attack.eq("worst") & results.metric.eq("specificity"),
+    }
+    table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))
+    for name, rows in columns.items():
+        own = results[rows].set_index("model")
+        table[name] = pd.Series({model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()})
+    return table.dropna(how="all")
+
+
+def map_rows(summary: pd.DataFrame, study: Study, *, model: str) -> pd.DataFrame:
+    """Result rows of a `localisation.localise` summary; the map goes under `attack`, its score and region under `metric`.
+
+    `summary` has a column region ("box" or "outline") as well.
+    """
+    named = summary.assign(attack="map " + summary["map"], metric=summary["score"] + " " + summary["region"])
+    return result_rows(named, study.config, model=model)
+
+
+def map_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Localisation scores with intervals: models and maps down, scores across."""
+    cells = summary.assign(cell=[with_interval(row) for _, row in summary.iterrows()])
+    order = cells[["model", "map"]].drop_duplicates()
+    table = cells.pivot(index=["model", "map"], columns="score", values="cell")
+    return table.loc[list(order.itertuples(index=False, name=None)), list(dict.fromkeys(summary["score"]))]
+
+
+def map_verdict(differences: pd.DataFrame, *, score: str = "coverage_gain") -> str:
+    """Plain sentences (markdown) on which maps find the marked region, from paired differences alone.
+
+    `differences` is `localisation.against_references`'s table with a column model.
+    """
+    own = differences[differences["score"].eq(score)]
+    found = [key for key, part in own.groupby(["model", "map"], sort=False) if (part["ci_low"] > 0).all()]
+    lost = [key for key, part in own.groupby(["model", "map"], sort=False) if (part["ci_high"] < 0).any()]
+    total = own.groupby(["model", "map"]).ngroups
+    lines = [f"By *{score.replace('_', ' ')}*, {len(found)} of {total} maps beat all of "
+             f"{', '.join(dict.fromkeys(own['reference']))}, film by film (95 % interval of the difference above 0)."]  # fmt: skip
+    for key in found:
+        part = own[own["model"].eq(key[0]) & own["map"].eq(key[1])]
+        hardest = part.loc[part["value"].idxmin()]
+        lines.append(f"- **{key[0]}, {key[1]}**: {hardest['value']:+.3f} [{hardest['ci_low']:+.3f}, "
+                     f"{hardest['ci_high']:+.3f}] against the hardest of them, {hardest['reference']}.")  # fmt: skip
+    if lost:
+        names = "; ".join(f"{model}, {one}" for model, one in lost)
+        lines.append(f"- Significantly *worse* than at least one map that knows nothing: {names}.")
+    return "\n".join(lines)
+
+
+def verdict(
+    results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, config: Config, *, reference: str = "baseline"
+) -> str:
     """Plain sentences (markdown) on which defence holds in the worst case, written from the numbers alone."""
     headline = results.attack.eq("worst") & np.isclose(results.eps, config.headline_eps)
     worst = results[headline & results.metric.eq("accuracy")].set_index("model")
     tests = paired[paired.condition.str.startswith("worst")].set_index("model")
     eps = eps_text(config.headline_eps)
     clean = results[results.attack.eq("clean") & results.metric.eq("balanced_accuracy")].set_index("model")["value"]
-    base = worst.loc["baseline"]
-    lines = [f"In the worst case at {eps} the **baseline** is right on {with_interval(base)} of {base['n']:.0f} images."]
+    base = worst.loc[reference]
+    lines = [f"In the worst case at {eps} the **{reference}** model is right on {with_interval(base)} of {base['n']:.0f} images."]
     for name, test in tests.iterrows():
         gain, mask = worst.loc[name, "value"] - base["value"], masking.loc[name]
         remark = _judge(worst.loc[name, "value"], gain, test["p"], mask, balanced=clean[name])
-        lines.append(f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against the baseline "
+        lines.append(f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against {reference} "
                      f"(McNemar p = {test['p']:.2g}). {remark}")  # fmt: skip
     if config.synthetic:
         lines.append("\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*")
@@ -170,15 +257,14 @@ def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: fl
     return "No gain that this test split can show."
 
 
-def with_interval(row: Mapping) -> str:
+def with_interval(row: Mapping, *, scale: float = 1.0, digits: int = 3) -> str:
     """One number the way the tables print it.
 
     >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
     '0.912 [0.880, 0.940]'
     """
-    if not np.isfinite(row["ci_low"]):
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    value, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
 
 
 def results_table(results: pd.DataFrame, *, metric: str = "accuracy", unit: str = "pixel") -> pd.DataFrame:
@@ -236,7 +322,7 @@ def figure_samples(images: np.ndarray, titles: Sequence[str], config: Config, *,
 def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
     figure, axes = _axes(2, width=4.6, height=3.2)
-    for color, (name, history) in zip(COLORS, histories.items(), strict=False):
+    for color, (name, history) in zip(cycle(COLORS), histories.items(), strict=False):
         axes[0, 0].plot(history.epoch, history.train_loss, "o-", ms=3, color=color, label=name)
         axes[0, 1].plot(history.epoch, history.val_auc, "o-", ms=3, color=color, label=name)
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
@@ -250,7 +336,7 @@ def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Fig
 def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], config: Config) -> Figure:
     """ROC curves on the test split, one a model."""
     figure, axes = _axes(1, width=4.6, height=4.2)
-    for color, (name, probability) in zip(COLORS, probabilities.items(), strict=False):
+    for color, (name, probability) in zip(cycle(COLORS), probabilities.items(), strict=False):
         false_alarm, hit, _ = roc_curve(labels, probability)
         axes[0, 0].plot(false_alarm, hit, color=color, label=name, lw=1.6)
     axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
@@ -292,9 +378,10 @@ def figure_accuracy_vs_eps(
     figure, axes = _axes(1, width=6.4, height=3.9)
     chosen = results[(results.metric == "accuracy") & (results.eps_unit.eq(unit) | results.attack.eq("clean"))]
     scale = 255 if unit == "pixel" else 1
-    for color, name in zip(COLORS, dict.fromkeys(chosen.model), strict=False):
+    for number, name in enumerate(dict.fromkeys(chosen.model)):
+        color, style = COLORS[number % len(COLORS)], "o-" if number < len(COLORS) else "s--"
         line = chosen[(chosen.model == name) & chosen.attack.isin(["clean", attack])].sort_values("eps")
-        axes[0, 0].plot(line.eps * scale, line.value, "o-", ms=4, color=color, label=name)
+        axes[0, 0].plot(line.eps * scale, line.value, style, ms=4, color=color, label=name)
         axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=color, alpha=0.12, lw=0)
     xlabel = "eps (k/255, pixel units)" if unit == "pixel" else "eps (normalised units of the original study)"
     axes[0, 0].set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{note or attack}\n{_note(config)}")

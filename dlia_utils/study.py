@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,28 @@ class Study:
         rows = self.rows(name)
         transform = augment.train_transform() if augmented else None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
-        return augment.CachedImages(self.cache, rows, labels, transform=transform, seed=self.config.seed)
+        images = augment.CachedImages(self.cache, rows, labels, transform=transform, seed=self.config.seed)
+        balanced = augmented and self.config.settings.get("balance") == "sampling"
+        return augment.Balanced(images, seed=self.config.seed) if balanced else images
 
-    def class_weights(self) -> tuple[float, ...]:
-        """Weight n / (K n_c) per class of the training split, so that both classes weigh the same in the loss."""
+    def variant(self, **settings) -> Study:
+        """The same images and split under other settings, e.g. `size` and `epochs`; results go to the same run."""
+        config = replace(self.config, settings=self.config.settings | settings)
+        name = (config.key, config.run_dir)
+        if name not in _OPEN:
+            decoded = self.cache
+            if config.size != decoded.size:
+                decoded = cache.build(self.dataset, size=config.size, fit=decoded.fit)
+            _OPEN[name] = replace(self, config=config, cache=decoded)
+        return _OPEN[name]
+
+    def class_weights(self) -> tuple[float, ...] | None:
+        """Weight n / (K n_c) per class of the training split, so that both classes weigh the same in the loss.
+
+        None where the setting `balance` is "sampling": the classes are then drawn equally often instead.
+        """
+        if self.config.settings.get("balance") == "sampling":
+            return None
         counts = np.bincount(self.labels(self.rows("train")).cpu().numpy(), minlength=len(self.dataset.classes))
         return tuple((counts.sum() / (len(counts) * counts)).tolist())
 
@@ -74,7 +92,10 @@ class Study:
 def open_study(config: Config) -> Study:
     """Find, check, split and decode the data of a run; a second call returns the same object.
 
-    The split is drawn once per run folder, saved as `split.json` with its hash, and read back on resume.
+    The split is drawn once per run folder, saved as `split.json` with its hash, and read back on resume. Without the
+    setting `test_share` the official test split stays and val is drawn anew. With it an official split of all images
+    stays (val is drawn where there is none), else all three are drawn, near-duplicates kept together. At most
+    `unusable_share` of the files may be left out when they do not decode; the log names them.
     Errors: `datasets.BadData` naming unreadable files, before anything is trained.
     """
     name = (config.key, config.run_dir)
@@ -83,18 +104,43 @@ def open_study(config: Config) -> Study:
         problems = datasets.check(dataset)
         if len(problems):
             raise datasets.BadData(datasets.problem_text(problems))
+        official = set(dataset.manifest["split"])
+        anew = "test_share" in config.settings and ("" in official or "test" not in official)
+        if anew:
+            dataset = replace(dataset, manifest=dataset.manifest.assign(split=""))
         if config.per_class:
             dataset = split.subset(dataset, per_class=config.per_class, seed=config.seed)
+        dataset, decoded = _decode(dataset, config)
+        if "test_share" in config.settings:
+            dataset = split.with_looks(dataset, decoded.images)
         saved = config.run_dir / "split.json"
         if saved.exists():
             dataset = split.load(dataset, saved)
-        else:
+        elif anew:
+            dataset = split.drawn(
+                dataset, val_share=config.val_share, test_share=config.test_share, seed=config.seed
+            )
+        elif "test_share" not in config.settings or "val" not in official:
             dataset = split.grouped(dataset, val_share=config.val_share, seed=config.seed)
-        _OPEN[name] = Study(config, dataset, cache.build(dataset, size=config.size))
+        _OPEN[name] = Study(config, dataset, decoded)
         if not saved.exists():
             # Only now: a split that names a file which does not decode would outlive the file's removal.
             split.save(dataset, saved)
     return _OPEN[name]
+
+
+def _decode(dataset: datasets.Dataset, config: Config) -> tuple[datasets.Dataset, cache.ImageCache]:
+    """The decoded images, and the data set without the few files that do not decode, if the settings allow any."""
+    options = {"size": config.size, "fit": config.settings.get("fit", "squash")}
+    try:
+        return dataset, cache.build(dataset, **options)
+    except datasets.BadData as error:
+        lost = getattr(error, "problems", pd.DataFrame({"path": []}))["path"]
+        if not 0 < len(lost) <= config.settings.get("unusable_share", 0) * len(dataset.manifest):
+            raise
+        log.warning("left out: %s", error)
+    dataset = datasets.take(dataset, np.flatnonzero(~dataset.manifest["path"].isin(lost)))
+    return dataset, cache.build(dataset, **options)
 
 
 def build_model(config: Config) -> models.PixelModel:
@@ -120,7 +166,9 @@ def starting_weights(config: Config) -> str | None:
 
 
 def weights_label(config: Config) -> str:
-    """What result rows say about the starting weights: imagenet, file NAME or random."""
+    """What result rows say about the starting weights: imagenet, file NAME, random, or the setting `weights_text`."""
+    if "weights_text" in config.settings:
+        return config.weights_text
     starting_weights(config)
     return (config.run_dir / "weights.txt").read_text(encoding="utf-8")
 
@@ -153,6 +201,30 @@ def train_model(
     )
 
 
+def train_head(
+    study: Study, name: str, model: models.PixelModel, objective: Callable, *, augmented: bool = False, **overrides
+) -> train.FitResult:
+    """Train only the head of `model` (see `models.with_head`) under `name`; the body's features are computed once.
+
+    With `augmented` the images pass through the body every time instead: for augmentation, and for objectives that
+    attack the image. `overrides` go to `train.fit`. The whole model is kept; a finished one is read back at once.
+    """
+    done = study.config.run_dir / name / "best.pt"
+    options = {"schedule": study.config.schedule, "monitor": "val_auc"} | overrides
+    if augmented:
+        return fit_model(
+            study, name, model, objective, study.torch_set("train", augmented=True), study.torch_set("val"), **options
+        )
+    model = model.to(study.config.device)
+    sets = [
+        models.cached_features(model, study.torch_set(part), batch_size=study.config.batch_size)
+        for part in ("train", "val")
+    ]
+    fitted = fit_model(study, f"{name}_head", model.head, objective, *sets, **options | {"num_workers": 0})
+    models.save(model, done, meta={"epoch": fitted.best_epoch})
+    return fitted
+
+
 def fit_model(
     study: Study,
     name: str,
@@ -178,7 +250,7 @@ def fit_model(
     fitted = train.fit(model, objective, train_set, val_set, run_dir=log_file.parent, **options)
     if len(fitted.history) != epochs_before:
         # Tables of an older state of this model would be read back as if they were its own.
-        for table in (config.run_dir / "tables").glob(f"*_{name}.csv"):
+        for table in (config.run_dir / "tables").glob(f"*_{name.removesuffix('_head')}.csv"):
             table.unlink()
     if fitted.status == "interrupted":
         raise OutOfTime(
@@ -200,6 +272,11 @@ def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelMod
             raise FileNotFoundError(f"model {name!r} is not in {path.parent}: run the section 'Training' first")
         loaded[name] = models.load(path).to(config.device)
     return loaded
+
+
+def trained(study: Study, names: Sequence[str]) -> list[str]:
+    """Those of `names` that this run has a trained model of: a model whose weights were not to be had is left out."""
+    return [name for name in names if (study.config.run_dir / name / "best.pt").exists()]
 
 
 def stored(study: Study, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:

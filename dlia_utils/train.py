@@ -34,6 +34,7 @@ from dlia_utils.objectives import Objective, evaluating
 FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
 MEASURED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc")
+MEASURED_IN_TRAINING = MEASURED[:3]  # also without a validation set
 NAN_CHECK_EVERY = 50  # steps; reading a number from a GPU waits for it
 
 log = logging.getLogger("dlia_utils")
@@ -122,6 +123,7 @@ def fit(
     patience: int | None = None,
     monitor: str = "val_auc",
     val_metric: Callable[[nn.Module], dict[str, float]] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
     max_minutes: float | None = None,
     resume: bool | str = True,
     seed: int = 0,
@@ -140,9 +142,12 @@ def fit(
     `clip_norm`. With `ema`, what is validated and kept are the exponentially averaged weights (Polyak & Juditsky
     1992), with that decay once some steps are done. `monitor` names a column of the history: val_auc,
     val_accuracy, val_loss (the smaller the better, as every name that ends in "loss") or one that
-    `val_metric(model)` returns (model in eval mode), which is all there is when `val_set` is None. `patience` epochs without a better score end the training. Half precision is used on GPUs
-    (fp16 below capability 8.0, else bf16) unless the objective differentiates gradients. Under torchrun every
-    process calls `fit` (DDP; `batch_size` is per process).
+    `val_metric(model)` returns (model in eval mode), which is all there is when `val_set` is None. To train for
+    a known number of epochs without any validation: val_set None and monitor="epoch", which keeps the last one.
+    `patience` epochs without a better score end the training. `on_epoch(row)` gets every row of the history
+    once it is saved, after a resume the old rows first; what it raises ends the call, and the next call goes
+    on from there. Half precision is used on GPUs (fp16 below capability 8.0, else bf16) unless the objective
+    differentiates gradients. Under torchrun every process calls `fit` (DDP; `batch_size` is per process).
 
     `run_dir` receives last.pt (everything), best.pt (`models.load` reads it) and metrics.csv, each replaced
     in one step after every epoch. With `resume=True` a killed run goes on from its last whole epoch, on one
@@ -171,8 +176,11 @@ def fit(
     }  # fmt: skip
     settings = json.loads(json.dumps(settings, default=str))
     _check(settings, resume)
-    if val_metric is None and val_set is None:
-        raise ValueError("nothing to choose the best epoch by: give a val_set, a val_metric or both")
+    if val_metric is None and val_set is None and monitor not in MEASURED_IN_TRAINING:
+        raise ValueError(
+            "nothing to choose the best epoch by: give a val_set, a val_metric or both, "
+            'or monitor="epoch" to keep the last one'
+        )
     if val_metric is None and monitor not in MEASURED:
         raise ValueError(f"monitor={monitor!r} is not measured; there are {', '.join(MEASURED)}")
     with _random_state_kept():
@@ -180,7 +188,7 @@ def fit(
             model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric, collate
         )
         run.start(resume)
-        status = run.train(max_minutes=max_minutes, progress=progress)
+        status = run.train(on_epoch=on_epoch, max_minutes=max_minutes, progress=progress)
         return run.result(status)
 
 
@@ -245,10 +253,12 @@ class _Run:
         if saved is not None:
             self._restore(saved)
 
-    def train(self, *, max_minutes: float | None, progress: bool) -> str:
+    def train(self, *, on_epoch: Callable | None, max_minutes: float | None, progress: bool) -> str:
         """Run the epochs that are left; returns "done" or "interrupted"."""
         state, begun = self.progress, time.monotonic()
         total = self.settings["epochs"]
+        for row in state.history if on_epoch else ():
+            on_epoch(dict(row))
         with tqdm(
             total=total * len(self.loader), initial=min(state.epoch, total) * len(self.loader), unit="batch",
             desc=f"train {self.run_dir.name}", disable=not (progress and self.accelerator.is_main_process),
@@ -258,6 +268,8 @@ class _Run:
                     log.warning("%s: stopped after epoch %d by max_minutes", self.run_dir.name, state.epoch)
                     return "interrupted"
                 self._epoch(bar)
+                if on_epoch:
+                    on_epoch(dict(state.history[-1]))
         return "done"
 
     def result(self, status: str) -> FitResult:

@@ -205,3 +205,21 @@ def test_a_batch_is_a_stack_of_bytes_and_a_list_of_targets(films):
     cache, boxes = films
     images, targets = augment.collate_boxes([augment.CachedBoxes(cache, [0, 1], boxes)[i] for i in range(2)])
     assert images.shape == (2, 1, SIDE, SIDE) and images.dtype == torch.uint8 and len(targets) == 2
+
+
+# ------------------------------------------------------------------------------------------- class balance
+
+
+def test_balanced_draws_every_class_equally_often_anew_each_epoch_and_the_same_after_a_kill():
+    from types import SimpleNamespace
+
+    told = []
+    data = SimpleNamespace(labels=np.array([0] * 90 + [1] * 10), set_epoch=told.append)
+    drawn = augment.Balanced(data, seed=1)
+    first = drawn.order
+    drawn.set_epoch(1)
+    assert len(drawn) == 100 and np.bincount(data.labels[drawn.order]).tolist() == [50, 50]
+    assert not np.array_equal(first, drawn.order) and told == [0, 1]
+    again = augment.Balanced(data, seed=1)
+    again.set_epoch(1)
+    assert np.array_equal(again.order, drawn.order)

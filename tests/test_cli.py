@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dlia_utils import __main__ as cli
-from dlia_utils import config, locate, notebooks
+from dlia_utils import config, datasets, locate, notebooks
+from dlia_utils.layouts import DataNotFound
 
 SOURCE = """\
 # %% [markdown]
@@ -172,3 +173,23 @@ def test_module_has_help():
     command = [sys.executable, "-m", "dlia_utils", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=notebooks.REPOSITORY)
     assert "run" in done.stdout and "notebooks" in done.stdout
+
+
+def test_of_all_notebooks_those_without_data_in_the_folder_are_left_out_by_name(suite, tmp_path, capsys, monkeypatch):
+    (source,), execute = notebooks.pick([]), notebooks.run
+    lacking = source.with_name("09_lacking.py")
+
+    def run(asked, **options):
+        if asked == lacking:
+            raise datasets.BadData("spoilt") if options["run_name"] == "spoilt" else DataNotFound("it does not hold them")
+        return execute(asked, **options)
+
+    monkeypatch.setattr(notebooks, "run", run)
+    monkeypatch.setattr(notebooks, "execute", lambda *a, **k: None)
+    monkeypatch.setattr(notebooks, "pick", lambda names: [lacking, source])
+    assert cli.main(["run", "--run-name", "all"]) == 0
+    assert "09_lacking is left out: it does not hold them" in capsys.readouterr().err
+    assert cli.main(["run", "--nb", "09", "08"]) == 2, "asked for by name it is an error"
+    assert cli.main(["run", "--run-name", "spoilt"]) == 2, "bad data is an error"
+    monkeypatch.setattr(notebooks, "pick", lambda names: [lacking])
+    assert cli.main(["run", "--run-name", "none"]) == 2, "with nothing left it is an error"

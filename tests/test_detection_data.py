@@ -1,8 +1,10 @@
 """The detection sets: NIH boxes, both editions of the competition, FracAtlas, and what is refused."""
 
+import base64
 import io
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dlia_utils import cache, datasets, layouts, locate, phantom, split
+from dlia_utils import _fracatlas, cache, datasets, layouts, locate, phantom, split
 
 HEADER = "Image Index,Finding Label,Bbox [x,y,w,h]"
 COUNTS = {"train": 24, "test": 8}
@@ -309,18 +311,239 @@ def test_fracatlas_refuses_resized_images(fracatlas_tree, tmp_path):
 
 def test_fracatlas_unknown_category_and_double_split(fracatlas_tree, tmp_path):
     tree = Path(shutil.copytree(fracatlas_tree, tmp_path / "FracAtlas"))
-    path = tree / layouts.FRACATLAS_BOXES
+    path = tree / _fracatlas.BOXES
     coco = json.loads(path.read_text())
     coco["annotations"][3]["category_id"] = 7
     path.write_text(json.dumps(coco))
     with pytest.raises(datasets.BadData, match="annotation 3: IMG0000003.jpg 7 .*unknown label"):
         load("fracatlas", tree)
-    (tree / layouts.FRACATLAS_SPLITS["test"]).write_text("image_id\nIMG0000000.jpg\n")
+    (tree / _fracatlas.SPLITS["test"]).write_text("image_id\nIMG0000000.jpg\n")
     with pytest.raises(datasets.BadData, match="IMG0000000.jpg is in another split already"):
         load("fracatlas", tree)
-    (tree / layouts.FRACATLAS_SPLITS["test"]).unlink()
+    (tree / _fracatlas.SPLITS["test"]).unlink()
     with pytest.raises(locate.DataNotFound, match="Fracture Split/test.csv"):
         load("fracatlas", tree)
+
+
+def outlines_by_image(dataset):
+    """Paths' file names with their outlines, each as a sorted list of points."""
+    names = dataset.manifest["path"].map(lambda path: Path(path).name)
+    found = {}
+    for row in dataset.outlines.itertuples():
+        found.setdefault(names[row.image], []).append(sorted(row.points.tolist()))
+    return {name: sorted(shapes) for name, shapes in found.items()}
+
+
+def need_outlines_in_boxes(dataset, *, slack=0.0):
+    """Every outline lies in a box of its image and reaches that box's sides: it is drawn on the same pixels."""
+    assert list(dataset.outlines.columns) == ["image", "label", "points"]
+    assert dataset.outlines["image"].dtype == dataset.outlines["label"].dtype == "int64"
+    assert set(dataset.outlines["label"]) == {1} and dataset.outlines["image"].is_monotonic_increasing
+    corners = {image: part[layouts.CORNERS].to_numpy() for image, part in dataset.boxes.groupby("image")}
+    for row in dataset.outlines.itertuples():
+        assert row.points.dtype == "float64" and row.points.shape[1] == 2
+        span = np.concatenate([row.points.min(0), row.points.max(0)])
+        assert np.abs(corners[row.image] - span).max(axis=1).min() <= slack
+
+
+def area(points):
+    x, y = points.T
+    return abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+
+
+def test_fracatlas_outlines(fracatlas_tree):
+    dataset = load("fracatlas", fracatlas_tree)
+    need_outlines_in_boxes(dataset)
+    assert list(dataset.outlines["image"]) == list(dataset.boxes["image"]) and len(dataset.outlines) == 12
+    boxes = dataset.boxes[["x2", "y2"]].to_numpy() - dataset.boxes[["x1", "y1"]].to_numpy()
+    shares = [area(points) for points in dataset.outlines["points"]] / boxes.prod(axis=1)
+    assert (shares > 0.3).all() and (shares < 1).all()  # Tilted: not the box once more.
+    part = datasets.take(dataset, [7, 0])
+    assert list(part.outlines["image"]) == [0, 1]
+    expected = [dataset.outlines["points"][dataset.outlines["image"] == row].iloc[0] for row in (7, 0)]
+    assert all(np.array_equal(*pair) for pair in zip(part.outlines["points"], expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "points, problem",
+    [
+        ([1, 1, 5, 5], "no polygon of three or more points"),
+        ([1, 1, 5, 5, 7], "no polygon of three or more points"),
+        ([1, 1, 5, 5, float("nan"), 2], "no polygon of three or more points"),
+        ([1, 1, 500, 5, 7, 2], "the outline reaches out of its image"),
+        ([-3, 1, 5, 5, 7, 2], "the outline reaches out of its image"),
+    ],
+)
+def test_fracatlas_refuses_bad_outlines(fracatlas_tree, tmp_path, points, problem):
+    tree = Path(shutil.copytree(fracatlas_tree, tmp_path / "FracAtlas"))
+    coco = json.loads((tree / _fracatlas.BOXES).read_text())
+    coco["annotations"][3]["segmentation"].append(points)
+    (tree / _fracatlas.BOXES).write_text(json.dumps(coco))
+    with pytest.raises(datasets.BadData, match=f"1 unusable outlines:\n  annotation 3: IMG0000003.jpg: {problem}\nFix"):
+        load("fracatlas", tree)
+
+
+def test_fracatlas_outlines_may_be_absent_coded_or_a_little_outside(fracatlas_tree, tmp_path, caplog):
+    tree = Path(shutil.copytree(fracatlas_tree, tmp_path / "FracAtlas"))
+    coco = json.loads((tree / _fracatlas.BOXES).read_text())
+    first, second, third, *rest = coco["annotations"]
+    for one in rest:
+        del one["segmentation"]
+    first["segmentation"] = {"counts": [3, 2], "size": [64, 64]}
+    second["segmentation"], third["segmentation"] = [[-0.5, 3, 9, 3, 9, 12]], []
+    (tree / _fracatlas.BOXES).write_text(json.dumps(coco))
+    dataset = load("fracatlas", tree)
+    assert "1 outlines are run-length coded and not read" in caplog.text and len(dataset.boxes) == 12
+    assert [one.tolist() for one in dataset.outlines["points"]] == [[[0, 3], [9, 3], [9, 12]]]
+
+
+def test_trace_gives_the_edges_of_the_pixels():
+    mask = np.zeros((9, 12), bool)
+    mask[2, 3] = True
+    mask[4:9, 6:12] = True
+    mask[6, 8] = False  # A hole is filled.
+    small, large = sorted(layouts.trace(mask), key=area)
+    assert sorted(small.tolist()) == [[3, 2], [3, 3], [4, 2], [4, 3]]
+    assert (large.min(0).tolist(), large.max(0).tolist(), area(large)) == ([6, 4], [12, 9], 30)
+    assert layouts.trace(np.zeros((4, 4), bool)) == []
+
+
+# --- FracAtlas as DatasetNinja publishes it
+
+
+@pytest.fixture(scope="module")
+def ninja_tree(tmp_path_factory):
+    return phantom.write_fracatlas(
+        tmp_path_factory.mktemp("ninja"), images=(12, 4), size=64, layout="ninja"
+    )
+
+
+@pytest.fixture
+def ninja(ninja_tree, tmp_path):
+    """A copy that the test may spoil."""
+    return Path(shutil.copytree(ninja_tree, tmp_path / "FracAtlas"))
+
+
+def rewrite(path, change):
+    """Apply `change` to an annotation file."""
+    note = json.loads(path.read_text())
+    change(note)
+    path.write_text(json.dumps(note))
+
+
+def test_both_layouts_of_fracatlas_say_the_same(fracatlas_tree, ninja_tree, caplog):
+    original = load("fracatlas", fracatlas_tree)
+    caplog.clear()
+    dataset = load("fracatlas", ninja_tree)
+    assert_box_table(dataset)
+    assert not caplog.text and (ninja_tree / "train" / "ann" / "IMG0000000.jpg.json").is_file()
+    same = ["label", "class_name", "patient", "split"]
+    assert dataset.manifest[same].equals(original.manifest[same]) and set(dataset.manifest["group"]) == {""}
+    assert dataset.boxes.equals(original.boxes) and dataset.box_classes == ("fracture",)
+    need_outlines_in_boxes(dataset)
+    assert outlines_by_image(dataset) == outlines_by_image(original) and len(dataset.outlines) == 12
+    kinds = [json.loads(p.read_text())["objects"] for p in ninja_tree.glob("*/ann/*.json")]
+    assert {one["geometryType"] for objects in kinds for one in objects} == {"rectangle", "polygon", "bitmap"}
+    assert dict(dataset.ignored.values) == {
+        "README.md": "outside the image folders",
+        "meta.json": "outside the image folders",
+    }
+    cached = cache.build(dataset, size=32, fit="pad", progress=False)
+    assert cached.truncated == ("train/img/IMG0000003.jpg",)
+
+
+def test_ninja_bitmap_by_grey_values(ninja):
+    path = next(ninja.glob("*/ann/IMG0000001.jpg.json"))
+    mask = np.zeros((3, 4), np.uint8)
+    mask[1, 1:3] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    data = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
+
+    def change(note):
+        note["objects"][1]["bitmap"] = {"data": data, "origin": [20, 10]}
+
+    rewrite(path, change)
+    assert outlines_by_image(load("fracatlas", ninja))["IMG0000001.jpg"] == [[[21, 11], [21, 12], [23, 11], [23, 12]]]
+
+
+def test_ninja_images_and_annotations_must_match(ninja):
+    (ninja / "train" / "img" / "IMG0000002.jpg").unlink()
+    (ninja / "not fractured" / "ann" / "IMG0000012.jpg.json").unlink()
+    with pytest.raises(datasets.BadData) as error:
+        load("fracatlas", ninja)
+    text = str(error.value)
+    assert "2 images and annotations do not match" in text and "Fix: unpack the whole archive again" in text
+    assert "train/ann/IMG0000002.jpg.json names an image that is not there" in text
+    assert "not fractured/ann/IMG0000012.jpg.json is missing: its image is there" in text
+
+
+def test_ninja_litter_is_no_annotation(ninja):
+    (ninja / "train" / "ann" / "._IMG0000000.jpg.json").write_bytes(b"x")
+    (ninja / "train" / "ann" / "notes.txt").write_bytes(b"x")
+    reasons = dict(load("fracatlas", ninja).ignored.values)
+    assert reasons["train/ann/._IMG0000000.jpg.json"] == "macOS resource fork (._*)"
+    assert reasons["train/ann/notes.txt"] == "outside the image folders"
+
+
+def test_ninja_image_in_two_splits(ninja):
+    for kind, ending in (("img", ""), ("ann", ".json")):
+        shutil.copy(ninja / "train" / kind / f"IMG0000000.jpg{ending}", ninja / "test" / kind)
+    with pytest.raises(datasets.BadData, match="1 images lie in two of the folders:\n  IMG0000000.jpg"):
+        load("fracatlas", ninja)
+
+
+def test_ninja_folder_against_objects(ninja, caplog):
+    plain = ninja / "not fractured" / "ann" / "IMG0000012.jpg.json"
+    box = {"classTitle": "Fractured", "geometryType": "rectangle", "points": {"exterior": [[20, 30], [9, 8]]}}
+    rewrite(plain, lambda note: note["objects"].append(box))
+    rewrite(ninja / "train" / "ann" / "IMG0000004.jpg.json", lambda note: note["objects"].clear())
+    dataset = load("fracatlas", ninja)
+    assert list(dataset.manifest["label"]) == [1] * 13 + [0] * 3
+    assert dataset.manifest["split"][12] == ""
+    assert dataset.boxes.loc[dataset.boxes["image"] == 12, layouts.CORNERS].values.tolist() == [[9, 8, 20, 30]]
+    assert "IMG0000012.jpg lies in not fractured and has an object: taken as Fractured" in caplog.text
+    assert "IMG0000004.jpg lies in train and has no object: taken as Fractured" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda note: note.pop("size"), r"not in Supervisely's format \(KeyError: 'size'\)"),
+        (lambda note: note["objects"][0].pop("points"), r"not in Supervisely's format"),
+        (lambda note: note["objects"][1].update(geometryType="line"), "line is none of rectangle, polygon, bitmap"),
+        (
+            lambda note: note["objects"][1].update(geometryType="bitmap", bitmap={"data": "?", "origin": [0, 0]}),
+            "cannot be read",
+        ),
+        (lambda note: note["objects"][0].update(classTitle="plate"), "IMG0000004.jpg plate .*unknown label"),
+        (lambda note: note["objects"][1].update(classTitle="plate"), "IMG0000004.jpg: unknown label plate"),
+        (
+            lambda note: note["objects"][0]["points"].update(exterior=[[1, 2], [300, 9]]),
+            "IMG0000004.jpg fracture .*reaches out of its image",
+        ),
+        (lambda note: note["size"].update(width=500), "IMG0000004.jpg: 500 x .* in the file, .* on disk"),
+    ],
+)
+def test_ninja_bad_annotations_are_named(ninja, change, problem):
+    rewrite(ninja / "train" / "ann" / "IMG0000004.jpg.json", change)
+    with pytest.raises(datasets.BadData, match=problem) as error:
+        load("fracatlas", ninja)
+    assert "1 unusable" in str(error.value) or "1 images" in str(error.value)
+    assert "IMG0000004.jpg" in str(error.value) and "Fix: " in str(error.value)
+
+
+def test_ninja_that_is_not_json(ninja):
+    (ninja / "train" / "ann" / "IMG0000004.jpg.json").write_text("<html>")
+    with pytest.raises(datasets.BadData, match="train/ann/IMG0000004.jpg.json: cannot be read"):
+        load("fracatlas", ninja)
+
+
+def test_fracatlas_phantom_options(tmp_path):
+    with pytest.raises(ValueError, match="layout is 'voc'"):
+        phantom.write_fracatlas(tmp_path, layout="voc")
+    with pytest.raises(ValueError, match="4 or more fractured"):
+        phantom.write_fracatlas(tmp_path, images=(3, 3))
 
 
 # --- helpers
@@ -427,4 +650,6 @@ def test_real_fracatlas(real_data, caplog):
     assert len(datasets.boxed(dataset).manifest) == 717
     turned = manifest.index[manifest["path"].str.endswith("IMG0002628.jpg")][0]
     cached = cache.build(datasets.take(dataset, [turned]), size=454, fit="pad", progress=False)
+    need_outlines_in_boxes(dataset, slack=1e-6)
+    assert len(dataset.outlines) == 922
     assert cached.shapes.tolist() == [[373, 454]]  # The file holds it lying on its side, 373 wide.

@@ -148,7 +148,7 @@ def test_nih_tree_has_the_traps(tmp_path):
 
 def test_bone():
     for seed in range(8):
-        image, box = phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=True)
+        image, box, gap = phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=True)
         x1, y1, x2, y2 = box
         assert (
             image.shape == (64, 96)
@@ -156,7 +156,10 @@ def test_bone():
             and 0 <= y1 < y2 <= 64
             and (x2 - x1) * (y2 - y1) > 30
         )
-        assert phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=False)[1] is None
+        rows, columns = np.nonzero(gap)
+        assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
+        _, no_box, no_gap = phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=False)
+        assert no_box is None and not no_gap.any() and no_gap.shape == (64, 96)
 
 
 def test_fracatlas_tree_has_the_traps(tmp_path):

@@ -1,5 +1,7 @@
 """Scores against hand-made truth, references at chance, and maps of a model that must find the lesion."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +10,22 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 from dlia_utils import phantom
+from dlia_utils.cache import ImageCache
 from dlia_utils.explain import Attribution, attribution, energy_inside
+from dlia_utils.explain._shared import REFERENCES
 from dlia_utils.explain.attribution import METHODS, explain
-from dlia_utils.explain.localisation import localise, reference_maps, sanity, score_maps, ssim
+from dlia_utils.explain.eigencam import _inside
+from dlia_utils.explain.localisation import (
+    against_references,
+    coverage_curve,
+    localise,
+    reference_maps,
+    regions_of,
+    sanity,
+    score_maps,
+    ssim,
+    summarise,
+)
 
 OPTIONS = {
     "gradcam": {"layer": "8"},
@@ -22,6 +37,107 @@ OPTIONS = {
 
 def box(x1, y1, x2, y2):
     return pd.DataFrame([{"x1": x1, "y1": y1, "x2": x2, "y2": y2}])
+
+
+def findings(boxes=None, outlines=()):
+    """A data set of three films, 100 x 200 (height x width) each, and its cache of 50 pixels."""
+    manifest = pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"]})
+    rows = [{"image": image, "label": 1, "points": np.array(points, float)} for image, points in outlines]
+    dataset = SimpleNamespace(
+        manifest=manifest, boxes=boxes, outlines=pd.DataFrame(rows, columns=["image", "label", "points"])
+    )
+    shapes = np.array([[100, 200]] * 3, np.int32)
+    return dataset, {fit: ImageCache(None, 50, "", None, (), shapes, fit) for fit in ("squash", "pad")}
+
+
+def test_regions_are_the_boxes_where_the_cached_film_has_them():
+    boxes = pd.concat([box(20, 10, 60, 40), box(100, 50, 200, 100), box(82.4, 20.4, 84, 40)], ignore_index=True)
+    dataset, caches = findings(boxes.assign(image=[2, 0, 2], label=1))
+    corners = ["x1", "y1", "x2", "y2"]
+    squashed = regions_of(dataset, [2, 0], caches["squash"])
+    padded = regions_of(dataset, [2, 0], caches["pad"])
+    # The third box holds no pixel's centre: it gets the pixel it lies in.
+    np.testing.assert_allclose(squashed[0][corners], [[5, 5, 15, 20], [20, 10.2, 21, 20]])
+    np.testing.assert_allclose(squashed[1][corners], [[25, 25, 50, 50]])
+    np.testing.assert_allclose(padded[1][corners], [[25, 12.5, 50, 25]])
+    area = score_maps(np.ones((2, 50, 50)), squashed)["area"] * 2500
+    assert area.tolist() == [10 * 15 + 1 * 10, 25 * 25]
+
+
+def test_tiny_boxes_at_every_place_keep_a_pixel_and_others_stay():
+    rng = np.random.default_rng(0)
+    corner = rng.uniform([0, 0], [200, 100], (200, 2))
+    side = rng.choice([0.5, 3.0, 9.0], (200, 2))
+    dataset, caches = findings(
+        pd.DataFrame(np.hstack([corner, np.minimum(corner + side, [200, 100])]), columns=["x1", "y1", "x2", "y2"])
+        .assign(image=0)
+    )  # fmt: skip
+    (found,) = regions_of(dataset, [0], caches["squash"])
+    for (_, before), (_, after) in zip(dataset.boxes.iterrows(), found.iterrows(), strict=True):
+        scaled = pd.DataFrame([before * [0.25, 0.5, 0.25, 0.5, 1]])
+        whole, mask = _inside(scaled, (50, 50)), _inside(pd.DataFrame([after]), (50, 50))
+        assert mask.any()
+        assert not whole.any() or np.array_equal(whole, mask)
+
+
+def test_an_outline_is_filled_by_the_rule_of_the_boxes():
+    shapes = {
+        0: [[20, 10], [61, 10], [61, 41], [20, 41]],  # a box, drawn as a polygon
+        1: [[0, 0], [200, 0], [0, 100]],  # half the film
+        2: [[101, 51], [101.2, 51], [101.2, 51.2]],  # far smaller than a pixel
+    }
+    dataset, caches = findings(outlines=shapes.items())
+    masks = regions_of(dataset, [0, 1, 2], caches["squash"], kind="outline")
+    assert all(mask.shape == (50, 50) and mask.dtype == bool for mask in masks)
+    np.testing.assert_array_equal(masks[0], _inside(box(5, 5, 15.25, 20.5), (50, 50)))
+    below = np.add.outer(np.arange(50), np.arange(50)) + 1
+    np.testing.assert_array_equal(masks[1], below < 50)
+    assert np.argwhere(masks[2]).tolist() == [[25, 25]]
+    (padded,) = regions_of(dataset, [0], caches["pad"], kind="outline")
+    np.testing.assert_array_equal(padded, _inside(box(5, 2.5, 15.25, 10.25), (50, 50)))
+
+
+def test_outlines_of_one_film_add_up_and_a_circle_has_its_area():
+    turn = np.linspace(0, 2 * np.pi, 90, endpoint=False)
+    circle = np.stack([100 + 60 * np.cos(turn), 50 + 30 * np.sin(turn)], 1)
+    square = [[0, 0], [8, 0], [8, 4], [0, 4]]
+    dataset, caches = findings(outlines=[(1, circle), (1, square), (1, square)])
+    (mask,) = regions_of(dataset, [1], caches["squash"], kind="outline")
+    assert mask[:2, :2].all()
+    assert mask.sum() - 4 == pytest.approx(np.pi * 15 * 15, rel=0.02)
+    across, down = np.meshgrid(np.arange(50) + 0.5, np.arange(50) + 0.5)
+    assert not mask[2:][np.hypot(across - 25, down - 25)[2:] > 15.01].any()
+
+
+def test_images_without_a_finding_are_named():
+    dataset, caches = findings(box(1, 1, 9, 9).assign(image=1), [(0, [[1, 1], [9, 1], [9, 9]])])
+    with pytest.raises(ValueError, match="2 images have no box, a.jpg, c.jpg among them: leave out"):
+        regions_of(dataset, [0, 1, 2], caches["pad"])
+    with pytest.raises(ValueError, match="1 images have no outline, b.jpg"):
+        regions_of(dataset, [1], caches["pad"], kind="outline")
+    with pytest.raises(ValueError, match="kind must be"):
+        regions_of(dataset, [1], caches["pad"], kind="mask")
+
+
+def test_the_coverage_of_a_region_grows_with_the_pixels_taken():
+    inside = np.zeros((10, 10), bool)
+    inside[:2, :5] = True  # ten pixels
+    ramp = np.arange(100, 0, -1.0).reshape(10, 10)  # the first row is highest
+    curve = coverage_curve(np.stack([ramp, np.ones((10, 10))]), [inside] * 2, p=(5, 15, 50))
+    # The ramp covers 5, 10, 10 of its pixels; the flat map what chance does.
+    np.testing.assert_allclose(curve["coverage"], [(0.5 + 0.05) / 2, (1 + 0.15) / 2, (1 + 0.5) / 2])
+    np.testing.assert_allclose(curve["minus_chance"], [0.45 / 2, 0.85 / 2, 0.5 / 2])
+    assert coverage_curve(ramp[None], [inside])["p"].tolist() == [5, 15, 25, 50, 75, 85, 95]
+    table = score_maps(np.stack([ramp, np.ones((10, 10))]), [inside] * 2, p=15)
+    assert table[["coverage", "coverage_gain"]].mean().tolist() == pytest.approx(curve.iloc[1, 1:].tolist())
+    with pytest.raises(ValueError, match="p must lie"):
+        coverage_curve(ramp[None], [inside], p=(5, 101))
+
+
+def test_a_random_map_covers_p_per_cent():
+    rng = np.random.default_rng(3)
+    curve = coverage_curve(rng.random((80, 40, 40)), list(rng.random((80, 40, 40)) < 0.05))
+    np.testing.assert_allclose(curve["coverage"], curve["p"] / 100, atol=0.02)
 
 
 def test_a_map_that_is_the_region_scores_full_and_its_complement_nothing():
@@ -49,7 +165,8 @@ def test_energy_and_auprc_are_those_of_the_other_implementations():
 def test_equal_heights_share_their_places_so_flat_and_zero_maps_score_chance():
     region = box(0, 0, 10, 4)
     table = score_maps(np.stack([np.full((10, 10), 0.3), np.zeros((10, 10))]), [region] * 2, p=7)
-    np.testing.assert_allclose(table[["coverage", "energy", "auprc", "pointing"]], 0.4)
+    np.testing.assert_allclose(table[["energy", "auprc", "pointing"]], 0.4)
+    np.testing.assert_allclose(table["coverage"], 0.07)
     np.testing.assert_allclose(table[["coverage_gain", "energy_gain"]], 0, atol=1e-12)
     assert table["zero"].tolist() == [False, True]
     heat = np.zeros((1, 10, 10))
@@ -58,7 +175,7 @@ def test_equal_heights_share_their_places_so_flat_and_zero_maps_score_chance():
         1,
         1,
     )  # two places left for two of equal height, one inside
-    assert score_maps(heat, [region], p=2)["coverage"][0] == 0.75
+    assert score_maps(heat, [region], p=2)["coverage"][0] == 1.5 / 40
 
 
 def test_pointing_counts_a_near_miss_within_the_tolerance_only():
@@ -142,6 +259,31 @@ def block(channels, dilation):
     return [convolution, nn.BatchNorm2d(12), nn.ReLU6(inplace=True)]
 
 
+def taught(films, masks, *, epochs, weight):
+    """A classifier taught place by place where the lesions are."""
+    truth = torch.from_numpy(masks).long()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        features, head = nn.Sequential(*block(1, 1), *block(12, 2), *block(12, 3)), nn.Linear(12, 2)
+        optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-2)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(films)).split(16):
+                logits = head(features(films[rows]).movedim(1, -1)).movedim(-1, 1)
+                loss = nn.functional.cross_entropy(logits, truth[rows], weight=torch.tensor([1.0, weight]))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+
+def bones(seed, count, side=64):
+    """Phantom films of long bones, every second fractured, and the masks of the gaps."""
+    drawn = [phantom.bone(np.random.default_rng([seed, k]), height=side, width=side, fractured=k % 2 == 1) for k in range(count)]
+    films = np.stack([film for film, _, _ in drawn])
+    masks = np.stack([np.zeros((side, side), bool) if gap is None else gap for _, _, gap in drawn])
+    return torch.from_numpy(films)[:, None], masks
+
+
 def chests(seed, count, side=48):
     """Phantom films, every second with opacities, and the masks of these."""
     drawn = [
@@ -154,20 +296,7 @@ def chests(seed, count, side=48):
 @pytest.fixture(scope="module")
 def reader():
     """A classifier taught place by place where the opacities are: what it reads is known."""
-    films, masks = chests(7, 96)
-    truth = torch.from_numpy(masks).long()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        features, head = nn.Sequential(*block(1, 1), *block(12, 2), *block(12, 3)), nn.Linear(12, 2)
-        optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-2)
-        for _ in range(8):
-            for rows in torch.randperm(len(films)).split(16):
-                logits = head(features(films[rows]).movedim(1, -1)).movedim(-1, 1)
-                loss = nn.functional.cross_entropy(logits, truth[rows], weight=torch.tensor([1.0, 4.0]))
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    return taught(*chests(7, 96), epochs=8, weight=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +322,19 @@ def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
     assert lows["gradcam"] > 0.3 and lows["random"] < 0
 
 
+def test_maps_of_a_reader_of_fractures_hit_the_gap():
+    reader = taught(*bones(7, 96), epochs=12, weight=30.0)
+    films, masks = bones(8, 24)
+    films, masks = films[1::2], list(masks[1::2])
+    maps = {"gradcam": explain("gradcam", reader, films, 1, **OPTIONS["gradcam"]).heat()}
+    rows, summary = localise(maps, films, masks, groups=range(len(films)), draws=200)
+    value = summary.pivot(index="map", columns="score", values="value")
+    assert rows["area"].mean() < 0.02  # thin gaps, and all the same:
+    assert value.loc["gradcam", "pointing"] > 0.5 and value.loc["gradcam", "auprc"] > 0.4
+    gains = against_references(rows, draws=200).query("score in ('coverage_gain', 'auprc')")
+    assert (gains["ci_low"] > 0).all()
+
+
 @pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])
 def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesions):
     films, masks = lesions
@@ -201,11 +343,12 @@ def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesi
         with torch.no_grad():
             net[1].weight.zero_()[1] = torch.from_numpy(mask).float().flatten()
         options = {"window": 4, "stride": 4} if method == "occlusion" else {}
-        row = score_maps(explain(method, net, film[None], 1, **options).heat(), [mask], p=1).iloc[0]
+        share = 100 * mask.mean()  # a map that is the lesion covers it with as many pixels
+        row = score_maps(explain(method, net, film[None], 1, **options).heat(), [mask], p=share).iloc[0]
         # A window of occlusion reaches over the lesion's edge by its own size.
         assert row["pointing"] == 1 if method != "occlusion" else row["pointing"] > 0.4
         assert row["energy"] > (0.5 if method == "occlusion" else 0.9999)
-        assert row["coverage"] > 0.9
+        assert row["coverage"] > (0.6 if method == "occlusion" else 0.9)
 
 
 def test_randomised_weights_destroy_the_map_of_a_faithful_method(reader, lesions):
@@ -230,3 +373,30 @@ def test_sanity_exposes_a_map_that_does_not_depend_on_the_weights(monkeypatch, r
         sanity(nn.Flatten().eval(), torch.rand(1, 1, 1, 2), "saliency")
     with pytest.raises(ValueError, match="steps must be"):
         sanity(reader, lesions[0], "saliency", steps=0)
+
+
+# ------------------------------------------------------------------------------- paired against the reference maps
+
+
+def test_a_summary_can_be_made_again_from_the_table_per_image():
+    films, masks = torch.rand(6, 1, 12, 12), [np.eye(12, dtype=bool)] * 6
+    groups = [1, 1, 2, 3, 4, 5]
+    per_image, summary = localise({"a": np.random.default_rng(0).random((6, 12, 12))}, films, masks,
+                                               groups=groups, draws=60, seed=2)  # fmt: skip
+    pd.testing.assert_frame_equal(summary, summarise(per_image, draws=60, seed=2))
+
+
+def test_differences_to_the_references_are_paired_by_image_and_resampled_by_patient():
+    rng = np.random.default_rng(1)
+    films, masks = torch.rand(8, 1, 16, 16), [rng.random((16, 16)) > 0.9 for _ in range(8)]
+    maps = {"finds": np.stack(masks).astype(float), "noise": rng.random((8, 16, 16))}
+    per_image, _ = localise(maps, films, masks, groups=range(8), draws=50)
+    shuffled = per_image.sample(frac=1, random_state=0)
+    table = against_references(shuffled, draws=200)
+    assert set(table["map"]) == {"finds", "noise"} and set(table["reference"]) == set(REFERENCES)
+    found = table[table["map"].eq("finds")]
+    assert (found["ci_low"] > 0).all()
+    by_hand = per_image.set_index(["map", "image"])["auprc"]
+    row = table.query("map == 'noise' and score == 'auprc' and reference == 'edges'").iloc[0]
+    assert row["value"] == pytest.approx((by_hand["noise"] - by_hand["edges"]).mean())
+    assert row["ci_low"] < 0 < row["ci_high"]

@@ -6,6 +6,7 @@ import pytest
 
 from dlia_utils import locate, phantom
 
+NINJA_FOLDERS = ("train", "val", "test", "not fractured")
 SIGNATURE = locate.SOURCES["pneumonia"].signature
 
 
@@ -143,6 +144,30 @@ def test_download_only_when_asked_and_never_on_kaggle(tmp_path, monkeypatch, qui
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     (tmp_path / "kaggle" / "input").mkdir(parents=True)
     assert locate.on_kaggle() and locate.find("pneumonia").origin == "phantom"
+
+
+@pytest.mark.parametrize(
+    "name, folders",
+    [
+        ("fracatlas", [f"{part}/{kind}" for kind in ("img", "ann") for part in NINJA_FOLDERS]),
+        ("covid", ["COVID", "Normal"]),
+        ("covid", ["train/covid", "train/normal", "test/covid", "test/normal"]),
+        ("tuberculosis", ["Tuberculosis", "Normal"]),
+    ],
+)
+def test_each_tree_of_a_data_set_is_recognised(tmp_path, monkeypatch, name, folders):
+    root = tmp_path / "kaggle" / "input" / "somebodys-copy" / "archive"
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+    assert locate.find(name) == locate.Location(name, root, "kaggle", False)
+    (root / folders[-1]).rmdir()
+    with pytest.raises(locate.DataNotFound, match=f"looks like {name} but is not complete: .* has no .*{folders[-1]}"):
+        locate.find(name, root)
+
+
+def test_a_wrong_path_names_all_trees_of_the_data_set(tmp_path):
+    with pytest.raises(locate.DataNotFound, match="images/All_Images, dataset.csv, .*; or not fractured/ann, not"):
+        locate.find("fracatlas", tmp_path)
 
 
 NIH_LIST = "Image Index,Finding Label,Bbox [x,y,w,h]\n00000001_000.png,Mass,1,2,3,4\n"

@@ -104,3 +104,11 @@ def test_mcnemar_known_values():
 def test_bad_input_is_named(labels, probability, groups, message):
     with pytest.raises(ValueError, match=message):
         metrics.classification(np.array(labels), np.array(probability), groups)
+
+
+def test_a_rate_without_an_error_gets_the_exact_interval_of_its_own_class():
+    labels, probability = np.array([0] * 30 + [1] * 10), np.array([0.1] * 30 + [0.9] * 9 + [0.2])
+    table = metrics.classification(labels, probability, [*range(15), *range(15), *range(20, 30)], draws=50).set_index("metric")
+    assert table.loc["specificity", "value"] == 1 and table.loc["specificity", "ci_high"] == 1
+    assert table.loc["specificity", "ci_low"] == pytest.approx(0.025 ** (1 / 15))  # fifteen patients, all right
+    assert table.loc["sensitivity", "ci_low"] < 0.9 < table.loc["sensitivity", "ci_high"]

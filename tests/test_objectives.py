@@ -106,12 +106,42 @@ def test_adversarial_training_meets_the_linear_optimum(batch):
     assert loss > F.cross_entropy(model(x), y)
 
 
-def test_the_attack_stays_in_the_ball_and_in_the_image_range():
+@pytest.mark.parametrize("adversarial", [objectives.pgd_adversarial, objectives.trades])
+def test_the_attack_stays_in_the_ball_and_in_the_image_range(adversarial):
     x = torch.rand(4, 1, 32, 32).mul(2).sub(0.5).clamp(0, 1)
-    model = models.mobilenet_v2(width=0.25).eval()
-    x_adv = objectives._pgd(model, x, torch.zeros(4, dtype=torch.long), eps=0.1, steps=3, step_size=0.07)
-    assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+    model, seen = models.mobilenet_v2(width=0.25), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    adversarial(eps=0.1, steps=3, step_size=0.07)(model, x, torch.zeros(4, dtype=torch.long))
+    moved = [(one - x).abs().max() for one in seen]
+    assert max(moved) > 0.05 and max(moved) <= 0.1 + 1e-6
+    assert min(one.min() for one in seen) >= 0 and max(one.max() for one in seen) <= 1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_trades_is_clean_cross_entropy_plus_beta_times_the_divergence_of_its_attack():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(6, 1, 4, 4), torch.tensor([0, 1] * 3)
+    clean, logits = objectives.cross_entropy()(model, x, y)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    loss, answered = objectives.trades(eps=0.1, beta=3.0, steps=5, step_size=0.04)(model, x, y)
+    p, q = logits.softmax(1), model(seen[-1]).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    assert divergence > 1e-4 and torch.equal(answered, logits)
+    assert loss.item() == pytest.approx((clean + 3.0 * divergence).item(), rel=1e-5)
+    # A linear model's worst image of its ball is a corner: the attack must be there wherever no pixel is clipped.
+    free = ((x > 0.1) & (x < 0.9)).flatten(1)
+    moved = (seen[-2] - x).flatten(1)
+    assert moved[free].abs().min() > 0.1 - 1e-5
+
+
+def test_trades_with_beta_zero_is_plain_training_and_bad_numbers_are_refused():
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
+    plain = objectives.cross_entropy(weight=(1.0, 2.0))(model, x, y)[0]
+    assert objectives.trades(eps=0.1, beta=0.0, weight=(1.0, 2.0))(model, x, y)[0].item() == pytest.approx(plain.item())
+    for wrong in ({"eps": 4}, {"eps": 0.1, "steps": 0}, {"eps": 0.1, "beta": -1}):
+        with pytest.raises(ValueError, match=next(reversed(wrong))):
+            objectives.trades(**wrong)
 
 
 def test_the_attack_sees_eval_mode_and_the_training_flags_come_back(batch):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dlia_utils import phantom
+from dlia_utils import films, phantom
 
 FEW = {"train": (6, 6), "val": (2, 2), "test": (3, 3)}
 
@@ -59,8 +59,8 @@ def test_classes_differ_by_the_opacity_and_not_by_brightness():
 
 
 def test_opacities_lie_in_the_lungs():
-    anatomy = phantom.Anatomy.draw(np.random.default_rng(0))
-    x, y = phantom._grid(64)
-    air = phantom._lungs(anatomy, x, y)
-    fluid = phantom._opacities(np.random.default_rng(5), air)
+    anatomy = films.Anatomy.draw(np.random.default_rng(0))
+    x, y = films._grid(64)
+    air = films._lungs(anatomy, x, y)
+    fluid = films._opacities(np.random.default_rng(5), air)
     assert fluid.max() <= 0.95 and (fluid[air <= 0] == 0).all() and fluid.max() > 0.3

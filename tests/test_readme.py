@@ -30,6 +30,25 @@ def test_committed_detection_results_say_what_is_synthetic():
     assert not results.duplicated(["model", "metric"]).any()
 
 
+def test_committed_fracture_results_are_real_paired_and_complete():
+    results = pd.read_csv(published.REPOSITORY / "results" / "02_fracatlas.csv")
+    assert set(results.data) == {"fracatlas"} and set(results.profile) == {"cpu"}
+    assert not results.duplicated(["model", "attack", "eps", "metric"]).any()
+    for attack in ("clean", "worst"):
+        assert (results[results.attack.eq(attack) & results.metric.eq("accuracy")].n == 222).all()
+    worst = results[results.attack.eq("worst") & results.metric.eq("accuracy")].sort_values("eps")
+    assert worst.groupby("model")["value"].apply(lambda values: values.is_monotonic_decreasing).all()
+    maps = results[results.attack.str.startswith("map ")]
+    assert (maps.n == 72).all() and maps.groupby("model")["attack"].nunique().eq(8).all()
+
+
+def test_committed_covid_results_are_real_and_of_one_test_split():
+    results = pd.read_csv(published.REPOSITORY / "results" / "06_covid.csv")
+    assert set(results.data) == {"covid"} and set(results.profile) == {"cpu"}
+    assert not results.duplicated(["notebook", "model", "attack", "metric"]).any()
+    assert (results[results.metric.isin(["accuracy", "auc"])].n == 300).all()
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:|#)([^)#]+)", README))
 def test_links_point_at_files(link):
     assert (published.REPOSITORY / link).exists()

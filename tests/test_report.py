@@ -119,3 +119,75 @@ def test_figures_are_drawn_and_say_what_data(config):
         words = " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
         assert "SYNTHETIC" in words, name
         assert report.save_figure(figure, config, name).stat().st_size > 2000
+
+
+# ------------------------------------------------------------------- attacks by direction, and maps
+
+EPS = 4 / 255
+
+
+def worst_case():
+    """Six healthy films of which two fall, four sick ones of which three fall, at 4/255; one more at 8/255."""
+    fooled = [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+    table = pd.DataFrame({"attack": "worst", "eps": EPS, "image": range(10), "label": [0] * 6 + [1] * 4, "fooled": fooled})
+    return pd.concat([table, table.assign(eps=8 / 255, fooled=1), table.assign(attack="pgd_ce", fooled=[1] + [0] * 9)])
+
+
+class FakeStudy:
+    def __init__(self, config):
+        self.config = config
+
+    def patients(self, rows):
+        return np.asarray(rows)
+
+
+def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(config):
+    config.bootstrap_draws = 50
+    found = report.direction_rows(worst_case(), FakeStudy(config), model="a", eps=EPS).set_index("metric")
+    assert found.loc["sensitivity", ["value", "n"]].tolist() == [0.25, 4]
+    assert found.loc["specificity", "value"] == pytest.approx(4 / 6) and found.loc["specificity", "n"] == 6
+    assert set(found["attack"]) == {"worst"} and found["ci_low"].lt(found["value"]).all()
+
+
+def test_a_fooled_two_class_model_named_the_other_class():
+    answers = report.attacked_predictions(worst_case().sample(frac=1, random_state=0), attack="pgd_ce", eps=EPS)
+    assert answers["image"].tolist() == list(range(10))
+    assert answers["predicted"].tolist() == [1] + [0] * 5 + [1] * 4
+
+
+def test_the_attack_table_is_in_per_cent_and_leaves_out_models_without_attacks(config):
+    config.bootstrap_draws = 50
+    table = report.attack_table(
+        pd.concat([
+            rows(config, "a", "clean", 0.0, 0.9), rows(config, "a", "pgd_ce", EPS, 0.5),
+            rows(config, "a", "worst", EPS, 0.4), rows(config, "a", "worst", 8 / 255, 0.2),
+            report.direction_rows(worst_case(), FakeStudy(config), model="a", eps=EPS),
+        ]), eps=EPS,
+    )  # fmt: skip
+    assert table.loc["a", "clean accuracy (%)"] == "90.0 [80.0, 100.0]"
+    assert table.loc["a", "PGD accuracy (%)"].startswith("50.0") and table.loc["a", "worst case (%)"].startswith("40.0")
+    assert table.loc["a", "sensitivity, worst case (%)"].startswith("25.0")
+
+
+def differences(low, high):
+    rows = [{"map": "gradcam", "score": "coverage_gain", "reference": name, "value": (low + high) / 2, "ci_low": low,
+             "ci_high": high, "model": "a"} for name in ("random", "edges")]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_map_verdict_follows_the_intervals():
+    hit, even, miss = (report.map_verdict(differences(*ends)) for ends in ((0.1, 0.3), (-0.1, 0.3), (-0.3, -0.1)))
+    assert "1 of 1 maps beat" in hit and "**a, gradcam**: +0.200 [+0.100, +0.300]" in hit and "worse" not in hit
+    assert "0 of 1" in even and "worse" not in even
+    assert "0 of 1" in miss and "*worse* than at least one map that knows nothing: a, gradcam" in miss
+    mixed = pd.concat([differences(0.1, 0.3).iloc[:1], differences(-0.1, 0.2).iloc[1:]])
+    assert "0 of 1 maps" in report.map_verdict(mixed), "all references must be beaten"
+
+
+def test_map_rows_keep_map_score_and_region(config):
+    summary = pd.DataFrame([{"map": "gradcam", "score": "auprc", "value": 0.2, "ci_low": 0.1, "ci_high": 0.3, "n": 5,
+                             "region": region} for region in ("box", "outline")])  # fmt: skip
+    found = report.map_rows(summary, FakeStudy(config), model="a")
+    assert found["metric"].tolist() == ["auprc box", "auprc outline"] and set(found["attack"]) == {"map gradcam"}
+    table = report.map_table(summary[summary.region.eq("box")].assign(model="a"))
+    assert table.loc[("a", "gradcam"), "auprc"] == "0.200 [0.100, 0.300]"

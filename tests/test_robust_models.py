@@ -719,3 +719,88 @@ def test_statistics_of_a_whole_model_and_what_has_no_operator():
     for alpha in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number >= 0"):
             robust.set_alpha(model, alpha)
+
+
+# ------------------------------------------------------------------ alpha on validation images
+
+
+def separable(n: int = 24) -> tuple:
+    """Images whose class is their brightness, a net that sees it, and an operator on the feature between."""
+    torch.manual_seed(0)
+    x = torch.rand(n, 1, 2, 2) * 0.2 + 0.3
+    y = torch.arange(n) % 2
+    x[y == 1] += 0.2
+    convolution = nn.Conv2d(1, 1, 1)
+    model = nn.Sequential(convolution, robust.MeanSparse(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        convolution.weight.fill_(1.0)
+        convolution.bias.zero_()
+        model[-1].weight.copy_(torch.tensor([[-1.0] * 4, [1.0] * 4]))
+        model[-1].bias.copy_(torch.tensor([2.0, -2.0]))  # zero at grey 0.5, midway between the classes
+    return model, x, y
+
+
+def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_accuracy():
+    model, x, y = separable()
+    train_images = x + 0.01
+    options = dict(eps=8 / 255, steps=5, progress=False)
+    table = robust.select_alpha(model, [train_images], x, y, grid=(0.3, 1.0, 8.0), **options)
+    mean, variance = train_images.mean(), train_images.var()
+    torch.testing.assert_close(model[1].running_mean[0], mean)  # of the training images, not of x
+    torch.testing.assert_close(model[1].running_var[0], variance)
+    assert table.alpha.tolist() == [0.0, 0.3, 1.0, 8.0]
+    assert (table.robust <= table[["exact", "straight_through"]].min(axis=1) + 1e-9).all()
+    assert table.exact[0] == table.straight_through[0] == table.robust[0]
+    assert table.clean[3] == 0.5  # everything became the mean, which says one class
+    allowed = table[table.clean >= table.clean[0] - 0.01]
+    assert not allowed.index.isin([3]).any()
+    (chosen,) = table.index[table.chosen]
+    assert chosen in allowed.index and table.robust[chosen] == allowed.robust.max()
+    assert chosen == allowed.index[allowed.robust == allowed.robust.max()][0]
+    assert model[1].threshold == pytest.approx(table.alpha[chosen]) and not model[1].straight_through
+    # Each number again, by the attack itself.
+    for row in table.itertuples():
+        robust.set_alpha(model, row.alpha)
+        attack = functools.partial(attacks.pgd, model, x, y, eps=8 / 255, steps=5, loss="margin")
+        exact = attack().success
+        with robust.straight_through(model):
+            through = attack().success
+        assert row.clean == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+        assert row.exact == pytest.approx(1 - exact.float().mean().item())
+        assert row.straight_through == pytest.approx(1 - through.float().mean().item())
+        assert row.robust == pytest.approx(1 - (exact | through).float().mean().item())
+
+
+def test_a_wide_limit_lets_a_blind_model_win_so_the_limit_matters():
+    model, x, y = separable()
+    options = dict(eps=40 / 255, steps=5, grid=(8.0,), progress=False)
+    table = robust.select_alpha(model, [x], x, y, max_clean_drop=1.0, **options)
+    assert table.chosen.tolist() == [False, True] and model[1].threshold == 8  # robust, because constant
+    table = robust.select_alpha(model, [x], x, y, max_clean_drop=0.01, **options)
+    assert table.chosen.tolist() == [True, False] and model[1].threshold == 0
+
+
+def test_alpha_is_not_chosen_without_operators_images_or_a_grid(monkeypatch):
+    model, x, y = separable()
+    robust.set_alpha(model, 0.2)
+    options = dict(eps=4 / 255, progress=False)
+    for other, message in [
+        (dict(model=tiny("hat_wrn_34_10")), "no MeanSparse"),
+        (dict(train_batches=[]), "holds no images"),
+        (dict(grid=(-0.1, 0.1)), "grid must hold"),
+        (dict(grid=()), "grid must hold"),
+        (dict(max_clean_drop=2), "max_clean_drop"),
+        (dict(eps=8), "eps"),
+    ]:
+        call = dict(model=model, train_batches=[x], x_val=x, y_val=y, **options) | other
+        with pytest.raises(ValueError, match=message):
+            robust.select_alpha(**call)
+        assert model[1].threshold == pytest.approx(0.2)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dlia_utils.attacks.evaluate.robustness", broken)
+    with pytest.raises(KeyboardInterrupt):
+        robust.select_alpha(model, [x], x, y, **options)
+    assert model[1].threshold == pytest.approx(0.2)

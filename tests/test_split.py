@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from dlia_utils import datasets, locate, split
 
@@ -247,3 +248,77 @@ def test_real_set(real_data):
         counts["patients in train and test, by number"] + counts["patients in val and test, by number"] == 170
     )
     assert counts["identical files with different labels"] == 0
+
+
+# --------------------------------------------------------------------------- train, val and test drawn anew, and looks
+
+
+@pytest.mark.parametrize(("val_share", "test_share"), [(0.1, 0.1), (0.15, 0.2)])
+def test_drawn_deals_whole_patients_in_proportion(dataset, val_share, test_share):
+    divided = split.drawn(dataset, val_share=val_share, test_share=test_share, seed=3)
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not overlap(divided, one, other)
+    shares = divided.manifest["split"].value_counts(normalize=True)
+    assert abs(shares["val"] - val_share) < 0.03 and abs(shares["test"] - test_share) < 0.03
+    sick = divided.manifest.groupby("split")["label"].mean()
+    assert np.ptp(sick) < 0.08
+    assert "drawn by patient" in divided.split_rule
+
+
+def test_drawn_depends_on_the_seed_alone(dataset):
+    one, again, other = (split.split_hash(split.drawn(dataset, seed=seed)) for seed in (0, 0, 1))
+    assert one == again != other
+
+
+def test_drawn_refuses_shares_and_classes_it_cannot_serve(dataset, tmp_path):
+    for shares in ({"val_share": 0.0}, {"test_share": -0.1}, {"val_share": 0.3, "test_share": 0.3}):
+        with pytest.raises(ValueError, match="positive, together at most"):
+            split.drawn(dataset, **shares)
+    few = make(tmp_path / "few", [(f"{k}.png", int(k < 2), f"p{k}", "", "") for k in range(40)])
+    with pytest.raises(datasets.BadData, match="fewer than 3 patients"):
+        split.drawn(few)
+
+
+def films(count, seed=0):
+    """Unlike each other: smooth random fields."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (count, 8, 8)).astype(np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC)) for one in coarse])
+
+
+def test_looks_find_the_same_film_in_another_exposure_size_and_compression_and_nothing_else(tmp_path):
+    first = films(30)
+    Image.fromarray(first[1]).save(tmp_path / "again.jpeg", quality=30)
+    darker = (first[0] * 0.7 + 10).astype(np.uint8)
+    smaller = np.asarray(Image.fromarray(first[2]).resize((40, 40)).resize((64, 64)))
+    found = split.looks(np.stack([*first, darker, np.asarray(Image.open(tmp_path / "again.jpeg")), smaller]))
+    assert found[30] == found[0] and found[31] == found[1] and found[32] == found[2]
+    assert len(np.unique(found)) == 30
+    assert (split.looks(np.concatenate([films(700), films(700)]))[:700] == split.looks(films(700))).all(), "across blocks"
+
+
+def test_images_of_one_look_stay_on_one_side_and_the_audit_shows_it(dataset):
+    looks = np.arange(len(dataset.manifest))
+    train, test = (np.flatnonzero((dataset.manifest["split"] == name).to_numpy()) for name in ("train", "test"))
+    looks[train[:30]] = looks[test[:30]]
+    linked = replace(dataset, manifest=dataset.manifest.assign(look=looks))
+    row = split.audit(linked).set_index("check").loc["near-duplicates in train and test"]
+    assert row["count"] == 30 and row["verdict"] == "leak"
+    healed = split.audit(split.drawn(linked, val_share=0.2, test_share=0.2)).set_index("check")
+    assert (healed.filter(like="near-duplicates in", axis=0)["count"] == 0).all()
+    other = np.arange(len(looks))
+    other[test[:2]] = -1  # one look, labels 0 and 1
+    mixed = split.audit(replace(dataset, manifest=dataset.manifest.assign(look=other))).set_index("check")
+    assert mixed.loc["near-duplicates with different labels", ["count", "verdict"]].tolist() == [2, "warning"]
+
+
+def test_looks_need_an_image_for_every_row(dataset):
+    with pytest.raises(ValueError, match="3 images for"):
+        split.with_looks(dataset, films(3))
+
+
+def test_subset_takes_a_number_for_each_class(dataset):
+    part = split.subset(dataset, per_class=(5, 9), splits=["train"])
+    assert part.manifest["label"].value_counts().to_dict() == {1: 9, 0: 5}
+    with pytest.raises(ValueError, match="one for each class"):
+        split.subset(dataset, per_class=(5, 9, 1))

@@ -1,14 +1,16 @@
 """What the sections of a notebook share, on the phantom in a run folder of its own."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from dlia_utils import config as dlia_config
-from dlia_utils import datasets, objectives, study
+from dlia_utils import datasets, locate, models, objectives, study
 
 NOTEBOOK = "01_pneumonia_robustness"
 
@@ -129,3 +131,92 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
     monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
     with pytest.raises(FileNotFoundError, match="set DLIA_WEIGHTS"):
         study.starting_weights(opened.config)
+
+
+# --------------------------------------------------------------- splits drawn anew, unusable files, heads, variants
+
+FRACTURES = "02_fracatlas_robust_models"
+
+
+@pytest.fixture
+def fractures(tmp_path, monkeypatch):
+    """FracAtlas's phantom in a folder of the test, so that files can be spoilt; the settings may be changed."""
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    # Without this the films found, and spoilt below, would be the real ones.
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    location = locate.find("fracatlas", phantom_dir=tmp_path / "phantom")
+    assert location.synthetic and tmp_path in location.root.parents
+    root, settings = location.root, dlia_config.SETTINGS[FRACTURES]["smoke"]
+    monkeypatch.setitem(dlia_config.SETTINGS[FRACTURES], "smoke", settings | {"epochs": 1, "per_class": None})
+    return root
+
+
+def open_fractures(root, name=""):
+    return study.open_study(dlia_config.resolve(FRACTURES, "smoke", str(root), name))
+
+
+def test_a_set_without_official_test_split_is_drawn_and_near_duplicates_stay_together(fractures):
+    one = open_fractures(fractures)
+    looks = one.dataset.manifest.groupby("look")["split"].nunique()
+    assert (looks == 1).all() and (one.dataset.manifest.groupby("look").size() > 1).any()
+    assert set(one.dataset.manifest["split"]) == {"train", "val", "test"}
+    assert one.cache.fit == "pad" and (one.config.run_dir / "split.json").exists()
+
+
+def test_an_official_split_of_all_images_is_kept(fractures, monkeypatch):
+    read = datasets.load
+
+    def complete(location):
+        dataset = read(location)
+        names = np.resize(["train", "val", "test"], len(dataset.manifest))
+        return replace(dataset, manifest=dataset.manifest.assign(split=names))
+
+    monkeypatch.setattr(study.datasets, "load", complete)
+    opened = open_fractures(fractures, "official")
+    assert opened.dataset.manifest["split"].tolist() == complete(opened.config.location).manifest["split"].tolist()
+    assert "look" in opened.dataset.manifest
+
+
+def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(fractures, monkeypatch, caplog):
+    healthy = sorted((fractures / "images" / "Non_fractured").glob("*.jpg"))
+    healthy[0].write_bytes(healthy[0].read_bytes()[:900])
+    opened = open_fractures(fractures, "one-lost")
+    assert healthy[0].name in caplog.text and "left out" in caplog.text
+    assert len(opened.dataset.manifest) == 119 and len(opened.cache.images) == 119
+    healthy[1].write_bytes(healthy[1].read_bytes()[:900])
+    with pytest.raises(datasets.BadData, match="2 unusable files"):
+        open_fractures(fractures, "two-lost")
+
+
+def test_sampling_replaces_class_weights(fractures, monkeypatch):
+    settings = dlia_config.SETTINGS[FRACTURES]["smoke"] | {"balance": "sampling"}
+    monkeypatch.setitem(dlia_config.SETTINGS[FRACTURES], "smoke", settings)
+    opened = open_fractures(fractures, "sampling")
+    drawn = opened.torch_set("train", augmented=True)
+    classes = np.bincount([drawn[k][1] for k in range(len(drawn))])
+    assert opened.class_weights() is None and abs(np.diff(classes)).item() <= 1
+    assert len(opened.torch_set("val")) == len(opened.rows("val")), "only training is balanced"
+
+
+def test_a_head_is_trained_on_features_kept_whole_and_read_back(fractures):
+    opened = open_fractures(fractures, "head")
+    made = models.with_head(study.build_model(opened.config), seed=1)
+    body = made.backbone.body.state_dict()
+    fitted = study.train_head(opened, "probe", made, objectives.cross_entropy(), epochs=3, progress=False)
+    loaded = study.load_models(opened, ["probe"])["probe"]
+    x = opened.images(opened.rows("val"))
+    assert len(fitted.history) == 3 and torch.equal(loaded(x), made.eval()(x))
+    assert all(torch.equal(value, loaded.backbone.body.state_dict()[key]) for key, value in body.items())
+    auc = fitted.history.set_index("epoch")["val_auc"][fitted.best_epoch]
+    labels = opened.labels(opened.rows("val")).numpy()
+    assert roc_auc_score(labels, loaded(x).detach().softmax(1)[:, 1]) == pytest.approx(auc, abs=1e-6)
+    assert study.trained(opened, ["nobody", "probe"]) == ["probe"]
+
+
+def test_a_variant_has_other_settings_and_sizes_but_the_same_films_and_run(fractures):
+    opened = open_fractures(fractures, "variant")
+    other = opened.variant(size=24, epochs=7, weights_text="a file")
+    assert other.images([0]).shape == (1, 1, 24, 24) and other.config.epochs == 7
+    assert opened.config.size == 48 and other.config.run_dir == opened.config.run_dir
+    assert other.dataset is opened.dataset and other.key["config"] != opened.key["config"]
+    assert study.weights_label(other.config) == "a file" and study.weights_label(opened.config) == "random"

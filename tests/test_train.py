@@ -389,6 +389,49 @@ def test_a_validation_set_may_be_left_out_but_not_all_that_chooses(tmp_path):
         fit(linear(), objectives.cross_entropy(), Shifted(), None, **options)
 
 
+def test_a_known_number_of_epochs_without_validation_keeps_the_last_weights(tmp_path):
+    options = {"epochs": 3, "batch_size": 8, "progress": False}
+    alone, beside, weights = linear(), linear(), []
+
+    def watched(model, x, y):
+        weights.append(model.model[1].weight.detach().clone())
+        return objectives.cross_entropy()(model, x, y)
+
+    done = fit(
+        alone, watched, Shifted(), None, run_dir=tmp_path / "a", monitor="epoch", patience=1, **options
+    )
+    assert (done.best_epoch, done.status, len(done.history)) == (3, "done", 3)
+    assert list(done.history) == ["epoch", "lr", "train_loss", "train_accuracy", "seconds"]
+    assert not any(torch.equal(alone[1].weight, earlier) for earlier in weights)  # not those before the last step
+    # A validation set would have changed nothing but what is measured.
+    run(tmp_path / "b", model=beside, monitor="epoch")
+    assert same(alone.state_dict(), beside.state_dict())
+    assert same(models.load(tmp_path / "a" / "best.pt", linear).state_dict(), alone.state_dict())
+    options["run_dir"] = tmp_path / "c"
+    for monitor in ("val_auc", "val_loss"):
+        with pytest.raises(ValueError, match='give a val_set.*monitor="epoch"'):
+            fit(linear(), watched, Shifted(), None, monitor=monitor, **options)
+    assert not (tmp_path / "c").exists()
+
+
+def test_every_saved_epoch_is_told_and_what_the_listener_raises_ends_the_call(tmp_path):
+    told, straight, resumed = [], linear(), linear()
+    run(tmp_path / "straight", model=straight, epochs=4)
+
+    def stop_at_two(row):
+        assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == row["epoch"]  # saved before it is told
+        if row["epoch"] == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        run(tmp_path / "run", model=linear(), epochs=4, on_epoch=stop_at_two)
+    result = run(tmp_path / "run", model=resumed, epochs=4, on_epoch=told.append)
+    assert told == result.history.to_dict("records") and [row["epoch"] for row in told] == [1, 2, 3, 4]
+    assert same(straight.state_dict(), resumed.state_dict())
+    run(tmp_path / "run", epochs=4, on_epoch=told.append)  # a finished run tells its story again
+    assert told[4:] == told[:4]
+
+
 def scripted(values):
     values = iter(values)
     return lambda model: {"val_robust": next(values)}

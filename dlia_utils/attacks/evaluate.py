@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..models.fold import fast_copy
+from ..models.robust.meansparse import MeanSparse, straight_through
 from . import _contract as c
 from .fgsm import fgsm
 from .noise import noise
@@ -20,6 +22,8 @@ from .pgd import pgd
 log = logging.getLogger("dlia_utils")
 
 ATTACKS = ("noise", "fgsm", "pgd_ce", "pgd_margin")
+ITERATED = ("pgd_ce", "pgd_margin")
+BPDA = "_bpda"  # ends the name of an attack that goes straight through an operator
 COLUMNS = ["attack", "eps", "image", "label", "fooled", "first_success_step", "queries"]
 
 
@@ -56,6 +60,7 @@ def robustness(
     grey: bool = False,
     progress: bool = True,
     fast: bool = True,
+    bpda: Callable[[nn.Module], AbstractContextManager] | None = None,
 ) -> pd.DataFrame:
     """Attack all images; one row per (attack, eps, image). Worst case per image: Carlini, arXiv 1902.06705.
 
@@ -66,6 +71,11 @@ def robustness(
     smaller ball lies inside a larger one.
     fast: attack a folded copy (`models.fold.fast_copy`); success is judged on `model` itself, and an image
     that fools only the copy is attacked again on `model`. The number of such disagreements is logged.
+    bpda: context `bpda(model)` inside which the backward pass takes an operator for the identity (Athalye et
+    al., arXiv 1802.00420). PGD then runs twice, exact and so: rows "pgd_ce_bpda" and "pgd_margin_bpda" are
+    added and count in "worst". A model with MeanSparse operators in use (alpha above 0) gets
+    `robust.straight_through` without being asked: its exact gradients hide directions, so they alone would
+    overstate its robustness. In both, success is judged by plain forward passes of `model`.
     Errors: ValueError for an unknown attack, an empty grid, and what the attacks refuse.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -80,8 +90,8 @@ def robustness(
         raise ValueError(f"give attacks out of {ATTACKS} (unknown: {unknown}) and an eps > 0 in eps_grid")
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     c.check_inputs(model, images, labels, eps=grid[-1], grey=grey, ids=ids)
-    runs = {name: _attack(name, steps=steps, restarts=restarts, seed=seed, grey=grey) for name in attacks}
-    attacked = fast_copy(model) if fast else model
+    options = {"steps": steps, "restarts": restarts, "seed": seed, "grey": grey}
+    runs = _runs(model, attacks, bpda or _known_bpda(model), fast=fast, **options)
     device = next((p.device for p in model.parameters()), images.device)
     tables, disagreements = [], 0
     total = len(images) * len(grid) * len(runs)
@@ -94,8 +104,8 @@ def robustness(
             once = np.ones(len(x), dtype=np.int64)
             tables.append(_table("clean", 0.0, frame, np.where(wrong, 0, -1), once))
             for eps in grid:
-                for name, run in runs.items():
-                    step, queries, differ = _one(model, attacked, run, x, y, ids[part], wrong, eps)
+                for name, (run, attacked, context) in runs.items():
+                    step, queries, differ = _one(model, attacked, context, run, x, y, ids[part], wrong, eps)
                     tables.append(_table(name, eps, frame, step, queries))
                     disagreements += differ
                     bar.update(len(x))
@@ -103,6 +113,32 @@ def robustness(
         log.info("%d times an image fooled the folded copy only and was attacked again", disagreements)
     rows = pd.concat(tables, ignore_index=True)
     return pd.concat([rows, _worst(rows)], ignore_index=True)[COLUMNS]
+
+
+def _known_bpda(model: nn.Module) -> Callable[[nn.Module], AbstractContextManager] | None:
+    """The context for the operators of the suite whose exact gradients hide directions; None without any."""
+    sparse = (module for module in model.modules() if isinstance(module, MeanSparse))
+    return straight_through if any(bool(module.threshold > 0) for module in sparse) else None
+
+
+def _runs(
+    model: nn.Module,
+    attacks: Sequence[str],
+    bpda: Callable[[nn.Module], AbstractContextManager] | None,
+    *,
+    fast: bool,
+    **options,
+) -> dict[str, tuple[Callable, nn.Module, Callable]]:
+    """By name: the attack, the model it works on, the context around it."""
+    exact = fast_copy(model) if fast else model
+    runs = {name: (_attack(name, **options), exact, nullcontext) for name in attacks}
+    if bpda is None:
+        return runs
+    # A folded copy has no operators left, but their gradient as it was when the copy was made.
+    with bpda(model):
+        through = fast_copy(model) if fast else model
+    twice = [name for name in attacks if name in ITERATED]
+    return runs | {f"{name}{BPDA}": (_attack(name, **options), through, bpda) for name in twice}
 
 
 def _attack(name: str, *, steps: int, restarts: int, seed: int, grey: bool) -> Callable[..., c.AttackResult]:
@@ -119,6 +155,7 @@ def _attack(name: str, *, steps: int, restarts: int, seed: int, grey: bool) -> C
 def _one(
     model: nn.Module,
     attacked: nn.Module,
+    context: Callable[[nn.Module], AbstractContextManager],
     run: Callable[..., c.AttackResult],
     x: Tensor,
     y: Tensor,
@@ -132,7 +169,8 @@ def _one(
     for target in dict.fromkeys([attacked, model]):
         if not len(rows):
             break
-        result = run(target, x[rows], y[rows], eps, ids[rows])
+        with context(model):
+            result = run(target, x[rows], y[rows], eps, ids[rows])
         success = _wrong(model, result.x_adv, y[rows]).cpu().numpy()
         claimed = result.success.cpu().numpy()
         found = np.maximum(result.first_success_step.cpu().numpy(), 1)
@@ -224,14 +262,19 @@ def sanity(rows: pd.DataFrame, zero_share: float | None = None) -> pd.DataFrame:
         name: part.pivot(index="image", columns="eps", values="fooled").astype(bool)
         for name, part in rows.groupby("attack", sort=False)
     }
-    iterated = [name for name in ("pgd_ce", "pgd_margin") if name in fooled]
+    through = [f"{name}{BPDA}" for name in ITERATED if f"{name}{BPDA}" in fooled]
+    iterated = [name for name in (*ITERATED, *through) if name in fooled]
     checks = []
     if iterated and "fgsm" in fooled:
         checks.append(_beats("PGD fools at least what FGSM fools", fooled, iterated, "fgsm"))
     if iterated and "noise" in fooled:
         checks.append(_beats("random noise is weaker than PGD", fooled, iterated, "noise"))
-    if len(iterated) == 2:
-        checks.append(_no_masking(fooled))
+    if all(name in fooled for name in ITERATED):
+        found = _lead(fooled, strong="pgd_margin", weak="pgd_ce", what="the margin loss")
+        checks.append(("cross-entropy finds what the margin loss finds (no masking)", *found))
+    for name in through:
+        found = _lead(fooled, strong=name, weak=name.removesuffix(BPDA), what="the way through the operator")
+        checks.append((f"exact gradients find what {name} finds (no masking)", *found))
     checks.append(_monotone({name: fooled[name] for name in fooled if name not in ("clean", "worst")}))
     if zero_share is not None:
         detail = f"{zero_share:.1%} of the images"
@@ -254,12 +297,18 @@ def _beats(
     return check, passed, f"{'; '.join(counts)}; fooled by {weak} only: {alone}"
 
 
-def _no_masking(fooled: dict[str, pd.DataFrame], *, allowed: float = 0.05) -> tuple[str, bool, str]:
-    """With two classes both losses point the same way: a lead of the margin means a vanished gradient."""
-    lead = fooled["pgd_margin"].mean() - fooled["pgd_ce"].mean()
+def _lead(
+    fooled: dict[str, pd.DataFrame], *, strong: str, weak: str, what: str, allowed: float = 0.05
+) -> tuple[bool, str]:
+    """Whether `strong` fools hardly more than `weak` at any eps: a lead means a vanished or hidden gradient.
+
+    With two classes cross-entropy and margin point the same way, and so do exact gradients and those straight
+    through an operator that hides none.
+    """
+    lead = fooled[strong].mean() - fooled[weak].mean()
     worst = lead.idxmax()
-    detail = f"largest lead of the margin loss: {lead[worst]:.1%} of the images at {pixel_text(worst)}"
-    return "cross-entropy finds what the margin loss finds (no masking)", bool(lead[worst] <= allowed), detail
+    detail = f"largest lead of {what}: {lead[worst]:.1%} of the images at {pixel_text(worst)}"
+    return bool(lead[worst] <= allowed), detail
 
 
 def _monotone(fooled: dict[str, pd.DataFrame]) -> tuple[str, bool, str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlia_utils.attacks._contract import check_inputs
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
+REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
 
 
 @dataclass(frozen=True)

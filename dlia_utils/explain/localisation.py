@@ -13,13 +13,55 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
+from dlia_utils.cache import ImageCache
+from dlia_utils.datasets import Dataset
 from dlia_utils.metrics import patient_weights, share
 
 from . import _shared as s
 from .attribution import explain
-from .eigencam import _find, _inside
+from .eigencam import CORNERS, _find, _inside
 
 SCORES = ("coverage_gain", "pointing", "energy_gain", "auprc")
+
+
+def regions_of(
+    dataset: Dataset, rows: Sequence[int] | np.ndarray, cache: ImageCache, *, kind: str = "box"
+) -> list[pd.DataFrame] | list[np.ndarray]:
+    """The true findings of `rows` in the cached films' pixels, as `score_maps` and the figures take them.
+
+    kind: "box", per image a table with corners x1, y1, x2, y2 and the other columns of `dataset.boxes`; or
+    "outline", a mask bool [S,S] of all its polygons, where a pixel belongs when its centre lies inside
+    (even-odd rule). What is too small to hold a centre still gets a pixel. Errors: ValueError for another
+    kind, and for images without a finding, by name.
+
+    >>> manifest = pd.DataFrame({"path": ["a.jpg"]})
+    >>> boxes = pd.DataFrame([{"image": 0, "x1": 10.0, "y1": 10.0, "x2": 30.0, "y2": 20.0, "label": 1}])
+    >>> data = Dataset("demo", None, manifest, ("no", "yes"), None, True, "", boxes=boxes)
+    >>> half = ImageCache(None, 20, "", None, (), shapes=np.array([[40, 40]]))
+    >>> regions_of(data, [0], half)[0][["x1", "y1", "x2", "y2"]].values
+    array([[ 5.,  5., 15., 10.]])
+    """
+    if kind not in ("box", "outline"):
+        raise ValueError(f"kind must be 'box' or 'outline', not {kind!r}")
+    rows = np.asarray(rows, dtype=np.int64)
+    table = dataset.boxes if kind == "box" else dataset.outlines
+    without = dataset.manifest["path"].iloc[rows[~np.isin(rows, table["image"])]]
+    if len(without):
+        raise ValueError(
+            f"{len(without)} images have no {kind}, {', '.join(without[:3])} among them: leave out images "
+            "without a finding"
+        )
+    scale = cache.scale(rows)
+    if kind == "box":
+        from dlia_utils.detect.figures import boxes_by_image  # here, because it brings the figures' imports
+
+        return [_at_least_a_pixel(boxes, cache.size) for boxes in boxes_by_image(table, rows, scale=scale)]
+    polygons = dict(list(table.groupby("image")["points"]))
+    shape = (cache.size, cache.size)
+    return [
+        np.logical_or.reduce([_filled(np.asarray(points, float) * by, shape) for points in polygons[row]])
+        for row, by in zip(rows.tolist(), scale, strict=True)
+    ]
 
 
 def score_maps(
@@ -32,36 +74,38 @@ def score_maps(
     """How well each map [N,H,W] >= 0 finds its region; one row per image.
 
     regions: per image a table of boxes (x1, y1, x2, y2 in the map's pixels) or a mask [H,W]; each must cover
-    a pixel. Columns: area (share of the film that the region covers: the chance level of coverage and energy,
-    and of auprc); coverage, the share of the highest p per cent of pixels that lie inside, and coverage_gain,
-    the same minus area; pointing, 1 when the highest pixel lies inside or within `tolerance` pixels (Zhang et
-    al., arXiv 1608.00507: 15 at 224), and pointing_chance, the share of pixels that would count; energy and
-    energy_gain (see `energy_inside`); auprc, average precision of the pixels; zero, the map is 0 everywhere.
-    Pixels of equal height share their places, so a flat map scores exactly chance, and a zero map counts as
-    flat. Errors: ValueError for other shapes, negative or NaN maps, an empty region.
+    a pixel. Columns: area (share of the film that the region covers: the chance level of energy and of
+    auprc); coverage, the share of the region that the highest p per cent of the film's pixels cover, and
+    coverage_gain, the same minus p per cent, which any map covers by chance; pointing, 1 when the highest
+    pixel lies inside or within `tolerance` pixels (Zhang et al., arXiv 1608.00507: 15 at 224), and
+    pointing_chance, the share of pixels that would count; energy and energy_gain (see `energy_inside`);
+    auprc, average precision of the pixels; zero, the map is 0 everywhere. Pixels of equal height share their
+    places, so a flat map scores exactly chance, and a zero map counts as flat. Errors: ValueError for other
+    shapes, negative or NaN maps, an empty region.
 
     >>> heat = np.zeros((1, 4, 5))
     >>> heat[0, 1, 1] = 1
     >>> boxes = pd.DataFrame([{"x1": 0, "y1": 0, "x2": 2, "y2": 2}])
     >>> score_maps(heat, [boxes], p=5)[["area", "coverage", "auprc"]]
        area  coverage  auprc
-    0   0.2       1.0    0.4
+    0   0.2      0.25    0.4
     """
     maps = _as_array(maps)
-    if not 0 < p <= 100 or not tolerance >= 0:
-        raise ValueError(f"p must lie in (0,100] and tolerance be >= 0 pixels, not {p} and {tolerance}")
+    _check_share(p)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0 pixels, not {tolerance}")
     masks = _masks(regions, maps.shape)
     rows = []
     for heat, inside in zip(maps, masks, strict=True):
         area, zero = inside.mean(), not heat.max() > s.TINY
         near = distance_transform_edt(~inside) <= tolerance
-        coverage = _top_share(heat, inside, max(1, round(p / 100 * heat.size)))
+        coverage, chance = _coverage(heat, inside, p)
         energy = area if zero else heat[inside].sum() / heat.sum()
         rows.append(
             {
                 "area": area,
                 "coverage": coverage,
-                "coverage_gain": coverage - area,
+                "coverage_gain": coverage - chance,
                 "pointing": near[heat == heat.max()].mean(),
                 "pointing_chance": near.mean(),
                 "energy": energy,
@@ -70,6 +114,33 @@ def score_maps(
                 "zero": zero,
             }
         )
+    return pd.DataFrame(rows)
+
+
+def coverage_curve(
+    maps: Tensor | np.ndarray,
+    regions: Sequence[pd.DataFrame | np.ndarray],
+    *,
+    p: Sequence[float] = (5, 15, 25, 50, 75, 85, 95),
+) -> pd.DataFrame:
+    """Mean coverage of the regions by the highest p per cent of pixels, for every p (see `score_maps`).
+
+    Columns p, coverage, minus_chance: a map that knows nothing covers p per cent, so only the last column
+    says something. Errors: as for `score_maps`.
+
+    >>> coverage_curve(np.ones((1, 10, 10)), [np.eye(10, dtype=bool)], p=(5, 50)).round(3)
+        p  coverage  minus_chance
+    0   5      0.05           0.0
+    1  50      0.50           0.0
+    """
+    maps = _as_array(maps)
+    masks = _masks(regions, maps.shape)
+    rows = []
+    for one in p:
+        _check_share(one)
+        pairs = [_coverage(heat, inside, one) for heat, inside in zip(maps, masks, strict=True)]
+        coverage, chance = np.mean(pairs, axis=0)
+        rows.append({"p": one, "coverage": coverage, "minus_chance": coverage - chance})
     return pd.DataFrame(rows)
 
 
@@ -119,15 +190,52 @@ def localise(
         table.insert(1, "image", range(len(table)))
         table.insert(2, "group", list(groups))
         tables.append(table)
-    weights = patient_weights(groups, draws=draws, seed=seed)
-    summary = [
-        {"map": table["map"].iloc[0], "score": score}
-        | _interval(table[score].to_numpy(float), groups, weights, level, seed)
-        | {"n": len(table), "zero_maps": int(table["zero"].sum())}
-        for table in tables
-        for score in SCORES
-    ]
-    return pd.concat(tables, ignore_index=True), pd.DataFrame(summary)
+    per_image = pd.concat(tables, ignore_index=True)
+    return per_image, summarise(per_image, draws=draws, level=level, seed=seed)
+
+
+def summarise(per_image: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """`localise`'s summary from its table per image: map, score, value, ci_low, ci_high, n, zero_maps.
+
+    The intervals come from resampling whole patients (the column group).
+    """
+    rows = []
+    for name, table in per_image.groupby("map", sort=False):
+        weights = patient_weights(table["group"], draws=draws, seed=seed)
+        for score in SCORES:
+            interval = _interval(table[score].to_numpy(float), table["group"], weights, level, seed)
+            counts = {"n": len(table), "zero_maps": int(table["zero"].sum())}
+            rows.append({"map": name, "score": score} | interval | counts)
+    return pd.DataFrame(rows)
+
+
+def against_references(
+    per_image: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Does a map beat the maps that know nothing, image by image? Paired differences of `localise`'s table per image.
+
+    Columns map, score, reference, value (mean of map - reference), ci_low, ci_high, n; the intervals come from
+    resampling whole patients. A method has found the region when every `ci_low` of its score is above 0.
+
+    >>> films, boxes = torch.rand(3, 1, 8, 8), [np.eye(8, dtype=bool)] * 3
+    >>> per_image, _ = localise({"mine": np.stack(boxes).astype(float)}, films, boxes, groups=[1, 2, 3], draws=50)
+    >>> bool((against_references(per_image, draws=50).query("score == 'auprc'")["ci_low"] > 0).all())
+    True
+    """
+    scores = {name: table.set_index("image") for name, table in per_image.groupby("map", sort=False)}
+    rows = []
+    for name, table in scores.items():
+        if name in s.REFERENCES:
+            continue
+        weights = patient_weights(table["group"], draws=draws, seed=seed)
+        for score in SCORES:
+            for reference in s.REFERENCES:
+                gain = (table[score] - scores[reference][score].reindex(table.index)).to_numpy(float)
+                means = weights @ gain / weights.sum(1)
+                low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+                rows.append({"map": name, "score": score, "reference": reference, "value": gain.mean(),
+                             "ci_low": low, "ci_high": high, "n": len(gain)})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def reference_maps(images: Tensor, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -145,11 +253,8 @@ def reference_maps(images: Tensor, *, seed: int = 0) -> dict[str, np.ndarray]:
     bump = np.exp(-(down[:, None] ** 2 + across[None] ** 2) / (2 * 0.25**2))
     draws = [np.random.default_rng([seed, k]).random((height, width)) for k in range(len(grey))]
     edges = [np.hypot(sobel(film, 0), sobel(film, 1)) for film in grey]
-    return {
-        "random": np.stack(draws),
-        "centre prior": np.repeat(bump[None], len(grey), 0),
-        "edges": np.stack(edges),
-    }
+    maps = np.stack(draws), np.repeat(bump[None], len(grey), 0), np.stack(edges)
+    return dict(zip(s.REFERENCES, maps, strict=True))
 
 
 def sanity(
@@ -205,6 +310,32 @@ def sanity(
     return pd.DataFrame(rows)
 
 
+# ------------------------------------------------------------------------------------------- regions
+
+
+def _at_least_a_pixel(boxes: pd.DataFrame, size: int) -> pd.DataFrame:
+    """Boxes that hold no pixel's centre along an axis grow to the pixel that their middle lies in."""
+    low, high = np.split(boxes[CORNERS].to_numpy(float), 2, axis=1)
+    empty = np.ceil(high - 0.5).clip(max=size) <= np.ceil(low - 0.5).clip(min=0)
+    pixel = np.floor((low + high) / 2).clip(0, size - 1)
+    grown = np.hstack([np.where(empty, pixel, low), np.where(empty, pixel + 1, high)])
+    return boxes.assign(**dict(zip(CORNERS, grown.T, strict=True)))
+
+
+def _filled(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Mask of the pixels whose centre lies in a polygon [n,2] of x, y; of its corners when none does."""
+    across, down = np.arange(shape[1]) + 0.5, np.arange(shape[0]) + 0.5
+    inside = np.zeros(shape, bool)
+    for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0), strict=True):
+        crossed = np.flatnonzero((down >= min(y1, y2)) & (down < max(y1, y2)))  # none for a level edge
+        place = x1 + (x2 - x1) * (down[crossed] - y1) / ((y2 - y1) or 1)
+        inside[crossed] ^= across < place[:, None]
+    if not inside.any():
+        column, row = np.floor(corners).astype(int).T
+        inside[row.clip(0, shape[0] - 1), column.clip(0, shape[1] - 1)] = True
+    return inside
+
+
 # ------------------------------------------------------------------------------------------- scores
 
 
@@ -236,11 +367,21 @@ def _masks(regions: Sequence[pd.DataFrame | np.ndarray], shape: tuple[int, ...])
     return masks
 
 
-def _top_share(heat: np.ndarray, inside: np.ndarray, count: int) -> float:
-    """Share of the `count` highest pixels inside; those of equal height at the edge share the places."""
+def _check_share(p: float) -> None:
+    if not 0 < p <= 100:
+        raise ValueError(f"p must lie in (0,100], not {p}")
+
+
+def _coverage(heat: np.ndarray, inside: np.ndarray, p: float) -> tuple[float, float]:
+    """Share of the region among the highest p per cent, and of the film: what it would be by chance.
+
+    Pixels of equal height at the edge share the places that are left.
+    """
+    count = max(1, round(p / 100 * heat.size))
     level = np.partition(heat.ravel(), -count)[-count]
     above, equal = heat > level, heat == level
-    return float((inside[above].sum() + (count - above.sum()) * inside[equal].mean()) / count)
+    covered = inside[above].sum() + (count - above.sum()) * inside[equal].mean()
+    return float(covered / inside.sum()), count / heat.size
 
 
 def _interval(values: np.ndarray, groups: Sequence, weights: np.ndarray, level: float, seed: int) -> dict:

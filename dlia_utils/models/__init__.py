@@ -12,28 +12,59 @@ from torch import Tensor, nn
 
 from dlia_utils.files import atomic_path
 from dlia_utils.models import robust
+from dlia_utils.models.cnn import cnn, summary
 from dlia_utils.models.detector import Detector, faster_rcnn
 from dlia_utils.models.lipschitz import bake, spectral_normalize
 from dlia_utils.models.mobilenet import mobilenet_v2
+from dlia_utils.models.resnet import resnet18_cifar, resnet50_v2
+from dlia_utils.models.transfer import (
+    TransferModel,
+    blocks,
+    cached_features,
+    last_map_layer,
+    unfreeze,
+    with_head,
+)
 from dlia_utils.models.wrap import PixelModel
 
 __all__ = [
     "Detector",
     "PixelModel",
+    "TransferModel",
     "bake",
+    "blocks",
+    "cached_features",
+    "cnn",
     "create",
     "faster_rcnn",
+    "last_map_layer",
     "load",
     "load_strictly",
     "mobilenet_v2",
+    "resnet18_cifar",
+    "resnet50_v2",
     "robust",
     "save",
     "spectral_normalize",
+    "summary",
+    "unfreeze",
+    "with_head",
 ]
 
 FORMAT = "dlia_utils model 1"
+
+
+def _transfer(*, body: dict, **options) -> TransferModel:
+    """A body by its recipe under a head: what the recipe of `with_head` is made of."""
+    return with_head(create(**body), **options)
+
+
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": mobilenet_v2,
+    "cnn": cnn,
+    "resnet50_v2": resnet50_v2,
+    "resnet18_cifar": resnet18_cifar,
+    "transfer": _transfer,
     "faster_rcnn": faster_rcnn,
     **{name: partial(robust.create, name) for name in robust.SOURCES},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -63,15 +64,25 @@ def mobilenet_v2(
     return PixelModel(backbone, IMAGENET_MEAN, IMAGENET_STD, recipe=recipe)
 
 
-def read_weights(weights: str | Path) -> tuple[dict[str, Tensor], str]:
-    """State dict and a short name for the log, which never holds a path of this machine."""
-    if str(weights) == "imagenet" and not os.environ.get("DLIA_WEIGHTS"):
-        return _download(), "torchvision ImageNet weights"
-    path = Path(os.environ["DLIA_WEIGHTS"] if str(weights) == "imagenet" else weights)
+def read_weights(
+    weights: str | Path,
+    *,
+    variable: str = "DLIA_WEIGHTS",
+    download: Callable[[], tuple[dict[str, Tensor], str]] | None = None,
+) -> tuple[dict[str, Tensor], str]:
+    """State dict and a short name for the log, which never holds a path of this machine.
+
+    "imagenet" is the file that the environment variable `variable` names, else what `download` gives.
+    """
+    if str(weights) == "imagenet" and not os.environ.get(variable):
+        return (download or _download)()
+    path = Path(os.environ[variable] if str(weights) == "imagenet" else weights)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights file {path}: correct `weights=` or DLIA_WEIGHTS, or use weights=None"
-        )
+        raise FileNotFoundError(f"no weights file {path}: correct `weights=` or {variable}, or use weights=None")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with accelerate; needed for such files only
+
+        return load_file(path), f"file {path.name}"
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
@@ -80,34 +91,38 @@ def read_weights(weights: str | Path) -> tuple[dict[str, Tensor], str]:
     return state, f"file {path.name}"
 
 
-def _download() -> dict[str, Tensor]:
+def _download() -> tuple[dict[str, Tensor], str]:
     # The first recipe's weights: features trained without label smoothing usually transfer better.
     try:
-        return MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        state = MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise RuntimeError(
             "the ImageNet weights could not be downloaded: switch the internet on, or name a weights file by "
             "`weights=` or the environment variable DLIA_WEIGHTS, or train from scratch with weights=None"
         ) from error
+    return state, "torchvision ImageNet weights"
 
 
-def load_weights(backbone: torch.nn.Module, state: dict[str, Tensor], origin: str) -> None:
+def load_weights(
+    backbone: torch.nn.Module,
+    state: dict[str, Tensor],
+    origin: str,
+    *,
+    head: Sequence[str] = HEAD,
+    name: str = "MobileNetV2",
+) -> None:
     """Load all but a last layer that is absent or of another width; refuse every other difference."""
     own = backbone.state_dict()
     fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
-    fresh = sorted(key for key in HEAD if key not in fits)
-    problems = [f"missing {key}" for key in own if key not in state and key not in HEAD]
+    fresh = sorted(key for key in head if key not in fits)
+    problems = [f"missing {key}" for key in own if key not in state and key not in head]
     problems += [f"unknown {key}" for key in state if key not in own]
     problems += [
         f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own if key in state and key not in fits and key not in HEAD
+        for key in own if key in state and key not in fits and key not in head
     ]  # fmt: skip
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(
-            f"{origin} does not fit MobileNetV2 ({len(problems)} of {len(own)} entries): {shown}"
-        )
-    backbone.load_state_dict({**own, **{key: fits[key] for key in fits if not fresh or key not in HEAD}})
-    log.info(
-        "MobileNetV2: %s, %d of %d entries; drawn anew: %s", origin, len(fits), len(own), fresh or "none"
-    )
+        raise ValueError(f"{origin} does not fit {name} ({len(problems)} of {len(own)} entries): {shown}")
+    backbone.load_state_dict({**own, **{key: fits[key] for key in fits if not fresh or key not in head}})
+    log.info("%s: %s, %d of %d entries; drawn anew: %s", name, origin, len(fits), len(own), fresh or "none")

@@ -7,6 +7,7 @@ from dlia_utils.models.robust.checkpoint import LoadReport
 from dlia_utils.models.robust.meansparse import (
     MeanSparse,
     recompute_statistics,
+    select_alpha,
     set_alpha,
     straight_through,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "download",
     "list",
     "recompute_statistics",
+    "select_alpha",
     "set_alpha",
     "straight_through",
 ]

@@ -16,34 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
+from dlia_utils.models.backbone import Backbone, pooled, scaled
 from dlia_utils.models.robust.meansparse import MeanSparse
-
-
-def scaled(channels: int, width: float) -> int:
-    """`channels` times `width`, rounded to a multiple of 8 and at least 8; width 1 changes none of ours.
-
-    >>> scaled(216, 1.0), scaled(216, 1 / 16)
-    (216, 16)
-    """
-    return max(8, 8 * round(channels * width / 8))
-
-
-class Backbone(nn.Module):
-    """What the networks share: `features` [B, 3, H, W] -> [B, C], and a linear head named `HEAD`."""
-
-    HEAD = "fc"
-
-    def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return getattr(self, self.HEAD)(self.features(x))
-
-
-def _pooled(x: Tensor) -> Tensor:
-    # Never `view(-1, channels)`: on a map larger than 1 x 1 that mixes channels with positions.
-    return x.mean(dim=(2, 3))
-
 
 # ------------------------------------------------------------------ wide ResNets of the TRADES code
 
@@ -83,6 +57,9 @@ class TradesGroup(nn.Module):
 class TradesWideResNet(Backbone):
     """Wide ResNet with ReLU and symmetric padding, as in the code of TRADES (arXiv 1901.08573)."""
 
+    MAP = "relu"
+    BLOCK = TradesBlock
+
     def __init__(self, num_classes: int, width: float, *, depth: int, factor: int) -> None:
         super().__init__()
         stem, *widths = (scaled(16, width), *(scaled(c * factor, width) for c in (16, 32, 64)))
@@ -96,11 +73,14 @@ class TradesWideResNet(Backbone):
         self.fc = nn.Linear(widths[2], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        return _pooled(self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))))
+        return pooled(self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))))
 
 
 class HuangWideResNet(Backbone):
     """Wide ResNet 34-R of Huang et al. 2021 (arXiv 2110.03825): a last stage of less capacity."""
+
+    MAP = "relu"
+    BLOCK = TradesBlock
 
     def __init__(self, num_classes: int, width: float) -> None:
         super().__init__()
@@ -117,7 +97,7 @@ class HuangWideResNet(Backbone):
         x = self.stem_conv(x)
         for group in self.blocks:
             x = group(x)
-        return _pooled(self.relu(self.bn1(x)))
+        return pooled(self.relu(self.bn1(x)))
 
 
 # ------------------------------------------------------------------ wide ResNets of DeepMind
@@ -184,6 +164,8 @@ class DeepMindWideResNet(Backbone):
     """
 
     HEAD = "logits"
+    MAP = "relu"
+    BLOCK = DeepMindBlock
 
     def __init__(
         self,
@@ -212,7 +194,7 @@ class DeepMindWideResNet(Backbone):
         self.logits = nn.Linear(channels[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        return _pooled(self.relu(self.meansparse_end(self.batchnorm(self.layer(self.init_conv(x))))))
+        return pooled(self.relu(self.meansparse_end(self.batchnorm(self.layer(self.init_conv(x))))))
 
 
 # ------------------------------------------------------------------ ImageNet models of Robust Principles
@@ -251,6 +233,8 @@ class RaBottleneck(nn.Module):
 class RaResNet(Backbone):
     """ResNet by the Robust Principles (Peng et al. 2023, arXiv 2308.16258): wide stem, late downsampling."""
 
+    BLOCK = RaBottleneck
+
     def __init__(
         self, num_classes: int, width: float, *, widths: Sequence[int], depths: Sequence[int]
     ) -> None:
@@ -271,4 +255,4 @@ class RaResNet(Backbone):
         self.fc = nn.Linear(channels[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        return _pooled(self.stages(self.stem(x)))
+        return pooled(self.stages(self.stem(x)))

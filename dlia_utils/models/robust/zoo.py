@@ -235,6 +235,16 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def check_pixels(x: Tensor) -> None:
+    """Refuse images with values outside [0, 1] or NaN. Raises: ValueError."""
+    low, high = (value.item() for value in x.detach().aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise ValueError(
+            f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
+            "normalisation, the model owns its mean and std"
+        )
+
+
 class RobustModel(PixelModel):
     """A robust backbone behind the door [0, 1]: raw pixels in, logits out, values outside refused.
 
@@ -262,12 +272,7 @@ class RobustModel(PixelModel):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Pixels [B, 1 or 3, H, W] in [0, 1] -> normalised [B, 3, H, W]; one channel is repeated."""
-        low, high = (value.item() for value in x.detach().aminmax())
-        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-            raise ValueError(
-                f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
-                "normalisation, the model owns its mean and std"
-            )
+        check_pixels(x)
         # Where the model normalises by nothing, the subtraction still makes one channel three.
         return super().normalize(x)
 

@@ -1,0 +1,863 @@
+# %% [markdown]
+# # 07 COVID-19: transfer learning, Grad-CAM from scratch, and a shortcut audit
+#
+# Take a network that has learnt a million everyday photographs, put a new last layer on it, and it tells COVID-19
+# films from normal ones almost without an error. Does it read the lungs, or the hospital? The public collections took
+# their COVID films from other places than their normal ones, and a network is content with whatever tells the two
+# apart. This notebook builds the model, explains it with a Grad-CAM written from its formula, and then asks the
+# question that a heat map alone cannot answer.
+#
+# **What you get**
+#
+# | part | question |
+# |---|---|
+# | 1 Data | What was split, and how? (the exploration is in [notebook 06](06_covid_baseline.ipynb)) |
+# | 2 Frozen network, new head | Which head, which batch size, rate and dropout? |
+# | 3 Fine-tuning | Does training the whole network help, and how small must the rate be? |
+# | 4 The test, opened once | Baseline, frozen and fine-tuned network on the same films, paired |
+# | 5 Grad-CAM from scratch | The formula, step by step; one logit and two; against captum |
+# | 6 Right and wrong answers | Maps of true and false positives and negatives |
+# | 7 Shortcut audit | What remains when the lungs are taken away? |
+# | 8 Questions | The assignment's questions 13 to 24, answered from this run's numbers |
+#
+# What came out on the real films stands in the [README](../README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* films with a tiny random network, and only show what you will see.
+#
+# *For research and teaching. Not a medical device.*
+
+# %% tags=["bootstrap"]
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, half an hour), "full" (GPU), or "auto"
+DATA_DIR = ""  # empty: find the data set; else the folder that holds COVID-19_Radiography_Dataset or covid_xray
+RUN_NAME = ""  # empty: profile and kind of data
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+
+# %% tags=["config"]
+from dlia_utils import config as dlia_config
+
+config = dlia_config.resolve("07_covid_transfer_gradcam", PROFILE, DATA_DIR, RUN_NAME, RESUME)
+print(config.banner())
+print(dlia_config.settings_text(config))
+
+# %% tags=["imports"]
+import copy  # noqa: I001 (one line a module keeps this cell readable)
+import json
+import tempfile
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from captum.attr import LayerGradCam
+from IPython.display import Markdown, display
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+from torch.nn.functional import interpolate
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+
+from dlia_utils import augment, curves, datasets, files, metrics, models, objectives, once, report, search, shortcuts, split, train
+from dlia_utils.explain import figures
+from dlia_utils.explain.gradcam import gradcam
+from dlia_utils.study import build_model, fit_model, load_models, open_study, stored, test_opened, trained, weights_label
+
+RESULTS = config.run_dir / "results.csv"
+
+
+def loss_of(study):
+    """Cross-entropy in which both classes weigh the same."""
+    return objectives.cross_entropy(weight=study.class_weights())
+
+
+def baseline_folder(study):
+    """Where the baseline lies: in a finished run of notebook 06 with this run's name and split, else in this run."""
+    if (config.run_dir / "baseline" / "best.pt").exists():  # one run keeps to one baseline
+        return config.run_dir
+    other = config.run_dir.parents[1] / "06_covid_baseline" / config.run_dir.name
+    if not ((other / "predictions.csv").exists() and (other / "split.json").exists()):
+        return config.run_dir
+    same = json.loads((other / "split.json").read_text(encoding="utf-8"))["hash"] == study.key["split"]
+    return other if same else config.run_dir
+
+
+# %% [markdown]
+# ## 1 The data
+#
+# *COVID* and *Normal* of the COVID-19 Radiography Database, or the `covid_xray` folders of a course. Where no split
+# into training, validation and test films is published, one is drawn: stratified, and with byte-identical films and
+# near-duplicates (perceptual hash, confirmed by correlation) always on one side. Notebook 06 draws the same split, so
+# that the models of both notebooks can be compared film by film. Patients and sources are not named in these copies:
+# two films of one patient that do not look alike may still lie on both sides, which no code can repair.
+
+# %%
+study = open_study(config)
+print(study.dataset.split_rule)
+display(datasets.summary(study.dataset))
+pd.set_option("display.max_colwidth", 100)
+split.audit(study.dataset)
+
+# %%
+labels = study.labels(study.rows("train")).cpu().numpy()
+shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
+titles = study.dataset.manifest.loc[shown, "class_name"].tolist()
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config)
+report.save_figure(figure, config, "samples")
+figure
+
+
+# %% [markdown]
+# ## 2 Frozen network, new head
+#
+# **The network.** The assignment asks for ResNet-50 V2, the *pre-activation* form of He et al.
+# ([1603.05027](https://arxiv.org/abs/1603.05027)). Mind the names: torchvision's `IMAGENET1K_V2` weights belong to the
+# ordinary ResNet-50 and are only a newer training recipe. Here the network is the suite's own, and its ImageNet weights
+# come through timm or from a file. Where they cannot be had, and in the laptop profile, MobileNetV2 takes its place;
+# the first line below says which one it is.
+#
+# **Frozen means two things.** No weight is trained (`requires_grad=False`), *and* batch normalisation stays in
+# evaluation mode. In Keras the first brings the second; in PyTorch it does not: a frozen network left in training mode
+# takes over the statistics of the new films batch by batch, and drifts although no weight moves. The suite's
+# `with_head` keeps the frozen part in evaluation mode whatever `train()` is called.
+
+# %%
+def pretrained():
+    """The network whose features are used, or its stand-in where the weights cannot be had."""
+    if config.backbone == "resnet50_v2":
+        try:
+            network = models.resnet50_v2(weights="imagenet" if config.pretrained else None, seed=config.seed)
+        except RuntimeError as error:
+            print(f"MobileNetV2 takes the place of ResNet-50 V2: {error}")
+        else:
+            label = "resnet50_v2 imagenet" if config.pretrained else "random"
+            files.write_text(label, config.run_dir / "weights.txt")  # what the result rows will say
+            return network.to(config.device)
+    return build_model(config)
+
+
+def with_statistics(network, study):
+    """A random network with the training films' statistics in its batch norms: without any, the features would fade."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the plain mean over all batches
+    network.train()
+    with torch.no_grad():
+        for rows in np.array_split(study.rows("train"), -(-len(study.rows("train")) // config.batch_size)):
+            network(study.images(rows))
+    return network.eval()
+
+
+# %%
+study = open_study(config)
+if not trained(study, ["start"]):  # kept, so that every later section has the same network, with or without internet
+    body = pretrained()
+    body = with_statistics(body, study) if weights_label(config) == "random" else body
+    models.save(models.with_head(body, seed=config.seed), config.run_dir / "start" / "best.pt", meta={"epoch": 0})
+start = load_models(study, ["start"])["start"]
+network = start.recipe["body"]["name"]
+missed = "" if network == config.backbone else f" (the weights of {config.backbone} could not be had)"
+print(f"network: {network}{missed}; weights: {weights_label(config)}")
+norms = [layer for layer in start.train().backbone.body.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+print(f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the body in training mode")
+models.summary(start.eval(), config.size).tail(6)
+
+
+# %% [markdown]
+# **The features are computed once.** A frozen network gives the same features for the same film, so they are kept, and
+# a head learns from them in seconds. The price: no augmentation here; fine-tuning (section 3) has it.
+#
+# **Two heads**, both with dropout before the last layer: `linear` (one layer) and `mlp` (a hidden layer with ReLU and
+# batch norm between). Both get one initial training with the same settings; the smaller *validation loss* decides. The
+# loss, because with a few hundred validation films accuracy moves in steps and AUC is soon near 1, while the loss still
+# tells good from better.
+
+# %%
+def features(study, *splits):
+    """The frozen network's features of the splits, computed once in a run, as one set (feature, label, row)."""
+    return ConcatDataset([features_of(study, name) for name in splits])
+
+
+def features_of(study, name):
+    path = config.run_dir / "features" / f"{name}.pt"
+    if not path.exists():
+        begun, start = time.monotonic(), load_models(study, ["start"])["start"]
+        found = models.cached_features(start, study.torch_set(name))
+        with files.atomic_path(path) as temporary:
+            torch.save({"columns": found.tensors, "seconds": time.monotonic() - begun}, temporary)
+    return TensorDataset(*torch.load(path, weights_only=True)["columns"])
+
+
+def new_model(start, head, dropout):
+    """The frozen network under a head of its own, drawn anew."""
+    return models.with_head(start, head=head, hidden=config.hidden, dropout=dropout, seed=config.seed)
+
+
+def fit_head(study, name, model, train_set, val_set, **options):
+    """Train the head on features, and keep the whole model."""
+    fitted = fit_model(study, f"{name}_head", model.head, loss_of(study), train_set, val_set, num_workers=0, **options)
+    models.save(model, config.run_dir / name / "best.pt", meta={"epoch": fitted.best_epoch})
+    return fitted
+
+
+# %%
+rows = []
+for head in config.heads:
+    model = new_model(start, head, config.dropout)
+    sets = features(study, "train"), features(study, "val")
+    fitted = fit_head(study, f"initial_{head}", model, *sets, monitor="val_loss", patience=None)
+    best = fitted.history.loc[fitted.history["val_loss"].idxmin()]
+    weights = sum(parameter.numel() for parameter in model.head.parameters())
+    rows.append({"head": head, "weights": weights, "best epoch": fitted.best_epoch, "val_loss": best["val_loss"],
+                 "val_accuracy": best["val_accuracy"], "val_auc": best["val_auc"], "seconds": fitted.seconds})  # fmt: skip
+heads = pd.DataFrame(rows)
+files.write_csv(heads, config.run_dir / "heads.csv")
+head = heads.loc[heads["val_loss"].idxmin(), "head"]
+print("head that goes on:", head)
+heads.round(3)
+
+# %%
+histories = {name: pd.read_csv(config.run_dir / f"initial_{name}_head" / "metrics.csv") for name in config.heads}
+figure = curves.figure_curves(histories, config)
+report.save_figure(figure, config, "initial")
+figure
+
+# %% [markdown]
+# **The search** over batch size, learning rate and dropout. Every run makes a *new* head; a run that is worse than the
+# median of the earlier ones at the same epoch is cut off; early stopping ends the others. The rule of the assignment is
+# kept by code: if the best value lies on the edge of its range, the range grows on that side and the search goes on. All
+# runs are in `search/runs.csv`, and a search that was cut off goes on from there.
+
+# %%
+space = {
+    "batch_size": search.Choice((16, 32, 64), beyond=((4, 8), (128, 256))),
+    "lr": search.Range(1e-4, 1e-2, log=True, hard=(1e-6, 0.1)),
+    "dropout": search.Range(0.1, 0.6, hard=(0.0, 0.9)),
+}
+
+
+def one_run(params, tell):
+    """Train a new head with these settings; what chooses is the smallest validation loss."""
+    model = new_model(start, head, params["dropout"])
+    with tempfile.TemporaryDirectory() as scratch:  # seconds of work: nothing to keep but its numbers
+        fitted = train.fit(
+            model.head, loss_of(study), features(study, "train"), features(study, "val"), run_dir=scratch,
+            epochs=config.epochs, patience=config.patience, monitor="val_loss", lr=params["lr"], seed=config.seed,
+            batch_size=params["batch_size"], on_epoch=lambda row: tell(row["epoch"], row["val_loss"]), progress=False,
+        )  # fmt: skip
+    best = fitted.history.loc[fitted.history["epoch"].eq(fitted.best_epoch)].iloc[0]
+    return {"score": fitted.best_score, "val_accuracy": best["val_accuracy"], "val_auc": best["val_auc"],
+            "best_epoch": fitted.best_epoch}  # fmt: skip
+
+
+found = search.search(one_run, space, folder=config.run_dir / "search", trials=config.trials, seed=config.seed,
+                      direction="minimize", extend=config.extend, config=study.key | {"head": head})  # fmt: skip
+display(search.top_runs(found.runs, count=6, direction="minimize").round(4))
+found.ranges
+
+# %%
+figure = search.figure_search(found.runs, config, direction="minimize")
+report.save_figure(figure, config, "search")
+figure
+
+# %% [markdown]
+# **The final frozen model** learns from training *and* validation films, for the number of epochs that early stopping
+# found, without early stopping: there is nothing left to stop by. `selected`, trained on the training films alone, is
+# kept too: fine-tuning needs a start whose validation numbers are honest.
+
+# %%
+best = {name: found.best[name] for name in ("lr", "batch_size")}
+selected = new_model(start, head, found.best["dropout"])
+sets = features(study, "train"), features(study, "val")
+fitted = fit_head(study, "selected", selected, *sets, monitor="val_loss", patience=config.patience, **best)
+epochs = search.retrain_epochs(fitted.history, monitor="val_loss")
+frozen = new_model(start, head, found.best["dropout"])
+final = fit_head(study, "frozen", frozen, features(study, "train", "val"), None, monitor="epoch", epochs=epochs,
+                 patience=None, **best)  # fmt: skip
+again = load_models(study, ["frozen"])["frozen"]
+same = objectives.fingerprint(frozen) == objectives.fingerprint(again)
+before, after = (train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(config.device), again))
+print(f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}")
+figure = curves.figure_curves({"final, train + val": final.history, "selected, held-out": fitted.history}, config)
+report.save_figure(figure, config, "frozen")
+figure
+
+
+# %% [markdown]
+# ## 3 Fine-tuning the whole network
+#
+# Now all layers learn, batch norms included, from augmented films, starting from the trained head. Too large a rate
+# destroys in a few steps what a million photographs taught. The rule of the assignment, as code: if the accuracy on the
+# **training** films falls by more than 0.02 (and by more than twice the standard error of a difference, so that a few
+# films do not decide), the weights are loaded again and the next smaller rate is tried; if no attempt has a better
+# validation loss than the frozen model, the frozen model stays. Test films have no part in it.
+#
+# Within an attempt the rate falls to zero along a cosine. At a constant rate the validation loss jumps from epoch to
+# epoch, and the final training below has no validation films to choose a good epoch by; with a rate that ends at zero
+# the last epoch is the one to keep.
+#
+# The fall is measured from the frozen model's accuracy under the *same* conditions, augmented films and active dropout:
+# compared with its accuracy on plain films, every fine-tuning would seem to fall.
+
+# %%
+def train_accuracy(study, model):
+    """Share of augmented training films that a model gets right with active dropout, as in a training."""
+    model, right = copy.deepcopy(model).train(), 0
+    films, order = study.torch_set("train", augmented=True), torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.seed)
+        # Shuffled: the films are sorted by class, and the head's batch norm takes what a batch has in common away.
+        for x, y, _ in DataLoader(films, batch_size=config.batch_size, shuffle=True, generator=order):
+            right += (model(x.to(config.device)).argmax(1).cpu() == y).sum().item()
+    return pd.DataFrame({"train_accuracy": [right / len(films)]})
+
+
+def unfrozen(study, name):
+    """A trained model, with the body's blocks free to learn."""
+    return models.unfreeze(load_models(study, [name])[name], config.unfrozen)
+
+
+study = open_study(config)
+history = pd.read_csv(config.run_dir / "selected_head" / "metrics.csv")
+measured = stored(study, "train_accuracy_selected", lambda: train_accuracy(study, *load_models(study, ["selected"]).values()))
+share = measured["train_accuracy"].item()
+frozen_scores = {"train_accuracy": share, "val_loss": history["val_loss"].min()}
+tolerance = max(0.02, 2 * np.sqrt(2 * share * (1 - share) / len(study.rows("train"))))
+tuned = search.finetune_with_drop_rule(
+    lambda: unfrozen(study, "selected"), loss_of(study), study.torch_set("train", augmented=True), study.torch_set("val"),
+    run_dir=config.run_dir / "tuning", lrs=config.tuning_lrs, epochs=config.tuning_epochs, baseline=frozen_scores,
+    tolerance=tolerance, monitor="val_loss", patience=None, schedule="cosine", batch_size=config.batch_size,
+    num_workers=config.num_workers, seed=config.seed, resume=config.resume, max_minutes=config.max_minutes, config=study.key | {"model": "tuning"},
+)  # fmt: skip
+print(f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than {tolerance:.3f} ends an attempt")
+tuned.attempts.round(4)
+
+# %% [markdown]
+# If there was a gain, the final frozen model is fine-tuned in the same way, on training and validation films together.
+# If there was none, there is no fine-tuned model, and everything below goes on without it.
+
+# %%
+if tuned.fitted is None:
+    print("no gain on the validation films: the frozen model is kept")
+else:
+    rate = tuned.attempts["lr"].iloc[-1]
+    rows = np.concatenate([study.rows("train"), study.rows("val")])
+    films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
+                                 seed=config.seed)  # fmt: skip
+    fitted = fit_model(study, "finetuned", unfrozen(study, "frozen"), loss_of(study), films, None, monitor="epoch",
+                       epochs=config.tuning_epochs, schedule="cosine", lr=rate, patience=None)  # fmt: skip
+    path = fitted.history["train_accuracy"]
+    print(f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> {path.iloc[-1]:.3f}")
+
+# %%
+folder = config.run_dir / "tuning"
+attempts = {f"rate {row.lr:g}: {row.outcome}": pd.read_csv(folder / f"attempt{row.attempt}" / "metrics.csv")
+            for row in tuned.attempts.itertuples() if row.epochs}  # fmt: skip
+figure = curves.figure_curves(attempts, config)
+report.save_figure(figure, config, "tuning")
+figure
+
+
+# %% [markdown]
+# ## 4 The test, opened once
+#
+# **The baseline** is notebook 06's: a small network trained from nothing. If a finished run of that notebook with the
+# same name *and the same split* lies beside this one, it is compared with; otherwise a small CNN is trained here in the
+# same way (early stopping on validation films, then again on training and validation films for as many epochs).
+
+# %%
+def new_baseline():
+    return models.cnn(channels=config.baseline_channels, seed=config.seed).to(config.device)
+
+
+study = open_study(config)
+if baseline_folder(study) == config.run_dir:
+    print("no finished run of notebook 06 with this name and split: a baseline is trained here")
+    sets, options = (study.torch_set("train", augmented=True), study.torch_set("val")), {"lr": 1e-3}
+    held = fit_model(study, "baseline_val", new_baseline(), loss_of(study), *sets, epochs=config.baseline_epochs,
+                     monitor="val_loss", **options)  # fmt: skip
+    rows = np.concatenate([study.rows("train"), study.rows("val")])
+    films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
+                                 seed=config.seed)  # fmt: skip
+    epochs = search.retrain_epochs(held.history, monitor="val_loss")
+    fit_model(study, "baseline", new_baseline(), loss_of(study), films, None, epochs=epochs, monitor="epoch",
+              patience=None, **options)  # fmt: skip
+else:
+    print("the baseline is that of notebook 06")
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": config.run_dir / "frozen_head"}
+folders |= {name: config.run_dir / name for name in trained(study, ["finetuned"])}
+histories = {name: pd.read_csv(folder / "metrics.csv") for name, folder in folders.items()}
+figure = curves.figure_curves(histories, config)
+report.save_figure(figure, config, "final_curves")
+figure
+
+# %% [markdown]
+# **The test split is opened here, once for each model**, after every choice has been made. The answers are stored and
+# read back when this cell runs again; a second opening, say after another training, is refused.
+
+# %%
+names = ["frozen", *trained(study, ["finetuned"])]
+told = {name: once.predictions(study, name) for name in names}
+answers = told["frozen"][["image", "path", "label"]]
+if baseline_folder(study) == config.run_dir:
+    answers["baseline"] = once.predictions(study, "baseline")["probability"]
+else:  # opened and logged by that run
+    given = pd.read_csv(baseline_folder(study) / "predictions.csv").set_index("path")
+    answers["baseline"] = given.loc[answers["path"], "baseline"].to_numpy()
+answers = answers.assign(**{name: table["probability"] for name, table in told.items()})
+files.write_csv(answers, config.run_dir / "predictions.csv")
+names = ["baseline", *names]
+labels, patients = answers["label"].to_numpy(), study.patients(answers["image"].to_numpy())
+clean = []
+for name in names:
+    outcome = metrics.classification(labels, answers[name], patients, draws=config.bootstrap_draws)
+    rows = outcome.assign(epochs=len(histories[name]), weights="random" if name == "baseline" else weights_label(config))
+    clean.append(report.result_rows(rows, config, model=name))
+clean = pd.concat(clean)
+report.update_results(clean, RESULTS)
+clean["cell"] = [report.with_interval(row) for _, row in clean.iterrows()]
+clean.pivot_table(index="metric", columns="model", values="cell", aggfunc="first", sort=False)
+
+
+# %% [markdown]
+# **Paired**, because all models answered the same films. McNemar's exact test asks whether one is right more often where
+# they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference comes from drawing the
+# same films for both.
+
+# %%
+def auc_difference(labels, one, other, patients):
+    """AUC of `one` minus that of `other`, with a 95 % interval from resampling the same patients for both."""
+    weights = metrics.patient_weights(patients, draws=config.bootstrap_draws, seed=config.seed)
+    weights = weights[(weights[:, labels == 0].sum(1) > 0) & (weights[:, labels == 1].sum(1) > 0)]
+    drawn = [roc_auc_score(labels, one, sample_weight=w) - roc_auc_score(labels, other, sample_weight=w) for w in weights]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"auc_difference": roc_auc_score(labels, one) - roc_auc_score(labels, other), "ci_low": low, "ci_high": high}
+
+
+rows = []
+for one, other in (("frozen", "baseline"), ("finetuned", "baseline"), ("finetuned", "frozen")):
+    if one in answers:
+        right = [(answers[name] > 0.5).to_numpy() == (labels == 1) for name in (one, other)]
+        test = metrics.mcnemar(*right)
+        rows.append({"model": one, "against": other, "only_it": test["only_a_right"], "only_other": test["only_b_right"],
+                     "p": test["p"], **auc_difference(labels, answers[one], answers[other], patients)})  # fmt: skip
+paired = pd.DataFrame(rows)
+files.write_csv(paired, config.run_dir / "paired_tests.csv")
+paired.round(4)
+
+# %%
+predicted = {name: (answers[name] > 0.5).astype(int) for name in names}
+figure = report.figure_confusion(labels, predicted, study.dataset.classes, config)
+report.save_figure(figure, config, "confusion")
+display(figure)
+figure = report.figure_roc(labels, {name: answers[name] for name in names}, config)
+report.save_figure(figure, config, "roc")
+figure
+
+# %% [markdown]
+# A few test films, as decoded (the model normalises for itself), with the last model's p(COVID).
+
+# %%
+shown = answers.groupby("label").head(6).sort_values("label")
+titles = [f"{study.dataset.classes[row.label]}, p = {getattr(row, names[-1]):.2f}" for row in shown.itertuples()]
+figure = report.figure_samples(study.images(shown["image"].to_numpy()).cpu().numpy(), titles, config)
+report.save_figure(figure, config, "answers")
+figure
+
+# %% [markdown]
+# ## 5 Grad-CAM from scratch
+#
+# Where in the film does the network find what speaks for its answer? Let $A \in \mathbb{R}^{C \times h \times w}$ be the
+# last feature map, before it is averaged over places, and $z_c$ the logit of class $c$. Grad-CAM (Selvaraju et al.,
+# [1610.02391](https://arxiv.org/abs/1610.02391)) weighs each channel by how much the logit grows with it, and adds:
+#
+# $$w_k = \frac{1}{hw}\sum_{i,j}\frac{\partial z_c}{\partial A_{kij}}, \qquad
+# L_{ij} = \mathrm{ReLU}\Big(\sum_k w_k A_{kij}\Big).$$
+#
+# The ReLU keeps what speaks *for* the class. The map is divided by its maximum, enlarged to the size of the film and laid
+# over it with weight 0.4. Three traps:
+#
+# - the *logit* is explained, not the probability, whose gradient vanishes where the model is sure. These models
+#   return logits; a network that ends in a softmax or sigmoid must lose it first;
+# - in a **frozen** network nothing asks for a gradient, and autograd has no graph. The map $A$ itself is cut out and asks
+#   for one; no weight is touched;
+# - if no place speaks for the class, the ReLU leaves zeros, and dividing by the maximum makes NaN, which a plotting
+#   library paints as a valid map. Zero maps are called so here.
+#
+# One test film, every step by hand (the models are the final ones; which film is shown decides nothing):
+
+# %%
+study = open_study(config)
+name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
+model = load_models(study, [name])[name].requires_grad_(False)
+test_opened(study, "Grad-CAM step by step on one film")
+row = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:1]
+x, layer, kept = study.images(row), models.last_map_layer(model), []
+
+
+def cut(module, inputs, output):
+    kept.append(output.detach().requires_grad_())  # the graph begins here
+    return kept[-1].clone()  # what follows may work in place
+
+
+handle = model.get_submodule(layer).register_forward_hook(cut)
+logits = model(x)  # 1 evaluate
+handle.remove()
+target = logits.argmax(1).item()  # 2 the class to explain: the predicted one
+(gradient,) = torch.autograd.grad(logits[0, target], kept[0])  # 3 its logit's gradient with respect to the map
+weights = gradient.mean((2, 3))  # 4 mean over places: how much each channel counts
+grid = torch.einsum("bk,bkij->bij", weights, kept[0].detach()).clamp(min=0)  # 5 weighted sum, ReLU
+large = interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]  # 6 to the film's size
+heat = large / large.max().clamp(min=1e-30)  # 7 between 0 and 1
+print(f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, film {list(x.shape)}")
+caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
+figure = figures.figure_overlays(x, {"by hand": heat}, captions=[caption], config=config, alpha=0.4)
+report.save_figure(figure, config, "gradcam_by_hand")
+figure
+
+
+# %% [markdown]
+# **One logit instead of two.** A network for two classes often ends in a single logit $z$: above 0 is COVID. Class COVID
+# is then explained by $z$, and class *Normal* by $-z$, because what lowers $z$ is what speaks for *Normal*. Forgetting
+# the sign explains the wrong class on every negative film. A softmax over two logits depends on $z_1 - z_0$ alone, so the
+# same network can be read as a scalar model with $z = z_1 - z_0$. Its maps must be those of the two logits $(-z, z)$.
+#
+# The table holds the largest differences, relative to the map's maximum, on some test films: by hand against the suite's
+# function, one logit against two, and both against [captum](https://captum.ai)'s `LayerGradCam`.
+
+# %%
+class OneLogit(torch.nn.Module):
+    """A two-class model with the scalar logit z = z1 - z0; `signs` (-1, 1) gives the two logits (-z, z) instead."""
+
+    def __init__(self, model, signs=(1.0,)):
+        super().__init__()
+        self.model, self.signs = model, signs
+
+    def forward(self, x):
+        logits = self.model(x)
+        return (logits[:, 1:] - logits[:, :1]) * torch.tensor([self.signs], device=x.device)
+
+
+def captums(net, x, module, target=None):
+    """captum's grid; a frozen network needs an input that asks for a gradient."""
+    method = LayerGradCam(net, module)
+    return method.attribute(x.clone().requires_grad_(), target=target, relu_attributions=True)[:, 0].detach()
+
+
+def apart(one, other):
+    """Largest difference relative to the largest value of either."""
+    return ((one - other).abs().max() / torch.maximum(one.max(), other.max()).clamp(min=1e-30)).item()
+
+
+# %%
+films = study.images(study.rows("test")[:: max(1, len(study.rows("test")) // 16)][:16])
+module, before = model.get_submodule(layer), objectives.fingerprint(model)
+scalar, double, negative = OneLogit(model), OneLogit(model, (-1.0, 1.0)), OneLogit(model, (-1.0,))
+own = {c: gradcam(model, films, layer, target=c) for c in (0, 1)}
+one = {c: gradcam(scalar, films, module, target=c) for c in (0, 1)}
+two = {c: gradcam(double, films, module, target=c) for c in (0, 1)}
+rows = [("by hand", "the suite's function", apart(grid, gradcam(model, x, layer, target=target).grid))]
+for c, label in enumerate(study.dataset.classes):
+    rows.append((f"two logits, {label}", "captum", apart(own[c].grid, captums(model, films, module, c))))
+    net = scalar if c else negative
+    rows.append((f"one logit, {label}", "captum", apart(one[c].grid, captums(net, films, module))))
+    rows.append((f"one logit, {label}", "two logits (-z, z)", apart(one[c].grid, two[c].grid)))
+checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(ok=lambda t: t["difference"] < 1e-5)
+files.write_csv(checks, config.run_dir / "gradcam_checks.csv")
+print(f"the frozen model afterwards: bit-equal {objectives.fingerprint(model) == before}; weights that ask for a "
+      f"gradient: {sum(p.requires_grad for p in model.parameters())}")  # fmt: skip
+checks
+
+# %% [markdown]
+# **What two labels do to an explanation.** The two maps of the scalar logit come from the same weighted sum with
+# opposite signs: where one is above zero the other is zero, and a place can only speak for COVID by speaking against
+# *Normal*. Explaining the raw logit $z_1$ of a two-logit model is another question, though the probabilities are the
+# same: the rank correlation below says how far the two answers agree.
+
+# %%
+both = ((one[0].grid > 0) & (one[1].grid > 0)).float().mean().item()
+pairs = zip(own[1].grid.flatten(1).cpu().numpy(), one[1].grid.flatten(1).cpu().numpy(), strict=True)
+likeness = [spearmanr(*pair).statistic for pair in pairs if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0]
+sides = pd.DataFrame({"films": [len(films)], "places above zero in both maps": [both], "compared": [len(likeness)],
+                      "rank correlation of z1 and z1 - z0": [np.mean(likeness) if likeness else np.nan]})  # fmt: skip
+files.write_csv(sides, config.run_dir / "gradcam_sides.csv")
+display(sides.round(3))
+panels = {f"two logits, {study.dataset.classes[1]}": own[1], f"one logit, {study.dataset.classes[1]}": one[1],
+          f"one logit, {study.dataset.classes[0]} (-z)": one[0]}  # fmt: skip
+figure = figures.figure_overlays(films[:2], {key: found.heat()[:2] for key, found in panels.items()},
+                                 captions=["test film 1", "test film 2"], config=config)  # fmt: skip
+report.save_figure(figure, config, "one_logit")
+figure
+
+# %% [markdown]
+# ## 6 Right and wrong answers
+#
+# Every test film falls into one of four groups: COVID found (true positive) or missed (false negative), normal left
+# alone (true negative) or raised as an alarm (false positive). The map explains the class that the model *read*; of the
+# right answers the clearest are shown, of the wrong ones the worst.
+#
+# The table adds what pictures cannot say: how much of the map lies inside the lungs, beside the share of the film that
+# the lungs cover (a map that knows nothing would have just that), and how many maps are zero.
+
+# %%
+study = open_study(config)
+name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
+model = load_models(study, [name])[name]
+test_opened(study, "Grad-CAM of all test films")
+rows = study.rows("test")
+x, labels, patients = study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows)
+probability = train.predict(model, x)[0][:, 1]
+maps = torch.cat([gradcam(model, part, models.last_map_layer(model)).heat().cpu() for part in x.split(64)])
+masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
+read = (probability > 0.5).astype(int)
+groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": read != labels}
+groups |= {name: (labels == label) & (read == positive) for name, label, positive in figures.GROUPS}
+draws, tables = config.bootstrap_draws, []
+for group, members in groups.items():
+    if members.any():
+        inside = shortcuts.inside_energy(maps[members], masks[members], groups=patients[members], draws=draws)
+        tables.append(inside.assign(group=group))
+energy = pd.concat(tables)
+files.write_csv(energy, config.run_dir / "energy.csv")
+outcome = energy[energy["metric"].ne("area") & energy["group"].eq("all")].assign(attack="Grad-CAM inside the lungs")
+report.update_results(report.result_rows(outcome, config, model=name), RESULTS)
+energy["cell"] = [report.with_interval(row) for _, row in energy.iterrows()]
+print("lungs are", lungs)
+energy.pivot_table(index=["group", "n", "zero_maps"], columns="metric", values="cell", aggfunc="first", sort=False)
+
+# %%
+figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, config)
+report.save_figure(figure, config, "groups")
+figure
+
+# %% [markdown]
+# ## 7 Shortcut audit
+#
+# DeGrave, Janizek and Lee ([2021](https://doi.org/10.1038/s42256-021-00338-7)) showed that networks for COVID films
+# read the edges, markers and positions that betray the source, and fail in another hospital. A heat map does not prove
+# the opposite: it shows where, not what. So parts of the films are taken away (replaced by the mean grey of the training
+# films) and the question is asked twice:
+#
+# - **tested**: the trained model sees test films of which only the part is left. What does *this model* read?
+# - **retrained**: a quick pipeline (the same frozen network, standardised features, logistic regression) is trained and
+#   tested on the part. What do *the films* give away?
+#
+# The lungs are those of the database's masks where the copy has them; otherwise a crude box, and the text says so.
+# Nothing is chosen by these numbers, so they are taken on test films, which the log records.
+
+# %%
+study = open_study(config)
+name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
+model, start = load_models(study, [name, "start"]).values()
+test_opened(study, "shortcut audit")
+rng = np.random.default_rng(config.seed)
+learnt = shortcuts.films(study, np.sort(rng.permutation(study.rows("train"))[: config.audit_films]))
+tested = shortcuts.films(study, study.rows("test"))
+print(f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second {study.dataset.classes[1]}")
+shown = [int(np.flatnonzero(tested.y == label)[0]) for label in (0, 1)]
+figure = shortcuts.figure_regions(tested.x[shown], tested.masks[shown], config, fill=float(learnt.x.mean()))
+report.save_figure(figure, config, "regions")
+figure
+
+# %%
+regions = stored(study, f"regions_{name}", lambda: shortcuts.region_accuracy(
+    shortcuts.linear_probe(start.features), learnt, tested, model=model, draws=config.bootstrap_draws))  # fmt: skip
+for how, who in (("tested", name), ("retrained", "probe on frozen features")):
+    part = regions[regions["how"].eq(how)]
+    rows = part.assign(attack=f"audit, {how} on " + part["region"])
+    report.update_results(report.result_rows(rows, config, model=who), RESULTS)
+figure = shortcuts.figure_audit(regions, config)
+report.save_figure(figure, config, "audit")
+display(figure)
+cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
+cells[cells["metric"].ne("balanced_accuracy")].pivot_table(
+    index="region", columns=["how", "metric"], values="cell", aggfunc="first", sort=False)  # fmt: skip
+
+# %% [markdown]
+# **A marker.** A small bright square, as a side marker or a sticker would be, is burnt into each corner in turn. An
+# answer about lungs should not move.
+
+# %%
+marker = stored(study, f"marker_{name}", lambda: shortcuts.marker_test(
+    model, tested.x, tested.y, groups=tested.patients, draws=config.bootstrap_draws))  # fmt: skip
+cells = marker.assign(cell=[report.with_interval(row) for _, row in marker.iterrows()])
+cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first", sort=False)
+
+# %% [markdown]
+# **Sources.** Where a copy of the data says which hospital or collection a film is from, the error of each is listed.
+
+# %%
+answers = pd.read_csv(config.run_dir / "predictions.csv")
+shortcuts.source_bias(study.dataset, answers[["image"]].assign(probability=answers[name]), draws=config.bootstrap_draws)
+
+# %% [markdown]
+# **What does the classifier read?** The sentences are written by code from the numbers above.
+
+# %%
+energy = pd.read_csv(config.run_dir / "energy.csv")
+every = energy[energy["group"].eq("all")]
+conclusion = shortcuts.conclude(regions, marker=marker, energy=every, synthetic=config.synthetic)
+files.write_text(conclusion + "\n", config.run_dir / "conclusion.md")
+Markdown(conclusion)
+
+# %% [markdown]
+# ## 8 Questions 13 to 24
+#
+# The assignment's questions on transfer learning and Grad-CAM. Every answer is written by code from this run's numbers;
+# where the run does not support an answer, it says so. Questions 1 to 12 are answered in
+# [notebook 06](06_covid_baseline.ipynb).
+#
+# | question | about | rests on section |
+# |---|---|---|
+# | 13 | the architecture of the new layers | 2 |
+# | 14 | training curves against the baseline's | 2, 3, 4 |
+# | 15 | did fine-tuning help, how small a rate | 3, 4 |
+# | 16 | fine-tuned against baseline | 4 |
+# | 17, 18 | advantages and disadvantages; what to do differently | 2, 3, 4, 7 |
+# | 19 | a scalar output | 5 |
+# | 20 | only two labels | 5 |
+# | 21, 22, 23 | relevant areas, biases, misclassifications | 6, 7 |
+# | 24 | more data | 6, 7 |
+
+# %%
+study = open_study(config)
+name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
+paired = pd.read_csv(config.run_dir / "paired_tests.csv").set_index(["model", "against"])
+results = pd.read_csv(RESULTS).set_index(["model", "attack", "metric"])
+heads = pd.read_csv(config.run_dir / "heads.csv").set_index("head")
+attempts = pd.read_csv(config.run_dir / "tuning" / "attempts.csv")
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": config.run_dir / "frozen_head"}
+folders |= {tuned: config.run_dir / tuned for tuned in trained(study, ["finetuned"])}
+histories = {key: pd.read_csv(folder / "metrics.csv") for key, folder in folders.items()}
+conclusion = (config.run_dir / "conclusion.md").read_text(encoding="utf-8").split("\n")[0]
+
+
+def on_test(model, metric):
+    return report.with_interval(results.loc[(model, "clean", metric)])
+
+
+def difference(model, against):
+    """A paired comparison in words."""
+    row = paired.loc[(model, against)]
+    verdict = "a difference that these test films show" if row["p"] < 0.05 else "no difference that these test films show"
+    auc = f"AUC {row['auc_difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+    return (f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on {row['only_other']:.0f} (McNemar "
+            f"p = {row['p']:.2g}: {verdict}); {auc}")  # fmt: skip
+
+
+def curve(key):
+    """The curve of a final training, which has no held-out films, in words."""
+    first, last = histories[key].iloc[0], histories[key].iloc[-1]
+    return (f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} after the first and "
+            f"{last['train_accuracy']:.3f} after the last, loss {first['train_loss']:.3f} to {last['train_loss']:.3f}")  # fmt: skip
+
+
+# %%
+last, gain = attempts.iloc[-1], attempts["outcome"].eq("gain").any()
+fell = ", ".join(f"{lr:g}" for lr in attempts.loc[attempts["outcome"].isin(["drop", "diverged"]), "lr"])
+compared = "; ".join(f"*{head}* ({row['weights']:.0f} weights): validation loss {row['val_loss']:.3f}, AUC {row['val_auc']:.3f}"
+                     for head, row in heads.iterrows())  # fmt: skip
+if gain:
+    tuning = (f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to {last['val_loss']:.3f} at rate "
+              f"{last['lr']:g}. On test films: {difference('finetuned', 'frozen')}.")  # fmt: skip
+else:
+    tuning = ("No: no attempt had a better validation loss than the frozen model, which was kept (outcomes: "
+              f"{', '.join(attempts['outcome'])}).")  # fmt: skip
+tuning += f" Rates at which the training accuracy fell: {fell or 'none of those tried'}."
+answers = {
+    13: f"By validation films, with the same settings for both: {compared}. *{heads['val_loss'].idxmin()}* went on. Dropout "
+    "stands before the last layer of either; its rate was searched.",
+    14: f"The final trainings (figure in section 4): {'; '.join(map(curve, histories))}. The head starts from features that "
+    "exist already, the baseline from noise. Mind that the head saw films as they are, the others augmented ones.",
+    15: tuning,
+    16: f"Accuracy {on_test(name, 'accuracy')} against {on_test('baseline', 'accuracy')}, AUC {on_test(name, 'auc')} against "
+    f"{on_test('baseline', 'auc')}: {difference(name, 'baseline')}.",
+}  # fmt: skip
+Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
+
+# %%
+kept = {key: models.load(folder / "best.pt") for key, folder in
+        {"baseline": folders["baseline"], "frozen": config.run_dir / "frozen"}.items()}  # fmt: skip
+size = {key: sum(p.numel() for p in model.parameters()) for key, model in kept.items()}
+spent = {key: history["seconds"].sum() for key, history in histories.items()}
+extracting = sum(torch.load(path, weights_only=True)["seconds"] for path in (config.run_dir / "features").glob("*.pt"))
+answers = {
+    17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the features of all films but the "
+    f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy {on_test('frozen', 'accuracy')} and "
+    f"{on_test('baseline', 'accuracy')}. Against: every film passes {size['frozen']:,} weights instead of "
+    f"{size['baseline']:,}, and features computed once know no augmentation"
+    + (f". Fine-tuning took {spent['finetuned']:.0f} s more." if gain else "."),
+    18: "This run compared two heads, and training "
+    + ("all blocks" if config.unfrozen == "all" else f"the last {config.unfrozen} blocks")
+    + " against training none. Features learnt from radiographs, larger films and blocks set free one after the other were "
+    f"not tried, so nothing is claimed about them. What the audit says matters more than any of these: {conclusion}",
+}  # fmt: skip
+Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
+
+# %%
+checks, sides, energy = (pd.read_csv(config.run_dir / f"{what}.csv") for what in ("gradcam_checks", "gradcam_sides", "energy"))
+gains = energy[energy["metric"].eq("gain")].set_index("group")
+scalar, sides = checks[checks["map"].str.startswith("one logit")], sides.iloc[0]
+rank, every = sides["rank correlation of z1 and z1 - z0"], gains.loc["all"]
+
+
+def gain_of(group):
+    value, low, high = gains.loc[group, ["value", "ci_low", "ci_high"]]
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+where = "no more inside the lungs than a map that knows nothing"
+if every["ci_low"] > 0:
+    where = "more inside the lungs than their area explains"
+elif every["ci_high"] < 0:
+    where = "LESS inside the lungs than their area explains"
+answers = {
+    19: f"Yes: class *{study.dataset.classes[0]}* is explained by $-z$. Against captum and against the two logits $(-z, z)$ "
+    f"the maps differ by at most {scalar['difference'].max():.1e} of their maximum, in {len(scalar)} comparisons.",
+    20: f"Yes. The maps of the two classes are one sum with opposite signs: {sides['places above zero in both maps']:.1%} of "
+    "the places speak for both, and *not COVID* is the only thing that *Normal* can mean. "
+    + ("Raw logit and difference could not be compared here: their maps are zero." if np.isnan(rank) else
+       f"Explaining the raw logit instead of the difference is another question: rank correlation {rank:.2f}."),
+    21: f"The maps lie {where}: energy minus area {gain_of('all')}, {every['zero_maps']:.0f} of {every['n']:.0f} maps zero. "
+    "Whether they lie on *opacities* cannot be judged: nobody has marked any in these films.",
+}  # fmt: skip
+Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
+
+# %%
+auc = pd.read_csv(config.run_dir / "tables" / f"regions_{name}.csv").query("metric == 'auc'").set_index(["how", "region"])
+blanked = {how: auc.loc[(how, "lungs_blanked")] for how in ("tested", "retrained")}
+outline = {how: auc.loc[(how, "lung_shape")] for how in blanked}  # still to be seen where the lungs are blanked
+floor = {how: row["value"] if row["ci_low"] > 0.5 else 0.5 for how, row in outline.items()}
+told = {how: any(auc.loc[(how, region), "ci_low"] > (floor[how] if region == "lungs_blanked" else 0.5)
+                 for region in shortcuts.OUTSIDE) for how in blanked}  # fmt: skip
+misread = int(gains["n"].get("wrong", 0))
+if misread:
+    low, high = gains.loc["wrong", ["ci_low", "ci_high"]]
+    alike = misread < 20 or low <= gains.loc["right", "value"] <= high
+    errors = (f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the lungs above their area, of "
+              f"the others {gain_of('right')}: " + ("no difference that so few films can show, so the maps do not explain the "
+              "errors." if alike else "wrong answers look elsewhere, which is a lead, not a cause."))  # fmt: skip
+answers = {
+    22: f"{conclusion} With the lungs blanked, AUC is {report.with_interval(blanked['tested'])} for this model and "
+    f"{report.with_interval(blanked['retrained'])} for one trained so. "
+    + ("Grad-CAM by itself would have hidden it: its maps favour the lungs." if told["tested"] and every["ci_low"] > 0 else
+       "That is the audit's evidence; a heat map proves neither side."),
+    23: errors if misread else "No test film was misread, so there is nothing to explain.",
+    24: "Not because of Grad-CAM alone. By maps and audit together: " + (
+        "take both classes from the same places, and crop or mask the films, because what lies outside the lungs tells the "
+        "classes apart." if told["tested"] or told["retrained"] else
+        "take more films like the misread ones; outside the lungs nothing was found that tells the classes apart.")
+    + " And have opacities marked in a test set: without that question 21 stays open.",
+}  # fmt: skip
+Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
+
+# %% [markdown]
+# ## Results and files
+
+# %%
+results = pd.read_csv(RESULTS)
+shown = results[results["metric"].isin(["accuracy", "auc", "sensitivity", "specificity"]) & results["attack"].eq("clean")]
+cells = shown.assign(cell=[report.with_interval(row) for _, row in shown.iterrows()])
+display(cells.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False))
+display(pd.read_csv(config.run_dir / "test_log.csv")[["time", "purpose"]])
+written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+print("\n".join(name for name in written if "tables/" not in name))

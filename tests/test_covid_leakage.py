@@ -1,0 +1,213 @@
+"""Notebook 06 learns nothing from films that it must not read: its own cells, run on data spoilt on purpose.
+
+Everything up to the final test runs three times: as it is; with the pixels and labels of all TEST films spoilt; and
+with those of the validation films, to show that the comparison would see a leak.
+"""
+
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dlia_utils import (
+    cache,
+    curves,
+    datasets,
+    explore,
+    locate,
+    notebooks,
+    once,
+    phantom,
+    report,
+    search,
+    split,
+    study,
+)
+from dlia_utils import config as dlia_config
+
+NOTEBOOK = "06_covid_baseline"
+TINY = {
+    "size": 24, "per_class": 32, "blocks": 2, "width": 4, "hidden": 8, "epochs": 2, "patience": 1, "quick_epochs": 1,
+    "trials": 2, "extend": 0, "search_epochs": 2, "search_batch": ((), (16, 32), ()), "search_width": ((), (4, 6), ()),
+    "bootstrap_draws": 20,
+}  # fmt: skip
+LEARNT = ("2", "3", "4", "5", "6", "7")  # the sections between looking at the data and the test
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """The notebook's code: what stands before the sections, and each section by its number."""
+    (source,) = notebooks.pick(["06"])
+    opening, sections = notebooks.sections(notebooks.build(source))
+    return opening[2:], {title.split()[0]: code for title, code in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.delenv("DLIA_DATA", raising=False)
+        for name, value in TINY.items():
+            patch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], name, value)
+        drawn = {report: "save_figure", curves: "figure_curves", search: "figure_search", explore: "figure_augmentations"}
+        for module, name in drawn.items():  # drawing is a third of the time and learns nothing
+            patch.setattr(module, name, lambda *_, **__: None)
+        yield patch
+
+
+def spoil(opened, part):
+    """The study with random pixels and turned labels in a split."""
+    rows, rng = opened.rows(part), np.random.default_rng(7)
+    images, manifest = np.array(opened.cache.images), opened.dataset.manifest.copy()
+    images[rows] = rng.integers(0, 256, images[rows].shape, dtype=np.uint8)
+    manifest.loc[rows, "label"] = 1 - manifest.loc[rows, "label"]
+    dataset = replace(opened.dataset, manifest=manifest)
+    return replace(opened, dataset=dataset, cache=replace(opened.cache, images=images))
+
+
+def run(cells, part, *, wanted=LEARNT):
+    """Run the notebook's sections with the films of `part` spoilt (None: as they are); what they came to."""
+    opening, sections = cells
+    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": f"spoilt-{part}", "RESUME": True, "__name__": "cells"}
+    for code in opening:
+        exec(code, names)
+    names["display"] = lambda *_: None
+    config = names["config"]
+    opened = study.open_study(config)
+    if part:
+        opened = spoil(opened, part)
+        study._OPEN[config.key, config.run_dir] = opened
+    for number in wanted:
+        for code in sections[number]:
+            exec(code, names)
+    return SimpleNamespace(study=opened, folder=config.run_dir)
+
+
+def runs_of(done):
+    return pd.read_csv(done.folder / "search" / "runs.csv").drop(columns="seconds")
+
+
+def weights_of(done, name="baseline"):
+    return torch.load(done.folder / name / "best.pt", weights_only=True)["state_dict"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def done(cells, patched):
+    return {None: run(cells, None), "test": run(cells, "test"), "val": run(cells, "val", wanted=LEARNT[2:])}
+
+
+def test_nothing_before_the_test_changes_when_all_test_films_are_spoilt(done):
+    clean, spoilt = done[None], done["test"]
+    rows = clean.study.rows("test")
+    assert np.array_equal(rows, spoilt.study.rows("test")) and len(rows) >= 8
+    assert not np.array_equal(clean.study.cache.images[rows], spoilt.study.cache.images[rows])
+    pd.testing.assert_frame_equal(runs_of(clean), runs_of(spoilt), check_exact=True)
+    for name in ("quick", "recipes", "ranges"):
+        tables = [pd.read_csv(one.folder / "tables" / f"{name}.csv") for one in (clean, spoilt)]
+        tables = [table.drop(columns="seconds", errors="ignore") for table in tables]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
+    choices = [json.loads((one.folder / "choice.json").read_text()) for one in (clean, spoilt)]
+    assert choices[0] == choices[1] and choices[0]["epochs"] >= 1
+    for name in ("initial", "unaugmented", "adam", "sgd", "smoothed", "baseline"):
+        assert same_weights(weights_of(clean, name), weights_of(spoilt, name)), name
+
+
+def test_the_comparison_would_see_a_leak(done):
+    """Validation films are read by choices and train the final model: spoilt, they change both."""
+    clean, spoilt = done[None], done["val"]
+    assert not runs_of(clean)["score"].equals(runs_of(spoilt)["score"])
+    assert not same_weights(weights_of(clean), weights_of(spoilt))
+
+
+def test_statistics_and_class_weights_read_training_films_only(done):
+    clean = done[None]
+    mean, spread = explore.mean_and_spread(clean.study.cache, clean.study.rows("train"))
+    for part in ("test", "val"):
+        spoilt = done[part]
+        assert spoilt.study.class_weights() == clean.study.class_weights()
+        for key in ("mean", "std"):  # of the final model, which trains on validation films too
+            assert torch.equal(weights_of(clean)[key], weights_of(spoilt)[key])
+        strategies = [explore.normalisations(s.cache, s.rows("train")) for s in (clean.study, spoilt.study)]
+        x = torch.rand(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+        assert all(torch.equal(strategies[0][name](x), strategies[1][name](x)) for name in strategies[0])
+    assert weights_of(clean)["mean"].flatten()[0].item() == pytest.approx(mean.mean(), abs=1e-6)
+    std = np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
+    assert weights_of(clean)["std"].flatten()[0].item() == pytest.approx(std, abs=1e-6)
+
+
+def test_validation_films_do_not_train_before_the_final_model(done):
+    """With validation films spoilt every EPOCH of a training is the same; only which epoch is kept may differ."""
+    columns = ["epoch", "train_loss", "train_accuracy"]
+    for name in ("initial", "unaugmented"):
+        tables = [pd.read_csv(done[part].folder / name / "metrics.csv")[columns] for part in (None, "val")]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_the_test_is_opened_after_all_choices_and_once(done, cells, patched):
+    clean = done[None]
+    assert not (clean.folder / "test_log.csv").exists(), "a section before the test opened it"
+    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": "spoilt-None", "RESUME": True, "__name__": "cells"}
+    for code in cells[0]:
+        exec(code, names)
+    names["display"] = lambda *_: None
+    for _ in range(2):  # the second time its predictions are read back
+        for code in cells[1]["8"]:
+            exec(code, names)
+    assert pd.read_csv(clean.folder / "test_log.csv")["purpose"].tolist() == ["final test of baseline"]
+    told = pd.read_csv(clean.folder / "predictions.csv")
+    paths = clean.study.dataset.manifest["path"]
+    assert told["path"].tolist() == paths[clean.study.rows("test")].tolist()
+    (clean.folder / "tables" / "test_baseline.csv").unlink()
+    with pytest.raises(once.AlreadyOpened):
+        once.predictions(clean.study, "baseline")
+
+
+def test_the_threshold_is_fixed_beforehand(cells):
+    """No cell of the test section computes a threshold: 0.5 is all there is."""
+    code = "\n".join(cells[1]["8"])
+    assert "> 0.5" in code and "threshold" not in code and "roc_curve" not in code and "argmax" not in code
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_films_that_occur_twice_never_lie_in_two_splits(tmp_path, patched, seed):
+    tree = phantom.write_covid(tmp_path, seed=seed, images=(45, 45), size=64)
+    patched.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", None)
+    opened = study.open_study(dlia_config.resolve(NOTEBOOK, "smoke", str(tree), f"twins-{seed}"))
+    patched.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", TINY["per_class"])
+    truth = pd.read_csv(tmp_path / "phantom_truth.csv", keep_default_na=False)
+    part_of = opened.dataset.manifest.set_index("path")["split"]
+    twins = truth[truth["twin_of"] != ""]
+    assert len(twins) >= 4
+    assert (part_of[twins["path"]].to_numpy() == part_of[twins["twin_of"]].to_numpy()).all()
+    audit = split.audit(opened.dataset)
+    assert not (audit["verdict"] == "leak").any()
+    assert set(part_of) == {"train", "val", "test"}
+
+
+def test_a_split_that_ignores_twins_is_caught_by_the_audit(tmp_path):
+    tree = phantom.write_covid(tmp_path, images=(60, 60), size=64)
+    dataset = datasets.load(locate.find("covid", tree))
+    torn = split.drawn(dataset, val_share=0.15, test_share=0.15)  # without looks: every film for itself
+    images = cache.build(dataset, size=24, root=os.environ["DLIA_CACHE"], progress=False).images
+    audit = split.audit(split.with_looks(torn, images)).set_index("check")
+    assert (audit.loc[[name for name in audit.index if name.startswith("near-duplicates in")], "count"]).sum() > 0
+
+
+def test_every_run_of_the_search_is_scored_on_validation_films(done):
+    """The score is the best validation AUC of a training of its own, and no weights are left to start another from."""
+    runs, folder = runs_of(done[None]), done[None].folder / "search"
+    assert len(runs) == TINY["trials"] and len(list(folder.glob("run_*"))) == len(runs)
+    for _, row in runs.iterrows():
+        params = {"lr": row["lr"], "dropout": row["dropout"], "batch_size": int(row["batch_size"]), "width": int(row["width"])}
+        history = pd.read_csv(folder / search.run_name(params) / "metrics.csv")
+        assert row["score"] == pytest.approx(history["val_auc"].max(), abs=1e-12)
+    assert not list(folder.glob("run_*/*.pt"))
