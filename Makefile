@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NB      =
 DATA    =
+DATASET =
 PROFILE = smoke
 
 # The environment is made anew when what it must contain changes.
@@ -30,15 +31,16 @@ help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 20
 	@echo
 	@echo '  NB="01 04"   which notebooks (all)      DATA=path      the folder that holds the real data sets'
+	@echo '  DATASET=     for notebook 04: the data set to run on, e.g. covid or a MedMNIST name'
 	@echo '  PROFILE=     smoke, cpu, full or auto   PYTHON=        the Python that makes .venv (python3)'
 
 run: $(STAMP)  ## execute the notebooks, print the results table; NB=01 DATA=path PROFILE=full
-	$(BIN)/python -m dlia_utils run --profile "$(PROFILE)" $(if $(strip $(NB)),--nb $(NB))
+	$(BIN)/python -m dlia_utils run --profile "$(PROFILE)" $(if $(strip $(NB)),--nb $(NB)) $(if $(strip $(DATASET)),--dataset $(DATASET))
 
 test: $(STAMP)  ## lint, static notebook checks, unit tests, every notebook executed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m dlia_utils notebooks check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 notebooks: $(STAMP)  ## rebuild the committed notebooks from notebooks/src, with fresh smoke outputs; NB=01
 	$(BIN)/python -m dlia_utils notebooks refresh $(NB)
@@ -51,6 +53,8 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BENCH)/bin/python benchmarks/detection.py
 	$(BENCH)/bin/python benchmarks/corruptions.py
 	$(BENCH)/bin/python benchmarks/explain.py
+	$(BENCH)/bin/python benchmarks/attacks.py
+	$(BENCH)/bin/python benchmarks/suite.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--data", default="", metavar="PATH", help="folder of the data sets (default: find them)"
     )
+    one.add_argument("--dataset", default="", metavar="NAME", help="for notebooks that run on any data set (04)")
     one.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
     one.add_argument(
         "--run-name", default="", metavar="NAME", help="folder name (default: profile and kind of data)"
@@ -106,6 +107,7 @@ def list_all(options: argparse.Namespace) -> int:
     print("Data sets (python -m dlia_utils data check NAME)")
     for name in locate.SOURCES:
         print(f"  {name}")
+    print("  and every 2-D set of MedMNIST, named as its file: pneumoniamnist_64, ... (see data/README.md)")
     return 0
 
 
@@ -124,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
                 data=options.data,
                 run_name=options.run_name,
                 resume=not options.fresh,
+                dataset=options.dataset,
             )
         except DataNotFound as missing:
             if options.nb or (source == sources[-1] and not runs):
@@ -169,7 +172,7 @@ def _short(path: Path) -> str:
 def results_text(path: Path) -> str:
     """The rows of a results file that a reader wants first: accuracy, clean and in the worst case.
 
-    A file without accuracies is shown as its first 20 rows.
+    A file without accuracies is shown as its first 20 rows, the clean ones where there are any.
     """
     import pandas as pd
 
@@ -180,7 +183,9 @@ def results_text(path: Path) -> str:
     context = " | ".join(f"{name}: {values}" for name, values in shown.items())
     headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]
     if headline.empty:
-        return f"{context}\n{results[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
+        clean = results[results.attack.eq("clean")]
+        rows = results if clean.empty else clean
+        return f"{context}\n{rows[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
     return f"{context}\n{report.results_table(headline).to_string()}"
 
 

@@ -33,24 +33,28 @@ def train_transform(
 
     Flip and rotation are those of the original study. Zoom differs along the two axes: squashing films to a
     square turns their format, which differs between the classes here, into a distortion that could be learnt.
-    Exposure (brightness, contrast, gamma) and softness stand for other machines. Corners are filled by
-    reflection, so they show no black edge. Input and output: uint8 [H,W], the same for every class.
+    Exposure (brightness, contrast, gamma) and softness stand for other machines; `exposure=0, blur=0` leaves the
+    geometry alone. Corners are filled by reflection, so they show no black edge. Input and output: uint8 [H,W],
+    the same for every class.
     """
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=flip),
-            A.Affine(
-                rotate=(-rotate, rotate),
-                translate_percent=(-shift, shift),
-                scale=(1 - zoom, 1 + zoom),
-                border_mode=cv2.BORDER_REFLECT_101,
-                p=1,
-            ),
+    steps = [
+        A.HorizontalFlip(p=flip),
+        A.Affine(
+            rotate=(-rotate, rotate),
+            translate_percent=(-shift, shift),
+            scale=(1 - zoom, 1 + zoom),
+            border_mode=cv2.BORDER_REFLECT_101,
+            p=1,
+        ),
+    ]
+    if exposure:
+        steps += [
             A.RandomBrightnessContrast(brightness_limit=exposure, contrast_limit=exposure, p=0.8),
             A.RandomGamma(gamma_limit=(70, 140), p=0.5),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=blur),
         ]
-    )
+    if blur:
+        steps.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=blur))
+    return A.Compose(steps)
 
 
 def box_transform(

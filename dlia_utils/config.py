@@ -263,6 +263,44 @@ _COVID: dict[str, Any] = {
     "bootstrap_draws": 2000,
 }
 
+# Notebook 04: two networks, each trained with and without corrupted films, and the drift of their maps.
+_THESIS = ("gaussian_noise", "speckle_noise", "motion_blur", "contrast", "brightness")
+_DRIFT: dict[str, Any] = {
+    "dataset": "pneumonia",
+    "seed": 0,
+    "size": 128,  # of the CIFAR-style ResNet-18, whose maps end at an eighth of it
+    "fit": "squash",
+    "per_class": None,
+    "val_share": 0.15,
+    "width": 1.0,  # of the ResNet
+    "mobilenet_size": 224,
+    "mobilenet_width": 1.0,
+    "stages": 7,
+    "pretrained": True,  # MobileNetV2; the ResNet starts from scratch, as in the thesis
+    "epochs": 30,
+    "mobilenet_epochs": 15,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": 120.0,
+    "num_workers": 2,
+    "scale": "imagenet-c",
+    "trained_on": _THESIS,  # what the augmented trainings see
+    "corruptions": (
+        *_THESIS, "shot_noise", "poisson_dose", "scatter_veil", "collimation", "marker", "grid_lines", "resampling",
+        "bit_depth", "jpeg",
+    ),
+    "mapped": (*_THESIS, "poisson_dose", "scatter_veil", "collimation"),  # of these the maps are compared, too
+    "severities": (1, 2, 3, 4, 5),
+    "choose_films": 200,  # so many validation films choose the predictor
+    "map_films": None,  # test films whose maps are compared; None = all
+    "map_batch": 32,
+    "bootstrap_draws": 2000,
+    # Any other data set of the suite: where it has no official test split, one is drawn.
+    "per_dataset": {"pneumonia": {}, "*": {"test_share": 0.15, "unusable_share": 0.01}},
+}  # fmt: skip
+
 # What differs from the full study, per notebook and profile. "per_dataset" holds what differs with the data found.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "01_pneumonia_robustness": {
@@ -319,6 +357,43 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "epochs": 15,
             "zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16"),
             "integrated_steps": 32,
+        },
+    },
+    "04_perturbation_saliency": {
+        "full": _DRIFT,
+        "cpu": _DRIFT
+        | {
+            "size": 64,
+            "width": 0.5,
+            "mobilenet_size": 112,
+            "epochs": 8,
+            "mobilenet_epochs": 5,
+            "batch_size": 32,
+            "num_workers": 0,
+            "mapped": (*_THESIS, "poisson_dose"),
+            "choose_films": 150,
+        },
+        "smoke": _DRIFT
+        | {
+            "size": 48,
+            "per_class": 96,
+            "width": 0.1875,  # not 1/8: with 8 channels, channels-last, torch 2.14 crashes in the backward pass on some CPUs
+            "mobilenet_size": 48,
+            "mobilenet_width": 0.5,
+            "stages": 3,
+            "pretrained": False,
+            "epochs": 12,
+            "mobilenet_epochs": 12,
+            "batch_size": 16,
+            "lr": 3e-3,
+            "num_workers": 0,
+            "max_minutes": 5.0,
+            "corruptions": (*_THESIS, "poisson_dose", "collimation"),
+            "mapped": _THESIS,
+            "severities": (1, 3, 5),
+            "choose_films": 16,
+            "map_films": 24,
+            "bootstrap_draws": 200,
         },
     },
     "05_nih_detection": {
@@ -564,13 +639,19 @@ def _pick_profile(asked: str, location: locate.Location, device: str) -> tuple[s
 
 
 def resolve(
-    notebook: str, profile: str = "auto", data_dir: str = "", run_name: str = "", resume: bool | str = True
+    notebook: str,
+    profile: str = "auto",
+    data_dir: str = "",
+    run_name: str = "",
+    resume: bool | str = True,
+    dataset: str = "",
 ) -> Config:
-    """Turn a notebook's four parameters into one frozen `Config`, and open its run folder.
+    """Turn a notebook's parameters into one frozen `Config`, and open its run folder.
 
     `profile` "smoke", "cpu", "full" or "auto" (the environment's DLIA_PROFILE replaces "auto"); `data_dir` ""
     means find it; `run_name` "" means profile and kind of data; `resume` True continues a run with the same
-    settings, False puts an older run of that name aside, "force" continues whatever is there.
+    settings, False puts an older run of that name aside, "force" continues whatever is there. `dataset` takes the
+    place of the notebook's own data set ("" means that one).
     Errors: an unknown notebook or profile, data that is not found, a run folder of other settings.
     """
     if notebook not in SETTINGS:
@@ -580,14 +661,16 @@ def resolve(
         raise ValueError(f"PROFILE={asked!r} is not one of {', '.join(PROFILES)}, auto")
     if resume not in (True, False, "force"):
         raise ValueError(f"RESUME={resume!r} must be True, False or 'force'")
-    location = _find_data(next(iter(SETTINGS[notebook].values()))["dataset"], data_dir)
+    usual = next(iter(SETTINGS[notebook].values()))["dataset"]
+    location = _find_data(dataset or usual, data_dir)
     device, device_note = pick_device()
     chosen, reason = _pick_profile(asked, location, device)
     settings = dict(SETTINGS[notebook][chosen])
     kind = "synthetic" if location.synthetic else "real"
-    if not isinstance(settings["dataset"], str):  # runs on several data sets lie side by side
+    if location.dataset != settings["dataset"]:  # runs on several data sets lie side by side
         kind = f"{location.dataset}-{kind}"
-    settings |= settings.pop("per_dataset", {}).get(location.dataset, {}) | {"dataset": location.dataset}
+    by_dataset = settings.pop("per_dataset", {})  # "*" stands for all that are not named
+    settings |= by_dataset.get(location.dataset, by_dataset.get("*", {})) | {"dataset": location.dataset}
     config = Config(
         notebook=notebook, profile=chosen, reason=reason, location=location, device=device,
         device_note=device_note, run_dir=runs_root() / notebook / (run_name or f"{chosen}-{kind}"), resume=resume,

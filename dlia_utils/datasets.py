@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from . import layouts
+from . import layouts, medmnist
 from .layouts import (
     BOX_COLUMNS,
     COLUMNS,
@@ -24,7 +24,7 @@ from .layouts import (
     no_outlines,
     pneumonia_patient,
 )
-from .locate import Location
+from .locate import Location, cache_root
 
 __all__ = [
     "BOX_COLUMNS",
@@ -79,12 +79,18 @@ class Dataset:
 def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = False) -> Dataset:
     """Read the data set at `location` (see `locate.find`) into a `Dataset`; no image is decoded.
 
+    A MedMNIST file is unpacked into `locate.cache_root()` first, once (see `medmnist.unpack`): `root` is then that
+    folder, and `split_rule` says what else a reader must know of the images.
+
     `allow_missing` ("nih", "dlia") uses the listed images that are there where others are missing;
     `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set too.
     Errors: `DataNotFound` for a missing split or class folder; `BadData` for an empty class folder, unusable
     rows of a box table and missing images; `ValueError` for an option that the data set does not have.
     """
-    tables = layouts.read(location.dataset, location.root, allow_missing=allow_missing, allow_leak=allow_leak)
+    root = location.root
+    if medmnist.meant(location.dataset):
+        root = medmnist.unpack(location.dataset, root, cache=cache_root())
+    tables = layouts.read(location.dataset, root, allow_missing=allow_missing, allow_leak=allow_leak)
     if len(tables.ignored):
         reasons = tables.ignored["reason"].value_counts()
         log.info(
@@ -93,7 +99,7 @@ def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = 
             "; ".join(f"{n} {reason}" for reason, n in reasons.items()),
         )
     return Dataset(
-        location.dataset, location.root, synthetic=location.synthetic, origin=location.origin, **vars(tables)
+        location.dataset, root, synthetic=location.synthetic, origin=location.origin, **vars(tables)
     )
 
 

@@ -16,7 +16,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
-from . import layouts, metrics
+from . import comparison, layouts, metrics
 from .cache import ImageCache
 from .datasets import Dataset
 from .report import COLORS, _axes
@@ -140,26 +140,12 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
         for name in [name for name in dataset.classes if (units["class_name"] == name).any()]:
             rows.append({"test": test, "class_name": name} | _ranks(units[units["class_name"] == name], column, splits))
     result = pd.DataFrame(rows)
-    result["p_holm"] = holm(result["p"])
+    result["p_holm"] = comparison.holm(result["p"])
     result["uneven"] = result["p_holm"] < level
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
     order = ["test", "class_name", "method", "statistic", "p", "p_holm", "effect_name", "effect", "uneven", "detail",
              "meaning"]  # fmt: skip
     return result[order]
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for their number by Holm's step-down method (Holm 1979, Scand. J. Stat. 6:65).
-
-    >>> holm([0.01, 0.04, 0.03]).tolist()
-    [0.03, 0.06, 0.06]
-    """
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    result = np.empty(len(p))
-    result[order] = np.minimum(adjusted, 1)
-    return result
 
 
 def size_shortcut(

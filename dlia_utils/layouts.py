@@ -6,10 +6,12 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from . import medmnist
 from ._fracatlas import fracatlas
 from ._tables import (
     BOX_COLUMNS,
@@ -85,9 +87,10 @@ COVID_OTHERS = ("Lung_Opacity", "Viral Pneumonia")  # folders of the Radiography
 def read(dataset: str, root: Path, **options: bool) -> Tables:
     """Read `root` as the layout named `dataset`; `options` that are True go to its function.
 
+    Of a MedMNIST set `root` is the folder that `medmnist.unpack` gives.
     Errors: `ValueError` for an option that this layout does not have, else those of the layout.
     """
-    layout = LAYOUTS[dataset]
+    layout = LAYOUTS.get(dataset) or partial(medmnist.layout, dataset)
     given = {name: True for name, value in options.items() if value}
     if unknown := [name for name in given if name not in inspect.signature(layout).parameters]:
         raise ValueError(f"{dataset} has no option {', '.join(unknown)}; leave it out")

@@ -8,11 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
-from . import _fracatlas, layouts, phantom
+from . import _fracatlas, layouts, medmnist, phantom
 from .layouts import BadData, DataNotFound
 
 log = logging.getLogger("dlia_utils")
@@ -24,7 +25,8 @@ MAX_DEPTH = 3  # How far below a mount or an argument the data set's own folder 
 class Location:
     """Where a data set lies: `root` is the folder that holds its published tree.
 
-    `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom".
+    `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom", and for MedMNIST
+    "~/.medmnist" or "medmnist" (downloaded by that package).
     """
 
     dataset: str
@@ -43,6 +45,9 @@ class Source:
     write_phantom: Callable[[Path], Path]
     gap: Callable[[Path], str] = lambda root: ""  # why a copy in this folder cannot be used; "" when it can
     others: tuple[tuple[str, ...], ...] = ()  # signatures of the other trees that it is published in
+    instead: Callable[[Path], str] = lambda folder: ""  # what a folder has that is nearly the data set, and the fix
+    places: tuple[tuple[Path, str], ...] = ()  # further (folder, origin) to look in
+    fetch: Callable[[], Path] | None = None  # downloads it, where kagglehub does not
 
     @property
     def signatures(self) -> tuple[tuple[str, ...], ...]:
@@ -117,6 +122,31 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def source_of(dataset: str) -> Source:
+    """The registry's row of `dataset`; a MedMNIST name (see `medmnist.parse`), of which there are many, gets its own.
+
+    `ValueError`: unknown data set.
+
+    >>> source_of("octmnist_64").signature
+    ('octmnist_64.npz|octmnist_128.npz|octmnist_224.npz',)
+    """
+    if dataset in SOURCES:
+        return SOURCES[dataset]
+    if not medmnist.meant(dataset):
+        raise ValueError(
+            f"unknown data set {dataset!r}; known: {', '.join(SOURCES)}, and MedMNIST's {', '.join(medmnist.FLAGS)}"
+        )
+    return Source(
+        signature=("|".join(medmnist.file_names(dataset)),),
+        slugs=(),
+        handle="",
+        write_phantom=partial(phantom.write_medmnist, name=dataset),
+        instead=partial(medmnist.instead, dataset),
+        places=((medmnist.home(), "~/.medmnist"),),
+        fetch=partial(medmnist.download, dataset),
+    )
+
+
 def kaggle_root() -> Path:
     """The folder that Kaggle mounts things under; `DLIA_KAGGLE_ROOT` replaces it in tests."""
     return Path(os.environ.get("DLIA_KAGGLE_ROOT") or "/kaggle")
@@ -141,11 +171,12 @@ def find(
     download: bool = False,
     phantom_dir: str | Path | None = None,
 ) -> Location:
-    """Find `dataset`, a name in `SOURCES`; without any real copy, write and return its synthetic phantom.
+    """Find `dataset`, a name in `SOURCES` or one of MedMNIST's; without any real copy, write its synthetic phantom.
 
-    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` of the repository, kagglehub (only with
-    `download=True` or `DLIA_DOWNLOAD=1`, never on Kaggle, where it waits for ever for a missing mount), the
-    phantom. A `data_dir` or `DLIA_DATA` without the data set raises `DataNotFound`; it is never passed over.
+    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` of the repository, for MedMNIST `~/.medmnist`, a download
+    by kagglehub or medmnist (only with `download=True` or `DLIA_DOWNLOAD=1`, never on Kaggle, where kagglehub waits
+    for ever for a missing mount), the phantom. A `data_dir` or `DLIA_DATA` without the data set raises
+    `DataNotFound`; it is never passed over.
     `ValueError`: unknown data set.
 
     >>> downloads = Path(tempfile.mkdtemp())
@@ -172,7 +203,7 @@ def find_first(
 
     Each is searched in turn as by `find`. A copy with a gap (boxed images that are missing) is passed over
     with a log line, and so is a data set that `data_dir` or `DLIA_DATA` does not hold; when they hold none of
-    them: `DataNotFound`. A download is tried for the first data set that kagglehub has.
+    them: `DataNotFound`. A download is tried for the first data set that can be had so.
     `ValueError`: no or unknown data sets.
     """
     _need_known(datasets)
@@ -200,7 +231,7 @@ def siblings(location: Location) -> list[Location]:
 
     Two editions of the competition that lie in one folder are found so.
     """
-    source = SOURCES[location.dataset]
+    source = source_of(location.dataset)
     folders = {location.root, *_children(location.root.parent)}
     found = [
         _location(location.dataset, folder, location.origin)
@@ -211,11 +242,10 @@ def siblings(location: Location) -> list[Location]:
 
 
 def _need_known(datasets: Sequence[str]) -> None:
-    unknown = [repr(name) for name in datasets if name not in SOURCES]
-    if unknown or not datasets:
-        raise ValueError(
-            f"unknown data set {', '.join(unknown) or '(none given)'}; known: {', '.join(SOURCES)}"
-        )
+    if not datasets:
+        raise ValueError(f"unknown data set (none given); known: {', '.join(SOURCES)}")
+    for name in datasets:
+        source_of(name)
 
 
 def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
@@ -223,18 +253,21 @@ def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
     for told, origin in ((data_dir, "argument"), (os.environ.get("DLIA_DATA"), "DLIA_DATA")):
         if told:
             return _told(dataset, Path(told).expanduser(), origin)
-    for folder, origin in _usual_places(dataset):
-        if root := _descend(folder, SOURCES[dataset]):
+    source = source_of(dataset)
+    for folder, origin in _usual_places(source):
+        if root := _descend(folder, source):
             return _location(dataset, root, origin)
-        if missing := _half_there(folder, SOURCES[dataset]):
+        if missing := _half_there(folder, source) or _instead(folder, source):
             log.warning("%s looks like %s but is passed over: %s", folder, dataset, missing)
     return None
 
 
 def _made(datasets: Sequence[str], *, download: bool, phantom_dir: str | Path | None) -> Location:
-    """A download of the first data set that kagglehub has, if asked for, else the phantom of the first."""
+    """A download of the first data set that can be had so, if asked for, else the phantom of the first."""
     if (download or os.environ.get("DLIA_DOWNLOAD") == "1") and not on_kaggle():
-        wanted = next((name for name in datasets if SOURCES[name].handle), datasets[0])
+        wanted = next((name for name in datasets if source_of(name).handle or source_of(name).fetch), datasets[0])
+        if fetch := source_of(wanted).fetch:
+            return _location(wanted, fetch(), "medmnist")
         return _location(wanted, _download(wanted), "kagglehub")
     log.warning("no real %s data found: using SYNTHETIC phantom images (see data/README.md)", datasets[0])
     return _location(datasets[0], _phantom(datasets[0], phantom_dir), "phantom")
@@ -242,7 +275,7 @@ def _made(datasets: Sequence[str], *, download: bool, phantom_dir: str | Path | 
 
 def _gap(location: Location) -> str:
     try:
-        return SOURCES[location.dataset].gap(location.root)
+        return source_of(location.dataset).gap(location.root)
     except BadData as error:
         return str(error)
 
@@ -256,7 +289,7 @@ def _location(dataset: str, root: Path, origin: str) -> Location:
 def _told(dataset: str, folder: Path, origin: str) -> Location:
     """The location inside a folder that the user named, or an error: never another place."""
     what = "data_dir" if origin == "argument" else "the environment variable DLIA_DATA"
-    source = SOURCES[dataset]
+    source = source_of(dataset)
     if not folder.is_dir():
         raise DataNotFound(
             f"{what} = {str(folder)!r} is not a folder; name the folder that holds {dataset}'s "
@@ -269,6 +302,8 @@ def _told(dataset: str, folder: Path, origin: str) -> Location:
             f"{what} = {str(folder)!r} looks like {dataset} but is not complete: {missing}. "
             "Unpack the whole archive again (see data/README.md)"
         )
+    if nearly := _instead(folder, source):
+        raise DataNotFound(f"{what} = {str(folder)!r} does not hold {dataset}: {nearly}")
     for parent in list(folder.resolve().parents)[:2]:
         if _is_root(parent, source):
             raise DataNotFound(
@@ -333,6 +368,11 @@ def _half_there(top: Path, source: Source) -> str:
     return ""
 
 
+def _instead(top: Path, source: Source) -> str:
+    """What the first folder has that is nearly the data set; "" when there is none."""
+    return next(filter(None, map(source.instead, _folders(top) if top.is_dir() else ())), "")
+
+
 def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
     """Everything attached under Kaggle's input folder, in all its layouts; names in `slugs` first."""
     # Fixed-depth globs: rglob walks every image of every mount, and finds nested duplicates first.
@@ -348,10 +388,11 @@ def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
                 yield mount
 
 
-def _usual_places(dataset: str) -> Iterator[tuple[Path, str]]:
-    for mount in mounts(SOURCES[dataset].slugs):
+def _usual_places(source: Source) -> Iterator[tuple[Path, str]]:
+    for mount in mounts(source.slugs):
         yield mount, "kaggle"
     yield Path(__file__).resolve().parents[1] / "data", "data/"
+    yield from source.places
 
 
 def _download(dataset: str) -> Path:
@@ -384,8 +425,8 @@ def _phantom(dataset: str, phantom_dir: str | Path | None) -> Path:
             for left_over in folder.parent.glob(f"{folder.name}.part-*"):
                 shutil.rmtree(left_over)
             part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-            SOURCES[dataset].write_phantom(part)
+            source_of(dataset).write_phantom(part)
             if folder.is_dir():
                 shutil.rmtree(folder)
             os.replace(part, folder)
-    return _descend(folder, SOURCES[dataset]) or folder
+    return _descend(folder, source_of(dataset)) or folder

@@ -1,13 +1,15 @@
-"""Classification metrics with patient-clustered intervals, and paired tests between two models."""
+"""Classification metrics with patient-clustered intervals, and McNemar's test; other tests stand in `comparison`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
+CHUNK = 4_000_000  # weights that a statistic sees at a time: bounds the memory
+INTERVALS = ("percentile", "bca")
 METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "sensitivity", "specificity", "auc")
 
 
@@ -20,24 +22,31 @@ def classification(
     draws: int = 2000,
     level: float = 0.95,
     seed: int = 0,
+    interval: str = "percentile",
 ) -> pd.DataFrame:
-    """Two-class metrics, each with a percentile interval from resampling whole patients (Field & Welsh 2007).
+    """Two-class metrics, each with an interval from resampling whole patients (Field & Welsh 2007).
 
     `labels` [N] of 0/1, `probability` [N] of class 1, `groups` [N] patient ids. Precision, recall and F1 are
     macro averages; sensitivity and specificity belong to class 1 and class 0 (accuracy, too, gets the exact binomial
     interval where it is 0 or 1: see `share`). An AUC needs both classes, else
-    it is NaN. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths, labels other than 0/1.
+    it is NaN. `interval` as in `bootstrap`. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths,
+    labels other than 0/1.
 
     >>> table = classification(np.array([0, 0, 1, 1]), np.array([.1, .6, .7, .9]), list("abcd"), draws=50)
     >>> table.set_index("metric").loc["accuracy", "value"]
     np.float64(0.75)
     """
     labels, probability = _check(labels, probability, groups)
-    weights = np.vstack([np.ones(len(labels)), patient_weights(groups, draws=draws, seed=seed)])
     # Strictly above, as argmax decides two equal logits for class 0.
     predicted = (probability > threshold).astype(int)
-    values = _rates(labels, predicted, weights) | {"auc": _weighted_auc(labels, probability, weights)}
-    rows = [_row(name, values[name], len(labels), level) for name in METRICS]
+
+    def values(weights: np.ndarray) -> np.ndarray:
+        found = _rates(labels, predicted, weights) | {"auc": weighted_auc(labels, probability, weights)}
+        return np.column_stack([found[name] for name in METRICS])
+
+    table = bootstrap(values, groups, draws=draws, level=level, seed=seed, interval=interval)
+    table.insert(0, "metric", METRICS)
+    rows = table.to_dict("records")
     counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
     for row in rows:
         if row["metric"] in counted and row["value"] in (0.0, 1.0):
@@ -45,11 +54,19 @@ def classification(
     return pd.DataFrame(rows)
 
 
-def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> dict:
+def share(
+    flags: np.ndarray,
+    groups: Sequence,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    interval: str = "percentile",
+) -> dict:
     """Mean of a boolean array with a patient-bootstrap interval, e.g. robust accuracy from 'still right' flags.
 
     When all flags agree, every draw does too and the bootstrap would claim certainty: the interval is then the
-    exact binomial one (Clopper & Pearson 1934) with patients as trials.
+    exact binomial one (Clopper & Pearson 1934) with patients as trials. `interval` as in `bootstrap`.
 
     >>> share(np.array([True, True, False, True]), [1, 1, 2, 3], draws=100)["value"]
     0.75
@@ -57,8 +74,10 @@ def share(flags: np.ndarray, groups: Sequence, *, draws: int = 2000, level: floa
     flags = np.asarray(flags, dtype=float)
     if len(flags) != len(groups) or not len(flags):
         raise ValueError(f"flags ({len(flags)}) and groups ({len(groups)}) must have the same length above 0")
-    weights = np.vstack([np.ones(len(flags)), patient_weights(groups, draws=draws, seed=seed)])
-    row = _row("share", weights @ flags / weights.sum(1), len(flags), level)
+    table = bootstrap(
+        lambda weights: weights @ flags / weights.sum(1), groups, draws=draws, level=level, seed=seed, interval=interval
+    )
+    row = {"metric": "share"} | table.to_dict("records")[0]
     if row["value"] in (0.0, 1.0):
         row |= _exact(row["value"], groups, level)
     return row
@@ -88,15 +107,121 @@ def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> dict[str, float]:
     return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
 
 
+def sensitivity_at_specificity(
+    validation: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray,
+    probability: np.ndarray,
+    groups: Sequence,
+    *,
+    specificity: float = 0.9,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    interval: str = "percentile",
+) -> pd.DataFrame:
+    """Sensitivity at a fixed specificity, with the threshold from validation and, beside it, from the test ROC itself.
+
+    `validation`: labels and probability of the VALIDATION images; the threshold is the lowest with at least
+    `specificity` there. labels, probability, groups: the test images. Rows (0.9 stands for `specificity`):
+    sensitivity_at_0.9_val_threshold and specificity_at_0.9_val_threshold, what that threshold gives on the test
+    images, and sensitivity_at_0.9_test_roc, the highest sensitivity on the test ROC curve with that specificity.
+    The last one chooses its threshold on the images it is scored on, again in each draw: an upper reference, not a
+    result that can be had in use. The interval of the first two takes the threshold as given. Columns metric, value,
+    ci_low, ci_high, n, threshold (positive is strictly above it). Errors: ValueError for a specificity outside
+    (0, 1], or without images of both classes.
+
+    >>> found = sensitivity_at_specificity(([0, 0, 1], [.1, .4, .3]), [0, 0, 1, 1], [.2, .5, .45, .9], "abcd",
+    ...                                    specificity=1.0, draws=50)
+    >>> found[["metric", "value", "threshold"]].values.tolist()  # doctest: +NORMALIZE_WHITESPACE
+    [['sensitivity_at_1_val_threshold', 1.0, 0.4], ['specificity_at_1_val_threshold', 0.5, 0.4],
+     ['sensitivity_at_1_test_roc', 0.5, 0.5]]
+    """
+    groups = list(groups)
+    labels, probability = _check(labels, probability, groups)
+    held, score = _check(*validation, range(len(validation[0])))
+    if not 0 < specificity <= 1:
+        raise ValueError(f"specificity must be in (0, 1], e.g. 0.9, not {specificity}")
+    for name, part in (("validation", held), ("test", labels)):
+        if len(np.unique(part)) < 2:
+            raise ValueError(f"the {name} images are all of class {part[0]}: a ROC curve needs both classes")
+
+    def on_roc(weights: np.ndarray) -> np.ndarray:
+        return _roc_point(labels, probability, weights, specificity)[0]
+
+    options = {"draws": draws, "level": level, "seed": seed, "interval": interval}
+    threshold = float(_roc_point(held, score, np.ones((1, len(held))), specificity)[1][0])
+    own = float(_roc_point(labels, probability, np.ones((1, len(labels))), specificity)[1][0])
+    fixed = classification(labels, probability, groups, threshold=threshold, **options).set_index("metric")
+    table = pd.concat([fixed.loc[["sensitivity", "specificity"]], bootstrap(on_roc, groups, **options)])
+    table.insert(0, "metric", [f"{name}_at_{specificity:g}_{how}" for name, how in (
+        ("sensitivity", "val_threshold"), ("specificity", "val_threshold"), ("sensitivity", "test_roc"))])  # fmt: skip
+    return table.assign(threshold=[threshold, threshold, own]).reset_index(drop=True)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    groups: Sequence,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    interval: str = "percentile",
+) -> pd.DataFrame:
+    """Intervals of any statistic of weighted images, from resampling whole patients (Field & Welsh 2007).
+
+    `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row a column: value
+    (every image once), ci_low, ci_high, n. `groups` [N] are patient ids. interval: "percentile", or "bca", corrected
+    for bias and for a spread that changes with the value, on the same draws (Efron 1987, JASA 82:171; the
+    acceleration from leaving out one patient at a time). A draw where the value is NaN is left out; BCa is NaN when
+    all draws lie on one side of the value. Errors: ValueError for another interval, no images or missing ids.
+
+    >>> height = np.array([1.0, 3.0, 2.0, 6.0])
+    >>> bootstrap(lambda w: w @ height / w.sum(1), ["a", "a", "b", "c"], draws=100, interval="bca")["value"].item()
+    3.0
+    """
+    if interval not in INTERVALS:
+        raise ValueError(f"interval must be one of {', '.join(INTERVALS)}, not {interval!r}")
+    codes = _patients(groups)
+    if not len(codes):
+        raise ValueError("groups is empty: an interval needs at least one image")
+    weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
+    step = max(1, CHUNK // len(codes))
+
+    def over(count: int, rows: Callable[[slice], np.ndarray]) -> np.ndarray:
+        parts = [np.asarray(statistic(rows(slice(at, at + step)))) for at in range(0, count, step)]
+        values = np.concatenate(parts)
+        return values.reshape(count, -1)
+
+    values, without = over(len(weights), weights.__getitem__), None
+    if interval == "bca":
+        patients = np.arange(codes.max() + 1)
+        without = over(len(patients), lambda part: (patients[part, None] != codes).astype(float))
+    return pd.DataFrame([
+        _row("", values[:, k], len(codes), level, None if without is None else without[:, k])
+        for k in range(values.shape[1])
+    ]).drop(columns="metric")  # fmt: skip
+
+
 def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> np.ndarray:
     """Bootstrap weights [draws, N]: how often each image counts when whole patients are drawn with replacement.
 
     >>> patient_weights(["a", "a", "b"], draws=2).shape
     (2, 3)
     """
-    codes, names = pd.factorize(np.asarray(groups))
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    codes = _patients(groups)
+    patients = codes.max(initial=-1) + 1
+    counts = np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=draws)
     return counts[:, codes].astype(float)
+
+
+def _patients(groups: Sequence) -> np.ndarray:
+    """The number of each image's patient, in the order of appearance."""
+    codes, _ = pd.factorize(np.asarray(groups))
+    if (codes < 0).any():
+        raise ValueError(
+            f"groups lacks the patient of {(codes < 0).sum()} images: give each of them an id of its own, e.g. its path"
+        )
+    return codes
 
 
 def _check(labels: np.ndarray, probability: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +238,28 @@ def _check(labels: np.ndarray, probability: np.ndarray, groups: Sequence) -> tup
     return labels.astype(int), probability
 
 
-def _row(name: str, values: np.ndarray, n: int, level: float) -> dict:
-    tail = (1 - level) / 2
+def _row(name: str, values: np.ndarray, n: int, level: float, without: np.ndarray | None = None) -> dict:
+    """Value (the first of `values`) and interval; BCa where `without` holds the values without each patient."""
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
     # A draw without one of the classes has no AUC or sensitivity: such draws are left out of the interval.
     resampled = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(resampled, [tail, 1 - tail]) if len(resampled) else (np.nan, np.nan)
+    if without is not None and len(resampled):
+        tails = _bca_tails(values[0], resampled, without[np.isfinite(without)], tails)
+    known = len(resampled) and np.isfinite(tails).all()
+    low, high = np.quantile(resampled, tails) if known else (np.nan, np.nan)
     return {"metric": name, "value": float(values[0]), "ci_low": float(low), "ci_high": float(high), "n": n}
+
+
+def _bca_tails(value: float, resampled: np.ndarray, without: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """The shares of the draws at which a BCa interval ends (Efron 1987)."""
+    # Draws equal to the value count by half on both sides: shares and AUCs of few patients have many of them.
+    bias = norm.ppf(((resampled < value).mean() + (resampled <= value).mean()) / 2)
+    pull = without.mean() - without if len(without) else np.zeros(1)
+    spread = (pull**2).sum() ** 1.5
+    acceleration = (pull**3).sum() / (6 * spread) if spread > 0 else 0.0
+    with np.errstate(invalid="ignore"):
+        moved = bias + norm.ppf(tails)
+        return norm.cdf(bias + moved / (1 - acceleration * moved))
 
 
 def _rates(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -140,13 +281,35 @@ def _rates(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> di
     } | {name: (pair[0] + pair[1]) / 2 for name, pair in mean.items()}
 
 
-def _weighted_auc(labels: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_auc(labels: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Area under the ROC curve per row of weights (Mann-Whitney form, ties count one half)."""
-    _, level = np.unique(score, return_inverse=True)
+    positive, negative, _ = _by_score(labels, score, weights)
+    below = np.cumsum(negative, axis=1) - negative / 2
+    with np.errstate(invalid="ignore"):
+        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def _roc_point(
+    labels: np.ndarray, score: np.ndarray, weights: np.ndarray, specificity: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per row of weights: sensitivity and threshold of the lowest threshold with at least that specificity."""
+    positive, negative, scores = _by_score(labels, score, weights)
+    below, total = np.cumsum(negative, axis=1), negative.sum(1, keepdims=True)
+    # The slack is for 0.55 * 100 = 55.00000000000001: 55 of 100 negatives are a specificity of 0.55.
+    place = (below < specificity * total - 1e-9).sum(1)
+    above = np.cumsum(positive[:, ::-1], axis=1)[:, ::-1] - positive
+    with np.errstate(invalid="ignore"):
+        sensitivity = above[np.arange(len(above)), place] / positive.sum(1)
+    return np.where(total[:, 0] > 0, sensitivity, np.nan), scores[place]
+
+
+def _by_score(
+    labels: np.ndarray, score: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight of the positive and of the negative images at each score [B,L], and the scores [L], ascending."""
+    scores, level = np.unique(score, return_inverse=True)
     order = np.argsort(level, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(level[order]) > 0])
     positive = np.add.reduceat((weights * (labels == 1))[:, order], starts, axis=1)
     negative = np.add.reduceat((weights * (labels == 0))[:, order], starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative / 2
-    with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    return positive, negative, scores

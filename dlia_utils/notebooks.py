@@ -39,6 +39,7 @@ FOLDER = REPOSITORY / "notebooks"
 
 OPENING = ("bootstrap", "parameters", "config", "imports")
 PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME")
+CHOICE = "DATASET"  # a fifth parameter of notebooks that run on any data set
 MAX_CODE_LINES = 40
 MAX_TEXT_LINES = 100
 MAX_BYTES = 1_000_000
@@ -292,11 +293,13 @@ def run(
     data: str | Path = "",
     run_name: str = "",
     resume: bool | str = True,
+    dataset: str = "",
     progress: bool = True,
 ) -> Run:
     """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
 
     The configuration is resolved here first: a wrong data path or name is reported before a kernel starts.
+    `dataset` goes to notebooks that run on any data set; others are refused (ValueError).
     A failing cell is told in `Run.error`; everything written so far stays.
     """
     from nbclient.exceptions import DeadKernelError
@@ -305,8 +308,11 @@ def run(
     from . import config
 
     data = _absolute(data) if data else ""
-    folder = config.resolve(source.stem, profile, data, run_name, resume).run_dir.resolve()
-    parameters = {
+    chosen = {CHOICE: dataset} if dataset else {}
+    if chosen and f"\n{CHOICE} = " not in source.read_text(encoding="utf-8"):
+        raise ValueError(f"{source.stem} has a data set of its own: run it without dataset={dataset!r}")
+    folder = config.resolve(source.stem, profile, data, run_name, resume, dataset).run_dir.resolve()
+    parameters = chosen | {
         "PROFILE": profile, "DATA_DIR": data, "RUN_NAME": folder.name,
         "RESUME": resume or True,  # an older run was put aside above: what is there now is ours
     }  # fmt: skip
@@ -546,8 +552,8 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
             return
     if code[0].source != BOOTSTRAP:
         yield "the bootstrap cell differs from dlia_utils.notebooks.BOOTSTRAP: run `notebooks build`"
-    if _literals(code[1].source) != list(PARAMETERS):
-        yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)}, in this order"
+    if _literals(code[1].source) not in ([*PARAMETERS], [*PARAMETERS, CHOICE]):
+        yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)} (and {CHOICE}), in this order"
     if any(line.count("=") > 1 for line in code[1].source.splitlines()):
         yield "papermill cannot read a parameter whose comment holds '=': write it in other words"
     if "print(" not in code[2].source:

@@ -9,18 +9,60 @@ differentiated. `detection` differs: its labels are lists of boxes, and it has n
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlia_utils._objective import (
+    Objective,
+    ce_attack,
+    check_ball,
+    check_positive,
+    describe,
+    evaluating,
+    fingerprint,
+    kl,
+    kl_attack,
+    weighted_cross_entropy,
+)
+from dlia_utils.defences import (
+    fast_adversarial,
+    free_adversarial,
+    gairat,
+    gairat_weights,
+    gaussian_noise,
+    hat,
+    margin_gradient,
+    mart,
+    mart_loss,
+    overfitting_monitor,
+)
 from dlia_utils.models.lipschitz import quick_input_gradient
 
-Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
+__all__ = [
+    "Objective",
+    "cross_entropy",
+    "cross_entropy_at",
+    "detection",
+    "distillation",
+    "evaluating",
+    "fast_adversarial",
+    "fingerprint",
+    "free_adversarial",
+    "gairat",
+    "gairat_weights",
+    "gaussian_noise",
+    "hat",
+    "lipschitz",
+    "margin_gradient",
+    "mart",
+    "mart_loss",
+    "overfitting_monitor",
+    "pgd_adversarial",
+    "trades",
+]
 
 
 def cross_entropy(*, weight: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Objective:
@@ -31,13 +73,13 @@ def cross_entropy(*, weight: Sequence[float] | None = None, label_smoothing: flo
     >>> loss.shape, logits.shape
     (torch.Size([]), torch.Size([4, 2]))
     """
-    ce = _cross_entropy(weight, label_smoothing)
+    ce = weighted_cross_entropy(weight, label_smoothing)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(x)
         return ce(logits, y), logits
 
-    return _describe(objective, "cross_entropy", weight=weight, label_smoothing=label_smoothing)
+    return describe(objective, "cross_entropy", weight=weight, label_smoothing=label_smoothing)
 
 
 def cross_entropy_at(
@@ -51,14 +93,14 @@ def cross_entropy_at(
     >>> cross_entropy_at(50).settings["temperature"]
     50
     """
-    _check_positive(temperature=temperature)
-    ce = _cross_entropy(weight, label_smoothing)
+    check_positive(temperature=temperature)
+    ce = weighted_cross_entropy(weight, label_smoothing)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(x)
         return ce(logits / temperature, y), logits
 
-    return _describe(
+    return describe(
         objective, "cross_entropy_at", temperature=temperature, weight=weight, label_smoothing=label_smoothing
     )
 
@@ -80,7 +122,7 @@ def distillation(
     >>> distillation(teacher, temperature=35, alpha=1.0)(teacher, x, y)[0].abs().item() < 1e-3
     True
     """
-    _check_positive(temperature=temperature, hard_temperature=hard_temperature)
+    check_positive(temperature=temperature, hard_temperature=hard_temperature)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     settings = {"temperature": temperature, "alpha": alpha, "hard_temperature": hard_temperature}
@@ -96,7 +138,7 @@ def distillation(
         loss = alpha * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
         return loss + (1 - alpha) * F.cross_entropy(logits / hard_temperature, y), logits
 
-    return _describe(objective, "distillation", **settings)
+    return describe(objective, "distillation", **settings)
 
 
 def lipschitz(
@@ -120,7 +162,7 @@ def lipschitz(
     """
     if penalty < 0:
         raise ValueError(f"penalty must not be negative, got {penalty}")
-    ce = _cross_entropy(weight, label_smoothing)
+    ce = weighted_cross_entropy(weight, label_smoothing)
     std = None if input_std is None else torch.tensor(input_std, dtype=torch.float32).view(1, -1, 1, 1)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +183,7 @@ def lipschitz(
         "weight": weight,
         "label_smoothing": label_smoothing,
     }
-    return _describe(objective, "lipschitz", second_order=True, **settings)
+    return describe(objective, "lipschitz", second_order=True, **settings)
 
 
 def pgd_adversarial(
@@ -161,20 +203,16 @@ def pgd_adversarial(
     >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
     >>> loss, _ = pgd_adversarial(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
     """
-    step_size = _check_ball(eps, steps, step_size)
-    ce = _cross_entropy(weight, label_smoothing)
+    step_size = check_ball(eps, steps, step_size)
+    ce = weighted_cross_entropy(weight, label_smoothing)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        bare = _bare(model)
-        with evaluating(bare):
-            # The sum, not the mean: images must not depend on each other, and fp16 loses small gradients.
-            x_adv = _pgd(bare, x, lambda logits: F.cross_entropy(logits, y, reduction="sum"), eps=eps, steps=steps,
-                         step_size=step_size)  # fmt: skip
+        x_adv = ce_attack(model, x, y, eps=eps, steps=steps, step_size=step_size)
         logits = model(x_adv)
         return ce(logits, y), logits
 
     settings = {"eps": eps, "steps": steps, "step_size": step_size}
-    return _describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+    return describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
 
 
 def trades(
@@ -198,42 +236,19 @@ def trades(
     >>> logits.shape
     torch.Size([4, 2])
     """
-    step_size = _check_ball(eps, steps, step_size)
+    step_size = check_ball(eps, steps, step_size)
     if beta < 0:
         raise ValueError(f"beta must not be negative, got {beta}")
-    ce = _cross_entropy(weight, label_smoothing)
+    ce = weighted_cross_entropy(weight, label_smoothing)
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        bare = _bare(model)
-        with evaluating(bare):
-            with torch.no_grad():
-                target = bare(x).float().softmax(1)
-            x_adv = _pgd(bare, x, lambda logits: _kl(target, logits), eps=eps, steps=steps, step_size=step_size)
+        x_adv = kl_attack(model, x, eps=eps, steps=steps, step_size=step_size)
         logits = model(x)
-        stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+        stability = kl(logits.float().softmax(1), model(x_adv)) / len(x)
         return ce(logits, y) + beta * stability, logits
 
     settings = {"eps": eps, "beta": beta, "steps": steps, "step_size": step_size}
-    return _describe(objective, "trades", **settings, weight=weight, label_smoothing=label_smoothing)
-
-
-def _kl(target: Tensor, logits: Tensor) -> Tensor:
-    """Sum over the batch of KL(target || softmax(logits)); `target` [B, K] are probabilities."""
-    return F.kl_div(logits.float().log_softmax(1), target, reduction="sum")
-
-
-def _check_ball(eps: float, steps: int, step_size: float | None) -> float:
-    """The step size of an attack in training, after a look at its numbers."""
-    if not 0 <= eps <= 1:
-        raise ValueError(f"eps is in pixel units of [0, 1], e.g. 4/255; got {eps}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return 0.7 * eps if step_size is None else step_size
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    # Under DDP the attack must not go through the wrapper: it would wait for parameter gradients.
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return describe(objective, "trades", **settings, weight=weight, label_smoothing=label_smoothing)
 
 
 def detection() -> Objective:
@@ -249,79 +264,4 @@ def detection() -> Objective:
     def objective(model: nn.Module, x: Tensor, y: Sequence[dict[str, Tensor]]) -> tuple[Tensor, None]:
         return torch.stack(list(model(x, y).values())).sum(), None
 
-    return _describe(objective, "detection")
-
-
-def _pgd(
-    model: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor], *, eps: float, steps: int, step_size: float
-) -> Tensor:
-    """PGD for training: the last iterate as it is, one forward pass per step; `loss_of` logits is raised.
-
-    `attacks.pgd` also looks at its last step, for measuring; here that would be one forward pass too many.
-    """
-    low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
-    x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(model(x_adv)), x_adv)
-        x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
-    return x_adv
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards, also after an error, every training flag is as it was.
-
-    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1))
-    >>> _ = model[1].eval()
-    >>> with evaluating(model):
-    ...     model.training
-    False
-    >>> model.training, model[1].training
-    (True, False)
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Short hash of all weights and buffers: equal for bit-equal models on any device, in any layout.
-
-    >>> fingerprint(nn.Identity())
-    'da39a3ee5e6b'
-    """
-    digest = hashlib.sha1(usedforsecurity=False)
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _cross_entropy(
-    weight: Sequence[float] | None, label_smoothing: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    factors = None if weight is None else torch.tensor(weight, dtype=torch.float32)
-
-    def ce(logits: Tensor, y: Tensor) -> Tensor:
-        nonlocal factors
-        if factors is not None:
-            factors = factors.to(logits.device)  # copied once, then already there
-        return F.cross_entropy(logits.float(), y, weight=factors, label_smoothing=label_smoothing)
-
-    return ce
-
-
-def _describe(objective: Objective, name: str, *, second_order: bool = False, **settings) -> Objective:
-    objective.settings = {"name": name, **settings}
-    objective.second_order = second_order
-    return objective
-
-
-def _check_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    return describe(objective, "detection")

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from . import _fracatlas, layouts
+from . import _fracatlas, layouts, medmnist
 from ._tables import trace
 from .films import Anatomy, bone, chest, chest_with_findings, chest_with_lungs
 
@@ -31,6 +32,7 @@ FINDING_IMAGES = {"train": 240, "test": 40}  # of each edition of the competitio
 MARKED = (0.25, 0.75)  # share of the Normal and of the COVID films with a marker in a corner
 SPREAD = 2.5  # of how patients are placed; at 1, films of healthy lungs are taken for copies of one another
 TWINS = 1 / 15  # share of the COVID set's films that are another film once more
+MEDMNIST_IMAGES = {"train": 320, "val": 64, "test": 128}
 LEAKED, TWO_IDS = 4, 3  # edition A: test images that train has too, and test images with two ids
 
 
@@ -225,6 +227,73 @@ def write_covid(
     _write_table(root / "phantom_truth.csv", ("path", "marker", "twin_of"), truth)
     _mark(root, seed)
     return tree
+
+
+def write_medmnist(
+    root: str | Path, name: str, *, seed: int = 0, images: Mapping[str, int] | None = None
+) -> Path:
+    """Write the .npz file of the MedMNIST set `name` (see `medmnist.parse`) in the size it asks for; returns `root`.
+
+    `images` counts the images of each split, default `MEDMNIST_IMAGES`; the classes are as frequent as one another.
+    PneumoniaMNIST shows films with and without opacities. In the other sets label k is shown by 1 + k % 4 marks of
+    kind k // 4 (bright disc, dark disc, bright ring, dark ring); a ChestMNIST film has none, one or two labels. Where
+    they lie is in `root`/phantom_truth.npz: `train_masks` and so on, uint8 [N,S,S], 255 = lesion. The same seed gives
+    the same arrays.
+    """
+    root, choice = Path(root), medmnist.parse(name)
+    published, arrays, masks = medmnist.FLAGS[choice.flag], {}, {}
+    for s, (split, count) in enumerate((images or MEDMNIST_IMAGES).items()):
+        shown = _plan_labels(np.random.default_rng([seed, s]), published, count)
+
+        def draw(number: int, s: int = s, shown: Sequence[Sequence[int]] = shown) -> tuple[np.ndarray, np.ndarray]:
+            rng = np.random.default_rng([seed, s, number])
+            if choice.flag == "pneumoniamnist":
+                return chest(rng, size=choice.size, pneumonia=shown[number] == [1])
+            return _marked(rng, shown[number], size=choice.size, colour=published.colour)
+
+        drawn = _in_parallel(draw, range(count))
+        arrays[f"{split}_images"] = np.stack([(255 * image).round().astype(np.uint8) for image, _ in drawn])
+        masks[f"{split}_masks"] = np.stack([np.uint8(255) * mask for _, mask in drawn])
+        labels = np.zeros((count, len(published.names)), np.uint8)
+        for number, some in enumerate(shown):
+            labels[number, some] = 1
+        arrays[f"{split}_labels"] = labels if published.findings else labels.argmax(1).astype(np.uint8)[:, None]
+    root.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(root / "phantom_truth.npz", **masks)
+    np.savez_compressed(root / medmnist.file_name(choice.flag, choice.size), **arrays)
+    _mark(root, seed)
+    return root
+
+
+def _plan_labels(rng: np.random.Generator, published: medmnist.Flag, count: int) -> list[list[int]]:
+    """The labels of each image: one, dealt out so that all are as frequent; or, of findings, none, one or two."""
+    deck = np.arange(2 * count) % len(published.names)
+    first, second = rng.permutation(deck[:count]).tolist(), rng.permutation(deck[count:]).tolist()
+    if not published.findings:
+        return [[label] for label in first]
+    several = rng.permutation(np.arange(count) % 3).tolist()
+    return [sorted({one, other})[:number] for one, other, number in zip(first, second, several, strict=True)]
+
+
+def _marked(
+    rng: np.random.Generator, labels: Sequence[int], *, size: int, colour: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image [size,size] or [size,size,3] in [0,1] of uneven tissue with the marks of `labels`; their mask."""
+    noise = gaussian_filter(rng.standard_normal((size, size)), size / 12)
+    image = 0.5 + 0.06 * noise / noise.std() + rng.normal(0, 0.02, (size, size))
+    marks = [label for label in labels for _ in range(1 + label % 4)]
+    cells = rng.permutation(9)[: len(marks)]  # of a grid of 3 x 3, so that no mark covers another
+    y, x = np.mgrid[:size, :size] + 0.5
+    mask = np.zeros((size, size), bool)
+    for label, cell in zip(marks, cells, strict=True):
+        down, across = (np.array(divmod(int(cell), 3)) + 0.5 + rng.uniform(-0.14, 0.14, 2)) / 3 * size
+        away = np.hypot(y - down, x - across)
+        lesion = (away < 0.1 * size) & ((away > 0.05 * size) if label >= 8 else True)
+        image += lesion * (-0.3 if label // 4 % 2 else 0.3)
+        mask |= lesion
+    if colour:
+        image = image[..., None] * rng.uniform(0.7, 1.0, 3)
+    return image.clip(0, 1), mask
 
 
 def _in_parallel(work: Callable, jobs: Iterable) -> list:

@@ -163,6 +163,33 @@ def shortcut_audit(results: pd.DataFrame) -> pd.DataFrame:
     return table[list(names)].rename(columns=names).reset_index(names="what is left of the film")
 
 
+def corruption_cost(results: pd.DataFrame) -> pd.DataFrame:
+    """Notebook 04: AUC on clean films, then the error over all severities of corruptions seen and not seen in training."""
+    rows = []
+    for model, own in results.groupby("model", sort=False):
+        cells = {"model": model, "size": int(own["size"].iloc[0]), "AUC, clean": _cell(own, attack="clean", metric="auc")}
+        for kind in ("seen in training", "not seen"):
+            cells[f"error, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="error")
+            cells[f"mCE, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="ce")
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+def drift_warning(results: pd.DataFrame, *, outcome: str = "error") -> pd.DataFrame:
+    """Notebook 04: AUROC of drift and of its rivals for wrong answers in the three readings, one line a score."""
+    own = results[results.attack.str.startswith("warning ") & results.metric.str.contains(f" {outcome} ")]
+    rows = []
+    for (model, attack), part in own.groupby(["model", "attack"], sort=False):
+        value = {row.metric: with_interval(row) for _, row in part.iterrows()}
+        signed = {row.metric: f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" for _, row in part.iterrows()}
+        cells = {"model": model, "score": attack.removeprefix("warning ")}
+        cells |= {reading: value.get(f"auroc {outcome} {reading}", "") for reading in ("mixed", "within", "same answer")}
+        for rival in ("uncertainty", "p_shift"):
+            cells[f"within, minus {rival}"] = signed.get(f"auroc_over_{rival} {outcome} within", "")
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
 def claimed(published: pd.DataFrame) -> pd.DataFrame:
     """What the FracAtlas study printed, model by model; nothing of it was measured here."""
     table = published.pivot(index="model", columns="metric", values="value")
@@ -180,6 +207,7 @@ def blocks() -> dict[str, str]:
     bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
     boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
     published = pd.read_csv(REPOSITORY / "results" / "published_medical_image_diagnosis.csv")
+    moved = pd.read_csv(REPOSITORY / "results" / "04_perturbation.csv")
     corona = pd.read_csv(REPOSITORY / "results" / "06_covid.csv")
     claims = pd.read_csv(REPOSITORY / "results" / "published_r2i_medical_imaging.csv")
     return {
@@ -190,6 +218,8 @@ def blocks() -> dict[str, str]:
         "02-eps": markdown(fracture_eps(bones)),
         "02-maps": markdown(fracture_maps(bones)),
         "02-claimed": markdown(claimed(claims)),
+        "04-corruptions": markdown(corruption_cost(moved)),
+        "04-warning": markdown(drift_warning(moved)),
         "06-covid": markdown(covid(corona)),
         "07-audit": markdown(shortcut_audit(corona)),
         "05-detection": markdown(detection(boxes)),

@@ -58,10 +58,10 @@ class Study:
     def patients(self, rows: Sequence[int]) -> np.ndarray:
         return self.dataset.manifest["patient"].to_numpy()[rows]
 
-    def torch_set(self, name: str, *, augmented: bool = False) -> augment.CachedImages:
-        """A split as a torch data set; only training images are ever augmented."""
+    def torch_set(self, name: str, *, augmented: bool | augment.A.Compose = False) -> augment.CachedImages:
+        """A split as a torch data set; only training images are ever augmented, as usual (True) or by a pipeline."""
         rows = self.rows(name)
-        transform = augment.train_transform() if augmented else None
+        transform = augment.train_transform() if augmented is True else augmented or None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
         images = augment.CachedImages(self.cache, rows, labels, transform=transform, seed=self.config.seed)
         balanced = augmented and self.config.settings.get("balance") == "sampling"

@@ -23,10 +23,32 @@ def pytest_configure(config):
     os.environ["DLIA_RUNS"] = str(_SCRATCH / "runs")
     if os.environ.get("DLIA_DATA"):
         os.environ["DLIA_DATA"] = os.path.abspath(os.environ["DLIA_DATA"])
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        # As many processes as cores, so one thread each; the kernels of notebooks inherit it.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With several processes (`make test`): a file's tests stay in one, and all that runs one notebook, too.
+
+    They share fixtures and finished runs, which another process would have to make again.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        notebook = item.get_closest_marker("notebook") and getattr(item, "callspec", None)
+        group = notebook.params["source"].stem if notebook else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Every test begins with the same random numbers, whichever tests its process ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

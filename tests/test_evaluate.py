@@ -1,5 +1,6 @@
-"""Robustness tables: one row per attack, eps and image; the worst case; checks that really fail."""
+"""The suite and its rows: known truth, the same answer whatever is dropped or resumed, checks that fail."""
 
+import copy
 import logging
 from contextlib import contextmanager
 
@@ -247,3 +248,244 @@ def test_fgsm_rows_agree_with_fgsm_itself(study, rows):
     model, x, y = study
     found = rows[(rows.attack == "fgsm") & (rows.eps == GRID[1])].set_index("image").fooled.loc[3:]
     assert found.tolist() == fgsm(model, x[3:], y[3:], eps=GRID[1]).success.tolist()
+
+
+# ------------------------------------------------------------------ the suite: known truth
+
+STEPS = {"apgd_ce": 8, "apgd_margin": 12, "fmn": 20, "square": 25}
+SHORT = {name: {"steps": steps} for name, steps in STEPS.items()}
+
+
+def linear(channels=1, n=14):
+    """A linear model of two classes, images well inside [0,1], and the weights' difference seen by each."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, 2)).double().eval()
+    x = (0.4 + 0.2 * torch.rand(n, 1, 4, 4, dtype=torch.float64)).expand(n, channels, 4, 4).contiguous()
+    with torch.no_grad():
+        model[1].bias -= model(x).mean(0)
+        logits = model(x)
+    y = logits.argmax(1)
+    towards = (model[1].weight[1 - y] - model[1].weight[y]).detach().view_as(x)
+    return model, x, y, towards, (logits.amax(1) - logits.amin(1)).detach()
+
+
+def between(distance, *places):
+    """eps half way between two neighbours of the sorted distances, which lie some per cent apart."""
+    ordered = distance.sort().values
+    chosen = [k for k in range(1, len(ordered)) if ordered[k] > 1.05 * ordered[k - 1]]
+    return [float(ordered[chosen[p] - 1 : chosen[p] + 1].mean()) for p in places]
+
+
+@pytest.mark.parametrize("early_drop", [True, False])
+@pytest.mark.parametrize("case", ["linf", "l2", "grey", "mask"])
+def test_the_worst_case_of_a_linear_model_is_its_closed_form(case, early_drop):
+    model, x, y, towards, gap = linear(channels=3 if case == "grey" else 1)
+    options = {"norm": "l2"} if case == "l2" else {}
+    if case == "grey":  # all channels move alike
+        towards, options = towards.sum(1, keepdim=True), {"grey": True}
+    if case == "mask":
+        mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+        mask[..., :2] = True
+        towards, options = towards * mask, {"mask": mask}
+    flat = towards.flatten(1)
+    distance = gap / (flat.norm(dim=1) if case == "l2" else flat.abs().sum(1))
+    grid = between(distance, 1, 4, -2)
+    found = evaluate.robust(
+        model, (x, y), grid, early_drop=early_drop, budgets=SHORT, steps=20, progress=False, **options
+    )
+    for eps in grid:
+        worst = found.rows[(found.rows.attack == "worst") & (found.rows.eps == eps)]
+        assert worst.fooled.tolist() == (distance <= eps).tolist()
+    searched = found.distances[found.distances.attack == "fmn"].set_index("image").distance
+    assert len(searched) and (searched >= distance[searched.index].numpy() - 1e-12).all()
+    assert (searched <= 1.03 * distance[searched.index].numpy()).all()
+
+
+@pytest.fixture(scope="module")
+def both(study):
+    model, *data = study
+    options = dict(budgets=SHORT, batch_size=16, progress=False)
+    return {drop: evaluate.robust(model, data, GRID, early_drop=drop, **options) for drop in (True, False)}
+
+
+def fooled_sets(found):
+    worst = found.rows[(found.rows.attack == "worst") & found.rows.fooled]
+    return {eps: set(part.image) for eps, part in worst.groupby("eps")}
+
+
+def test_dropping_changes_the_cost_and_not_the_answer(both):
+    assert fooled_sets(both[True]) == fooled_sets(both[False])
+    passes = {drop: found.cost.groupby("eps").forwards.sum() for drop, found in both.items()}
+    assert passes[True].sum() < 0.75 * passes[False].sum()
+    assert passes[True].iloc[-1] < 0.45 * passes[False].iloc[-1]  # most images have fallen by then
+    shares = both[True].table().set_index("eps").worst
+    assert shares.is_monotonic_decreasing and shares.iloc[0] < 37 / 40 and shares.iloc[-1] < 0.5
+
+
+def test_dropped_rows_are_only_of_images_that_still_stood(both, study):
+    rows, gone = both[True].rows, set(range(3))  # the clean errors
+    cost = both[True].cost.iloc[1:]
+    for line in cost.itertuples():
+        own = rows[(rows.attack == line.attack) & (rows.eps == line.eps)]
+        assert not gone & set(own.image) and len(own) == line.attacked == 40 - len(gone)
+        gone |= set(own.image[own.fooled])
+        assert own.fooled.sum() == line.fooled
+    assert (rows[rows.attack == "worst"].groupby("eps").size() == 40).all()
+    counts = both[True].first_fooled()
+    assert (counts.sum(axis=1) == 40).all() and (counts["clean"] == 3).all()
+    assert counts["none"].tolist() == [40 - len(part) for part in fooled_sets(both[True]).values()]
+
+
+def test_the_full_run_holds_the_rows_of_robustness(both, rows):
+    mine = both[False].rows
+    mine = mine[mine.attack.isin(["clean", *evaluate.ATTACKS])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, rows[rows.attack != "worst"].reset_index(drop=True))
+
+
+def test_smallest_changes_are_searched_once_and_count_at_every_eps(both):
+    cost = both[False].cost.set_index(["attack", "eps"])
+    for name in ("deepfool", "fmn"):
+        assert cost.forwards[name].iloc[0] > 0 and (cost.forwards[name].iloc[1:] == 0).all()
+        found = both[False].distances
+        distance = found[found.attack == name].set_index("image").distance
+        for eps in GRID:
+            rows = both[False].rows
+            own = rows[(rows.attack == name) & (rows.eps == eps) & (rows.image >= 3)]
+            own = own.set_index("image").fooled
+            assert own.tolist() == (distance[own.index] <= eps).tolist()
+
+
+@pytest.mark.parametrize("early_drop", [True, False])
+def test_the_passes_counted_are_those_made(study, early_drop):
+    model, x, y = study
+    seen = {"forwards": 0, "backwards": 0}
+
+    def forwards(_module, inputs, _output):
+        seen["forwards"] += len(inputs[0])
+
+    def backwards(_module, _inputs, outputs):
+        seen["backwards"] += len(outputs[0])
+
+    hooks = [model.register_forward_hook(forwards), model.register_full_backward_hook(backwards)]
+    names = [*evaluate.SUITE, "one_pixel"]
+    budgets = SHORT | {"one_pixel": {"population": 5, "iterations": 2}}
+    options = dict(attacks=names, budgets=budgets, fast=False, progress=False, early_drop=early_drop)
+    try:
+        found = evaluate.robust(model, (x[:12], y[:12]), GRID[:2], **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert found.cost[["forwards", "backwards"]].sum().to_dict() == seen
+
+
+# ------------------------------------------------------------------ the suite: going on, its inputs, its page
+
+
+def test_a_cut_off_run_goes_on_without_repeated_work(study, tmp_path):
+    model, x, y = study[0], study[1][:16], study[2][:16]
+    passes = []
+
+    def count(_module, inputs, _output):
+        passes.append(len(inputs[0]))
+        if sum(passes) > limit:
+            raise KeyboardInterrupt
+
+    options = dict(budgets=SHORT, fast=False, progress=False, batch_size=10)
+    limit = 10**9
+    hook = model.register_forward_hook(count)
+    try:
+        whole = evaluate.robust(model, (x, y), GRID[:2], **options)
+        total, limit = sum(passes), sum(passes) // 2
+        passes.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.robust(model, (x, y), GRID[:2], folder=tmp_path / "kept", **options)
+        kept = len(list((tmp_path / "kept").glob("block_*.npz")))
+        done = whole.cost.forwards.iloc[:kept].sum()
+        limit = 10**9
+        passes.clear()
+        again = evaluate.robust(model, (x, y), GRID[:2], folder=tmp_path / "kept", **options)
+        assert 3 <= kept < len(whole.cost) and sum(passes) == total - done < total
+        passes.clear()
+        third = evaluate.robust(model, (x, y), GRID[:2], folder=tmp_path / "kept", **options)
+        assert not passes
+    finally:
+        hook.remove()
+    for found in (again, third):
+        pd.testing.assert_frame_equal(found.rows, whole.rows)
+        pd.testing.assert_frame_equal(found.cost.drop(columns="seconds"), whole.cost.drop(columns="seconds"))
+        pd.testing.assert_frame_equal(found.distances, whole.distances)
+
+
+def test_a_folder_of_something_else_is_refused(study, tmp_path):
+    model, x, y = study
+    options = dict(attacks=("noise", "pgd_margin"), folder=tmp_path, progress=False)
+    evaluate.robust(model, (x, y), GRID[:1], **options)
+    other = copy.deepcopy(model)
+    other[-1].bias.data += 0.01
+    cases = {
+        "model": (other, (x, y), GRID[:1], options),
+        "eps_grid": (model, (x, y), GRID[:2], options),
+        "images": (model, (x.flip(0), y), GRID[:1], options),
+        "attacks": (model, (x, y), GRID[:1], options | {"budgets": {"noise": {"draws": 3}}}),
+    }
+    for name, (net, data, grid, asked) in cases.items():
+        with pytest.raises(ValueError, match=rf"something else \({name}: .*resume=False"):
+            evaluate.robust(net, data, grid, **asked)
+    anew = evaluate.robust(other, (x, y), GRID[:1], resume=False, **options)
+    assert anew.rows.equals(evaluate.robust(other, (x, y), GRID[:1], **options).rows)
+
+
+def test_batches_of_a_loader_give_the_same_rows(study):
+    model, x, y = study
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(40)), batch_size=7)
+    options = dict(attacks=("pgd_margin", "square"), budgets={"square": {"steps": 9}}, progress=False)
+    tensors, batches = (evaluate.robust(model, data, GRID[:2], **options).rows for data in ((x, y), loader))
+    pd.testing.assert_frame_equal(tensors, batches)
+
+
+def test_a_surrogate_and_an_operator_add_their_attacks(study):
+    inner, x, _ = study
+    model = nn.Sequential(Rounded(), inner).eval()
+    y = model(x).argmax(1)
+    found = evaluate.robust(
+        model, (x, y), GRID[1:], bpda=through_rounding, surrogate=inner, budgets=SHORT, progress=False
+    )
+    names = [name for name in found.table() if name in evaluate.ORDER]
+    assert {"transfer", "pgd_ce_bpda", "pgd_margin_bpda", "apgd_ce_bpda", "apgd_margin_bpda"} <= set(names)
+    counts = found.first_fooled().iloc[-1]
+    assert counts.filter(like="bpda").sum() > 5  # exact gradients of the rounding are zero
+    assert "straight through" in found.threat() and "through_rounding" in found.threat()
+
+
+def test_intervals_page_and_figure(both, study):
+    groups = [f"patient {k // 2}" for k in range(40)]
+    options = dict(attacks=("pgd_margin",), groups=groups, progress=False)
+    found = evaluate.robust(study[0], study[1:], GRID, **options)
+    table = found.table(draws=200)
+    assert ((table.worst_low <= table.worst) & (table.worst <= table.worst_high)).all()
+    assert (table.clean == 37 / 40).all() and table.attack_success.is_monotonic_increasing
+    assert table.attack_success.iloc[-1] == pytest.approx(1 - table.worst.iloc[-1] / (37 / 40))
+    for one in (found, *both.values()):
+        page = one.text(checks=False)
+        assert "16/255" in page and "pgd_margin (steps 10, restarts 1)" in page
+        assert ("Fooled images were dropped" in page) == one.settings["early_drop"]
+        figure = one.figure()
+        line = [part for part in figure.axes[0].lines if part.get_label() == "worst case"][0]
+        assert line.get_ydata().tolist() == [37 / 40, *one.table().worst]
+
+
+def test_bad_arguments_of_the_suite_are_refused(study):
+    model, x, y = study
+    for word, bad in {
+        "eps > 0": {"eps_grid": [0]},
+        "budgets.*stepz": {"budgets": {"square": {"stepz": 3}}},
+        "budgets speaks of": {"budgets": {"one_pixel": {"population": 9}}},
+        "does not know norm": {"attacks": ["fgsm"], "norm": "l2"},
+        "needs surrogate": {"attacks": ["transfer"]},
+        "groups holds": {"groups": [1, 2]},
+        "an image twice": {"ids": [0] * 40},
+        "yield batches": {"data": []},
+    }.items():
+        arguments = {"data": (x, y), "eps_grid": GRID} | bad
+        with pytest.raises(ValueError, match=word):
+            evaluate.robust(model, **arguments, progress=False)

@@ -220,12 +220,6 @@ def test_size_shortcut_refuses_what_it_cannot_compare():
         explore.size_shortcut(alone, np.ones((20, 2)))
 
 
-def test_holm_equals_the_definition():
-    p = np.array([0.02, 0.5, 0.011, 0.02])
-    assert explore.holm(p).tolist() == pytest.approx([0.06, 0.5, 0.044, 0.06])
-    assert explore.holm([0.6, 0.9]).tolist() == [1.0, 1.0]
-
-
 # ------------------------------------------------------------------------------------------- normalisation
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.classification as tm
+from scipy import stats
 from sklearn import metrics as sk
 
 from dlia_utils import metrics
@@ -48,7 +49,7 @@ def test_resampled_metrics_equal_recomputing_on_the_drawn_images():
     rng = np.random.default_rng(0)
     labels, probability, groups = rng.integers(0, 2, 60), np.round(rng.random(60), 1), rng.integers(0, 20, 60)
     weights = metrics.patient_weights(groups, draws=5, seed=4)
-    auc = metrics._weighted_auc(labels, probability, weights)
+    auc = metrics.weighted_auc(labels, probability, weights)
     rates = metrics._rates(labels, (probability > 0.5).astype(int), weights)
     for draw, weight in enumerate(weights):
         index = np.repeat(np.arange(60), weight.astype(int))
@@ -112,3 +113,159 @@ def test_a_rate_without_an_error_gets_the_exact_interval_of_its_own_class():
     assert table.loc["specificity", "value"] == 1 and table.loc["specificity", "ci_high"] == 1
     assert table.loc["specificity", "ci_low"] == pytest.approx(0.025 ** (1 / 15))  # fifteen patients, all right
     assert table.loc["sensitivity", "ci_low"] < 0.9 < table.loc["sensitivity", "ci_high"]
+
+
+# ------------------------------------------------------------------------------------------- BCa intervals
+
+
+def bca_of_scipy(statistic, data, draws):
+    """scipy's BCa interval of `statistic(data, axis)` from given bootstrap values."""
+    given = type("Given", (), {"bootstrap_distribution": draws})()
+    found = stats.bootstrap((data,), statistic, n_resamples=0, bootstrap_result=given, method="BCa", vectorized=True)
+    return tuple(found.confidence_interval)
+
+
+def test_bca_of_independent_images_equals_scipy_on_the_same_draws():
+    values = np.random.default_rng(0).exponential(size=40) ** 2
+    draws = metrics.patient_weights(np.arange(40), draws=500, seed=3) @ values / 40
+    found = metrics.bootstrap(lambda w: w @ values / w.sum(1), np.arange(40), draws=500, seed=3, interval="bca").iloc[0]
+    expected = bca_of_scipy(np.mean, values, draws)
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
+    # The skew: BCa lies to the right of the percentiles.
+    plain = metrics.bootstrap(lambda w: w @ values / w.sum(1), np.arange(40), draws=500, seed=3).iloc[0]
+    assert found["ci_low"] > plain["ci_low"] and found["ci_high"] > plain["ci_high"]
+
+
+def test_bca_of_patients_equals_scipys_over_patients():
+    rng = np.random.default_rng(1)
+    groups, flags = np.sort(rng.integers(0, 30, 90)), rng.random(90) < 0.85
+    right, films = (np.bincount(groups, weights=part) for part in (flags, np.ones(90)))
+    keep = np.flatnonzero(films)
+
+    def accuracy(patients, axis=-1):
+        return right[patients].sum(axis) / films[patients].sum(axis)
+
+    weights = metrics.patient_weights(groups, draws=400, seed=5)
+    expected = bca_of_scipy(accuracy, keep, weights @ flags / weights.sum(1))
+    found = metrics.share(flags, groups, draws=400, seed=5, interval="bca")
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_metric_has_a_bca_interval_around_it_and_the_draws_stay_the_same(scored):
+    labels, probability = scored
+    groups = np.arange(200) // 2
+    both = [metrics.classification(labels, probability, groups, draws=300, interval=kind).set_index("metric")
+            for kind in ("percentile", "bca")]  # fmt: skip
+    assert both[0]["value"].equals(both[1]["value"])
+    undecided = both[1]["value"].isin([0.0, 1.0])
+    inside = both[1][~undecided & (both[1]["ci_high"] > both[1]["ci_low"])]
+    assert (inside["ci_low"] < inside["value"]).all() and (inside["value"] < inside["ci_high"]).all()
+    assert both[0].loc[undecided].equals(both[1].loc[undecided]), "none or all: the exact interval for both"
+    assert (both[0]["ci_low"] - both[1]["ci_low"]).abs().max() < 0.05
+
+
+def test_bca_where_one_patient_is_a_whole_class_leaves_that_patient_in():
+    labels, probability = np.array([0] * 12 + [1]), np.r_[np.linspace(0, 0.8, 12), 0.5]
+    found = metrics.classification(labels, probability, np.arange(13), draws=200, interval="bca").set_index("metric")
+    assert found.loc["auc", "ci_low"] < found.loc["auc", "value"] < found.loc["auc", "ci_high"]
+
+
+def test_bca_covers_a_skewed_share_of_patients_with_several_films():
+    rng, hits, alone = np.random.default_rng(2), 0, 0
+    for seed in range(150):
+        groups = np.repeat(np.arange(80), 3)
+        flags = (rng.random(80) < 0.9)[groups] & (rng.random(240) < 0.95)  # accuracy 0.855
+        row = metrics.share(flags, groups, draws=300, seed=seed, interval="bca")
+        hits += row["ci_low"] <= 0.855 <= row["ci_high"]
+        row = metrics.share(flags, np.arange(240), draws=300, seed=seed, interval="bca")
+        alone += row["ci_low"] <= 0.855 <= row["ci_high"]
+    assert 136 <= hits <= 149  # 142.5 expected
+    assert alone < 128, "films of a patient taken as independent: the interval is too narrow"
+
+
+def test_large_sets_are_worked_through_in_parts(monkeypatch):
+    rng = np.random.default_rng(3)
+    labels, probability, groups = rng.integers(0, 2, 50), rng.random(50), rng.integers(0, 20, 50)
+    whole = metrics.classification(labels, probability, groups, draws=40, interval="bca")
+    monkeypatch.setattr(metrics, "CHUNK", 350)  # seven rows of weights
+    parts = metrics.classification(labels, probability, groups, draws=40, interval="bca")
+    np.testing.assert_allclose(parts.drop(columns="metric"), whole.drop(columns="metric"), rtol=1e-12)
+
+
+def test_an_image_without_a_patient_is_refused():
+    with pytest.raises(ValueError, match="lacks the patient of 2 images"):
+        metrics.share(np.ones(4, bool), ["a", None, "b", None])
+    with pytest.raises(ValueError, match="percentile, bca, not 'BCa'"):
+        metrics.share(np.ones(2, bool), ["a", "b"], interval="BCa")
+
+
+# ------------------------------------------------------------------------------------------- a fixed specificity
+
+
+def at_specificity(labels, probability, specificity, **options):
+    """Validation and test are the same images here."""
+    found = metrics.sensitivity_at_specificity(
+        (labels, probability), labels, probability, np.arange(len(labels)), specificity=specificity, **options
+    )
+    return found.set_index("metric")
+
+
+@pytest.mark.parametrize("specificity", [0.5, 0.7, 0.9, 1.0])
+def test_the_point_on_the_roc_equals_scikit_learns_and_torchmetrics(scored, specificity):
+    labels, probability = scored
+    found = at_specificity(labels, probability, specificity, draws=10)
+    false_alarm, hit, _ = sk.roc_curve(labels, probability, drop_intermediate=False)
+    expected = hit[1 - false_alarm >= specificity - 1e-12].max()
+    assert found.loc[f"sensitivity_at_{specificity:g}_test_roc", "value"] == pytest.approx(expected)
+    oracle, _ = tm.BinarySensitivityAtSpecificity(specificity - 1e-6)(*map(torch.as_tensor, (probability, labels)))
+    assert expected == pytest.approx(oracle.item(), abs=1e-6)
+    # On the images that chose it, the threshold gives exactly this point.
+    assert found.loc[f"sensitivity_at_{specificity:g}_val_threshold", "value"] == pytest.approx(expected)
+    assert found.loc[f"specificity_at_{specificity:g}_val_threshold", "value"] >= specificity - 1e-12
+
+
+def test_fifty_five_of_a_hundred_are_enough():
+    labels, probability = np.array([0] * 100 + [1] * 2), np.r_[np.arange(100) / 100, 0.545, 0.75]
+    found = at_specificity(labels, probability, 0.55, draws=10)  # 0.55 * 100 is above 55 in floating point
+    assert found["threshold"].tolist() == [0.54] * 3
+    assert found.loc["sensitivity_at_0.55_val_threshold", "value"] == 1
+
+
+def test_the_threshold_comes_from_validation_and_the_test_roc_is_named_apart():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 400)
+    score = labels + rng.standard_normal(400)
+    shifted = score[200:] + 0.8  # the test hospital's films score higher: the specificity is not what was asked for
+    found = metrics.sensitivity_at_specificity(
+        (labels[:200], score[:200]), labels[200:], shifted, np.arange(200), specificity=0.9, draws=200
+    ).set_index("metric")
+    threshold = np.sort(score[:200][labels[:200] == 0])[int(np.ceil(0.9 * (labels[:200] == 0).sum())) - 1]
+    assert found["threshold"].iloc[0] == found["threshold"].iloc[1] == threshold
+    assert found.loc["sensitivity_at_0.9_val_threshold", "value"] == (shifted[labels[200:] == 1] > threshold).mean()
+    assert found.loc["specificity_at_0.9_val_threshold", "ci_high"] < 0.9
+    on_roc = found.loc["sensitivity_at_0.9_test_roc"]
+    assert on_roc["threshold"] > threshold and on_roc["value"] < found["value"].iloc[0]
+    assert on_roc["ci_low"] < on_roc["value"] < on_roc["ci_high"]
+
+
+def test_points_of_draws_equal_recomputing_on_the_drawn_images():
+    rng = np.random.default_rng(5)
+    labels, probability, groups = rng.integers(0, 2, 60), np.round(rng.random(60), 1), rng.integers(0, 20, 60)
+    weights = metrics.patient_weights(groups, draws=8, seed=4)
+    points, thresholds = metrics._roc_point(labels, probability, weights, 0.8)
+    for draw, weight in enumerate(weights):
+        index = np.repeat(np.arange(60), weight.astype(int))
+        false_alarm, hit, _ = sk.roc_curve(labels[index], probability[index], drop_intermediate=False)
+        assert points[draw] == pytest.approx(hit[1 - false_alarm >= 0.8 - 1e-12].max())
+        right = probability[index][labels[index] == 1] > thresholds[draw]
+        assert right.mean() == pytest.approx(points[draw])
+
+
+def test_a_fixed_specificity_needs_both_classes_and_a_share():
+    two = (np.array([0, 1]), np.array([0.1, 0.9]))
+    with pytest.raises(ValueError, match="validation images are all of class 1"):
+        metrics.sensitivity_at_specificity((np.ones(2), two[1]), *two, "ab")
+    with pytest.raises(ValueError, match="test images are all of class 0"):
+        metrics.sensitivity_at_specificity(two, np.zeros(2), two[1], "ab")
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        metrics.sensitivity_at_specificity(two, *two, "ab", specificity=90)

@@ -450,6 +450,20 @@ def test_suite_notebook_gives_its_source_back(source):
     assert notebooks.source_text(notebooks.read(notebooks.product(source))) == source.read_text()
 
 
+def test_a_data_set_is_passed_on_only_to_a_notebook_that_asks_for_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    asks, own = (next(s for s in notebooks.find() if s.stem.startswith(number)) for number in ("04", "01"))
+    with pytest.raises(ValueError, match="01_pneumonia_robustness has a data set of its own: run it without dataset='covid'"):
+        notebooks.run(own, dataset="covid", progress=False)
+    with pytest.raises(ValueError, match="nowhere"):
+        notebooks.run(asks, dataset="nowhere", progress=False)
+    seen = {}
+    monkeypatch.setattr(notebooks, "execute", lambda path, out, *, parameters, progress: seen.update(parameters))
+    done = notebooks.run(asks, dataset="breastmnist", progress=False)
+    assert seen["DATASET"] == "breastmnist" and done.folder.name == "smoke-breastmnist-synthetic"
+
+
 def test_suite_has_no_notebook_without_source():
     assert notebooks.orphans() == []
 
@@ -459,7 +473,6 @@ def test_suite_notebook_shows_synthetic_outputs(source):
     assert "SYNTHETIC" in notebooks.product(source).read_text(), "outputs must come from synthetic images"
 
 
-@pytest.mark.notebook
 def lacks(dataset, folder):
     """Whether there is no copy of the data set in `folder`."""
     try:
@@ -469,6 +482,7 @@ def lacks(dataset, folder):
     return False
 
 
+@pytest.mark.notebook
 @pytest.mark.real
 @SUITE
 def test_suite_notebook_runs_on_real_data(source, real_data):

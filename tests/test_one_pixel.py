@@ -81,6 +81,19 @@ def test_small_eps_and_grey_bound_the_pixel():
     assert torch.equal(change[:, :1].expand_as(change), change)
 
 
+def test_mask_confines_the_search():
+    """A row through the trigger's place is enough to find it; one that passes it by never does."""
+    x, y = dark(6)
+    row = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    row[:, :, 3] = True
+    found = one_pixel(Trigger(), x, y, mask=row, population=30, iterations=30)
+    hopeless = one_pixel(Trigger(), x, y, mask=row.roll(-3, dims=2), population=10, iterations=5)
+    assert found.success.all() and not hopeless.success.any()
+    for result, height in ((found, 3), (hopeless, 0)):
+        places = (result.x_adv != x).nonzero()
+        assert len(places) == len(x) and (places[:, 2] == height).all()  # each image changed, inside its mask
+
+
 def test_first_population_is_checked():
     x, y = dark(3)
     result = one_pixel(Trigger(), x, y, population=200, iterations=0)

@@ -1,7 +1,9 @@
 """Attacks of one contract: `attack(model, x, y, *, eps, ...) -> AttackResult`; eps in pixel units."""
 
+from ._ball import border
 from ._contract import AttackResult, frozen, margin
 from .apgd import apgd
+from .bpda import bpda
 from .carlini_wagner import carlini_wagner
 from .deepfool import deepfool
 from .fgsm import fgsm, normalised_eps
@@ -15,6 +17,8 @@ from .square import square
 __all__ = [
     "AttackResult",
     "apgd",
+    "border",
+    "bpda",
     "carlini_wagner",
     "deepfool",
     "fgsm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,27 @@ def per_image(value: Tensor) -> Tensor:
     return value[:, None, None, None]
 
 
+def border(x: Tensor, width: int) -> Tensor:
+    """Mask [1,1,H,W] of the pixels within `width` of the edges of x [B,C,H,W]: an attack outside the anatomy.
+
+    Errors: ValueError when the width is not from 1 up to half the shorter side.
+
+    >>> border(torch.rand(2, 1, 3, 4), 1)[0, 0].int().tolist()
+    [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
+    """
+    height, wide = x.shape[2:]
+    if not 1 <= width <= min(height, wide) // 2:
+        raise ValueError(f"width must be from 1 to {min(height, wide) // 2} pixels, not {width}")
+    mask = torch.ones(1, 1, height, wide, dtype=torch.bool, device=x.device)
+    mask[:, :, width : height - width, width : wide - width] = False
+    return mask
+
+
 class Ball:
     """Allowed points round x [B,C,H,W]: radius eps in a norm, pixels in [0,1], grey and masked on request.
 
-    eps: pixel units; None: no radius, only [0,1]. mask: bool [B,1,H,W], False where a pixel must stay.
+    eps: pixel units; None: no radius, only [0,1]. mask: bool [B,1,H,W] or [1,1,H,W], False where a pixel must
+    stay.
     """
 
     def __init__(
@@ -48,6 +66,7 @@ class Ball:
         grey: bool = False,
         mask: Tensor | None = None,
     ) -> None:
+        mask = None if mask is None else mask.expand(len(x), -1, -1, -1)
         self.x, self.eps, self.norm, self.grey, self.mask = x, eps, norm, grey, mask
         self.lower, self.upper = c.ball(x, eps if norm == "linf" and eps is not None else 1.0)
         if mask is not None:
@@ -90,25 +109,54 @@ class Ball:
             return gradient.sign()
         return gradient / per_image(size(gradient, "l2").clamp_min(TINY))
 
-    def random(self, ids: Sequence[int], *, seed: int, stream: int) -> Tensor:
-        """A random point per image: uniform in the cube, or a random direction at the length eps ("l2")."""
-        draw = c.uniform(self.x, ids, seed=seed, stream=stream, grey=self.grey)
+    def at(self, draw: Tensor) -> Tensor:
+        """The point in the direction of a draw in [-1,1]: at eps times the draw; "l2": at the length eps."""
         if self.norm == "l2":
             draw = self.allowed(draw.expand_as(self.x))
             draw = draw / per_image(size(draw, "l2").clamp_min(TINY))
         return self.project(self.x + self.eps * draw)
 
+    def random(self, ids: Sequence[int], *, seed: int, stream: int) -> Tensor:
+        """A random point per image: uniform in the cube, or a random direction at the length eps ("l2")."""
+        return self.at(c.uniform(self.x, ids, seed=seed, stream=stream, grey=self.grey))
+
+
+def free_pixels(ball: Ball) -> list[np.ndarray | None]:
+    """Row and column of the pixels of each image's mask [n,2]; None where every pixel may change, or none."""
+    if ball.mask is None:
+        return [None] * len(ball.x)
+    places = [np.argwhere(plane) for plane in ball.mask[:, 0].cpu().numpy()]
+    return [found if len(found) else None for found in places]
+
 
 def record_smallest(
-    ledger: c.Ledger, rows: Tensor, points: Tensor, logits: Tensor, *, norm: str, step: int
+    ledger: c.Ledger, rows: Tensor, points: Tensor, wrong: Tensor, *, norm: str, step: int
 ) -> Tensor:
     """Note an answer in the search for the smallest change; returns which images are fooled [n]."""
-    return ledger.record(rows, points, logits, -size(points - ledger.x[rows], norm), step)
+    return ledger.record(rows, points, wrong, -size(points - ledger.x[rows], norm), step)
+
+
+def look_smallest(ledger: c.Ledger, *, norm: str) -> None:
+    """Ask the model about the clean images: those it gets wrong are fooled at step 0, by no change."""
+    wrong, _ = c.answer(ledger.model, ledger.x, ledger.y, c.margin, eot=ledger.eot, check=True)
+    record_smallest(ledger, ledger.everyone(), ledger.x, wrong, norm=norm, step=0)
 
 
 def smallest_result(ledger: c.Ledger, *, eps: float | None, norm: str) -> c.AttackResult:
-    """The smallest fooling points; with eps those further away than eps give way to the clean image."""
+    """The smallest fooling points; with eps those further away are brought to eps and judged once more there.
+
+    One that fools no longer gives way to the clean image.
+    """
     if eps is not None:
-        far = ledger.fooled & (size(ledger.x_adv - ledger.x, norm) > eps)
-        ledger.x_adv[far], ledger.fooled[far], ledger.first_step[far] = ledger.x[far], False, -1
+        far = torch.nonzero(ledger.fooled & (size(ledger.x_adv - ledger.x, norm) > eps))[:, 0]
+        if len(far):
+            x = ledger.x[far]
+            points = Ball(x, eps, norm=norm).project(ledger.x_adv[far])
+            wrong, _ = c.answer(ledger.model, points, ledger.y[far], c.margin, eot=ledger.eot)
+            kept = wrong == 1
+            ledger.queries[far] += ledger.eot
+            ledger.x_adv[far] = torch.where(per_image(kept), points, x)
+            ledger.fooled[far] = kept
+            lost = far[~kept]
+            ledger.first_step[lost], ledger.held_step[lost] = -1, 0
     return ledger.result(eps=eps, seed=None)

@@ -20,7 +20,7 @@ class AttackResult:
     """What an attack found, per image of the batch.
 
     x_adv               [B,C,H,W] in [0,1]
-    success             [B] bool: the model is wrong on x_adv
+    success             [B] bool: the model is wrong on x_adv (with eot > 1: in most of eot fresh passes)
     first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it first
     queries             [B] int64: forward passes spent on each image
     linf, l2, l0        [B] float: size of x_adv - x in pixel units; l0 counts changed pixel positions
@@ -53,12 +53,14 @@ def check_inputs(
     norm: str = "linf",
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
     ids: Sequence[int] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Refuse what would give a wrong number without a word; returns (a clamped copy of x, the image ids).
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: pixel units of [0,1], a number or, for "linf", a tensor [C,1,1];
-    None: no budget. norm: "linf" or "l2". mask: bool [B,1,H,W] of the pixels that may change.
+    None: no budget. norm: "linf" or "l2". mask: bool [B,1,H,W] of the pixels that may change, or one plane
+    [1,1,H,W] for all images. eot: passes per look at an image.
     Errors: TypeError or ValueError that names the argument and the fix.
     """
     _check_model(model)
@@ -72,6 +74,8 @@ def check_inputs(
         _check_mask(mask, x)
     if grey and x.shape[1] > 1 and not bool((x == x[:, :1]).all()):
         raise ValueError("grey=True needs grey images, but the channels of x differ; pass grey=False")
+    if eot < 1:
+        raise ValueError(f"eot must be >= 1 (the passes of a random model that are averaged), not {eot}")
     ids = [int(i) for i in ids] if ids is not None else list(range(len(x)))
     if len(ids) != len(x) or min(ids) < 0:
         raise ValueError(f"ids must be {len(x)} integers >= 0, one per image")
@@ -144,10 +148,10 @@ def _check_eps(eps: float | Tensor, x: Tensor, norm: str, grey: bool) -> None:
 def _check_mask(mask: Tensor, x: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError("mask must be a bool tensor, True where a pixel may change; use mask > 0")
-    if mask.shape != (len(x), 1, *x.shape[2:]):
+    if mask.shape[0:1] not in ((1,), (len(x),)) or mask.shape[1:] != (1, *x.shape[2:]):
         raise ValueError(
-            f"mask must have shape {[len(x), 1, *x.shape[2:]]}, one plane per image, not {list(mask.shape)}; "
-            "use mask.expand(len(x), 1, -1, -1) for one mask of all"
+            f"mask must have shape {[len(x), 1, *x.shape[2:]]}, one plane per image, or [1,1,H,W], one for "
+            f"all, not {list(mask.shape)}; resize or reshape it"
         )
     if mask.device != x.device:
         raise ValueError(f"x is on {x.device} but mask on {mask.device}; move mask with mask.to(x.device)")
@@ -239,30 +243,99 @@ def uniform(x: Tensor, ids: Sequence[int], *, seed: int, stream: int, grey: bool
 # ------------------------------------------------------------------------------------------- book-keeping
 
 
-class Ledger:
-    """Keeps each image's strongest point (fooling before not, then the higher loss) and counts passes."""
+def answer(
+    model: nn.Module,
+    points: Tensor,
+    y: Tensor,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    *,
+    eot: int = 1,
+    check: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Ask the model `eot` times: (share of the passes that are wrong [B], mean objective [B])."""
+    wrong, value = torch.zeros_like(y, dtype=torch.float32), 0.0
+    with torch.no_grad():
+        for _ in range(eot):
+            logits = check_logits(model(points), y) if check else model(points)
+            wrong = wrong + (logits.argmax(1) != y).float()
+            value = value + objective(logits, y)
+    return wrong / eot, value / eot
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
+
+def gradient_at(
+    model: nn.Module,
+    points: Tensor,
+    y: Tensor,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    *,
+    eot: int = 1,
+    check: bool = False,
+    stop_when_fooled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(share of the passes that are wrong [B], mean objective [B], mean gradient shaped like points).
+
+    One forward and one backward pass, `eot` times over. stop_when_fooled: with a single pass that is wrong
+    on every image the gradient is not computed, but None.
+    """
+    wrong, value, gradient = torch.zeros_like(y, dtype=torch.float32), 0.0, None
+    points = points.detach().requires_grad_()
+    for _ in range(eot):
+        with torch.enable_grad():
+            logits = check_logits(model(points), y) if check else model(points)
+            values = objective(logits, y)
+            total = values.sum()
+        wrong = wrong + (logits.detach().argmax(1) != y).float()
+        value = value + values.detach()
+        if stop_when_fooled and eot == 1 and bool(wrong.all()):
+            return wrong, value, None
+        (found,) = torch.autograd.grad(total, points)
+        gradient = found if gradient is None else gradient + found
+    return (wrong, value, gradient) if eot == 1 else (wrong / eot, value / eot, gradient / eot)
+
+
+class Ledger:
+    """Keeps each image's strongest point (fooling before not, then the higher loss) and counts passes.
+
+    eot: passes of a random model per look at a point. While the attack runs, a point fools only if all of
+    them are wrong, as the best of many points by a lucky draw is no success; the result is judged by the
+    majority of as many fresh passes of the point that is returned.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, *, eot: int = 1) -> None:
+        self.model, self.x, self.y, self.eot = model, x, y, eot
         self.x_adv = x.clone()
         self.value = torch.full((len(x),), -torch.inf, device=x.device)
         self.fooled = torch.zeros_like(y, dtype=torch.bool)
         self.first_step = torch.full_like(y, -1)
+        self.held_step = torch.zeros_like(y)
         self.queries = torch.zeros_like(y)
         self.backwards = 0
 
-    def record(self, rows: Tensor, points: Tensor, logits: Tensor, value: Tensor, step: int) -> Tensor:
-        """Note the model's answer on `points` of the images `rows`; returns which of them are fooled [n]."""
-        logits, value = logits.detach(), value.detach().float()
-        fooled = logits.argmax(1) != self.y[rows]
+    def record(self, rows: Tensor, points: Tensor, wrong: Tensor, value: Tensor, step: int) -> Tensor:
+        """Note how often the model was wrong on `points` of the images `rows`; returns who is fooled [n]."""
+        value = value.detach().float()
+        fooled = wrong == 1
         held_fooled, held_value = self.fooled[rows], self.value[rows]
         better = (fooled & ~held_fooled) | ((fooled == held_fooled) & (value > held_value))
         self.x_adv[rows[better]] = points.detach()[better]
         self.value[rows] = torch.where(better, value, held_value)
+        self.held_step[rows] = torch.where(better, step, self.held_step[rows])
         self.first_step[rows] = torch.where(fooled & (self.first_step[rows] < 0), step, self.first_step[rows])
         self.fooled[rows] = held_fooled | fooled
-        self.queries[rows] += 1
+        self.queries[rows] += self.eot
         return fooled
+
+    def look(self, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Ask the model about the clean images: those it gets wrong are fooled at step 0."""
+        wrong, value = answer(self.model, self.x, self.y, objective, eot=self.eot, check=True)
+        self.record(self.everyone(), self.x, wrong, value, step=0)
+
+    def ask(
+        self, rows: Tensor, points: Tensor, objective: Callable[[Tensor, Tensor], Tensor], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ask the model about `points` of the images `rows` and note it: (who is fooled [n], objective [n])."""
+        wrong, value = answer(self.model, points, self.y[rows], objective, eot=self.eot)
+        return self.record(rows, points, wrong, value, step), value
 
     def everyone(self) -> Tensor:
         """Row numbers of all images."""
@@ -273,28 +346,14 @@ class Ledger:
         return torch.nonzero(~self.fooled)[:, 0]
 
     def result(self, *, eps: float | Tensor | None, seed: int | None) -> AttackResult:
+        success, step = self.fooled, self.first_step
+        if self.eot > 1:
+            success = answer(self.model, self.x_adv, self.y, margin, eot=self.eot)[0] > 0.5
+            step = torch.where(success, torch.where(step < 0, self.held_step, step), -1)
+            self.queries += self.eot
         return build_result(
-            self.x, self.x_adv, self.fooled, self.first_step, self.queries, self.backwards, eps=eps, seed=seed
+            self.x, self.x_adv, success, step, self.queries, self.backwards, eps=eps, seed=seed
         )
-
-
-def look(model: nn.Module, ledger: Ledger, objective: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Ask the model about the clean images: those it gets wrong are fooled at step 0."""
-    with torch.no_grad():
-        logits = check_logits(model(ledger.x), ledger.y)
-        ledger.record(ledger.everyone(), ledger.x, logits, objective(logits, ledger.y), step=0)
-
-
-def gradient_at(
-    model: nn.Module, points: Tensor, y: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward and one backward pass: (logits [B,K], objective [B], its gradient shaped like points)."""
-    with torch.enable_grad():
-        points = points.detach().requires_grad_()
-        logits = model(points)
-        value = objective(logits, y)
-        (gradient,) = torch.autograd.grad(value.sum(), points)
-    return logits.detach(), value.detach(), gradient
 
 
 def build_result(

@@ -28,6 +28,7 @@ def apgd(
     loss: str = "ce",
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
     stop_when_fooled: bool = True,
     seed: int = 0,
     ids: Sequence[int] | None = None,
@@ -38,8 +39,8 @@ def apgd(
     since the last check raised the loss, or when neither its step nor its best loss changed since then.
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255) for "linf"; with norm "l2" the length of the
     whole change. loss: "ce", or "margin", which does not vanish on a saturated model and needs two classes
-    only (the paper's DLR loss needs three). grey: one perturbation for R=G=B. mask: bool [B,1,H,W] of the
-    pixels that may change. stop_when_fooled: as for `pgd`.
+    only (the paper's DLR loss needs three). grey: one perturbation for R=G=B. mask: bool [B or 1,1,H,W]
+    of the pixels that may change. stop_when_fooled, eot: as for `pgd`.
     The random start depends on (seed, restart, id) only. `first_success_step`: updates made, counted over
     restarts; a random start that fools counts as step 1.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
@@ -50,13 +51,13 @@ def apgd(
     True
     """
     objective = c.choose_loss(loss)
-    x, ids = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, ids=ids)
+    x, ids = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
     whole = Ball(x, c.on_device(eps, x), norm=norm, grey=grey, mask=mask)
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     with c.frozen(model):
-        c.look(model, ledger, objective)
+        ledger.look(objective)
         for restart in range(restarts):
             rows = ledger.standing() if stop_when_fooled else ledger.everyone()
             if not len(rows):
@@ -64,7 +65,6 @@ def apgd(
             ball = whole.of(rows)
             start = ball.random([ids[i] for i in rows.tolist()], seed=seed, stream=restart)
             _climb(
-                model,
                 ledger,
                 rows,
                 ball,
@@ -74,7 +74,7 @@ def apgd(
                 stop_when_fooled=stop_when_fooled,
                 first=restart * steps,
             )
-    return ledger.result(eps=eps, seed=seed)
+        return ledger.result(eps=eps, seed=seed)
 
 
 def _checks(steps: int) -> list[int]:
@@ -132,7 +132,6 @@ class _Climbers:
 
 
 def _climb(
-    model: nn.Module,
     ledger: c.Ledger,
     rows: Tensor,
     ball: Ball,
@@ -144,10 +143,13 @@ def _climb(
     first: int,
 ) -> None:
     """Run one start for the images `rows`; every iterate goes into the ledger."""
+    ask = {"objective": objective, "eot": ledger.eot, "stop_when_fooled": stop_when_fooled}
     y = ledger.y[rows]
-    logits, value, gradient = c.gradient_at(model, start, y, objective)
-    ledger.backwards += len(rows)
-    fooled = ledger.record(rows, start, logits, value, first + 1)
+    wrong, value, gradient = c.gradient_at(ledger.model, start, y, **ask)
+    fooled = ledger.record(rows, start, wrong, value, first + 1)
+    if gradient is None:
+        return
+    ledger.backwards += ledger.eot * len(rows)
     n = _Climbers(
         rows=rows,
         y=y,
@@ -168,21 +170,21 @@ def _climb(
         if stop_when_fooled and bool(fooled.any()):
             n.keep(~fooled)
             ball = ball.of(~fooled)
-        if not len(n.rows):
-            return
+            if not len(n.rows):
+                return
         moved = ball.project(n.points + per_image(n.step_size) * ball.eps * ball.ascent(n.gradient))
         if step > 1:
             push = MOMENTUM * (moved - n.points) + (1 - MOMENTUM) * (n.points - n.previous)
             moved = ball.project(n.points + push)
         n.previous, n.points = n.points, moved
         if step == steps:  # nothing follows that would need the gradient
-            with torch.no_grad():
-                logits = model(moved)
-                ledger.record(n.rows, moved, logits, objective(logits, n.y), first + step)
+            ledger.ask(n.rows, moved, objective, first + step)
             return
-        logits, value, n.gradient = c.gradient_at(model, moved, n.y, objective)
-        ledger.backwards += len(n.rows)
-        fooled = ledger.record(n.rows, moved, logits, value, first + step)
+        wrong, value, n.gradient = c.gradient_at(ledger.model, moved, n.y, **ask)
+        fooled = ledger.record(n.rows, moved, wrong, value, first + step)
+        if n.gradient is None:
+            return
+        ledger.backwards += ledger.eot * len(n.rows)
         n.rises += value > n.value
         n.value = value
         n.note_best()

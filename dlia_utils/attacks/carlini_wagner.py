@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from . import _contract as c
-from ._ball import Ball, record_smallest, smallest_result
+from ._ball import TINY, Ball, look_smallest, per_image, record_smallest, size, smallest_result
 
 NO_UPPER = 1e10
+CONSTANT, STEP_SIZE = 0.1, 0.01  # where the model has no gradient to take them from
+DECAYS = (0.9, 0.999)  # of Adam's two averages
+FLOOR = 1e-12  # of Adam's division
 
 
 def carlini_wagner(
@@ -19,20 +24,28 @@ def carlini_wagner(
     eps: float | None = None,
     steps: int = 200,
     searches: int = 6,
-    constant: float = 0.1,
-    step_size: float = 0.01,
+    constant: float | None = None,
+    step_size: float | None = None,
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
 ) -> c.AttackResult:
     """The nearest fooling image in L2, by projected Adam. Source: Carlini and Wagner, arXiv 1608.04644.
 
     Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant is searched per
-    image: halfway down after a success, ten times up (later halfway up) after a failure. Each step is cut to
-    [0,1], as in the paper's section V.B; its tanh variables hardly move in the black borders of radiographs.
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the L2 budget in pixel units: an image that needs more
-    is returned unchanged and not fooled. steps: of Adam per search, with step_size as its learning rate;
-    constant: the first one. grey: one perturbation for R=G=B. mask: bool [B,1,H,W] of the pixels that may
-    change. It costs steps * searches passes for every image that the model gets right (the paper: 1000 * 9).
+    image: halfway down after a success, ten times up (later halfway up) after a failure, and until the first
+    success each search takes steps twice as long as the last one. Each step is cut to [0,1], as in the paper's
+    section V.B; its tanh variables hardly move in the black borders of radiographs.
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the L2 budget in pixel units: a longer change is cut
+    to it and judged once more, and an image that it fools no longer is returned unchanged. steps: of Adam
+    per search. step_size: its learning rate (change of a pixel per step), which falls to a tenth during a
+    search; None: per image, so that about five times the distance to the boundary of the linearised model is
+    walked: a fixed one such as 0.01 is too coarse for a model that falls to less. constant: the first one;
+    None: per image, twice what the linearised model needs. grey: one perturbation for R=G=B. mask: bool
+    [B or 1,1,H,W] of the pixels that may change.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
+    It costs steps * searches passes for every image that the model gets right (the paper: 1000 * 9).
     Nothing is random.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
@@ -42,54 +55,86 @@ def carlini_wagner(
     >>> bool(carlini_wagner(model, x, model(x).argmax(1), steps=50).success[0])
     True
     """
-    x, _ = c.check_inputs(model, x, y, eps=eps, norm="l2", grey=grey, mask=mask)
-    if steps < 1 or searches < 1 or not constant > 0 or not step_size > 0:
+    x, _ = c.check_inputs(model, x, y, eps=eps, norm="l2", grey=grey, mask=mask, eot=eot)
+    given = [value for value in (constant, step_size) if value is not None]
+    if steps < 1 or searches < 1 or not all(value > 0 for value in given):
         raise ValueError(
             f"steps and searches must be >= 1, constant and step_size > 0, not {steps}, {searches}, "
             f"{constant} and {step_size}"
         )
     whole = Ball(x, None, norm="l2", grey=grey, mask=mask)
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     with c.frozen(model):
-        with torch.no_grad():
-            logits = c.check_logits(model(x), y)
-            record_smallest(ledger, ledger.everyone(), x, logits, norm="l2", step=0)
+        look_smallest(ledger, norm="l2")
         rows = ledger.standing()
-        weight = torch.full(rows.shape, float(constant), dtype=x.dtype, device=x.device)
-        lower, upper = torch.zeros_like(weight), torch.full_like(weight, NO_UPPER)
-        for search in range(searches if len(rows) else 0):
-            fooled = _descend(model, ledger, rows, whole, weight, steps, step_size, first=search * steps)
-            upper = torch.where(fooled, torch.minimum(upper, weight), upper)
-            lower = torch.where(fooled, lower, torch.maximum(lower, weight))
-            weight = torch.where(upper < NO_UPPER, (lower + upper) / 2, weight * 10)
-    return smallest_result(ledger, eps=eps, norm="l2")
+        if len(rows):
+            _search(ledger, rows, whole.of(rows), steps, searches, constant, step_size)
+        return smallest_result(ledger, eps=eps, norm="l2")
+
+
+def _search(
+    ledger: c.Ledger,
+    rows: Tensor,
+    ball: Ball,
+    steps: int,
+    searches: int,
+    constant: float | None,
+    step_size: float | None,
+) -> None:
+    """Search the balance for the images `rows`; every point goes into the ledger, which keeps the nearest."""
+    weight, pace = _scales(ledger, rows, ball, steps)
+    weight = weight if constant is None else torch.full_like(weight, constant)
+    pace = pace if step_size is None else torch.full_like(pace, step_size)
+    lower, upper = torch.zeros_like(weight), torch.full_like(weight, NO_UPPER)
+    for search in range(searches):
+        fooled = _descend(ledger, rows, ball, weight, pace, steps, first=search * steps)
+        upper = torch.where(fooled, torch.minimum(upper, weight), upper)
+        lower = torch.where(fooled, lower, torch.maximum(lower, weight))
+        found = upper < NO_UPPER
+        weight = torch.where(found, (lower + upper) / 2, weight * 10)
+        if step_size is None:
+            pace = torch.where(found, pace, pace * 2)
+
+
+def _scales(ledger: c.Ledger, rows: Tensor, ball: Ball, steps: int) -> tuple[Tensor, Tensor]:
+    """First constant and learning rate [n] from the linearised model; without a gradient the usual ones."""
+    _, value, gradient = c.gradient_at(ledger.model, ball.x, ledger.y[rows], c.margin, eot=ledger.eot)
+    ledger.queries[rows] += ledger.eot
+    ledger.backwards += ledger.eot * len(rows)
+    gap, rise = value.abs().to(ball.x), size(ball.allowed(gradient), "l2")
+    distance = gap / rise.clamp_min(TINY)
+    usable = (rise > 0) & (gap > 0)
+    pixels = math.sqrt(ball.x[0].numel())  # Adam moves every pixel by about the learning rate
+    weight = torch.where(usable, 4 * distance / rise.clamp_min(TINY), CONSTANT)
+    return weight, torch.where(usable, 9 * distance / steps / pixels, STEP_SIZE)
 
 
 def _descend(
-    model: nn.Module,
     ledger: c.Ledger,
     rows: Tensor,
-    whole: Ball,
+    ball: Ball,
     weight: Tensor,
+    pace: Tensor,
     steps: int,
-    step_size: float,
     first: int,
 ) -> Tensor:
-    """One search of the images `rows` at their weights [n]; returns which were fooled at some step [n]."""
-    ball, y = whole.of(rows), ledger.y[rows]
-    change = torch.zeros_like(ball.x[:, :1] if ball.grey else ball.x).requires_grad_()
-    optimizer = torch.optim.Adam([change], lr=step_size)
-    ever = torch.zeros_like(y, dtype=torch.bool)
-    for step in range(steps):
-        with torch.enable_grad():
-            points = ball.x + change
-            logits = model(points)
-            distance = (points - ball.x).square().flatten(1).sum(1)
-            total = distance + weight * (-c.margin(logits, y)).clamp(min=0)
-            (change.grad,) = torch.autograd.grad(total.sum(), change)
-        ledger.backwards += len(rows)
-        ever |= record_smallest(ledger, rows, points.detach(), logits, norm="l2", step=first + step + 1)
-        optimizer.step()
-        with torch.no_grad():
-            change.copy_((ball.project(ball.x + change) - ball.x)[:, : change.shape[1]])
+    """One search at the weights [n] with Adam at the learning rates [n]; returns who fell at some step [n]."""
+    y, mean, square = ledger.y[rows], torch.zeros_like(ball.x), torch.zeros_like(ball.x)
+    points, ever = ball.x, torch.zeros_like(y, dtype=torch.bool)
+    for step in range(1, steps + 1):
+        rate = 1 - 0.9 * (step - 1) / steps
+        wrong, _, gradient = c.gradient_at(
+            ledger.model,
+            points,
+            y,
+            lambda logits, y: weight * c.margin(logits, y).clamp(max=0),
+            eot=ledger.eot,
+        )
+        ledger.backwards += ledger.eot * len(rows)
+        ever |= record_smallest(ledger, rows, points, wrong, norm="l2", step=first + step)
+        downhill = 2 * (points - ball.x) - ball.allowed(gradient)
+        mean = DECAYS[0] * mean + (1 - DECAYS[0]) * downhill
+        square = DECAYS[1] * square + (1 - DECAYS[1]) * downhill.square()
+        direction = (mean / (1 - DECAYS[0] ** step)) / ((square / (1 - DECAYS[1] ** step)).sqrt() + FLOOR)
+        points = ball.project(points - rate * per_image(pace) * direction)
     return ever

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from . import _contract as c
 from ._ball import TINY, Ball, dual_size, per_image, record_smallest, smallest_result
 
-NUDGE = 1e-4  # added to every step, as in the authors' code: exactly on the boundary the walk would end
+NUDGE = 1e-4  # length added to every step, as in the authors' code: exactly on the boundary the walk would end
 
 
 def deepfool(
@@ -23,13 +25,16 @@ def deepfool(
     candidates: int = 10,
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
 ) -> c.AttackResult:
     """Walk to the nearest linearised boundary until fooled. Source: Moosavi-Dezfooli, arXiv 1511.04599.
 
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the budget in pixel units of the norm: an image that
-    needs more is returned unchanged and not fooled. norm: "l2" or "linf". overshoot: how far beyond the
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the budget in pixel units of the norm: a longer
+    change is cut to it and judged once more, and an image that it fools no longer is returned unchanged. norm: "l2" or "linf". overshoot: how far beyond the
     boundary. candidates: the most likely wrong classes looked at per step, one backward pass each.
-    grey: one perturbation for R=G=B. mask: bool [B,1,H,W] of the pixels that may change.
+    grey: one perturbation for R=G=B. mask: bool [B or 1,1,H,W] of the pixels that may change.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
     An image leaves the batch once fooled; `first_success_step` is the step. Nothing is random.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
@@ -40,48 +45,68 @@ def deepfool(
     >>> bool(result.success[0]), int(result.first_success_step[0])
     (True, 1)
     """
-    x, _ = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask)
+    x, _ = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot)
     if steps < 1 or candidates < 1 or not overshoot >= 0:
         raise ValueError(
             f"steps and candidates must be >= 1 and overshoot >= 0, not {steps}, {candidates} and {overshoot}"
         )
     ball = Ball(x, None, norm=norm, grey=grey, mask=mask)
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     rows, points, total = ledger.everyone(), x, torch.zeros_like(x)
     with c.frozen(model):
-        for step in range(steps + 1):
-            last = step == steps
-            with torch.set_grad_enabled(not last):
-                points = points.detach().requires_grad_(not last)
-                logits = model(points)
-                if step == 0:
-                    c.check_logits(logits, y)
-                fooled = record_smallest(ledger, rows, points, logits, norm=norm, step=step)
-                if last or bool(fooled.all()):
-                    break
-                total = total + _shortest(points, logits, ledger, rows, ball, candidates)
+        for step in range(steps):
+            wrong, gaps, gradients = _boundaries(ledger, rows, points, candidates, check=step == 0)
+            fooled = record_smallest(ledger, rows, points, wrong, norm=norm, step=step)
+            if bool(fooled.all()):
+                return smallest_result(ledger, eps=eps, norm=norm)
+            total = total + _shortest(gaps, gradients, ball)
             rows, total, ball = rows[~fooled], total[~fooled], ball.of(~fooled)
             points = ball.project(ball.x + (1 + overshoot) * total)
-    return smallest_result(ledger, eps=eps, norm=norm)
+        wrong, _ = c.answer(model, points, y[rows], c.margin, eot=eot)
+        record_smallest(ledger, rows, points, wrong, norm=norm, step=steps)
+        return smallest_result(ledger, eps=eps, norm=norm)
 
 
-def _shortest(
-    points: Tensor, logits: Tensor, ledger: c.Ledger, rows: Tensor, ball: Ball, candidates: int
-) -> Tensor:
+def _boundaries(
+    ledger: c.Ledger, rows: Tensor, points: Tensor, candidates: int, *, check: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(share of wrong passes [n], per wrong class: logit gap [n], its gradient [n,C,H,W]), means over passes.
+
+    The wrong classes are the likeliest of the first pass. No gradients when a single pass is wrong everywhere.
+    """
+    true, order = ledger.y[rows], None
+    points = points.detach().requires_grad_()
+    votes, gaps, gradients = torch.zeros_like(true), [], []
+    for _ in range(ledger.eot):
+        with torch.enable_grad():
+            logits = ledger.model(points)
+            if check:
+                c.check_logits(logits, true)
+            votes = votes + (logits.detach().argmax(1) != true)
+            if ledger.eot == 1 and bool(votes.all()):
+                break
+            if order is None:
+                others = logits.detach().scatter(1, true[:, None], -torch.inf)
+                order = others.argsort(1, descending=True)[:, : min(candidates, logits.shape[1] - 1)].T
+                gaps, gradients = [0.0] * len(order), [0.0] * len(order)
+            for k, other in enumerate(order):
+                gap = (logits.gather(1, other[:, None]) - logits.gather(1, true[:, None]))[:, 0] / ledger.eot
+                gradients[k] = gradients[k] + torch.autograd.grad(gap.sum(), points, retain_graph=True)[0]
+                gaps[k] = gaps[k] + gap.detach()
+            ledger.backwards += len(order) * len(rows)
+    return votes / ledger.eot, gaps, gradients
+
+
+def _shortest(gaps: list[Tensor], gradients: list[Tensor], ball: Ball) -> Tensor:
     """The shortest change [n,C,H,W] that reaches a boundary of the model linearised at the points."""
-    true = ledger.y[rows][:, None]
-    others = logits.detach().scatter(1, true, -torch.inf)
-    order = others.argsort(1, descending=True)[:, : min(candidates, logits.shape[1] - 1)]
-    best, change = torch.full_like(logits[:, 0].detach(), torch.inf), torch.zeros_like(points)
-    for other in order.T:
-        gap = (logits.gather(1, other[:, None]) - logits.gather(1, true))[:, 0]
-        (gradient,) = torch.autograd.grad(gap.sum(), points, retain_graph=True)
-        ledger.backwards += len(rows)
+    nudge = NUDGE if ball.norm == "l2" else NUDGE / math.sqrt(gradients[0][0].numel())
+    best, change = torch.full_like(gaps[0], torch.inf), torch.zeros_like(gradients[0])
+    for gap, gradient in zip(gaps, gradients, strict=True):
         gradient = ball.allowed(gradient)
         rise = dual_size(gradient, ball.norm)
-        distance = torch.where(rise > 0, gap.detach().abs() / rise.clamp_min(TINY), torch.inf)
-        step = (distance + NUDGE).nan_to_num(posinf=0)
+        distance = torch.where(rise > 0, gap.abs() / rise.clamp_min(TINY), torch.inf)
+        step = (distance + nudge).nan_to_num(posinf=0)
         nearer = distance < best
         best = torch.where(nearer, distance, best)
         change = torch.where(per_image(nearer), per_image(step) * ball.ascent(gradient), change)
-    return change.detach()
+    return change

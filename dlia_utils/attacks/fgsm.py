@@ -18,12 +18,15 @@ def fgsm(
     loss: str = "ce",
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
 ) -> c.AttackResult:
     """One step of size eps along the sign of the loss gradient. Source: Goodfellow et al., arXiv 1412.6572.
 
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), or a tensor [C,1,1]; see `normalised_eps`.
     loss: "ce" or "margin". grey: one perturbation for R=G=B.
-    mask: bool [B,1,H,W] of the pixels that may change.
+    mask: bool [B or 1,1,H,W] of the pixels that may change.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
     Every image is moved, also one that is already wrong (`first_success_step` 0).
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
@@ -33,19 +36,17 @@ def fgsm(
     (8, 2, 1)
     """
     objective = c.choose_loss(loss)
-    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask)
+    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask, eot=eot)
     eps = c.on_device(eps, x)
     ball = Ball(x, eps, grey=grey, mask=mask)
     with c.frozen(model):
-        with torch.enable_grad():
-            point = x.clone().requires_grad_()
-            logits = c.check_logits(model(point), y)
-            (gradient,) = torch.autograd.grad(objective(logits, y).sum(), point)
+        before, _, gradient = c.gradient_at(model, x, y, objective, eot=eot, check=True)
         x_adv = ball.project(x + eps * ball.ascent(gradient))
-        with torch.inference_mode():
-            success = (model(x_adv).argmax(1) != y).clone()
-    first_step = torch.where(logits.argmax(1) != y, 0, torch.where(success, 1, -1))
-    return c.build_result(x, x_adv, success, first_step, torch.full_like(y, 2), len(x), eps=eps, seed=None)
+        after, _ = c.answer(model, x_adv, y, objective, eot=eot)
+    success = after > 0.5
+    first_step = torch.where(before > 0.5, 0, torch.where(success, 1, -1))
+    queries = torch.full_like(y, 2 * eot)
+    return c.build_result(x, x_adv, success, first_step, queries, eot * len(x), eps=eps, seed=None)
 
 
 def normalised_eps(value: float, std: float | list[float] | tuple[float, ...] | Tensor) -> Tensor:

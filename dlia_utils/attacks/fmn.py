@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _contract as c
-from ._ball import TINY, Ball, dual_size, per_image, record_smallest, size, smallest_result
+from ._ball import TINY, Ball, dual_size, look_smallest, per_image, record_smallest, size, smallest_result
 
 BEYOND = 1.02  # aims a little past the boundary: exactly on it rounding decides, at every step anew
 
@@ -25,6 +25,7 @@ def fmn(
     gamma: float = 0.05,
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
 ) -> c.AttackResult:
     """The smallest change, by a ball that finds its own radius. Source: Pintor et al., arXiv 2102.12827.
 
@@ -32,9 +33,12 @@ def fmn(
     after a fooling point and otherwise rises by it; before the first fooling point it is the linear
     estimate of the distance to the boundary. gamma decays to nothing along a cosine, step_size (L2 length in
     pixel units) to a hundredth.
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the budget in pixel units of the norm: an image that
-    needs more is returned unchanged and not fooled. norm: "linf" or "l2". grey: one perturbation for R=G=B.
-    mask: bool [B,1,H,W] of the pixels that may change.
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: None, or the budget in pixel units of the norm: a longer
+    change is cut to it and judged once more, and an image that it fools no longer is returned unchanged.
+    norm: "linf" or "l2". grey: one perturbation for R=G=B.
+    mask: bool [B or 1,1,H,W] of the pixels that may change.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
     All steps are run for every image that the model gets right. One run gives the robust accuracy at every
     eps: the share of images with a larger `linf` (or `l2`), or not fooled. Nothing is random.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
@@ -45,25 +49,22 @@ def fmn(
     >>> bool(fmn(model, x, model(x).argmax(1)).success[0])
     True
     """
-    x, _ = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask)
+    x, _ = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot)
     if steps < 1 or not step_size > 0 or not 0 < gamma < 1:
         raise ValueError(
             f"steps must be >= 1, step_size > 0 and gamma in (0,1), not {steps}, {step_size} and {gamma}"
         )
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     with c.frozen(model):
-        with torch.no_grad():
-            logits = c.check_logits(model(x), y)
-            record_smallest(ledger, ledger.everyone(), x, logits, norm=norm, step=0)
+        look_smallest(ledger, norm=norm)
         rows = ledger.standing()
         if len(rows):
             ball = Ball(x, None, norm=norm, grey=grey, mask=mask).of(rows)
-            _search(model, ledger, rows, ball, steps, step_size, gamma)
-    return smallest_result(ledger, eps=eps, norm=norm)
+            _search(ledger, rows, ball, steps, step_size, gamma)
+        return smallest_result(ledger, eps=eps, norm=norm)
 
 
 def _search(
-    model: nn.Module,
     ledger: c.Ledger,
     rows: Tensor,
     ball: Ball,
@@ -75,12 +76,12 @@ def _search(
     y, points = ledger.y[rows], ball.x
     radius = torch.full_like(ledger.value[rows], torch.inf).to(ball.x)
     for step in range(steps):
-        logits, value, gradient = c.gradient_at(model, points, y, c.margin)
-        ledger.backwards += len(rows)
+        wrong, value, gradient = c.gradient_at(ledger.model, points, y, c.margin, eot=ledger.eot)
+        ledger.backwards += ledger.eot * len(rows)
         if step:  # the first point is the clean image, which is on record
-            fooled = record_smallest(ledger, rows, points, logits, norm=ball.norm, step=step)
+            fooled = record_smallest(ledger, rows, points, wrong, norm=ball.norm, step=step)
         else:
-            ledger.queries[rows] += 1
+            ledger.queries[rows] += ledger.eot
             fooled = torch.zeros_like(y, dtype=torch.bool)
         gradient = ball.allowed(gradient)
         decay = (1 + math.cos(math.pi * step / steps)) / 2
@@ -95,5 +96,5 @@ def _search(
         # The step size falls to a hundredth, at nothing the last steps would be lost.
         points = points + step_size * (0.01 + 0.99 * decay) * ascent
         points = ball.project(points, radius)
-    with torch.no_grad():
-        record_smallest(ledger, rows, points, model(points), norm=ball.norm, step=steps)
+    wrong, _ = c.answer(ledger.model, points, y, c.margin, eot=ledger.eot)
+    record_smallest(ledger, rows, points, wrong, norm=ball.norm, step=steps)

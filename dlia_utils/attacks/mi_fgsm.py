@@ -22,6 +22,7 @@ def mi_fgsm(
     loss: str = "ce",
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
 ) -> c.AttackResult:
     """Signed steps along accumulated gradients, for transfer. Source: Dong et al., arXiv 1710.06081.
 
@@ -29,7 +30,9 @@ def mi_fgsm(
     clean image and to that iterate are used; surrogate=None crafts on `model` itself.
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps, step_size: pixel units (k/255), by default eps / steps.
     decay: weight of the earlier gradients. loss: "ce" or "margin", of the surrogate. grey: one perturbation
-    for R=G=B. mask: bool [B,1,H,W] of the pixels that may change.
+    for R=G=B. mask: bool [B or 1,1,H,W] of the pixels that may change.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
     An image that `model` gets wrong already stays fooled at step 0. `queries` and `forwards` count the passes
     of `model`, `backwards` the gradients of whichever model the image is crafted on. Nothing is random.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
@@ -42,28 +45,24 @@ def mi_fgsm(
     """
     objective = c.choose_loss(loss)
     surrogate = model if surrogate is None else surrogate
-    c.check_inputs(surrogate, x, y, eps=eps, grey=grey, mask=mask)
-    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask)
+    c.check_inputs(surrogate, x, y, eps=eps, grey=grey, mask=mask, eot=eot)
+    x, _ = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask, eot=eot)
     if steps < 1 or not decay >= 0:
         raise ValueError(f"steps must be >= 1 and decay >= 0, not {steps} and {decay}")
     eps = c.on_device(eps, x)
     step_size = eps / steps if step_size is None else c.on_device(step_size, x)
     ball = Ball(x, eps, grey=grey, mask=mask)
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     with c.frozen(model), c.frozen(surrogate):
-        c.look(model, ledger, c.margin)
+        ledger.look(c.margin)
         points, momentum = x, torch.zeros_like(x)
         for step in range(steps):
-            logits, _, gradient = c.gradient_at(surrogate, points, y, objective)
-            if step == 0:
-                c.check_logits(logits, y)
+            _, _, gradient = c.gradient_at(surrogate, points, y, objective, eot=eot, check=step == 0)
             if surrogate is model:
-                ledger.queries += 1
-            ledger.backwards += len(x)
+                ledger.queries += eot
+            ledger.backwards += eot * len(x)
             gradient = ball.allowed(gradient)
             momentum = decay * momentum + gradient / per_image(dual_size(gradient, "linf").clamp_min(TINY))
             points = ball.project(points + step_size * momentum.sign())
-        with torch.no_grad():
-            logits = model(points)
-            ledger.record(ledger.everyone(), points, logits, c.margin(logits, y), steps)
-    return ledger.result(eps=eps, seed=None)
+        ledger.ask(ledger.everyone(), points, c.margin, steps)
+        return ledger.result(eps=eps, seed=None)

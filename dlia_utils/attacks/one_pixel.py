@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import _contract as c
+from ._ball import Ball, free_pixels
 
 
 def one_pixel(
@@ -24,6 +25,8 @@ def one_pixel(
     f: float = 0.5,
     cr: float = 0.9,
     grey: bool = False,
+    mask: Tensor | None = None,
+    eot: int = 1,
     batch_size: int = 256,
     seed: int = 0,
     ids: Sequence[int] | None = None,
@@ -34,6 +37,9 @@ def one_pixel(
     DE/rand/1/bin: a trial is a + f * (b - c), crossed into its parent gene by gene with probability `cr`, and
     replaces it when the margin (best wrong logit - true logit) is no lower. The genes of a pixel: row, column
     and a value per channel (one value with grey=True), |value - pixel| <= eps. No gradient is needed.
+    mask: bool [B or 1,1,H,W] of the pixels that may be rewritten; a place outside it is drawn anew in it.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong.
     x: [B,C,H,W] in [0,1]. y: int64 [B]. The candidates of all images share full batches of `batch_size`; a
     fooled image leaves at once. Draws depend on (seed, id) only.
     `first_success_step`: 1 is the first population, 1 + g generation g.
@@ -45,11 +51,11 @@ def one_pixel(
     >>> bool(result.l0[0] <= 1)
     True
     """
-    x, ids = c.check_inputs(model, x, y, eps=eps, grey=grey, ids=ids)
+    x, ids = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask, eot=eot, ids=ids)
     _check_search(pixels, population, iterations, f, cr, batch_size)
     with c.frozen(model), torch.inference_mode():
         search = _Search(
-            model, x, y, float(eps), pixels, 1 if grey else x.shape[1], population, batch_size, seed, ids
+            model, Ball(x, float(eps), grey=grey, mask=mask), y, pixels, population, eot, batch_size, seed, ids
         )
         search.first_population()
         bar = tqdm(range(iterations), desc=f"{pixels}-pixel", disable=not progress)
@@ -79,22 +85,25 @@ class _Search:
     def __init__(
         self,
         model: nn.Module,
-        x: Tensor,
+        ball: Ball,
         y: Tensor,
-        eps: float,
         pixels: int,
-        values: int,
         population: int,
+        eot: int,
         batch_size: int,
         seed: int,
         ids: Sequence[int],
     ) -> None:
-        self.model, self.x, self.y, self.batch_size = model, x, y, batch_size
-        self.lower, self.upper = c.ball(x, eps)
+        x = ball.x
+        self.model, self.x, self.y, self.eot, self.batch_size = model, x, y, eot, batch_size
+        self.lower, self.upper = ball.lower, ball.upper
         self.x_adv = x.clone()
         self.rngs = [np.random.default_rng([seed, i]) for i in ids]
+        self.free = free_pixels(ball)
+        values, size = 1 if ball.grey else x.shape[1], x.shape[2:]
+        draws = zip(self.rngs, self.free, strict=True)
         self.genes = np.stack(
-            [_first_genes(rng, population, pixels, values, x.shape[2:]) for rng in self.rngs]
+            [_first_genes(rng, population, pixels, values, size, free) for rng, free in draws]
         )
         self.margins = np.full((len(x), population), -np.inf, dtype=np.float32)
         self.queries = np.zeros(len(x), dtype=np.int64)
@@ -110,7 +119,8 @@ class _Search:
             self._select(self.genes[self.standing], step=1)
 
     def evolve(self, step: int, f: float, cr: float) -> None:
-        trials = [_trials(self.rngs[i], self.genes[i], f, cr, self.x.shape[2:]) for i in self.standing]
+        size = self.x.shape[2:]
+        trials = [_trials(self.rngs[i], self.genes[i], f, cr, size, self.free[i]) for i in self.standing]
         self._select(np.stack(trials), step)
 
     def result(self, eps: float, seed: int) -> c.AttackResult:
@@ -140,32 +150,36 @@ class _Search:
         for part, labels in zip(
             self.x_adv.split(self.batch_size), self.y.split(self.batch_size), strict=True
         ):
-            wrong.append(c.check_logits(self.model(part), labels).argmax(1) != labels)
-        self.queries += 1
+            wrong.append(c.answer(self.model, part, labels, c.margin, eot=self.eot, check=True)[0] > 0.5)
+        self.queries += self.eot
         return torch.cat(wrong).cpu().numpy()
 
     def _select(self, trials: np.ndarray, step: int) -> None:
         """Ask about trials [n,P,pixels,2+V], keep the better of trial and parent, drop the fooled images."""
         rows = self.standing
-        margins = self._margins(rows, trials)
+        margins, fooling = self._ask(rows, trials)
         better = margins >= self.margins[rows]
         self.genes[rows] = np.where(better[..., None, None], trials, self.genes[rows])
         self.margins[rows] = np.where(better, margins, self.margins[rows])
-        self.queries[rows] += trials.shape[1]
-        fooled = margins.max(1) > 0
+        self.queries[rows] += self.eot * trials.shape[1]
+        fooled = fooling.any(1)
         self.first_step[rows[fooled]] = step
         self.standing = rows[~fooled]
 
-    def _margins(self, rows: np.ndarray, trials: np.ndarray) -> np.ndarray:
-        """Margins [n,P] of the candidates, in full batches that run across images."""
+    def _ask(self, rows: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(margins, whether every pass is wrong) [n,P] of the candidates, in full batches across images."""
         images = np.repeat(rows, trials.shape[1])
         flat = trials.reshape(len(images), *trials.shape[2:])
-        found = []
+        margins, fooling = [], []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            logits = self.model(self._write(images[part], flat[part]))
-            found.append(c.margin(logits.float(), self.y[torch.from_numpy(images[part]).to(self.y.device)]))
-        return torch.cat(found).cpu().numpy().reshape(trials.shape[:2])
+            labels = self.y[torch.from_numpy(images[part]).to(self.y.device)]
+            written = self._write(images[part], flat[part])
+            wrong, value = c.answer(self.model, written, labels, c.margin, eot=self.eot)
+            margins.append(value.float())
+            fooling.append(wrong == 1)
+        shape = trials.shape[:2]
+        return tuple(torch.cat(parts).cpu().numpy().reshape(shape) for parts in (margins, fooling))
 
     def _write(self, images: np.ndarray, genes: np.ndarray) -> Tensor:
         """Copies of the clean images [n,C,H,W] with the pixels of genes [n,pixels,2+V] written into them."""
@@ -184,15 +198,36 @@ class _Search:
 
 
 def _first_genes(
-    rng: np.random.Generator, population: int, pixels: int, values: int, size: torch.Size
+    rng: np.random.Generator,
+    population: int,
+    pixels: int,
+    values: int,
+    size: torch.Size,
+    free: np.ndarray | None,
 ) -> np.ndarray:
     """Places uniform, values normal(0.5, 0.5) cut to [0,1], as in the paper."""
-    places = rng.integers(0, np.array(size), size=(population, pixels, 2))
+    places = _places(rng, (population, pixels), size, free)
     intensities = rng.normal(0.5, 0.5, size=(population, pixels, values)).clip(0, 1)
     return np.concatenate([places, intensities], axis=2).astype(np.float32)
 
 
-def _trials(rng: np.random.Generator, genes: np.ndarray, f: float, cr: float, size: torch.Size) -> np.ndarray:
+def _places(
+    rng: np.random.Generator, shape: tuple[int, ...], size: torch.Size, free: np.ndarray | None
+) -> np.ndarray:
+    """Uniform rows and columns [*shape,2] of the image, or of its free pixels."""
+    if free is None:
+        return rng.integers(0, np.array(size), size=(*shape, 2))
+    return free[rng.integers(0, len(free), size=shape)]
+
+
+def _trials(
+    rng: np.random.Generator,
+    genes: np.ndarray,
+    f: float,
+    cr: float,
+    size: torch.Size,
+    free: np.ndarray | None,
+) -> np.ndarray:
     """One trial per member of a population [P,pixels,2+V] by DE/rand/1/bin.
 
     Places are rounded and wrap round the border, as clipping would crowd them there; values are clipped.
@@ -204,7 +239,13 @@ def _trials(rng: np.random.Generator, genes: np.ndarray, f: float, cr: float, si
     flat = genes[0].size
     crossed = rng.random((len(genes), flat)) < cr
     crossed[np.arange(len(genes)), rng.integers(0, flat, len(genes))] = True  # at least one gene changes
-    return np.where(crossed.reshape(genes.shape), mutant, genes)
+    trials = np.where(crossed.reshape(genes.shape), mutant, genes)
+    if free is not None:
+        allowed = np.zeros(size, dtype=bool)
+        allowed[tuple(free.T)] = True
+        outside = ~allowed[tuple(np.moveaxis(trials[..., :2].astype(np.int64), -1, 0))]
+        trials[outside, :2] = _places(rng, (int(outside.sum()),), size, free)
+    return trials
 
 
 def _three_others(rng: np.random.Generator, population: int) -> np.ndarray:

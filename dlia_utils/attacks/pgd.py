@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from . import _contract as c
@@ -25,6 +24,7 @@ def pgd(
     loss: str = "ce",
     grey: bool = False,
     mask: Tensor | None = None,
+    eot: int = 1,
     stop_when_fooled: bool = True,
     seed: int = 0,
     ids: Sequence[int] | None = None,
@@ -34,20 +34,23 @@ def pgd(
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps, step_size: pixel units (k/255), of the largest change of a pixel
     with norm "linf", of the length of the whole change with "l2"; step_size defaults to 2.5 * eps / steps.
     loss: "ce", or "margin", which does not vanish on a saturated model. grey: one perturbation for R=G=B.
-    mask: bool [B,1,H,W] of the pixels that may change. stop_when_fooled: an image leaves the batch once
+    mask: bool [B or 1,1,H,W] of the pixels that may change. stop_when_fooled: an image leaves the batch once
     fooled, and one that is wrong already is returned unchanged; otherwise every step is run and the strongest
     point is returned.
+    eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
+    means that most of eot fresh passes of x_adv are wrong; an image leaves once all passes of a look are.
     Images do not influence each other, and the random start depends on (seed, restart, id) only.
     `first_success_step`: updates made, counted over restarts; a random start that fools counts as step 1.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> result = pgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
     True
     """
     objective = c.choose_loss(loss)
-    x, ids = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, ids=ids)
+    x, ids = c.check_inputs(model, x, y, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
     if restarts > 1 and not random_start:
@@ -56,10 +59,10 @@ def pgd(
     whole = Ball(x, eps, norm=norm, grey=grey, mask=mask)
     step_size = 2.5 * eps / steps if step_size is None else c.on_device(step_size, x)
 
-    ledger = c.Ledger(x, y)
+    ledger = c.Ledger(model, x, y, eot=eot)
     with c.frozen(model):
         if random_start:  # without it the first iterate is the clean image itself
-            c.look(model, ledger, objective)
+            ledger.look(objective)
         for restart in range(restarts):
             rows = ledger.standing() if stop_when_fooled else ledger.everyone()
             if not len(rows):
@@ -69,7 +72,6 @@ def pgd(
             if random_start:
                 start = ball.random([ids[i] for i in rows.tolist()], seed=seed, stream=restart)
             _climb(
-                model,
                 ledger,
                 rows,
                 ball,
@@ -81,11 +83,10 @@ def pgd(
                 first=restart * steps,
                 start_step=1 if random_start else 0,
             )
-    return ledger.result(eps=eps, seed=seed if random_start else None)
+        return ledger.result(eps=eps, seed=seed if random_start else None)
 
 
 def _climb(
-    model: nn.Module,
     ledger: c.Ledger,
     rows: Tensor,
     ball: Ball,
@@ -99,24 +100,23 @@ def _climb(
     start_step: int,
 ) -> None:
     """Run one start of PGD for the images `rows`; every iterate, also the last, goes into the ledger."""
-    y = ledger.y[rows]
-    points = points.detach()
-    for step in range(steps + 1):
-        last = step == steps
-        with torch.set_grad_enabled(not last):
-            points.requires_grad_(not last)
-            logits = model(points)
-            if step == 0:
-                c.check_logits(logits, y)
-            value = objective(logits, y)
-            total = value.sum()
-        fooled = ledger.record(rows, points, logits, value, first + max(step, start_step))
-        if last or (stop_when_fooled and bool(fooled.all())):
-            return
-        (gradient,) = torch.autograd.grad(total, points)
-        ledger.backwards += len(rows)
-        points = points.detach()
+    for step in range(steps):
+        wrong, value, gradient = c.gradient_at(
+            ledger.model,
+            points,
+            ledger.y[rows],
+            objective,
+            eot=ledger.eot,
+            check=step == 0,
+            stop_when_fooled=stop_when_fooled,
+        )
+        fooled = ledger.record(rows, points, wrong, value, first + max(step, start_step))
+        if gradient is not None:
+            ledger.backwards += ledger.eot * len(rows)
         if stop_when_fooled and bool(fooled.any()):
-            rows, y, points, gradient = (t[~fooled] for t in (rows, y, points, gradient))
-            ball = ball.of(~fooled)
+            rows, points, ball = rows[~fooled], points[~fooled], ball.of(~fooled)
+            if not len(rows):
+                return
+            gradient = gradient[~fooled]
         points = ball.project(points + step_size * ball.ascent(gradient))
+    ledger.ask(rows, points, objective, first + max(steps, start_step))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -45,41 +48,148 @@ def gradcam(
     >>> gradcam(net, x, "0", target=0).zero  # nothing speaks against it
     tensor([True])
     """
-    module, name = _find(model, layer)
-    x = s.check(model, x)
-    leaves: list[Tensor] = []
+    (found,) = _cams(model, x, [_find(model, layer)], target, plus)
+    return found
 
-    def cut(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        """The graph begins here. Whatever follows gets a copy, because it may work in place."""
-        leaves.append(_pick(output, None, name).detach().requires_grad_())
-        return leaves[-1].clone()
 
-    handle = module.register_forward_hook(cut)
+def gradcam_layers(
+    model: nn.Module,
+    x: Tensor,
+    layers: Sequence[str],
+    *,
+    target: int | Tensor | None = None,
+    plus: bool = False,
+) -> dict[str, s.Attribution]:
+    """`gradcam` at several layers from one forward and one backward pass, by name in the given order.
+
+    layers: dotted names of modules, which may run one after another, one inside another or in parallel
+    branches. Everything else, shapes and errors too, is as for `gradcam`; each map equals the one that
+    `gradcam` gives. In addition ValueError for an empty list and for a name given twice.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.AdaptiveAvgPool2d(1))
+    >>> net = net.append(nn.Flatten()).eval()
+    >>> found = gradcam_layers(net, torch.rand(4, 1, 8, 8), ["0", "2"])
+    >>> found["0"].grid.shape, found["2"].grid.shape
+    (torch.Size([4, 6, 6]), torch.Size([4, 4, 4]))
+    """
+    names = _check_names(layers)
+    results = _cams(model, x, [_find(model, name) for name in names], target, plus)
+    return dict(zip(names, results, strict=True))
+
+
+def _check_names(layers: Sequence[str]) -> list[str]:
+    if isinstance(layers, str) or not len(layers) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"layers must be a list of one or more module names, not {layers!r}")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers holds a name twice: {list(layers)}")
+    return list(layers)
+
+
+def _cams(
+    model: nn.Module,
+    x: Tensor,
+    found: Sequence[tuple[nn.Module, str]],
+    target: int | Tensor | None,
+    plus: bool,
+) -> list[s.Attribution]:
+    """The finished maps of each layer."""
+    once = _one_pass(model, x, found, target)
+    results = []
+    for kept, gradient in zip(once.kept, once.gradients, strict=True):
+        grid = _grid(kept, gradient, plus=plus)
+        resized = nn.functional.interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)
+        results.append(
+            s.Attribution(
+                method="gradcam++" if plus else "gradcam",
+                maps=s.scale(resized[:, 0]),
+                target=once.target,
+                score=once.score,
+                grid=grid,
+            )
+        )
+    return results
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and one backward pass.
+
+    output: what the model returned; target [B] and score [B]: the class explained and its logit; kept and
+    gradients: each layer's output [B,C,h,w] and the gradient of the score with respect to it; to_input: the
+    gradient with respect to the images, if it was asked for.
+    """
+
+    output: Tensor
+    target: Tensor
+    score: Tensor
+    kept: list[Tensor]
+    gradients: list[Tensor]
+    to_input: Tensor | None
+
+
+def _one_pass(
+    model: nn.Module,
+    x: Tensor,
+    found: Sequence[tuple[nn.Module, str]],
+    target: int | Tensor | None,
+    *,
+    to_input: bool = False,
+) -> _Pass:
+    """Run the model once and differentiate the target's logit down to the lowest of the layers `found`."""
+    x = s.check(model, x).requires_grad_(to_input)
+    runs: list[list[Tensor]] = [[] for _ in found]
+    handles = []
     try:
+        for (module, name), outputs in zip(found, runs, strict=True):
+            handles.append(module.register_forward_hook(_keep(outputs, name)))
         with frozen(model), torch.enable_grad():
-            logits = s.two_logits(model(x))
-            if len(leaves) != 1:
-                raise ValueError(
-                    f"{name} ran {len(leaves)} times on this input: choose a layer that runs once"
-                )
+            output = model(x.clone())  # a first layer may work in place
+            logits = s.two_logits(output)
+            for (_, name), outputs in zip(found, runs, strict=True):
+                if len(outputs) != 1:
+                    raise ValueError(
+                        f"{name} ran {len(outputs)} times on this input: choose a layer that runs once"
+                    )
             chosen = s.choose_target(logits.detach(), target)
             score = s.pick(logits, chosen)
-            if not score.requires_grad:
-                raise ValueError(f"the output does not depend on {name}: choose a layer before the head")
-            (gradient,) = torch.autograd.grad(score.sum(), leaves[0])
+            roots = [outputs[0] for outputs in runs] + [x] * to_input
+            gradients = [None] * len(roots)
+            if score.requires_grad:
+                gradients = list(torch.autograd.grad(score.sum(), roots, allow_unused=True))
     finally:
-        handle.remove()
-    kept = leaves[0].detach()
-    weights = _plus_weights(kept, gradient) if plus else gradient.mean((2, 3))
-    grid = torch.einsum("bc,bchw->bhw", weights, kept).clamp(min=0).float()
-    resized = nn.functional.interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)
-    return s.Attribution(
-        method="gradcam++" if plus else "gradcam",
-        maps=s.scale(resized[:, 0]),
+        for handle in handles:
+            handle.remove()
+    for (_, name), gradient in zip(found, gradients, strict=False):
+        if gradient is None:
+            raise ValueError(f"the output does not depend on {name}: choose a layer before the head")
+    if to_input and gradients[-1] is None:
+        raise ValueError("the output does not depend on the images: there is nothing to explain")
+    return _Pass(
+        output=output.detach(),
         target=chosen,
         score=score.detach().float(),
-        grid=grid,
+        kept=[outputs[0].detach() for outputs in runs],
+        gradients=gradients[: len(runs)],
+        to_input=gradients[-1] if to_input else None,
     )
+
+
+def _keep(outputs: list[Tensor], name: str) -> Callable:
+    """A forward hook that notes the layer's output as a tensor of the graph."""
+
+    def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        kept = _pick(output, None, name)
+        # The graph begins at the lowest layer, since parameters are frozen; higher ones lie in it already.
+        outputs.append(kept if kept.requires_grad else kept.detach().requires_grad_())
+        return outputs[-1].clone()  # whatever follows may work in place
+
+    return hook
+
+
+def _grid(kept: Tensor, gradient: Tensor, *, plus: bool) -> Tensor:
+    """The map [B,h,w] of one layer at its own resolution."""
+    weights = _plus_weights(kept, gradient) if plus else gradient.mean((2, 3))
+    return torch.einsum("bc,bchw->bhw", weights, kept).clamp(min=0).float()
 
 
 def _plus_weights(kept: Tensor, gradient: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from dlia_utils.files import atomic_path
 from dlia_utils.models import robust
 from dlia_utils.models.cnn import cnn, summary
 from dlia_utils.models.detector import Detector, faster_rcnn
-from dlia_utils.models.lipschitz import bake, spectral_normalize
+from dlia_utils.models.lipschitz import (
+    bake,
+    compare_norms,
+    lipschitz_bound,
+    operator_norm,
+    spectral_like,
+    spectral_normalize,
+)
 from dlia_utils.models.mobilenet import mobilenet_v2
 from dlia_utils.models.resnet import resnet18_cifar, resnet50_v2
 from dlia_utils.models.transfer import (
@@ -35,12 +42,15 @@ __all__ = [
     "blocks",
     "cached_features",
     "cnn",
+    "compare_norms",
     "create",
     "faster_rcnn",
     "last_map_layer",
+    "lipschitz_bound",
     "load",
     "load_strictly",
     "mobilenet_v2",
+    "operator_norm",
     "resnet18_cifar",
     "resnet50_v2",
     "robust",
@@ -117,8 +127,7 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
     if build is None and content["recipe"] is None:
         raise ValueError(f"{path.name} holds no recipe: pass build=, a function that makes the empty model")
     model = build() if build is not None else create(**content["recipe"])
-    if any(".parametrizations." in key for key in content["state_dict"]):
-        spectral_normalize(model)
+    spectral_like(model, content["state_dict"])
     load_strictly(model, content["state_dict"], origin=path.name)
     log.info("%s: all %d entries loaded, %s", path.name, len(content["state_dict"]), content["meta"])
     return bake(model).eval()

@@ -615,7 +615,8 @@ masking = report.masking_table(results, eps=config.headline_eps)
 display(Markdown(report.verdict(results, masking, paired, config, reference="standard")))
 lines = [f"At thresholds chosen for a sensitivity of {config.sensitivity:g} on validation films:\n"]
 for name in names:
-    own = results[results.model.eq(name)].set_index(["attack", "metric"])
+    # Without rows of one key: pandas 2 gives a table for a key as soon as any other occurs twice.
+    own = results[results.model.eq(name)].drop_duplicates(["attack", "metric"]).set_index(["attack", "metric"])
     hit, spared = (own.loc[("clean, chosen threshold", metric)] for metric in ("sensitivity", "specificity"))
     held = own.loc[("worst, chosen threshold", "sensitivity")]
     blind = (hit["value"] + spared["value"]) / 2 < 0.6

@@ -1,0 +1,454 @@
+# %% [markdown]
+# # 04 Perturbations and saliency drift: does a moving map warn of a wrong answer?
+#
+# Add a little noise to a chest film and the heat map that "explains" the network's answer moves. Often the answer stays.
+# It is tempting to read the movement as a warning: *the explanation is unstable, so do not trust the answer*. A Master's
+# thesis measured both sides, how far maps move and how much the AUC falls, and put them into scatter plots; it never
+# computed whether one foretells the other. This notebook repeats its measurements without the slips that spoilt them, and
+# answers the question with a number and an interval.
+#
+# **What you get**
+#
+# | part | question |
+# |---|---|
+# | 1 Data | Which films, and what do fourteen ways of spoiling them look like in five severities? |
+# | 2 Training | ResNet-18 and MobileNetV2, each trained on clean films and on films spoilt at random |
+# | 3 Accuracy | How far do AUC and accuracy fall, and what does training on spoilt films buy, also for damage it never saw? |
+# | 4 Maps | How far do saliency, Grad-CAM and Grad-CAM++ move, layer by layer, between a floor and a ceiling? |
+# | 5 As in the thesis | The fall of the AUC against the movement of the maps |
+# | 6 The question | Film by film: does drift tell wrong answers from right ones, and better than the network's own doubt? |
+# | 7 Results | Tables, the thesis' CSV files, time and memory |
+#
+# What came out on the real films stands in the [README](../README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* films with tiny networks, and only show what you will see.
+#
+# *For research and teaching. Not a medical device.*
+
+# %% tags=["bootstrap"]
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
+DATA_DIR = ""  # empty: find the data set; else the folder that holds it
+RUN_NAME = ""  # empty: profile and kind of data
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+DATASET = ""  # empty: pneumonia; or covid, tuberculosis, fracatlas, or a MedMNIST name (see section 1)
+
+# %% tags=["config"]
+from dlia_utils import config as dlia_config
+
+config = dlia_config.resolve("04_perturbation_saliency", PROFILE, DATA_DIR, RUN_NAME, RESUME, DATASET)
+print(config.banner())
+print(dlia_config.settings_text(config))
+
+# %% tags=["imports"]
+import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
+import pandas as pd
+from IPython.display import Markdown, display
+
+from dlia_utils import augment, corrupt, corruption_error, datasets, models, objectives, report, resources, split, thesis
+from dlia_utils.explain import drift, drift_figures, warning
+from dlia_utils.study import fit_model, load_models, open_study, starting_weights, stored, test_opened
+
+PAIRS = {"resnet18": "resnet18_augmented", "mobilenet_v2": "mobilenet_v2_augmented"}  # plain, and on spoilt films
+MODELS, RESULTS = [name for pair in PAIRS.items() for name in pair], config.run_dir / "results.csv"
+
+
+def study_of(name, study):
+    """The study at the size that this network reads; films, rows and split are the same."""
+    if name.startswith("resnet18"):
+        return study.variant(weights_text="random")
+    return study.variant(size=config.mobilenet_size, epochs=config.mobilenet_epochs)
+
+
+def measured(name, study, part, rows, **options):
+    """Predictions (and drift of the maps) of the films `rows`, clean and spoilt: computed once in a run."""
+    found = []
+
+    def table(number):
+        if not found:
+            own, model = study_of(name, study), load_models(study, [name])[name]
+            grid = {name: config.settings[name] for name in ("severities", "seed", "scale")} | options
+            with resources.track(f"{part} {name}", folder=config.run_dir):
+                films = own.images(rows), own.labels(rows), rows
+                seen, moved = drift.measure(model, *films, batch_size=config.map_batch, **grid)
+            found.extend([seen, moved.astype(dict.fromkeys(drift.SIGN, "float32"))])  # half the digits
+        return found[number]
+
+    kinds = ["predictions", "drift"] if options.get("methods") != () else ["predictions"]
+    return [stored(study, f"{part}_{kind}_{name}", lambda n=n: table(n)) for n, kind in enumerate(kinds)]
+
+
+def some_films(study, part, count):
+    """`count` films of a split, drawn once and for all; None: all of them."""
+    return np.sort(np.random.default_rng(config.seed).permutation(study.rows(part))[:count])
+
+
+# %% [markdown]
+# ## 1 The films, and fourteen ways to spoil them
+#
+# **The data** is *Chest X-Ray Images (Pneumonia)* unless you say otherwise: `DATASET` above takes any two-class set of the
+# suite, and every 2-D set of MedMNIST, whose file (for example `pneumoniamnist_64.npz`) is found like any other data set.
+# The original study took its validation films from the training set. Here validation is drawn by patient, and the
+# test films stay closed until everything is chosen.
+
+# %%
+study = open_study(config)
+print(study.dataset.split_rule)
+display(datasets.summary(study.dataset))
+pd.set_option("display.max_colwidth", 100)
+split.audit(study.dataset)
+
+# %% [markdown]
+# **The corruptions.** Five are the thesis': Gaussian noise, speckle, motion blur, contrast and brightness, in the five
+# severities of ImageNet-C ([1903.12261](https://arxiv.org/abs/1903.12261)). Nine more are what happens to radiographs: less
+# dose, scattered light, blades of the collimator, a burnt-in letter, a grid that stood still, coarse pixels, few grey
+# levels, JPEG. Three rules keep the comparison clean, and the first is where the original went wrong: there, clean films
+# lay in [-1, 1] and spoilt ones in [0, 1], so that every difference also measured a shift of the range.
+#
+# 1. Clean and spoilt films are in [0, 1], and the network does the rest itself.
+# 2. What is drawn for a film depends on its row, the corruption and the seed, never on its neighbours in a batch.
+# 3. Severities of one film differ in strength only: the noise pattern and the angle of the blur stay.
+
+# %%
+study = open_study(config)
+film = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
+figure = drift_figures.figure_corruptions(
+    study_of("mobilenet_v2", study).images([film])[0], study_of("mobilenet_v2", study).config, row=int(film),
+    names=config.corruptions, severities=config.severities, seed=config.seed, scale=config.scale,
+)  # fmt: skip
+report.save_figure(figure, config, "corruptions")
+figure
+
+
+# %% [markdown]
+# ImageNet-C's scale is harsh for radiographs, and at the right end a reader would send the film back. That is intended:
+# the question is whether anything *warns*, and a warning can only be judged where things go wrong.
+
+# %% [markdown]
+# ## 2 Training, with and without spoilt films
+#
+# Two networks: the thesis' **ResNet-18** in its form for small images (no pooling at the start, so that the maps stay
+# large), from scratch; and **MobileNetV2** from ImageNet weights where they can be had. Each is trained twice, with the
+# same flips, shifts and zooms, the same epochs and the same start:
+#
+# - *plain*: on clean films;
+# - *augmented*: every film in every epoch is left clean or spoilt by one of the thesis' five corruptions at a random
+#   severity, all six alike. (The thesis put thirty copies of every film into memory; a fresh draw in each epoch
+#   shows the same films without that.)
+#
+# Both keep the epoch with the best AUC on the *clean* validation films.
+
+# %%
+def build(name, study):
+    """A fresh network, the same start for both trainings."""
+    count = len(study.dataset.classes)
+    if name.startswith("resnet18"):
+        return models.resnet18_cifar(num_classes=count, width=config.width, seed=config.seed).to(config.device)
+    start = {"stages": config.stages, "weights": starting_weights(config), "seed": config.seed}
+    return models.mobilenet_v2(num_classes=count, width=config.mobilenet_width, **start).to(config.device)
+
+
+def train_set_of(name, study):
+    """Flips, shifts and zooms for both; grey values are changed by the corruptions alone."""
+    films = study.torch_set("train", augmented=augment.train_transform(exposure=0, blur=0))
+    if not name.endswith("augmented"):
+        return films
+    return corrupt.TrainAugmentor(films, names=config.trained_on, seed=config.seed, scale=config.scale)
+
+
+def fit(name, study):
+    own = study_of(name, study)
+    loss = objectives.cross_entropy(weight=own.class_weights())
+    return fit_model(own, name, build(name, own), loss, train_set_of(name, own), own.torch_set("val"),
+                     schedule=config.schedule, monitor="val_auc")  # fmt: skip
+
+
+# %%
+study = open_study(config)
+rows = []
+for name in MODELS:
+    with resources.track(f"training {name}", folder=config.run_dir):
+        fitted = fit(name, study)
+    best = fitted.history.set_index("epoch").loc[fitted.best_epoch]
+    rows.append({"model": name, "size": study_of(name, study).config.size, "epochs": len(fitted.history),
+                 "best epoch": fitted.best_epoch, "val AUC": best["val_auc"], "val accuracy": best["val_accuracy"],
+                 "minutes": fitted.seconds / 60})  # fmt: skip
+pd.DataFrame(rows).round(3)
+
+# %%
+histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in MODELS}
+figure = report.figure_history(histories, config)
+report.save_figure(figure, config, "training")
+figure
+
+# %% [markdown]
+# ## 3 How far does accuracy fall?
+#
+# The test films are opened here. Every one of them is seen clean and through each corruption at each severity by all
+# four networks. What is counted:
+#
+# - **AUC** clean and spoilt, and their difference, the thesis' $\Delta$AUC. Both are resampled on the same patients, so
+#   that the interval is that of the *difference*.
+# - **mCE**, the mean corruption error: for each corruption the error summed over the severities, divided by that of a
+#   reference, then the mean. ImageNet-C refers to AlexNet; here it is the plainly trained network, so that *below 1*
+#   reads "better than plain training". The error is 1 - balanced accuracy, since classes are of unequal size. The
+#   **relative** mCE counts only what is lost against clean films.
+
+# %%
+study = open_study(config)
+test_opened(study, "predictions under corruption")
+rows = study.rows("test")
+patients = pd.Series(study.patients(rows), index=rows)
+predictions = {name: measured(name, study, "test", rows, names=config.corruptions, methods=())[0] for name in MODELS}
+grids = {name: corruption_error.grid(table, patients, draws=config.bootstrap_draws) for name, table in predictions.items()}
+for name, grid in grids.items():
+    made = report.result_rows(corruption_error.rows(grid), study_of(name, study).config, model=name)
+    report.update_results(made, RESULTS)
+clean = {name: report.with_interval(grid.iloc[0]) for name, grid in grids.items()}
+worst = {name: grid.loc[grid["value"].idxmin()] for name, grid in grids.items()}
+pd.DataFrame({"clean AUC": clean, "lowest AUC": {name: report.with_interval(row) for name, row in worst.items()},
+              "under": {name: f"{row['corruption']} {row['severity']}" for name, row in worst.items()}})  # fmt: skip
+
+# %% [markdown]
+# The same in one picture: a panel for each corruption, severity to the right. Where the two lines of a network lie apart,
+# training on spoilt films changed something; the first five panels are what that training had seen.
+
+# %%
+for plain, augmented in PAIRS.items():
+    pair = {name: grids[name] for name in (plain, augmented)}
+    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).config)
+    report.save_figure(figure, config, f"auc_{plain}")
+    display(figure)
+
+# %% [markdown]
+# AUC asks whether the films are still *ranked* right, accuracy whether the answers are still right at the threshold that
+# was fixed on clean films. A corruption can leave the ranking nearly untouched and push all films to one side. So the
+# errors below are counted at the fixed threshold, apart for corruptions the augmented training had seen and others.
+
+# %%
+seen = [name for name in config.corruptions if name in config.trained_on]
+kinds = {"seen in training": seen, "not seen": [name for name in config.corruptions if name not in seen]}
+words = {"error": "error (1 - balanced accuracy)", "ce": "mCE", "relative_ce": "relative mCE"}
+cells = []
+for plain, augmented in PAIRS.items():
+    for kind, names in kinds.items():
+        both = {name: predictions[name] for name in (plain, augmented)}
+        wanted = {name: table[table["corruption"].isin(["clean", *names])] for name, table in both.items()}
+        for name, table in wanted.items():
+            error = corruption_error.corruption_error(table, wanted[plain], patients, draws=config.bootstrap_draws)
+            mean = error[error["corruption"].eq("mean")].replace({"corruption": {"mean": f"mean of those {kind}"}})
+            made = report.result_rows(corruption_error.rows(mean), study_of(name, study).config, model=name)
+            report.update_results(made, RESULTS)
+            cells += [{"model": name, "corruptions": kind, "what": words[row["metric"]], "cell": report.with_interval(row)}
+                      for _, row in mean[mean["metric"].isin(words)].iterrows()]  # fmt: skip
+pd.DataFrame(cells).pivot(index=["corruptions", "model"], columns="what", values="cell")
+
+# %% [markdown]
+# ## 4 How far do the maps move?
+#
+# Three maps: **saliency**, the size of the gradient at every pixel; **Grad-CAM** and **Grad-CAM++** at eight layers,
+# from the first block to the last (the thesis looked at Grad-CAM++ in the second convolution of each block). Four rules,
+# each against a slip of the original:
+#
+# 1. *One code path.* The clean film and its spoilt copies go through the same function. (There, the clean map was
+#    computed on a film garbled by a conversion to 8 bits.)
+# 2. *One class.* The class explained is the one predicted on the clean film, also where the spoilt copy is called
+#    something else. (There, it was the class of the moment, so a change of the answer looked like drift.)
+# 3. *Several scores.* RMSE of maps scaled to 0..255 (the thesis'), RMSE unscaled, structural similarity (SSIM), rank
+#    correlation, overlap of the highest tenth, shift of the centre. Scaling each map by its own extremes hides that a map
+#    has faded away; not scaling lets one bright pixel rule.
+# 4. *A floor and a ceiling.* The same film explained again (floor), and another film explained for the same class
+#    (ceiling). A drift of 40 grey levels means little if two different films differ by 45.
+#
+# First one film. Left, what the network was shown; then its Grad-CAM++ from the first layer to the last.
+
+# %%
+study = open_study(config)
+name, severity = "resnet18", config.severities[len(config.severities) // 2]
+film = some_films(study, "test", None)[:1]
+own, model = study_of(name, study), load_models(study, [name])[name]
+shown = {"clean": own.images(film)}
+for kind in config.trained_on:
+    shown[kind] = corrupt.apply(kind, shown["clean"], severity, seed=config.seed, ids=film, scale=config.scale)
+test_opened(study, "maps of one film")
+answer, cams, target = {}, {}, None
+for kind, x in shown.items():
+    p = model(x).softmax(1)[0].detach().cpu().numpy()
+    target = int(p.argmax()) if target is None else target  # the class of the clean film, which comes first
+    answer[kind] = (study.dataset.classes[p.argmax()], p.max())
+    found = drift.maps(model, x, target=target, methods=["gradcam++"])
+    cams[kind] = {layer: heat[0].cpu() for (_, layer), heat in found.items()}
+figure = drift_figures.figure_maps({kind: x[0].cpu() for kind, x in shown.items()}, cams, own.config, answers=answer,
+                                   told=f"{name}, severity {severity}")  # fmt: skip
+report.save_figure(figure, config, "maps_of_one_film")
+figure
+
+# %% [markdown]
+# Now all test films, every severity. It is also done for some *validation* films: they will choose, in section 6, which
+# of the many scores is put to the test.
+
+# %%
+study = open_study(config)
+test_opened(study, "drift of the maps")
+films = {"test": some_films(study, "test", config.map_films), "val": some_films(study, "val", config.choose_films)}
+moved = {}
+for name in MODELS:
+    for part, rows in films.items():
+        _, table = measured(name, study, f"maps_{part}", rows, names=config.mapped)
+        moved[part, name] = table
+        zero = table.groupby(["method", "layer"])["zero"].mean()
+        most = " ".join(zero.idxmax())
+        print(f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most {zero.max():.1%} ({most})")
+
+# %%
+for plain, augmented in PAIRS.items():
+    own = study_of(plain, study).config
+    figure = drift_figures.figure_rmse_lines(moved["test", plain], own, told=plain)
+    report.save_figure(figure, config, f"rmse_{plain}")
+    display(figure)
+    pair = {name: moved["test", name] for name in (plain, augmented)}
+    figure = drift_figures.figure_layers(pair, own, severity=max(config.severities))
+    report.save_figure(figure, config, f"layers_{plain}")
+    display(figure)
+
+# %% [markdown]
+# Read the grey lines first. Where a line comes near the dashed one, the maps of the clean and the spoilt film are no more
+# alike than those of two different patients: the map is then no longer about this film. The table says it in numbers, 0
+# being the floor and 1 the ceiling, for the deepest layer and the highest severity. Above 1, two patients' maps have more
+# in common (both show a chest) than a film and its spoilt copy. Where many maps are zero the scale is not to be
+# trusted: two empty maps agree perfectly.
+
+# %%
+shares = []
+for name in MODELS:
+    place = drift.position(moved["test", name]).query("severity == @config.severities[-1]")
+    deepest = place[place["method"].eq("gradcam++")]["layer"].iloc[-1]
+    for method, layer in (("gradcam++", deepest), ("saliency", "input")):
+        own = place[place["method"].eq(method) & place["layer"].eq(layer)]
+        shares.append(own.set_index("corruption")["rmse"].rename(f"{name} {method} {layer}"))
+pd.concat(shares, axis=1).T.round(2)
+
+# %% [markdown]
+# ## 5 As in the thesis: the fall of the AUC against the movement of the maps
+#
+# One point for each corruption and severity. The thesis drew *every film* against the one $\Delta$AUC of its cell; films of
+# a cell share that number, and a thousand points then look like evidence where there are a few dozen. The rank
+# correlation in each title is over these cells. Even it is generous: severity drives both axes, so the points of one
+# corruption (joined by a line) rise together whatever the maps show.
+
+# %%
+study = open_study(config)
+moved = {name: pd.read_csv(config.run_dir / "tables" / f"maps_test_drift_{name}.csv") for name in MODELS}
+seen = {name: pd.read_csv(config.run_dir / "tables" / f"maps_test_predictions_{name}.csv") for name in MODELS}
+films = seen[MODELS[0]]["image"].unique()
+patients = pd.Series(study.patients(films), index=films)
+grids = {name: corruption_error.grid(table, patients, draws=config.bootstrap_draws) for name, table in seen.items()}
+for plain, augmented in PAIRS.items():
+    two = [{name: tables[name] for name in (plain, augmented)} for tables in (grids, moved)]
+    figure = drift_figures.figure_scatter(*two, study_of(plain, study).config)
+    report.save_figure(figure, config, f"scatter_{plain}")
+    display(figure)
+
+# %%
+for name in PAIRS:
+    figure = drift_figures.figure_box(grids[name], moved[name], study_of(name, study).config, by="corruption", told=name)
+    report.save_figure(figure, config, f"box_{name}")
+    display(figure)
+
+# %% [markdown]
+# ## 6 The question: does drift warn?
+#
+# A cell's mean cannot warn anybody. What a user would need is a score of *this film's* map that is higher when *this
+# film's* answer is wrong. So, film by film: the AUROC of drift for **error** (wrong answer), **flip** (another answer than
+# on the clean film) and **new error** (wrong, though the clean film was read right). 0.5 is a coin.
+#
+# Three readings, from the loosest to the strictest:
+#
+# - *mixed*: any copies are compared, each film weighing the same, however many copies it has. Severity drives drift
+#   and error alike, so severity itself is a predictor here, and drift has to beat it.
+# - *within*: only copies under the same corruption at the same severity are compared.
+# - *same answer*: and only of films that got the same answer when clean. A corruption often makes a network call
+#   everything one class. Then all films of the other class are wrong, and their maps, drawn for a class the network has
+#   given up, have moved: the score tells the classes apart and passes for a warning. Here it cannot.
+#
+# And two rivals that need no map at all: the network's own **uncertainty** on the spoilt film (1 minus its highest
+# probability), which has the advantage that it needs no clean film either; and the **shift of the probabilities** between
+# clean and spoilt.
+#
+# There are some hundred scores (methods, layers, measures). The best of a hundred looks good by luck. So the choice is
+# made on validation films, per network, and the test films judge that one.
+
+# %%
+study = open_study(config)
+test_opened(study, "drift as a warning")
+tables, chosen = {}, {}
+for name in MODELS:
+    folder = config.run_dir / "tables"
+    read = {part: [pd.read_csv(folder / f"maps_{part}_{kind}_{name}.csv") for kind in ("predictions", "drift")]
+            for part in ("val", "test")}  # fmt: skip
+    chosen[name] = warning.select(*read["val"])
+    films = read["test"][0]["image"].unique()
+    patients = pd.Series(study.patients(films), index=films)
+    tables[name] = warning.warning(*read["test"], patients, predictors=[chosen[name]],
+                                   against=["uncertainty", "p_shift"], draws=config.bootstrap_draws)  # fmt: skip
+    made = report.result_rows(warning.rows(tables[name]), study_of(name, study).config, model=name)
+    report.update_results(made, RESULTS)
+figure = drift_figures.figure_warning(tables, config)
+report.save_figure(figure, config, "warning")
+figure
+
+# %%
+lines = []
+for name, table in tables.items():
+    lines.append(f"**{name}** (chosen on validation: {' '.join(chosen[name])})\n")
+    lines += [f"- {warning.verdict(table, reading=reading)}" for reading in warning.READINGS]
+    lines.append("")
+Markdown("\n".join(lines))
+
+# %% [markdown]
+# Beside its rivals, for wrong answers. Drift needs the clean film; so does `p_shift`, which costs two forward passes and no
+# map. A drift that does not beat `p_shift` tells nothing that the two probabilities did not tell already.
+
+# %%
+cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
+cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
+cells = cells.assign(cell=[report.with_interval(row) for _, row in cells.iterrows()])
+cells.pivot_table(index=["model", "predictor"], columns="reading", values="cell", aggfunc="first", sort=False).fillna("")
+
+# %% [markdown]
+# The same split by hand, without any statistic: the drift of films whose answer was kept, and of films whose answer was
+# turned, corruption by corruption. Two boxes that lie side by side at different heights are a warning; two that overlap
+# are not.
+
+# %%
+name = "resnet18"
+method, layer, score = chosen[name]
+read = [pd.read_csv(config.run_dir / "tables" / f"maps_test_{kind}_{name}.csv") for kind in ("predictions", "drift")]
+figure = drift_figures.figure_kept_flipped(*read, config, score=score, method=method, layer=layer, told=name)
+report.save_figure(figure, config, "kept_flipped")
+figure
+
+# %% [markdown]
+# ## 7 Results and files
+#
+# The thesis' own files, as CSV: RMSE by corruption and layer for each severity and class (`*_rmses.csv`), film by film
+# (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made from.
+
+# %%
+study = open_study(config)
+folder, flag = config.run_dir / "thesis", config.location.dataset
+for name in MODELS:
+    read = [pd.read_csv(config.run_dir / "tables" / f"maps_test_{kind}_{name}.csv") for kind in ("predictions", "drift")]
+    network, suffix = (name.removesuffix("_augmented"), "_augmented") if name not in PAIRS else (name, "")
+    written = thesis.write(folder / network, *read, flag=flag, classes=study.dataset.classes, model_suffix=suffix)
+    print(f"{len(written)} files in thesis/{network}, {written[0].name} among them")
+pd.read_csv(folder / "resnet18" / f"{flag}_sev{max(config.severities)}_rmses.csv").round(1)
+
+# %%
+results = pd.read_csv(RESULTS)
+clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
+display(clean[["model", "metric", "value", "ci_low", "ci_high", "n"]].round(3))
+display(resources.table(config.run_dir).round(1))
+written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+print("\n".join(name for name in written if not name.startswith(("tables/", "thesis/"))))

@@ -1,0 +1,410 @@
+"""Drift scores against known answers and scipy; one class, one path and fair references in `measure`."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from dlia_utils.explain import drift
+from dlia_utils.explain.attribution import saliency
+from dlia_utils.explain.gradcam import gradcam
+from dlia_utils.explain.localisation import ssim
+from dlia_utils.models import cnn, mobilenet_v2, resnet18_cifar, with_head
+
+KEYS = ["image", "corruption", "severity", "method", "layer"]
+
+
+def random_maps(n, h, w, seed=0):
+    return np.random.default_rng(seed).random((n, h, w))
+
+
+def films(n, side=32, seed=1):
+    """Grey images with one blurred spot each, at a place of its own, on a slope."""
+    rng = np.random.default_rng(seed)
+    down, right = np.mgrid[:side, :side] / side
+    spots = [np.exp(-((down - a) ** 2 + (right - b) ** 2) / 0.02) for a, b in rng.uniform(0.15, 0.85, (n, 2))]
+    return torch.tensor(0.2 * down + 0.1 + 0.6 * np.stack(spots), dtype=torch.float32)[:, None]
+
+
+def seesaw():
+    """Class 0 where the image is light, class 1 where it is dark; the map is the image, or its negative."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    net[0].load_state_dict(
+        {"weight": torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, 1.0])}
+    )
+    return net
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+def test_identical_maps_do_not_drift_and_the_sign_turns_every_score_to_grow_with_drift():
+    a = random_maps(4, 6, 9)
+    table = drift.scores(a, a)
+    known = {"rmse": 0, "rmse_raw": 0, "ssim": 1, "spearman": 1, "top10": 1, "centre_shift": 0}
+    for name, value in known.items():
+        np.testing.assert_allclose(table[name], value, atol=1e-12)
+    assert not table["zero"].any() and set(drift.SIGN) == set(known)
+    noise = random_maps(4, 6, 9, seed=1)
+    steps = [drift.scores(a, (1 - share) * a + share * noise).mean() for share in (0.1, 0.4, 1.0)]
+    for name, sign in drift.SIGN.items():
+        turned = [sign * step[name] for step in steps]
+        assert turned[0] < turned[1] < turned[2], name
+
+
+def test_rmse_is_that_of_maps_scaled_to_255_and_rmse_raw_of_the_maps_themselves():
+    a, b = np.array([[[0.0, 2.0], [1.0, 1.0]]]), np.array([[[3.0, 1.0], [2.0, 2.0]]])
+    table = drift.scores(a, b)
+    assert table["rmse"][0] == pytest.approx(255 * np.sqrt((1 + 1) / 4))
+    assert table["rmse_raw"][0] == pytest.approx(np.sqrt((9 + 1 + 1 + 1) / 4))
+
+
+def test_scaling_a_map_changes_rmse_raw_alone():
+    a, b = random_maps(3, 7, 7), random_maps(3, 7, 7, seed=1)
+    once, scaled = drift.scores(a, b), drift.scores(a, 1e-9 * b)
+    changed = {name for name in drift.SIGN if not np.allclose(once[name], scaled[name], rtol=1e-9)}
+    assert changed == {"rmse_raw"}
+
+
+def test_inverted_ranks_give_minus_one_and_ties_are_those_of_scipy():
+    a = random_maps(1, 5, 5)
+    assert drift.scores(a, 1 - a)["spearman"][0] == pytest.approx(-1)
+    first, other = (np.round(4 * random_maps(6, 5, 8, seed=k)) for k in (1, 2))
+    expected = [spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(first, other, strict=True)]
+    np.testing.assert_allclose(drift.scores(first, other)["spearman"], expected, atol=1e-12)
+
+
+def test_a_shifted_bump_moves_by_its_shift_over_the_diagonal():
+    bump = np.zeros((1, 20, 30))
+    bump[0, 4:7, 5:8] = [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    moved = np.roll(bump, (3, 4), (1, 2))
+    assert drift.scores(bump, moved)["centre_shift"][0] == pytest.approx(5 / np.hypot(20, 30))
+
+
+def test_top10_counts_by_hand_and_shares_ties():
+    def ranked(*highest):
+        heat = np.zeros(20)
+        heat[list(highest)] = np.linspace(9, 8, len(highest))
+        return heat.reshape(1, 4, 5)
+
+    def top10(a, b):
+        return drift.scores(a, b)["top10"][0]
+
+    assert top10(ranked(0, 1), ranked(1, 2)) == 0.5  # two of 20 places
+    flat = np.ones((1, 4, 5))
+    assert top10(flat, flat) == pytest.approx(0.1) and top10(flat, ranked(3, 4)) == pytest.approx(0.1)
+    tied = ranked(0, 5)
+    tied[0, 1, 0] = tied[0, 0, 1] = 3.0  # places 5 and 1 share what place 0 leaves
+    assert top10(tied, ranked(0, 1)) == pytest.approx(0.75)
+    assert top10(ranked(0), ranked(0)) == pytest.approx((1 + 1 / 19) / 2)  # the second place is anybody's
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 14, 23)])
+def test_ssim_is_the_package_s_own_on_maps_scaled_to_one(shape):
+    a, b = random_maps(*shape), random_maps(*shape, seed=1)
+
+    def unit(heat):
+        return (heat - heat.min()) / np.ptp(heat)
+
+    expected = [ssim(unit(p), unit(q)) for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(drift.scores(a, b)["ssim"], expected, atol=1e-12)
+
+
+def test_zero_constant_and_single_place_maps_have_the_scores_that_are_defined():
+    heat = random_maps(3, 6, 6)
+    other = np.stack([np.zeros((6, 6)), np.full((6, 6), 0.1), heat[2]])
+    other[1, 0, 0] += 1e-9  # rounding does not make a pattern
+    table = drift.scores(heat, other)
+    assert table["zero"].tolist() == [True, False, False]
+    assert table["spearman"].isna().tolist() == [True, True, False]
+    assert table["centre_shift"].isna().tolist() == [True, False, False]
+    np.testing.assert_allclose(table["top10"][:2], 4 / 36)  # chance
+    unit = (heat[0] - heat[0].min()) / np.ptp(heat[0])
+    assert table["rmse"][0] == pytest.approx(255 * np.sqrt((unit**2).mean()))
+    both = drift.scores(np.zeros((1, 6, 6)), np.zeros((1, 6, 6))).iloc[0]
+    assert both["zero"] and both["rmse"] == both["rmse_raw"] == 0
+    lone = drift.scores(np.ones((1, 1, 1)), np.full((1, 1, 1), 3.0)).iloc[0]
+    assert lone["rmse_raw"] == 2 and lone.drop(["rmse_raw", "zero"]).isna().all()
+
+
+def test_scores_are_symmetric_take_tensors_and_refuse_what_they_cannot_read():
+    a, b = random_maps(2, 5, 6), random_maps(2, 5, 6, seed=1)
+    pd.testing.assert_frame_equal(drift.scores(a, b), drift.scores(torch.tensor(b), torch.tensor(a)))
+    for wrong, words in ((b - 1, "other_maps hold negative"), (b * np.nan, "NaN"), (b[0], r"\[N,h,w\]")):
+        with pytest.raises(ValueError, match=words):
+            drift.scores(a, wrong)
+    with pytest.raises(ValueError, match="differ in shape"):
+        drift.scores(a, b[:1])
+
+
+# ------------------------------------------------------------------------------------------- layers and maps
+
+
+def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
+    found = drift.map_layers(resnet18_cifar(width=1 / 8))
+    assert list(found) == [f"layer{k}_{n}" for k in (1, 2, 3, 4) for n in (2, 1)]
+    assert found["layer3_2"] == "backbone.layer3.0.conv2" and found["layer3_1"] == "backbone.layer3.1.conv2"
+    mobile = mobilenet_v2(width=0.25)
+    assert (
+        drift.map_layers(mobile)["block17"] == "backbone.features.17" and len(drift.map_layers(mobile)) == 8
+    )
+    short = drift.map_layers(mobilenet_v2(width=0.25, stages=3))
+    assert short == {f"block{k:02d}": f"backbone.features.{k}" for k in range(1, 7)}
+    assert drift.map_layers(with_head(mobile))["block01"] == "backbone.body.features.1"
+    for other in (cnn(), seesaw()):
+        with pytest.raises(ValueError, match="no default layers for a .*pass layers="):
+            drift.map_layers(other)
+
+
+def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
+    net, x = resnet18_cifar(width=1 / 8).eval(), films(2, side=32)
+    target = torch.tensor([1, 0])
+    found = drift.maps(net, x, target=target)
+    layers = drift.map_layers(net)
+    assert list(found) == [(m, label) for m in ("gradcam++", "gradcam") for label in layers] + [
+        ("saliency", "input")
+    ]
+    for label in ("layer1_1", "layer4_1"):
+        for plus in (False, True):
+            heat = found["gradcam++" if plus else "gradcam", label]
+            expected = gradcam(net, x, layers[label], target=target, plus=plus).grid
+            assert expected.amax() > 0 and (heat - expected).abs().max() <= 1e-6 * expected.amax()
+    pooled = nn.functional.adaptive_avg_pool2d(saliency(net, x, target=target).maps[:, None], 28)[:, 0]
+    assert (found["saliency", "input"] - pooled).abs().max() <= 1e-6 * pooled.amax()
+    small = drift.maps(net, x[..., :20, :24], target=None, methods=["saliency"])["saliency", "input"]
+    expected = saliency(net, x[..., :20, :24]).maps
+    assert (small - expected).abs().max() <= 1e-6 * expected.amax()
+
+
+def test_a_first_layer_that_works_in_place_changes_neither_the_maps_nor_the_images():
+    x = films(2, side=8)
+    before, heats = x.clone(), []
+    for inplace in (False, True):
+        net = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=inplace), *seesaw()).eval()
+        heats.append(drift.maps(net, x, target=0, layers=["1"]))
+    for key, heat in heats[0].items():
+        assert torch.equal(heat, heats[1][key]) and heat.amax() > 0
+    assert torch.equal(x, before)
+
+
+def test_bad_methods_and_layers_are_refused():
+    net, x = seesaw(), films(2, side=8)
+    for methods in ("gradcam", ["gradcam", "occlusion"], ["gradcam", "gradcam"]):
+        with pytest.raises(ValueError, match="methods must be a list"):
+            drift.maps(net, x, target=None, methods=methods, layers=["0"])
+    for layers, words in (
+        ("0", "layers must map"),
+        ({"a": "0", "b": "0"}, "twice"),
+        ({"a": "9"}, "no layer '9'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            drift.maps(net, x, target=None, layers=layers)
+    with pytest.raises(ValueError, match="does not depend on the images"):
+        drift.maps(Constant().eval(), x, target=None, methods=["saliency"])
+
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return torch.zeros(len(x), 2)
+
+
+# ------------------------------------------------------------------------------------------- measure
+
+
+def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips():
+    x = 0.25 + 0.2 * (films(3, side=8) - 0.4)  # dark: class 1; 0.5 lighter: class 0, and nothing is clipped
+    predictions, moved = drift.measure(
+        seesaw(),
+        x,
+        [1, 1, 1],
+        [5, 2, 9],
+        names=["brightness"],
+        severities=[5],
+        methods=["gradcam"],
+        layers=["0"],
+        progress=False,
+    )
+    by = predictions.set_index(["corruption", "image"])
+    assert (by.loc["clean", "predicted"] == 1).all() and (by.loc["brightness", "predicted"] == 0).all()
+    copies = moved[moved["corruption"] == "brightness"]
+    assert (moved["target"] == 1).all() and (moved["layer"] == "0").all()
+    np.testing.assert_allclose(copies["spearman"], 1, atol=0.01)  # the map of class 0 would give -1
+    np.testing.assert_allclose(copies["rmse"], 0, atol=1e-3)
+    np.testing.assert_allclose(copies["rmse_raw"], 0.5 / 64, rtol=1e-4)  # weight 1/64 times the shift by 0.5
+    assert moved["image"].unique().tolist() == [5, 2, 9]
+
+
+def test_tables_have_the_agreed_columns_and_rows():
+    net, x = resnet18_cifar(width=1 / 8, num_classes=3).eval(), films(3, side=16)
+    before = copy.deepcopy(net.state_dict())
+    predictions, moved = drift.measure(
+        net,
+        x,
+        torch.tensor([0, 2, 1]),
+        [4, 0, 7],
+        names=["contrast"],
+        severities=[2, 5],
+        layers={"low": "backbone.layer1.0", "high": "backbone.layer4.1"},
+        progress=False,
+    )
+    assert list(predictions) == ["image", "label", "corruption", "severity", "predicted", "p0", "p1", "p2"]
+    assert list(moved) == [*KEYS, "target", *drift.SIGN, "zero"]
+    assert len(predictions) == 3 * 3 and len(moved) == 3 * (2 + 2) * 5
+    assert (
+        not predictions.duplicated(["image", "corruption", "severity"]).any()
+        and not moved.duplicated(KEYS).any()
+    )
+    clean = predictions[predictions["corruption"] == "clean"]
+    assert clean["severity"].eq(0).all() and clean["label"].tolist() == [0, 2, 1]
+    expected = net(x).softmax(1).detach()
+    np.testing.assert_allclose(clean[["p0", "p1", "p2"]], expected, atol=1e-6)
+    assert clean["predicted"].tolist() == expected.argmax(1).tolist()
+    assert (
+        moved.groupby("image")["target"].first().loc[[4, 0, 7]].to_numpy() == clean["predicted"].to_numpy()
+    ).all()
+    assert moved.loc[moved["method"] == "saliency", "layer"].eq("input").all()
+    assert moved["zero"].dtype == bool and moved["severity"].isin([0, 2, 5]).all()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    alone, nothing = drift.measure(
+        net, x, [0, 2, 1], [4, 0, 7], names=["contrast"], severities=[2, 5], methods=(), progress=False
+    )
+    pd.testing.assert_frame_equal(alone, predictions, check_exact=False, atol=1e-6)
+    assert len(nothing) == 0 and list(nothing) == list(moved)
+
+
+def test_rows_depend_on_the_image_and_its_id_not_on_batches_or_order():
+    net, x, ids = resnet18_cifar(width=1 / 8).eval(), films(5, side=16), np.array([3, 11, 4, 8, 6])
+    options = {
+        "names": ["gaussian_noise"],
+        "severities": [3],
+        "methods": ["gradcam", "saliency"],
+        "progress": False,
+    }
+    options |= {"layers": ["backbone.layer2.1", "backbone.layer4.1"]}
+
+    def measured(which, ids, **more):
+        return drift.measure(net, x[which], np.zeros(len(which), int), ids, **options, **more)
+
+    def same(tables, others):
+        for a, b in zip(tables, others, strict=True):
+            pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=1e-4, atol=1e-3)
+
+    def copies(tables):
+        keys = (KEYS[:3], KEYS)
+        tables = [t[t["severity"] > 0].sort_values(by) for t, by in zip(tables, keys, strict=True)]
+        return [t.reset_index(drop=True) for t in tables]
+
+    first = measured(range(5), ids, batch_size=5)
+    same(first, measured(range(5), ids, batch_size=2))  # references and the order of the rows too
+    order = [4, 0, 2, 1, 3]
+    same(copies(first), copies(measured(order, ids[order], batch_size=3)))
+    for other in (measured(range(5), ids + 100), measured(range(5), ids, seed=1)):  # other noise
+        assert np.abs(copies(first)[1]["rmse"] - copies(other)[1]["rmse"]).min() > 1e-3
+
+
+def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling():
+    net, x = resnet18_cifar(width=1 / 8).eval(), films(6, side=32)
+    _, moved = drift.measure(
+        net,
+        x,
+        [0] * 6,
+        range(6),
+        names=["brightness"],
+        severities=[1],
+        scale="medmnist-c",
+        batch_size=4,
+        progress=False,
+    )
+    floor = moved[moved["corruption"] == drift.FLOOR]
+    assert (
+        floor["rmse"].max() < 0.1 and floor["spearman"].min() > 0.999 and floor["centre_shift"].max() < 1e-4
+    )
+    levels = drift.reference_levels(moved)
+    assert len(levels) == 17 * len(drift.SIGN) * 2 and levels["n"].eq(6).all()
+    middle = levels.pivot(index=["method", "layer", "score"], columns="reference", values="median")["ceiling"]
+    assert (middle.xs("rmse", level="score") > 5).all()
+    own = moved[
+        (moved["corruption"] == drift.CEILING)
+        & (moved["layer"] == "layer2_1")
+        & (moved["method"] == "gradcam")
+    ]
+    assert middle["gradcam", "layer2_1", "ssim"] == pytest.approx(own["ssim"].median())
+    place = drift.position(moved)
+    assert len(place) == 17 and place[["rmse", "ssim", "spearman"]].min().min() > 0
+    assert place["rmse"].mean() < 0.7 and (place["rmse"] < 1).mean() > 0.8
+    for missing in (drift.FLOOR, drift.CEILING):
+        part = moved[moved["corruption"] != missing]
+        for function in (drift.reference_levels, drift.position):
+            with pytest.raises(ValueError, match=f"no rows '{missing}'"):
+                function(part)
+
+
+def test_the_random_pair_is_another_image_explained_for_the_first_one_s_class():
+    x = torch.stack([0.9 - 0.2 * films(1, side=8)[0], 0.1 + 0.2 * films(1, side=8)[0]])  # class 0 and class 1
+    _, moved = drift.measure(
+        seesaw(), x, [0, 1], [0, 1], names=[], methods=["gradcam"], layers=["0"], progress=False
+    )
+    pair = moved[moved["corruption"] == drift.CEILING]
+    assert pair["target"].tolist() == [0, 1]
+    # One image is the other's negative: their maps are opposite for one class, alike for each its own.
+    np.testing.assert_allclose(pair["spearman"], -1, atol=0.01)
+    for count in (2, 3, 10):
+        for seed in range(5):
+            partners = drift._partners(count, seed)
+            assert sorted(partners) == list(range(count)) and (partners != np.arange(count)).all()
+
+
+def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
+    net = resnet18_cifar(width=1 / 8).eval()
+    nn.init.zeros_(net.backbone.fc.weight)
+    _, moved = drift.measure(
+        net, films(2, side=16), [0, 1], [0, 1], names=["contrast"], severities=[1], progress=False
+    )
+    assert moved["zero"].all() and moved["spearman"].isna().all() and moved["centre_shift"].isna().all()
+    assert moved["rmse"].eq(0).all()
+    levels = drift.reference_levels(moved).query("score == 'spearman'")
+    assert levels["n"].eq(0).all() and levels["median"].isna().all()
+    assert drift.position(moved)["rmse"].isna().all()
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_one_logit_is_read_as_two_classes(squeeze):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    net = net.append(nn.Flatten(0)).eval() if squeeze else net.eval()
+    x = films(3, side=8)
+    predictions, moved = drift.measure(net, x, [0, 1, 1], [0, 1, 2], names=[], layers=["1"], progress=False)
+    z = net(x).reshape(-1).detach()
+    np.testing.assert_allclose(predictions["p1"], z.sigmoid(), atol=1e-6)
+    np.testing.assert_allclose(predictions["p0"] + predictions["p1"], 1)
+    assert predictions["predicted"].tolist() == (z > 0).long().tolist()
+    assert moved.groupby("image")["target"].first().tolist() == (z > 0).long().tolist()
+
+
+def test_measure_refuses_bad_input_before_any_work():
+    net, x = seesaw(), films(2, side=8)
+    runs = []
+    net.register_forward_hook(lambda *_: runs.append(1))
+    good = {"images": x, "labels": [0, 1], "ids": [0, 1], "layers": ["0"], "progress": False}
+    for wrong, words in (
+        ({"images": 2 * x}, r"must lie in \[0,1\]"),
+        ({"images": x[:1], "labels": [0], "ids": [0]}, "two images or more"),
+        ({"labels": [0]}, "labels must be 2 integers"),
+        ({"labels": [0.0, 1.0]}, "labels must be 2 integers"),
+        ({"ids": [0, -1]}, "ids must be 2 integers"),
+        ({"ids": [3, 3]}, "ids holds a number twice"),
+        ({"names": ["fog"]}, "corruption must be one of"),
+        ({"names": "contrast"}, "names must be a list"),
+        ({"severities": [0, 1]}, "severities must be whole numbers"),
+        ({"scale": "mine"}, "scale must be one of"),
+        ({"layers": ["7"]}, "no layer '7'"),
+        ({"methods": ["cam"]}, "methods must be a list"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            drift.measure(net, **(good | wrong))
+    assert not runs
