@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from dlia_utils.attacks._contract import check_inputs
@@ -117,3 +119,21 @@ def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
 def pick(logits: Tensor, target: Tensor) -> Tensor:
     """The target's logit of every image [B]."""
     return logits.gather(1, target[:, None])[:, 0]
+
+
+def window(maps: np.ndarray) -> np.ndarray:
+    """Maps [...,H,W] averaged in the window of structural similarity: Gaussian, deviation 1.5, 11 wide, mirrored."""
+    return gaussian_filter(maps, 1.5, truncate=3.5, axes=(-2, -1))
+
+
+def likeness(
+    mean_a: np.ndarray, mean_b: np.ndarray, variance_a: np.ndarray, variance_b: np.ndarray, product: np.ndarray
+) -> np.ndarray:
+    """Structural similarity [...] of maps on [0,1], K1 = 0.01, K2 = 0.03; `product` is the window's mean of a * b.
+
+    Source: Wang et al., IEEE TIP 13:600, 2004. All arguments are [...,H,W] as `window` gives them.
+    """
+    means = mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    above = (2 * means + c1) * (2 * (product - means) + c2)
+    return (above / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))).mean((-2, -1))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -240,13 +239,13 @@ class _Prepared:
     @classmethod
     def of(cls, raw: np.ndarray) -> _Prepared:
         unit = _unit(raw)
-        mean = _window(unit)
+        mean = s.window(unit)
         flat = unit.reshape(len(unit), -1)
         return cls(
             raw=raw,
             unit=unit,
             mean=mean,
-            variance=_window(unit**2) - mean**2,
+            variance=s.window(unit**2) - mean**2,
             ranks=_ranks(flat),
             highest=_highest(flat),
             centre=_centre(raw),
@@ -260,7 +259,7 @@ def _compared(a: _Prepared, b: _Prepared) -> dict[str, np.ndarray]:
     columns = {
         "rmse": 255 * np.sqrt(((a.unit - b.unit) ** 2).mean((1, 2))),
         "rmse_raw": np.sqrt(((a.raw - b.raw) ** 2).mean((1, 2))),
-        "ssim": _ssim(a, b),
+        "ssim": s.likeness(a.mean, b.mean, a.variance, b.variance, s.window(a.unit * b.unit)),
         "spearman": np.clip((a.ranks * b.ranks).sum(1), -1, 1),
         "top10": (a.highest * b.highest).sum(1) / _count(height * width),
         "centre_shift": np.hypot(*(a.centre - b.centre).T) / np.hypot(height, width),
@@ -276,19 +275,6 @@ def _unit(raw: np.ndarray) -> np.ndarray:
     # What is left of a constant map after rounding must not be blown up to a pattern.
     varied = (high - low > 1e-6 * high) & (high > s.TINY)
     return np.where(varied, (raw - low) / np.where(varied, high - low, 1), 0.0)
-
-
-def _window(stack: np.ndarray) -> np.ndarray:
-    return gaussian_filter(stack, 1.5, truncate=3.5, axes=(1, 2))
-
-
-def _ssim(a: _Prepared, b: _Prepared) -> np.ndarray:
-    """Mean structural similarity of each pair, K1 = 0.01, K2 = 0.03."""
-    product = a.mean * b.mean
-    shared = _window(a.unit * b.unit) - product
-    c1, c2 = 0.01**2, 0.03**2
-    above = (2 * product + c1) * (2 * shared + c2)
-    return (above / ((a.mean**2 + b.mean**2 + c1) * (a.variance + b.variance + c2))).mean((1, 2))
 
 
 def _ranks(flat: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import distance_transform_edt, gaussian_filter, sobel
+from scipy.ndimage import distance_transform_edt, sobel
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
@@ -456,13 +456,6 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     >>> ssim(np.eye(16), np.eye(16))
     1.0
     """
-
-    def smooth(image: np.ndarray) -> np.ndarray:
-        return gaussian_filter(np.asarray(image, dtype=float), 1.5, truncate=3.5)
-
-    mean_a, mean_b = smooth(a), smooth(b)
-    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
-    shared = smooth(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    likeness = (2 * mean_a * mean_b + c1) * (2 * shared + c2)
-    return float((likeness / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    mean_a, mean_b = s.window(a), s.window(b)
+    return float(s.likeness(mean_a, mean_b, s.window(a * a) - mean_a**2, s.window(b * b) - mean_b**2, s.window(a * b)))
