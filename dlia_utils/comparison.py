@@ -24,9 +24,10 @@ def paired_difference(
     """Accuracy of a minus accuracy of b on the same images, where a patient may have several: McNemar by patient.
 
     right_a, right_b: booleans [N], e.g. right predictions, or "not fooled" for robust accuracy; groups: patient ids
-    [N]. Returns value, ci_low, ci_high (patient bootstrap, `interval` as in `metrics.bootstrap`), p and n. p is the
-    exact two-sided randomisation test (Fisher 1935) whose null hypothesis lets the two models trade places in any
-    patient; with one image a patient it is `metrics.mcnemar`'s. Where all images agree, the bootstrap would claim
+    [N]. Returns value, ci_low, ci_high (patient bootstrap, `interval` as in `metrics.bootstrap`), n, only_a and only_b
+    (images that only one of them has right) and p. p is the exact two-sided randomisation test (Fisher 1935) whose
+    null hypothesis lets the two models trade places in any patient; with one image a patient it is McNemar's exact
+    test (1947). Where all images agree, the bootstrap would claim
     certainty: the interval then says, with patients as trials, how often others can still occur (Clopper & Pearson
     1934). Errors: ValueError for unequal lengths.
 
@@ -49,7 +50,8 @@ def paired_difference(
         reach = _exact(0.0, groups, level)["ci_high"] * (1 + abs(gain[0]))
         found |= {"ci_low": max(gain[0] - reach, -1.0), "ci_high": min(gain[0] + reach, 1.0)}
     by_patient = np.bincount(_patients(groups), weights=gain).astype(int)
-    return found | {"p": _sign_flip(by_patient)}
+    counts = {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
+    return found | counts | {"p": _sign_flip(by_patient)}
 
 
 def delong(labels: np.ndarray, score: np.ndarray, groups: Sequence, *, level: float = 0.95) -> dict[str, float]:

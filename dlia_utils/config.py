@@ -34,6 +34,22 @@ KAGGLE_REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the sessi
 # One-Pixel settings of the study that notebook 01 redoes: (pixels, population, iterations, F, CR).
 PUBLISHED_ONE_PIXEL = ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))
 
+# The suite of attacks: what differs from the budgets in `attacks.evaluate.KINDS`; the k/255 of the grid at which a dear
+# attack is run, if not at all of them; and films that the check list attacks again.
+_SUITE: dict[str, Any] = {"budgets": {"square": {"steps": 2000}}, "dear": {"square": (4,)}, "check_films": 50}
+_SUITE_CPU: dict[str, Any] = {
+    "budgets": {
+        "apgd_ce": {"steps": 30}, "apgd_margin": {"steps": 30}, "fmn": {"steps": 30}, "square": {"steps": 200},
+    },
+    "dear": {"apgd_ce": (4,), "apgd_margin": (4,), "square": (4,)},
+    "check_films": 24,
+}  # fmt: skip
+_SUITE_SMOKE: dict[str, Any] = {
+    "budgets": {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}},
+    "dear": {"apgd_ce": (4,), "apgd_margin": (4,), "square": (4,)},
+    "check_films": 4,
+}
+
 _PNEUMONIA: dict[str, Any] = {
     "dataset": "pneumonia",
     "seed": 0,
@@ -56,16 +72,26 @@ _PNEUMONIA: dict[str, Any] = {
     "at_eps": 4 / 255,
     "at_steps": 7,
     "at_step_size": 1.5 / 255,
+    "adversarial": ("pgd_at", "fast_at", "free_at", "trades", "mart", "hat", "gairat"),  # those that are trained
+    "free_replays": 4,
+    "free_epochs": 60,  # each a pass over the data, of which `free_replays` make one look at every film
+    "gairat_epochs": 10,  # after pgd_at's
+    "gairat_steps": 10,
+    "gradient_penalty": 0.03,
+    "sigma": 0.12,
+    "certified_per_class": 100,
+    "certificate_draws": 1000,
     "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8),
     "headline_eps": 4 / 255,
     "published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1),
     "pgd_steps": 20,
     "pgd_restarts": 2,
     "attack_batch": 128,
+    **_SUITE,
     "one_pixel": PUBLISHED_ONE_PIXEL,
     "one_pixel_per_class": 100,
     "bootstrap_draws": 2000,
-}
+}  # fmt: skip
 
 # The recipe of the study that notebook 05 redoes; its own light and laptop sizes are below.
 _DETECTION: dict[str, Any] = {
@@ -312,8 +338,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_workers": 0,
             "at_steps": 2,
             "at_step_size": 2.8 / 255,
-            "pgd_steps": 10,
+            "free_epochs": 12,
+            "gairat_epochs": 2,
+            "gairat_steps": 5,
+            "certified_per_class": 40,
             "eps_grid": pixel_eps(0.5, 1, 2, 4, 8),
+            "pgd_steps": 10,
+            "pgd_restarts": 1,
+            **_SUITE_CPU,
             "one_pixel_per_class": 8,
         },
         "smoke": _PNEUMONIA
@@ -331,19 +363,25 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "at_eps": 0.5 / 255,
             "at_steps": 2,
             "at_step_size": 0.35 / 255,
+            "adversarial": ("pgd_at", "trades"),
+            "gradient_penalty": 1e-3,
+            "sigma": 0.05,
             "eps_grid": pixel_eps(1, 4),
             "published_eps_grid": (0.01, 0.1),
             "pgd_steps": 3,
             "pgd_restarts": 1,
+            **_SUITE_SMOKE,
+            "certified_per_class": 4,
+            "certificate_draws": 200,
             "one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0)),
             "one_pixel_per_class": 4,
             "bootstrap_draws": 200,
         },
     },
     "02_fracatlas_robust_models": {
-        "full": _TRANSFER,
-        "cpu": _TRANSFER | _TRANSFER_CPU,
-        "smoke": _TRANSFER | _TRANSFER_SMOKE,
+        "full": _TRANSFER | _SUITE,
+        "cpu": _TRANSFER | _TRANSFER_CPU | _SUITE_CPU,
+        "smoke": _TRANSFER | _TRANSFER_SMOKE | _SUITE_SMOKE,
     },
     "03_tuberculosis_robustness": {
         "full": _TRANSFER | {"dataset": "tuberculosis", "sensitivity": 0.95},

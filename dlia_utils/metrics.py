@@ -90,23 +90,6 @@ def _exact(value: float, groups: Sequence, level: float) -> dict[str, float]:
     return {"ci_low": float(exact.low), "ci_high": float(exact.high)}
 
 
-def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> dict[str, float]:
-    """Exact McNemar test on paired outcomes (McNemar 1947): do two models differ in accuracy on the same images?
-
-    `right_a`, `right_b` [N] booleans. Returns the two discordant counts and the two-sided p-value (1 when the
-    models never disagree).
-
-    >>> mcnemar(np.array([1, 1, 1, 1, 1, 1, 0], bool), np.array([0, 0, 0, 0, 0, 0, 0], bool))["p"]
-    0.03125
-    """
-    right_a, right_b = np.asarray(right_a, bool), np.asarray(right_b, bool)
-    if right_a.shape != right_b.shape:
-        raise ValueError(f"right_a has shape {right_a.shape}, right_b {right_b.shape}: pair the same images")
-    only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
-    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
-
-
 def sensitivity_at_specificity(
     validation: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import files, phantom
+from .attacks.evaluate import SUITE
 from .datasets import NIH_CLASSES
 from .detect import figures
 from .explain._shared import REFERENCES
@@ -33,21 +34,35 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: clean accuracy and AUC, and accuracy under each attack at 4/255 in pixel units."""
+    """Per model: clean accuracy and AUC, the worst case at 4/255 in pixel units, and its two directions."""
     rows = []
-    for model in dict.fromkeys(results.model):
-        own = results[results.model.eq(model)]
-        cells = {"model": model}
-        cells["clean accuracy"] = _cell(own, attack="clean", metric="accuracy")
+    for model, own in results.groupby("model", sort=False):
+        near = own[np.isclose(own.eps, HEADLINE_EPS) & own.eps_unit.eq("pixel") & own.attack.eq("worst")]
+        if near.empty:  # such as the smoothed model, which has a certificate instead
+            continue
+        cells = {"model": model, "clean accuracy": _cell(own, attack="clean", metric="accuracy")}
         cells["AUC"] = _cell(own, attack="clean", metric="auc")
-        near = own[np.isclose(own.eps, HEADLINE_EPS) & own.eps_unit.eq("pixel")]
-        for attack in ("noise", "fgsm", "pgd_ce", "pgd_margin"):
-            cells[attack] = f"{near[near.attack.eq(attack)]['value'].item():.3f}"
         cells["**worst case**"] = _cell(near, attack="worst", metric="accuracy")
-        zero = own[own.metric.eq("zero_gradient_share")]["value"].item()
-        cells["zero gradients"] = f"{zero:.1%}"
+        cells["pneumonias still found"] = _cell(near, attack="worst", metric="sensitivity")
+        cells["healthy still called healthy"] = _cell(near, attack="worst", metric="specificity")
         rows.append(cells)
     return pd.DataFrame(rows)
+
+
+def each_attack(results: pd.DataFrame) -> pd.DataFrame:
+    """Per model: accuracy under every single attack at 4/255, the worst case, and the share of zero gradients."""
+    near = results[np.isclose(results.eps, HEADLINE_EPS) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
+    table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
+    table = table[[name for name in (*SUITE, "worst") if name in table]].map(lambda value: "" if np.isnan(value) else f"{value:.3f}")
+    zero = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"].map("{:.1%}".format)
+    return table.assign(**{"zero gradients": zero}).reset_index()
+
+
+def certificate(results: pd.DataFrame) -> pd.DataFrame:
+    """Randomised smoothing: the share of films that are right and certified at each L2 radius."""
+    own = results[results.metric.eq("certified_accuracy")].sort_values("eps")
+    cells = [with_interval(row) for _, row in own.iterrows()]
+    return pd.DataFrame({"L2 radius": own["eps"].map("{:.2f}".format), "certified accuracy": cells, "films": own["n"]})
 
 
 def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -115,8 +130,8 @@ def fractures(results: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def fracture_eps(results: pd.DataFrame) -> pd.DataFrame:
-    """FracAtlas: accuracy in the worst case at every eps."""
+def worst_by_eps(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy in the worst case at every eps."""
     rows = []
     for model, own in results.groupby("model", sort=False):
         worst = own[own.attack.eq("worst") & own.metric.eq("accuracy")].sort_values("eps")
@@ -198,7 +213,9 @@ def claimed(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
-    return with_interval(own[own.attack.eq(attack) & own.metric.eq(metric)].iloc[0])
+    """The number with its interval; empty where it was not measured."""
+    rows = own[own.attack.eq(attack) & own.metric.eq(metric)]
+    return with_interval(rows.iloc[0]) if len(rows) else ""
 
 
 def blocks() -> dict[str, str]:
@@ -212,10 +229,13 @@ def blocks() -> dict[str, str]:
     claims = pd.read_csv(REPOSITORY / "results" / "published_r2i_medical_imaging.csv")
     return {
         "01-headline": markdown(headline(results)),
+        "01-attacks": markdown(each_attack(results)),
+        "01-eps": markdown(worst_by_eps(results)),
+        "01-certificate": markdown(certificate(results)),
         "01-fgsm": markdown(beside_published(results, published)),
         "01-one-pixel": markdown(one_pixel(results, published)),
         "02-attacks": markdown(fractures(bones)),
-        "02-eps": markdown(fracture_eps(bones)),
+        "02-eps": markdown(worst_by_eps(bones)),
         "02-maps": markdown(fracture_maps(bones)),
         "02-claimed": markdown(claimed(claims)),
         "04-corruptions": markdown(corruption_cost(moved)),
@@ -237,7 +257,7 @@ def pictures() -> dict[str, Figure]:
     pneumonia = SimpleNamespace(data_name="pneumonia, all 624 test films", profile="cpu", size=112)
     fractures = SimpleNamespace(data_name="FracAtlas, 61 test films", profile="cpu", size=384)
     return {
-        "worst_case": figure_accuracy_vs_eps(attacks, pneumonia, attack="worst", note="Worst case over all attacks"),
+        "worst_case": figure_accuracy_vs_eps(attacks, pneumonia, attack="worst", note="Worst case over the suite"),
         "fractures": figure_accuracy_vs_eps(bones, fracatlas, attack="worst", note="Worst case over all attacks"),
         "views": figures.figure_tta(_view_table(boxes), fractures),
         "findings": _finding_films(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from . import files, metrics
+from . import comparison, files, metrics
 from .attacks.evaluate import pixel_text
 from .config import Config, hardware
 from .study import Study, weights_label
@@ -142,24 +141,37 @@ def masking_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
     return table.assign(gap=table.pgd_ce - table.pgd_margin, zero_gradients=zeros)
 
 
-def paired_tests(per_image: Mapping[str, pd.DataFrame], *, eps: float, reference: str) -> pd.DataFrame:
-    """McNemar tests of every model against `reference` on the same images, clean and in the worst case at `eps`."""
+def paired_tests(
+    per_image: Mapping[str, pd.DataFrame], study: Study, *, eps: float, reference: str
+) -> pd.DataFrame:
+    """Every model against `reference` on the same images, clean and in the worst case at `eps`, one row each.
 
-    def right(name: str, attack: str, at: float) -> np.ndarray:
+    `per_image` holds tables as `attacks.evaluate.robust` gives their rows, by model. The difference of the accuracies
+    has an interval and an exact p by patient (`comparison.paired_difference`); p_holm is p adjusted for the number of
+    models in this condition.
+    """
+
+    def outcome(name: str, attack: str, at: float) -> tuple[np.ndarray, np.ndarray]:
         table = per_image[name]
         part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
-        return ~part["fooled"].to_numpy(bool)
+        return ~part["fooled"].to_numpy(bool), part["image"].to_numpy()
 
-    rows = []
+    tables = []
     for condition, attack, at in (("clean", "clean", 0.0), (f"worst case {eps_text(eps)}", "worst", eps)):
+        base, images = outcome(reference, attack, at)
+        rows = []
         for name in per_image:
             if name != reference:
-                a, b = right(reference, attack, at), right(name, attack, at)
-                test = metrics.mcnemar(a, b)
-                rows.append({"condition": condition, "model": name, "accuracy": b.mean(), "reference": a.mean(),
-                             "only_model_right": test["only_b_right"], "only_reference_right": test["only_a_right"],
-                             "p": test["p"]})  # fmt: skip
-    return pd.DataFrame(rows)
+                own = outcome(name, attack, at)[0]
+                found = comparison.paired_difference(
+                    own, base, study.patients(images), draws=study.config.bootstrap_draws
+                )
+                rows.append({"condition": condition, "model": name, "accuracy": own.mean(), "reference": base.mean(),
+                             "difference": found["value"], "ci_low": found["ci_low"], "ci_high": found["ci_high"],
+                             "only_model_right": found["only_a"], "only_reference_right": found["only_b"],
+                             "p": found["p"]})  # fmt: skip
+        tables.append(pd.DataFrame(rows).assign(p_holm=comparison.holm([row["p"] for row in rows])))
+    return pd.concat(tables, ignore_index=True)
 
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
@@ -234,9 +246,9 @@ def verdict(
     lines = [f"In the worst case at {eps} the **{reference}** model is right on {with_interval(base)} of {base['n']:.0f} images."]
     for name, test in tests.iterrows():
         gain, mask = worst.loc[name, "value"] - base["value"], masking.loc[name]
-        remark = _judge(worst.loc[name, "value"], gain, test["p"], mask, balanced=clean[name])
+        remark = _judge(worst.loc[name, "value"], gain, test["p_holm"], mask, balanced=clean[name])
         lines.append(f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against {reference} "
-                     f"(McNemar p = {test['p']:.2g}). {remark}")  # fmt: skip
+                     f"({p_text(test['p_holm'])}). {remark}")  # fmt: skip
     if config.synthetic:
         lines.append("\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*")
     return "\n".join(lines)
@@ -251,10 +263,19 @@ def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: fl
         return (f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly zero, and PGD with "
                 f"cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss leaves {mask['pgd_margin']:.3f}.")  # fmt: skip
     if gain >= 0.1 and p < 0.01:
-        return "A real gain under both losses" + ("." if worst >= 0.5 else ", though most images still fall.")
+        return "A real gain under every attack of the list" + ("." if worst >= 0.5 else ", though most images still fall.")
     if gain > 0 and p < 0.05:
         return "A small real gain."
     return "No gain that this test split can show."
+
+
+def p_text(p: float) -> str:
+    """A p-value as people write it.
+
+    >>> p_text(0.0421), p_text(3e-9)
+    ('p = 0.042', 'p < 0.001')
+    """
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def with_interval(row: Mapping, *, scale: float = 1.0, digits: int = 3) -> str:
@@ -300,6 +321,11 @@ def _axes(columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.
     return figure, axes
 
 
+def _line(number: int) -> tuple[str, str]:
+    """Colour and style of the line of one of many models."""
+    return COLORS[number % len(COLORS)], ("o-", "s--", "^:")[number // len(COLORS) % 3]
+
+
 def _note(config: Config) -> str:
     return f"{config.data_name}, {config.profile} profile, {config.size} px"
 
@@ -322,12 +348,13 @@ def figure_samples(images: np.ndarray, titles: Sequence[str], config: Config, *,
 def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
     figure, axes = _axes(2, width=4.6, height=3.2)
-    for color, (name, history) in zip(cycle(COLORS), histories.items(), strict=False):
-        axes[0, 0].plot(history.epoch, history.train_loss, "o-", ms=3, color=color, label=name)
-        axes[0, 1].plot(history.epoch, history.val_auc, "o-", ms=3, color=color, label=name)
+    for number, (name, history) in enumerate(histories.items()):
+        color, style = _line(number)
+        axes[0, 0].plot(history.epoch, history.train_loss, style, ms=3, color=color, label=name)
+        axes[0, 1].plot(history.epoch, history.val_auc, style, ms=3, color=color, label=name)
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
     axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
-    axes[0, 1].legend(fontsize=7, frameon=False)
+    axes[0, 1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(_note(config), fontsize=9)
     figure.tight_layout()
     return figure
@@ -336,13 +363,14 @@ def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Fig
 def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], config: Config) -> Figure:
     """ROC curves on the test split, one a model."""
     figure, axes = _axes(1, width=4.6, height=4.2)
-    for color, (name, probability) in zip(cycle(COLORS), probabilities.items(), strict=False):
+    for number, (name, probability) in enumerate(probabilities.items()):
         false_alarm, hit, _ = roc_curve(labels, probability)
-        axes[0, 0].plot(false_alarm, hit, color=color, label=name, lw=1.6)
+        color, style = _line(number)
+        axes[0, 0].plot(false_alarm, hit, style[1:], color=color, label=name, lw=1.6)
     axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
     axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"Test ROC\n{_note(config)}")
     axes[0, 0].title.set_fontsize(9)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="lower right")
+    axes[0, 0].legend(fontsize=7 if len(probabilities) < 12 else 6, frameon=False, loc="lower right")
     figure.tight_layout()
     return figure
 
@@ -374,15 +402,17 @@ def figure_confusion(
 def figure_accuracy_vs_eps(
     results: pd.DataFrame, config: Config, *, attack: str, unit: str = "pixel", note: str = ""
 ) -> Figure:
-    """Accuracy against eps for all models in one figure, with the interval as a band."""
+    """Accuracy against eps for all models in one figure, with the interval as a band (of at most seven models)."""
     figure, axes = _axes(1, width=6.4, height=3.9)
     chosen = results[(results.metric == "accuracy") & (results.eps_unit.eq(unit) | results.attack.eq("clean"))]
     scale = 255 if unit == "pixel" else 1
-    for number, name in enumerate(dict.fromkeys(chosen.model)):
-        color, style = COLORS[number % len(COLORS)], "o-" if number < len(COLORS) else "s--"
+    names = list(dict.fromkeys(chosen[chosen.attack.eq(attack)].model))
+    for number, name in enumerate(names):
+        color, style = _line(number)
         line = chosen[(chosen.model == name) & chosen.attack.isin(["clean", attack])].sort_values("eps")
         axes[0, 0].plot(line.eps * scale, line.value, style, ms=4, color=color, label=name)
-        axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=color, alpha=0.12, lw=0)
+        if len(names) <= 7:  # more bands would hide each other; the tables have every interval
+            axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=color, alpha=0.12, lw=0)
     xlabel = "eps (k/255, pixel units)" if unit == "pixel" else "eps (normalised units of the original study)"
     axes[0, 0].set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{note or attack}\n{_note(config)}")
     axes[0, 0].title.set_fontsize(9)
@@ -398,16 +428,16 @@ def figure_masking(table: pd.DataFrame, config: Config) -> Figure:
     `table` is indexed by model with columns `pgd_ce`, `pgd_margin`, `zero_gradients`. A gap between the first
     two bars is the signature of masked gradients (Carlini & Wagner, arXiv 1607.04311).
     """
-    figure, axes = _axes(1, width=7.0, height=3.4)
+    figure, axes = _axes(1, width=max(7.0, 0.55 * len(table)), height=3.4)
     names = {"pgd_ce": "accuracy, PGD cross-entropy", "pgd_margin": "accuracy, PGD logit margin",
              "zero_gradients": "share of exactly zero gradients"}  # fmt: skip
     place = np.arange(len(table))
     for offset, (column, label), color in zip((-0.27, 0.0, 0.27), names.items(), COLORS, strict=False):
         axes[0, 0].bar(place + offset, table[column], 0.25, label=label, color=color)
-    axes[0, 0].set_xticks(place, table.index, fontsize=8, rotation=12)
+    axes[0, 0].set_xticks(place, table.index, fontsize=8, rotation=25, ha="right", rotation_mode="anchor")
     axes[0, 0].set(ylim=(0, 1.02), title=f"eps {eps_text(config.headline_eps)}; {_note(config)}")
     axes[0, 0].title.set_fontsize(9)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=3)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncol=3)
     figure.tight_layout()
     return figure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -185,16 +186,18 @@ def _choose_weights(config: Config) -> str:
 
 
 def train_model(
-    study: Study, name: str, objective: Callable, *, spectral: bool = False, **overrides
+    study: Study, name: str, objective: Callable, *, start: str | None = None, spectral: str | None = None, **overrides
 ) -> train.FitResult:
     """Train a classifier of this run under `name` with the profile's recipe; a finished one is read back at once.
 
-    `spectral` puts spectral normalisation on every layer while training; `load_models` gives plain layers back.
-    `overrides` go to `train.fit`, e.g. monitor= or val_metric=. Errors: `OutOfTime`.
+    `start` names a trained model of this run to go on from, instead of the run's starting weights. `spectral`
+    ("kernel" or "operator", see `models.spectral_normalize`) bounds every layer while training; `load_models` gives
+    plain layers back. `overrides` go to `train.fit`, e.g. monitor= or val_metric=. Errors: `OutOfTime`.
     """
-    model = build_model(study.config)
+    model = load_models(study, [start])[start] if start else build_model(study.config)
     if spectral:
-        model = models.spectral_normalize(model)
+        shape = (1, study.config.size, study.config.size) if spectral == "operator" else None
+        model = models.spectral_normalize(model, kind=spectral, input_shape=shape)
     options = {"schedule": study.config.schedule, "monitor": "val_accuracy"} | overrides
     return fit_model(
         study, name, model, objective, study.torch_set("train", augmented=True), study.torch_set("val"), **options
@@ -250,8 +253,10 @@ def fit_model(
     fitted = train.fit(model, objective, train_set, val_set, run_dir=log_file.parent, **options)
     if len(fitted.history) != epochs_before:
         # Tables of an older state of this model would be read back as if they were its own.
-        for table in (config.run_dir / "tables").glob(f"*_{name.removesuffix('_head')}.csv"):
+        own = name.removesuffix("_head")
+        for table in (config.run_dir / "tables").glob(f"*_{own}.csv"):
             table.unlink()
+        shutil.rmtree(suite_folder(config, own), ignore_errors=True)
     if fitted.status == "interrupted":
         raise OutOfTime(
             f"{name} stopped after {len(fitted.history)} of {options['epochs']} epochs, which are kept: the next "
@@ -288,6 +293,11 @@ def stored(study: Study, name: str, compute: Callable[[], pd.DataFrame]) -> pd.D
     if not (path.exists() and study.config.resume):
         files.write_csv(compute(), path)
     return pd.read_csv(path)
+
+
+def suite_folder(config: Config, name: str) -> Path:
+    """Where `attacks.evaluate.robust` keeps what it has finished of model `name`; training it further clears it."""
+    return config.run_dir / "suite" / name
 
 
 def test_opened(study: Study, purpose: str) -> pd.DataFrame:

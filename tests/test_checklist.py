@@ -155,6 +155,26 @@ def test_another_range_of_pixels(sound):
     assert evaluated(dark, x / 255, y).verdict[check] == "WARN"
 
 
+class Strict(nn.Module):
+    """Refuses what is not in [0,1], as the robust models of the suite do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError("images must lie in [0, 1]")
+        return self.model(x)
+
+
+def test_a_model_that_refuses_another_range_passes(sound):
+    model, x, y = sound
+    table = evaluated(Strict(model).eval(), x, y)
+    line = table.loc["the model wants pixels in [0,1], and the images fill them"]
+    assert line.verdict == "PASS" and "0.0% in" in line.value
+
+
 # ------------------------------------------------------------------ rows made to fail
 
 

@@ -355,6 +355,26 @@ def test_smallest_changes_are_searched_once_and_count_at_every_eps(both):
             assert own.tolist() == (distance[own.index] <= eps).tolist()
 
 
+def test_a_dear_attack_at_some_eps_only(both, study):
+    model, *data = study
+    at = {"square": [GRID[-1]], "pgd_ce": GRID[1:]}
+    options = dict(budgets=SHORT, batch_size=16, progress=False)
+    for early_drop in (True, False):
+        found = evaluate.robust(model, data, GRID, at=at, early_drop=early_drop, **options)
+        ran = {name: set(part.eps) for name, part in found.cost.groupby("attack")}
+        assert ran["square"] == {GRID[-1]} and ran["pgd_ce"] == set(GRID[1:]) and ran["pgd_margin"] == set(GRID)
+        assert found.table().square.isna().tolist() == [True] * (len(GRID) - 1) + [found.table().square.isna().iloc[-1]]
+        assert set(found.cost.attack) == set(both[early_drop].cost.attack)
+        assert f"only at {found.balls('square')}" in found.threat() and found.balls("fgsm") == found.balls()
+    # In full the attacks know nothing of each other: those that ran did what they always do.
+    whole, columns = both[False].rows, ["attack", "eps", "image"]
+    same = found.rows[found.rows.attack != "worst"].merge(whole, on=columns, suffixes=("", "_whole"))
+    assert len(same) == (found.rows.attack != "worst").sum() and same.fooled.equals(same.fooled_whole)
+    assert found.report().check.is_unique and evaluate.sanity(found.rows).passed.all()
+    doubled = found.report().set_index("check").value["twice the steps add nothing"]
+    assert any(evaluate.pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
+
+
 @pytest.mark.parametrize("early_drop", [True, False])
 def test_the_passes_counted_are_those_made(study, early_drop):
     model, x, y = study
@@ -464,6 +484,9 @@ def test_intervals_page_and_figure(both, study):
     table = found.table(draws=200)
     assert ((table.worst_low <= table.worst) & (table.worst <= table.worst_high)).all()
     assert (table.clean == 37 / 40).all() and table.attack_success.is_monotonic_increasing
+    share = study[2].double().mean().item()  # of class 1
+    assert (share * table.sensitivity + (1 - share) * table.specificity).tolist() == pytest.approx(table.worst.tolist())
+    assert table.sensitivity.between(0, 1).all() and not table.sensitivity.equals(table.specificity)
     assert table.attack_success.iloc[-1] == pytest.approx(1 - table.worst.iloc[-1] / (37 / 40))
     for one in (found, *both.values()):
         page = one.text(checks=False)
@@ -480,6 +503,9 @@ def test_bad_arguments_of_the_suite_are_refused(study):
         "eps > 0": {"eps_grid": [0]},
         "budgets.*stepz": {"budgets": {"square": {"stepz": 3}}},
         "budgets speaks of": {"budgets": {"one_pixel": {"population": 9}}},
+        "at speaks of": {"at": {"one_pixel": [GRID[0]]}},
+        r"at\['square'\] must be eps of the grid": {"at": {"square": [0.9]}},
+        "once and counts at every eps": {"at": {"fmn": [GRID[0]]}},
         "does not know norm": {"attacks": ["fgsm"], "norm": "l2"},
         "needs surrogate": {"attacks": ["transfer"]},
         "groups holds": {"groups": [1, 2]},

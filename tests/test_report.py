@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -73,16 +74,22 @@ def per_image(fooled_clean, fooled_worst):
 
 def test_paired_tests_count_discordant_images(config):
     tables = {"baseline": per_image([0] * 8, [1] * 8), "good": per_image([0] * 7 + [1], [0] * 6 + [1] * 2)}
-    paired = report.paired_tests(tables, eps=4 / 255, reference="baseline").set_index("condition")
+    tables["same"] = tables["baseline"]
+    study = SimpleNamespace(config=SimpleNamespace(bootstrap_draws=50), patients=lambda images: np.asarray(images))
+    paired = report.paired_tests(tables, study, eps=4 / 255, reference="baseline").set_index(["condition", "model"])
     worst = paired.loc["worst case 4/255"]
-    assert (worst["only_model_right"], worst["only_reference_right"]) == (6, 0)
-    assert worst["p"] == pytest.approx(2 / 2**6)
-    assert paired.loc["clean", "p"] == 1.0
+    assert worst.loc["good", ["only_model_right", "only_reference_right"]].tolist() == [6, 0]
+    assert worst.loc["good", "p"] == pytest.approx(2 / 2**6)
+    assert worst["p_holm"].tolist() == pytest.approx([4 / 2**6, 1]) and worst.loc["same", "p"] == 1
+    assert paired.loc[("clean", "good"), "p"] == 1.0 and worst.loc["good", "difference"] == 0.75
+    study.patients = lambda images: np.asarray(images) // 4  # two patients
+    by_patient = report.paired_tests(tables, study, eps=4 / 255, reference="baseline").set_index(["condition", "model"])
+    assert by_patient.loc[("worst case 4/255", "good"), "p"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("margin", "zeros", "balanced", "words"),
-    [(0.60, 0.0, 0.9, "A real gain under both losses."), (0.60, 0.0, 0.5, "No defence"), (0.40, 0.0, 0.9, "Masked gradients"), (0.05, 0.9, 0.9, "Masked gradients"), (0.60, 0.9, 0.9, "Masked gradients")],
+    [(0.60, 0.0, 0.9, "A real gain under every attack of the list."), (0.60, 0.0, 0.5, "No defence"), (0.40, 0.0, 0.9, "Masked gradients"), (0.05, 0.9, 0.9, "Masked gradients"), (0.60, 0.9, 0.9, "Masked gradients")],
 )
 def test_verdict_trusts_neither_masked_gradients_nor_constant_answers(config, margin, zeros, balanced, words):
     table = pd.concat(
@@ -94,7 +101,7 @@ def test_verdict_trusts_neither_masked_gradients_nor_constant_answers(config, ma
     reading = shares.assign(metric="balanced_accuracy", value=[0.9, balanced])
     table = pd.concat([table, report.result_rows(shares, config), report.result_rows(reading, config)])
     masking = report.masking_table(table, eps=4 / 255)
-    paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p": 1e-6}])
+    paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p_holm": 1e-6}])
     text = report.verdict(table, masking, paired, config)
     assert words in text and "Synthetic images" in text
 

@@ -77,9 +77,31 @@ def test_tables_are_kept_until_their_model_is_trained_further(opened):
         assert study.stored(opened, "robust_baseline", compute)["value"].item() == 0.5
     study.stored(opened, "robust_other", compute)
     assert len(calls) == 2
+    for name in ("baseline", "other"):
+        study.suite_folder(opened.config, name).mkdir(parents=True)
     study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
     tables = {path.name for path in (opened.config.run_dir / "tables").iterdir()}
     assert tables == {"robust_other.csv"}
+    assert [path.name for path in study.suite_folder(opened.config, "x").parent.iterdir()] == ["other"]
+
+
+def test_a_training_goes_on_from_another_model_and_leaves_it_as_it_was(opened):
+    study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
+    before = study.load_models(opened, ["baseline"])["baseline"]
+    study.train_model(opened, "further", objectives.cross_entropy(), start="baseline", lr=1e-9, progress=False)
+    models_now = study.load_models(opened, ["baseline", "further"])
+    assert objectives.fingerprint(models_now["baseline"]) == objectives.fingerprint(before)
+    for one, other in zip(before.parameters(), models_now["further"].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_spectral_bounds_hold_while_training_and_plain_layers_come_back(opened):
+    for kind in ("kernel", "operator"):
+        study.train_model(opened, kind, objectives.cross_entropy(), spectral=kind, progress=False)
+        model = study.load_models(opened, [kind])[kind]
+        assert not any(torch.nn.utils.parametrize.is_parametrized(module) for module in model.modules())
+        norms = models.compare_norms(model.backbone, (3, 48, 48))
+        assert norms[{"kernel": "reshaped_norm", "operator": "operator_norm"}[kind]].max() < 1.1
 
 
 def test_every_opening_of_the_test_split_is_logged(opened):

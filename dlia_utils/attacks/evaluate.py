@@ -128,6 +128,7 @@ def robust(
     steps: int = 10,
     restarts: int = 1,
     budgets: Mapping[str, Mapping[str, Any]] | None = None,
+    at: Mapping[str, Iterable[float]] | None = None,
     batch_size: int = 64,
     seed: int = 0,
     eot: int = 1,
@@ -151,7 +152,8 @@ def robust(
     yields them; all are held in memory. eps_grid: pixel units (k/255); with norm "l2" the length of the whole
     change. attacks: names in `KINDS`, by default `suite(norm)`; they run in the order of `ORDER`, whatever
     the order given. steps, restarts: of PGD (restarts of APGD too); budgets: options of single attacks, such
-    as {"square": {"steps": 2000}}. eot: passes averaged per look at a model that is random in eval mode. ids:
+    as {"square": {"steps": 2000}}. at: eps of the grid where a dear attack is run, if not at all of them, such as
+    {"square": [4 / 255]}. eot: passes averaged per look at a model that is random in eval mode. ids:
     default 0..N-1; with seed and ids the draws of an image are fixed, whatever its batch. groups: patients
     [N], for the intervals. grey: one perturbation for R=G=B. mask: bool [N or 1,1,H,W] of the pixels that may
     change. surrogate: another model for the attack "transfer", which is then run too.
@@ -160,7 +162,7 @@ def robust(
     all. False: every attack on every image that the model gets right. The worst case is the same, but for
     images within float rounding of the boundary, as the batches differ.
     Attacks for the smallest change (DeepFool, FMN, Carlini-Wagner) are run once per image, and count at every
-    eps from the size of the change they found.
+    eps from the size of the change they found; `at` is not for them.
     fast: attack a folded copy (`models.fold.fast_copy`). Success is always judged on `model` itself; an image
     that fools only the copy is attacked again on `model`, and the number of such cases is logged.
     bpda: context `bpda(model)` inside which gradients go straight through an operator (`attacks.bpda`, arXiv
@@ -195,10 +197,11 @@ def robust(
         raise ValueError('the attack "transfer" needs surrogate=, the model that it is crafted on')
     shared = {"norm": norm, "steps": steps, "restarts": restarts, "seed": seed, "grey": grey, "eot": eot}
     options = {name: _options(name, shared, budgets or {}) for name in sorted(set(names), key=ORDER.index)}
-    _check_names(budgets or {}, options)
+    _check_names("budgets", budgets or {}, options)
+    at = _chosen_eps(at or {}, options, grid)
     bpda = bpda or _known_bpda(model)
     settings = {
-        "norm": norm, "eps_grid": grid, "attacks": options, "eot": eot, "seed": seed, "grey": grey,
+        "norm": norm, "eps_grid": grid, "attacks": options, "at": at, "eot": eot, "seed": seed, "grey": grey,
         "fast": fast, "early_drop": early_drop, "bpda": None if bpda is None else _name(bpda),
     }  # fmt: skip
     store = None
@@ -207,13 +210,13 @@ def robust(
                    "ids": _hash(torch.as_tensor(ids)), "mask": mask is not None and _hash(mask),
                    "surrogate": surrogate is not None and _model_hash(surrogate)}  # fmt: skip
         store = _open_store(Path(folder), settings | content, resume)
-    runs = _runs(model, options, bpda, surrogate, fast=fast)
+    runs = _runs(model, options, at, bpda, surrogate, fast=fast)
     device = next((p.device for p in model.parameters()), images.device)
     data = _Images(images, labels, ids, mask, device, batch_size, norm, eot)
     blocks = _attack_all(model, data, grid, runs, early_drop=early_drop, store=store, progress=progress)
     call = {
         "attacks": list(options), "norm": norm, "steps": steps, "restarts": restarts, "budgets": budgets,
-        "batch_size": batch_size, "seed": seed, "eot": eot, "ids": ids, "grey": grey, "mask": mask,
+        "at": at, "batch_size": batch_size, "seed": seed, "eot": eot, "ids": ids, "grey": grey, "mask": mask,
         "fast": fast, "bpda": bpda, "surrogate": surrogate,
     }  # fmt: skip
     return Evaluation(
@@ -295,25 +298,27 @@ class Evaluation:
     call: dict[str, Any] = field(repr=False)
 
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
-        """One row per eps: ball, images, clean, one column per attack, worst, and attack_success.
+        """One row per eps: ball, images, clean, one column per attack, worst, sensitivity, specificity, attack_success.
 
         clean and worst are accuracies over all images (a clean error counts as fooled); attack_success is the
         share of the images right at first that are fooled in the worst case. An attack's column is its
         accuracy over all images too, or, with early_drop, over those that still stood when it came (NaN:
-        none did). With groups: the interval of worst, worst_low and worst_high, from `draws` resamples of
+        none did, or it was not run at that eps). sensitivity and specificity, of two classes: worst among the
+        images of class 1 (what is still found) and of class 0 (what is still left alone). With groups: the interval of worst, worst_low and worst_high, from `draws` resamples of
         patients, and clean_low and clean_high.
         """
         groups = self.rows.groupby(["attack", "eps"], sort=False)
         right = {key: ~part.fooled.to_numpy() for key, part in groups}
-        clean = right["clean", 0.0]
-        lines = []
+        clean, labels, lines = right["clean", 0.0], self.labels.cpu().numpy(), []
         for eps in self.settings["eps_grid"]:
             worst = right["worst", eps]
             line = {"eps": eps, "ball": self._ball(eps), "images": len(clean), "clean": clean.mean()}
             for name in self._attacks():
                 line[name] = right[name, eps].mean() if (name, eps) in right else np.nan
-            success = 1 - worst[clean].mean() if clean.any() else np.nan
-            line |= {"worst": worst.mean(), "attack_success": success}
+            line["worst"] = worst.mean()
+            if set(labels) == {0, 1}:
+                line |= {"sensitivity": worst[labels == 1].mean(), "specificity": worst[labels == 0].mean()}
+            line["attack_success"] = 1 - worst[clean].mean() if clean.any() else np.nan
             if self.groups is not None:
                 for name, flags in (("clean", clean), ("worst", worst)):
                     interval = metrics.share(flags, self.groups, draws=draws)
@@ -364,7 +369,7 @@ class Evaluation:
             "ball": f"{said['norm']} ({unit}), eps {self.balls()}, pixels in [0,1]",
             "limits": "; ".join(limits) or "none besides: every pixel and channel may change",
             "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
-            "attacks": "; ".join(_budget_text(name, options) for name, options in said["attacks"].items()),
+            "attacks": "; ".join(self._budget(name) for name in said["attacks"]),
             "operators": f"also straight through ({said['bpda']})" if said["bpda"] else "exact gradients",
             "draws": f"seed {said['seed']}, {said['eot']} pass(es) of the model per look",
         }
@@ -449,19 +454,20 @@ class Evaluation:
     def _attacks(self) -> list[str]:
         return [name for name in dict.fromkeys(self.rows.attack) if name not in ("clean", "worst")]
 
-    def balls(self) -> str:
-        """The eps grid in words."""
-        return ", ".join(map(self._ball, self.settings["eps_grid"]))
+    def balls(self, name: str | None = None) -> str:
+        """The eps grid in words, or those eps at which the attack `name` is run."""
+        return ", ".join(map(self._ball, self.settings["at"].get(name, self.settings["eps_grid"])))
+
+    def _budget(self, name: str) -> str:
+        """The attack with the numbers that make it strong or weak."""
+        shared = ("norm", "seed", "grey", "eot", "loss")
+        numbers = {k: v for k, v in self.settings["attacks"][name].items() if k not in shared}
+        words = [f"{key} {value}" for key, value in numbers.items()]
+        words += [f"only at {self.balls(name)}"] if name in self.settings["at"] else []
+        return f"{name} ({', '.join(words)})" if words else name
 
     def _ball(self, eps: float) -> str:
         return pixel_text(eps) if self.settings["norm"] == "linf" else f"{eps:g}"
-
-
-def _budget_text(name: str, options: Mapping[str, Any]) -> str:
-    """The attack with the numbers that make it strong or weak."""
-    shared = ("norm", "seed", "grey", "eot", "loss")
-    numbers = {key: value for key, value in options.items() if key not in shared}
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in numbers.items())})" if numbers else name
 
 
 # ------------------------------------------------------------------------------------------- what is run
@@ -475,6 +481,7 @@ class _Run:
     smallest: bool
     attacked: nn.Module
     context: Bpda
+    at: Sequence[float] | None = None  # eps at which it is run; None: all
 
 
 def _known_bpda(model: nn.Module) -> Bpda | None:
@@ -506,15 +513,31 @@ def _options(name: str, shared: Mapping[str, Any], budgets: Mapping[str, Mapping
     return {key: value for key, value in shared.items() if key in known} | dict(KINDS[name].options) | own
 
 
-def _check_names(budgets: Mapping[str, Mapping], options: Mapping[str, Mapping]) -> None:
-    strange = sorted(set(budgets) - set(options))
+def _check_names(argument: str, given: Mapping[str, Any], options: Mapping[str, Mapping]) -> None:
+    strange = sorted(set(given) - set(options))
     if strange:
-        raise ValueError(f"budgets speaks of {strange}, which are not among the attacks run: {list(options)}")
+        raise ValueError(f"{argument} speaks of {strange}, which are not among the attacks run: {list(options)}")
+
+
+def _chosen_eps(
+    at: Mapping[str, Iterable[float]], options: Mapping[str, Mapping], grid: Sequence[float]
+) -> dict[str, list[float]]:
+    """By attack the eps of the grid at which it is run, for those that are not run at all of them."""
+    _check_names("at", at, options)
+    chosen = {}
+    for name, wanted in ((name, list(eps)) for name, eps in at.items()):
+        chosen[name] = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
+        if KINDS[name].smallest:
+            raise ValueError(f"at[{name!r}]: this attack is run once and counts at every eps; leave it out of at")
+        if len(chosen[name]) < len(set(wanted)) or not chosen[name]:
+            raise ValueError(f"at[{name!r}] must be eps of the grid {grid}, at least one; got {wanted}")
+    return chosen
 
 
 def _runs(
     model: nn.Module,
     options: Mapping[str, Mapping[str, Any]],
+    at: Mapping[str, Sequence[float]],
     bpda: Bpda | None,
     surrogate: nn.Module | None,
     *,
@@ -526,13 +549,13 @@ def _runs(
     for name, own in options.items():
         extra = {"surrogate": surrogate} if name == "transfer" else {}
         attack = partial(KINDS[name].attack, **own, **extra)
-        runs[name] = _Run(attack, KINDS[name].smallest, exact, nullcontext)
+        runs[name] = _Run(attack, KINDS[name].smallest, exact, nullcontext, at.get(name))
     if bpda is not None:
         # A folded copy has no operators left, but their gradient as it was when the copy was made.
         with bpda(model):
             through = fast_copy(model) if fast else model
         for name in set(TWICE) & set(options):
-            runs[f"{name}{BPDA}"] = _Run(runs[name].attack, False, through, bpda)
+            runs[f"{name}{BPDA}"] = _Run(runs[name].attack, False, through, bpda, at.get(name))
     return {name: runs[name] for name in sorted(runs, key=ORDER.index)}
 
 
@@ -623,6 +646,9 @@ def _attack_all(
     with tqdm(total=total * len(grid) * len(runs), desc="attacks", unit="image", disable=not progress) as bar:
         for number, eps in enumerate(grid):
             for name in sorted(runs, key=lambda name: name not in known):  # what costs nothing comes first
+                if runs[name].at is not None and eps not in runs[name].at:
+                    bar.update(total)
+                    continue
                 standing = np.flatnonzero(~fooled) if early_drop else attackable
                 if name in known:
                     block = known[name].of_known(eps, standing)
@@ -927,11 +953,14 @@ def _beats(
     check: str, fooled: dict[str, pd.DataFrame], strong: list[str], weak: str, eps_text: Callable
 ) -> tuple[str, bool, str]:
     """At every eps the strong attacks together fool at least as many images as the weak one."""
-    union = np.logical_or.reduce([fooled[name].to_numpy() for name in strong])
-    weaker = fooled[weak].to_numpy()
+    common = [eps for eps in fooled[weak] if any(eps in fooled[name] for name in strong)]
+    weaker = fooled[weak][common].to_numpy()
+    union = np.logical_or.reduce(
+        [fooled[name].reindex(columns=common, fill_value=False).to_numpy() for name in strong]
+    )
     counts = [
         f"{eps_text(eps)}: {ours} " + (f">= {theirs}" if ours >= theirs else f"< {theirs} FAILED")
-        for eps, ours, theirs in zip(fooled[weak].columns, union.sum(0), weaker.sum(0), strict=True)
+        for eps, ours, theirs in zip(common, union.sum(0), weaker.sum(0), strict=True)
     ]
     alone = int((weaker & ~union).sum())
     passed = bool((union.sum(0) >= weaker.sum(0)).all())

@@ -601,14 +601,14 @@ figure
 # %% [markdown]
 # ## 7 Verdict
 #
-# Every model against the plain one on the *same* films (McNemar's exact test), clean and in the worst case; then the
-# films with TB. The sentences are written by code from this run's numbers, so that they cannot claim more than it shows.
+# Every model against the plain one on the *same* films (McNemar's exact test by patient, with Holm's adjustment), clean
+# and in the worst case; then the films with TB. The sentences are written by code from this run's numbers, so that they cannot claim more than it shows.
 
 # %%
 study = open_study(config)
 names = trained(study, [*MODELS, *config.zoo])
 per_image = {name: pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv") for name in names}
-paired = report.paired_tests(per_image, eps=config.headline_eps, reference="standard")
+paired = report.paired_tests(per_image, study, eps=config.headline_eps, reference="standard")
 files.write_csv(paired, config.run_dir / "paired_tests.csv")
 results = pd.read_csv(RESULTS)
 masking = report.masking_table(results, eps=config.headline_eps)

@@ -56,7 +56,8 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from dlia_utils import augment, curves, datasets, files, metrics, models, objectives, once, report, search, shortcuts, split, train
+from dlia_utils import augment, comparison, curves, datasets, files, metrics, models, objectives, once, report
+from dlia_utils import search, shortcuts, split, train
 from dlia_utils.explain import figures
 from dlia_utils.explain.gradcam import gradcam
 from dlia_utils.study import build_model, fit_model, load_models, open_study, stored, test_opened, trained, weights_label
@@ -418,9 +419,9 @@ clean.pivot_table(index="metric", columns="model", values="cell", aggfunc="first
 
 
 # %% [markdown]
-# **Paired**, because all models answered the same films. McNemar's exact test asks whether one is right more often where
-# they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference comes from drawing the
-# same films for both.
+# **Paired**, because all models answered the same films. McNemar's exact test, by patient, asks whether one is right more
+# often where they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference comes from
+# drawing the same patients for both.
 
 # %%
 def auc_difference(labels, one, other, patients):
@@ -436,8 +437,8 @@ rows = []
 for one, other in (("frozen", "baseline"), ("finetuned", "baseline"), ("finetuned", "frozen")):
     if one in answers:
         right = [(answers[name] > 0.5).to_numpy() == (labels == 1) for name in (one, other)]
-        test = metrics.mcnemar(*right)
-        rows.append({"model": one, "against": other, "only_it": test["only_a_right"], "only_other": test["only_b_right"],
+        test = comparison.paired_difference(*right, patients, draws=config.bootstrap_draws)
+        rows.append({"model": one, "against": other, "only_it": test["only_a"], "only_other": test["only_b"],
                      "p": test["p"], **auc_difference(labels, answers[one], answers[other], patients)})  # fmt: skip
 paired = pd.DataFrame(rows)
 files.write_csv(paired, config.run_dir / "paired_tests.csv")
