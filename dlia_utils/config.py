@@ -34,19 +34,19 @@ KAGGLE_REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the sessi
 # One-Pixel settings of the study that notebook 01 redoes: (pixels, population, iterations, F, CR).
 PUBLISHED_ONE_PIXEL = ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))
 
-# The suite of attacks: what differs from the budgets in `attacks.evaluate.KINDS`; the k/255 of the grid at which a dear
+# The suite of attacks: what differs from the budgets in `attacks.evaluate.KINDS`; the eps of the grid at which a dear
 # attack is run, if not at all of them; and films that the check list attacks again.
-_SUITE: dict[str, Any] = {"budgets": {"square": {"steps": 2000}}, "dear": {"square": (4,)}, "check_films": 50}
+_SUITE: dict[str, Any] = {"budgets": {"square": {"steps": 2000}}, "dear": {"square": pixel_eps(4)}, "check_films": 50}
 _SUITE_CPU: dict[str, Any] = {
     "budgets": {
         "apgd_ce": {"steps": 30}, "apgd_margin": {"steps": 30}, "fmn": {"steps": 30}, "square": {"steps": 200},
     },
-    "dear": {"apgd_ce": (4,), "apgd_margin": (4,), "square": (4,)},
+    "dear": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4)),
     "check_films": 24,
 }  # fmt: skip
 _SUITE_SMOKE: dict[str, Any] = {
     "budgets": {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}},
-    "dear": {"apgd_ce": (4,), "apgd_margin": (4,), "square": (4,)},
+    "dear": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4)),
     "check_films": 4,
 }
 
@@ -77,7 +77,7 @@ _PNEUMONIA: dict[str, Any] = {
     "free_epochs": 60,  # each a pass over the data, of which `free_replays` make one look at every film
     "gairat_epochs": 10,  # after pgd_at's
     "gairat_steps": 10,
-    "gradient_penalty": 0.03,
+    "gradient_penalty": 3e-3,
     "sigma": 0.12,
     "certified_per_class": 100,
     "certificate_draws": 1000,
@@ -364,6 +364,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
             "at_steps": 2,
             "at_step_size": 0.35 / 255,
             "adversarial": ("pgd_at", "trades"),
+            "temperatures": (50.0,),
             "gradient_penalty": 1e-3,
             "sigma": 0.05,
             "eps_grid": pixel_eps(1, 4),

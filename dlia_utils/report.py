@@ -321,9 +321,10 @@ def _axes(columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.
     return figure, axes
 
 
-def _line(number: int) -> tuple[str, str]:
-    """Colour and style of the line of one of many models."""
-    return COLORS[number % len(COLORS)], ("o-", "s--", "^:")[number // len(COLORS) % 3]
+def _style(number: int) -> dict:
+    """Colour, line style and marker of the n-th curve: different without colours as well."""
+    line, marker = ("-", "--", "-.", ":")[number % 4], "osD^vPX*hd"[number % 10]
+    return {"color": COLORS[number % len(COLORS)], "ls": line, "marker": marker}
 
 
 def _note(config: Config) -> str:
@@ -349,9 +350,8 @@ def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Fig
     """Training loss and validation AUC per epoch, one line a model."""
     figure, axes = _axes(2, width=4.6, height=3.2)
     for number, (name, history) in enumerate(histories.items()):
-        color, style = _line(number)
-        axes[0, 0].plot(history.epoch, history.train_loss, style, ms=3, color=color, label=name)
-        axes[0, 1].plot(history.epoch, history.val_auc, style, ms=3, color=color, label=name)
+        axes[0, 0].plot(history.epoch, history.train_loss, ms=3, label=name, **_style(number))
+        axes[0, 1].plot(history.epoch, history.val_auc, ms=3, label=name, **_style(number))
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
     axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
     axes[0, 1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -365,8 +365,7 @@ def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], conf
     figure, axes = _axes(1, width=4.6, height=4.2)
     for number, (name, probability) in enumerate(probabilities.items()):
         false_alarm, hit, _ = roc_curve(labels, probability)
-        color, style = _line(number)
-        axes[0, 0].plot(false_alarm, hit, style[1:], color=color, label=name, lw=1.6)
+        axes[0, 0].plot(false_alarm, hit, label=name, lw=1.6, **_style(number) | {"marker": ""})
     axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
     axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"Test ROC\n{_note(config)}")
     axes[0, 0].title.set_fontsize(9)
@@ -408,11 +407,11 @@ def figure_accuracy_vs_eps(
     scale = 255 if unit == "pixel" else 1
     names = list(dict.fromkeys(chosen[chosen.attack.eq(attack)].model))
     for number, name in enumerate(names):
-        color, style = _line(number)
+        style = _style(number)
         line = chosen[(chosen.model == name) & chosen.attack.isin(["clean", attack])].sort_values("eps")
-        axes[0, 0].plot(line.eps * scale, line.value, style, ms=4, color=color, label=name)
+        axes[0, 0].plot(line.eps * scale, line.value, ms=4, label=name, **style)
         if len(names) <= 7:  # more bands would hide each other; the tables have every interval
-            axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=color, alpha=0.12, lw=0)
+            axes[0, 0].fill_between(line.eps * scale, line.ci_low, line.ci_high, color=style["color"], alpha=0.12, lw=0)
     xlabel = "eps (k/255, pixel units)" if unit == "pixel" else "eps (normalised units of the original study)"
     axes[0, 0].set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{note or attack}\n{_note(config)}")
     axes[0, 0].title.set_fontsize(9)

@@ -270,6 +270,7 @@ class _Run:
                 self._epoch(bar)
                 if on_epoch:
                     on_epoch(dict(state.history[-1]))
+        self._warn_of_ties()
         return "done"
 
     def result(self, status: str) -> FitResult:
@@ -383,6 +384,16 @@ class _Run:
             }
         if math.isnan(score):
             log.warning("%s is not a number in epoch %d", self.settings["monitor"], state.epoch)
+
+    def _warn_of_ties(self) -> None:
+        """A monitor that never moved has chosen the first epoch: nothing was selected, and nobody would see it."""
+        name = self.settings["monitor"]
+        scores = {row[name] for row in self.progress.history}
+        if len(self.progress.history) > 1 and len(scores) == 1 and not math.isnan(self.progress.best_score):
+            log.warning(
+                "%s: %s was %g in every epoch, so the first one was kept; choose another monitor",
+                self.run_dir.name, name, scores.pop(),
+            )  # fmt: skip
 
     def _is_finished(self) -> bool:
         state, patience = self.progress, self.settings["patience"]

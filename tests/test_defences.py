@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from small import linear, small_batch
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -15,16 +16,9 @@ from dlia_utils.objectives import fingerprint
 EPS = 0.1
 
 
-def linear(seed=0, classes=2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(9, classes))
-
-
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    x = 0.2 + 0.6 * torch.rand(6, 1, 3, 3, generator=generator)
-    return x, torch.tensor([0, 1, 1, 0, 1, 0])
+    return small_batch()
 
 
 def seen_by(model) -> list:

@@ -1,7 +1,6 @@
 """Figures of corruptions and drift: every number drawn is one of the table's, and what a table lacks is said."""
 
-import warnings
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,26 +15,10 @@ from dlia_utils.explain import drift_figures as figures
 from dlia_utils.explain.drift import SIGN
 
 NAMES, LAYERS, SEVERITIES, IMAGES = ["contrast", "motion_blur"], ["layer1_2", "layer4_1"], [1, 2, 3], 5
-
-
-@dataclass
-class FakeConfig:
-    """The fields of a Config that the figures read."""
-
-    profile: str = "smoke"
-    size: int = 24
-    data_name: str = "pneumonia (SYNTHETIC)"
-
-
-CONFIG = FakeConfig()
-
-
-@pytest.fixture(autouse=True)
-def _no_warning():
-    with warnings.catch_warnings():
-        for kind in (UserWarning, RuntimeWarning, FutureWarning):
-            warnings.simplefilter("error", kind)
-        yield
+CONFIG = SimpleNamespace(profile="smoke", size=24, data_name="pneumonia (SYNTHETIC)")  # what the figures read
+pytestmark = [
+    pytest.mark.filterwarnings(f"error::{kind}") for kind in ("UserWarning", "RuntimeWarning", "FutureWarning")
+]
 
 
 def make_drift(seed=0):

@@ -363,7 +363,7 @@ def test_a_dear_attack_at_some_eps_only(both, study):
         found = evaluate.robust(model, data, GRID, at=at, early_drop=early_drop, **options)
         ran = {name: set(part.eps) for name, part in found.cost.groupby("attack")}
         assert ran["square"] == {GRID[-1]} and ran["pgd_ce"] == set(GRID[1:]) and ran["pgd_margin"] == set(GRID)
-        assert found.table().square.isna().tolist() == [True] * (len(GRID) - 1) + [found.table().square.isna().iloc[-1]]
+        assert found.table().square.isna().iloc[:-1].all()
         assert set(found.cost.attack) == set(both[early_drop].cost.attack)
         assert f"only at {found.balls('square')}" in found.threat() and found.balls("fgsm") == found.balls()
     # In full the attacks know nothing of each other: those that ran did what they always do.
@@ -373,6 +373,16 @@ def test_a_dear_attack_at_some_eps_only(both, study):
     assert found.report().check.is_unique and evaluate.sanity(found.rows).passed.all()
     doubled = found.report().set_index("check").value["twice the steps add nothing"]
     assert any(evaluate.pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
+
+
+def test_attacks_that_meet_at_no_eps_are_not_compared(study):
+    model, *data = study
+    at = {"pgd_ce": [GRID[0]], "pgd_margin": [GRID[-1]], "fgsm": [GRID[1]]}
+    attacks = ["noise", *at]
+    found = evaluate.robust(model, data, GRID, attacks=attacks, at=at, early_drop=False, progress=False)
+    checks = found.report().check.tolist()
+    assert not [check for check in checks if "margin loss" in check or "FGSM" in check]
+    assert "random noise is weaker than PGD" in checks
 
 
 @pytest.mark.parametrize("early_drop", [True, False])
@@ -453,6 +463,24 @@ def test_a_folder_of_something_else_is_refused(study, tmp_path):
             evaluate.robust(net, data, grid, **asked)
     anew = evaluate.robust(other, (x, y), GRID[:1], resume=False, **options)
     assert anew.rows.equals(evaluate.robust(other, (x, y), GRID[:1], **options).rows)
+
+
+def test_a_dear_attack_is_run_at_more_eps_without_repeated_work(study, tmp_path):
+    model, *data = study
+    options = dict(attacks=("noise", "pgd_margin"), folder=tmp_path, progress=False)
+    few, all_of_it = {"pgd_margin": GRID[1:2]}, {"pgd_margin": GRID[:2]}
+    evaluate.robust(model, data, GRID[:2], at=few, early_drop=False, **options)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("block_*.npz")}
+    more = evaluate.robust(model, data, GRID[:2], at=all_of_it, early_drop=False, **options)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("block_*.npz")}
+    assert before.items() < after.items() and len(after) == len(before) + 1
+    anew = evaluate.robust(model, data, GRID[:2], early_drop=False, **options | {"folder": None})
+    pd.testing.assert_frame_equal(more.rows, anew.rows)
+    # Where fooled images are dropped, what an attack saw depends on those before it.
+    options["folder"] = tmp_path / "dropped"
+    evaluate.robust(model, data, GRID[:2], at=few, **options)
+    with pytest.raises(ValueError, match="something else .at: "):
+        evaluate.robust(model, data, GRID[:2], at=all_of_it, **options)
 
 
 def test_batches_of_a_loader_give_the_same_rows(study):

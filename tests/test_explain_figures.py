@@ -1,7 +1,6 @@
 """Figures of maps: what is drawn where, what is said of zero maps and empty groups, what is refused."""
 
-import warnings
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,26 +13,10 @@ from dlia_utils.explain import figures
 from dlia_utils.explain.localisation import localise
 
 SIDE = 24
-
-
-@dataclass
-class FakeConfig:
-    """The fields of a Config that the figures read."""
-
-    profile: str = "smoke"
-    size: int = SIDE
-    data_name: str = "fracatlas (SYNTHETIC)"
-
-
-CONFIG = FakeConfig()
-
-
-@pytest.fixture(autouse=True)
-def _no_warning():
-    with warnings.catch_warnings():
-        for kind in (UserWarning, RuntimeWarning, FutureWarning):
-            warnings.simplefilter("error", kind)
-        yield
+CONFIG = SimpleNamespace(profile="smoke", size=SIDE, data_name="fracatlas (SYNTHETIC)")  # what the figures read
+pytestmark = [
+    pytest.mark.filterwarnings(f"error::{kind}") for kind in ("UserWarning", "RuntimeWarning", "FutureWarning")
+]
 
 
 def films(count):

@@ -453,6 +453,16 @@ def test_the_best_epoch_wins_a_nan_never_and_patience_stops(tmp_path):
     assert not model.training
 
 
+def test_a_monitor_that_never_moved_is_told(tmp_path, caplog):
+    run(tmp_path / "a", monitor="val_robust", val_metric=scripted([0.0] * 3))
+    assert "a: val_robust was 0 in every epoch, so the first one was kept" in caplog.text
+    caplog.clear()
+    run(tmp_path / "b", monitor="val_robust", val_metric=scripted([0.0, 0.1, 0.0]))
+    run(tmp_path / "c", monitor="val_robust", val_metric=scripted([math.nan] * 3))
+    run(tmp_path / "d", monitor="val_robust", val_metric=scripted([0.0]), epochs=1)
+    assert "so the first one was kept" not in caplog.text
+
+
 def test_a_loss_is_better_when_smaller_and_without_any_score_the_last_weights_are_kept(tmp_path):
     result = run(tmp_path / "a", monitor="val_loss", lr=0.01)
     assert result.best_score == result.history["val_loss"].min()

@@ -169,7 +169,8 @@ def robust(
     1802.00420): PGD and APGD then run with exact gradients and so, as "pgd_ce_bpda" and so on. A model with
     MeanSparse operators in use (alpha above 0) gets `robust.straight_through` without being asked.
     folder: finished pairs of attack and eps are kept there; the same call then goes on where it was cut off.
-    A folder of another model, other images or settings is refused; resume=False starts anew.
+    A folder of another model, other images or settings is refused; resume=False starts anew. Without early_drop
+    `at` may differ: a dear attack is then run at more eps, and what is finished is read back.
     Errors: ValueError for unknown attacks or options, an empty grid, a folder of something else, and what the
     attacks refuse, before anything is attacked.
 
@@ -304,8 +305,9 @@ class Evaluation:
         share of the images right at first that are fooled in the worst case. An attack's column is its
         accuracy over all images too, or, with early_drop, over those that still stood when it came (NaN:
         none did, or it was not run at that eps). sensitivity and specificity, of two classes: worst among the
-        images of class 1 (what is still found) and of class 0 (what is still left alone). With groups: the interval of worst, worst_low and worst_high, from `draws` resamples of
-        patients, and clean_low and clean_high.
+        images of class 1 (what is still found) and of class 0 (what is still left alone). With groups: the
+        interval of worst, worst_low and worst_high, from `draws` resamples of patients, and clean_low and
+        clean_high.
         """
         groups = self.rows.groupby(["attack", "eps"], sort=False)
         right = {key: ~part.fooled.to_numpy() for key, part in groups}
@@ -401,7 +403,7 @@ class Evaluation:
 
     def figure(self, config: Config | None = None) -> Figure:
         """Accuracy against eps (worst case with its band), and which attack fooled the images first."""
-        from ..report import COLORS, _axes, _note  # not at the top: the report imports this module
+        from ..report import COLORS, _axes, _note, _style  # not at the top: the report imports this module
 
         table, scale = self.table(), 255 if self.settings["norm"] == "linf" else 1
         figure, axes = _axes(2, width=5.6, height=3.9)
@@ -409,8 +411,8 @@ class Evaluation:
         x, worst = np.r_[0, table.eps * scale], np.r_[table.clean[0], table.worst]
         if not self.settings["early_drop"]:
             for number, name in enumerate(self._attacks()):
-                style = {"color": COLORS[number % len(COLORS)], "ls": "-" if number < len(COLORS) else "--"}
-                left.plot(x, np.r_[table.clean[0], table[name]], lw=0.9, alpha=0.8, label=name, **style)
+                style = _style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
+                left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
         left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
         if "worst_low" in table:
             low, high = (np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high"))
@@ -794,13 +796,15 @@ def _open_store(folder: Path, settings: dict[str, Any], resume: bool) -> Path:
     path = folder / "settings.json"
     if resume and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in {**kept, **asked} if kept.get(name) != asked.get(name)]
+        free = () if asked["early_drop"] else ("at",)  # in full no attack waits for another: run it at more eps
+        names = [name for name in {**kept, **asked} if name not in free and kept.get(name) != asked.get(name)]
         if names:
             changes = "; ".join(f"{name}: {kept.get(name)!r} -> {asked.get(name)!r}" for name in names)
             raise ValueError(
                 f"{folder} holds an evaluation of something else ({changes}): take another folder, or "
                 "resume=False to start anew"
             )
+        files.write_json(asked, path)
         return folder
     for block in folder.glob("block_*.npz"):
         block.unlink()
@@ -908,20 +912,28 @@ def sanity(rows: pd.DataFrame, zero_share: float | None = None) -> pd.DataFrame:
 def row_checks(
     rows: pd.DataFrame, *, eps_text: Callable[[float], str] = pixel_text
 ) -> dict[str, tuple[str, bool, str]]:
-    """The checks that compare attacks, by key: (check, passed, detail). Errors: as `sanity`."""
+    """The checks that compare attacks, by key: (check, passed, detail). Errors: as `sanity`.
+
+    A check is left out where its attacks were not run, or at no eps in common.
+    """
     fooled = outcomes(rows)
     through = [name for name in fooled if name.endswith(BPDA)]
     iterated = [name for name in fooled if name in ORDER and not kind(name).blind and name != "fgsm"]
     lead = partial(_lead, fooled, eps_text=eps_text)
+
+    def share_an_eps(strong: list[str], weak: str) -> bool:  # `at` may keep two attacks apart
+        met = {eps for name in strong if name in fooled for eps in fooled[name]}
+        return weak in fooled and not met.isdisjoint(fooled[weak])
+
     checks = {}
-    if iterated and "fgsm" in fooled:
+    if share_an_eps(iterated, "fgsm"):
         checks["iterated"] = _beats("PGD fools at least what FGSM fools", fooled, iterated, "fgsm", eps_text)
-    if iterated and "noise" in fooled:
+    if share_an_eps(iterated, "noise"):
         checks["noise"] = _beats("random noise is weaker than PGD", fooled, iterated, "noise", eps_text)
-    if "pgd_margin" in fooled and "pgd_ce" in fooled:
+    if share_an_eps(["pgd_margin"], "pgd_ce"):
         found = lead(strong="pgd_margin", weak="pgd_ce", what="the margin loss")
         checks["loss"] = ("cross-entropy finds what the margin loss finds (no masking)", *found)
-    for name in through:
+    for name in (name for name in through if share_an_eps([name], name.removesuffix(BPDA))):
         found = lead(strong=name, weak=name.removesuffix(BPDA), what="the way through the operator")
         checks[name] = (f"exact gradients find what {name} finds (no masking)", *found)
     attacks = {name: table for name, table in fooled.items() if name not in ("clean", "worst")}
@@ -975,7 +987,7 @@ def _lead(
     With two classes cross-entropy and margin point the same way, and so do exact gradients and those straight
     through an operator that hides none.
     """
-    lead = fooled[strong].mean() - fooled[weak].mean()
+    lead = (fooled[strong].mean() - fooled[weak].mean()).dropna()  # at the eps that both were run at
     worst = lead.idxmax()
     detail = f"largest lead of {what}: {lead[worst]:.1%} of the images at {eps_text(worst)}"
     return bool(lead[worst] <= LEAD), detail

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from ..config import Config
-from ..report import COLORS, _axes, _note, with_interval
+from ..report import COLORS, _axes, _note, _style, with_interval
 
 CORNERS = ["x1", "y1", "x2", "y2"]
 FROC_POINTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image, as in LUNA16 (arXiv 1612.08012)
@@ -594,12 +594,6 @@ def _need(table: pd.DataFrame, name: str, *columns: str) -> None:
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(f"{name} lacks the columns {missing}; it has {list(table.columns)}")
-
-
-def _style(number: int) -> dict:
-    """Colour, line style and marker of the n-th curve: different without colours as well."""
-    line, marker = ("-", "--", "-.", ":")[number % 4], "osD^vPX*hd"[number % 10]
-    return {"color": COLORS[number % len(COLORS)], "ls": line, "marker": marker}
 
 
 def _legend_right(axis: Axes) -> None:

@@ -343,9 +343,8 @@ def attacked(name):
     images, labels = own.images(rows), own.labels(rows)
     found = evaluate.robust(
         model, (images, labels), config.eps_grid, steps=config.pgd_steps, restarts=config.pgd_restarts,
-        budgets=config.budgets, at={attack: evaluate.pixel_eps(*k) for attack, k in config.dear.items()},
-        early_drop=False, batch_size=config.attack_batch, seed=config.seed, ids=rows,
-        folder=suite_folder(config, name), resume=bool(config.resume),
+        budgets=config.budgets, at=config.dear, early_drop=False, batch_size=config.attack_batch, seed=config.seed,
+        ids=rows, folder=suite_folder(config, name), resume=bool(config.resume),
     )  # fmt: skip
     stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=config.check_films))
     return stored(own, f"robust_{name}", lambda: found.rows)
