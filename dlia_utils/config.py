@@ -37,16 +37,17 @@ PUBLISHED_ONE_PIXEL = ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 
 # The suite of attacks: what differs from the budgets in `attacks.evaluate.KINDS`; the eps of the grid at which a dear
 # attack is run, if not at all of them; and films that the check list attacks again.
 _SUITE: dict[str, Any] = {"budgets": {"square": {"steps": 2000}}, "dear": {"square": pixel_eps(4)}, "check_films": 50}
+_DEAR = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
 _SUITE_CPU: dict[str, Any] = {
     "budgets": {
         "apgd_ce": {"steps": 30}, "apgd_margin": {"steps": 30}, "fmn": {"steps": 30}, "square": {"steps": 200},
     },
-    "dear": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4)),
+    "dear": _DEAR,
     "check_films": 24,
 }  # fmt: skip
 _SUITE_SMOKE: dict[str, Any] = {
     "budgets": {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}},
-    "dear": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4)),
+    "dear": _DEAR,
     "check_films": 4,
 }
 

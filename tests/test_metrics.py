@@ -1,6 +1,5 @@
 """Metrics against scikit-learn and torchmetrics, intervals against known truths."""
 
-
 import numpy as np
 import pytest
 import torch

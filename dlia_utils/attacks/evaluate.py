@@ -804,7 +804,8 @@ def _open_store(folder: Path, settings: dict[str, Any], resume: bool) -> Path:
                 f"{folder} holds an evaluation of something else ({changes}): take another folder, or "
                 "resume=False to start anew"
             )
-        files.write_json(asked, path)
+        if kept != asked:
+            files.write_json(asked, path)
         return folder
     for block in folder.glob("block_*.npz"):
         block.unlink()
