@@ -179,6 +179,7 @@ _TRANSFER: dict[str, Any] = {
     "occlusion_window": 28,
     "integrated_steps": 32,
     "bootstrap_draws": 2000,
+    **_SUITE,
 }
 _TRANSFER_CPU: dict[str, Any] = {
     "size": 160,
@@ -190,6 +191,7 @@ _TRANSFER_CPU: dict[str, Any] = {
     "zoo": (),  # 5 to 60 billion multiplications an image are no work for a laptop
     "occlusion_window": 20,
     "integrated_steps": 16,
+    **_SUITE_CPU,
 }
 _TRANSFER_SMOKE: dict[str, Any] = {
     "size": 48,
@@ -220,6 +222,7 @@ _TRANSFER_SMOKE: dict[str, Any] = {
     "occlusion_window": 8,
     "integrated_steps": 8,
     "bootstrap_draws": 200,
+    **_SUITE_SMOKE,
 }
 
 # Notebook 07: a pretrained network under a new head, then fine-tuned; the map layer and the audit need no settings.
@@ -381,9 +384,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "02_fracatlas_robust_models": {
-        "full": _TRANSFER | _SUITE,
-        "cpu": _TRANSFER | _TRANSFER_CPU | _SUITE_CPU,
-        "smoke": _TRANSFER | _TRANSFER_SMOKE | _SUITE_SMOKE,
+        "full": _TRANSFER,
+        "cpu": _TRANSFER | _TRANSFER_CPU,
+        "smoke": _TRANSFER | _TRANSFER_SMOKE,
     },
     "03_tuberculosis_robustness": {
         "full": _TRANSFER | {"dataset": "tuberculosis", "sensitivity": 0.95},

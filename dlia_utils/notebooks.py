@@ -475,13 +475,17 @@ def orphans(folder: str | Path = FOLDER) -> list[str]:
     return [f"{path.name} has no source in src/" for path in sorted(alone)]
 
 
-def page_problems(repository: str | Path = REPOSITORY) -> list[str]:
-    """Every link that leads nowhere in the repository's pages, `*.md` and the README.md of its folders."""
+def pages(repository: str | Path = REPOSITORY) -> list[Path]:
+    """The repository's Markdown pages: `*.md` and the README.md of its folders."""
     repository = Path(repository)
-    pages = sorted([*repository.glob("*.md"), *repository.glob("*/README.md")])
+    return sorted([*repository.glob("*.md"), *repository.glob("*/README.md")])
+
+
+def page_problems(repository: str | Path = REPOSITORY) -> list[str]:
+    """Every link in the repository's pages that leads nowhere."""
     return [
         f"{page.relative_to(repository).as_posix()}: {problem}"
-        for page in pages
+        for page in pages(repository)
         for problem in link_problems(page.read_text(encoding="utf-8"), page.parent, repository)
     ]
 
@@ -516,12 +520,22 @@ def _link_fault(target: str, folder: Path, repository: Path) -> str:
         named = re.findall(r"notebooks/(\d\d_\w+\.ipynb)", unquote(target))
         gone = [name for name in named if not (repository / "notebooks" / name).exists()]
         return f"names notebooks/{gone[0]}, which is not there" if gone else ""
-    if parts.scheme == "mailto" or not parts.path:  # "#heading" stays in the same file
+    if parts.scheme == "mailto" or not parts.path:  # "#heading" of the same file, which is not known here
         return ""
     place = (folder / unquote(parts.path)).resolve()
     if parts.scheme or not place.is_relative_to(repository):
         return "leaves the repository: make it relative, or a web address"
-    return "" if place.exists() else "points at nothing"
+    if not place.exists():
+        return "points at nothing"
+    if parts.fragment and place.suffix == ".md" and parts.fragment not in _anchors(place):
+        return f"names no heading of {place.name}"
+    return ""
+
+
+def _anchors(page: Path) -> set[str]:
+    """What `page.md#...` may name: its headings as GitHub writes them, lower case with hyphens."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The README's tables and pictures, made from the committed results: `python -m dlia_utils.published` rewrites them."""
+"""The tables and pictures of results/README.md, made from the committed results: `python -m dlia_utils.published` rewrites them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .explain._shared import REFERENCES
 from .report import attack_table, eps_text, figure_accuracy_vs_eps, with_interval
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "results" / "README.md"
 HEADLINE_EPS = 4 / 255
 
 
@@ -219,7 +220,7 @@ def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
 
 
 def blocks() -> dict[str, str]:
-    """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in the README."""
+    """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in results/README.md."""
     results = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
     bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
     boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
@@ -249,7 +250,7 @@ def blocks() -> dict[str, str]:
 
 
 def pictures() -> dict[str, Figure]:
-    """The README's figures by file name: plots of the committed results, and synthetic films. No radiographs."""
+    """The figures in docs/ by file name: plots of the committed results, and synthetic films. No radiographs."""
     attacks = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
     boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
     bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
@@ -295,7 +296,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
     """
     asked = set(re.findall(r"<!-- table ([\w-]+) -->", text))
     if asked != set(tables):
-        raise ValueError(f"README markers {sorted(asked)} and tables {sorted(tables)} differ")
+        raise ValueError(f"markers {sorted(asked)} and tables {sorted(tables)} differ")
     for name, table in tables.items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
         text = re.sub(f"{start}.*?{end}", lambda _, s=start, t=table, e=end: f"{s}\n{t}\n{e}", text, flags=re.DOTALL)
@@ -306,5 +307,4 @@ if __name__ == "__main__":
     for name, figure in pictures().items():
         with files.atomic_path(REPOSITORY / "docs" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=80, bbox_inches="tight")
-    readme = REPOSITORY / "README.md"
-    files.write_text(fill(readme.read_text(encoding="utf-8"), blocks()), readme)
+    files.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), PAGE)

@@ -91,7 +91,7 @@ def direction_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps: fl
 def attacked_predictions(per_image: pd.DataFrame, *, attack: str, eps: float) -> pd.DataFrame:
     """Label and prediction of every image under `attack` at `eps`, for two classes: a fooled model names the other.
 
-    `per_image` as `attacks.evaluate.robustness` gives it. Columns image, label, predicted.
+    `per_image` as the rows of `attacks.evaluate.robust`. Columns image, label, predicted.
     """
     part = per_image[per_image["attack"].eq(attack) & np.isclose(per_image["eps"], eps)].sort_values("image")
     predicted = part["label"].to_numpy() ^ part["fooled"].to_numpy(bool)

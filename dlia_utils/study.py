@@ -295,6 +295,14 @@ def stored(study: Study, name: str, compute: Callable[[], pd.DataFrame]) -> pd.D
     return pd.read_csv(path)
 
 
+def suite_options(config: Config) -> dict:
+    """The options of `attacks.evaluate.robust` that the settings hold: budgets, every film attacked by everything."""
+    return {
+        "steps": config.pgd_steps, "restarts": config.pgd_restarts, "budgets": config.budgets, "at": config.dear,
+        "batch_size": config.attack_batch, "seed": config.seed, "early_drop": False,
+    }  # fmt: skip
+
+
 def suite_folder(config: Config, name: str) -> Path:
     """Where `attacks.evaluate.robust` keeps what it has finished of model `name`; training it further clears it."""
     return config.run_dir / "suite" / name

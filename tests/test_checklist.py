@@ -207,8 +207,8 @@ def test_rows_that_cannot_be_right(sound, evaluation):
 
 def test_rows_with_gaps_or_of_other_images_are_refused(sound, evaluation):
     model, x, y = sound
-    dropped = evaluate.robust(model, (x, y), GRID, attacks=evaluate.ATTACKS, progress=False).rows
-    for call in (evaluate.sanity, lambda rows: checklist(model, x, y, rows)):
+    dropped = evaluate.robust(model, (x, y), GRID, attacks=("fgsm", "pgd_ce"), progress=False).rows
+    for call in (evaluate.row_checks, lambda rows: checklist(model, x, y, rows)):
         with pytest.raises(ValueError, match="early_drop=False"):
             call(dropped)
     with pytest.raises(ValueError, match="same ids"):
@@ -216,7 +216,7 @@ def test_rows_with_gaps_or_of_other_images_are_refused(sound, evaluation):
     with pytest.raises(TypeError, match="give them to robust"):
         checklist(model, x, y, evaluation, steps=3)
     with pytest.raises(ValueError, match="wrong on every clean image"):
-        wrong = evaluate.robustness(model, x[:3], y[:3], eps_grid=GRID[:1], progress=False)
+        wrong = evaluate.robust(model, (x[:3], y[:3]), GRID[:1], early_drop=False, progress=False)
         checklist(model, x[:3], y[:3], wrong)
 
 

@@ -13,6 +13,16 @@ from dlia_utils.attacks import evaluate, fgsm, pgd
 from dlia_utils.models import robust
 
 GRID = evaluate.pixel_eps(2, 8, 16)
+FEW = ("noise", "fgsm", "pgd_ce", "pgd_margin")
+
+
+def full_rows(model, x, y, grid=GRID, attacks=FEW, **options):
+    """Every attack on every image."""
+    return evaluate.robust(model, (x, y), grid, attacks=attacks, early_drop=False, progress=False, **options).rows
+
+
+def passed(rows):
+    return {check: good for check, good, _ in evaluate.row_checks(rows).values()}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def study():
 
 @pytest.fixture(scope="module")
 def rows(study):
-    return evaluate.robustness(*study, eps_grid=GRID, batch_size=16, progress=False)
+    return full_rows(*study, batch_size=16)
 
 
 def test_one_row_per_attack_eps_and_image(rows):
@@ -56,12 +66,12 @@ def test_worst_is_the_union_up_to_eps(rows):
 
 def test_batches_ids_and_the_copy_do_not_change_the_answer(study, rows):
     model, x, y = study
-    plain = evaluate.robustness(model, x, y, eps_grid=GRID, batch_size=7, progress=False, fast=False)
+    plain = full_rows(model, x, y, batch_size=7, fast=False)
     keys = ["attack", "eps", "image"]
     merged = rows.merge(plain, on=keys)
     assert len(merged) == len(rows) and (merged.fooled_x == merged.fooled_y).mean() > 0.99
     some = torch.arange(5, 12)
-    part = evaluate.robustness(model, x[some], y[some], eps_grid=GRID, ids=some, progress=False, fast=False)
+    part = full_rows(model, x[some], y[some], ids=some, fast=False)
     merged = plain.merge(part, on=keys)
     assert len(merged) == len(part) and (merged.fooled_x == merged.fooled_y).all()
 
@@ -71,7 +81,7 @@ def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, c
     flipped = nn.Sequential(model, Flip()).eval()  # a copy that is wrong about everything
     monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
     with caplog.at_level(logging.INFO, logger="dlia_utils"):
-        found = evaluate.robustness(model, x, y, eps_grid=GRID[-1:], attacks=("pgd_margin",), progress=False)
+        found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
     direct = pgd(model, x, y, eps=GRID[-1], loss="margin")
     assert found[found.attack == "pgd_margin"].fooled.tolist() == direct.success.tolist()
     assert "37 times" in caplog.text
@@ -80,13 +90,6 @@ def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, c
 class Flip(nn.Module):
     def forward(self, logits):
         return logits.flip(1)
-
-
-def test_accuracy_table(rows):
-    table = evaluate.accuracy_table(rows)
-    assert table.index.tolist() == ["clean", *evaluate.ATTACKS, "worst"]
-    assert table.loc["clean", 0.0] == pytest.approx(37 / 40)
-    assert (table.loc["worst"].dropna() <= table.loc["pgd_ce"].dropna()).all()
 
 
 def test_zero_gradient_share(study):
@@ -104,21 +107,18 @@ class Scale(nn.Module):
         return logits * 1e6
 
 
-def test_sanity_passes_on_a_sound_model(rows):
-    table = evaluate.sanity(rows, 0.0)
-    assert len(table) == 5 and table.passed.all(), table.to_string()
+def test_the_checks_pass_on_a_sound_model(rows):
+    checks = passed(rows)
+    assert len(checks) == 4 and all(checks.values()), checks
 
 
-def test_sanity_flags_masked_gradients(study):
+def test_masked_gradients_are_found(study):
     model, x, y = study
-    saturated = nn.Sequential(model, Scale()).eval()
-    rows = evaluate.robustness(saturated, x, y, eps_grid=GRID, progress=False)
-    table = evaluate.sanity(rows, evaluate.zero_gradient_share(saturated, x, y)).set_index("check").passed
-    assert not table["cross-entropy finds what the margin loss finds (no masking)"]
-    assert not table["no input gradient is exactly zero"]
+    rows = full_rows(nn.Sequential(model, Scale()).eval(), x, y)
+    assert not passed(rows)["cross-entropy finds what the margin loss finds (no masking)"]
 
 
-def test_sanity_flags_weak_attacks():
+def test_weak_attacks_are_found():
     outcomes = {"noise": [3, 2], "fgsm": [2, 1], "pgd_ce": [1, 1]}
     rows = [
         {"attack": name, "eps": eps, "image": i, "fooled": i < count}
@@ -126,7 +126,8 @@ def test_sanity_flags_weak_attacks():
         for eps, count in zip((0.1, 0.2), counts, strict=True)
         for i in range(4)
     ]
-    assert not evaluate.sanity(pd.DataFrame(rows)).passed.any()
+    checks = passed(pd.DataFrame(rows))
+    assert len(checks) == 3 and not any(checks.values())
 
 
 # ------------------------------------------------------------------ through operators that hide gradients
@@ -150,9 +151,8 @@ def sparse():
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_model_with_the_operator_is_attacked_twice_without_being_asked(sparse, fast):
     model, x, y = sparse
-    options = dict(eps_grid=GRID, batch_size=5, progress=False, fast=fast)
-    rows = evaluate.robustness(model, x, y, **options)
-    names = ["clean", *evaluate.ATTACKS, "pgd_ce_bpda", "pgd_margin_bpda", "worst"]
+    rows = full_rows(model, x, y, batch_size=5, fast=fast)
+    names = ["clean", *FEW, "pgd_ce_bpda", "pgd_margin_bpda", "worst"]
     assert rows.attack.unique().tolist() == names and len(rows) == 12 * (1 + 7 * len(GRID))
     assert not model[1].straight_through
     outcomes = rows[rows.eps == GRID[1]].groupby("attack").fooled.agg(tuple)
@@ -177,8 +177,7 @@ def test_without_dead_zones_the_operator_changes_nothing(sparse):
     plain = nn.Sequential(*(m for m in model if not isinstance(m, robust.MeanSparse))).eval()
     robust.set_alpha(model, 0.0)
     try:
-        options = dict(eps_grid=GRID[:1], progress=False, fast=False)
-        rows = [evaluate.robustness(net, x, plain(x).argmax(1), **options) for net in (model, plain)]
+        rows = [full_rows(net, x, plain(x).argmax(1), GRID[:1], fast=False) for net in (model, plain)]
     finally:
         robust.set_alpha(model, 1.6)
     pd.testing.assert_frame_equal(*rows)
@@ -208,19 +207,18 @@ def test_a_given_context_finds_what_exact_gradients_cannot(study, fast):
     inner, x, _ = study
     model = nn.Sequential(Rounded(), inner).eval()
     y = model(x).argmax(1)
-    options = dict(eps_grid=GRID, progress=False, fast=fast)
-    rows = evaluate.robustness(model, x, y, bpda=through_rounding, **options)
-    table = evaluate.accuracy_table(rows)
-    assert table.loc["pgd_margin_bpda", GRID[-1]] < table.loc["pgd_margin", GRID[-1]] - 0.2
-    assert (table.loc["worst"].dropna() <= table.loc["pgd_margin_bpda"].dropna()).all()
-    checks = evaluate.sanity(rows, evaluate.zero_gradient_share(model, x, y)).set_index("check").passed
+    rows = full_rows(model, x, y, bpda=through_rounding, fast=fast)
+    fooled = rows.groupby(["attack", "eps"]).fooled.mean()
+    assert fooled["pgd_margin_bpda", GRID[-1]] > fooled["pgd_margin", GRID[-1]] + 0.2
+    assert (fooled["worst"] >= fooled["pgd_margin_bpda"]).all()
+    assert evaluate.zero_gradient_share(model, x, y) > 0
+    checks = passed(rows)
     assert not checks["exact gradients find what pgd_margin_bpda finds (no masking)"]
-    assert not checks["no input gradient is exactly zero"]
     assert checks["PGD fools at least what FGSM fools"]
-    without = evaluate.robustness(model, x, y, **options)
+    without = full_rows(model, x, y, fast=fast)
     assert not without.attack.str.endswith(evaluate.BPDA).any()
     assert model[0].through is False
-    shared = rows[rows.attack.isin(["clean", *evaluate.ATTACKS])].reset_index(drop=True)
+    shared = rows[rows.attack.isin(["clean", *FEW])].reset_index(drop=True)
     pd.testing.assert_frame_equal(shared, without[without.attack != "worst"])
 
 
@@ -232,16 +230,15 @@ def test_an_operator_that_hides_nothing_passes_the_check(study):
     def nothing(_model):
         yield
 
-    rows = evaluate.robustness(model, x, y, eps_grid=GRID, progress=False, bpda=nothing)
-    table = evaluate.sanity(rows, 0.0)
-    assert len(table) == 7 and table.passed.all(), table.to_string()
+    checks = passed(full_rows(model, x, y, bpda=nothing))
+    assert len(checks) == 6 and all(checks.values()), checks
 
 
 def test_bad_arguments_are_refused(study):
     model, x, y = study
     for bad in ({"eps_grid": []}, {"eps_grid": [0.1], "attacks": ("apgd",)}, {"eps_grid": [8]}):
         with pytest.raises(ValueError, match="eps"):
-            evaluate.robustness(model, x, y, progress=False, **bad)
+            evaluate.robust(model, (x, y), progress=False, **bad)
 
 
 def test_fgsm_rows_agree_with_fgsm_itself(study, rows):
@@ -336,9 +333,9 @@ def test_dropped_rows_are_only_of_images_that_still_stood(both, study):
     assert counts["none"].tolist() == [40 - len(part) for part in fooled_sets(both[True]).values()]
 
 
-def test_the_full_run_holds_the_rows_of_robustness(both, rows):
+def test_more_attacks_change_nothing_in_the_rows_of_the_others(both, rows):
     mine = both[False].rows
-    mine = mine[mine.attack.isin(["clean", *evaluate.ATTACKS])].reset_index(drop=True)
+    mine = mine[mine.attack.isin(["clean", *FEW])].reset_index(drop=True)
     pd.testing.assert_frame_equal(mine, rows[rows.attack != "worst"].reset_index(drop=True))
 
 
@@ -370,7 +367,7 @@ def test_a_dear_attack_at_some_eps_only(both, study):
     whole, columns = both[False].rows, ["attack", "eps", "image"]
     same = found.rows[found.rows.attack != "worst"].merge(whole, on=columns, suffixes=("", "_whole"))
     assert len(same) == (found.rows.attack != "worst").sum() and same.fooled.equals(same.fooled_whole)
-    assert found.report().check.is_unique and evaluate.sanity(found.rows).passed.all()
+    assert found.report().check.is_unique and all(passed(found.rows).values())
     doubled = found.report().set_index("check").value["twice the steps add nothing"]
     assert any(evaluate.pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
 

@@ -204,7 +204,7 @@ def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("[a](other.md) [b](other.md#part) [c](#part) [d](../top.md \"title\") <me@there.org>", ""),
+        ("[a](other.md) [b](other.md#part-two-here) [c](#part) [d](../top.md \"title\") <me@there.org>", ""),
         ("[![badge](https://a.b/c.svg)](https://x.org/src=https%3A//a.b/notebooks/01_here.ipynb)", ""),
         ("```\n[a](gone)\n```\n`[a](gone)` ``[b](`gone)``\n\n    x = y[0](1)", "link '1' points at nothing"),
         ("an odd ` and\n\n[a](gone) `", "link 'gone' points at nothing"),
@@ -213,6 +213,7 @@ def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
         ('<a class="x" href="gone.md">', "link 'gone.md' points at nothing"),
         ('<img\n alt="a" src="gone.png" width=5>', "link 'gone.png' points at nothing"),
         ("[a](Other.md)", "link 'Other.md' points at nothing"),
+        ("[a](other.md#part)", "link 'other.md#part' names no heading of other.md"),
         ("[a](/etc/hosts)", "link '/etc/hosts' leaves the repository"),
         ("[a](../../x.md)", "link '../../x.md' leaves the repository"),
         ("[a](file:///x.md)", "link 'file:///x.md' leaves the repository"),
@@ -224,7 +225,7 @@ def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
 def test_links_that_lead_nowhere_are_found(tmp_path, text, fault):
     for name in ("top.md", "docs/other.md", "notebooks/01_here.ipynb"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("# Part two: here\n")
     problems = notebooks.link_problems(text, tmp_path / "docs", tmp_path)
     assert (problems == []) if not fault else (len(problems) == 1 and fault in problems[0]), problems
 

@@ -800,7 +800,7 @@ def test_alpha_is_not_chosen_without_operators_images_or_a_grid(monkeypatch):
     def broken(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dlia_utils.attacks.evaluate.robustness", broken)
+    monkeypatch.setattr("dlia_utils.attacks.evaluate.robust", broken)
     with pytest.raises(KeyboardInterrupt):
         robust.select_alpha(model, [x], x, y, **options)
     assert model[1].threshold == pytest.approx(0.2)

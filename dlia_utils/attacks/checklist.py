@@ -66,8 +66,8 @@ def checklist(
 ) -> pd.DataFrame:
     """What an evaluation of robustness must show, PASS or WARN with the reason. Source: arXiv 1902.06705.
 
-    images: [N,C,H,W] in [0,1]; labels: int64 [N]. evidence: what `robust` returned for them, or rows as
-    `robustness` gives them, with `options` then saying how they were made (norm, steps, grey, mask, bpda,
+    images: [N,C,H,W] in [0,1]; labels: int64 [N]. evidence: what `robust` returned for them, or its rows
+    with early_drop=False, with `options` then saying how they were made (norm, steps, grey, mask, bpda,
     ids, ...: the options of `robust`). subset: the most images that anything is run on anew: all attacks in
     full when the evidence dropped fooled images, twice the steps, the balls in which every image must fall,
     gradients. points: what twice the steps may add to the worst case, in per cent of all images.
@@ -336,7 +336,7 @@ def _converged(
     An eps at which a dear attack was not run is not converged and was not meant to be: another one is taken.
     """
     check, call = "twice the steps add nothing", again.call
-    names = [name for name in call.get("attacks", e.ATTACKS) if name in e.TWICE] or ["pgd_margin"]
+    names = [name for name in call.get("attacks", rows.attack.unique()) if name in e.TWICE] or ["pgd_margin"]
     at = call.get("at") or {}
     ran = [eps for eps in _grid(rows) if all(eps in at.get(name, [eps]) for name in names)]
     unfinished = [eps for eps in ran or _grid(rows) if _share(rows, eps) < 1]

@@ -84,8 +84,7 @@ ORDER = (  # cheap ones first; the black boxes last, to show what no gradient fo
     *("apgd_ce", "apgd_margin", f"apgd_ce{BPDA}", f"apgd_margin{BPDA}", "fmn", "carlini_wagner"),
     *("transfer", "one_pixel", "square"),
 )
-ATTACKS = ("noise", "fgsm", "pgd_ce", "pgd_margin")  # the short list of `robustness`
-SUITE = (*ATTACKS, "deepfool", "apgd_ce", "apgd_margin", "fmn", "square")
+SUITE = ("noise", "fgsm", "pgd_ce", "pgd_margin", "deepfool", "apgd_ce", "apgd_margin", "fmn", "square")
 
 
 def pixel_eps(*levels: float) -> tuple[float, ...]:
@@ -231,43 +230,6 @@ def robust(
         labels=labels,
         call=call,
     )
-
-
-def robustness(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps_grid: Iterable[float],
-    attacks: Sequence[str] = ATTACKS,
-    steps: int = 10,
-    restarts: int = 1,
-    batch_size: int = 64,
-    seed: int = 0,
-    ids: Sequence[int] | None = None,
-    grey: bool = False,
-    progress: bool = True,
-    fast: bool = True,
-    bpda: Bpda | None = None,
-) -> pd.DataFrame:
-    """The rows of `robust` without dropping: noise, FGSM and PGD on all images, a row per attack, eps, image.
-
-    images: [N,C,H,W] in [0,1]; labels: int64 [N]; the options and errors are those of `robust`.
-    Columns: attack, eps, image, label, fooled, first_success_step, queries. A clean error counts as
-    fooled everywhere (step 0) and is not attacked. Added rows: attack "clean" at eps 0, and "worst":
-    fooled by any of `attacks` at that eps or a smaller one.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
-    >>> rows = robustness(model, x, y, eps_grid=[8 / 255], progress=False)
-    >>> len(rows), rows.attack.unique().tolist()
-    (18, ['clean', 'noise', 'fgsm', 'pgd_ce', 'pgd_margin', 'worst'])
-    """
-    found = robust(
-        model, (images, labels), eps_grid, attacks=attacks, steps=steps, restarts=restarts, seed=seed,
-        ids=ids, batch_size=batch_size, grey=grey, progress=progress, fast=fast, bpda=bpda, early_drop=False,
-    )  # fmt: skip
-    return found.rows
 
 
 # ------------------------------------------------------------------------------------------- the answer
@@ -851,17 +813,6 @@ def _name(context: Bpda) -> str:
 # ------------------------------------------------------------------------------------------- summaries
 
 
-def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by attack (down) and eps (across) over the images in `rows`; a clean error counts as fooled.
-
-    >>> rows = pd.DataFrame({"attack": ["clean", "clean"], "eps": [0.0, 0.0], "fooled": [True, False]})
-    >>> float(accuracy_table(rows).loc["clean", 0.0])
-    0.5
-    """
-    order = rows.attack.unique()
-    return 1 - rows.pivot_table(index="attack", columns="eps", values="fooled", aggfunc="mean").loc[order]
-
-
 def zero_gradient_share(
     model: nn.Module, images: Tensor, labels: Tensor, *, loss: str = "ce", batch_size: int = 64
 ) -> float:
@@ -889,33 +840,13 @@ def zero_gradient_share(
 # ------------------------------------------------------------------------------------------- checks
 
 
-def sanity(rows: pd.DataFrame, zero_share: float | None = None) -> pd.DataFrame:
-    """What rows alone say of the check list of Carlini et al. (arXiv 1902.06705): check, passed, detail.
-
-    rows: as `robustness` gives them; zero_share: as `zero_gradient_share` gives it. A check that fails says
-    that an attack is too weak or gradients are masked: the robust accuracy is then too high. A check is
-    left out when its attacks are not in `rows`. `checklist.checklist` is the whole list, and asks the model.
-    Errors: ValueError for rows of which fooled images were dropped.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
-    >>> rows = robustness(model, x, y, eps_grid=[8 / 255], progress=False)
-    >>> bool(sanity(rows, 0.0).passed.all())
-    True
-    """
-    checks = list(row_checks(rows).values())
-    if zero_share is not None:
-        detail = f"{zero_share:.1%} of the images"
-        checks.append(("no input gradient is exactly zero", zero_share == 0, detail))
-    return pd.DataFrame(checks, columns=["check", "passed", "detail"])
-
-
 def row_checks(
     rows: pd.DataFrame, *, eps_text: Callable[[float], str] = pixel_text
 ) -> dict[str, tuple[str, bool, str]]:
-    """The checks that compare attacks, by key: (check, passed, detail). Errors: as `sanity`.
+    """The checks of `checklist.checklist` that compare attacks, by key: (check, passed, detail).
 
-    A check is left out where its attacks were not run, or at no eps in common.
+    rows: those of `robust` with early_drop=False. A check is left out where its attacks were not run, or at no
+    eps in common. Errors: ValueError for rows of which fooled images were dropped.
     """
     fooled = outcomes(rows)
     through = [name for name in fooled if name.endswith(BPDA)]
@@ -952,7 +883,7 @@ def outcomes(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     if any(len(table) < images or table.isna().any(axis=None) for table in tables.values()):
         raise ValueError(
             "the rows of an attack do not cover all images at every eps: its numbers cannot be compared with "
-            "those of another; take rows of robustness(...) or robust(..., early_drop=False)"
+            "those of another; take the rows of robust(..., early_drop=False)"
         )
     return {name: table.astype(bool) for name, table in tables.items()}
 

@@ -20,7 +20,7 @@
 # | 8 One-Pixel | Differential evolution with 1 and 3 pixels |
 # | 9 Verdict | Paired tests and a plain answer |
 #
-# What came out on the real images stands in the [README](../README.md); the outputs stored in this file are from
+# What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from
 # the smoke profile on *synthetic* films, and only show what you will see.
 #
 # Press *Run All*. Every section also runs alone after the five opening cells, so you can copy one into a
@@ -63,6 +63,7 @@ from dlia_utils.study import (
     open_study,
     stored,
     suite_folder,
+    suite_options,
     test_opened,
     train_model,
     weights_label,
@@ -470,11 +471,9 @@ def suite(study, name):
     """The whole evaluation of one trained model; finished parts are read back."""
     rows = study.rows("test")
     images, labels, model = study.images(rows), study.labels(rows), load_models(study, [name])[name]
-    return evaluate.robust(
-        model, (images, labels), config.eps_grid, steps=config.pgd_steps, restarts=config.pgd_restarts,
-        budgets=config.budgets, at=config.dear, early_drop=False, batch_size=config.attack_batch, seed=config.seed, ids=rows,
-        groups=study.patients(rows), folder=suite_folder(config, name), resume=bool(config.resume),
-    )  # fmt: skip
+    return evaluate.robust(model, (images, labels), config.eps_grid, **suite_options(config), ids=rows,
+                           groups=study.patients(rows), folder=suite_folder(config, name),
+                           resume=bool(config.resume))  # fmt: skip
 
 
 def evaluated(name):

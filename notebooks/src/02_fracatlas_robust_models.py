@@ -20,7 +20,7 @@
 # | 7 Maps | Saliency, integrated gradients, DeepLIFT, occlusion, Grad-CAM: do they lie on the fracture? |
 # | 8 Verdict | Paired tests and a plain answer |
 #
-# What came out on the real films stands in the [README](../README.md); the outputs stored in this file are from the
+# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
 # smoke profile on *synthetic* films with tiny random networks, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
@@ -59,6 +59,7 @@ from dlia_utils.study import (
     open_study,
     stored,
     suite_folder,
+    suite_options,
     test_opened,
     train_head,
     train_model,
@@ -341,11 +342,9 @@ def attacked(name):
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(
-        model, (images, labels), config.eps_grid, steps=config.pgd_steps, restarts=config.pgd_restarts,
-        budgets=config.budgets, at=config.dear, early_drop=False, batch_size=config.attack_batch, seed=config.seed,
-        ids=rows, folder=suite_folder(config, name), resume=bool(config.resume),
-    )  # fmt: skip
+    found = evaluate.robust(model, (images, labels), config.eps_grid, **suite_options(config), ids=rows,
+                            groups=own.patients(rows), folder=suite_folder(config, name),
+                            resume=bool(config.resume))  # fmt: skip
     stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=config.check_films))
     return stored(own, f"robust_{name}", lambda: found.rows)
 

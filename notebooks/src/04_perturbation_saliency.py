@@ -19,7 +19,7 @@
 # | 6 The question | Film by film: does drift tell wrong answers from right ones, and better than the network's own doubt? |
 # | 7 Results | Tables, the thesis' CSV files, time and memory |
 #
-# What came out on the real films stands in the [README](../README.md); the outputs stored in this file are from the
+# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
 # smoke profile on *synthetic* films with tiny networks, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*

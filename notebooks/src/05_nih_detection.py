@@ -19,7 +19,7 @@
 # | 7 Submission | One row for each id, built and checked, for every edition at hand |
 # | 8 Where it looks | EigenCAM on the feature pyramid, and how much of it lies inside the true boxes |
 #
-# What came out on real images stands in the [README](../README.md); the outputs stored in this file are from the
+# What came out on real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
 # smoke profile on *synthetic* films: they show what you will see, and no finding.
 #
 # Press *Run All*. Every section also runs alone after the five opening cells: trained models and finished tables are

@@ -22,7 +22,7 @@
 # | Questions | The assignment's questions 1-12, answered from this run's numbers; where 13-24 are answered |
 #
 # [Notebook 07](07_covid_transfer_gradcam.ipynb) goes on with transfer learning, Grad-CAM, and the question what
-# the networks really read. Results on real films stand in the [README](../README.md); the outputs stored in this
+# the networks really read. Results on real films stand in [results/README.md](../results/README.md); the outputs stored in this
 # file are from the smoke profile on *synthetic* films, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*

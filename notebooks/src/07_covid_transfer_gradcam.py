@@ -20,7 +20,7 @@
 # | 7 Shortcut audit | What remains when the lungs are taken away? |
 # | 8 Questions | The assignment's questions 13 to 24, answered from this run's numbers |
 #
-# What came out on the real films stands in the [README](../README.md); the outputs stored in this file are from the
+# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
 # smoke profile on *synthetic* films with a tiny random network, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*

@@ -216,9 +216,9 @@ def _accuracies(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, attacks: Sequence[str], options: dict
 ) -> dict[str, float]:
     """Accuracy on clean images, and under the attacks with either gradient and with both, per image."""
-    from dlia_utils.attacks.evaluate import BPDA, robustness
+    from dlia_utils.attacks.evaluate import BPDA, robust
 
-    rows = robustness(model, x, y, eps_grid=[eps], attacks=attacks, **options)
+    rows = robust(model, (x, y), [eps], attacks=attacks, early_drop=False, **options).rows
     through = rows.attack.str.endswith(BPDA)
     withstood = {
         "clean": rows[rows.attack == "clean"],
