@@ -63,7 +63,7 @@ def main() -> None:
     print(
         "| attack | norm | eps | ours fooled | peer fooled | difference | peer |\n|---|---|---|---|---|---|---|"
     )
-    allowed, weaker = max(1, len(x) // 50), []
+    allowed, weaker, compared = max(1, len(x) // 50), [], 0
     for name, (norm, wanted, ours, theirs) in CASES.items():
         if not any(name.startswith(start) for start in options.only):
             continue
@@ -86,11 +86,14 @@ def main() -> None:
                 f"{peer} {version(peer)}",
             ]
             print(f"| {' | '.join(map(str, row))} |", flush=True)
+            compared += 1
             if found < other - allowed:
                 weaker.append(f"{name} ({norm}): {found:.3g} against {other:.3g} of {peer}")
+    if not compared:
+        sys.exit("nothing was compared: pip install -r benchmarks/requirements.txt in an environment of its own")
     if weaker:
         sys.exit(f"weaker than a peer by more than {allowed}: " + "; ".join(weaker))
-    print(f"\nNo attack of ours fools fewer than a peer by more than {allowed} of {len(x)}.")
+    print(f"\nIn {compared} comparisons no attack of ours fools fewer than a peer by more than {allowed} of {len(x)}.")
 
 
 def arguments() -> argparse.Namespace:

@@ -307,12 +307,12 @@ def gairat_weights(kappa: Tensor, *, steps: int, lam: float = -1.0) -> Tensor:
     [0, steps].
 
     >>> gairat_weights(torch.tensor([0, 5, 10]), steps=10)
-    tensor([2.6804e+00, 3.1961e-01, 1.6461e-05])
+    tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
     """
     if len(kappa) and not 0 <= kappa.min() <= kappa.max() <= steps:
         raise ValueError(f"kappa must lie in 0 to steps = {steps}, got {kappa.min()} to {kappa.max()}")
-    w = (1 + torch.tanh(lam + 5 * (1 - 2 * kappa.float() / steps))) / 2
-    return w / w.mean()
+    w = torch.sigmoid(2 * (lam + 5 * (1 - 2 * kappa.double() / steps)))  # (1 + tanh(u)) / 2, which float32 rounds to 0
+    return (w / w.mean()).float()
 
 
 def gairat(

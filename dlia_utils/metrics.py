@@ -1,4 +1,4 @@
-"""Classification metrics with patient-clustered intervals, and McNemar's test; other tests stand in `comparison`."""
+"""Classification metrics with patient-clustered intervals; paired tests stand in `comparison`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "sensit
 
 def classification(
     labels: np.ndarray,
-    probability: np.ndarray,
+    score: np.ndarray,
     groups: Sequence,
     *,
     threshold: float = 0.5,
@@ -26,31 +26,34 @@ def classification(
 ) -> pd.DataFrame:
     """Two-class metrics, each with an interval from resampling whole patients (Field & Welsh 2007).
 
-    `labels` [N] of 0/1, `probability` [N] of class 1, `groups` [N] patient ids. Precision, recall and F1 are
-    macro averages; sensitivity and specificity belong to class 1 and class 0 (accuracy, too, gets the exact binomial
-    interval where it is 0 or 1: see `share`). An AUC needs both classes, else
-    it is NaN. `interval` as in `bootstrap`. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths,
-    labels other than 0/1.
+    `labels` [N] of 0/1, `score` [N] of class 1: its probability, or any finite score with the `threshold` that
+    belongs to it (`train.log_odds` and 0: probabilities of sharp models tie at 1 and lose their AUC), `groups` [N]
+    patient ids. Precision, recall and F1 are macro averages; sensitivity and specificity belong to class 1 and
+    class 0. An AUC needs both classes, else it is NaN. A value of exactly 0 or 1 comes out in every draw, too: it gets
+    the exact binomial interval instead (see `share`), over the images that it is about; those that speak of both
+    classes take the class of fewer patients, which is on the safe side. `interval` as in `bootstrap`. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths, labels
+    other than 0/1.
 
     >>> table = classification(np.array([0, 0, 1, 1]), np.array([.1, .6, .7, .9]), list("abcd"), draws=50)
     >>> table.set_index("metric").loc["accuracy", "value"]
     np.float64(0.75)
     """
-    labels, probability = _check(labels, probability, groups)
+    labels, score = _check(labels, score, groups)
     # Strictly above, as argmax decides two equal logits for class 0.
-    predicted = (probability > threshold).astype(int)
+    predicted = (score > threshold).astype(int)
 
     def values(weights: np.ndarray) -> np.ndarray:
-        found = _rates(labels, predicted, weights) | {"auc": weighted_auc(labels, probability, weights)}
+        found = _rates(labels, predicted, weights) | {"auc": weighted_auc(labels, score, weights)}
         return np.column_stack([found[name] for name in METRICS])
 
     table = bootstrap(values, groups, draws=draws, level=level, seed=seed, interval=interval)
     table.insert(0, "metric", METRICS)
     rows = table.to_dict("records")
     counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
+    fewer = min((labels == label for label in np.unique(labels)), key=lambda own: len(pd.unique(np.asarray(groups)[own])))
     for row in rows:
-        if row["metric"] in counted and row["value"] in (0.0, 1.0):
-            row |= _exact(row["value"], np.asarray(groups)[counted[row["metric"]]], level)
+        if row["value"] in (0.0, 1.0):
+            row |= _exact(row["value"], np.asarray(groups)[counted.get(row["metric"], fewer)], level)
     return pd.DataFrame(rows)
 
 
@@ -93,7 +96,7 @@ def _exact(value: float, groups: Sequence, level: float) -> dict[str, float]:
 def sensitivity_at_specificity(
     validation: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,
-    probability: np.ndarray,
+    score: np.ndarray,
     groups: Sequence,
     *,
     specificity: float = 0.9,
@@ -104,8 +107,8 @@ def sensitivity_at_specificity(
 ) -> pd.DataFrame:
     """Sensitivity at a fixed specificity, with the threshold from validation and, beside it, from the test ROC itself.
 
-    `validation`: labels and probability of the VALIDATION images; the threshold is the lowest with at least
-    `specificity` there. labels, probability, groups: the test images. Rows (0.9 stands for `specificity`):
+    `validation`: labels and score of the VALIDATION images; the threshold is the lowest with at least
+    `specificity` there. labels, score, groups: the test images; scores as in `classification`. Rows (0.9 stands for `specificity`):
     sensitivity_at_0.9_val_threshold and specificity_at_0.9_val_threshold, what that threshold gives on the test
     images, and sensitivity_at_0.9_test_roc, the highest sensitivity on the test ROC curve with that specificity.
     The last one chooses its threshold on the images it is scored on, again in each draw: an upper reference, not a
@@ -120,8 +123,8 @@ def sensitivity_at_specificity(
      ['sensitivity_at_1_test_roc', 0.5, 0.5]]
     """
     groups = list(groups)
-    labels, probability = _check(labels, probability, groups)
-    held, score = _check(*validation, range(len(validation[0])))
+    labels, score = _check(labels, score, groups)
+    held, held_score = _check(*validation, range(len(validation[0])))
     if not 0 < specificity <= 1:
         raise ValueError(f"specificity must be in (0, 1], e.g. 0.9, not {specificity}")
     for name, part in (("validation", held), ("test", labels)):
@@ -129,12 +132,12 @@ def sensitivity_at_specificity(
             raise ValueError(f"the {name} images are all of class {part[0]}: a ROC curve needs both classes")
 
     def on_roc(weights: np.ndarray) -> np.ndarray:
-        return _roc_point(labels, probability, weights, specificity)[0]
+        return _roc_point(labels, score, weights, specificity)[0]
 
     options = {"draws": draws, "level": level, "seed": seed, "interval": interval}
-    threshold = float(_roc_point(held, score, np.ones((1, len(held))), specificity)[1][0])
-    own = float(_roc_point(labels, probability, np.ones((1, len(labels))), specificity)[1][0])
-    fixed = classification(labels, probability, groups, threshold=threshold, **options).set_index("metric")
+    threshold = float(_roc_point(held, held_score, np.ones((1, len(held))), specificity)[1][0])
+    own = float(_roc_point(labels, score, np.ones((1, len(labels))), specificity)[1][0])
+    fixed = classification(labels, score, groups, threshold=threshold, **options).set_index("metric")
     table = pd.concat([fixed.loc[["sensitivity", "specificity"]], bootstrap(on_roc, groups, **options)])
     table.insert(0, "metric", [f"{name}_at_{specificity:g}_{how}" for name, how in (
         ("sensitivity", "val_threshold"), ("specificity", "val_threshold"), ("sensitivity", "test_roc"))])  # fmt: skip
@@ -155,8 +158,8 @@ def bootstrap(
     `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row a column: value
     (every image once), ci_low, ci_high, n. `groups` [N] are patient ids. interval: "percentile", or "bca", corrected
     for bias and for a spread that changes with the value, on the same draws (Efron 1987, JASA 82:171; the
-    acceleration from leaving out one patient at a time). A draw where the value is NaN is left out; BCa is NaN when
-    all draws lie on one side of the value. Errors: ValueError for another interval, no images or missing ids.
+    acceleration from leaving out one patient at a time). A draw where the value is NaN is left out; a single patient
+    has no interval (NaN), and BCa is NaN when all draws lie on one side of the value. Errors: ValueError for another interval, no images or missing ids.
 
     >>> height = np.array([1.0, 3.0, 2.0, 6.0])
     >>> bootstrap(lambda w: w @ height / w.sum(1), ["a", "a", "b", "c"], draws=100, interval="bca")["value"].item()
@@ -180,7 +183,8 @@ def bootstrap(
         patients = np.arange(codes.max() + 1)
         without = over(len(patients), lambda part: (patients[part, None] != codes).astype(float))
     return pd.DataFrame([
-        _row("", values[:, k], len(codes), level, None if without is None else without[:, k])
+        _row("", values[:, k] if codes.any() else values[:1, k], len(codes), level,
+             None if without is None else without[:, k])
         for k in range(values.shape[1])
     ]).drop(columns="metric")  # fmt: skip
 
@@ -207,18 +211,18 @@ def _patients(groups: Sequence) -> np.ndarray:
     return codes
 
 
-def _check(labels: np.ndarray, probability: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    labels, probability = np.asarray(labels), np.asarray(probability, dtype=float)
-    if not len(labels) == len(probability) == len(groups) or not len(labels):
+def _check(labels: np.ndarray, score: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    labels, score = np.asarray(labels), np.asarray(score, dtype=float)
+    if not len(labels) == len(score) == len(groups) or not len(labels):
         raise ValueError(
-            f"labels ({len(labels)}), probability ({len(probability)}) and groups ({len(groups)}) "
+            f"labels ({len(labels)}), score ({len(score)}) and groups ({len(groups)}) "
             "must have the same length above 0"
         )
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"labels must be 0 or 1, found {np.unique(labels)[:5]}")
-    if not np.isfinite(probability).all():
-        raise ValueError("probability holds NaN or infinite values: the model's output is broken")
-    return labels.astype(int), probability
+    if not np.isfinite(score).all():
+        raise ValueError("score holds NaN or infinite values: the model's output is broken")
+    return labels.astype(int), score
 
 
 def _row(name: str, values: np.ndarray, n: int, level: float, without: np.ndarray | None = None) -> dict:

@@ -28,15 +28,24 @@ def result_rows(table: pd.DataFrame, config: Config, **labels) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) completed to the suite's tidy `RESULT_COLUMNS`.
 
     `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "pixel".
+    epochs are those that the model was really trained for, where the run folder says so, else the setting.
     """
     known = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel", "ci_low": np.nan, "ci_high": np.nan} | labels
     context = {
-        "notebook": config.notebook, "seed": config.seed, "size": config.size, "epochs": config.epochs,
+        "notebook": config.notebook, "seed": config.seed, "size": config.size,
         "weights": weights_label(config), "profile": config.profile, "data": config.data_name,
         "hardware": hardware(),
     }  # fmt: skip
     filled = table.assign(**{k: v for k, v in (known | context).items() if k not in table.columns})
+    if "epochs" not in filled:
+        filled["epochs"] = [_epochs(config, model) for model in filled["model"]]
     return filled.reindex(columns=list(RESULT_COLUMNS))
+
+
+def _epochs(config: Config, model: str) -> int:
+    """Lines of the log that `train.fit` kept of this model (or of its head alone); the setting where there is none."""
+    logs = [config.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
+    return next((len(pd.read_csv(log)) for log in logs if log.exists()), config.epochs)
 
 
 def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:

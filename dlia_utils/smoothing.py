@@ -15,6 +15,7 @@ import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
 
+from dlia_utils import metrics
 from dlia_utils.objectives import evaluating
 
 ABSTAIN = -1
@@ -101,14 +102,15 @@ def predict(
     return torch.tensor(answers)
 
 
-def certified_accuracy(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
+def certified_accuracy(table: pd.DataFrame, radii: Sequence[float], groups: Sequence, *, draws: int = 2000) -> pd.DataFrame:
     """The share of images that are right and certified at each L2 radius, of all images of a `certify` table.
 
-    Columns: radius (pixel units), certified_accuracy, images. At radius 0 this is the smoothed model's accuracy, with
-    abstentions as errors. Raises: ValueError for a table without labels, no rows, or a negative radius.
+    groups: patient of each row. Columns: metric, value, ci_low, ci_high (95 %, by patient, see `metrics.share`), n,
+    radius (pixel units). At radius 0 this is the smoothed model's accuracy, with abstentions as errors.
+    Raises: ValueError for a table without labels, no rows, or a negative radius.
 
     >>> table = pd.DataFrame({"correct": [True, True, False], "radius": [0.5, 0.1, 0.9]})
-    >>> certified_accuracy(table, [0, 0.2]).certified_accuracy.round(2).tolist()
+    >>> certified_accuracy(table, [0, 0.2], groups="abc", draws=50).value.round(2).tolist()
     [0.67, 0.33]
     """
     missing = {"correct", "radius"} - set(table.columns)
@@ -117,8 +119,8 @@ def certified_accuracy(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFr
     if min(radii, default=0) < 0:
         raise ValueError(f"radii must not be negative, got {min(radii)}")
     right, radius = table.correct.to_numpy(dtype=bool), table.radius.to_numpy(dtype=float)
-    shares = [float((right & (radius >= r)).mean()) for r in radii]
-    return pd.DataFrame({"radius": list(radii), "certified_accuracy": shares, "images": len(table)})
+    rows = [metrics.share(right & (radius >= r), list(groups), draws=draws) | {"radius": r} for r in radii]
+    return pd.DataFrame(rows).assign(metric="certified_accuracy")
 
 
 def lower_bound(k: int, n: int, *, alpha: float) -> float:

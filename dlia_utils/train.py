@@ -476,6 +476,25 @@ def predict(
     return logits.double().softmax(dim=1).numpy(), labels, rows
 
 
+def log_odds(model: nn.Module, data: Dataset | Tensor, *, batch_size: int = 64) -> np.ndarray:
+    """The score z1 - z0 [N] (float64) of a two-class model: rank by it, and cut it at 0 instead of 0.5.
+
+    It orders images as the probability of class 1 does, but cannot saturate: from about 37 on all probabilities are
+    exactly 1, and a model with large logits (one distilled at a high temperature) would lose its ranking, and so its
+    AUC, to rounding. `scipy.special.expit` turns it into that probability. `data` as in `predict`.
+    Errors: ValueError for a model with other than two logits.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    >>> x = torch.rand(3, 1, 4, 4)
+    >>> bool(((log_odds(model, x) > 0) == (predict(model, x)[0][:, 1] > 0.5)).all())
+    True
+    """
+    logits, _, _ = _logits(model, data, batch_size=batch_size)
+    if logits.shape[1] != 2:
+        raise ValueError(f"log-odds need a model with two logits, not {logits.shape[1]}; use predict")
+    return (logits[:, 1].double() - logits[:, 0].double()).numpy()
+
+
 @torch.inference_mode()
 def _logits(
     model: nn.Module, data: Dataset | Tensor, *, batch_size: int
@@ -496,14 +515,14 @@ def _logits(
 
 def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Validation loss, accuracy and AUC (two classes: of class 1; more: one against the rest, macro mean)."""
-    probabilities = logits.double().softmax(dim=1)
     row = {
         "val_loss": F.cross_entropy(logits.double(), labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
         "val_auc": math.nan,
     }
     if logits.isfinite().all() and len(labels.unique()) == logits.shape[1]:
-        score = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
+        # Two classes by their difference: probabilities saturate, and all images would tie at 1.
+        score = (logits[:, 1] - logits[:, 0]).double() if logits.shape[1] == 2 else logits.double().softmax(dim=1)
         row["val_auc"] = float(roc_auc_score(labels.numpy(), score.numpy(), multi_class="ovr"))
     return row
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from dlia_utils import attacks
 from dlia_utils.attacks import _ball, _contract
@@ -410,6 +411,24 @@ def test_smallest_changes_are_ordered(trained):
     assert attacks.carlini_wagner(model, x, y, steps=30, searches=4).l2.median() <= deepfool
 
 
+def test_carlini_wagner_walks_far_enough_within_a_small_mask():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 2)).eval()
+    x, mask = torch.full((6, 1, 64, 64), 0.5), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    mask[..., 30:34, 30:34] = True
+    weight = (model[1].weight[1] - model[1].weight[0]).detach().view(64, 64)
+    model[1].bias.data[1] += -(model(x)[0, 1] - model(x)[0, 0]) + 0.2 * weight[mask[0, 0]].norm()  # 0.2 from the boundary
+    found = attacks.carlini_wagner(model, x, model(x).argmax(1), mask=mask, steps=60, searches=3)
+    assert found.success.all() and (found.l2 < 0.2 * 1.05).all()
+
+
+def test_carlini_wagner_judges_its_last_step(trained):
+    model, x, y = trained
+    right = model(x).argmax(1) == y
+    found = attacks.carlini_wagner(model, x[right], y[right], steps=1, searches=1, step_size=1.0, constant=1e6)
+    assert found.success.any(), "the only step was never looked at"
+
+
 def test_carlini_wagner_finds_the_scale_of_the_model():
     """Images 1000 times as near to the boundary fall to changes 1000 times as small, in as many steps."""
     model = linear_model(size=8)
@@ -639,6 +658,7 @@ BAD = {
     "uint8": ({"x": (GOOD_X * 255).to(torch.uint8)}, TypeError, "255"),
     "normalised": ({"x": GOOD_X * 4 - 2.1}, ValueError, "before normalisation"),
     "label 12": ({"y": GOOD_Y + 12}, ValueError, "the model has classes"),
+    "half precision": ({"x": GOOD_X.half()}, TypeError, "x.float()"),
     "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
     "eps -0.1": ({"eps": -0.1}, ValueError, ">= 0"),
     "no bool mask": ({"mask": torch.ones(2, 1, 8, 8)}, TypeError, "mask > 0"),
@@ -675,6 +695,46 @@ def test_model_in_training_mode_is_refused(name, trained):
             DIRECT[name](model, GOOD_X, GOOD_Y, eps=EPS)
     finally:
         model[5].eval()
+
+
+@pytest.mark.parametrize("layer", [nn.RReLU(), nn.FeatureAlphaDropout(), StochasticDepth(0.5, "row")])
+def test_any_layer_that_is_random_in_training_is_refused(layer):
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 2))
+    with pytest.raises(ValueError, match=r"1 \(\w+\) is in training mode"):
+        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=EPS)
+    assert len(attacks.fgsm(model.eval(), GOOD_X, GOOD_Y, eps=EPS).success) == 2
+
+
+class Log(nn.Module):
+    """Defined where pixels are above 0.02, NaN below."""
+
+    def forward(self, x):
+        rise = torch.log(x.flatten(1) - 0.02).sum(1)
+        return torch.stack([torch.zeros_like(rise), rise + 8], 1)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "l2" not in name and name not in ("carlini_wagner", "pgd")])
+def test_an_answer_that_is_no_number_is_no_success(name):
+    model, x = Log().eval(), torch.full((4, 1, 2, 2), 0.06)
+    y = model(x).argmax(1)
+    found = ALL[name][0](model, x, y, eps=0.05)
+    answers = model(found.x_adv)
+    assert answers.isfinite().all()
+
+
+def test_pgd_that_starts_where_there_is_no_number_says_so():
+    model, x = Log().eval(), torch.full((4, 1, 2, 2), 0.06)
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        attacks.pgd(model, x, model(x).argmax(1), eps=0.05)
+
+
+def test_logits_in_a_dict_are_refused():
+    class InDict(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x.flatten(1))}
+
+    with pytest.raises(TypeError, match="tensor of logits.*not dict"):
+        attacks.fgsm(InDict(64, 2).eval(), GOOD_X, GOOD_Y, eps=EPS)
 
 
 def test_other_errors_name_the_argument(trained):

@@ -215,9 +215,22 @@ def test_rows_with_gaps_or_of_other_images_are_refused(sound, evaluation):
         checklist(model, x[:9], y[:9], evaluation.rows)
     with pytest.raises(TypeError, match="give them to robust"):
         checklist(model, x, y, evaluation, steps=3)
-    with pytest.raises(ValueError, match="wrong on every clean image"):
-        wrong = evaluate.robust(model, (x[:3], y[:3]), GRID[:1], early_drop=False, progress=False)
-        checklist(model, x[:3], y[:3], wrong)
+
+
+def test_a_model_that_is_always_wrong_gets_its_page(sound):
+    model, x, y = sound
+    found = evaluate.robust(model, (x, 1 - model(x).argmax(1)), GRID[:1], progress=False)
+    lines = found.report().set_index("check").verdict
+    assert len(lines) == 3 and lines["clean accuracy above always answering the largest class"] == "WARN"
+    assert "Check list" in found.text()
+
+
+def test_a_black_box_that_found_nothing_standing_was_run(sound):
+    model, x, y = sound
+    found = evaluate.robust(model, (x, y), [1.0], progress=False)
+    assert not found.rows.attack.eq("square").any()
+    assert found.report().set_index("check").verdict["white box beats black box"] == "PASS"
+
 
 
 def test_a_mask_leaves_out_the_ball_that_fools_all(sound):

@@ -391,3 +391,17 @@ def test_training_with_it_raises_accuracy_under_pgd(name, fragile, plain):
     }[name]
     robust = pgd_accuracy(trained(make(), *fragile), *fragile)
     assert robust > 0.8, robust
+
+
+def test_gairat_weights_are_numbers_for_any_offset():
+    weights = objectives.gairat_weights(torch.tensor([10, 10]), steps=10, lam=-5.0)
+    assert weights.tolist() == [1.0, 1.0]
+
+
+def test_the_margin_penalty_takes_string_padding_in_grouped_convolutions():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 2))
+    loss, _ = objectives.margin_gradient(penalty=0.1)(model, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0]))
+    loss.backward()
+    assert layers[1].weight.grad.abs().sum() > 0

@@ -3,6 +3,7 @@
 import copy
 import logging
 from contextlib import contextmanager
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -78,7 +79,7 @@ def test_batches_ids_and_the_copy_do_not_change_the_answer(study, rows):
 
 def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, caplog):
     model, x, y = study
-    flipped = nn.Sequential(model, Flip()).eval()  # a copy that is wrong about everything
+    flipped = FlipsOthers(model, x).eval()  # a copy that is wrong about every image that is not one of these
     monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
     with caplog.at_level(logging.INFO, logger="dlia_utils"):
         found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
@@ -87,9 +88,40 @@ def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, c
     assert "37 times" in caplog.text
 
 
-class Flip(nn.Module):
-    def forward(self, logits):
-        return logits.flip(1)
+class FlipsOthers(nn.Module):
+    def __init__(self, model, known):
+        super().__init__()
+        self.model, self.known = model, known.flatten(1)
+
+    def forward(self, x):
+        logits = self.model(x)
+        near = torch.cdist(x.flatten(1), self.known, compute_mode="donot_use_mm_for_euclid_dist")
+        far = near.amin(1, keepdim=True) > 1e-3
+        return torch.where(far, logits.flip(1), logits)
+
+
+class Whimsical(nn.Module):
+    """Takes one of two ways by a draw: a traced copy always takes the one of the tracing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.first, self.second = copy.deepcopy(model), copy.deepcopy(model)
+        self.second[-1].bias.data += 0.3
+
+    def forward(self, x):
+        return self.first(x) if torch.rand(()) < 0.5 else self.second(x)
+
+
+def test_a_copy_that_is_another_function_is_not_attacked(study, caplog):
+    model, x, y = study
+    hooked = copy.deepcopy(model)
+    hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))  # a copy by tracing loses it
+    fast, plain = (full_rows(hooked, x, y, GRID[:1], ("pgd_margin",), fast=fast) for fast in (True, False))
+    pd.testing.assert_frame_equal(fast, plain)
+    assert "answers otherwise" in caplog.text
+    torch.manual_seed(0)
+    assert evaluate._faithful_copy(whim := Whimsical(model).eval(), x[:4]) is whim
+    assert evaluate._faithful_copy(model, x[:4]) is not model
 
 
 def test_zero_gradient_share(study):
@@ -239,6 +271,31 @@ def test_bad_arguments_are_refused(study):
     for bad in ({"eps_grid": []}, {"eps_grid": [0.1], "attacks": ("apgd",)}, {"eps_grid": [8]}):
         with pytest.raises(ValueError, match="eps"):
             evaluate.robust(model, (x, y), progress=False, **bad)
+
+
+def test_what_cannot_be_run_is_refused_before_the_model_is_asked(study):
+    model, x, y = study
+    asked = []
+    model = nn.Sequential(Rounded(), model).eval()
+    model.register_forward_hook(lambda *_: asked.append(1))
+    random = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), shuffle=True)
+    dicts = [{"x": x, "y": y}]
+    for word, bad in {
+        "batch_size must be >= 1": {"batch_size": -1},
+        "seed >= 0": {"seed": -1},
+        "eps must be >= 0": {"eps_grid": [-0.1, 0.1]},
+        "must be a sequence": {"eps_grid": 0.1},
+        "area": {"budgets": {"square": {"area": 2.0}}},
+        "steps": {"budgets": {"square": {"steps": 0}}},
+        "loss must be one of": {"budgets": {"apgd_ce": {"loss": "dlr"}}},
+        "training mode": {"surrogate": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2))},
+        "single logit": {"surrogate": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))},
+        "shuffle=False": {"data": random, "groups": range(40)},
+        "yields dicts": {"data": dicts},
+    }.items():
+        with pytest.raises(ValueError, match=word):
+            evaluate.robust(model, progress=False, **{"data": (x, y), "eps_grid": GRID[:1]} | bad)
+    assert not asked
 
 
 def test_fgsm_rows_agree_with_fgsm_itself(study, rows):
@@ -455,11 +512,33 @@ def test_a_folder_of_something_else_is_refused(study, tmp_path):
         "images": (model, (x.flip(0), y), GRID[:1], options),
         "attacks": (model, (x, y), GRID[:1], options | {"budgets": {"noise": {"draws": 3}}}),
     }
+    scaled = nn.Sequential(model, Times(1.0)).eval()
+    with_it = options | {"folder": tmp_path / "scaled"}
+    evaluate.robust(scaled, (x, y), GRID[:1], bpda=partial(unchanged, by=model), **with_it)
+    for name, net, by in (("model", nn.Sequential(model, Times(2.0)).eval(), model), ("bpda", scaled, other)):
+        with pytest.raises(ValueError, match=rf"something else .*{name}: .*resume=False"):
+            evaluate.robust(net, (x, y), GRID[:1], bpda=partial(unchanged, by=by), **with_it)
     for name, (net, data, grid, asked) in cases.items():
         with pytest.raises(ValueError, match=rf"something else \({name}: .*resume=False"):
             evaluate.robust(net, data, grid, **asked)
     anew = evaluate.robust(other, (x, y), GRID[:1], resume=False, **options)
     assert anew.rows.equals(evaluate.robust(other, (x, y), GRID[:1], **options).rows)
+
+
+class Times(nn.Module):
+    """A number that stands in no weight."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, logits):
+        return logits * self.by
+
+
+@contextmanager
+def unchanged(_model, by):
+    yield
 
 
 def test_a_dear_attack_is_run_at_more_eps_without_repeated_work(study, tmp_path):
@@ -515,6 +594,7 @@ def test_intervals_page_and_figure(both, study):
     assert table.attack_success.iloc[-1] == pytest.approx(1 - table.worst.iloc[-1] / (37 / 40))
     for one in (found, *both.values()):
         page = one.text(checks=False)
+        assert ("by patient" if one is found else "by image (no patients given)") in page
         assert "16/255" in page and "pgd_margin (steps 10, restarts 1)" in page
         assert ("Fooled images were dropped" in page) == one.settings["early_drop"]
         figure = one.figure()

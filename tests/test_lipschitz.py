@@ -220,6 +220,9 @@ def test_the_door_counts_from_pixels_and_pools_have_their_norms():
     assert lipschitz_bound(model, (1, 4, 4)) == pytest.approx((4 + 16 + 25) ** 0.5 / 4 * head)
     assert lipschitz_bound(nn.MaxPool2d(2), (1, 4, 4)) == 1
     assert lipschitz_bound(nn.Sequential(nn.MaxPool2d(3, 2, padding=1)), (1, 5, 5)) == 2
+    pool, spike = nn.MaxPool2d(3, stride=2, dilation=2), torch.zeros(1, 1, 13, 13)
+    spike[0, 0, 6, 6] = 1.0  # the largest of 3 x 3 windows
+    assert pool(spike).norm() == 3 and lipschitz_bound(nn.Sequential(pool), (1, 13, 13)) == 3
     assert lipschitz_bound(nn.Sequential(nn.AvgPool2d(2)), (1, 4, 4)) == pytest.approx(0.5)
 
 

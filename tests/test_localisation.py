@@ -16,6 +16,7 @@ from dlia_utils.explain._shared import REFERENCES
 from dlia_utils.explain.attribution import METHODS, explain
 from dlia_utils.explain.eigencam import _inside
 from dlia_utils.explain.localisation import (
+    against_model,
     against_references,
     coverage_curve,
     localise,
@@ -400,3 +401,16 @@ def test_differences_to_the_references_are_paired_by_image_and_resampled_by_pati
     row = table.query("map == 'noise' and score == 'auprc' and reference == 'edges'").iloc[0]
     assert row["value"] == pytest.approx((by_hand["noise"] - by_hand["edges"]).mean())
     assert row["ci_low"] < 0 < row["ci_high"]
+
+
+def test_maps_of_two_models_are_compared_film_by_film(lesions):
+    films, masks = lesions
+    rng = np.random.default_rng(0)
+    good, poor = np.stack(masks).astype(float), rng.random((len(films), *films.shape[2:]))
+    tables = [localise({"saliency": heat, "other": poor}, films, masks, groups=range(len(films)), draws=9)[0]
+              for heat in (good, poor)]  # fmt: skip
+    table = against_model(*tables, draws=100).set_index(["map", "score"])
+    assert table.loc[("saliency", "auprc"), "ci_low"] > 0.5 and (table.loc["other", "value"] == 0).all()
+    assert set(table.index.get_level_values("map")) == {"saliency", "other"}
+    with pytest.raises(ValueError, match="lacks the images"):
+        against_model(tables[0], tables[1].query("image > 0"))

@@ -258,3 +258,24 @@ def test_a_fixed_specificity_needs_both_classes_and_a_share():
         metrics.sensitivity_at_specificity(two, np.zeros(2), two[1], "ab")
     with pytest.raises(ValueError, match=r"in \(0, 1\]"):
         metrics.sensitivity_at_specificity(two, *two, "ab", specificity=90)
+
+
+def test_perfect_separation_is_not_certainty():
+    labels = np.arange(20) % 2
+    table = metrics.classification(labels, labels * 0.8 + 0.1, range(20), draws=200).set_index("metric")
+    low = stats.binomtest(10, 10).proportion_ci(method="exact").low  # ten patients of the class of fewer
+    for metric in ("auc", "balanced_accuracy", "f1", "sensitivity"):
+        assert table.loc[metric, "ci_low"] == pytest.approx(low) and table.loc[metric, "ci_high"] == 1
+    assert table.loc["accuracy", "ci_low"] > low
+
+
+def test_one_patient_has_no_interval():
+    table = metrics.classification(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.7, 0.9]), ["one"] * 4, draws=50)
+    assert table.set_index("metric").loc["accuracy", ["ci_low", "ci_high"]].isna().all()
+
+
+def test_log_odds_keep_a_ranking_that_probabilities_lose():
+    labels, gap = np.array([0, 0, 1, 1]), np.array([40.0, 50.0, 60.0, 70.0])
+    ties = metrics.classification(labels, 1 / (1 + np.exp(-gap)), range(4), draws=20).set_index("metric").loc["auc", "value"]
+    kept = metrics.classification(labels, gap, range(4), threshold=0, draws=20).set_index("metric").loc["auc", "value"]
+    assert ties < 1 == kept

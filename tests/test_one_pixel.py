@@ -40,7 +40,7 @@ def random_cnn() -> nn.Module:
 @pytest.mark.parametrize(("pixels", "channels"), [(1, 1), (3, 1), (1, 3)])
 def test_planted_trigger_is_found_within_the_budget(pixels, channels):
     x, y = dark(6, channels)
-    result = one_pixel(Trigger(pixels), x, y, pixels=pixels, population=60, iterations=80)
+    result = one_pixel(Trigger(pixels).eval(), x, y, pixels=pixels, population=60, iterations=80)
     assert result.success.all()
     assert (result.l0 <= pixels).all() and (result.first_success_step >= 1).all()
     assert torch.equal(result.queries, 2 + 60 * result.first_success_step)
@@ -49,7 +49,7 @@ def test_planted_trigger_is_found_within_the_budget(pixels, channels):
 def test_wrong_images_are_not_attacked_and_hopeless_ones_use_the_whole_budget():
     x, y = dark(2)
     y[1] = 1  # the model says 0
-    result = one_pixel(Trigger(needed=100), x, y, population=5, iterations=4)
+    result = one_pixel(Trigger(needed=100).eval(), x, y, population=5, iterations=4)
     assert result.success.tolist() == [False, True]
     assert result.first_success_step.tolist() == [-1, 0]
     assert result.queries.tolist() == [2 + 5 * 5, 2]
@@ -75,7 +75,7 @@ def test_batch_size_and_company_do_not_matter(pixels):
 
 def test_small_eps_and_grey_bound_the_pixel():
     x, y = torch.rand(4, 1, 8, 8).expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64)
-    result = one_pixel(Trigger(needed=100), x, y, eps=0.1, grey=True, population=6, iterations=3)
+    result = one_pixel(Trigger(needed=100).eval(), x, y, eps=0.1, grey=True, population=6, iterations=3)
     change = result.x_adv - x
     assert change.abs().max() <= 0.1 + 1e-6
     assert torch.equal(change[:, :1].expand_as(change), change)
@@ -86,8 +86,8 @@ def test_mask_confines_the_search():
     x, y = dark(6)
     row = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     row[:, :, 3] = True
-    found = one_pixel(Trigger(), x, y, mask=row, population=30, iterations=30)
-    hopeless = one_pixel(Trigger(), x, y, mask=row.roll(-3, dims=2), population=10, iterations=5)
+    found = one_pixel(Trigger().eval(), x, y, mask=row, population=30, iterations=30)
+    hopeless = one_pixel(Trigger().eval(), x, y, mask=row.roll(-3, dims=2), population=10, iterations=5)
     assert found.success.all() and not hopeless.success.any()
     for result, height in ((found, 3), (hopeless, 0)):
         places = (result.x_adv != x).nonzero()
@@ -96,7 +96,7 @@ def test_mask_confines_the_search():
 
 def test_first_population_is_checked():
     x, y = dark(3)
-    result = one_pixel(Trigger(), x, y, population=200, iterations=0)
+    result = one_pixel(Trigger().eval(), x, y, population=200, iterations=0)
     assert result.success.all() and (result.first_success_step == 1).all()
 
 
@@ -114,4 +114,4 @@ def test_parents_are_three_others():
 def test_bad_search_settings_are_refused(bad):
     x, y = dark(1)
     with pytest.raises(ValueError, match=next(iter(bad))):
-        one_pixel(Trigger(), x, y, **bad)
+        one_pixel(Trigger().eval(), x, y, **bad)

@@ -46,6 +46,14 @@ def test_rows_carry_data_profile_and_hardware(config):
     assert row["data"] == "pneumonia (SYNTHETIC)" and row["profile"] == "smoke" and row["hardware"]
 
 
+def test_rows_say_how_long_the_model_was_really_trained(config):
+    for name, epochs in (("free_at", 7), ("probe_head", 3)):
+        (config.run_dir / name).mkdir()
+        pd.DataFrame({"epoch": range(epochs)}).to_csv(config.run_dir / name / "metrics.csv", index=False)
+    found = [rows(config, name, "clean", 0.0, 0.5)["epochs"].item() for name in ("free_at", "probe", "other")]
+    assert found == [7, 3, config.epochs]
+
+
 def test_update_replaces_the_same_row_and_keeps_others(config):
     path = config.run_dir / "results.csv"
     report.update_results(pd.concat([rows(config, "a", "worst", 0.1, 0.5), rows(config, "b", "worst", 0.1, 0.6)]), path)

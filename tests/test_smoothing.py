@@ -110,12 +110,13 @@ def test_certified_accuracy_counts_what_is_right_and_far_enough():
     table = pd.DataFrame(
         {"correct": [True, True, True, False, False], "radius": [0.5, 0.25, 0.0, 0.9, 0.0], "predicted": [1, 0, 1, 0, -1]}
     )
-    result = certified_accuracy(table, [0.0, 0.25, 0.3, 1.0])
-    assert result.certified_accuracy.tolist() == [0.6, 0.4, 0.2, 0.0] and (result.images == 5).all()
+    result = certified_accuracy(table, [0.0, 0.25, 0.3, 1.0], groups="abcde", draws=200)
+    assert result.value.tolist() == [0.6, 0.4, 0.2, 0.0] and (result.n == 5).all()
+    assert (result.ci_low <= result.value).all() and (result.ci_high > result.value).all()
     with pytest.raises(ValueError, match="certify"):
-        certified_accuracy(table.drop(columns="correct"), [0.0])
+        certified_accuracy(table.drop(columns="correct"), [0.0], groups="abcde")
     with pytest.raises(ValueError, match="negative"):
-        certified_accuracy(table, [-0.1])
+        certified_accuracy(table, [-0.1], groups="abcde")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from dlia_utils import models, objectives
-from dlia_utils.train import FitResult, fit, predict
+from dlia_utils.train import FitResult, fit, log_odds, predict
 
 ROOT = Path(__file__).parents[1]
 
@@ -573,3 +573,13 @@ def test_two_processes_train_one_model(tmp_path):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+
+
+def test_log_odds_do_not_saturate_and_ask_for_two_classes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model[1].weight.data, model[1].bias.data = torch.tensor([[0.0] * 4, [100.0] * 4]), torch.zeros(2)
+    x = torch.tensor([0.5, 0.7, 0.9])[:, None, None, None].expand(3, 1, 2, 2)
+    assert log_odds(model, x).tolist() == pytest.approx([200, 280, 360])
+    assert (predict(model, x)[0][:, 1] == 1).all()
+    with pytest.raises(ValueError, match="two logits"):
+        log_odds(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), x)

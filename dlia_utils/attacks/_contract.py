@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
+HARMLESS = (  # modules of torch that do the same in training mode; containers of the caller are looked into
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear),
+    *(nn.modules.conv._ConvNd, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softmax),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
+    *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.padding._ReflectionPadNd, nn.LayerNorm, nn.GroupNorm),
+)
 NORMS = ("linf", "l2")
 
 
@@ -93,16 +99,22 @@ def _check_model(model: nn.Module) -> None:
 
 def _changes_in_training(module: nn.Module) -> bool:
     # A parametrization such as spectral_norm runs a power iteration in train mode: its buffers change.
-    return (
-        isinstance(module, nn.modules.batchnorm._NormBase)
-        or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-        or parametrize.is_parametrized(module)
-    )
+    if parametrize.is_parametrized(module):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Any other layer may drop paths, draw slopes or update statistics: only what is known not to is let through.
+    return not isinstance(module, HARMLESS) and (not any(module.children()) or type(module).__module__.startswith("torch"))
 
 
 def _check_images(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError("x must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"x must be float32 or float64, not {x.dtype}: half precision rounds a change out of its ball; use x.float(), "
+            "and torch.autocast inside the model where it shall be fast"
+        )
     if x.ndim != 4 or not x.numel():
         raise ValueError(f"x must be a non-empty batch [B,C,H,W], not {tuple(x.shape)}")
     low, high = (v.item() for v in x.detach().aminmax())
@@ -159,8 +171,13 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Return the logits [B,K] when they fit the labels; ValueError otherwise."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the model must return a tensor of logits [B,K], not {type(logits).__name__}: wrap it so that it does")
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model must return logits [B,K] with K >= 2 classes, not {tuple(logits.shape)}")
+        raise ValueError(
+            f"the model must return logits [B,K] with K >= 2 classes, not {tuple(logits.shape)}; a single logit z of "
+            "class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
     if int(y.max()) >= logits.shape[1]:
         raise ValueError(f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}")
     if not bool(logits.isfinite().all()):
@@ -257,9 +274,14 @@ def answer(
     with torch.no_grad():
         for _ in range(eot):
             logits = check_logits(model(points), y) if check else model(points)
-            wrong = wrong + (logits.argmax(1) != y).float()
+            wrong = wrong + _is_wrong(logits, y)
             value = value + objective(logits, y)
     return wrong / eot, value / eot
+
+
+def _is_wrong(logits: Tensor, y: Tensor) -> Tensor:
+    """1.0 where the answer is another class, else 0.0 [B]; an answer that is no number is none, not a wrong one."""
+    return ((logits.argmax(1) != y) & logits.isfinite().all(1)).float()
 
 
 def gradient_at(
@@ -284,7 +306,7 @@ def gradient_at(
             logits = check_logits(model(points), y) if check else model(points)
             values = objective(logits, y)
             total = values.sum()
-        wrong = wrong + (logits.detach().argmax(1) != y).float()
+        wrong = wrong + _is_wrong(logits.detach(), y)
         value = value + values.detach()
         if stop_when_fooled and eot == 1 and bool(wrong.all()):
             return wrong, value, None

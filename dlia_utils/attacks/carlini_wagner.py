@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +43,7 @@ def carlini_wagner(
     [B or 1,1,H,W] of the pixels that may change.
     eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
     means that most of eot fresh passes of x_adv are wrong.
-    It costs steps * searches passes for every image that the model gets right (the paper: 1000 * 9).
+    It costs (steps + 1) * searches passes for every image that the model gets right (the paper: 1000 * 9).
     Nothing is random.
     Errors: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
 
@@ -104,7 +102,8 @@ def _scales(ledger: c.Ledger, rows: Tensor, ball: Ball, steps: int) -> tuple[Ten
     gap, rise = value.abs().to(ball.x), size(ball.allowed(gradient), "l2")
     distance = gap / rise.clamp_min(TINY)
     usable = (rise > 0) & (gap > 0)
-    pixels = math.sqrt(ball.x[0].numel())  # Adam moves every pixel by about the learning rate
+    free = torch.ones_like(ball.x) if ball.mask is None else ball.mask.expand_as(ball.x).to(ball.x)
+    pixels = free.flatten(1).sum(1).clamp_min(1).sqrt()  # Adam moves every free pixel by about the learning rate
     weight = torch.where(usable, 4 * distance / rise.clamp_min(TINY), CONSTANT)
     return weight, torch.where(usable, 9 * distance / steps / pixels, STEP_SIZE)
 
@@ -137,4 +136,5 @@ def _descend(
         square = DECAYS[1] * square + (1 - DECAYS[1]) * downhill.square()
         direction = (mean / (1 - DECAYS[0] ** step)) / ((square / (1 - DECAYS[1] ** step)).sqrt() + FLOOR)
         points = ball.project(points - rate * per_image(pace) * direction)
-    return ever
+    wrong, _ = c.answer(ledger.model, points, y, c.margin, eot=ledger.eot)  # the last step counts, too
+    return ever | record_smallest(ledger, rows, points, wrong, norm="l2", step=first + steps + 1)

@@ -95,10 +95,9 @@ def checklist(
     again = _Again(model, images, labels, call, progress)
     eps_text = pixel_text if call.get("norm", "linf") == "linf" else "{:g}".format
     right = np.flatnonzero(~_fooled(rows, "clean", 0.0, call["ids"]))
-    if not len(right):
-        raise ValueError(
-            "the model is wrong on every clean image, so nothing can be attacked: check the labels"
-        )
+    stated = [_threat(evidence if known else None), _clean(labels, right), _range(model, images, labels, subset)]
+    if not len(right):  # there is nothing to attack, which the second line says
+        return pd.DataFrame(stated, columns=COLUMNS)
     full, note = rows, ""
     if known and evidence.settings["early_drop"]:
         some = _spread(right, subset)
@@ -107,11 +106,9 @@ def checklist(
         full = again(some, grid, attacks=names, early_drop=False, surrogate=None).rows
         note = f" (all attacks in full on {len(some)} images)"
     checks = [
-        _threat(evidence if known else None),
-        _clean(labels, right),
-        _range(model, images, labels, subset),
+        *stated,
         *_compared(full, note, eps_text),
-        _black_box(rows, full, note, eps_text),
+        _black_box(rows, full, call, note, eps_text),
         _rising(rows, eps_text),
         *_everything(again, rows, subset, eps_text),
         _converged(again, rows, subset, points, eps_text),
@@ -158,7 +155,7 @@ def _fooled(rows: pd.DataFrame, attack: str, eps: float, ids) -> np.ndarray:
     part = rows[rows.attack.eq(attack) & rows.eps.eq(eps)].set_index("image").fooled
     if part.empty:
         raise ValueError(
-            f"the rows lack {attack!r} at eps {eps:g}: take them as robust or robustness gives them"
+            f"the rows lack {attack!r} at eps {eps:g}: take them as robust gives them"
         )
     return part.loc[np.asarray(ids)].to_numpy(bool)
 
@@ -204,7 +201,7 @@ def _clean(labels: Tensor, right: np.ndarray) -> tuple[str, str, str, str]:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _range(model: nn.Module, images: Tensor, labels: Tensor, subset: int) -> tuple[str, str, str, str]:
     """Whether the model wants another range of pixels, and the images fill theirs: else eps means nothing."""
     some = torch.from_numpy(_spread(np.arange(len(images)), subset))
@@ -213,7 +210,7 @@ def _range(model: nn.Module, images: Tensor, labels: Tensor, subset: int) -> tup
     ranges = {"[0,255]": x * 255, "[-1,1]": x * 2 - 1, "standardised": (x - 0.45) / 0.225}
     own, accuracy = _balanced(model(x).argmax(1), y), dict.fromkeys(ranges, 0.0)
     for name, z in ranges.items():
-        with suppress(ValueError):  # a model that refuses other pixels, as those of `models.robust`, answers as it should
+        with suppress(Exception):  # a model that refuses other pixels, as those of `models.robust`, answers as it should
             accuracy[name] = _balanced(model(z).argmax(1), y)
     best = max(accuracy, key=accuracy.get)
     flat = x.flatten(1)
@@ -247,7 +244,7 @@ def _compared(full: pd.DataFrame, note: str, eps_text: Callable) -> list[tuple[s
 
 
 def _black_box(
-    rows: pd.DataFrame, full: pd.DataFrame, note: str, eps_text: Callable
+    rows: pd.DataFrame, full: pd.DataFrame, call: Mapping[str, Any], note: str, eps_text: Callable
 ) -> tuple[str, str, str, str]:
     """Images that only an attack without gradients fools, inside the ball of some eps."""
     tables = {name: table for name, table in outcomes(full).items() if name in e.ORDER}
@@ -260,7 +257,7 @@ def _black_box(
         found = tables[name] & ~white.astype(bool).cummax(axis=1)
         alone |= {(image, name): eps for eps in reversed(found.columns) for image in found.index[found[eps]]}
     if full is not rows:  # fooled images were dropped: what these fooled had withstood every gradient
-        blind += [name for name in LATE if rows.attack.eq(name).any()]
+        blind += [name for name in LATE if name in call["attacks"]]  # also one that found no image standing
         late = rows[rows.attack.isin(LATE) & rows.fooled].sort_values("eps", ascending=False)
         alone |= {(line.image, line.attack): line.eps for line in late.itertuples()}
         note = ""
@@ -387,7 +384,7 @@ def _zero_gradients(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _random(model: nn.Module, images: Tensor, call: Mapping[str, Any]) -> tuple[str, str, str, str]:
     device = next((p.device for p in model.parameters()), images.device)
     x = images[: call.get("batch_size", 64)].to(device)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 
 from .. import files, metrics
@@ -50,6 +51,7 @@ BPDA = "_bpda"  # ends the name of an attack that goes straight through an opera
 COLUMNS = ["attack", "eps", "image", "label", "fooled", "first_success_step", "queries"]
 FORMAT = 1  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
+PROBE, PASSES, ALIKE = 16, 5, 1e-3  # images and passes that a folded copy is compared on; what logits may differ by
 LEAD = 0.05  # share of the images by which one loss, or one kind of gradient, may beat another
 
 
@@ -162,7 +164,8 @@ def robust(
     images within float rounding of the boundary, as the batches differ.
     Attacks for the smallest change (DeepFool, FMN, Carlini-Wagner) are run once per image, and count at every
     eps from the size of the change they found; `at` is not for them.
-    fast: attack a folded copy (`models.fold.fast_copy`). Success is always judged on `model` itself; an image
+    fast: attack a folded copy (`models.fold.fast_copy`), unless it answers otherwise than the model or eot is above
+    1. Success is always judged on `model` itself; an image
     that fools only the copy is attacked again on `model`, and the number of such cases is logged.
     bpda: context `bpda(model)` inside which gradients go straight through an operator (`attacks.bpda`, arXiv
     1802.00420): PGD and APGD then run with exact gradients and so, as "pgd_ce_bpda" and so on. A model with
@@ -179,7 +182,11 @@ def robust(
     >>> found.table().ball.tolist(), found.table().worst.is_monotonic_decreasing
     (['8/255', '255/255'], True)
     """
-    images, labels = _tensors(data)
+    if isinstance(eps_grid, (int, float)):
+        raise ValueError(f"eps_grid must be a sequence such as [{eps_grid}], not the number {eps_grid}")
+    if batch_size < 1 or seed < 0:
+        raise ValueError(f"batch_size must be >= 1 and seed >= 0, not {batch_size} and {seed}")
+    images, labels = _tensors(data, ordered=groups is not None or ids is not None or mask is not None or folder is not None)
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
     names = [*(suite(norm) if attacks is None else attacks), *(["transfer"] if surrogate is not None else [])]
     unknown = sorted(set(names) - set(KINDS))
@@ -190,7 +197,8 @@ def robust(
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     if len(np.unique(ids)) < len(ids):
         raise ValueError("ids names an image twice; give every image an id of its own")
-    c.check_inputs(model, images, labels, eps=grid[-1], norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
+    for eps in (grid[0], grid[-1]):
+        c.check_inputs(model, images, labels, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"groups holds {len(groups)} patients for {len(images)} images; give one per image")
     if "transfer" in names and surrogate is None:
@@ -199,6 +207,11 @@ def robust(
     options = {name: _options(name, shared, budgets or {}) for name in sorted(set(names), key=ORDER.index)}
     _check_names("budgets", budgets or {}, options)
     at = _chosen_eps(at or {}, options, grid)
+    _rehearse(options, images[:1], None if mask is None else mask[:1], grid[-1])
+    if surrogate is not None:
+        c.check_inputs(surrogate, images[:1], labels[:1], eps=grid[-1])
+        with torch.no_grad():
+            c.check_logits(surrogate(images[:1].to(_device(surrogate, images))), labels[:1])
     bpda = bpda or _known_bpda(model)
     settings = {
         "norm": norm, "eps_grid": grid, "attacks": options, "at": at, "eot": eot, "seed": seed, "grey": grey,
@@ -210,9 +223,9 @@ def robust(
                    "ids": _hash(torch.as_tensor(ids)), "mask": mask is not None and _hash(mask),
                    "surrogate": surrogate is not None and _model_hash(surrogate)}  # fmt: skip
         store = _open_store(Path(folder), settings | content, resume)
-    runs = _runs(model, options, at, bpda, surrogate, fast=fast)
-    device = next((p.device for p in model.parameters()), images.device)
+    device = _device(model, images)
     data = _Images(images, labels, ids, mask, device, batch_size, norm, eot)
+    runs = _runs(model, options, at, bpda, surrogate, images[:PROBE].to(device), fast=fast and eot == 1)
     blocks = _attack_all(model, data, grid, runs, early_drop=early_drop, store=store, progress=progress)
     call = {
         "attacks": list(options), "norm": norm, "steps": steps, "restarts": restarts, "budgets": budgets,
@@ -267,13 +280,13 @@ class Evaluation:
         share of the images right at first that are fooled in the worst case. An attack's column is its
         accuracy over all images too, or, with early_drop, over those that still stood when it came (NaN:
         none did, or it was not run at that eps). sensitivity and specificity, of two classes: worst among the
-        images of class 1 (what is still found) and of class 0 (what is still left alone). With groups: the
-        interval of worst, worst_low and worst_high, from `draws` resamples of patients, and clean_low and
-        clean_high.
+        images of class 1 (what is still found) and of class 0 (what is still left alone). worst_low, worst_high,
+        clean_low, clean_high: their 95 % intervals from `draws` resamples of patients, or of images without groups.
         """
         groups = self.rows.groupby(["attack", "eps"], sort=False)
         right = {key: ~part.fooled.to_numpy() for key, part in groups}
         clean, labels, lines = right["clean", 0.0], self.labels.cpu().numpy(), []
+        units = np.arange(len(clean)) if self.groups is None else self.groups
         for eps in self.settings["eps_grid"]:
             worst = right["worst", eps]
             line = {"eps": eps, "ball": self._ball(eps), "images": len(clean), "clean": clean.mean()}
@@ -283,10 +296,9 @@ class Evaluation:
             if set(labels) == {0, 1}:
                 line |= {"sensitivity": worst[labels == 1].mean(), "specificity": worst[labels == 0].mean()}
             line["attack_success"] = 1 - worst[clean].mean() if clean.any() else np.nan
-            if self.groups is not None:
-                for name, flags in (("clean", clean), ("worst", worst)):
-                    interval = metrics.share(flags, self.groups, draws=draws)
-                    line |= {f"{name}_low": interval["ci_low"], f"{name}_high": interval["ci_high"]}
+            for name, flags in (("clean", clean), ("worst", worst)):
+                interval = metrics.share(flags, units, draws=draws)
+                line |= {f"{name}_low": interval["ci_low"], f"{name}_high": interval["ci_high"]}
             lines.append(line)
         return pd.DataFrame(lines)
 
@@ -352,7 +364,8 @@ class Evaluation:
             "Robust accuracy, worst case per image (arXiv 1902.06705)",
             self.threat(),
             self._printed().to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"),
-            f"{said}\nSpent: {spent.forwards:.0f} forward and {spent.backwards:.0f} backward image-passes, "
+            f"{said} Brackets: 95 % by {'image (no patients given)' if self.groups is None else 'patient'}.\n"
+            f"Spent: {spent.forwards:.0f} forward and {spent.backwards:.0f} backward image-passes, "
             f"{spent.seconds:.0f} s.",
         ]
         if checks:
@@ -376,9 +389,8 @@ class Evaluation:
                 style = _style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
                 left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
         left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
-        if "worst_low" in table:
-            low, high = (np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high"))
-            left.fill_between(x, low, high, color="0.2", alpha=0.12, lw=0)
+        low, high = (np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high"))
+        left.fill_between(x, low, high, color="0.2", alpha=0.12, lw=0)
         unit = "k/255, pixel units" if scale == 255 else "L2 length, pixel units"
         left.set(xlabel=f"eps ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
         left.grid(alpha=0.25)
@@ -409,10 +421,9 @@ class Evaluation:
         """The table with each interval beside its number."""
         table = self.table().drop(columns="eps").set_index("ball")
         for name in ("clean", "worst"):
-            if f"{name}_low" in table:
-                low, high = table.pop(f"{name}_low"), table.pop(f"{name}_high")
-                cells = zip(table[name], low, high, strict=True)
-                table[name] = [f"{value:.3f} [{least:.3f}, {most:.3f}]" for value, least, most in cells]
+            low, high = table.pop(f"{name}_low"), table.pop(f"{name}_high")
+            cells = zip(table[name], low, high, strict=True)
+            table[name] = [f"{value:.3f} [{least:.3f}, {most:.3f}]" for value, least, most in cells]
         return table
 
     def _attacks(self) -> list[str]:
@@ -504,11 +515,12 @@ def _runs(
     at: Mapping[str, Sequence[float]],
     bpda: Bpda | None,
     surrogate: nn.Module | None,
+    probe: Tensor,
     *,
     fast: bool,
 ) -> dict[str, _Run]:
-    """By name and in the order they run."""
-    exact = fast_copy(model) if fast else model
+    """By name and in the order they run; with `fast` on a folded copy that answers `probe` as the model does."""
+    exact = _faithful_copy(model, probe) if fast else model
     runs = {}
     for name, own in options.items():
         extra = {"surrogate": surrogate} if name == "transfer" else {}
@@ -517,10 +529,47 @@ def _runs(
     if bpda is not None:
         # A folded copy has no operators left, but their gradient as it was when the copy was made.
         with bpda(model):
-            through = fast_copy(model) if fast else model
+            through = _faithful_copy(model, probe) if fast else model
         for name in set(TWICE) & set(options):
             runs[f"{name}{BPDA}"] = _Run(runs[name].attack, False, through, bpda, at.get(name))
     return {name: runs[name] for name in sorted(runs, key=ORDER.index)}
+
+
+def _device(model: nn.Module, images: Tensor) -> torch.device:
+    return next((p.device for p in model.parameters()), images.device)
+
+
+@torch.no_grad()
+def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
+    """A folded copy, or the model itself where the copy is another function.
+
+    Tracing keeps one way through the code and loses hooks of the whole model: a random or a hooked model would be
+    attacked as something that it is not.
+    """
+    copied = fast_copy(model)
+    answers = torch.stack([model(probe).float() for _ in range(PASSES)])
+    gap = float((torch.cat([answers, copied(probe).float()[None]]) - answers[0]).abs().max())
+    if gap <= ALIKE * max(1.0, float(answers.abs().max())):
+        return copied
+    log.warning("a folded copy of the model answers otherwise (logits differ by %.2g): the model itself is attacked", gap)
+    return model
+
+
+class _Undecided(nn.Module):
+    """Logits 0 and -1 for every image, with a gradient: at label 1 it is wrong from the start."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = 0 * x.flatten(1).sum(1, keepdim=True)
+        return torch.cat([nothing, nothing - 1], dim=1)
+
+
+def _rehearse(options: Mapping[str, Mapping[str, Any]], image: Tensor, mask: Tensor | None, eps: float) -> None:
+    """Call each attack once, on a model that costs nothing: what it refuses is refused before any work."""
+    stand_in, y = _Undecided().eval(), torch.ones(1, dtype=torch.int64, device=image.device)
+    for name, own in options.items():
+        extra = {"surrogate": stand_in} if name == "transfer" else {}
+        extra |= {} if mask is None else {"mask": mask.to(image.device)}
+        KINDS[name].attack(stand_in, image, y, eps=None if KINDS[name].smallest else eps, **own, **extra)
 
 
 # ------------------------------------------------------------------------------------------- running it
@@ -672,7 +721,7 @@ def _strike(
     return block
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _wrong(model: nn.Module, x: Tensor, y: Tensor, eot: int) -> np.ndarray:
     """Whether most of `eot` passes are wrong, bool [B]."""
     return (c.answer(model, x, y, c.margin, eot=eot, check=True)[0] > 0.5).cpu().numpy()
@@ -739,11 +788,16 @@ def _distances(blocks: Sequence[_Block], data: _Images) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------- going on
 
 
-def _tensors(data: Data) -> tuple[Tensor, Tensor]:
-    """Images and labels, of a pair of tensors or of batches."""
+def _tensors(data: Data, *, ordered: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels, of a pair of tensors or of batches; `ordered`: something else is given image by image."""
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return data[0], data[1]
-    batches = [(batch[0], batch[1]) for batch in data]
+    if ordered and isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise ValueError("the loader shuffles, so groups, ids, mask and folder would belong to other images: shuffle=False")
+    batches = list(data)
+    if any(isinstance(batch, Mapping) for batch in batches):
+        raise ValueError("data yields dicts; it must yield batches (x, y, ...), such as ((b['x'], b['y']) for b in loader)")
+    batches = [(batch[0], batch[1]) for batch in batches]
     if not batches or not all(isinstance(part, Tensor) for batch in batches for part in batch):
         raise ValueError(
             "data must be (images, labels), or yield batches (x, y, ...) of tensors and not be empty"
@@ -801,13 +855,30 @@ def _hash(values: Tensor) -> str:
 
 
 def _model_hash(model: nn.Module) -> str:
-    """Of the weights and of the layers: two models may share the weights only."""
-    layers = hashlib.sha1(str(model).encode(), usedforsecurity=False).hexdigest()[:8]
+    """Of the weights, of the layers and of the plain attributes of each: two models may share the weights only."""
+    plain = (bool, int, float, str, tuple, list)
+    attributes = [
+        (name, key, repr(value))
+        for name, module in model.named_modules()
+        for key, value in sorted(vars(module).items())
+        if key != "training" and not key.startswith("_") and isinstance(value, plain)
+    ]
+    layers = hashlib.sha1(f"{model}{attributes}".encode(), usedforsecurity=False).hexdigest()[:8]
     return f"{fingerprint(model)}-{layers}"
 
 
-def _name(context: Bpda) -> str:
-    return getattr(context, "__qualname__", type(context).__name__)
+def _name(given: Any) -> str:
+    """A context for the settings: its name and, of a partial, what it was given."""
+    if isinstance(given, partial):
+        inside = [*map(_name, given.args), *(f"{key}={_name(value)}" for key, value in given.keywords.items())]
+        return f"{_name(given.func)}({', '.join(inside)})"
+    if isinstance(given, nn.Module):
+        return f"{type(given).__name__} {_model_hash(given)}"
+    if isinstance(given, Mapping):
+        return f"{{{', '.join(f'{_name(key)}: {_name(value)}' for key, value in given.items())}}}"
+    if isinstance(given, (bool, int, float, str, tuple, list)):
+        return repr(given)
+    return getattr(given, "__qualname__", type(given).__name__)
 
 
 # ------------------------------------------------------------------------------------------- summaries

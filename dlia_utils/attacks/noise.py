@@ -29,7 +29,8 @@ def noise(
     x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255); with norm "l2" the length of the whole
     change. grey: one perturbation for R=G=B. mask: bool [B or 1,1,H,W] of the pixels that may change.
     Odd draws are uniform in the L-infinity ball, even ones +eps or -eps in every pixel; with "l2" both are
-    brought to the length eps, at which nearly all of a ball of many dimensions lies. Fooled images leave.
+    brought to the length eps, at which nearly all of a ball of many dimensions lies, and cut to [0,1] then: in the
+    black borders of a radiograph half of a random change is lost. Fooled images leave.
     eot: passes averaged per look at a model that is random in eval mode (arXiv 1802.00420); success then
     means that most of eot fresh passes of x_adv are wrong.
     A draw depends on (seed, draw, id) only; `first_success_step` is the number of the draw.

@@ -53,7 +53,7 @@ def one_pixel(
     """
     x, ids = c.check_inputs(model, x, y, eps=eps, grey=grey, mask=mask, eot=eot, ids=ids)
     _check_search(pixels, population, iterations, f, cr, batch_size)
-    with c.frozen(model), torch.inference_mode():
+    with c.frozen(model), torch.no_grad():
         search = _Search(
             model, Ball(x, float(eps), grey=grey, mask=mask), y, pixels, population, eot, batch_size, seed, ids
         )
@@ -132,18 +132,17 @@ class _Search:
         success = self._wrong_now()
         self.first_step[~success] = -1
         as_tensor = torch.from_numpy
-        with torch.inference_mode(False):  # what leaves must be ordinary tensors
-            x_adv, device = self.x_adv.clone(), self.x.device
-            return c.build_result(
-                self.x,
-                x_adv,
-                as_tensor(success).to(device),
-                as_tensor(self.first_step).to(device),
-                as_tensor(self.queries).to(device),
-                0,
-                eps=eps,
-                seed=seed,
-            )
+        device = self.x.device
+        return c.build_result(
+            self.x,
+            self.x_adv,
+            as_tensor(success).to(device),
+            as_tensor(self.first_step).to(device),
+            as_tensor(self.queries).to(device),
+            0,
+            eps=eps,
+            seed=seed,
+        )
 
     def _wrong_now(self) -> np.ndarray:
         wrong = []

@@ -305,9 +305,9 @@ def _factor(graph: GraphModule, node: Node, inputs: list[Node]) -> float:
     if isinstance(module, nn.LeakyReLU):
         return max(1.0, abs(module.negative_slope))
     if isinstance(module, nn.MaxPool2d):
-        # One value may be the largest of this many windows.
-        sizes = zip(_pair(module.kernel_size), _pair(module.stride), strict=True)
-        return math.sqrt(math.prod(math.ceil(size / stride) for size, stride in sizes))
+        # One value may be the largest of this many windows: taps of a window lie `dilation` apart, windows `stride`.
+        sides = zip(*map(_pair, (module.kernel_size, module.stride, module.dilation)), strict=True)
+        return math.sqrt(math.prod(math.ceil(size * math.gcd(stride, gap) / stride) for size, stride, gap in sides))
     if isinstance(module, AVERAGES):
         return _average_norm(module, meta.shape)
     if len(inputs) == 1 and module is None:
@@ -499,7 +499,7 @@ class quick_input_gradient(TorchFunctionMode):  # noqa: N801 (used as a context 
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.conv2d and len(args) == 7 and args[2] is None and args[6] > 1:
+        if function is F.conv2d and len(args) == 7 and args[2] is None and args[6] > 1 and not isinstance(args[4], str):
             x, weight, _, *geometry = args
             return _GroupedConv.apply(x, weight, geometry)
         return function(*args, **(kwargs or {}))

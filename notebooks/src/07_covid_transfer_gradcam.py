@@ -52,7 +52,6 @@ import torch
 from captum.attr import LayerGradCam
 from IPython.display import Markdown, display
 from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
@@ -420,26 +419,18 @@ clean.pivot_table(index="metric", columns="model", values="cell", aggfunc="first
 
 # %% [markdown]
 # **Paired**, because all models answered the same films. McNemar's exact test, by patient, asks whether one is right more
-# often where they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference comes from
-# drawing the same patients for both.
+# often where they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference is DeLong's,
+# by patient.
 
 # %%
-def auc_difference(labels, one, other, patients):
-    """AUC of `one` minus that of `other`, with a 95 % interval from resampling the same patients for both."""
-    weights = metrics.patient_weights(patients, draws=config.bootstrap_draws, seed=config.seed)
-    weights = weights[(weights[:, labels == 0].sum(1) > 0) & (weights[:, labels == 1].sum(1) > 0)]
-    drawn = [roc_auc_score(labels, one, sample_weight=w) - roc_auc_score(labels, other, sample_weight=w) for w in weights]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"auc_difference": roc_auc_score(labels, one) - roc_auc_score(labels, other), "ci_low": low, "ci_high": high}
-
-
 rows = []
 for one, other in (("frozen", "baseline"), ("finetuned", "baseline"), ("finetuned", "frozen")):
     if one in answers:
         right = [(answers[name] > 0.5).to_numpy() == (labels == 1) for name in (one, other)]
         test = comparison.paired_difference(*right, patients, draws=config.bootstrap_draws)
+        auc = comparison.delong_test(labels, answers[one], answers[other], patients)
         rows.append({"model": one, "against": other, "only_it": test["only_a"], "only_other": test["only_b"],
-                     "p": test["p"], **auc_difference(labels, answers[one], answers[other], patients)})  # fmt: skip
+                     "p": test["p"], "auc_difference": auc["value"], "ci_low": auc["ci_low"], "ci_high": auc["ci_high"]})
 paired = pd.DataFrame(rows)
 files.write_csv(paired, config.run_dir / "paired_tests.csv")
 paired.round(4)
