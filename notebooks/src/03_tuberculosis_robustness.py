@@ -59,19 +59,8 @@ from dlia_utils.attacks.checklist import checklist
 from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
 from dlia_utils.models import robust
-from dlia_utils.study import (
-    build_model,
-    load_models,
-    open_study,
-    stored,
-    suite_folder,
-    suite_options,
-    test_opened,
-    train_head,
-    train_model,
-    trained,
-    weights_label,
-)
+from dlia_utils.study import build_model, load_models, open_study, stored, suite_folder, suite_options
+from dlia_utils.study import test_opened, train_head, train_model, trained, weights_label
 
 MODELS = ["standard", "pgd_at", "linear_probe"]
 RESULTS = config.run_dir / "results.csv"

@@ -416,7 +416,6 @@ report.update_results(clean, RESULTS)
 clean["cell"] = [report.with_interval(row) for _, row in clean.iterrows()]
 clean.pivot_table(index="metric", columns="model", values="cell", aggfunc="first", sort=False)
 
-
 # %% [markdown]
 # **Paired**, because all models answered the same films. McNemar's exact test, by patient, asks whether one is right more
 # often where they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference is DeLong's,
