@@ -111,7 +111,7 @@ def views(results: pd.DataFrame) -> pd.DataFrame:
     for model, own in results[results.data.eq("fracatlas")].groupby("model", sort=False):
         own = own.set_index("metric")
         gain = own.loc["mAP50_gain"]
-        signed = "" if model == "plain" else f"{gain.value:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]"
+        signed = "" if model == "plain" else _signed(gain)
         rows.append({"views": model, "mAP, IoU 0.5": with_interval(own.loc["mAP50"]), "difference to plain": signed})
     return pd.DataFrame(rows)
 
@@ -157,6 +157,21 @@ def fracture_maps(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(sorted(rows, key=lambda row: row["model"] == "(no model)"))
 
 
+def map_differences(results: pd.DataFrame) -> pd.DataFrame:
+    """What each defence's maps gain over the plain model's on the same films."""
+    ending = " box, minus standard"
+    maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
+    rows = []
+    for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
+        scores = {row.metric.removesuffix(ending).replace("_", " "): _signed(row) for _, row in own.iterrows()}
+        rows.append({"model": model, "map": attack.removeprefix("map ")} | scores)
+    return pd.DataFrame(rows)
+
+
+def _signed(row: pd.Series) -> str:
+    return f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+
+
 def covid(results: pd.DataFrame) -> pd.DataFrame:
     """COVID: what each model reaches on the test films, once."""
     rows = []
@@ -197,7 +212,7 @@ def drift_warning(results: pd.DataFrame, *, outcome: str = "error") -> pd.DataFr
     rows = []
     for (model, attack), part in own.groupby(["model", "attack"], sort=False):
         value = {row.metric: with_interval(row) for _, row in part.iterrows()}
-        signed = {row.metric: f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" for _, row in part.iterrows()}
+        signed = {row.metric: _signed(row) for _, row in part.iterrows()}
         cells = {"model": model, "score": attack.removeprefix("warning ")}
         cells |= {reading: value.get(f"auroc {outcome} {reading}", "") for reading in ("mixed", "within", "same answer")}
         for rival in ("uncertainty", "p_shift"):
@@ -236,8 +251,10 @@ def blocks() -> dict[str, str]:
         "01-fgsm": markdown(beside_published(results, published)),
         "01-one-pixel": markdown(one_pixel(results, published)),
         "02-attacks": markdown(fractures(bones)),
+        "02-each": markdown(each_attack(bones)),
         "02-eps": markdown(worst_by_eps(bones)),
         "02-maps": markdown(fracture_maps(bones)),
+        "02-map-differences": markdown(map_differences(bones)),
         "02-claimed": markdown(claimed(claims)),
         "04-corruptions": markdown(corruption_cost(moved)),
         "04-warning": markdown(drift_warning(moved)),

@@ -355,6 +355,7 @@ files.write_csv(predictions, config.run_dir / "predictions.csv")
 tests = {name: comparison.delong_test(labels, scores[name], scores["baseline"], patients) for name in MODELS[1:]}
 tests = pd.DataFrame(tests).T.rename(columns={"value": "AUC minus the baseline's"})
 tests["p (Holm)"] = comparison.holm(tests["p"])
+files.write_csv(tests.rename_axis("model").reset_index(), config.run_dir / "auc_tests.csv")
 display(tests[["AUC minus the baseline's", "ci_low", "ci_high", "p (Holm)"]].astype(float).round(4))
 figure = report.figure_roc(labels, scores, config)
 report.save_figure(figure, config, "roc")
