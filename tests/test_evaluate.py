@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlia_utils.attacks import evaluate, fgsm, pgd
+from dlia_utils.attacks import bpda, evaluate, fgsm, pgd
 from dlia_utils.models import robust
 
 GRID = evaluate.pixel_eps(2, 8, 16)
@@ -252,6 +252,17 @@ def test_a_given_context_finds_what_exact_gradients_cannot(study, fast):
     assert model[0].through is False
     shared = rows[rows.attack.isin(["clean", *FEW])].reset_index(drop=True)
     pd.testing.assert_frame_equal(shared, without[without.attack != "worst"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_hook_of_the_suite_goes_through_an_operator_without_gradient(study, fast):
+    inner, x, _ = study
+    model = nn.Sequential(Rounded(), inner).eval()
+    y = model(x).argmax(1)
+    rows = full_rows(model, x, y, attacks=["pgd_margin"], bpda=partial(bpda, surrogates={"0": None}), fast=fast)
+    fooled = rows.groupby(["attack", "eps"]).fooled.mean()
+    assert fooled["pgd_margin_bpda", GRID[-1]] > fooled["pgd_margin", GRID[-1]] + 0.2
+    assert "bpda(surrogates={'0': None})" in evaluate._name(partial(bpda, surrogates={"0": None}))
 
 
 def test_an_operator_that_hides_nothing_passes_the_check(study):

@@ -539,16 +539,16 @@ def _device(model: nn.Module, images: Tensor) -> torch.device:
     return next((p.device for p in model.parameters()), images.device)
 
 
-@torch.no_grad()
 def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     """A folded copy, or the model itself where the copy is another function.
 
     Tracing keeps one way through the code and loses hooks of the whole model: a random or a hooked model would be
     attacked as something that it is not.
     """
-    copied = fast_copy(model)
-    answers = torch.stack([model(probe).float() for _ in range(PASSES)])
-    gap = float((torch.cat([answers, copied(probe).float()[None]]) - answers[0]).abs().max())
+    copied = fast_copy(model)  # with gradients on: what goes straight through an operator would be traced away
+    with torch.no_grad():
+        answers = torch.stack([model(probe).float() for _ in range(PASSES)])
+        gap = float((torch.cat([answers, copied(probe).float()[None]]) - answers[0]).abs().max())
     if gap <= ALIKE * max(1.0, float(answers.abs().max())):
         return copied
     log.warning("a folded copy of the model answers otherwise (logits differ by %.2g): the model itself is attacked", gap)
@@ -876,7 +876,7 @@ def _name(given: Any) -> str:
         return f"{type(given).__name__} {_model_hash(given)}"
     if isinstance(given, Mapping):
         return f"{{{', '.join(f'{_name(key)}: {_name(value)}' for key, value in given.items())}}}"
-    if isinstance(given, (bool, int, float, str, tuple, list)):
+    if given is None or isinstance(given, (bool, int, float, str, tuple, list)):
         return repr(given)
     return getattr(given, "__qualname__", type(given).__name__)
 
