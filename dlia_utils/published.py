@@ -111,7 +111,7 @@ def views(results: pd.DataFrame) -> pd.DataFrame:
     for model, own in results[results.data.eq("fracatlas")].groupby("model", sort=False):
         own = own.set_index("metric")
         gain = own.loc["mAP50_gain"]
-        signed = "" if model == "plain" else _signed(gain)
+        signed = "" if model == "plain" else with_interval(gain, signed=True)
         rows.append({"views": model, "mAP, IoU 0.5": with_interval(own.loc["mAP50"]), "difference to plain": signed})
     return pd.DataFrame(rows)
 
@@ -163,13 +163,9 @@ def map_differences(results: pd.DataFrame) -> pd.DataFrame:
     maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
     rows = []
     for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
-        scores = {row.metric.removesuffix(ending).replace("_", " "): _signed(row) for _, row in own.iterrows()}
+        scores = {row.metric.removesuffix(ending).replace("_", " "): with_interval(row, signed=True) for _, row in own.iterrows()}
         rows.append({"model": model, "map": attack.removeprefix("map ")} | scores)
     return pd.DataFrame(rows)
-
-
-def _signed(row: pd.Series) -> str:
-    return f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
 
 
 def covid(results: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +208,7 @@ def drift_warning(results: pd.DataFrame, *, outcome: str = "error") -> pd.DataFr
     rows = []
     for (model, attack), part in own.groupby(["model", "attack"], sort=False):
         value = {row.metric: with_interval(row) for _, row in part.iterrows()}
-        signed = {row.metric: _signed(row) for _, row in part.iterrows()}
+        signed = {row.metric: with_interval(row, signed=True) for _, row in part.iterrows()}
         cells = {"model": model, "score": attack.removeprefix("warning ")}
         cells |= {reading: value.get(f"auroc {outcome} {reading}", "") for reading in ("mixed", "within", "same answer")}
         for rival in ("uncertainty", "p_shift"):

@@ -234,8 +234,8 @@ def map_verdict(differences: pd.DataFrame, *, score: str = "coverage_gain") -> s
     for key in found:
         part = own[own["model"].eq(key[0]) & own["map"].eq(key[1])]
         hardest = part.loc[part["value"].idxmin()]
-        lines.append(f"- **{key[0]}, {key[1]}**: {hardest['value']:+.3f} [{hardest['ci_low']:+.3f}, "
-                     f"{hardest['ci_high']:+.3f}] against the hardest of them, {hardest['reference']}.")  # fmt: skip
+        lines.append(f"- **{key[0]}, {key[1]}**: {with_interval(hardest, signed=True)} against the hardest of them, "
+                     f"{hardest['reference']}.")  # fmt: skip
     if lost:
         names = "; ".join(f"{model}, {one}" for model, one in lost)
         lines.append(f"- Significantly *worse* than at least one map that knows nothing: {names}.")
@@ -287,13 +287,13 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def with_interval(row: Mapping, *, scale: float = 1.0, digits: int = 3) -> str:
-    """One number the way the tables print it.
+def with_interval(row: Mapping, *, scale: float = 1.0, digits: int = 3, signed: bool = False) -> str:
+    """One number the way the tables print it; signed: a difference, with + or -.
 
     >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
     '0.912 [0.880, 0.940]'
     """
-    value, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("value", "ci_low", "ci_high"))
+    value, low, high = (f"{scale * row[name]:{'+' if signed else ''}.{digits}f}" for name in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
 
 

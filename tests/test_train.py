@@ -571,10 +571,6 @@ def test_two_processes_train_one_model(tmp_path):
         assert {path.name for path in (tmp_path / name).iterdir()} == {"best.pt", "last.pt", "metrics.csv"}
 
 
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
-
-
 def test_log_odds_do_not_saturate_and_ask_for_two_classes():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     model[1].weight.data, model[1].bias.data = torch.tensor([[0.0] * 4, [100.0] * 4]), torch.zeros(2)
@@ -583,3 +579,7 @@ def test_log_odds_do_not_saturate_and_ask_for_two_classes():
     assert (predict(model, x)[0][:, 1] == 1).all()
     with pytest.raises(ValueError, match="two logits"):
         log_odds(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), x)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

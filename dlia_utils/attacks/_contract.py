@@ -240,6 +240,11 @@ def choose_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 # ------------------------------------------------------------------------------------------- ball and draws
 
 
+def device_of(model: nn.Module, images: Tensor) -> torch.device:
+    """Where the model's parameters lie, or the images for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), images.device)
+
+
 def on_device(value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number as it is, a tensor moved to where x is."""
     return value.to(x) if isinstance(value, Tensor) else float(value)

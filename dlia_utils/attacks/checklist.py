@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import evaluate as e
-from .evaluate import Evaluation, outcomes, pixel_text, robust, row_checks, zero_gradient_share
+from ._contract import device_of
+from .evaluate import PASSES, Evaluation, outcomes, pixel_text, robust, row_checks, zero_gradient_share
 
 PASS, WARN = "PASS", "WARN"
 COLUMNS = ["check", "verdict", "value", "why"]
-PASSES = 5  # that a model must answer alike
 AVERAGED = 10  # passes per look (eot) that make up for a random model
 SAME = 1e-4  # of the logits, or of their size where that is above 1
 ALONE = 0.002  # share of images that a black box may fool alone (as AutoAttack's flag)
@@ -205,7 +205,7 @@ def _clean(labels: Tensor, right: np.ndarray) -> tuple[str, str, str, str]:
 def _range(model: nn.Module, images: Tensor, labels: Tensor, subset: int) -> tuple[str, str, str, str]:
     """Whether the model wants another range of pixels, and the images fill theirs: else eps means nothing."""
     some = torch.from_numpy(_spread(np.arange(len(images)), subset))
-    device = next((p.device for p in model.parameters()), images.device)
+    device = device_of(model, images)
     x, y = images[some].to(device), labels[some].to(device)
     ranges = {"[0,255]": x * 255, "[-1,1]": x * 2 - 1, "standardised": (x - 0.45) / 0.225}
     own, accuracy = _balanced(model(x).argmax(1), y), dict.fromkeys(ranges, 0.0)
@@ -386,7 +386,7 @@ def _zero_gradients(
 
 @torch.no_grad()
 def _random(model: nn.Module, images: Tensor, call: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    device = next((p.device for p in model.parameters()), images.device)
+    device = device_of(model, images)
     x = images[: call.get("batch_size", 64)].to(device)
     logits = torch.stack([model(x) for _ in range(PASSES)]).float()
     spread = float((logits.amax(0) - logits.amin(0)).max())

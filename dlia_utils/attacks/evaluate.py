@@ -51,7 +51,8 @@ BPDA = "_bpda"  # ends the name of an attack that goes straight through an opera
 COLUMNS = ["attack", "eps", "image", "label", "fooled", "first_success_step", "queries"]
 FORMAT = 1  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
-PROBE, PASSES, ALIKE = 16, 5, 1e-3  # images and passes that a folded copy is compared on; what logits may differ by
+PASSES = 5  # that a model must answer alike
+PROBE, ALIKE = 16, 1e-3  # images that a folded copy is compared on; share of the logits by which it may differ
 LEAD = 0.05  # share of the images by which one loss, or one kind of gradient, may beat another
 
 
@@ -186,7 +187,7 @@ def robust(
         raise ValueError(f"eps_grid must be a sequence such as [{eps_grid}], not the number {eps_grid}")
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size must be >= 1 and seed >= 0, not {batch_size} and {seed}")
-    images, labels = _tensors(data, ordered=groups is not None or ids is not None or mask is not None or folder is not None)
+    images, labels = _tensors(data, ordered=any(given is not None for given in (groups, ids, mask, folder)))
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
     names = [*(suite(norm) if attacks is None else attacks), *(["transfer"] if surrogate is not None else [])]
     unknown = sorted(set(names) - set(KINDS))
@@ -197,8 +198,8 @@ def robust(
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     if len(np.unique(ids)) < len(ids):
         raise ValueError("ids names an image twice; give every image an id of its own")
-    for eps in (grid[0], grid[-1]):
-        c.check_inputs(model, images, labels, eps=eps, norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
+    c.check_inputs(model, images[:1], labels[:1], eps=grid[0], norm=norm)
+    c.check_inputs(model, images, labels, eps=grid[-1], norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"groups holds {len(groups)} patients for {len(images)} images; give one per image")
     if "transfer" in names and surrogate is None:
@@ -211,7 +212,7 @@ def robust(
     if surrogate is not None:
         c.check_inputs(surrogate, images[:1], labels[:1], eps=grid[-1])
         with torch.no_grad():
-            c.check_logits(surrogate(images[:1].to(_device(surrogate, images))), labels[:1])
+            c.check_logits(surrogate(images[:1].to(c.device_of(surrogate, images))), labels[:1])
     bpda = bpda or _known_bpda(model)
     settings = {
         "norm": norm, "eps_grid": grid, "attacks": options, "at": at, "eot": eot, "seed": seed, "grey": grey,
@@ -223,7 +224,7 @@ def robust(
                    "ids": _hash(torch.as_tensor(ids)), "mask": mask is not None and _hash(mask),
                    "surrogate": surrogate is not None and _model_hash(surrogate)}  # fmt: skip
         store = _open_store(Path(folder), settings | content, resume)
-    device = _device(model, images)
+    device = c.device_of(model, images)
     data = _Images(images, labels, ids, mask, device, batch_size, norm, eot)
     runs = _runs(model, options, at, bpda, surrogate, images[:PROBE].to(device), fast=fast and eot == 1)
     blocks = _attack_all(model, data, grid, runs, early_drop=early_drop, store=store, progress=progress)
@@ -533,10 +534,6 @@ def _runs(
         for name in set(TWICE) & set(options):
             runs[f"{name}{BPDA}"] = _Run(runs[name].attack, False, through, bpda, at.get(name))
     return {name: runs[name] for name in sorted(runs, key=ORDER.index)}
-
-
-def _device(model: nn.Module, images: Tensor) -> torch.device:
-    return next((p.device for p in model.parameters()), images.device)
 
 
 def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
@@ -897,7 +894,7 @@ def zero_gradient_share(
     """
     objective = c.choose_loss(loss)
     images, _ = c.check_inputs(model, images, labels, eps=0.0)
-    device = next((p.device for p in model.parameters()), images.device)
+    device = c.device_of(model, images)
     zeros = 0
     with c.frozen(model), torch.enable_grad():
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):

@@ -222,14 +222,16 @@ def against_references(
     >>> bool((against_references(per_image, draws=50).query("score == 'auprc'")["ci_low"] > 0).all())
     True
     """
-    scores = {name: table for name, table in per_image.groupby("map", sort=False)}
-    rows = [
-        {"map": name, "score": score, "reference": reference}
-        | _gain(table, scores[reference], score, draws=draws, level=level, seed=seed)
-        for name, table in scores.items() if name not in s.REFERENCES
-        for score in SCORES
-        for reference in s.REFERENCES
-    ]  # fmt: skip
+    scores = dict(iter(per_image.groupby("map", sort=False)))
+    rows = []
+    for name in (name for name in scores if name not in s.REFERENCES):
+        weights = patient_weights(scores[name]["group"], draws=draws, seed=seed)
+        rows += [
+            {"map": name, "score": score, "reference": reference}
+            | _gain(scores[name], scores[reference], score, weights, level)
+            for score in SCORES
+            for reference in s.REFERENCES
+        ]
     return pd.DataFrame(rows)
 
 
@@ -248,22 +250,22 @@ def against_model(
     >>> bool((against_model(here, there, draws=50).query("score == 'auprc'")["ci_low"] > 0).all())
     True
     """
-    theirs = {name: table for name, table in other.groupby("map", sort=False)}
     missing = set(per_image["image"]) - set(other["image"])
     if missing:
         raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score both models on the same films")
-    rows = [
-        {"map": name, "score": score} | _gain(table, theirs[name], score, draws=draws, level=level, seed=seed)
-        for name, table in per_image.groupby("map", sort=False) if name in theirs and name not in s.REFERENCES
-        for score in SCORES
-    ]  # fmt: skip
+    ours, theirs = (dict(iter(table.groupby("map", sort=False))) for table in (per_image, other))
+    rows = []
+    for name in (name for name in ours if name in theirs and name not in s.REFERENCES):
+        weights = patient_weights(ours[name]["group"], draws=draws, seed=seed)
+        rows += [
+            {"map": name, "score": score} | _gain(ours[name], theirs[name], score, weights, level) for score in SCORES
+        ]
     return pd.DataFrame(rows)
 
 
-def _gain(table: pd.DataFrame, other: pd.DataFrame, score: str, *, draws: int, level: float, seed: int) -> dict:
-    """Mean of this score minus the other's on the same images, with its interval by patient."""
+def _gain(table: pd.DataFrame, other: pd.DataFrame, score: str, weights: np.ndarray, level: float) -> dict:
+    """Mean of this score minus the other's on the same images, with its interval over the weights of resampled patients."""
     gain = table[score].to_numpy(float) - other.set_index("image")[score].reindex(table["image"]).to_numpy(float)
-    weights = patient_weights(table["group"], draws=draws, seed=seed)
     low, high = np.quantile(weights @ gain / weights.sum(1), [(1 - level) / 2, (1 + level) / 2])
     return {"value": gain.mean(), "ci_low": low, "ci_high": high, "n": len(gain)}
 
