@@ -29,6 +29,7 @@ from torch.utils.data import TensorDataset
 from dlia_utils import cache, datasets, locate, objectives, split, train
 from dlia_utils.attacks import evaluate, pgd
 from dlia_utils.models import cnn
+from dlia_utils.units import pixel_eps, pixel_text
 
 MOST = 0.2  # accuracy left where most images have fallen
 EVERY_STEP = {name: {"stop_when_fooled": False} for name in evaluate.TWICE}  # as the libraries do
@@ -110,7 +111,7 @@ def trained(
 def dropping(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str) -> None:
     """The suite with fooled images dropped against the same attacks in full."""
     model = trained(objectives.cross_entropy(), films["train"], options.epochs, device)
-    grid = evaluate.pixel_eps(*options.levels)
+    grid = pixel_eps(*options.levels)
     found, spent = run_all(model, films["test"], grid, ["dropped", "full"], options.rounds, device)
     table = found["dropped"].table()
     print(table.drop(columns="eps").round(3).to_string(index=False))
@@ -119,7 +120,7 @@ def dropping(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespac
     eps = float(fallen.iloc[0]) if len(fallen) else grid[-1]
     found, spent = run_all(model, films["test"], (eps,), list(WAYS), options.rounds, device)
     share = 1 - found["full"].table().worst.iloc[-1]
-    rows += ratios(f"{evaluate.pixel_text(eps)} alone, {share:.0%} fooled", found, spent, ">= 3x")
+    rows += ratios(f"{pixel_text(eps)} alone, {share:.0%} fooled", found, spent, ">= 3x")
     print("\nHow many times as much as with dropping:")
     print_table(rows)
 
@@ -190,13 +191,13 @@ def distilled(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespa
         with torch.no_grad():
             right = model(x).argmax(1) == y
         zero = evaluate.zero_gradient_share(model, x[right], y[right])
-        for eps in evaluate.pixel_eps(*options.levels):
+        for eps in pixel_eps(*options.levels):
             shares = [
                 pgd(model, x[right], y[right], eps=eps, steps=options.steps, loss=loss).success.float().mean()
                 for loss in ("ce", "margin")
             ]
             print(
-                f"| {name} | {right.float().mean():.1%} | {zero:.1%} | {evaluate.pixel_text(eps)} | "
+                f"| {name} | {right.float().mean():.1%} | {zero:.1%} | {pixel_text(eps)} | "
                 f"{shares[0]:.1%} | {shares[1]:.1%} |"
             )
 

@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from PIL import Image, ImageFile, ImageOps
-from tqdm.auto import tqdm
 
 from . import datasets, files, layouts, locate
 from .datasets import BadData, Dataset
+from .progress import Bar
 
 log = logging.getLogger("dlia_utils")
 
@@ -175,7 +175,7 @@ def _decode_all(
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = tqdm(
+        jobs = Bar(
             pool.map(decode, range(len(paths))),
             desc=f"decoding to {size} px",
             total=len(paths),

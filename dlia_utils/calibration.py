@@ -17,9 +17,9 @@ from scipy.optimize import brentq
 from scipy.special import softmax
 
 from . import metrics
-from .config import Config
 from .metrics import _check, _exact, _patients
 from .report import COLORS, _axes, _note
+from .run import Run
 
 ERRORS = ("brier", "log_loss", "ece", "mce")
 TEMPERATURES = (1e-4, 1e4)  # where fit_temperature looks
@@ -205,7 +205,7 @@ def decision_curve(
     return table
 
 
-def figure_reliability(tables: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_reliability(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Reliability diagram from `reliability` tables by model name, with each bin's interval; diagonal: calibrated."""
     if not tables:
         raise ValueError("there is no table to show: give at least one of `reliability`")
@@ -224,7 +224,7 @@ def figure_reliability(tables: Mapping[str, pd.DataFrame], config: Config) -> Fi
     return figure
 
 
-def figure_decision_curve(tables: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_decision_curve(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Net benefit against threshold from `decision_curve` tables by model name, with intervals as bands."""
     if not tables:
         raise ValueError("there is no table to show: give at least one of `decision_curve`")

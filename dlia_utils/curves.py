@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .config import Config
 from .report import COLORS, _axes, _note
+from .run import Run
 
 RISE = 0.1  # of the lowest validation loss: a later loss that is so much higher is a sign of overfitting
 GAP = 0.05  # training accuracy above validation accuracy
@@ -94,7 +94,7 @@ def signs(row: Mapping) -> list[str]:
     return found
 
 
-def figure_curves(histories: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_curves(histories: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Loss, accuracy and validation AUC per epoch; training solid, validation dashed, one colour a training."""
     if not histories:
         raise ValueError("there is no history to show: give at least one")

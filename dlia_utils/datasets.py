@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from . import layouts, medmnist
+from . import layouts, medmnist, own_data
 from .layouts import (
     BOX_COLUMNS,
     COLUMNS,
@@ -24,7 +25,7 @@ from .layouts import (
     no_outlines,
     pneumonia_patient,
 )
-from .locate import Location, cache_root
+from .locate import Location, cache_root, own
 
 __all__ = [
     "BOX_COLUMNS",
@@ -36,6 +37,8 @@ __all__ = [
     "box_summary",
     "boxed",
     "check",
+    "from_boxes",
+    "from_folder",
     "load",
     "no_boxes",
     "no_masks",
@@ -77,7 +80,7 @@ class Dataset:
 
 
 def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = False) -> Dataset:
-    """Read the data set at `location` (see `locate.find`) into a `Dataset`; no image is decoded.
+    """Read the data set at `location` (see `locate.find`, `find_own`) into a `Dataset`; no image is decoded.
 
     A MedMNIST file is unpacked into `locate.cache_root()` first, once (see `medmnist.unpack`): `root` is then that
     folder, and `split_rule` says what else a reader must know of the images.
@@ -88,9 +91,17 @@ def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = 
     rows of a box table and missing images; `ValueError` for an option that the data set does not have.
     """
     root = location.root
-    if medmnist.meant(location.dataset):
-        root = medmnist.unpack(location.dataset, root, cache=cache_root())
-    tables = layouts.read(location.dataset, root, allow_missing=allow_missing, allow_leak=allow_leak)
+    if location.kind == "published":
+        if medmnist.meant(location.dataset):
+            root = medmnist.unpack(location.dataset, root, cache=cache_root())
+        tables = layouts.read(location.dataset, root, allow_missing=allow_missing, allow_leak=allow_leak)
+    elif allow_missing or allow_leak:
+        raise ValueError("allow_missing and allow_leak are for published data sets; leave them out")
+    elif location.kind == "folder":
+        tables = own_data.folder_tables(root, **location.options)
+    else:
+        options = dict(location.options)
+        tables = own_data.boxes_tables(root, Path(options.pop("annotations")), **options)
     if len(tables.ignored):
         reasons = tables.ignored["reason"].value_counts()
         log.info(
@@ -101,6 +112,72 @@ def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = 
     return Dataset(
         location.dataset, root, synthetic=location.synthetic, origin=location.origin, **vars(tables)
     )
+
+
+def from_folder(
+    path: str | Path, *, classes: Sequence[str] | None = None, patient_pattern: str = ""
+) -> Dataset:
+    """Your own images as a data set under the folder's name: a folder for each class, at any depth below.
+
+    Images are jpg, png, bmp, tif or webp, of 8 bits. The class folders may lie below train/, val/ and test/ (also
+    training, valid, validation, testing; train and one other at least), which are then the split; without them
+    `split` is "". One CSV with a column `file` (paths below `path`) may lie in the folder, or beside it as PATH.csv:
+    its column `label` replaces the class folders, `patient` names the patients, `split` the split, and images that
+    it does not list are ignored.
+
+    Labels count from 0 in the order of `classes`; without it, names that mean healthy (normal, healthy, negative,
+    no finding, none, control, benign, 0) come first, then alphabetical. Of two classes label 1 is the disease that
+    sensitivity speaks of. `patient_pattern` is a regular expression searched in each image's path: its group
+    `patient`, or the first one, is the patient. With neither, each image is a patient of its own, with a warning.
+
+    Errors: `DataNotFound` for a folder that is not there; `BadData` for a class folder without images, classes that
+    differ by case, one class only, a class missing in a split, and CSV rows with missing or repeated files, unknown
+    splits or empty cells; `ValueError` for `classes` that are not the data's and for an unusable `patient_pattern`.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "mine"
+    >>> for name in ("flu/p1-a.png", "normal/p2-a.png", "normal/p2-b.png"):
+    ...     (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    ...     Image.new("L", (8, 8)).save(folder / name)
+    >>> dataset = from_folder(folder, patient_pattern="(p[0-9]+)-")
+    >>> dataset.name, dataset.classes, dataset.manifest["patient"].tolist()
+    ('mine', ('normal', 'flu'), ['p1', 'p2', 'p2'])
+    """
+    return load(own(path, options={"classes": classes, "patient_pattern": patient_pattern}))
+
+
+def from_boxes(
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    patient_pattern: str = "",
+) -> Dataset:
+    """Your own boxes as a detection set under the name of the folder `images`.
+
+    `annotations` is a CSV with a row for each box: `file` (or filename, image, image_id; a path below `images`),
+    `label`, and the corners x1, y1, x2, y2 (or xmin, x_min, ...) in pixels of the upright image; a row without
+    corners and label is an image without boxes. Or it is a COCO JSON, whose outlines are not read. `patient` and
+    `split` may stand in the CSV's columns or with COCO's images; without a split (or folders train/, val/, test/)
+    every image is in train. Images that are not listed are ignored. `classes` and `patient_pattern` as for
+    `from_folder`; label k is `box_classes[k - 1]`, and an image's class is that of its rarest box.
+
+    Errors: `DataNotFound` for a file or folder that is not there; `BadData` naming the rows: missing columns or
+    images, a file with two ids, boxes that reach out of their image, width and height in place of corners.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> Image.new("L", (20, 10)).save(folder / "1.png")
+    >>> _ = (folder / "boxes.csv").write_text("file,label,x1,y1,x2,y2\\n1.png,mass,2,3,12,9\\n")
+    >>> from_boxes(folder / "boxes.csv", folder).boxes.loc[0, ["x1", "y1", "x2", "y2"]].tolist()
+    [2.0, 3.0, 12.0, 9.0]
+    """
+    options = {
+        "annotations": Path(os.path.abspath(Path(annotations).expanduser())),
+        "classes": classes,
+        "patient_pattern": patient_pattern,
+    }
+    return load(own(images, kind="boxes", options=options))
 
 
 def summary(dataset: Dataset) -> pd.DataFrame:
@@ -197,6 +274,11 @@ def _file_problem(path: Path) -> str:
             return "empty file (0 bytes)"
         with Image.open(path) as image:
             # Pillow would clip these to white without a word.
+            if image.format == "TIFF" and image.n_frames > 1:
+                return f"holds {image.n_frames} images, and one would be read: save each as a file"
+            if image.format == "TIFF" and layouts.orientation(image) > 1:
+                # Pillow turns it while loading, and garbles it where it maps the file into memory.
+                return f"lies on its side (orientation {layouts.orientation(image)}): save it upright"
             deep = image.mode.startswith(("I", "F"))
             return f"more than 8 bits a pixel (mode {image.mode}), convert it to 8" if deep else ""
     except UnidentifiedImageError:

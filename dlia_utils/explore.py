@@ -163,7 +163,8 @@ def size_shortcut(
     scores are ranked inside each fold, since those of two fits cannot be compared. Columns features, metric
     ("auc"), value, ci_low, ci_high (patient bootstrap), n and finding, in words. An AUC above 0.5 is a shortcut: a
     network that sees it (black padding, or anatomy squashed to a square) needs no pathology. Unlabelled images are
-    left out. Errors: ValueError for other than two classes or a wrong length.
+    left out. Of more than two classes the AUC is the mean of each against the rest. Errors: ValueError for one class
+    only or a wrong length.
 
     >>> rng = np.random.default_rng(0)
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
@@ -176,8 +177,9 @@ def size_shortcut(
         label=dataset.manifest["label"].to_numpy(), patient=dataset.manifest["patient"].to_numpy()
     )
     table = table[table["label"] >= 0]
-    if set(table["label"]) != {0, 1}:
-        raise ValueError(f"size_shortcut compares two classes, labels 0 and 1; found {sorted(set(table['label']))}")
+    found = sorted(set(table["label"]))
+    if len(found) < 2 or found != list(range(len(found))):
+        raise ValueError(f"size_shortcut compares classes, labels 0, 1 and so on; found {found}")
     rows = []
     for name, features in SHAPE_FEATURES.items():
         score = _out_of_fold(table, list(features), folds=folds, seed=seed)
@@ -409,20 +411,21 @@ def _percent(p: float) -> str:
 def _out_of_fold(table: pd.DataFrame, features: Sequence[str], *, folds: int, seed: int) -> np.ndarray:
     """Score of each image by a fit without its patient, as a rank in (0,1) among the images of its fold."""
     labels, patients = table["label"].to_numpy(), pd.factorize(table["patient"])[0]
-    fewest = min(len(np.unique(patients[labels == label])) for label in (0, 1))
+    count = labels.max() + 1
+    fewest = min(len(np.unique(patients[labels == label])) for label in range(count))
     if fewest < 2:
         raise ValueError("a class has fewer than 2 patients: nothing can be cross-validated by patient")
     # The splitter's own shuffle deals unevenly before scikit-learn 1.7: patients get new numbers instead.
     units = np.random.default_rng(seed).permutation(patients.max() + 1)[patients]
-    x, scores = table[list(features)].to_numpy(float), np.empty(len(table))
+    x, scores = table[list(features)].to_numpy(float), np.empty((len(table), count))
     for train, held_out in StratifiedGroupKFold(min(folds, fewest)).split(x, labels, units):
         model = HistGradientBoostingClassifier(
             max_iter=40, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False, random_state=seed
         )
-        score = model.fit(x[train], labels[train]).predict_proba(x[held_out])[:, 1]
+        score = model.fit(x[train], labels[train]).predict_proba(x[held_out])
         # Rounded: a difference in the last digit is none, and equal scores must share their rank.
-        scores[held_out] = (rankdata(score.round(9)) - 0.5) / len(held_out)
-    return scores
+        scores[held_out] = (rankdata(score.round(9), axis=0) - 0.5) / len(held_out)
+    return scores[:, 1] if count == 2 else scores
 
 
 def _size_finding(features: pd.DataFrame, row: Mapping) -> str:

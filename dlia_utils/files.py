@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_tree(source: str | Path, target: str | Path, **options: Any) -> Path:
+    """Copy a folder so that the copy can be written, also where the source is read-only; returns `target`.
+
+    `options` go to `shutil.copytree`.
+    """
+    # Modes would come along with copy2, which is copytree's default, and those of folders come in any case.
+    shutil.copytree(source, target, **{"copy_function": shutil.copyfile} | options)
+    for folder in (Path(target), *filter(Path.is_dir, Path(target).rglob("*"))):
+        folder.chmod(0o755)
+    return Path(target)
 
 
 def write_text(text: str, path: str | Path) -> Path:

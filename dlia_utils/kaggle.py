@@ -202,11 +202,7 @@ def _title(source: Path) -> str:
 
 def _datasets(source: Path) -> Sequence[str]:
     """The data sets that the full study of a notebook can use."""
-    from .config import SETTINGS  # imports torch, which nothing else here needs
-
-    if source.stem not in SETTINGS:
-        raise ValueError(f"{source.stem} has no entry in dlia_utils.config.SETTINGS: add one")
-    names = SETTINGS[source.stem]["full"]["dataset"]
+    names = notebooks.full_settings(source)["dataset"]
     return (names,) if isinstance(names, str) else names
 
 

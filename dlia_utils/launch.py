@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from joblib import wrap_non_picklable_objects  # joblib comes with scikit-learn
-from tqdm.auto import tqdm
+
+from .progress import Bar
 
 POLL = 0.2  # seconds
 TAIL = 15  # lines of a failed job's log that its error shows
@@ -79,7 +80,7 @@ def run(
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     waiting, running, status = list(jobs), {}, {}
-    bar = tqdm(total=len(jobs), desc=f"{len(jobs)} jobs on {len(slots)} slots", disable=not progress)
+    bar = Bar(total=len(jobs), desc=f"{len(jobs)} jobs on {len(slots)} slots", disable=not progress)
     try:
         while waiting or running:
             for slot in range(len(slots)):

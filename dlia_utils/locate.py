@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
-from . import _fracatlas, layouts, medmnist, phantom
+from . import _fracatlas, layouts, medmnist, own_data, phantom
 from .layouts import BadData, DataNotFound
 
 log = logging.getLogger("dlia_utils")
@@ -26,13 +26,16 @@ class Location:
     """Where a data set lies: `root` is the folder that holds its published tree.
 
     `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom", and for MedMNIST
-    "~/.medmnist" or "medmnist" (downloaded by that package).
+    "~/.medmnist" or "medmnist" (downloaded by that package). `kind` says how the tree is read: "published", or the
+    reader's own "folder" of class folders or "boxes", with the `options` of `datasets.from_folder` or `from_boxes`.
     """
 
     dataset: str
     root: Path
     origin: str
     synthetic: bool
+    kind: str = "published"
+    options: dict = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,59 @@ def find_first(
     return _made(datasets, download=download, phantom_dir=phantom_dir)
 
 
+def find_own(data_dir: str | Path | None, *, kind: str = "folder", options: dict | None = None) -> Location | None:
+    """The reader's own data in `data_dir`: class folders ("folder"), or one table of boxes with images ("boxes").
+
+    None when the folder does not look so, or holds a published data set (see `published_in`). The folder is not
+    searched: it must be the one that holds the class folders, or the table. Whether all is well with the data is
+    for `datasets.load` to say. Errors: `ValueError` for another kind, `BadData` for a folder that cannot be read.
+
+    >>> folder = Path(tempfile.mkdtemp()) / "mine"
+    >>> for name in ("flu", "Normal"):
+    ...     (folder / name).mkdir(parents=True)
+    ...     (folder / name / "1.png").touch()
+    >>> location = find_own(folder)
+    >>> location.dataset, location.kind, find_own(folder, kind="boxes")
+    ('mine', 'folder', None)
+    """
+    if kind not in ("folder", "boxes"):
+        raise ValueError(f"kind is {kind!r}; it must be 'folder' or 'boxes'")
+    folder = Path(os.path.abspath(Path(data_dir or "").expanduser()))
+    if not data_dir or not folder.is_dir() or published_in(folder):
+        return None
+    if kind == "folder":
+        return own(folder, options=options) if own_data.holds_classes(folder) else None
+    tables = own_data.box_files(folder)
+    if len(tables) != 1 or not own_data.has_image(folder):
+        return None
+    return own(folder, kind=kind, options={"annotations": tables[0]} | (options or {}))
+
+
+def own(folder: str | Path, *, kind: str = "folder", options: dict | None = None) -> Location:
+    """The reader's own `folder` as a location, under the folder's name; a published name gets "-folder" behind it.
+
+    >>> own("data/mine").dataset, own("data/covid").dataset
+    ('mine', 'covid-folder')
+    """
+    root = Path(os.path.abspath(Path(folder).expanduser()))  # A link keeps its own name.
+    taken = root.name.casefold() in SOURCES or medmnist.meant(root.name.casefold())
+    named = _location(root.name + "-folder" * taken or "folder", root, "argument")
+    return replace(named, kind=kind, options=dict(options or {}))
+
+
+def published_in(folder: Path) -> list[str]:
+    """Names of the published data sets in `folder` or in one below it, down to `MAX_DEPTH`; of MedMNIST, of each file.
+
+    >>> published_in(Path(tempfile.mkdtemp()))
+    []
+    """
+    found = []
+    for one in _folders(folder):
+        found += [name for name, source in SOURCES.items() if _is_root(one, source)]
+        found += [path.stem for path in sorted(one.glob("*.npz")) if medmnist.meant(path.stem)]
+    return list(dict.fromkeys(found))
+
+
 def siblings(location: Location) -> list[Location]:
     """The usable copies of the same data set in the folders beside `location.root`, itself included, sorted.
 
@@ -311,7 +367,8 @@ def _told(dataset: str, folder: Path, origin: str) -> Location:
             )
     raise DataNotFound(
         f"{what} = {str(folder)!r} does not hold {dataset}: no folder in it (down to {MAX_DEPTH} levels) "
-        f"has {_shown(source)}. Correct the path, or leave it out to search the usual places"
+        f"has {_shown(source)}. Correct the path, or leave it out to search the usual places. A folder of class "
+        "folders works in notebooks 01, 04, 06, 07"
     )
 
 

@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ._tables import BadData, DataNotFound, Tables, ignored_table, manifest_table, refuse
+from .progress import Bar
 
 log = logging.getLogger("dlia_utils")
 
@@ -344,7 +344,7 @@ def _write_images(archive: zipfile.ZipFile, part: Path, names: pd.Series) -> Non
         Image.fromarray(job[1]).save(part / job[0], compress_level=1)
 
     left = iter(names)
-    bar = tqdm(desc="unpacking images", total=len(names), delay=2)  # No bar for a moment's work.
+    bar = Bar(desc="unpacking images", total=len(names), delay=2)  # No bar for a moment's work.
     with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for split in SPLITS:
             for block in _blocks(archive, f"{split}_images"):

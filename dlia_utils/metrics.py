@@ -24,11 +24,12 @@ def classification(
     seed: int = 0,
     interval: str = "percentile",
 ) -> pd.DataFrame:
-    """Two-class metrics, each with an interval from resampling whole patients (Field & Welsh 2007).
+    """Metrics of a classifier, each with an interval from resampling whole patients (Field & Welsh 2007).
 
     `labels` [N] of 0/1, `score` [N] of class 1: its probability, or any finite score with the `threshold` that
     belongs to it (`train.log_odds` and 0: probabilities of sharp models tie at 1 and lose their AUC), `groups` [N]
-    patient ids. Precision, recall and F1 are macro averages; sensitivity and specificity belong to class 1 and
+    patient ids. Of K > 2 classes: labels 0..K-1 and score [N,K]; the highest is the answer, the AUC is the mean of
+    each class against the rest (Provost & Domingos 2000), and there is no sensitivity or specificity. Precision, recall and F1 are macro averages; sensitivity and specificity belong to class 1 and
     class 0. An AUC needs both classes, else it is NaN. A value of exactly 0 or 1 comes out in every draw, too: it gets
     the exact binomial interval instead (see `share`), over the images that it is about; those that speak of both
     classes take the class of fewer patients, which is on the safe side. `interval` as in `bootstrap`. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths, labels
@@ -39,15 +40,21 @@ def classification(
     np.float64(0.75)
     """
     labels, score = _check(labels, score, groups)
+    classes = range(2 if score.ndim == 1 else score.shape[1])
     # Strictly above, as argmax decides two equal logits for class 0.
-    predicted = (score > threshold).astype(int)
+    predicted = (score > threshold).astype(int) if score.ndim == 1 else score.argmax(1)
+    names = [name for name in METRICS if score.ndim == 1 or name not in ("sensitivity", "specificity")]
 
     def values(weights: np.ndarray) -> np.ndarray:
-        found = _rates(labels, predicted, weights) | {"auc": weighted_auc(labels, score, weights)}
-        return np.column_stack([found[name] for name in METRICS])
+        if score.ndim == 1:
+            auc = weighted_auc(labels, score, weights)
+        else:
+            auc = np.mean([weighted_auc(labels == c, score[:, c], weights) for c in classes], axis=0)
+        found = _rates(labels, predicted, weights, classes) | {"auc": auc}
+        return np.column_stack([found[name] for name in names])
 
     table = bootstrap(values, groups, draws=draws, level=level, seed=seed, interval=interval)
-    table.insert(0, "metric", METRICS)
+    table.insert(0, "metric", names)
     rows = table.to_dict("records")
     counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
     fewer = min((labels == label for label in np.unique(labels)), key=lambda own: len(pd.unique(np.asarray(groups)[own])))
@@ -218,8 +225,11 @@ def _check(labels: np.ndarray, score: np.ndarray, groups: Sequence) -> tuple[np.
             f"labels ({len(labels)}), score ({len(score)}) and groups ({len(groups)}) "
             "must have the same length above 0"
         )
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"labels must be 0 or 1, found {np.unique(labels)[:5]}")
+    if score.ndim > 2 or (score.ndim == 2 and score.shape[1] < 3):
+        raise ValueError(f"score must be [N] of class 1, or [N,K] of K > 2 classes, not {score.shape}")
+    if not np.isin(labels, range(2 if score.ndim == 1 else score.shape[1])).all():
+        known = "0 or 1" if score.ndim == 1 else f"0 to {score.shape[1] - 1}"
+        raise ValueError(f"labels must be {known}, found {np.unique(labels)[:5]}")
     if not np.isfinite(score).all():
         raise ValueError("score holds NaN or infinite values: the model's output is broken")
     return labels.astype(int), score
@@ -249,23 +259,26 @@ def _bca_tails(value: float, resampled: np.ndarray, without: np.ndarray, tails: 
         return norm.cdf(bias + moved / (1 - acceleration * moved))
 
 
-def _rates(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """All threshold metrics for every row of weights at once, from four weighted counts."""
-    count = {(t, p): weights @ ((labels == t) & (predicted == p)).astype(float) for t in (0, 1) for p in (0, 1)}
+def _rates(
+    labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """All threshold metrics for every row of weights at once, from the weighted counts of each class."""
+
+    def counted(flags: np.ndarray) -> np.ndarray:
+        return weights @ flags.astype(float)
+
+    right = [counted((labels == c) & (predicted == c)) for c in classes]
     with np.errstate(invalid="ignore", divide="ignore"):
-        recall = [count[c, c] / (count[c, 0] + count[c, 1]) for c in (0, 1)]
-        called = [count[0, c] + count[1, c] for c in (0, 1)]
+        recall = [right[c] / counted(labels == c) for c in classes]
+        called = [counted(predicted == c) for c in classes]
         # A class that is never predicted has precision 0 (scikit-learn's zero_division=0).
-        precision = [np.where(called[c] > 0, count[c, c] / np.maximum(called[c], 1e-12), 0.0) for c in (0, 1)]
-        total = [precision[c] + recall[c] for c in (0, 1)]
-        f1 = [np.where(total[c] > 0, 2 * precision[c] * recall[c] / total[c], 0.0) for c in (0, 1)]
-    mean = {"precision": precision, "recall": recall, "f1": f1}
-    return {
-        "accuracy": (count[0, 0] + count[1, 1]) / weights.sum(1),
-        "balanced_accuracy": (recall[0] + recall[1]) / 2,
-        "sensitivity": recall[1],
-        "specificity": recall[0],
-    } | {name: (pair[0] + pair[1]) / 2 for name, pair in mean.items()}
+        precision = [np.where(called[c] > 0, right[c] / np.maximum(called[c], 1e-12), 0.0) for c in classes]
+        total = [precision[c] + recall[c] for c in classes]
+        f1 = [np.where(total[c] > 0, 2 * precision[c] * recall[c] / total[c], 0.0) for c in classes]
+    mean = {"precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
+    return {"accuracy": sum(right) / weights.sum(1), "sensitivity": recall[1], "specificity": recall[0]} | {
+        name: sum(values) / len(classes) for name, values in mean.items()
+    }
 
 
 def weighted_auc(labels: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:

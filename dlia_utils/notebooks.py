@@ -12,19 +12,22 @@ import builtins
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import shutil
 import symtable
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
 
 import jupytext
@@ -33,17 +36,20 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from . import files
+from .progress import MARK, STATUS, Bar
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
 
-OPENING = ("bootstrap", "parameters", "config", "imports")
-PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME")
-CHOICE = "DATASET"  # a fifth parameter of notebooks that run on any data set
+OPENING = ("bootstrap", "parameters", "settings", "start", "imports")  # "settings" may be several cells
+YOURS = "yours"  # cells for the reader's own models, and what depends on them: part of the opening, not in all notebooks
+PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
+FOLDED = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}  # JupyterLab and Kaggle fold such a cell
 MAX_CODE_LINES = 40
 MAX_TEXT_LINES = 100
 MAX_BYTES = 1_000_000
 MAX_OUTPUT_BYTES = 500_000
+SECONDS_BETWEEN_LINES = 10  # in a log file, at least
 
 # PyTorch on CPU is 2 to 5 times faster when glibc keeps large buffers; glibc reads this at a process's start.
 KERNEL_ENVIRONMENT = {
@@ -52,54 +58,22 @@ KERNEL_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "10000",  # endless spinning costs up to ten times the work on a busy machine
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # text progress bars are what we want
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # of bars that are not ours (dlia_utils.progress)
 }
 
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
 
-# The second cell of every notebook, word for word: a source only holds an empty cell tagged "bootstrap".
-# REPOSITORY's default is the repository address in pyproject.toml, once there is one (a test compares them).
+# The second cell of every notebook, word for word and folded: a source only holds an empty cell tagged "bootstrap".
 BOOTSTRAP = '''\
-# Finds dlia_utils: in the repository around this notebook, attached on Kaggle (folder or wheel), or by pip.
-import contextlib
-import importlib.util
-import os
-import subprocess
+# Finds dlia_utils: in the repository around this notebook, attached on Kaggle (its wheel), or installed
 import sys
-from pathlib import Path
+from glob import glob
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # albumentations would ask the network on import
-REPOSITORY = os.environ.get("DLIA_REPOSITORY", "")  # what pip can install, like "git+https://..."
-KAGGLE = Path(os.environ.get("DLIA_KAGGLE_ROOT", "/kaggle"))
-MOUNTS = ("input/*", "input/datasets/*/*", "input/datasets/organizations/*/*", "input/notebooks/*/*",
-          "usr/lib/*", "usr/lib/notebooks/*/*")  # fmt: skip
-PIP = "-m pip install -qq --no-deps --retries=0 --timeout=5".split()  # --no-deps: numpy and torch stay put
+places = ["../dlia_utils/..", "dlia_utils/..", "/kaggle/input/*/*.whl", "/kaggle/input/datasets/*/*/*.whl"]
+sys.path[:0] = [found for place in places for found in sorted(glob(place), reverse=True)]
+import dlia_utils  # not found? On Kaggle: Add Input, the data set with its wheel. Elsewhere: pip install
 
-
-def place(package, address):
-    """Make `package` importable and name its place, None for nowhere; a wheel is imported as it lies."""
-    mounts = [folder for mount in MOUNTS for folder in sorted(KAGGLE.glob(mount))]
-    for folder in (Path.cwd(), *Path.cwd().parents, *mounts):
-        is_here = (folder / package / "__init__.py").is_file()
-        if found := [folder] if is_here else sorted(folder.glob(f"{package}-*.whl")):
-            sys.path.insert(0, str(found[-1]))
-            return folder.as_posix() if folder in mounts else "the repository"
-    if importlib.util.find_spec(package) is None and address:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, *PIP, address], timeout=120)
-        importlib.invalidate_caches()
-    return "the installed packages" if importlib.util.find_spec(package) else None
-
-
-if (ORIGIN := place("dlia_utils", REPOSITORY)) is None:
-    raise RuntimeError("dlia_utils not found. On Kaggle, two clicks: 'Add Input', then '+' beside the data "
-                       "set that holds its wheel. Elsewhere: open this notebook in the repository. By pip: " +
-                       (f"{REPOSITORY} failed" if REPOSITORY else "DLIA_REPOSITORY is not set"))  # fmt: skip
-if importlib.util.find_spec("captum") is None:  # all that Kaggle lacks; its wheel may lie beside ours
-    place("captum", "captum" if KAGGLE.is_dir() else "")
-import dlia_utils
-
-print("dlia_utils", dlia_utils.__version__, "from", ORIGIN)'''
+print("dlia_utils", dlia_utils.__version__)'''
 
 
 # ------------------------------------------------------------------------------------------- find and build
@@ -255,7 +229,8 @@ def execute(
 
     `parameters` replaces names of the tagged cell; `environment` changes the kernel's variables (None removes
     one); `cwd` is where the kernel starts, the notebook's folder when not given. A failing cell raises
-    papermill's PapermillExecutionError after `out` has been written.
+    papermill's PapermillExecutionError after `out` has been written. `progress` tells standard error which section
+    runs, and how far its innermost bar is: one line that changes in a terminal, else a line for each new stage.
     """
     import papermill
 
@@ -263,13 +238,85 @@ def execute(
     out.parent.mkdir(parents=True, exist_ok=True)
     # The kernel starts in another folder, where a relative path would mean something else.
     paths = {name: _absolute(os.environ[name]) for name in PATH_VARIABLES if os.environ.get(name)}
-    with _environment(KERNEL_ENVIRONMENT | paths | dict(environment or {})):
+    with (
+        _narrated(sys.stderr if progress else None) as (hooks, status),
+        _environment(KERNEL_ENVIRONMENT | paths | {STATUS: status} | dict(environment or {})),
+    ):
         papermill.execute_notebook(
-            str(path), str(out), parameters=dict(parameters or {}), cwd=str(cwd or Path(path).parent),
-            kernel_name="python3", progress_bar=progress,
+            # As JSON has it: papermill would write a tuple down as a text.
+            str(path), str(out), parameters=json.loads(json.dumps(dict(parameters or {}))),
+            cwd=str(cwd or Path(path).parent),
+            kernel_name="python3", progress_bar=False, **hooks,
             extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn about local TCP
         )  # fmt: skip
     return out
+
+
+@contextmanager
+def _narrated(stream: TextIO | None) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The hooks for nbclient, and the file for bars to write to, by which `stream` is told what runs."""
+    if stream is None:
+        yield {}, None
+        return
+    at, over = {"cells": [], "number": 0}, threading.Event()
+    hooks = {
+        "on_notebook_start": lambda notebook: at.update(cells=list(notebook.cells)),
+        "on_cell_start": lambda cell, cell_index: at.update(number=cell_index + 1),
+    }
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        status = Path(scratch) / "status"
+        teller = threading.Thread(target=_narrate, args=(stream, at, status, over), daemon=True)
+        teller.start()
+        try:
+            yield hooks, str(status)
+        finally:
+            over.set()
+            teller.join()
+
+
+def _narrate(stream: TextIO, at: Mapping[str, Any], status: Path, over: threading.Event) -> None:
+    """Say about once a second where the execution is, until it is `over`; the last line stays."""
+    begun, said, stage, bar, live = time.monotonic(), -math.inf, ("", ""), "", stream.isatty()
+
+    def rewrite(bar: str, end: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        line = _line(at, bar, time.monotonic() - begun, width)
+        print(f"\r{line.ljust(width)}", end=end, file=stream, flush=True)
+
+    with suppress(OSError, ValueError):  # whoever read the lines has gone; the notebook goes on
+        while not over.wait(1):
+            text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else "\n"
+            bar = text.strip() if text else bar  # empty: it is being written
+            passed, here = time.monotonic() - begun, _stage(at, bar)
+            if live:
+                rewrite(bar, end="")
+            elif passed < said + SECONDS_BETWEEN_LINES:
+                continue
+            elif here[0] != stage[0] or here[1] not in ("", stage[1]):
+                print(_line(at, bar, passed), file=stream, flush=True)
+                said, stage = passed, here
+        if live:
+            rewrite("", end="\n")
+
+
+def _line(at: Mapping[str, Any], bar: str, passed: float, width: int | None = None) -> str:
+    """Such as "[03/51] 2 Training | train pgd_at: epoch 3 of 12, loss 0.61, val_robust 0.40 | 00:44"."""
+    total = str(len(at["cells"]))
+    number = f"[{str(at['number']).zfill(len(total))}/{total}]"
+    clock = f" | {Bar.format_interval(passed)}"
+    text = " | ".join(filter(None, [f"{number} {_section(at)}".strip(), bar]))
+    return text[: None if width is None else max(width - len(clock), 0)] + clock
+
+
+def _stage(at: Mapping[str, Any], bar: str) -> tuple[str, str]:
+    """What a log file is told of: another section, another bar or another epoch of it."""
+    return _section(at), (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
+
+
+def _section(at: Mapping[str, Any]) -> str:
+    """The last '## ' heading so far."""
+    above = [cell.source for cell in at["cells"][: at["number"]] if cell.cell_type == "markdown"]
+    return (re.findall(r"^## +(.+)", "\n".join(above), flags=re.MULTILINE) or [""])[-1]
 
 
 @dataclass(frozen=True)
@@ -286,6 +333,39 @@ class Run:
         return self.folder / "executed.ipynb"
 
 
+def full_settings(source: Path) -> dict[str, Any]:
+    """FULL of a notebook: what its settings cells say of the whole study.
+
+    Errors: ValueError for a notebook without settings cells.
+    """
+    names = _executed(source, ("parameters", "settings"), {})
+    if "FULL" not in names:
+        raise ValueError(f"{source.name} has no cell tagged 'settings' that defines FULL")
+    return names["FULL"]
+
+
+def opened(source: Path, **parameters: Any) -> Any:
+    """The `run.Run` that a notebook's opening cells start, executed here with these parameters in their place.
+
+    PROFILE, DATA_DIR, RUN_NAME, RESUME, CHANGES as in the notebook. Prints its banner. Errors: those of
+    `run.start`, before any kernel is started; TypeError for another parameter.
+    """
+    if unknown := sorted(set(parameters) - set(PARAMETERS)):
+        raise TypeError(f"a notebook has no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}")
+    return _executed(source, ("parameters", "settings", "start"), parameters)["run"]
+
+
+def _executed(source: Path, tags: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The names that the cells with these tags define, executed in this process."""
+    names: dict[str, Any] = {}
+    for cell in jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent").cells:
+        if cell.cell_type == "code" and set(_tags(cell)) & set(tags):
+            exec(compile(cell.source, f"{source.name}, cell {_tags(cell)[0]!r}", "exec"), names)
+        if "parameters" in _tags(cell):
+            names |= parameters
+    return names
+
+
 def run(
     source: Path,
     *,
@@ -293,29 +373,23 @@ def run(
     data: str | Path = "",
     run_name: str = "",
     resume: bool | str = True,
-    dataset: str = "",
+    changes: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Run:
     """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
 
-    The configuration is resolved here first: a wrong data path or name is reported before a kernel starts.
-    `dataset` goes to notebooks that run on any data set; others are refused (ValueError).
-    A failing cell is told in `Run.error`; everything written so far stays.
+    Its opening cells are executed here first: a wrong setting, data path or name is reported before a kernel
+    starts. `changes` is the notebook's CHANGES. A failing cell is told in `Run.error`; everything written so
+    far stays.
     """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from . import config
-
     data = _absolute(data) if data else ""
-    chosen = {CHOICE: dataset} if dataset else {}
-    if chosen and f"\n{CHOICE} = " not in source.read_text(encoding="utf-8"):
-        raise ValueError(f"{source.stem} has a data set of its own: run it without dataset={dataset!r}")
-    folder = config.resolve(source.stem, profile, data, run_name, resume, dataset).run_dir.resolve()
-    parameters = chosen | {
-        "PROFILE": profile, "DATA_DIR": data, "RUN_NAME": folder.name,
-        "RESUME": resume or True,  # an older run was put aside above: what is there now is ours
-    }  # fmt: skip
+    parameters = {"PROFILE": profile, "DATA_DIR": data, "CHANGES": dict(changes or {})}
+    folder = opened(source, RUN_NAME=run_name, RESUME=resume, **parameters).run_dir.resolve()
+    # An older run was put aside above: what is there now is ours.
+    parameters |= {"RUN_NAME": folder.name, "RESUME": resume or True}
     start, error = time.perf_counter(), ""
     try:
         execute(product(source), folder / "executed.ipynb", parameters=parameters, progress=progress)
@@ -341,7 +415,8 @@ def refresh(source: Path, *, progress: bool = True) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         runs = Path(scratch) / "runs"
         built = write(build(source), Path(scratch) / "built.ipynb")
-        synthetic = {"DLIA_PROFILE": "smoke", "DLIA_RUNS": str(runs), "DLIA_DATA": None, "DLIA_WEIGHTS": None}
+        # PROFILE = "auto" stands in the notebook, and without real data that is the smoke profile.
+        synthetic = {"DLIA_RUNS": str(runs), "DLIA_PROFILE": None, "DLIA_DATA": None, "DLIA_WEIGHTS": None}
         out = execute(built, Path(scratch) / "out.ipynb", environment=synthetic, cwd=product(source).parent,
                       progress=progress)  # fmt: skip
         for record in runs.glob("*/*/config.json"):
@@ -374,10 +449,17 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     )
     for cell in notebook.cells:
         kept = {key: cell.metadata[key] for key in ("source_hash", "tags") if key in cell.metadata}
+        kept |= FOLDED if "bootstrap" in _tags(cell) else {}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
-            cell.outputs = [kept for output in _joined(cell.outputs) if (kept := _clean_output(output))]
+            # A bar goes first: whether it was shown is a matter of timing, too.
+            outputs = [output for output in cell.outputs if not _is_bar(output)]
+            cell.outputs = [kept for output in _joined(outputs) if (kept := _clean_output(output))]
     return notebook
+
+
+def _is_bar(output: NotebookNode) -> bool:
+    return output.get("metadata", {}).items() >= MARK.items()
 
 
 def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
@@ -560,19 +642,28 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         yield "the first cell must be markdown that starts with a '# ' title"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tags = [next((tag for tag in OPENING if tag in _tags(cell)), "") for cell in code]
+    order = list(dict.fromkeys(tags[: len(tags) - tags[::-1].index("imports")] if "imports" in tags else tags))
     for number, tag in enumerate(OPENING):
-        if number >= len(code) or tag not in _tags(code[number]):
-            yield f"code cell {number + 1} must be tagged {tag!r}"
+        if number >= len(order) or tag != order[number]:
+            yield f"the opening cells must be tagged {', '.join(OPENING)}, in this order; {tag!r} is not where it belongs"
             return
-    if code[0].source != BOOTSTRAP:
+    by_tag = {tag: [cell for cell, own in zip(code, tags, strict=True) if own == tag] for tag in OPENING}
+    for tag, cells in by_tag.items():
+        if len(cells) > 1 and tag != "settings":
+            yield f"{len(cells)} cells are tagged {tag!r}; only 'settings' may be several"
+    if by_tag["bootstrap"][0].source != BOOTSTRAP:
         yield "the bootstrap cell differs from dlia_utils.notebooks.BOOTSTRAP: run `notebooks build`"
-    if _literals(code[1].source) not in ([*PARAMETERS], [*PARAMETERS, CHOICE]):
-        yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)} (and {CHOICE}), in this order"
-    if any(line.count("=") > 1 for line in code[1].source.splitlines()):
+    parameters = by_tag["parameters"][0].source
+    if _literals(parameters) != [*PARAMETERS]:
+        yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)}, in this order"
+    if any(line.count("=") > 1 for line in parameters.splitlines()):
         yield "papermill cannot read a parameter whose comment holds '=': write it in other words"
-    if "print(" not in code[2].source:
-        yield "the config cell must print the resolved configuration"
-    if "import " not in code[3].source:
+    if not any("FULL = " in cell.source for cell in by_tag["settings"]):
+        yield "the settings cells must define FULL, the settings of the whole study"
+    if "run = start(" not in by_tag["start"][0].source or "print(run)" not in by_tag["start"][0].source:
+        yield "the start cell must hold run = start(...) and print(run)"
+    if "import " not in by_tag["imports"][0].source:
         yield "the imports cell imports nothing"
 
 
@@ -580,7 +671,7 @@ def _literals(code: str) -> list[str] | None:
     """Names that `code` assigns plain literals to; None when it does anything else."""
     names = []
     for statement in _parse(code).body:
-        plain = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+        plain = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant | ast.Dict)
         if not plain or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
             return None
         names.append(statement.targets[0].id)
@@ -617,9 +708,9 @@ def _code_problems(cell: NotebookNode) -> Iterator[str]:
     if "bootstrap" in _tags(cell):
         return
     if match := _MACHINE_PATH.search(cell.source):
-        yield f"absolute path {match.group()!r}: use config.location and config.run_dir"
+        yield f"absolute path {match.group()!r}: use run.location and run.run_dir"
     if _CUDA.search(cell.source):
-        yield "hard-coded 'cuda': use config.device"
+        yield "hard-coded 'cuda': use run.device"
 
 
 def _output_problems(cell: NotebookNode) -> Iterator[str]:
@@ -646,7 +737,7 @@ def sections(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
         if cell.cell_type == "markdown" and (heading := re.match(r"## (.+)", cell.source)):
             title = heading.group(1)
         elif cell.cell_type == "code":
-            (opening if set(_tags(cell)) & set(OPENING) else parts[title]).append(cell.source)
+            (opening if set(_tags(cell)) & {*OPENING, YOURS} else parts[title]).append(cell.source)
     return opening, dict(parts)
 
 

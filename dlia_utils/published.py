@@ -15,7 +15,8 @@ from .attacks.evaluate import SUITE
 from .datasets import NIH_CLASSES
 from .detect import figures
 from .explain._shared import REFERENCES
-from .report import attack_table, eps_text, figure_accuracy_vs_eps, with_interval
+from .report import attack_table, figure_accuracy_vs_eps, with_interval
+from .units import eps_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "results" / "README.md"

@@ -12,44 +12,53 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from . import comparison, files, metrics
-from .attacks.evaluate import pixel_text
-from .config import Config, hardware
+from .device import hardware
+from .run import Run, nearest
 from .study import Study, weights_label
+from .units import eps_text
 
 RESULT_COLUMNS = (
     "notebook", "model", "attack", "eps", "eps_unit", "metric", "value", "ci_low", "ci_high", "n",
     "seed", "size", "epochs", "weights", "profile", "data", "hardware",
 )  # fmt: skip
 
+# What tells one result from another; the rest is what was found, and how.
+IDENTITY = ("notebook", "model", "attack", "eps", "eps_unit", "metric", "seed", "size", "profile", "data")
+
 COLORS = ("#1b4965", "#d1495b", "#edae49", "#e07b39", "#8d6a9f", "#2a9d5c", "#8a8a8a")
 
 
-def result_rows(table: pd.DataFrame, config: Config, **labels) -> pd.DataFrame:
+def result_rows(table: pd.DataFrame, config: Run, **labels) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) completed to the suite's tidy `RESULT_COLUMNS`.
 
     `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "pixel".
     epochs are those that the model was really trained for, where the run folder says so, else the setting.
+    Errors: ValueError for a column or label that is none of `RESULT_COLUMNS`.
     """
+    for name in (*labels, *table.columns):
+        if name not in RESULT_COLUMNS:
+            raise ValueError(f"result rows have no column {name!r}{nearest(name, RESULT_COLUMNS)}")
     known = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel", "ci_low": np.nan, "ci_high": np.nan} | labels
     context = {
-        "notebook": config.notebook, "seed": config.seed, "size": config.size,
-        "weights": weights_label(config), "profile": config.profile, "data": config.data_name,
-        "hardware": hardware(),
+        "notebook": config.notebook, "seed": config.seed, "size": config.size, "profile": config.profile,
+        "data": config.data_name, "hardware": hardware(),
     }  # fmt: skip
     filled = table.assign(**{k: v for k, v in (known | context).items() if k not in table.columns})
     if "epochs" not in filled:
         filled["epochs"] = [_epochs(config, model) for model in filled["model"]]
+    if "weights" not in filled:
+        filled["weights"] = [weights_label(config, model) for model in filled["model"]]
     return filled.reindex(columns=list(RESULT_COLUMNS))
 
 
-def _epochs(config: Config, model: str) -> int:
+def _epochs(config: Run, model: str) -> int:
     """Lines of the log that `train.fit` kept of this model (or of its head alone); the setting where there is none."""
     logs = [config.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
     return next((len(pd.read_csv(log)) for log in logs if log.exists()), config.epochs)
 
 
 def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Merge `rows` into the results file: a row of the same model, attack, eps and metric is replaced."""
+    """Merge `rows` into the results file: a row that says the same of itself (`IDENTITY`) is replaced."""
     missing = set(RESULT_COLUMNS) - set(rows.columns)
     if missing:
         raise ValueError(f"result rows lack the columns {sorted(missing)}; build them with result_rows()")
@@ -57,7 +66,7 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
     # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
     merged = merged.assign(eps=merged["eps"].round(12))
-    merged = merged.drop_duplicates(["notebook", "model", "attack", "eps", "eps_unit", "metric"], keep="last")
+    merged = merged.drop_duplicates(list(IDENTITY), keep="last")
     files.write_csv(merged, path)
     return merged.reset_index(drop=True)
 
@@ -77,9 +86,9 @@ def accuracy_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps_unit
     for (attack, eps), part in per_image.groupby(["attack", "eps"], sort=False):
         right = ~part["fooled"].to_numpy(bool)
         patients = study.patients(part["image"].to_numpy())
-        row = metrics.share(right, patients, draws=study.config.bootstrap_draws)
+        row = metrics.share(right, patients, draws=study.run.bootstrap_draws)
         rows.append(row | {"metric": "accuracy", "attack": attack, "eps": eps})
-    return result_rows(pd.DataFrame(rows), study.config, model=model, eps_unit=eps_unit)
+    return result_rows(pd.DataFrame(rows), study.run, model=model, eps_unit=eps_unit)
 
 
 def direction_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps: float) -> pd.DataFrame:
@@ -92,9 +101,9 @@ def direction_rows(per_image: pd.DataFrame, study: Study, *, model: str, eps: fl
     for metric, label in (("sensitivity", 1), ("specificity", 0)):
         own = part[part["label"].eq(label)]
         right, patients = ~own["fooled"].to_numpy(bool), study.patients(own["image"].to_numpy())
-        row = metrics.share(right, patients, draws=study.config.bootstrap_draws)
+        row = metrics.share(right, patients, draws=study.run.bootstrap_draws)
         rows.append(row | {"metric": metric, "attack": "worst", "eps": eps})
-    return result_rows(pd.DataFrame(rows), study.config, model=model)
+    return result_rows(pd.DataFrame(rows), study.run, model=model)
 
 
 def attacked_predictions(per_image: pd.DataFrame, *, attack: str, eps: float) -> pd.DataFrame:
@@ -116,13 +125,13 @@ def one_pixel_rows(table: pd.DataFrame, study: Study, *, model: str, setting: Se
     name = f"one_pixel k={pixels} pop={population} it={iterations} F={f:g} CR={cr:g}"
     patients = study.patients(table["image"].to_numpy())
     outcome = metrics.classification(
-        table["label"], table["probability"], patients, draws=study.config.bootstrap_draws
+        table["label"], table["probability"], patients, draws=study.run.bootstrap_draws
     )
     right = (table["clean_probability"] > 0.5).eq(table["label"] == 1)
     beside = pd.DataFrame({"metric": ["clean_accuracy", "queries_mean"],
                            "value": [right.mean(), table["queries"].mean()], "n": len(table)})  # fmt: skip
     rows = pd.concat([outcome, beside], ignore_index=True)
-    return result_rows(rows, study.config, model=model, attack=name, eps=1.0, eps_unit="pixels changed fully")
+    return result_rows(rows, study.run, model=model, attack=name, eps=1.0, eps_unit="pixels changed fully")
 
 
 def one_pixel_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +148,7 @@ def zero_gradient_rows(shares: Mapping[str, float], study: Study) -> pd.DataFram
     """Result rows of the share of images with an exactly zero input gradient, by model."""
     table = pd.DataFrame({"model": shares.keys(), "metric": "zero_gradient_share", "value": shares.values(),
                           "n": len(study.rows("test"))})  # fmt: skip
-    return result_rows(table, study.config, attack="cross-entropy gradient")
+    return result_rows(table, study.run, attack="cross-entropy gradient")
 
 
 def masking_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
@@ -173,7 +182,7 @@ def paired_tests(
             if name != reference:
                 own = outcome(name, attack, at)[0]
                 found = comparison.paired_difference(
-                    own, base, study.patients(images), draws=study.config.bootstrap_draws
+                    own, base, study.patients(images), draws=study.run.bootstrap_draws
                 )
                 rows.append({"condition": condition, "model": name, "accuracy": own.mean(), "reference": base.mean(),
                              "difference": found["value"], "ci_low": found["ci_low"], "ci_high": found["ci_high"],
@@ -209,7 +218,8 @@ def map_rows(summary: pd.DataFrame, study: Study, *, model: str) -> pd.DataFrame
     `summary` has a column region ("box" or "outline") as well.
     """
     named = summary.assign(attack="map " + summary["map"], metric=summary["score"] + " " + summary["region"])
-    return result_rows(named, study.config, model=model)
+    columns = ["attack", "metric", "value", "ci_low", "ci_high", "n"]
+    return result_rows(named[columns], study.run, model=model)
 
 
 def map_table(summary: pd.DataFrame) -> pd.DataFrame:
@@ -243,7 +253,7 @@ def map_verdict(differences: pd.DataFrame, *, score: str = "coverage_gain") -> s
 
 
 def verdict(
-    results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, config: Config, *, reference: str = "baseline"
+    results: pd.DataFrame, masking: pd.DataFrame, paired: pd.DataFrame, config: Run, *, reference: str = "baseline"
 ) -> str:
     """Plain sentences (markdown) on which defence holds in the worst case, written from the numbers alone."""
     headline = results.attack.eq("worst") & np.isclose(results.eps, config.headline_eps)
@@ -307,16 +317,7 @@ def results_table(results: pd.DataFrame, *, metric: str = "accuracy", unit: str 
     return table.reindex(order)
 
 
-def eps_text(eps: float, unit: str = "pixel") -> str:
-    """An eps as people write it.
-
-    >>> eps_text(4 / 255), eps_text(0.5 / 255), eps_text(0.03, "normalised")
-    ('4/255', '0.5/255', '0.03')
-    """
-    return pixel_text(eps) if unit == "pixel" else f"{eps:g}"
-
-
-def save_figure(figure: Figure, config: Config, name: str) -> Path:
+def save_figure(figure: Figure, config: Run, name: str) -> Path:
     """Write `figure` to the run's `figures/` as PNG, in one step; returns the path."""
     path = config.run_dir / "figures" / f"{name}.png"
     with files.atomic_path(path) as temporary:
@@ -336,11 +337,11 @@ def _style(number: int) -> dict:
     return {"color": COLORS[number % len(COLORS)], "ls": line, "marker": marker}
 
 
-def _note(config: Config) -> str:
+def _note(config: Run) -> str:
     return f"{config.data_name}, {config.profile} profile, {config.size} px"
 
 
-def figure_samples(images: np.ndarray, titles: Sequence[str], config: Config, *, columns: int = 6) -> Figure:
+def figure_samples(images: np.ndarray, titles: Sequence[str], config: Run, *, columns: int = 6) -> Figure:
     """Grey images [N,1,H,W] or [N,H,W] in [0,1] with their titles."""
     images = np.asarray(images).reshape(len(images), *np.asarray(images).shape[-2:])
     rows = -(-len(images) // columns)
@@ -355,7 +356,7 @@ def figure_samples(images: np.ndarray, titles: Sequence[str], config: Config, *,
     return figure
 
 
-def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_history(histories: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
     figure, axes = _axes(2, width=4.6, height=3.2)
     for number, (name, history) in enumerate(histories.items()):
@@ -369,22 +370,28 @@ def figure_history(histories: Mapping[str, pd.DataFrame], config: Config) -> Fig
     return figure
 
 
-def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], config: Config) -> Figure:
-    """ROC curves on the test split, one a model."""
+def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], config: Run) -> Figure:
+    """ROC curves on the test split, one a model; of scores [N,K] one a class, against the rest."""
     figure, axes = _axes(1, width=4.6, height=4.2)
-    for number, (name, probability) in enumerate(probabilities.items()):
-        false_alarm, hit, _ = roc_curve(labels, probability)
+    curves = {}
+    for name, score in probabilities.items():
+        if np.ndim(score) == 1:
+            curves[name] = labels, score
+        else:
+            curves |= {f"{name}, class {k}": (labels == k, column) for k, column in enumerate(np.transpose(score))}
+    for number, (name, (truth, score)) in enumerate(curves.items()):
+        false_alarm, hit, _ = roc_curve(truth, score)
         axes[0, 0].plot(false_alarm, hit, label=name, lw=1.6, **_style(number) | {"marker": ""})
     axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
     axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"Test ROC\n{_note(config)}")
     axes[0, 0].title.set_fontsize(9)
-    axes[0, 0].legend(fontsize=7 if len(probabilities) < 12 else 6, frameon=False, loc="lower right")
+    axes[0, 0].legend(fontsize=7 if len(curves) < 12 else 6, frameon=False, loc="lower right")
     figure.tight_layout()
     return figure
 
 
 def figure_confusion(
-    labels: np.ndarray, predictions: Mapping[str, np.ndarray], classes: Sequence[str], config: Config
+    labels: np.ndarray, predictions: Mapping[str, np.ndarray], classes: Sequence[str], config: Run
 ) -> Figure:
     """Confusion matrices (rows truth, columns prediction), one a model."""
     columns = min(4, len(predictions))
@@ -399,8 +406,9 @@ def figure_confusion(
         for (i, j), number in np.ndenumerate(matrix):
             axis.text(j, i, f"{number}\n{share[i, j]:.0%}", ha="center", va="center", fontsize=8,
                       color="white" if share[i, j] > 0.6 else "black")  # fmt: skip
-        axis.set_xticks(range(len(classes)), [c[:4] for c in classes], fontsize=7)
-        axis.set_yticks(range(len(classes)), [c[:4] for c in classes], fontsize=7)
+        short = [c if len(c) <= 12 else f"{c[:11]}." for c in classes]
+        axis.set_xticks(range(len(classes)), short, fontsize=7, rotation=0 if len(classes) == 2 else 30)
+        axis.set_yticks(range(len(classes)), short, fontsize=7, rotation=90 if len(classes) == 2 else 0, va="center")
         axis.set_title(name, fontsize=8)
     figure.suptitle(f"rows: truth, columns: prediction; {_note(config)}", fontsize=8)
     figure.tight_layout()
@@ -408,7 +416,7 @@ def figure_confusion(
 
 
 def figure_accuracy_vs_eps(
-    results: pd.DataFrame, config: Config, *, attack: str, unit: str = "pixel", note: str = ""
+    results: pd.DataFrame, config: Run, *, attack: str, unit: str = "pixel", note: str = ""
 ) -> Figure:
     """Accuracy against eps for all models in one figure, with the interval as a band (of at most seven models)."""
     figure, axes = _axes(1, width=6.4, height=3.9)
@@ -430,7 +438,7 @@ def figure_accuracy_vs_eps(
     return figure
 
 
-def figure_masking(table: pd.DataFrame, config: Config) -> Figure:
+def figure_masking(table: pd.DataFrame, config: Run) -> Figure:
     """Per model: accuracy under PGD with cross-entropy and with the margin loss, and the zero-gradient share.
 
     `table` is indexed by model with columns `pgd_ce`, `pgd_margin`, `zero_gradients`. A gap between the first
@@ -451,7 +459,7 @@ def figure_masking(table: pd.DataFrame, config: Config) -> Figure:
 
 
 def figure_adversarial(
-    clean: np.ndarray, attacked: Mapping[str, np.ndarray], captions: Sequence[Mapping[str, str]], config: Config
+    clean: np.ndarray, attacked: Mapping[str, np.ndarray], captions: Sequence[Mapping[str, str]], config: Run
 ) -> Figure:
     """Clean image, attacked images and the amplified difference; `captions[row]` maps column name to its line.
 

@@ -30,10 +30,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
 
 from . import train
-from .config import Config
 from .files import write_csv
 from .objectives import Objective
 from .report import COLORS, _axes, _note
+from .run import Run
 from .study import OutOfTime
 
 DIRECTIONS = ("maximize", "minimize")
@@ -343,7 +343,7 @@ def _sign(monitor: str) -> int:
 # -------------------------------------------------------------------- figures and tables
 
 
-def figure_search(runs: pd.DataFrame, config: Config, *, direction: str = "maximize") -> Figure:
+def figure_search(runs: pd.DataFrame, config: Run, *, direction: str = "maximize") -> Figure:
     """Score against each parameter, one point a run; pruned runs are hollow, extensions coloured, the best one starred.
 
     `runs` is `SearchResult.runs` or runs.csv. Runs without a score (diverged, failed) are only counted.

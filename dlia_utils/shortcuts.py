@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from . import datasets, explore, metrics, train
 from .cache import ImageCache, _content
-from .config import Config
 from .datasets import BadData, Dataset
 from .report import COLORS, _axes, _note, with_interval
+from .run import Run
 from .study import Study
 
 log = logging.getLogger("dlia_utils")
@@ -607,7 +607,7 @@ def _energy_sentence(energy: pd.DataFrame) -> str:
 def figure_regions(
     images: Tensor,
     masks: Tensor | np.ndarray,
-    config: Config,
+    config: Run,
     *,
     fill: float,
     titles: Sequence[str] = (),
@@ -628,7 +628,7 @@ def figure_regions(
     return figure
 
 
-def figure_audit(rows: pd.DataFrame, config: Config) -> Figure:
+def figure_audit(rows: pd.DataFrame, config: Run) -> Figure:
     """AUC with its interval for each region, in both forms of `region_accuracy`; the dotted line is chance."""
     auc = rows[rows["metric"] == "auc"]
     regions = [region for region in REGIONS if (auc["region"] == region).any()]

@@ -19,10 +19,10 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
-from tqdm.auto import tqdm
 
 from . import files
 from .datasets import BadData, Dataset, take
+from .progress import Bar
 
 log = logging.getLogger("dlia_utils")
 
@@ -49,7 +49,8 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
     names[pool] = "train"
     names[pool[chosen]] = "val"
     manifest["split"] = names
-    rule = f"official test; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
+    test = f"test {dataset.split_rule}" if dataset.split_rule.startswith("given by") else "official test"
+    rule = f"{test}; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
     return replace(dataset, manifest=manifest, split_rule=rule)
 
 
@@ -203,7 +204,7 @@ def byte_hashes(dataset: Dataset) -> pd.Series:
     lengths = pd.Series([path.stat().st_size for path in paths])
     ids = dataset.manifest["path"].copy()
     doubtful = np.flatnonzero(lengths.duplicated(keep=False).to_numpy())
-    for row in tqdm(doubtful, desc="hashing files of equal length", delay=2):  # No bar for a moment's work.
+    for row in Bar(doubtful, desc="hashing files of equal length", delay=2):  # No bar for a moment's work.
         ids[row] = hashlib.sha1(paths[row].read_bytes()).hexdigest()
     return ids
 

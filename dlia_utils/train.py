@@ -24,12 +24,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
-from tqdm.auto import tqdm
 
 from dlia_utils import models
-from dlia_utils.config import pick_device
+from dlia_utils.device import pick_device
 from dlia_utils.files import atomic_path, write_csv
 from dlia_utils.objectives import Objective, evaluating
+from dlia_utils.progress import Bar
 
 FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -259,10 +259,12 @@ class _Run:
         total = self.settings["epochs"]
         for row in state.history if on_epoch else ():
             on_epoch(dict(row))
-        with tqdm(
+        with Bar(
             total=total * len(self.loader), initial=min(state.epoch, total) * len(self.loader), unit="batch",
             desc=f"train {self.run_dir.name}", disable=not (progress and self.accelerator.is_main_process),
         ) as bar:  # fmt: skip
+            if state.finished:
+                bar.mark(self._reached(state.epoch))
             while not state.finished:
                 if self._out_of_time(begun, max_minutes):
                     log.warning("%s: stopped after epoch %d by max_minutes", self.run_dir.name, state.epoch)
@@ -285,8 +287,18 @@ class _Run:
 
     # ---------------------------------------------------------------- one epoch
 
-    def _epoch(self, bar: tqdm) -> None:
+    def _reached(self, epoch: int) -> str:
+        """Where the training stands in `epoch`, and how the last whole one ended."""
+        text, monitor = f"epoch {epoch} of {self.settings['epochs']}", self.settings["monitor"]
+        for row in self.progress.history[-1:]:
+            text += f", loss {row['train_loss']:.3f}"
+            if monitor != "epoch" and monitor in row:  # a forced resume may bring rows of another monitor
+                text += f", {monitor} {row[monitor]:.3f}"
+        return text
+
+    def _epoch(self, bar: Bar) -> None:
         state, begun = self.progress, time.monotonic()
+        bar.set_postfix_str(self._reached(state.epoch + 1))
         row = {"epoch": state.epoch + 1, **self._train_epoch(state.epoch, bar), **self._validate()}
         row["seconds"] = round(time.monotonic() - begun, 3)
         # Every process must take the same decisions, so all take the main one's numbers.
@@ -298,11 +310,10 @@ class _Run:
         self._keep_best(row)
         state.finished = self._is_finished()
         self._save()
-        monitor = self.settings["monitor"]
-        bar.set_postfix_str(f"epoch {state.epoch}, loss {row['train_loss']:.3f}, {monitor} {row[monitor]:.3f}")
+        bar.mark(self._reached(state.epoch))
         log.info("%s: %s", self.run_dir.name, {key: round(value, 4) for key, value in row.items()})
 
-    def _train_epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
+    def _train_epoch(self, epoch: int, bar: Bar) -> dict[str, float]:
         # Accelerate counts epochs from 0 in every process and would tell the data set so after a resume.
         self.loader.set_epoch(epoch)
         self.batches.epoch = epoch

@@ -17,7 +17,7 @@ import matplotlib.image
 import nbformat
 import pandas as pd
 
-from dlia_utils import config, kaggle, locate, notebooks
+from dlia_utils import kaggle, locate, notebooks
 
 LAYOUTS = ("old", "new")
 
@@ -88,6 +88,9 @@ class Session:
 
     def run(self, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         """Execute a copy of `notebook` as Kaggle does, with no parameter changed; its cells, then the probe."""
+        for cell in notebook.cells:
+            if "bootstrap" in cell.metadata.get("tags", []):  # the session's folder stands for /kaggle
+                cell.source = cell.source.replace("/kaggle", str(self.root))
         notebook.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
         path = notebooks.write(notebook, self.working / "__notebook__.ipynb")
         return notebooks.read(
@@ -193,7 +196,7 @@ def finished(source: Path, tmp_path_factory) -> Finished:
     """The notebook of `source` run in a session of its own, once; the layouts take turns from notebook to notebook."""
     if source not in _FINISHED:
         layout = LAYOUTS[notebooks.find().index(source) % 2]
-        wanted = config.SETTINGS[source.stem]["smoke"]["dataset"]
+        wanted = notebooks.full_settings(source)["dataset"]
         first = wanted if isinstance(wanted, str) else wanted[0]
         session = make(tmp_path_factory.mktemp(source.stem), datasets=(first,), layout=layout)
         before, start = session.input_state(), time.perf_counter()

@@ -1,7 +1,13 @@
-"""A linear model of two classes and images for it: what losses are compared with closed forms on."""
+"""Small things for tests: a linear model with images for it, and a run of a notebook with a few settings changed."""
+
+import contextlib
+import io
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dlia_utils import notebooks
 
 
 def linear(seed: int = 0, classes: int = 2) -> nn.Module:
@@ -14,3 +20,12 @@ def small_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = 0.2 + 0.6 * torch.rand(6, 1, 3, 3, generator=generator)
     return x, torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def start_run(number: str, data: str | Path = "", name: str = "", *, profile: str = "smoke", resume=True, **changes):
+    """The run that notebook `number` starts, with `changes` of its settings."""
+    (source,) = notebooks.pick([number])
+    with contextlib.redirect_stdout(io.StringIO()):  # its banner
+        return notebooks.opened(
+            source, PROFILE=profile, DATA_DIR=str(data), RUN_NAME=name, RESUME=resume, CHANGES=changes
+        )

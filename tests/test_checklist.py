@@ -10,8 +10,9 @@ from torch import nn
 from dlia_utils.attacks import checklist as lists
 from dlia_utils.attacks import evaluate
 from dlia_utils.attacks.checklist import checklist
+from dlia_utils.units import pixel_eps, pixel_text
 
-GRID = evaluate.pixel_eps(2, 8, 16)
+GRID = pixel_eps(2, 8, 16)
 STEPS = {"apgd_ce": 15, "apgd_margin": 15, "fmn": 20, "square": 40}
 SHORT = {name: {"steps": steps} for name, steps in STEPS.items()}
 SMALL = {"square": {"steps": 25}}
@@ -246,7 +247,7 @@ def test_the_worst_case_of_the_best_attack_is_not_the_worst_case():
         {"attack": name, "eps": 0.1, "image": image, "fooled": bool(value)}
         for name, values in outcomes.items() for image, value in enumerate(values)
     ])  # fmt: skip
-    line = lists._per_image(rows, evaluate.pixel_text)
+    line = lists._per_image(rows, pixel_text)
     assert line[1] == "WARN" and line[3].startswith("1 outcomes")
     union = changed(rows, rows.attack.eq("worst") & rows.image.eq(1), True)
-    assert lists._per_image(union, evaluate.pixel_text)[1] == "PASS"
+    assert lists._per_image(union, pixel_text)[1] == "PASS"

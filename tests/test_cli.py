@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves, and its exit status."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dlia_utils import __main__ as cli
-from dlia_utils import config, datasets, locate, notebooks
+from dlia_utils import datasets, locate, notebooks
 from dlia_utils.layouts import DataNotFound
 
 SOURCE = """\
@@ -23,8 +24,16 @@ PROFILE = "auto"
 DATA_DIR = ""
 RUN_NAME = ""
 RESUME = True
+CHANGES = {}
 
-# %% tags=["config"]
+# %% tags=["settings"]
+FULL = {"dataset": "pneumonia", "epochs": 3}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("08_cli", FULL, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES)
+print(run)
 print(PROFILE, RUN_NAME)
 
 # %% tags=["imports"]
@@ -47,10 +56,7 @@ def suite(tmp_path, monkeypatch):
     source = tmp_path / "notebooks" / "src" / "08_cli.py"
     source.parent.mkdir(parents=True)
     source.write_text(SOURCE)
-    (tmp_path / "dlia_utils").mkdir()
-    (tmp_path / "dlia_utils" / "__init__.py").write_text('__version__ = "tiny"\n')
-    settings = config.SETTINGS["01_pneumonia_robustness"]
-    monkeypatch.setitem(config.SETTINGS, "08_cli", settings)
+    monkeypatch.setenv("PYTHONPATH", str(notebooks.REPOSITORY))
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("DLIA_DATA", raising=False)
     monkeypatch.delenv("DLIA_PROFILE", raising=False)
@@ -94,6 +100,31 @@ def test_fresh_puts_an_older_run_aside(suite, tmp_path, monkeypatch):
     (tmp_path / "runs" / "08_cli" / "mine" / "keep.txt").touch()
     cli.main(["run", "--run-name", "mine", "--fresh"])
     assert [path.name for path in (tmp_path / "runs" / "08_cli").glob("mine.*.old/keep.txt")] == ["keep.txt"]
+
+
+def test_settings_are_changed_by_name_and_said(suite, tmp_path, capsys):
+    assert cli.main(["notebooks", "build"]) == 0
+    assert cli.main(["run", "--nb", "08", "--set", "epochs=7"]) == 0
+    assert "changed  * epochs = 7  (in this profile: 3)" in capsys.readouterr().out
+    (record,) = (tmp_path / "runs" / "08_cli").glob("smoke-synthetic-*/config.json")
+    assert json.loads(record.read_text())["settings"]["epochs"] == 7
+    executed = notebooks.read(record.with_name("executed.ipynb"))
+    assert any("* epochs = 7" in str(cell.get("outputs")) for cell in executed.cells), "the banner of the notebook"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["epochs"], "--set 'epochs': write name=value"), (["epoch=5"], "no such setting 'epoch'; did you mean epochs?"),
+        (["epochs=often"], "epochs = 'often' is a text; it must be a whole number"),
+        (["epochs=2.5"], "epochs = 2.5 is a number; it must be a whole number"), (["epochs="], "write name=value"),
+        (["epochs=-1"], "epochs = -1 is negative"), (["epochs=(1"], "is no Python value"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_stops_before_any_data_is_looked_for(suite, capsys, monkeypatch, given, message):
+    monkeypatch.setattr(locate, "find", lambda *_, **__: pytest.fail("data was looked for"))
+    assert cli.main(["run", "--nb", "08", "--set", *given]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_results_without_accuracies_are_shown_as_rows(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import start_run
 
 from dlia_utils import (
     cache,
@@ -28,7 +29,6 @@ from dlia_utils import (
     split,
     study,
 )
-from dlia_utils import config as dlia_config
 
 NOTEBOOK = "06_covid_baseline"
 TINY = {
@@ -52,8 +52,6 @@ def patched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.delenv("DLIA_DATA", raising=False)
-        for name, value in TINY.items():
-            patch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], name, value)
         drawn = {report: "save_figure", curves: "figure_curves", search: "figure_search", explore: "figure_augmentations"}
         for module, name in drawn.items():  # drawing is a third of the time and learns nothing
             patch.setattr(module, name, lambda *_, **__: None)
@@ -73,19 +71,20 @@ def spoil(opened, part):
 def run(cells, part, *, wanted=LEARNT):
     """Run the notebook's sections with the films of `part` spoilt (None: as they are); what they came to."""
     opening, sections = cells
-    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": f"spoilt-{part}", "RESUME": True, "__name__": "cells"}
+    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": f"spoilt-{part}", "CHANGES": TINY}
+    names |= {"RESUME": False, "__name__": "cells"}  # begun afresh: nothing is taken over from the other runs
     for code in opening:
         exec(code, names)
     names["display"] = lambda *_: None
-    config = names["config"]
-    opened = study.open_study(config)
+    started = names["run"]
+    opened = study.open_study(started)
     if part:
         opened = spoil(opened, part)
-        study._OPEN[config.key, config.run_dir] = opened
+        study._OPEN[started.key, started.run_dir] = opened
     for number in wanted:
         for code in sections[number]:
             exec(code, names)
-    return SimpleNamespace(study=opened, folder=config.run_dir)
+    return SimpleNamespace(study=opened, folder=started.run_dir)
 
 
 def runs_of(done):
@@ -180,9 +179,7 @@ def test_the_threshold_is_fixed_beforehand(cells):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_films_that_occur_twice_never_lie_in_two_splits(tmp_path, patched, seed):
     tree = phantom.write_covid(tmp_path, seed=seed, images=(45, 45), size=64)
-    patched.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", None)
-    opened = study.open_study(dlia_config.resolve(NOTEBOOK, "smoke", str(tree), f"twins-{seed}"))
-    patched.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", TINY["per_class"])
+    opened = study.open_study(start_run(NOTEBOOK, tree, f"twins-{seed}", **TINY | {"per_class": None}))
     truth = pd.read_csv(tmp_path / "phantom_truth.csv", keep_default_na=False)
     part_of = opened.dataset.manifest.set_index("path")["split"]
     twins = truth[truth["twin_of"] != ""]

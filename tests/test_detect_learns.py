@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from small import start_run
 
 from dlia_utils import augment, cache, datasets, locate, models, objectives, train
-from dlia_utils import config as dlia_config
 from dlia_utils.detect import evaluate, study, views
 from dlia_utils.models.detector import LIGHT, faster_rcnn
 
@@ -48,13 +48,11 @@ def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypa
     """Five folds of the smoke profile's detector on all phantom films; minutes, in two processes."""
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    for name, value in OUT_OF_FOLD.items():
-        monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], name, value)
-    one = study.open_detection(dlia_config.resolve(NOTEBOOK, "smoke"))
+    one = study.open_detection(start_run(NOTEBOOK, **OUT_OF_FOLD))
     study.train_folds(one, devices=["", ""])
     found = [study.look(one, fold, "score", looks=(views.PLAIN,)) for fold in study.folds(one)]
     scored = np.concatenate([fold.score for fold in study.folds(one)])
-    joined = study.join(pd.concat(found), method="wbf", views_used=(0,), config=one.config)
+    joined = study.join(pd.concat(found), method="wbf", views_used=(0,), run=one.run)
     own = study.matches(one, scored, joined)
     assert len(scored) == (one.dataset.manifest["label"] >= 0).sum()
     by_class = evaluate.average_precision(own)[0.5]

@@ -1,5 +1,6 @@
 """The detection study on the phantom: folds, training that is kept, processes, views, submissions."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import start_run
 
-from dlia_utils import config as dlia_config
 from dlia_utils import datasets, locate, submission
 from dlia_utils.detect import evaluate, job, study, views
 from dlia_utils.models.detector import faster_rcnn
@@ -25,18 +26,15 @@ def opened(tmp_path_factory):
     """A tiny study on the competition's phantom, trained for two epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("study") / "runs"))
-        for name, value in TINY.items():
-            patch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], name, value)
         with pytest.MonkeyPatch.context() as hidden:  # not for the whole module: one test wants the real films
             hidden.delenv("DLIA_DATA", raising=False)
-            one = study.open_detection(dlia_config.resolve(NOTEBOOK, "smoke"))
+            one = study.open_detection(start_run(NOTEBOOK, **TINY))
         study.train_folds(one, devices=[])
         yield one
 
 
 def test_the_uses_of_images_and_their_patients_never_mix(opened):
-    whole = study.Study(opened.config, opened.dataset, opened.cache)
-    object.__setattr__(whole, "config", _with(opened.config, images=None, run_folds=3))
+    whole = study.Study(opened.run.variant(images=None, run_folds=3), opened.dataset, opened.cache)
     scored = []
     for fold in study.folds(whole):
         patients = [set(opened.patients(rows)) for rows in (fold.train, fold.select, fold.score)]
@@ -46,19 +44,13 @@ def test_the_uses_of_images_and_their_patients_never_mix(opened):
     assert sorted(scored) == labelled.tolist()  # every labelled film exactly once
 
 
-def _with(config, **settings):
-    from dataclasses import replace
-
-    return replace(config, settings=config.settings | settings)
-
-
 def test_an_official_split_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
     bones = locate.find("fracatlas").root
-    one = study.open_detection(dlia_config.resolve(NOTEBOOK, "smoke", str(bones)))
+    one = study.open_detection(start_run(NOTEBOOK, bones))
     (fold,) = study.folds(one)
-    assert fold.name == "official" and not one.config.one_per_class
+    assert fold.name == "official" and not one.run.one_per_class
     split = one.dataset.manifest["split"]
     assert [set(split[rows]) for rows in (fold.train, fold.select, fold.score)] == [{"train"}, {"val"}, {"test"}]
     (target,) = study.targets(one)
@@ -68,31 +60,31 @@ def test_an_official_split_is_kept(tmp_path, monkeypatch):
 def test_reading_the_best_weights_back_gives_the_logged_score(opened):
     """The original study's "best" weights were an alias of the last ones: 0.1405 logged, 0.1349 measured."""
     (fold,) = study.folds(opened)
-    history = pd.read_csv(opened.config.run_dir / fold.name / "metrics.csv")
+    history = pd.read_csv(opened.run.run_dir / fold.name / "metrics.csv")
     found = views.predict(study.load_fold(opened, fold), opened.cache, fold.select, progress=False)
     measured = evaluate.summary(study.matches(opened, fold.select, found))["mAP50"]
     assert measured == pytest.approx(history["val_mAP50"].max(), abs=1e-12)
 
 
 def test_a_finished_fold_is_read_back(opened):
-    before = (opened.config.run_dir / "fold0" / "last.pt").stat().st_mtime_ns
+    before = (opened.run.run_dir / "fold0" / "last.pt").stat().st_mtime_ns
     table = study.train_folds(opened, devices=["", ""])
     assert table["fold"].tolist() == ["fold0"] and table["epochs"].tolist() == [2]
-    assert (opened.config.run_dir / "fold0" / "last.pt").stat().st_mtime_ns == before
+    assert (opened.run.run_dir / "fold0" / "last.pt").stat().st_mtime_ns == before
 
 
 def test_views_are_looked_at_once_and_joined(opened):
     (fold,) = study.folds(opened)
     found = study.look(opened, fold, "score")
-    kept = opened.config.run_dir / "tables" / "boxes_score_fold0.csv"
+    kept = opened.run.run_dir / "tables" / "boxes_score_fold0.csv"
     before = kept.stat().st_mtime_ns
     pd.testing.assert_frame_equal(found, study.look(opened, fold, "score"))
     assert kept.stat().st_mtime_ns == before and set(found["view"]) <= set(range(len(views.VIEWS)))
-    plain = study.join(found, method="wbf", views_used=(0,), config=opened.config)
+    plain = study.join(found, method="wbf", views_used=(0,), run=opened.run)
     best = found[found["view"].eq(0)].groupby(["image", "label"])["score"].max()
     assert plain.groupby(["image", "label"])["score"].max().equals(best) and not plain.duplicated(["image", "label"]).any()
     with pytest.raises(ValueError, match="unknown method 'mean'"):
-        study.join(found, method="mean", views_used=(0, 1), config=opened.config)
+        study.join(found, method="mean", views_used=(0, 1), run=opened.run)
 
 
 def test_every_recipe_is_compared_with_the_plain_view(opened):
@@ -111,7 +103,7 @@ def test_both_editions_get_a_checked_submission(opened):
         table, _, sizes = study.submit(opened, target, "all views, wbf")
         path = study.submission_path(opened, target)
         submission.write(table, path, target.mapping, images=sizes)
-        assert path.is_relative_to(opened.config.run_dir.parents[2] / "submissions")
+        assert path.is_relative_to(opened.run.run_dir.parents[2] / "submissions")
         read = submission.check(path, target.mapping, images=target.dataset.root / "test")
         assert read.columns[0] == id_name and read[id_name].tolist() == target.mapping[id_name].tolist()
         again, _, _ = study.submit(opened, target, "all views, wbf")
@@ -127,12 +119,12 @@ def test_a_model_that_saw_a_test_image_writes_no_submission(opened, monkeypatch)
         with pytest.raises(ValueError, match=leaked):
             study.targets(opened)
     finally:
-        mapping.loc[0, "image_id"] = datasets.load(opened.config.location).mapping.loc[0, "image_id"]
+        mapping.loc[0, "image_id"] = datasets.load(opened.run.location).mapping.loc[0, "image_id"]
 
 
 def test_thresholds_for_drawing_come_from_their_section(opened):
-    with pytest.raises(FileNotFoundError, match="section 'Thresholds'"):
-        study.shown_threshold(opened.config)
+    with pytest.raises(FileNotFoundError, match="section '4 Thresholds'"):
+        study.shown_threshold(opened.run)
 
 
 def test_without_its_weights_a_detector_starts_at_random_and_says_so(opened, tmp_path, monkeypatch, caplog):
@@ -142,31 +134,30 @@ def test_without_its_weights_a_detector_starts_at_random_and_says_so(opened, tmp
         return faster_rcnn(**options)
 
     monkeypatch.setattr(study, "faster_rcnn", offline)
-    config = _with(opened.config, weights="imagenet", freeze_bn=True)
-    object.__setattr__(config, "run_dir", tmp_path)
-    model = study.build_detector(config, 8)
+    run = opened.run.variant(weights="imagenet", freeze_bn=True)
+    vars(run).update(run_dir=tmp_path)
+    model = study.build_detector(run, 8)
     assert "RANDOM weights" in caplog.text and (tmp_path / "weights.txt").read_text() == "random"
     assert not model.freeze_bn  # the statistics of random weights must be learnt
 
 
 # ------------------------------------------------------------------ one training on two processes
 
+JOB_SETTINGS = {
+    "images": 16, "epochs": 3, "size": 64, "width": 1.0, "channels": 16, "weights": "imagenet", "freeze_bn": True,
+    "ema": None, "flip": 0.0, "lr": 0.01,
+}  # fmt: skip
 JOB = """
 import sys, torch
 torch.set_num_threads(1)
 # Faster R-CNN learns from a random sample of anchors and regions: without the chance both runs do the same sums.
 torch.randperm = lambda n, *, device=None, **options: torch.arange(n, device=device)
-from dlia_utils import config
-config.SETTINGS["05_nih_detection"]["smoke"] |= {
-    "images": 16, "epochs": 3, "size": 64, "width": 1.0, "channels": 16, "weights": "imagenet", "freeze_bn": True,
-    "ema": None, "flip": 0.0, "lr": 0.01, "batch_size": int(sys.argv[1]),
-}
 from dlia_utils.detect import job
-sys.exit(job.main(["--notebook", "05_nih_detection", "--profile", "smoke", "--run-name", sys.argv[2], "--fold", "fold0"]))
+sys.exit(job.main([sys.argv[1], "fold0"]))
 """
 
 
-def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(tmp_path):
+def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(tmp_path, monkeypatch):
     from torchvision.models import mobilenet_v2
 
     torch.manual_seed(0)
@@ -178,12 +169,15 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(t
         "DLIA_WEIGHTS": str(tmp_path / "features.pth"), "DLIA_RUNS": str(tmp_path / "runs"),
     }  # fmt: skip
     environment.pop("DLIA_DATA", None)
+    monkeypatch.setenv("DLIA_RUNS", environment["DLIA_RUNS"])
+    monkeypatch.delenv("DLIA_DATA", raising=False)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     curves = []
     for name, start, batch in (("one", [], 4), ("two", torchrun, 2)):
-        command = [sys.executable, *start, str(tmp_path / "job.py"), str(batch), name]
+        folder = start_run(NOTEBOOK, name=name, batch_size=batch, **JOB_SETTINGS).run_dir
+        command = [sys.executable, *start, str(tmp_path / "job.py"), str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        history = tmp_path / "runs" / NOTEBOOK / name / "fold0" / "metrics.csv"
+        history = folder / "fold0" / "metrics.csv"
         # The file and not the exit code: gloo was seen to abort now and then after all work was done.
         assert history.exists(), done.stderr[-3000:]
         curves.append(pd.read_csv(history))
@@ -193,17 +187,22 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(t
 
 
 def test_the_command_for_several_gpus(opened):
-    command = study.torchrun_command(opened.config, "fold0", processes=2)
+    command = study.torchrun_command(opened.run, "fold0", processes=2)
     assert "--nproc-per-node=2" in command and command[command.index("dlia_utils.detect.job") - 1] == "-m"
-    assert command[-2:] == ["--fold", "fold0"] and opened.config.run_dir.name in command
+    assert command[-2:] == [str(opened.run.run_dir), "fold0"]
 
 
 def test_the_job_names_its_wrong_arguments(opened, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    given = ["--notebook", NOTEBOOK, "--profile", "smoke", "--fold"]
+    folder = start_run(NOTEBOOK, **TINY).run_dir
     with pytest.raises(SystemExit):
-        job.main([*given, "fold9"])
-    assert "--fold fold9 is not one of fold0" in capsys.readouterr().err
-    assert job.main([*given, "fold0", "--data", str(tmp_path)]) == 2
-    assert "error: none of dlia, nih, fracatlas can be used" in capsys.readouterr().err
+        job.main([str(folder), "fold9"])
+    assert "FOLD fold9 is not one of fold0" in capsys.readouterr().err
+    assert job.main([str(tmp_path), "fold0"]) == 2
+    assert "is no run folder: it holds no config.json" in capsys.readouterr().err
+    told = json.loads((folder / "config.json").read_text())
+    told["location"]["root"] = str(tmp_path / "gone")
+    (folder / "config.json").write_text(json.dumps(told))
+    assert job.main([str(folder), "fold0"]) == 2
+    assert "which is not there" in capsys.readouterr().err

@@ -155,9 +155,10 @@ def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
     short = drift.map_layers(mobilenet_v2(width=0.25, stages=3))
     assert short == {f"block{k:02d}": f"backbone.features.{k}" for k in range(1, 7)}
     assert drift.map_layers(with_head(mobile))["block01"] == "backbone.body.features.1"
-    for other in (cnn(), seesaw()):
-        with pytest.raises(ValueError, match="no default layers for a .*pass layers="):
-            drift.map_layers(other)
+    assert drift.map_layers(cnn()) == {f"blocks.{k}": f"backbone.blocks.{k}" for k in range(3)}
+    assert drift.map_layers(seesaw()) == {"0": "0"}
+    with pytest.raises(ValueError, match="no default layers for a .*pass layers="):
+        drift.map_layers(nn.Sequential(nn.Flatten(), nn.Linear(9, 2)))
 
 
 def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():

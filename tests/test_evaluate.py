@@ -12,8 +12,9 @@ from torch import nn
 
 from dlia_utils.attacks import bpda, evaluate, fgsm, pgd
 from dlia_utils.models import robust
+from dlia_utils.units import pixel_eps, pixel_text
 
-GRID = evaluate.pixel_eps(2, 8, 16)
+GRID = pixel_eps(2, 8, 16)
 FEW = ("noise", "fgsm", "pgd_ce", "pgd_margin")
 
 
@@ -437,7 +438,7 @@ def test_a_dear_attack_at_some_eps_only(both, study):
     assert len(same) == (found.rows.attack != "worst").sum() and same.fooled.equals(same.fooled_whole)
     assert found.report().check.is_unique and all(passed(found.rows).values())
     doubled = found.report().set_index("check").value["twice the steps add nothing"]
-    assert any(evaluate.pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
+    assert any(pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
 
 
 def test_attacks_that_meet_at_no_eps_are_not_compared(study):

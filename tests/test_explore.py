@@ -213,7 +213,7 @@ def test_patients_are_not_split_between_fit_and_score():
 def test_size_shortcut_refuses_what_it_cannot_compare():
     dataset = films(20)
     one = replace(dataset, manifest=dataset.manifest.assign(label=0))
-    with pytest.raises(ValueError, match=r"two classes.*found \[0\]"):
+    with pytest.raises(ValueError, match=r"compares classes.*found \[0\]"):
         explore.size_shortcut(one, np.ones((20, 2)))
     alone = replace(dataset, manifest=dataset.manifest.assign(patient=dataset.manifest["label"]))
     with pytest.raises(ValueError, match="fewer than 2 patients"):

@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from dlia_utils import __main__ as cli
-from dlia_utils import __version__, config, kaggle, locate, notebooks
+from dlia_utils import __version__, kaggle, locate, notebooks
 
 SOURCE = """\
 # %% [markdown]
@@ -31,9 +31,19 @@ PROFILE = "auto"
 DATA_DIR = ""
 RUN_NAME = ""
 RESUME = True
+CHANGES = {}
 
-# %% tags=["config"]
-print("profile", PROFILE)
+# %% tags=["settings"]
+FULL = {"dataset": DATA}
+
+
+# %% tags=["start"]
+def start(full):
+    return f"profile {PROFILE}"
+
+
+run = start(FULL)
+print(run)
 
 # %% tags=["imports"]
 import sys
@@ -41,11 +51,11 @@ import sys
 TITLES = {"01_first": "DLIA 01 first", "02_second_one": "DLIA 02 second one"}
 
 
-def add_notebook(folder, stem):
+def add_notebook(folder, stem, names="pneumonia"):
     """A notebook as it is committed: built, executed (in appearance) and without fault."""
     source = folder / "src" / f"{stem}.py"
     source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_text(SOURCE)
+    source.write_text(SOURCE.replace("DATA}", f"{names!r}}}"))
     notebook = notebooks.build(source)
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         cell.execution_count = number
@@ -56,11 +66,10 @@ def add_notebook(folder, stem):
 
 
 @pytest.fixture
-def suite(tmp_path, monkeypatch):
+def suite(tmp_path):
     """A suite of two tiny notebooks, the second of which can use several data sets."""
     for stem, names in {"01_first": "pneumonia", "02_second_one": ("dlia", "nih", "fracatlas")}.items():
-        monkeypatch.setitem(config.SETTINGS, stem, {"full": {"dataset": names}})
-        add_notebook(tmp_path / "notebooks", stem)
+        add_notebook(tmp_path / "notebooks", stem, names)
     return tmp_path / "notebooks"
 
 
@@ -184,13 +193,9 @@ def test_two_builds_are_byte_identical(built, suite, captum, tmp_path):
 
 def test_a_new_build_replaces_the_old_one_whole(built, suite, captum, tmp_path):
     add_notebook(suite, "03_third")
-    config.SETTINGS["03_third"] = config.SETTINGS["01_first"]
-    try:
-        (suite / "01_first.ipynb").unlink()
-        (suite / "src" / "01_first.py").unlink()
-        again = kaggle.build("other", out=built.folder, folder=suite, captum=captum)
-    finally:
-        del config.SETTINGS["03_third"]
+    (suite / "01_first.ipynb").unlink()
+    (suite / "src" / "01_first.py").unlink()
+    again = kaggle.build("other", out=built.folder, folder=suite, captum=captum)
     assert again.kernels == ("dlia-02-second-one", "dlia-03-third")
     assert {path.split("/")[1] for path in content(built.folder) if "kernels" in path} == set(again.kernels)
     assert all("some-user" not in one.decode(errors="ignore") for one in content(built.folder).values())
@@ -245,7 +250,7 @@ def test_missing_outdated_and_unexecuted_notebooks_are_refused(suite, captum, tm
     path.unlink()
     refused("01_first: 01_first.ipynb is missing", tmp_path, **options)
     path.write_text(whole)
-    source.write_text(SOURCE.replace("import sys", "import json"))
+    source.write_text(source.read_text().replace("import sys", "import json"))
     refused(r"01_first: differs from src/01_first\.py", tmp_path, **options)
     notebooks.write(notebooks.build(source), path)
     refused("01_first: code changed since it was executed", tmp_path, **options)
@@ -258,7 +263,6 @@ def test_missing_outdated_and_unexecuted_notebooks_are_refused(suite, captum, tm
         ("03_Capitals", "gives no Kaggle title: rename it"),
         ("03_a__gap", "gives no Kaggle title: rename it"),
         ("03_" + "very_" * 9 + "long", "57 characters of at most 50: rename it to at most 45"),
-        ("03_unknown", "03_unknown has no entry in dlia_utils.config.SETTINGS: add one"),
     ],
 )
 def test_names_that_kaggle_or_the_suite_cannot_use_are_refused(suite, captum, tmp_path, stem, match):
@@ -427,12 +431,13 @@ def test_bootstrap_cell_finds_both_wheels_in_the_data_set(built, tmp_path):
     mount = tmp_path / "kaggle" / "input" / "datasets" / "some-user" / "dlia-utils"
     mount.parent.mkdir(parents=True)
     (built.folder / "dataset").rename(mount)
+    cell = notebooks.BOOTSTRAP.replace("/kaggle", str(tmp_path / "kaggle"))
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"{notebooks.BOOTSTRAP}\nimport captum\nprint(captum.LOCAL)"],
-        cwd=tmp_path, env={"DLIA_KAGGLE_ROOT": str(tmp_path / "kaggle")}, capture_output=True, text=True, check=False,
+        [sys.executable, "-I", "-S", "-c", f"{cell}\nimport captum\nprint(captum.LOCAL)"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"dlia_utils {__version__} from" in done.stdout and done.stdout.endswith("True\n")
+    assert done.stdout == f"dlia_utils {__version__}\nTrue\n"
 
 
 # --------------------------------------------------------------------- Kaggle's own client, without a network
@@ -552,7 +557,7 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, real, source, cap
     assert (asked["language"], asked["kernelType"]) == ("python", "notebook")
     assert asked["machineShape"] == "NvidiaTeslaT4" and asked["enableGpu"] is True
     assert asked["isPrivate"] is True and asked["enableInternet"] is True and not asked.get("enableTpu")
-    names = config.SETTINGS[source.stem]["full"]["dataset"]
+    names = notebooks.full_settings(source)["dataset"]
     handles = [locate.SOURCES[name].handle for name in ([names] if isinstance(names, str) else names)]
     assert asked["datasetDataSources"] == [handle for handle in handles if handle] + ["some-user/dlia-utils"]
     sent = nbformat.reads(asked["text"], as_version=4)

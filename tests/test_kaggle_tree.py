@@ -6,9 +6,9 @@ from pathlib import Path
 import kaggle_tree
 import pytest
 import torch
+from small import start_run
 
-from dlia_utils import config as dlia_config
-from dlia_utils import locate, notebooks, objectives, train
+from dlia_utils import device, locate, notebooks, objectives, run, train
 
 TINY = """\
 # %% [markdown]
@@ -62,8 +62,6 @@ def test_a_tiny_notebook_finds_wheel_and_data_in_both_layouts(tmp_path, layout):
     executed = session.run(notebooks.build(source))
     need_only_the_wheel(session, executed)
     mounted = {"old": "data", "new": "datasets/organizations/nih-chest-xrays/data"}[layout]
-    ours = {"old": "dlia-utils", "new": "datasets/somebody/dlia-utils"}[layout]
-    assert printed(executed, 0).endswith(f"from {session.root}/input/{ours}\n")
     where = f"{session.root}/input/{mounted}/nih True {session.root}/temp/dlia\n"
     assert printed(executed, 2) == f"kaggle True {where}"
     assert printed(executed, 3).count("Network is unreachable") == 2
@@ -79,9 +77,10 @@ def test_every_notebook_of_the_suite_runs_on_kaggle(source, tmp_path_factory):
     session = done.session
     kaggle_tree.need_complete(done.run_dir, done.executed, synthetic=True)
     need_only_the_wheel(session, done.executed)
-    banner = printed(done.executed, 2).splitlines()
+    number = [notebooks._tags(c) for c in done.executed.cells if c.cell_type == "code"].index(["start"])
+    banner = printed(done.executed, number).splitlines()
     assert ("CPU ONLY" in banner[1] and "GPU T4 x2" in banner[2]) or "cuda" in banner[1]
-    assert "SMOKE  (auto: " in printed(done.executed, 2) and "[found by: kaggle]" in printed(done.executed, 2)
+    assert "SMOKE  (auto: " in printed(done.executed, number) and "[found by: kaggle]" in printed(done.executed, number)
     assert session.network == [], "without internet a smoke run must not even ask for it"
     assert session.input_state() == done.before, "inputs are read-only on Kaggle"
     assert (session.root / "temp" / "dlia").is_dir(), "decoded images belong on the scratch disk"
@@ -121,22 +120,22 @@ def real_films_on_kaggle(tmp_path, monkeypatch):
 
 
 def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_films_on_kaggle):
-    config = dlia_config.resolve("01_pneumonia_robustness")
-    assert (config.profile, config.device, config.synthetic) == ("smoke", "cpu", False)
-    lines = config.banner().splitlines()
+    one = start_run("01", profile="auto")
+    assert (one.profile, one.device, one.synthetic) == ("smoke", "cpu", False)
+    lines = one.banner().splitlines()
     assert "CPU ONLY: Tesla P100-PCIE-16GB is there, but this torch cannot use it" in lines[1]
-    assert "no kernel image" in lines[1] and "Compile" not in config.banner()
+    assert "no kernel image" in lines[1] and "Compile" not in one.banner()
     assert "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
-    assert dlia_config.hardware().endswith(("x86_64", "arm64", "aarch64", "AMD64"))
+    assert device.hardware().endswith(("x86_64", "arm64", "aarch64", "AMD64"))
 
 
 def test_no_gpu_is_said_first_too_and_how_to_get_one(real_films_on_kaggle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    lines = dlia_config.resolve("01_pneumonia_robustness").banner().splitlines()
+    lines = start_run("01", profile="auto").banner().splitlines()
     assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    monkeypatch.setattr(dlia_config, "runs_root", lambda: Path(locate.kaggle_root()) / "runs")
-    elsewhere = dlia_config.resolve("01_pneumonia_robustness", "smoke", str(locate.kaggle_root() / "input")).banner()
+    monkeypatch.setattr(run, "runs_root", lambda: Path(locate.kaggle_root()) / "runs")
+    elsewhere = start_run("01", locate.kaggle_root() / "input").banner()
     assert "CPU ONLY" in elsewhere and "T4" not in elsewhere, "a laptop has no session options"
 
 

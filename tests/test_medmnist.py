@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dlia_utils import cache, config, datasets, locate, medmnist, phantom, split, study, train
+from dlia_utils import cache, datasets, locate, medmnist, phantom, run, split, study, train
 from dlia_utils.models import resnet18_cifar
 from dlia_utils.objectives import cross_entropy
 
@@ -333,11 +333,8 @@ def test_a_study_keeps_the_official_split_and_trains_seven_classes(tmp_path):
     write(tmp_path / "told", "dermamnist", arrays=arrays_of("dermamnist", counts=counts))
     location = locate.find("dermamnist", tmp_path / "told")
     settings = {"size": 28, "seed": 0, "per_class": None, "val_share": 0.15, "test_share": 0.15}
-    run = config.Config(
-        notebook="test", profile="smoke", reason="", location=location, device="cpu", device_note="",
-        run_dir=tmp_path / "run", resume=True, settings=settings,
-    )  # fmt: skip
-    opened = study.open_study(run)
+    one = run.Run(notebook="test", profile="smoke", location=location, run_dir=tmp_path / "run", settings=settings)
+    opened = study.open_study(one)
     official = datasets.load(location).manifest["split"]
     assert opened.dataset.manifest["split"].tolist() == official.tolist()
     assert opened.dataset.split_rule.startswith("official; images of 28 px; colour is turned to grey")

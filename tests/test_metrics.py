@@ -48,7 +48,7 @@ def test_resampled_metrics_equal_recomputing_on_the_drawn_images():
     labels, probability, groups = rng.integers(0, 2, 60), np.round(rng.random(60), 1), rng.integers(0, 20, 60)
     weights = metrics.patient_weights(groups, draws=5, seed=4)
     auc = metrics.weighted_auc(labels, probability, weights)
-    rates = metrics._rates(labels, (probability > 0.5).astype(int), weights)
+    rates = metrics._rates(labels, (probability > 0.5).astype(int), weights, (0, 1))
     for draw, weight in enumerate(weights):
         index = np.repeat(np.arange(60), weight.astype(int))
         assert auc[draw] == pytest.approx(sk.roc_auc_score(labels[index], probability[index]))
@@ -279,3 +279,29 @@ def test_log_odds_keep_a_ranking_that_probabilities_lose():
     ties = metrics.classification(labels, 1 / (1 + np.exp(-gap)), range(4), draws=20).set_index("metric").loc["auc", "value"]
     kept = metrics.classification(labels, gap, range(4), threshold=0, draws=20).set_index("metric").loc["auc", "value"]
     assert ties < 1 == kept
+
+
+# ------------------------------------------------------------------------------------------- more than two classes
+
+
+def test_three_classes_agree_with_scikit_learn_and_have_no_sensitivity():
+    from sklearn import metrics as sk
+
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 90)
+    score = rng.dirichlet((1, 1, 1), 90) + 0.5 * np.eye(3)[labels]
+    score /= score.sum(1, keepdims=True)
+    table = metrics.classification(labels, score, np.arange(90), draws=50).set_index("metric")["value"]
+    predicted = score.argmax(1)
+    wanted = {
+        "accuracy": sk.accuracy_score(labels, predicted), "auc": sk.roc_auc_score(labels, score, multi_class="ovr"),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
+        "precision": sk.precision_score(labels, predicted, average="macro"),
+        "recall": sk.recall_score(labels, predicted, average="macro"),
+        "f1": sk.f1_score(labels, predicted, average="macro"),
+    }  # fmt: skip
+    assert set(table.index) == set(wanted) and all(table[name] == pytest.approx(value) for name, value in wanted.items())
+    with pytest.raises(ValueError, match="labels must be 0 to 2"):
+        metrics.classification(labels + 1, score, np.arange(90))
+    with pytest.raises(ValueError, match="K > 2 classes"):
+        metrics.classification(labels % 2, score[:, :2], np.arange(90))

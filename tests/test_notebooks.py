@@ -8,10 +8,6 @@ import io
 import os
 import subprocess
 import sys
-import sysconfig
-import tomllib
-import venv
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -20,7 +16,6 @@ from kaggle_tree import need_complete, write_wheel
 from PIL import Image
 
 from dlia_utils import __version__, locate, notebooks
-from dlia_utils.config import SETTINGS
 from dlia_utils.layouts import DataNotFound
 
 TINY = """\
@@ -34,9 +29,19 @@ PROFILE = "auto"
 DATA_DIR = ""
 RUN_NAME = ""
 RESUME = True
+CHANGES = {}
 
-# %% tags=["config"]
-print("profile", PROFILE)
+# %% tags=["settings"]
+FULL = {"dataset": "pneumonia"}
+
+
+# %% tags=["start"]
+def start(full):
+    return f"profile {PROFILE}"
+
+
+run = start(FULL)
+print(run)
 
 # %% tags=["imports"]
 import sys
@@ -100,9 +105,9 @@ def test_build_keeps_the_outputs_of_unchanged_cells_only(tiny_fresh):
     prose = "# Some prose.\n\n# %% [markdown]\n# ## 1"
     tiny_fresh.write_text(TINY.replace("6 * 7", "6 * 8").replace("# ## 1", prose))
     code = [cell for cell in notebooks.build(tiny_fresh).cells if cell.cell_type == "code"]
-    assert [len(cell.outputs) for cell in code] == [1, 1, 1, 1, 0]
+    assert [len(cell.outputs) for cell in code] == [1, 1, 1, 1, 1, 0]
     assert code[3].outputs[0].text == "output 4\n"
-    assert "source_hash" not in code[4].metadata
+    assert "source_hash" not in code[5].metadata
 
 
 def test_pick_takes_numbers_and_names_and_refuses_others(tiny):
@@ -127,16 +132,19 @@ def test_a_good_notebook_has_no_fault(tiny_fresh):
     ("before", "after", "fault"),
     [
         ("# # A tiny", "# A tiny", "'# ' title"),
-        ('tags=["bootstrap"]', "", "code cell 1 must be tagged 'bootstrap'"),
-        ('tags=["imports"]', "", "code cell 4 must be tagged 'imports'"),
+        ('tags=["bootstrap"]', "", "'bootstrap' is not where it belongs"),
+        ('tags=["settings"]', 'tags=["parameters"]', "'settings' is not where it belongs"),
+        ('tags=["imports"]', "", "'imports' is not where it belongs"),
+        ("FULL = {", "SETTINGS = {", "must define FULL"),
+        ("CHANGES = {}", "CHANGES = dict()", "must assign literals"),
         ('PROFILE = "auto"', 'PROFILE = "auto".lower()', "must assign literals"),
         ("RESUME = True", "RESUME = True\nEXTRA = 1", "must assign literals"),
         ("RESUME = True", "RESUME = True  # True = go on", "papermill cannot read"),
-        ('print("profile", PROFILE)', "PROFILE", "must print the resolved configuration"),
+        ("print(run)", "run", "must hold run = start(...) and print(run)"),
         ("value = 6 * 7", "value = 6 *", "is not plain Python"),
         ("value = 6 * 7", "%matplotlib inline", "is not plain Python"),
         ("value = 6 * 7", "value = 1\n" * 41, "at most 40"),
-        ("value = 6 * 7", 'value = "cuda:0"', "use config.device"),
+        ("value = 6 * 7", 'value = "cuda:0"', "use run.device"),
         ("value = 6 * 7", 'value = sys.path("/kaggle/input/x")', "absolute path '/kaggle/'"),
         ("value = 6 * 7", 'value = "/home/me/data"', "absolute path '/home/'"),
         ("value = 6 * 7", "value = other", "'1 A section' does not run alone after the opening cells: other"),
@@ -161,12 +169,12 @@ def test_a_name_of_another_section_is_found_inside_functions_too(tiny_fresh):
     ("before", "after", "fault"),
     [
         ("6 * 7", "6 * 9", "differs from src/07_tiny.py"),
-        ("output 5", "saved in /home/me/run", "shows a path of the machine"),
-        ("output 5", "\\n" * 101, "more than 100 lines"),
-        ('"execution_count": 5', '"execution_count": 9', "from top to bottom"),
+        ("output 6", "saved in /home/me/run", "shows a path of the machine"),
+        ("output 6", "\\n" * 101, "more than 100 lines"),
+        ('"execution_count": 6', '"execution_count": 9', "from top to bottom"),
         ('"kernelspec"', '"widgets": {}, "kernelspec"', "metadata 'widgets'"),
-        ("output 5", "x" * 1_000_001, "is over 1 MB"),
-        ("output 5", "x" * 500_001, "cell 07-tiny-007: an output of 500 kB"),
+        ("output 6", "x" * 1_000_001, "is over 1 MB"),
+        ("output 6", "x" * 500_001, "cell 07-tiny-008: an output of 500 kB"),
         ("# A tiny notebook", "# ![a badge](gone.svg)", "cell 07-tiny-001: link 'gone.svg' points at nothing"),
     ],
 )
@@ -196,9 +204,9 @@ def test_a_file_that_is_no_notebook_is_a_fault_not_a_crash(tiny_fresh, text):
 
 def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
     tiny_fresh.write_text(TINY + "\n# %%\n1\n")
-    assert any("first where cell 07-tiny-008 is missing" in problem for problem in notebooks.check(tiny_fresh))
+    assert any("first where cell 07-tiny-009 is missing" in problem for problem in notebooks.check(tiny_fresh))
     tiny_fresh.write_text(TINY.replace("import sys", "import os"))
-    assert any("first in cell 07-tiny-005" in problem for problem in notebooks.check(tiny_fresh))
+    assert any("first in cell 07-tiny-006" in problem for problem in notebooks.check(tiny_fresh))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,7 @@ def test_clean_drops_what_depends_on_the_machine(tiny):
     ]
     cleaned = notebooks.clean(notebook)
     assert set(cleaned.metadata) == {"kernelspec", "language_info"} and not cleaned.cells[-1].metadata
+    assert cleaned.cells[1].metadata["_kg_hide-input"] and cleaned.cells[1].metadata["jupyter"]["source_hidden"]
     texts = [one.get("text") or one.data["text/plain"] for one in cleaned.cells[-1].outputs]
     assert texts == ["red\nruns/a and <python>/lib\n", "42"]
     assert nbformat.writes(notebooks.clean(cleaned)) == nbformat.writes(cleaned)
@@ -311,7 +320,7 @@ def test_refresh_executes_cleans_and_passes_its_own_checks(tiny, monkeypatch):
     path = notebooks.refresh(tiny, progress=False)
     assert notebooks.check(tiny) == []
     cells = notebooks.read(path).cells
-    assert cells[1].outputs[0].text == "dlia_utils tiny from the repository\n"
+    assert cells[1].outputs[0].text == "dlia_utils tiny\n"
     assert [one.get("text") or one.data["text/plain"] for one in cells[-1].outputs] == ["done\n", "42"]
     assert "papermill" not in path.read_text()
 
@@ -332,108 +341,63 @@ def test_execute_passes_parameters_and_tells_the_failing_cell(tiny, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DLIA_DATA", "relative")
-    shown = 'import os; print(PROFILE, os.environ["DLIA_DATA"], "GLIBC_TUNABLES" in os.environ)'
-    tiny.write_text(TINY.replace('print("profile", PROFILE)', shown).replace("6 * 7", "6 / 0"))
+    shown = 'import os; print(PROFILE, os.environ["DLIA_DATA"], "GLIBC_TUNABLES" in os.environ, CHANGES)'
+    tiny.write_text(TINY.replace("print(run)", shown).replace("6 * 7", "6 / 0"))
     notebooks.write(notebooks.build(tiny), notebooks.product(tiny))
     with pytest.raises(PapermillExecutionError) as failure:
-        parameters = {"PROFILE": "cpu"}
+        parameters = {"PROFILE": "cpu", "CHANGES": {"lr": 3e-4, "grid": (1, 2)}}
         notebooks.execute(notebooks.product(tiny), "out/x.ipynb", parameters=parameters, progress=False)
     text = notebooks.failure_text(failure.value)
     assert "value = 6 / 0" in text and "ZeroDivisionError" in text and "\x1b" not in text
-    config = next(c for c in notebooks.read("out/x.ipynb").cells if "config" in c.metadata.get("tags", []))
-    assert config.outputs[0].text == f"cpu {tmp_path / 'relative'} True\n"
+    started = next(c for c in notebooks.read("out/x.ipynb").cells if "start" in c.metadata.get("tags", []))
+    assert started.outputs[0].text.startswith(f"cpu {tmp_path / 'relative'} True {{'lr': 0.0003, 'grid': [1, 2]}}")
 
 
 # ------------------------------------------------------------------------------------------------- bootstrap
 
 
-def run_bootstrap(kaggle, cwd, after="", python=(sys.executable, "-I", "-S"), **environment):
+def run_bootstrap(kaggle, cwd, after=""):
     """The bootstrap cell in a Python without any installed package: exit status, last line of its output."""
+    cell = notebooks.BOOTSTRAP.replace("/kaggle", str(kaggle))
     done = subprocess.run(
-        [*python, "-c", notebooks.BOOTSTRAP + "\n" + after], capture_output=True, text=True, check=False,
-        cwd=cwd, env={"DLIA_KAGGLE_ROOT": str(kaggle), **environment},
+        [sys.executable, "-I", "-S", "-c", f"{cell}\n{after}"], capture_output=True, text=True, check=False, cwd=cwd,
     )  # fmt: skip
-    return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
+    return done.returncode, done.stdout + done.stderr
 
 
-LAYOUTS = ("input/{}", "input/datasets/me/{}", "input/datasets/organizations/us/{}", "input/notebooks/me/{}",
-           "usr/lib/{}", "usr/lib/notebooks/me/{}")  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["folder", "wheel"])
-def test_bootstrap_finds_kaggle_mounts_and_utility_scripts(tmp_path, layout, kind):
+@pytest.mark.parametrize("layout", ["input/{}", "input/datasets/me/{}"])
+def test_bootstrap_finds_both_wheels_in_a_data_set_on_kaggle(tmp_path, layout):
     mount = tmp_path / "kaggle" / layout.format("dlia-utils")
     (tmp_path / "kaggle" / "input" / "other" / "dlia_utils").mkdir(parents=True)  # a folder, but no package
-    if kind == "wheel":
-        write_wheel(mount, "dlia_utils", "0.3", "__version__ = '0.3'")
-    else:
-        (mount / "dlia_utils").mkdir(parents=True)
-        (mount / "dlia_utils" / "__init__.py").write_text("__version__ = '0.3'")
+    for version in ("0.3", "0.4"):
+        write_wheel(mount, "dlia_utils", version, f"__version__ = '{version}'")
     write_wheel(mount, "captum", "0.9", "LOCAL = True")
     found = run_bootstrap(tmp_path / "kaggle", tmp_path, "import captum; assert captum.LOCAL")
-    assert found == (0, f"dlia_utils 0.3 from {mount}")
+    assert found == (0, "dlia_utils 0.4\n"), "the newest of several wheels"
 
 
-def test_bootstrap_prefers_the_repository_and_takes_captum2from_its_wheel(tmp_path):
+@pytest.mark.parametrize("cwd", ["clone", "clone/notebooks"])
+def test_bootstrap_prefers_the_repository_and_takes_captum_from_its_wheel(tmp_path, cwd):
     (tmp_path / "clone" / "dlia_utils").mkdir(parents=True)
     (tmp_path / "clone" / "dlia_utils" / "__init__.py").write_text("__version__ = '9'")
     (tmp_path / "clone" / "notebooks").mkdir()
     write_wheel(tmp_path / "kaggle" / "input" / "wheels", "dlia_utils", "0.3", "__version__ = '0.3'")
     write_wheel(tmp_path / "kaggle" / "input" / "wheels", "captum", "0.9", "LOCAL = True")
-    after = "import captum; print(ORIGIN, dlia_utils.__version__, captum.LOCAL, os.getenv('NO_ALBUMENTATIONS_UPDATE'))"
-    found = run_bootstrap(tmp_path / "kaggle", tmp_path / "clone" / "notebooks", after)
-    assert found == (0, "the repository 9 True 1")
+    found = run_bootstrap(tmp_path / "kaggle", tmp_path / cwd, "import captum; print(captum.LOCAL)")
+    assert found == (0, "dlia_utils 9\nTrue\n")
 
 
-def test_bootstrap_names_the_two_clicks_at_last(tmp_path):
+def test_without_the_package_the_failing_line_says_what_to_do(tmp_path):
     code, message = run_bootstrap(tmp_path / "no-kaggle", tmp_path)
-    assert code == 1 and "'Add Input', then '+'" in message and "DLIA_REPOSITORY is not set" in message
-    code, message = run_bootstrap(tmp_path / "no-kaggle", tmp_path, DLIA_REPOSITORY=str(tmp_path / "gone"))
-    assert code == 1 and "'Add Input', then '+'" in message and f"{tmp_path / 'gone'} failed" in message
+    assert code == 1 and "No module named 'dlia_utils'" in message
+    assert "On Kaggle: Add Input" in notebooks.BOOTSTRAP and "pip install" in notebooks.BOOTSTRAP
 
 
-@pytest.fixture
-def fresh_python(tmp_path):
-    """A Python of its own that sees the installed packages but keeps apart what pip adds to it."""
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=os.name != "nt")
-    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    (Path(own) / "installed.pth").write_text(sysconfig.get_path("purelib"))
-    return python
-
-
-def test_bootstrap_installs_from_the_repository_and_moves_neither_numpy_nor_torch(tmp_path, fresh_python):
-    need = "Requires-Dist: numpy<1\nRequires-Dist: torch<1\n"  # without --no-deps pip would look for these
-    ours = write_wheel(tmp_path / "web", "dlia_utils", "0.3", "__version__ = '0.3'", need)
-    write_wheel(tmp_path / "web", "captum2", "9", "NEW = True", need)
-    (tmp_path / "kaggle").mkdir()
-    cell = notebooks.BOOTSTRAP.replace('"captum"', '"captum2"')  # the real one may be installed
-    versions = "[importlib.metadata.version(name) for name in ('numpy', 'torch')]"
-    code = f"import importlib.metadata; before = {versions}\n{cell}\nimport captum2; print(before == {versions})"
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "web")}
-    done = subprocess.run(
-        [fresh_python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={"DLIA_KAGGLE_ROOT": str(tmp_path / "kaggle"), "DLIA_REPOSITORY": str(ours), **index},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("dlia_utils 0.3 from the installed packages\nTrue\n")
-    own = {path.name for path in fresh_python.parents[1].rglob("*.dist-info")}
-    assert own == {"dlia_utils-0.3.dist-info", "captum2-9.dist-info"}
-
-
-def test_bootstrap_default_address_is_the_one_in_pyproject():
-    project = tomllib.loads((notebooks.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    address = project.get("urls", {}).get("Repository", "")
-    wanted = f'REPOSITORY = os.environ.get("DLIA_REPOSITORY", "{address and "git+" + address}")'
-    assert wanted in notebooks.BOOTSTRAP
-
-
-def test_bootstrap_cell_is_short_and_finds_this_repository():
-    assert len(notebooks.BOOTSTRAP.splitlines()) <= notebooks.MAX_CODE_LINES
-    found = run_bootstrap(notebooks.REPOSITORY / "no-kaggle", notebooks.REPOSITORY / "tests")
-    assert found == (0, f"dlia_utils {__version__} from the repository")
+def test_bootstrap_is_short_folded_and_finds_this_repository():
+    assert len(notebooks.BOOTSTRAP.splitlines()) <= 9 and max(map(len, notebooks.BOOTSTRAP.splitlines())) <= 110
+    for folder in ("tests", "notebooks", "."):
+        code, said = run_bootstrap(notebooks.REPOSITORY / "no-kaggle", notebooks.REPOSITORY / folder)
+        assert (code, said) == (0, f"dlia_utils {__version__}\n")
 
 
 # ------------------------------------------------------------------------------------- the suite's notebooks
@@ -451,18 +415,24 @@ def test_suite_notebook_gives_its_source_back(source):
     assert notebooks.source_text(notebooks.read(notebooks.product(source))) == source.read_text()
 
 
-def test_a_data_set_is_passed_on_only_to_a_notebook_that_asks_for_one(tmp_path, monkeypatch):
+def test_another_data_set_is_taken_only_by_a_notebook_that_can(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    asks, own = (next(s for s in notebooks.find() if s.stem.startswith(number)) for number in ("04", "01"))
-    with pytest.raises(ValueError, match="01_pneumonia_robustness has a data set of its own: run it without dataset='covid'"):
-        notebooks.run(own, dataset="covid", progress=False)
+    asks, own = (next(s for s in notebooks.find() if s.stem.startswith(number)) for number in ("04", "03"))
+    with pytest.raises(ValueError, match="dataset = 'covid', but this notebook has a data set of its own: tuberculosis"):
+        notebooks.run(own, changes={"dataset": "covid"}, progress=False)
     with pytest.raises(ValueError, match="nowhere"):
-        notebooks.run(asks, dataset="nowhere", progress=False)
+        notebooks.run(asks, changes={"dataset": "nowhere"}, progress=False)
     seen = {}
     monkeypatch.setattr(notebooks, "execute", lambda path, out, *, parameters, progress: seen.update(parameters))
-    done = notebooks.run(asks, dataset="breastmnist", progress=False)
-    assert seen["DATASET"] == "breastmnist" and done.folder.name == "smoke-breastmnist-synthetic"
+    done = notebooks.run(asks, changes={"dataset": "breastmnist"}, progress=False)
+    assert seen["CHANGES"] == {"dataset": "breastmnist"} and done.folder.name == "smoke-breastmnist-synthetic"
+
+
+@SUITE
+def test_no_smoke_run_has_a_time_limit(source):
+    names = notebooks._executed(source, ("parameters", "settings"), {})
+    assert names["SMOKE"]["max_minutes"] is None and set(names["SMOKE"]) | set(names["CPU"]) <= set(names["FULL"])
 
 
 def test_suite_has_no_notebook_without_source():
@@ -487,7 +457,7 @@ def lacks(dataset, folder):
 @pytest.mark.real
 @SUITE
 def test_suite_notebook_runs_on_real_data(source, real_data):
-    wanted = SETTINGS[source.stem]["smoke"]["dataset"]
+    wanted = notebooks.full_settings(source)["dataset"]
     if isinstance(wanted, str) and lacks(wanted, real_data):
         # The user named a folder without this data set: that is said before a kernel starts, and no phantom is used.
         with pytest.raises(DataNotFound, match=f"does not hold {wanted}"):

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 import torch
+from small import start_run
 
-from dlia_utils import config as dlia_config
 from dlia_utils import models, once, study, train
 
 NOTEBOOK = "06_covid_baseline"
@@ -15,15 +15,13 @@ def opened(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.delenv("DLIA_DATA", raising=False)
-        patch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", 24)
-        patch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "size", 32)
-        yield study.open_study(dlia_config.resolve(NOTEBOOK, "smoke"))
+        yield study.open_study(start_run(NOTEBOOK, per_class=24, size=32))
 
 
 @pytest.fixture
 def fresh(opened):
     """The run folder without a log, stored predictions or models."""
-    for path in [opened.config.run_dir / "test_log.csv", *opened.config.run_dir.glob("tables/*")]:
+    for path in [opened.run.run_dir / "test_log.csv", *opened.run.run_dir.glob("tables/*")]:
         path.unlink(missing_ok=True)
     keep_model(opened, "baseline", seed=0)
     return opened
@@ -31,12 +29,12 @@ def fresh(opened):
 
 def keep_model(opened, name, *, seed):
     model = models.cnn(channels=(4, 4), hidden=8, seed=seed)
-    models.save(model, opened.config.run_dir / name / "best.pt", meta={})
+    models.save(model, opened.run.run_dir / name / "best.pt", meta={})
     return model.eval()
 
 
 def log(opened):
-    path = opened.config.run_dir / "test_log.csv"
+    path = opened.run.run_dir / "test_log.csv"
     return pd.read_csv(path)["purpose"].tolist() if path.exists() else []
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from small import start_run
 
-from dlia_utils import config as dlia_config
 from dlia_utils import objectives, study
 
 ROOT = Path(__file__).parents[1]
@@ -29,22 +29,20 @@ def kaggle(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.delenv("DLIA_DATA", raising=False)
     monkeypatch.delenv("DLIA_RUNS", raising=False)
-    for name, value in TINY.items():
-        monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], name, value)
     return tmp_path / "kaggle"
 
 
 def train(**options):
-    opened = study.open_study(dlia_config.resolve(NOTEBOOK, "smoke"))
+    opened = study.open_study(start_run(NOTEBOOK, **TINY))
     return study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False, **options)
 
 
 # The first session: killed from outside, as at the end of Kaggle's twelve hours, in the middle of an epoch.
 SESSION = """
 import os, signal, sys
-from dlia_utils import config, objectives, study
-config.SETTINGS["{notebook}"]["smoke"] |= {tiny}
-opened = study.open_study(config.resolve("{notebook}", "smoke"))
+from dlia_utils import notebooks, objectives, study
+(source,) = notebooks.pick(["{notebook}"])
+opened = study.open_study(notebooks.opened(source, PROFILE="smoke", CHANGES={tiny}))
 calls = 0
 def objective(model, x, y):
     global calls
@@ -103,26 +101,40 @@ def test_of_several_earlier_sessions_the_furthest_is_taken(kaggle):
         torch.save(saved | {"epoch": 0}, path)
         os.utime(path, (1, 1))
     attach(runs, kaggle / "input" / "notebooks" / "me" / "second-version")
-    run_dir = dlia_config.resolve(NOTEBOOK, "smoke").run_dir
+    run_dir = start_run(NOTEBOOK, **TINY).run_dir
     assert torch.load(run_dir / "baseline" / "last.pt", weights_only=True)["epoch"] == 2
 
 
-def test_a_run_of_other_settings_is_not_continued(kaggle, caplog, monkeypatch):
+def test_a_run_of_other_settings_is_not_continued(kaggle, caplog):
     attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "epochs", 5)
-    run_dir = dlia_config.resolve(NOTEBOOK, "smoke").run_dir
-    assert "has other settings: it is not continued" in caplog.text and not (run_dir / "baseline").exists()
+    run_dir = start_run(NOTEBOOK, **TINY | {"epochs": 5}).run_dir
+    assert not (run_dir / "baseline").exists()
+    named = start_run(NOTEBOOK, name=attached_name(kaggle), **TINY | {"epochs": 5}).run_dir
+    assert "has other settings: it is not continued" in caplog.text and not (named / "baseline").exists()
+
+
+def attached_name(kaggle):
+    return next((kaggle / "input").rglob("config.json")).parent.name
+
+
+def test_what_a_changed_setting_does_not_touch_is_taken_from_an_attached_run(kaggle, caplog):
+    attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
+    caplog.set_level("INFO")
+    opened = study.open_study(start_run(NOTEBOOK, **TINY, bootstrap_draws=50))
+    result = study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
+    assert "baseline is taken over from the run smoke-synthetic" in caplog.text
+    assert "resumed after epoch 2 of 4" in caplog.text and len(result.history) == 4
 
 
 def test_resume_false_leaves_an_attached_run_alone(kaggle):
     attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    run_dir = dlia_config.resolve(NOTEBOOK, "smoke", resume=False).run_dir
+    run_dir = start_run(NOTEBOOK, resume=False, **TINY).run_dir
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.json", "env.json"]
 
 
 def test_what_was_imported_can_be_written(kaggle):
     attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    run_dir = dlia_config.resolve(NOTEBOOK, "smoke").run_dir
+    run_dir = start_run(NOTEBOOK, **TINY).run_dir
     assert all(os.stat(path).st_mode & 0o200 for path in [run_dir, *run_dir.rglob("*")])
     assert json.loads((run_dir / "config.json").read_text())["notebook"] == NOTEBOOK
     assert not list(run_dir.parent.glob(".import-*"))

@@ -8,20 +8,19 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from small import start_run
 
-from dlia_utils import config as dlia_config
 from dlia_utils import datasets, locate, models, objectives, study
 
 NOTEBOOK = "01_pneumonia_robustness"
+TINY = {"epochs": 1, "per_class": 12}
 
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "epochs", 1)
-    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", 12)
-    return study.open_study(dlia_config.resolve(NOTEBOOK, "smoke"))
+    return study.open_study(start_run(NOTEBOOK, **TINY))
 
 
 def test_splits_are_disjoint_and_patients_do_not_cross(opened):
@@ -56,33 +55,174 @@ def test_a_finished_model_is_read_back_and_loads(opened):
 
 def test_a_training_out_of_time_stops_with_words_and_goes_on(opened):
     objective = objectives.cross_entropy()
-    with pytest.raises(study.OutOfTime, match="stopped after 1 of 2 epochs, which are kept"):
+    with pytest.raises(study.OutOfTime, match="stopped after 1 of 2 epochs: .*run again to go on.*--set max_minutes=4e-06 .*CHANGES = "):
         study.train_model(opened, "slow", objective, epochs=2, max_minutes=1e-6, progress=False)
     assert len(study.train_model(opened, "slow", objective, epochs=2, progress=False).history) == 2
 
 
 def test_a_model_that_was_not_trained_names_the_section(opened):
-    with pytest.raises(FileNotFoundError, match="'Training' first"):
+    with pytest.raises(FileNotFoundError, match="nobody.*run the section '2 Training' first; in a notebook of your own, copy that section as well"):
         study.load_models(opened, ["nobody"])
 
 
-def test_tables_are_kept_until_their_model_is_trained_further(opened):
+def fit(opened, name="baseline", **options):
+    return study.train_model(opened, name, objectives.cross_entropy(), progress=False, **options)
+
+
+def made_at(opened, name="baseline"):
+    return (opened.run.run_dir / name / "last.pt").stat().st_mtime_ns
+
+
+def test_a_table_is_kept_for_the_weights_and_the_settings_that_it_depends_on(opened):
     calls = []
 
-    def compute():
-        calls.append(1)
-        return pd.DataFrame({"value": [0.5]})
+    def table(one, name="robust_baseline", **options):
+        def compute():
+            calls.append(1)
+            return pd.DataFrame({"value": [len(calls)]})
 
-    for _ in range(2):
-        assert study.stored(opened, "robust_baseline", compute)["value"].item() == 0.5
-    study.stored(opened, "robust_other", compute)
-    assert len(calls) == 2
-    for name in ("baseline", "other"):
-        study.suite_folder(opened.config, name).mkdir(parents=True)
-    study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
-    tables = {path.name for path in (opened.config.run_dir / "tables").iterdir()}
-    assert tables == {"robust_other.csv"}
-    assert [path.name for path in study.suite_folder(opened.config, "x").parent.iterdir()] == ["other"]
+        return study.stored(one, name, compute, **options)["value"].item()
+
+    fit(opened)
+    given = {"model": "baseline", "uses": ["pgd_steps"]}
+    assert [table(opened, **given) for _ in range(3)] == [1, 1, 1]
+    assert table(opened.variant(bootstrap_draws=7), **given) == 1, "it does not depend on that"
+    assert table(opened.variant(pgd_steps=7), **given) == 2
+    assert table(opened, **given) == 3, "nor is the other one's read back"
+    fit(opened, "further", start="baseline", lr=1e-3)
+    (opened.run.run_dir / "baseline").rename(opened.run.run_dir / "gone")
+    (opened.run.run_dir / "further").rename(opened.run.run_dir / "baseline")
+    with pytest.raises(FileNotFoundError, match="robust_baseline is not in .*'5 The suite'"):
+        study.stored(opened, "robust_baseline", model="baseline", section="5 The suite")
+    assert table(opened, **given) == 4, "other weights"
+    assert study.stored(opened, "robust_baseline", model="baseline", section="")["value"].item() == 4
+    assert table(opened, name="all") == 5 and table(opened.variant(bootstrap_draws=7), name="all") == 6, "all settings"
+
+
+def test_what_a_change_does_not_touch_is_taken_over_from_the_run_beside(opened, caplog):
+    fit(opened)
+    study.stored(opened, "t", lambda: pd.DataFrame({"value": [1]}), model="baseline", uses=["pgd_steps"])
+    other = study.open_study(start_run(NOTEBOOK, **TINY, bootstrap_draws=99))
+    assert other.run.run_dir != opened.run.run_dir and not (other.run.run_dir / "baseline").exists()
+    caplog.set_level("INFO")
+    fit(other)
+    assert "baseline is taken over from the run smoke-synthetic" in caplog.text
+    assert made_at(other) == made_at(opened), "nothing was trained"
+    found = study.stored(other, "t", lambda: pytest.fail("computed"), model="baseline", uses=["pgd_steps"])
+    assert found["value"].item() == 1
+    slower = study.open_study(start_run(NOTEBOOK, **TINY, lr=1e-4))
+    fit(slower)
+    assert made_at(slower) != made_at(opened)
+    computed = study.stored(slower, "t", lambda: pd.DataFrame({"value": [2]}), model="baseline", uses=["pgd_steps"])
+    assert computed["value"].item() == 2, "the model is another one"
+
+
+def test_a_run_begun_afresh_takes_nothing_from_others(opened):
+    fit(opened)
+    fresh = study.open_study(start_run(NOTEBOOK, name="fresh", resume=False, **TINY))
+    fit(fresh)
+    assert made_at(fresh) != made_at(opened)
+    again = study.open_study(start_run(NOTEBOOK, name="fresh", **TINY))
+    before = made_at(again)
+    fit(again)
+    assert made_at(again) == before, "its own is read back"
+
+
+def test_force_goes_on_in_a_folder_but_never_with_a_stale_model_or_table(opened, caplog):
+    first = study.open_study(start_run(NOTEBOOK, name="mine", **TINY))
+    fit(first)
+    fit(first, "pgd_at")
+    study.stored(first, "t_at", lambda: pd.DataFrame({"value": [1]}), model="pgd_at", uses=["lr"])
+    forced = study.open_study(start_run(NOTEBOOK, name="mine", resume="force", **TINY | {"lr": 1e-4}))
+    before = objectives.fingerprint(study.load_models(first, ["baseline"])["baseline"])
+    fit(forced)
+    assert "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside" in caplog.text
+    assert objectives.fingerprint(study.load_models(forced, ["baseline"])["baseline"]) != before
+    assert list(forced.run.run_dir.glob("baseline.*.old/best.pt")), "nothing is lost"
+    assert made_at(forced, "pgd_at"), "another model is left alone"
+    again = study.stored(forced, "t_at", lambda: pd.DataFrame({"value": [2]}), model="pgd_at", uses=["lr"])
+    assert again["value"].item() == 2
+
+
+def test_a_training_depends_on_what_it_is_given_and_not_on_how_long_it_may_take(opened):
+    fit(opened)
+    before = made_at(opened)
+    fit(opened, max_minutes=99.0, num_workers=0)
+    assert made_at(opened) == before
+    plain = opened.torch_set("train")
+    key = study.described(opened.torch_set("train", augmented=True))
+    assert key == study.described(opened.torch_set("train", augmented=True))
+    assert key != study.described(plain) and "0x" not in str(key)
+    narrow = study.augment.CachedImages(opened.cache, plain.rows[:8], plain.labels[:8])
+    assert study.described(narrow) != study.described(plain)
+    corrupted = [study_corrupted(plain, names) for names in (("contrast",), ("contrast", "brightness"))]
+    assert study.described(corrupted[0]) != study.described(corrupted[1])
+
+
+def study_corrupted(films, names):
+    from dlia_utils import corrupt
+
+    return corrupt.TrainAugmentor(films, names=names)
+
+
+def test_a_changed_file_is_other_data(opened):
+    key = dict(opened.key)
+    copied = opened.run.run_dir / "copy"
+    shutil.copytree(opened.dataset.root, copied)
+    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key == key, "a copy is the same data"
+    path = copied / opened.dataset.manifest["path"][0]
+    path.write_bytes(path.read_bytes() + b"x")
+    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key != key
+
+
+# ------------------------------------------------------------------------------------------- the reader's own model
+
+
+def tiny_net(classes=2):
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(4, classes),
+    )  # fmt: skip
+
+
+def own_study(**own):
+    run = start_run(NOTEBOOK, **TINY)
+    run.own.update(own)
+    return study.open_study(run)
+
+
+def test_a_network_of_ones_own_is_trained_kept_and_read_back_without_a_registry(opened):
+    one = own_study(mine=lambda: models.wrap(tiny_net(), mean=0.5, std=0.25))
+    fitted = fit(one, "mine")
+    assert len(fitted.history) == 1 and study.weights_label(one.run, "mine") == "the reader's own"
+    model = study.load_models(one, ["mine"])["mine"]
+    x = one.images(one.rows("val"))
+    assert not model.training and model(x).shape == (len(x), 2)
+    before = made_at(one, "mine")
+    again = own_study(mine=lambda: models.wrap(tiny_net(), mean=0.5, std=0.25))
+    fit(again, "mine")
+    assert made_at(again, "mine") == before, "the same start, so the training is read back"
+
+
+def test_a_trained_network_is_taken_as_it_is(opened):
+    net = models.wrap(tiny_net(), mean=0.5, std=0.25).eval()
+    one = own_study(ready=net)
+    assert fit(one, "ready").status == "done" and not (one.run.run_dir / "ready" / "last.pt").exists()
+    loaded = study.load_models(one, ["ready"])["ready"]
+    assert objectives.fingerprint(loaded) == objectives.fingerprint(net)
+    assert study.weights_key(one.run, "ready")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"mine": lambda: models.wrap(tiny_net(1))}, r"run.own\['mine'\]: .*one logit"),
+        ({"mine": lambda: models.wrap(tiny_net(3))}, r"run.own\['mine'\]: .*3"), ({"a/b": tiny_net}, "its name is also that of"),
+    ],
+)  # fmt: skip
+def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, own, message):
+    with pytest.raises(ValueError, match=message):
+        own_study(**own)
 
 
 def test_a_training_goes_on_from_another_model_and_leaves_it_as_it_was(opened):
@@ -122,37 +262,39 @@ def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
     for split, name in [(s, c) for s in ("train", "test") for c in ("NORMAL", "PNEUMONIA")]:
         (tree / split / name).mkdir(parents=True)
         (tree / split / name / "person1_virus_1.jpeg").write_bytes(b"")
-    config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "bad")
+    run = start_run(NOTEBOOK, tmp_path / "data", "bad", **TINY)
     with pytest.raises(datasets.BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
-        study.open_study(config)
+        study.open_study(run)
 
 
 def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkeypatch):
-    monkeypatch.setitem(dlia_config.SETTINGS[NOTEBOOK]["smoke"], "per_class", None)
-    shutil.copytree(opened.config.location.root, tmp_path / "data" / "chest_xray")
+    shutil.copytree(opened.run.location.root, tmp_path / "data" / "chest_xray")
     cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/IM-*.jpeg"))[0]
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
-    config = dlia_config.resolve(NOTEBOOK, "smoke", str(tmp_path / "data"), "cut")
+    run = start_run(NOTEBOOK, tmp_path / "data", "cut", epochs=1, per_class=None)
     with pytest.raises(datasets.BadData, match=f"{cut.name}: truncated"):
-        study.open_study(config)
+        study.open_study(run)
     cut.unlink()
-    assert len(study.open_study(config).dataset.manifest) == 319
+    assert len(study.open_study(run).dataset.manifest) == 319
 
 
 def test_starting_weights_are_said_and_kept(opened, monkeypatch):
-    assert study.weights_label(opened.config) == "random"
-    monkeypatch.setitem(opened.config.settings, "pretrained", True)
-    (opened.config.run_dir / "weights.txt").unlink()
+    run = opened.run.variant(pretrained=True)
+    assert study.weights_label(run) == "random", "nothing was loaded yet, and asking loads nothing"
+    assert not (run.run_dir / "weights.txt").exists()
 
     def offline(**_):
         raise RuntimeError("no internet")
 
     monkeypatch.setattr(study.models, "mobilenet_v2", offline)
-    assert study.starting_weights(opened.config) is None, "offline: goes on from random weights and says so"
-    (opened.config.run_dir / "weights.txt").write_text("file some.pth")
+    assert study.starting_weights(run) is None, "offline: goes on from random weights and says so"
+    (run.run_dir / "weights.txt").write_text("file some.pth")
     monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
     with pytest.raises(FileNotFoundError, match="set DLIA_WEIGHTS"):
-        study.starting_weights(opened.config)
+        study.starting_weights(run)
+    (run.run_dir / "one").mkdir()
+    (run.run_dir / "one" / "weights.txt").write_text("public")
+    assert (study.weights_label(run, "one"), study.weights_label(run, "two")) == ("public", "file some.pth")
 
 
 # --------------------------------------------------------------- splits drawn anew, unusable files, heads, variants
@@ -168,13 +310,11 @@ def fractures(tmp_path, monkeypatch):
     monkeypatch.delenv("DLIA_DATA", raising=False)
     location = locate.find("fracatlas", phantom_dir=tmp_path / "phantom")
     assert location.synthetic and tmp_path in location.root.parents
-    root, settings = location.root, dlia_config.SETTINGS[FRACTURES]["smoke"]
-    monkeypatch.setitem(dlia_config.SETTINGS[FRACTURES], "smoke", settings | {"epochs": 1, "per_class": None})
-    return root
+    return location.root
 
 
-def open_fractures(root, name=""):
-    return study.open_study(dlia_config.resolve(FRACTURES, "smoke", str(root), name))
+def open_fractures(root, name="", **changes):
+    return study.open_study(start_run(FRACTURES, root, name, epochs=1, per_class=None, **changes))
 
 
 def test_a_set_without_official_test_split_is_drawn_and_near_duplicates_stay_together(fractures):
@@ -182,7 +322,7 @@ def test_a_set_without_official_test_split_is_drawn_and_near_duplicates_stay_tog
     looks = one.dataset.manifest.groupby("look")["split"].nunique()
     assert (looks == 1).all() and (one.dataset.manifest.groupby("look").size() > 1).any()
     assert set(one.dataset.manifest["split"]) == {"train", "val", "test"}
-    assert one.cache.fit == "pad" and (one.config.run_dir / "split.json").exists()
+    assert one.cache.fit == "pad" and (one.run.run_dir / "split.json").exists()
 
 
 def test_an_official_split_of_all_images_is_kept(fractures, monkeypatch):
@@ -195,7 +335,7 @@ def test_an_official_split_of_all_images_is_kept(fractures, monkeypatch):
 
     monkeypatch.setattr(study.datasets, "load", complete)
     opened = open_fractures(fractures, "official")
-    assert opened.dataset.manifest["split"].tolist() == complete(opened.config.location).manifest["split"].tolist()
+    assert opened.dataset.manifest["split"].tolist() == complete(opened.run.location).manifest["split"].tolist()
     assert "look" in opened.dataset.manifest
 
 
@@ -210,10 +350,8 @@ def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(fracture
         open_fractures(fractures, "two-lost")
 
 
-def test_sampling_replaces_class_weights(fractures, monkeypatch):
-    settings = dlia_config.SETTINGS[FRACTURES]["smoke"] | {"balance": "sampling"}
-    monkeypatch.setitem(dlia_config.SETTINGS[FRACTURES], "smoke", settings)
-    opened = open_fractures(fractures, "sampling")
+def test_sampling_replaces_class_weights(fractures):
+    opened = open_fractures(fractures, "sampling", balance="sampling")
     drawn = opened.torch_set("train", augmented=True)
     classes = np.bincount([drawn[k][1] for k in range(len(drawn))])
     assert opened.class_weights() is None and abs(np.diff(classes)).item() <= 1
@@ -222,7 +360,7 @@ def test_sampling_replaces_class_weights(fractures, monkeypatch):
 
 def test_a_head_is_trained_on_features_kept_whole_and_read_back(fractures):
     opened = open_fractures(fractures, "head")
-    made = models.with_head(study.build_model(opened.config), seed=1)
+    made = models.with_head(study.build_model(opened.run), seed=1)
     body = made.backbone.body.state_dict()
     fitted = study.train_head(opened, "probe", made, objectives.cross_entropy(), epochs=3, progress=False)
     loaded = study.load_models(opened, ["probe"])["probe"]
@@ -237,8 +375,7 @@ def test_a_head_is_trained_on_features_kept_whole_and_read_back(fractures):
 
 def test_a_variant_has_other_settings_and_sizes_but_the_same_films_and_run(fractures):
     opened = open_fractures(fractures, "variant")
-    other = opened.variant(size=24, epochs=7, weights_text="a file")
-    assert other.images([0]).shape == (1, 1, 24, 24) and other.config.epochs == 7
-    assert opened.config.size == 48 and other.config.run_dir == opened.config.run_dir
-    assert other.dataset is opened.dataset and other.key["config"] != opened.key["config"]
-    assert study.weights_label(other.config) == "a file" and study.weights_label(opened.config) == "random"
+    other = opened.variant(size=24, epochs=7)
+    assert other.images([0]).shape == (1, 1, 24, 24) and other.run.epochs == 7
+    assert opened.run.size == 48 and other.run.run_dir == opened.run.run_dir
+    assert other.dataset is opened.dataset and other.key != opened.key

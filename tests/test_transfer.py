@@ -304,10 +304,16 @@ def test_what_makes_no_sense_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             models.with_head(model, **options)
-    for foreign in (nn.Linear(2, 2), models.PixelModel(nn.Flatten(), [0.5] * 3, [0.5] * 3), fast_copy(model)):
-        for function in (models.with_head, models.blocks, models.last_map_layer):
-            with pytest.raises(ValueError, match="no known blocks"):
-                function(foreign)
+    flat = models.PixelModel(nn.Flatten(), [0.5] * 3, [0.5] * 3)
+    for function, message in (
+        (models.with_head, "does not end in an nn.Linear"),
+        (models.blocks, "no known blocks"),
+        (models.last_map_layer, "no layer of it returns maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(flat)
+        with pytest.raises(ValueError):
+            function(nn.Linear(2, 2))
     for function in (lambda m: models.unfreeze(m, 1), lambda m: models.cached_features(m, TensorDataset(X))):
         with pytest.raises(ValueError, match="made by with_head"):
             function(model)

@@ -123,7 +123,7 @@ def _check_images(x: Tensor) -> None:
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(
             f"x must lie in [0,1] but spans [{low:.4g}, {high:.4g}]: pass pixels before normalisation, "
-            "the model owns its mean and std"
+            "the model owns its mean and std: models.wrap(net, mean=, std=)"
         )
 
 

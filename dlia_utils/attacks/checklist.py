@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..units import pixel_text
 from . import evaluate as e
 from ._contract import device_of
-from .evaluate import PASSES, Evaluation, outcomes, pixel_text, robust, row_checks, zero_gradient_share
+from .evaluate import PASSES, Evaluation, outcomes, robust, row_checks, zero_gradient_share
 
 PASS, WARN = "PASS", "WARN"
 COLUMNS = ["check", "verdict", "value", "why"]

@@ -19,12 +19,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 
 from .. import files, metrics
 from ..models.fold import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..objectives import fingerprint
+from ..progress import Bar
+from ..units import pixel_text
 from . import _contract as c
 from .apgd import apgd
 from .carlini_wagner import carlini_wagner
@@ -40,7 +41,7 @@ from .square import square
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..config import Config
+    from ..run import Run
 
 log = logging.getLogger("dlia_utils")
 
@@ -49,7 +50,7 @@ Bpda = Callable[[nn.Module], AbstractContextManager]
 
 BPDA = "_bpda"  # ends the name of an attack that goes straight through an operator
 COLUMNS = ["attack", "eps", "image", "label", "fooled", "first_success_step", "queries"]
-FORMAT = 1  # of the files in `folder`
+FORMAT = 2  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
 PASSES = 5  # that a model must answer alike
 PROBE, ALIKE = 16, 1e-3  # images that a folded copy is compared on; share of the logits by which it may differ
@@ -87,25 +88,8 @@ ORDER = (  # cheap ones first; the black boxes last, to show what no gradient fo
     *("apgd_ce", "apgd_margin", f"apgd_ce{BPDA}", f"apgd_margin{BPDA}", "fmn", "carlini_wagner"),
     *("transfer", "one_pixel", "square"),
 )
+LINF = tuple(name for name, own in KINDS.items() if own.norm == "linf" and name != "transfer")
 SUITE = ("noise", "fgsm", "pgd_ce", "pgd_margin", "deepfool", "apgd_ce", "apgd_margin", "fmn", "square")
-
-
-def pixel_eps(*levels: float) -> tuple[float, ...]:
-    """The grid k/255 in pixel units.
-
-    >>> [round(eps, 4) for eps in pixel_eps(1, 4)]
-    [0.0039, 0.0157]
-    """
-    return tuple(level / 255 for level in levels)
-
-
-def pixel_text(eps: float) -> str:
-    """A pixel eps the way people write it.
-
-    >>> pixel_text(0.5 / 255)
-    '0.5/255'
-    """
-    return f"{eps * 255:.3g}/255"
 
 
 def suite(norm: str = "linf") -> tuple[str, ...]:
@@ -173,7 +157,7 @@ def robust(
     MeanSparse operators in use (alpha above 0) gets `robust.straight_through` without being asked.
     folder: finished pairs of attack and eps are kept there; the same call then goes on where it was cut off.
     A folder of another model, other images or settings is refused; resume=False starts anew. Without early_drop
-    `at` may differ: a dear attack is then run at more eps, and what is finished is read back.
+    the attacks, their options, eps_grid and `at` may differ: only what is new is then run.
     Errors: ValueError for unknown attacks or options, an empty grid, a folder of something else, and what the
     attacks refuse, before anything is attacked.
 
@@ -377,7 +361,7 @@ class Evaluation:
             parts.append("\n".join([f"Check list: {counts.PASS} PASS, {counts.WARN} WARN", *lines]))
         return "\n\n".join(parts) + "\n"
 
-    def figure(self, config: Config | None = None) -> Figure:
+    def figure(self, config: Run | None = None) -> Figure:
         """Accuracy against eps (worst case with its band), and which attack fooled the images first."""
         from ..report import COLORS, _axes, _note, _style  # not at the top: the report imports this module
 
@@ -653,8 +637,8 @@ def _attack_all(
     clean = _kept(store, "clean", np.arange(total), lambda: _judge_clean(model, data))
     fooled = clean.step == 0
     attackable, blocks, known = np.flatnonzero(~fooled), [clean], {}
-    with tqdm(total=total * len(grid) * len(runs), desc="attacks", unit="image", disable=not progress) as bar:
-        for number, eps in enumerate(grid):
+    with Bar(total=total * len(grid) * len(runs), desc="attacks", unit="image", disable=not progress) as bar:
+        for eps in grid:
             for name in sorted(runs, key=lambda name: name not in known):  # what costs nothing comes first
                 if runs[name].at is not None and eps not in runs[name].at:
                     bar.update(total)
@@ -664,7 +648,9 @@ def _attack_all(
                     block = known[name].of_known(eps, standing)
                 else:
                     strike = partial(_strike, model, name, runs[name], data, standing, eps)
-                    block = _kept(store, f"{number:02d}_{name}", standing, strike)
+                    # What looks for the smallest change does so once, whatever the grid.
+                    place = name if runs[name].smallest else f"{eps:.9g}_{name}"
+                    block = _kept(store, place, standing, strike)
                     if runs[name].smallest:
                         known[name], block = block, block.inside(eps)
                 fooled[standing[block.step >= 0]] = True
@@ -804,12 +790,16 @@ def _tensors(data: Data, *, ordered: bool) -> tuple[Tensor, Tensor]:
 
 
 def _open_store(folder: Path, settings: dict[str, Any], resume: bool) -> Path:
-    """The folder of finished blocks; one that belongs to another evaluation is refused, or cleared."""
+    """The folder of finished blocks; one that belongs to another evaluation is refused, or cleared.
+
+    In full (no early_drop) no attack waits for another: blocks stand for themselves, and those of an attack
+    whose options changed are removed.
+    """
     asked = json.loads(json.dumps({"format": FORMAT, **settings}, default=str))
     path = folder / "settings.json"
     if resume and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        free = () if asked["early_drop"] else ("at",)  # in full no attack waits for another: run it at more eps
+        free = () if asked["early_drop"] else ("at", "attacks", "eps_grid")
         names = [name for name in {**kept, **asked} if name not in free and kept.get(name) != asked.get(name)]
         if names:
             changes = "; ".join(f"{name}: {kept.get(name)!r} -> {asked.get(name)!r}" for name in names)
@@ -817,11 +807,14 @@ def _open_store(folder: Path, settings: dict[str, Any], resume: bool) -> Path:
                 f"{folder} holds an evaluation of something else ({changes}): take another folder, or "
                 "resume=False to start anew"
             )
-        if kept != asked:
-            files.write_json(asked, path)
-        return folder
-    for block in folder.glob("block_*.npz"):
-        block.unlink()
+        stale = [name for name, own in asked["attacks"].items() if kept["attacks"].get(name, own) != own]
+        asked["attacks"] = kept["attacks"] | asked["attacks"]
+    else:
+        stale = ["*"]
+    for name in stale:
+        for block in (*folder.glob(f"block_{name}.npz"), *folder.glob(f"block_*_{name}.npz"),
+                      *folder.glob(f"block_*_{name}{BPDA}.npz")):  # fmt: skip
+            block.unlink(missing_ok=True)
     files.write_json(asked, path)
     return folder
 

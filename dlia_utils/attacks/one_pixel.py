@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..progress import Bar
 from . import _contract as c
 from ._ball import Ball, free_pixels
 
@@ -58,7 +58,7 @@ def one_pixel(
             model, Ball(x, float(eps), grey=grey, mask=mask), y, pixels, population, eot, batch_size, seed, ids
         )
         search.first_population()
-        bar = tqdm(range(iterations), desc=f"{pixels}-pixel", disable=not progress)
+        bar = Bar(range(iterations), desc=f"{pixels}-pixel", disable=not progress)
         for generation in bar:
             if not len(search.standing):
                 break

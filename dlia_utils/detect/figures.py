@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from ..config import Config
 from ..report import COLORS, _axes, _note, _style, with_interval
+from ..run import Run
 
 CORNERS = ["x1", "y1", "x2", "y2"]
 FROC_POINTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image, as in LUNA16 (arXiv 1612.08012)
@@ -58,7 +58,7 @@ def boxes_by_image(
 # ------------------------------------------------------------------------------------------- the data
 
 
-def figure_classes(boxes: pd.DataFrame, classes: Sequence[str], config: Config) -> Figure:
+def figure_classes(boxes: pd.DataFrame, classes: Sequence[str], config: Run) -> Figure:
     """Boxes per class, the size of each class's boxes (points, quartiles, median), and boxes per image.
 
     boxes: columns image, x1, y1, x2, y2, label, in pixels of the original files.
@@ -100,7 +100,7 @@ def figure_classes(boxes: pd.DataFrame, classes: Sequence[str], config: Config) 
     return _finish(figure, config)
 
 
-def figure_patients(manifest: pd.DataFrame, config: Config) -> Figure:
+def figure_patients(manifest: pd.DataFrame, config: Run) -> Figure:
     """How many patients have one image, two, three...; images whose patient is not known are only counted."""
     figure, axes = _axes(1, width=4.6, height=3.2)
     sizes = manifest.groupby("patient").size()
@@ -139,7 +139,7 @@ def figure_boxes(
     predictions_by_row: Sequence[pd.DataFrame],
     titles: Sequence[str],
     classes: Sequence[str],
-    config: Config,
+    config: Run,
     *,
     threshold: float | Mapping[int, float] = 0.0,
     beside: bool = False,
@@ -189,7 +189,7 @@ def figure_localisation(
     truth_by_row: Sequence[pd.DataFrame],
     predictions_by_row: Sequence[pd.DataFrame],
     classes: Sequence[str],
-    config: Config,
+    config: Run,
     *,
     titles: Sequence[str] | None = None,
     threshold: float | Mapping[int, float] = 0.0,
@@ -280,7 +280,7 @@ def _cut_text(threshold: float | Mapping[int, float]) -> str:
     return f"score at least {threshold:.3g}" if np.isfinite(threshold) else "no score reaches the threshold"
 
 
-def _lay_out(figure: Figure, config: Config, prediction: str | None) -> None:
+def _lay_out(figure: Figure, config: Run, prediction: str | None) -> None:
     """Heading, legend and layout of a figure of films; only after it labels can be placed without overlap."""
     lines = {"ground truth": Line2D([], [], **TRUTH)}
     if prediction:
@@ -384,7 +384,7 @@ def _crossed(spot: np.ndarray, box: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------- curves
 
 
-def figure_froc(curves: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_froc(curves: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Free-response ROC: sensitivity against false positives per image, with the seven operating points.
 
     curves: name -> columns fp_per_image, sensitivity. A point's sensitivity is the highest that the curve
@@ -415,7 +415,7 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], config: Config) -> Figure:
     return _finish(figure, config)
 
 
-def figure_pr(curves: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_pr(curves: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Precision against recall, the best F1 marked, over grey lines of equal F1.
 
     curves: name -> columns threshold, precision, recall, f1.
@@ -446,7 +446,7 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], config: Config) -> Figure:
     return _finish(figure, config)
 
 
-def figure_thresholds(sweep: pd.DataFrame, best: Mapping[str, float], config: Config) -> Figure:
+def figure_thresholds(sweep: pd.DataFrame, best: Mapping[str, float], config: Run) -> Figure:
     """What a score cut does: mAP can only fall with it; F1 has a best cut, which is marked.
 
     sweep: columns threshold, mAP50, precision, recall, f1. best: threshold, f1 and fp_per_image at the best
@@ -481,7 +481,7 @@ def figure_thresholds(sweep: pd.DataFrame, best: Mapping[str, float], config: Co
     return _finish(figure, config)
 
 
-def figure_confidence(predictions: pd.DataFrame, config: Config, *, hits: np.ndarray | None = None) -> Figure:
+def figure_confidence(predictions: pd.DataFrame, config: Run, *, hits: np.ndarray | None = None) -> Figure:
     """Histogram of the scores; with `hits` (bool, one per prediction) true and false positives apart."""
     if hits is not None and len(hits) != len(predictions):
         raise ValueError(f"hits has {len(hits)} entries for {len(predictions)} predictions: give one each")
@@ -510,7 +510,7 @@ def figure_confidence(predictions: pd.DataFrame, config: Config, *, hits: np.nda
 def figure_per_image(
     predictions: pd.DataFrame,
     images: Sequence[int],
-    config: Config,
+    config: Run,
     *,
     threshold: float | Mapping[int, float] = 0.0,
 ) -> Figure:
@@ -524,7 +524,7 @@ def figure_per_image(
     return _finish(figure, config)
 
 
-def figure_tta(table: pd.DataFrame, config: Config) -> Figure:
+def figure_tta(table: pd.DataFrame, config: Run) -> Figure:
     """mAP of each view and fusion with its interval, and its paired difference to the first row.
 
     table: columns name, value, ci_low, ci_high, difference, difference_low, difference_high, top to bottom as
@@ -549,7 +549,7 @@ def figure_tta(table: pd.DataFrame, config: Config) -> Figure:
     return _finish(figure, config)
 
 
-def figure_training(history: pd.DataFrame, config: Config, *, metric: str = "val_mAP50") -> Figure:
+def figure_training(history: pd.DataFrame, config: Run, *, metric: str = "val_mAP50") -> Figure:
     """Training loss, its parts and the learning rate on the left; validation mAP and its best epoch right.
 
     history: columns epoch, train_loss and `metric`; optional lr and parts named loss_*. Errors: ValueError
@@ -611,7 +611,7 @@ def _say(axis: Axes, text: str) -> None:
     axis.set_yticks([])
 
 
-def _finish(figure: Figure, config: Config) -> Figure:
+def _finish(figure: Figure, config: Run) -> Figure:
     """Small titles, the note on data and profile, and the layout."""
     for axis in figure.axes:
         axis.title.set_fontsize(9)

@@ -1,8 +1,9 @@
 """Train one fold outside a notebook, as a rule under torchrun on several GPUs at once.
 
-    torchrun --nproc-per-node=2 -m dlia_utils.detect.job --notebook 05_nih_detection --profile full --fold fold0
+    torchrun --nproc-per-node=2 -m dlia_utils.detect.job runs/05_nih_detection/full-dlia-real fold0
 
-The arguments are the notebook's parameters; run folder and checkpoints are the notebook's, which reads them back.
+The run folder is one that the notebook has opened: its config.json says what is trained, and the notebook reads
+the checkpoints back.
 """
 
 from __future__ import annotations
@@ -16,29 +17,24 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train the named fold; exit status 2: wrong argument or data, 3: the time budget ended (start again to go on)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--notebook", required=True)
-    parser.add_argument("--profile", default="auto")
-    parser.add_argument("--data", default="")
-    parser.add_argument("--run-name", default="")
-    parser.add_argument("--fold", required=True)
+    parser.add_argument("run_folder", metavar="RUN_FOLDER")
+    parser.add_argument("fold", metavar="FOLD")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    from dlia_utils import config
+    from dlia_utils.run import reopen
     from dlia_utils.study import OutOfTime
 
     from . import study
 
     try:
-        opened = study.open_detection(
-            config.resolve(options.notebook, options.profile, options.data, options.run_name, resume=True)
-        )
+        opened = study.open_detection(reopen(options.run_folder))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     by_name = {fold.name: fold for fold in study.folds(opened)}
     if options.fold not in by_name:
-        parser.error(f"--fold {options.fold} is not one of {', '.join(by_name)}")
+        parser.error(f"FOLD {options.fold} is not one of {', '.join(by_name)}")
     try:
         study.train_fold(opened, by_name[options.fold])
     except OutOfTime as stop:

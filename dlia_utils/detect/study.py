@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,9 @@ from dlia_utils import (
     submission,
     train,
 )
-from dlia_utils.config import Config, submissions_root
 from dlia_utils.models import faster_rcnn
-from dlia_utils.study import Study, fit_model, load_models, stored
+from dlia_utils.run import Run, submissions_root
+from dlia_utils.study import Study, fit_model, load_models, made_by, stored
 
 from . import evaluate, figures, fuse, views
 from .views import View
@@ -64,40 +64,41 @@ class Target:
     folds: tuple[Fold, ...]
 
 
-def open_detection(config: Config) -> Study:
-    """Find, check, split and decode the boxed images of a run; a second call returns the same object.
+def open_detection(run: Run) -> Study:
+    """Find, check, split and decode the boxed images of a run; a second call decodes nothing again.
 
-    An official train/val/test split is kept; otherwise `config.folds` patient-grouped folds are drawn, saved as
+    An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are drawn, saved as
     `split.json` and read back on resume. Errors: `datasets.BadData`, before anything is trained.
     """
-    name = (config.key, config.run_dir)
+    name = (run.key, run.run_dir)
     if name not in _OPEN:
-        dataset = datasets.load(config.location)
+        dataset = datasets.load(run.location)
         dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
         problems = datasets.check(dataset)
         if len(problems):
             raise datasets.BadData(datasets.problem_text(problems))
-        saved = config.run_dir / "split.json"
+        saved = run.run_dir / "split.json"
         if saved.exists():
             dataset = split.load(dataset, saved)
         elif not _official(dataset):
-            dataset = split.folds(dataset, n=config.folds, seed=config.seed)
-        _OPEN[name] = Study(config, dataset, cache.build(dataset, size=config.size, fit="pad"))
-        if not saved.exists():
-            split.save(dataset, saved)
-    return _OPEN[name]
+            dataset = split.folds(dataset, n=run.folds, seed=run.seed)
+        _OPEN[name] = Study(run, dataset, cache.build(dataset, size=run.size, fit="pad"))
+    study = _OPEN[name] = replace(_OPEN[name], run=run)
+    if not (run.run_dir / "split.json").exists():
+        split.save(study.dataset, run.run_dir / "split.json")
+    return study
 
 
 def folds(study: Study) -> list[Fold]:
-    """The folds of this run: one named "official", or the first `config.run_folds` of `config.folds`."""
-    manifest, config = study.dataset.manifest, study.config
+    """The folds of this run: one named "official", or the first `run.run_folds` of `run.folds`."""
+    manifest, run = study.dataset.manifest, study.run
     if _official(study.dataset):
         rows = {name: _some(study.rows(name), study, i) for i, name in enumerate(("train", "val", "test"))}
         return [Fold("official", rows["train"], rows["val"], rows["test"])]
     number = manifest["fold"].to_numpy()
     result = []
-    for k in range(config.run_folds):
-        chosen = (k + 1) % config.folds
+    for k in range(run.run_folds):
+        chosen = (k + 1) % run.folds
         parts = ((number >= 0) & (number != k) & (number != chosen), number == chosen, number == k)
         rows = [_some(np.flatnonzero(part), study, i) for i, part in enumerate(parts)]
         result.append(Fold(f"fold{k}", *rows))
@@ -109,10 +110,10 @@ def _official(dataset: datasets.Dataset) -> bool:
 
 
 def _some(rows: np.ndarray, study: Study, salt: int) -> np.ndarray:
-    """At most `config.images` of `rows`, the same ones whenever asked."""
-    if study.config.images is None or len(rows) <= study.config.images:
+    """At most `run.images` of `rows`, the same ones whenever asked."""
+    if study.run.images is None or len(rows) <= study.run.images:
         return rows
-    return np.sort(np.random.default_rng([study.config.seed, salt]).permutation(rows)[: study.config.images])
+    return np.sort(np.random.default_rng([study.run.seed, salt]).permutation(rows)[: study.run.images])
 
 
 def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
@@ -124,23 +125,23 @@ def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
 # -------------------------------------------------------------------- training
 
 
-def build_detector(config: Config, num_classes: int) -> models.Detector:
+def build_detector(run: Run, num_classes: int) -> models.Detector:
     """A fresh detector of the profile; without its starting weights at hand it goes on from random ones, and says so."""
-    record = config.run_dir / "weights.txt"
+    record = run.run_dir / "weights.txt"
     options = dict(
-        arch=config.arch, num_classes=num_classes, size=config.size, trainable_layers=config.trainable_layers,
-        nms=config.nms, rpn_pre_nms=config.rpn_pre_nms, rpn_post_nms=config.rpn_post_nms,
-        roi_batch=config.roi_batch, anchor_sizes=config.anchor_sizes, channels=config.channels,
-        width=config.width, seed=config.seed,
+        arch=run.arch, num_classes=num_classes, size=run.size, trainable_layers=run.trainable_layers,
+        nms=run.nms, rpn_pre_nms=run.rpn_pre_nms, rpn_post_nms=run.rpn_post_nms,
+        roi_batch=run.roi_batch, anchor_sizes=run.anchor_sizes, channels=run.channels,
+        width=run.width, seed=run.seed,
     )  # fmt: skip
-    if config.weights is not None and not (record.exists() and record.read_text(encoding="utf-8") == "random"):
+    if run.weights is not None and not (record.exists() and record.read_text(encoding="utf-8") == "random"):
         try:
-            model = faster_rcnn(**options, freeze_bn=config.freeze_bn, weights=config.weights)
+            model = faster_rcnn(**options, freeze_bn=run.freeze_bn, weights=run.weights)
         except RuntimeError as error:
             log.warning("training starts from RANDOM weights and will be much weaker: %s", error)
         else:
-            own_file = config.weights == "imagenet" and os.environ.get("DLIA_WEIGHTS")
-            files.write_text(f"file {Path(own_file).name}" if own_file else config.weights, record)
+            own_file = run.weights == "imagenet" and os.environ.get("DLIA_WEIGHTS")
+            files.write_text(f"file {Path(own_file).name}" if own_file else run.weights, record)
             return model
     files.write_text("random", record)
     # Running statistics of random weights mean nothing: without pretrained weights batch norm must learn.
@@ -152,23 +153,23 @@ def train_fold(study: Study, fold: Fold) -> train.FitResult:
 
     Early stopping and the best epoch go by mAP@0.5 on `fold.select`. Errors: `study.OutOfTime`.
     """
-    config, dataset = study.config, study.dataset
-    model = build_detector(config, len(dataset.box_classes))
+    run, dataset = study.run, study.dataset
+    model = build_detector(run, len(dataset.box_classes))
     boxes = truth(study, fold.train)
-    transform = augment.box_transform(flip=config.flip)
-    train_set = augment.CachedBoxes(study.cache, fold.train, boxes, transform=transform, seed=config.seed)
+    transform = augment.box_transform(flip=run.flip)
+    train_set = augment.CachedBoxes(study.cache, fold.train, boxes, transform=transform, seed=run.seed)
     known, classes = truth(study, fold.select), len(dataset.box_classes)
 
     def select_by(candidate: models.Detector) -> dict[str, float]:
-        found = views.predict(candidate, study.cache, fold.select, batch_size=config.batch_size, progress=False)
+        found = views.predict(candidate, study.cache, fold.select, batch_size=run.batch_size, progress=False)
         matches = evaluate.match(known, found, images=fold.select, classes=classes)
         return {"val_mAP50": evaluate.summary(matches)["mAP50"]}
 
     return fit_model(
         study, fold.name, model, objectives.detection(), train_set, None, val_metric=select_by,
         monitor="val_mAP50", collate=augment.collate_boxes, optimizer="sgd", schedule="cosine",
-        weight_decay=config.weight_decay, warmup_epochs=config.warmup_epochs, lr_min=config.lr_min,
-        accumulate=config.accumulate, clip_norm=config.clip_norm, ema=config.ema,
+        weight_decay=run.weight_decay, warmup_epochs=run.warmup_epochs, lr_min=run.lr_min,
+        accumulate=run.accumulate, clip_norm=run.clip_norm, ema=run.ema,
     )  # fmt: skip
 
 
@@ -185,19 +186,18 @@ def train_folds(study: Study, *, devices: Sequence[str] | None = None) -> pd.Dat
                 "epochs": len(fitted.history), "best_epoch": fitted.best_epoch, "best mAP50": fitted.best_score,
                 "minutes": fitted.seconds / 60}  # fmt: skip
 
-    rows = launch.each(job, list(chosen), log_dir=study.config.run_dir / "logs", devices=devices)
+    rows = launch.each(job, list(chosen), log_dir=study.run.run_dir / "logs", devices=devices)
     return pd.DataFrame(rows.values())
 
 
-def torchrun_command(config: Config, fold: str, *, processes: int) -> list[str]:
+def torchrun_command(run: Run, fold: str, *, processes: int) -> list[str]:
     """The command that trains one fold of this run on `processes` GPUs at once (DDP, global batch x `processes`).
 
     Several machines: the same with --nnodes, --node-rank and --rdzv-endpoint in place of --standalone.
     """
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "-m", "dlia_utils.detect.job", "--notebook", config.notebook, "--profile", config.profile,
-        "--data", str(config.location.root), "--run-name", config.run_dir.name, "--fold", fold,
+        "-m", "dlia_utils.detect.job", str(run.run_dir), fold,
     ]  # fmt: skip
 
 
@@ -215,29 +215,30 @@ def look(study: Study, fold: Fold, which: str, *, looks: Sequence[View] = views.
 
     def compute() -> pd.DataFrame:
         model = load_fold(study, fold)
-        return views.predict(model, study.cache, rows, views=looks, batch_size=study.config.batch_size)
+        return views.predict(model, study.cache, rows, views=looks, batch_size=study.run.batch_size)
 
-    return stored(study, f"boxes_{which}_{fold.name}", compute)
+    uses = ("size", "images", "folds", "seed")
+    return stored(study, f"boxes_{which}_{fold.name}", compute, model=fold.name, uses=uses)
 
 
-def join(found: pd.DataFrame, *, method: str, views_used: Sequence[int], config: Config) -> pd.DataFrame:
+def join(found: pd.DataFrame, *, method: str, views_used: Sequence[int], run: Run) -> pd.DataFrame:
     """One table of boxes from the numbered views: "wbf", "nms" or "soft_nms"; one view alone stays as it is.
 
-    With `config.one_per_class` only the best box of each class stays in an image.
+    With `run.one_per_class` only the best box of each class stays in an image.
     """
     table = found[found["view"].isin(views_used)]
     if len(views_used) > 1:
         renumbered = table.assign(view=table["view"].map({view: i for i, view in enumerate(views_used)}))
         joiners: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
-            "wbf": lambda t: fuse.wbf(t, iou=config.wbf_iou, views=len(views_used)),
-            "nms": lambda t: fuse.nms(t, iou=config.nms),
+            "wbf": lambda t: fuse.wbf(t, iou=run.wbf_iou, views=len(views_used)),
+            "nms": lambda t: fuse.nms(t, iou=run.nms),
             "soft_nms": lambda t: fuse.soft_nms(t),
         }
         if method not in joiners:
             raise ValueError(f"unknown method {method!r}; known: {', '.join(joiners)}")
         table = joiners[method](renumbered)
     table = table.drop(columns="view", errors="ignore")
-    return fuse.one_per_class(table) if config.one_per_class else table.reset_index(drop=True)
+    return fuse.one_per_class(table) if run.one_per_class else table.reset_index(drop=True)
 
 
 def recipes(looks: Sequence[View] = views.VIEWS) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -264,10 +265,10 @@ def compare(study: Study, rows: Sequence[int], found: pd.DataFrame) -> pd.DataFr
     Columns name, value, ci_low, ci_high, difference, difference_low, difference_high, n. The intervals come from
     one bootstrap over patients, the same draws for both sides of a difference.
     """
-    config, patients = study.config, study.patients(rows)
-    draws, table, plain = config.bootstrap_draws, [], None
+    run, patients = study.run, study.patients(rows)
+    draws, table, plain = run.bootstrap_draws, [], None
     for name, (method, used) in recipes().items():
-        own = matches(study, rows, join(found, method=method, views_used=used, config=config))
+        own = matches(study, rows, join(found, method=method, views_used=used, run=run))
         plain = plain or own
         value = evaluate.bootstrap(own, patients, draws=draws, statistics=("mAP50",)).iloc[0]
         change = evaluate.paired_bootstrap(own, plain, patients, draws=draws, statistics=("mAP50",)).iloc[0]
@@ -284,15 +285,13 @@ def record(study: Study, table: pd.DataFrame, *, model: str) -> pd.DataFrame:
     """
     names = ["" if label in (0, "all") else f" {study.dataset.box_classes[int(label) - 1]}" for label in table["label"]]
     named = table.assign(metric=table["metric"] + names).drop(columns="label")
-    path = study.config.run_dir / "results.csv"
-    return report.update_results(report.result_rows(named, study.config, model=model), path)
+    path = study.run.run_dir / "results.csv"
+    return report.update_results(report.result_rows(named, study.run, model=model), path)
 
 
-def shown_threshold(config: Config) -> float:
+def shown_threshold(run: Run) -> float:
     """The score from which boxes are drawn: the best F1 over all classes of section "Thresholds", else 0.5."""
-    path = config.run_dir / "thresholds.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"{path.name} is not in {path.parent}: run the section 'Thresholds' first")
+    path = made_by(run, "thresholds.csv", "4 Thresholds")
     table = pd.read_csv(path)
     best = table.loc[table["objective"].eq("best F1") & table["label"].eq("all"), "threshold"].item()
     return 0.5 if np.isnan(best) else float(best)
@@ -325,7 +324,7 @@ def targets(study: Study) -> list[Target]:
     used = np.unique(np.concatenate([np.concatenate([fold.train, fold.select]) for fold in chosen]))
     seen = [Path(path).name for path in dataset.manifest["path"].to_numpy()[used]]
     result = []
-    for location in locate.siblings(study.config.location):
+    for location in locate.siblings(study.run.location):
         edition = dataset if location.root == dataset.root else datasets.load(location)
         submission.leak_guard(seen, edition.mapping)
         rows = np.flatnonzero((edition.manifest["split"] == "test").to_numpy())
@@ -335,7 +334,7 @@ def targets(study: Study) -> list[Target]:
 
 def submission_path(study: Study, target: Target) -> Path:
     """Where the submission of `target` goes; named after the run that made it."""
-    return submissions_root() / f"{target.name}_{study.config.run_dir.name}.csv"
+    return submissions_root() / f"{target.name}_{study.run.run_dir.name}.csv"
 
 
 def submit(
@@ -345,15 +344,15 @@ def submit(
 
     All folds' models look at every image in the views of `recipe`; all their boxes are fused as that many views.
     """
-    config = study.config
+    run = study.run
     method, used = recipes()[recipe]
     looks = [views.VIEWS[number] for number in used]
-    images = cache.build(target.dataset, size=config.size, fit="pad")
+    images = cache.build(target.dataset, size=run.size, fit="pad")
     parts = []
     for number, fold in enumerate(target.folds):
-        found = views.predict(load_fold(study, fold), images, target.rows, views=looks, batch_size=config.batch_size)
+        found = views.predict(load_fold(study, fold), images, target.rows, views=looks, batch_size=run.batch_size)
         parts.append(found.assign(view=found["view"] + number * len(looks)))
-    together = join(pd.concat(parts), method=method, views_used=range(len(looks) * len(parts)), config=config)
+    together = join(pd.concat(parts), method=method, views_used=range(len(looks) * len(parts)), run=run)
     names = {row: Path(target.dataset.manifest["path"][row]).name for row in target.rows.tolist()}
     sizes = {row: tuple(images.shapes[row][::-1].tolist()) for row in target.rows.tolist()}
     learnt = truth(study, np.unique(np.concatenate([fold.train for fold in target.folds])))

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dlia_utils.cache import ImageCache
 from dlia_utils.models.detector import Detector, scaled
 from dlia_utils.objectives import evaluating
+from dlia_utils.progress import Bar
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label", "score", "view")
 
@@ -80,7 +80,7 @@ def predict(
     rows = np.asarray(rows, dtype=np.int64)
     parts = []
     jobs = [(number, start) for number in range(len(views)) for start in range(0, len(rows), batch_size)]
-    for number, start in tqdm(jobs, desc="detecting", disable=not progress, delay=2):
+    for number, start in Bar(jobs, desc="detecting", disable=not progress, delay=2):
         chunk = rows[start : start + batch_size]
         parts.append(_look(model, cache, chunk, views[number]).assign(view=number))
     table = pd.concat(parts, ignore_index=True) if parts else _table([], np.zeros((0, 4)), [], []).assign(view=0)

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from dlia_utils.attacks._contract import check_inputs
+from dlia_utils.models.wrap import TwoLogits, two_logits  # noqa: F401 (the maps take them from here)
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
@@ -60,36 +61,6 @@ def scale(maps: Tensor) -> Tensor:
     """Maps >= 0 divided by their own maximum; zero maps stay zero."""
     top = maps.amax((1, 2), keepdim=True)
     return torch.where(top > TINY, maps / top.clamp(min=TINY), 0.0)
-
-
-class TwoLogits(nn.Module):
-    """`model` with one column per class: a scalar logit z becomes [-z, z]. Works on a copy of its input."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A first layer that works in place would write into the caller's images.
-        return two_logits(self.model(x.clone()))
-
-
-def two_logits(output: Tensor) -> Tensor:
-    """Logits [B,K]; a scalar logit z [B] or [B,1] of class 1 becomes [-z, z].
-
-    >>> two_logits(torch.tensor([[3.0], [-1.0]]))
-    tensor([[-3.,  3.],
-            [ 1., -1.]])
-    """
-    if not isinstance(output, Tensor) or output.ndim not in (1, 2):
-        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"the model must return logits [B,K], or one logit per image [B] or [B,1], not {what}"
-        )
-    if output.ndim == 1 or output.shape[1] == 1:
-        z = output.reshape(-1)
-        return torch.stack([-z, z], 1)
-    return output
 
 
 def check(model: nn.Module, x: Tensor, *, batch_size: int = 1) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
-from tqdm.auto import tqdm
 
 from dlia_utils import corrupt
 from dlia_utils.corruption_error import CLEAN
 from dlia_utils.models.resnet import BasicBlock
-from dlia_utils.models.transfer import blocks
+from dlia_utils.models.transfer import blocks, last_map_layer
+from dlia_utils.progress import Bar
 
 from . import _shared as s
 from .eigencam import _find
@@ -48,8 +48,10 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     resnet18_cifar: the second convolution of all eight blocks, before its batch norm, under the names of the
     original study: "layer{k}_2" is the last block but one of stage k, "layer{k}_1" the last. mobilenet_v2:
     the outputs of eight inverted residual blocks, evenly spread from the first to the last (all of them where
-    there are fewer), "block03" being the third. Both also as the body of a transfer model. Errors: ValueError
-    for other models: pass layers yourself.
+    there are fewer), "block03" being the third. Any other network with convolutions: up to eight of its
+    blocks, likewise spread, and the last map (see `models.blocks` and `models.last_map_layer`), under their
+    own names. All also as the body of a transfer model. Errors: ValueError for a network whose maps are not
+    found, such as a transformer: pass layers yourself.
 
     >>> from dlia_utils.models import mobilenet_v2, resnet18_cifar
     >>> map_layers(resnet18_cifar(width=1 / 8))["layer1_2"]
@@ -59,16 +61,17 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     """
     advice = 'pass layers={"label": "dotted.name", ...} (named_modules() has the names)'
     try:
-        names = blocks(model)
+        names, last = blocks(model), last_map_layer(model)
     except ValueError as error:
         raise ValueError(f"no default layers for a {type(model).__name__}: {advice}") from error
     if all(isinstance(model.get_submodule(name), BasicBlock) for name in names):
         return {_thesis_label(name): f"{name}.conv2" for name in names}
-    names = [name for name in names if isinstance(model.get_submodule(name), InvertedResidual)]
-    if not names:
-        raise ValueError(f"no default layers for a {type(model.backbone).__name__}: {advice}")
+    inverted = [name for name in names if isinstance(model.get_submodule(name), InvertedResidual)]
+    names = inverted or list(dict.fromkeys([*names, last]))
     places = np.linspace(0, len(names) - 1, min(POSITIONS, len(names))).round().astype(int)
-    return {f"block{place + 1:02d}": names[place] for place in places}
+    if inverted:
+        return {f"block{place + 1:02d}": names[place] for place in places}
+    return {names[place].removeprefix("backbone.").removeprefix("body."): names[place] for place in places}
 
 
 def _thesis_label(block: str) -> str:
@@ -362,7 +365,7 @@ def measure(
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     predictions, drift = [], []
     copies = [(name, severity) for name in names for severity in severities]
-    with tqdm(total=len(images) * (1 + len(copies)), desc="drift", unit="image", disable=not progress) as bar:
+    with Bar(total=len(images) * (1 + len(copies)), desc="drift", unit="image", disable=not progress) as bar:
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, min(start + batch_size, len(images)))
             x, who = images[rows].to(device), {"image": ids[rows]}

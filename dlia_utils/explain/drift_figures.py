@@ -23,10 +23,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from .. import corrupt
-from ..config import Config
 from ..corruption_error import CLEAN
 from ..detect.figures import _need, _style
 from ..report import COLORS, _axes, _note
+from ..run import Run
 from . import _shared as s
 from .drift import CEILING, FLOOR, INPUT, SIGN
 from .figures import HEAT, _films
@@ -48,7 +48,7 @@ SCORES = {  # those of drift.SIGN, as axes call them
 
 def figure_corruptions(
     image: Tensor,
-    config: Config,
+    config: Run,
     *,
     names: Sequence[str] = corrupt.THESIS,
     severities: Sequence[int] = corrupt.SEVERITIES,
@@ -78,7 +78,7 @@ def figure_corruptions(
 def figure_maps(
     images: Mapping[str, Tensor | np.ndarray],
     maps: Mapping[str, Mapping[str, Tensor | np.ndarray]],
-    config: Config,
+    config: Run,
     *,
     answers: Mapping[str, tuple[str, float]] | None = None,
     scores: pd.DataFrame | None = None,
@@ -127,7 +127,7 @@ def figure_maps(
 
 def figure_rmse_lines(
     drift: pd.DataFrame,
-    config: Config,
+    config: Run,
     *,
     by: str = "layer",
     score: str = "rmse",
@@ -178,7 +178,7 @@ def figure_rmse_lines(
 
 def figure_layers(
     drift: Mapping[str, pd.DataFrame],
-    config: Config,
+    config: Run,
     *,
     severity: int = 5,
     score: str = "rmse",
@@ -218,7 +218,7 @@ def figure_layers(
 def figure_scatter(
     grid: Mapping[str, pd.DataFrame],
     drift: Mapping[str, pd.DataFrame],
-    config: Config,
+    config: Run,
     *,
     metric: str = "auc",
     score: str = "rmse",
@@ -263,7 +263,7 @@ def figure_scatter(
 def figure_box(
     grid: pd.DataFrame,
     drift: pd.DataFrame,
-    config: Config,
+    config: Run,
     *,
     by: str = "severity",
     metric: str = "auc",
@@ -332,7 +332,7 @@ def figure_box(
 def figure_kept_flipped(
     predictions: pd.DataFrame,
     drift: pd.DataFrame,
-    config: Config,
+    config: Run,
     *,
     score: str = "rmse",
     method: str = "gradcam++",
@@ -389,7 +389,7 @@ def figure_kept_flipped(
 # ------------------------------------------------------------------------------------------- answers
 
 
-def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Config, *, metric: str = "auc") -> Figure:
+def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Run, *, metric: str = "auc") -> Figure:
     """A metric over severity, a panel per corruption, one line a training with its interval as a band.
 
     grid: name of the training -> table with columns corruption, severity, metric, value, ci_low, ci_high. The
@@ -423,7 +423,7 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Config, *, metric
 
 
 def figure_warning(
-    tables: Mapping[str, pd.DataFrame], config: Config, *, outcome: str = "error", metric: str = "auroc"
+    tables: Mapping[str, pd.DataFrame], config: Run, *, outcome: str = "error", metric: str = "auroc"
 ) -> Figure:
     """How well each score tells which answers go wrong, with intervals: a panel per reading, one mark a training.
 
@@ -629,12 +629,12 @@ def _picture_grid(rows: int, columns: int, shape: Sequence[int]) -> tuple[Figure
     return figure, axes
 
 
-def _finish_pictures(figure: Figure, config: Config, told: str) -> Figure:
+def _finish_pictures(figure: Figure, config: Run, told: str) -> Figure:
     figure.suptitle(", ".join(part for part in (told, _note(config)) if part), fontsize=9, y=0.995, va="top")
     return figure
 
 
-def _finish_panels(figure: Figure, config: Config, told: str, below: str, handles: Sequence) -> Figure:
+def _finish_panels(figure: Figure, config: Run, told: str, below: str, handles: Sequence) -> Figure:
     """Small titles, heading, remark and legend under the panels; then the layout."""
     for axis in figure.axes:
         axis.title.set_fontsize(9)

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..config import Config
 from ..detect.figures import TRUTH, _draw, _finish, _need
 from ..report import COLORS, _axes, _note
+from ..run import Run
 from . import _shared as s
 
 HEAT, SIGNED = "plasma", "RdBu_r"
@@ -40,7 +40,7 @@ def figure_overlays(
     maps: Mapping[str, Tensor | np.ndarray],
     *,
     captions: Sequence[str],
-    config: Config,
+    config: Run,
     boxes: Sequence[pd.DataFrame | np.ndarray | None] | None = None,
     alpha: float = 0.4,
     signed: Sequence[str] = (),
@@ -91,7 +91,7 @@ def figure_groups(
     labels: Sequence[int] | np.ndarray,
     probabilities: Sequence[float] | np.ndarray,
     classes: Sequence[str],
-    config: Config,
+    config: Run,
     *,
     per_group: int = 4,
     threshold: float = 0.5,
@@ -138,7 +138,7 @@ def figure_groups(
     return figure
 
 
-def figure_localisation(summary: pd.DataFrame, config: Config) -> Figure:
+def figure_localisation(summary: pd.DataFrame, config: Run) -> Figure:
     """How well the maps find the finding: every score of `localise`'s summary with its interval.
 
     Maps that no model made are grey and come last. A dotted line stands at the random map's value: what lies
@@ -171,7 +171,7 @@ def figure_localisation(summary: pd.DataFrame, config: Config) -> Figure:
     return _finish(figure, config)
 
 
-def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Config) -> Figure:
+def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
     """Likeness to the intact model's map while layers lose their weights, from the output down.
 
     tables: method -> `localisation.sanity`'s table. A dotted line of the method's colour: how alike its maps
@@ -262,7 +262,7 @@ def _show(axis: Axes, film: np.ndarray, region=None, *, width: float = TRUTH["lw
 
 def _lay_out(
     figure: Figure,
-    config: Config,
+    config: Run,
     shape: tuple[int, int],
     bars: Sequence[tuple[str, int, str]],
     notes: Sequence[str] = (),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlia_utils.attacks import frozen
+from dlia_utils.models.transfer import last_map_layer
 
 from . import _shared as s
 from .eigencam import _find, _pick
@@ -17,7 +18,7 @@ from .eigencam import _find, _pick
 def gradcam(
     model: nn.Module,
     x: Tensor,
-    layer: nn.Module | str,
+    layer: nn.Module | str | None = None,
     *,
     target: int | Tensor | None = None,
     plus: bool = False,
@@ -29,8 +30,8 @@ def gradcam(
     arXiv 1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c), 0 where the
     denominator is 0; the factor exp(logit) common to all channels is left out.
 
-    x: [B,1|3,H,W] in [0,1]. layer: a module of the model or its dotted name, with output [B,C,h,w]. target:
-    a class, or int64 [B]; None takes the predicted one. A head with one logit z (shape [B] or [B,1]) is read
+    x: [B,1|3,H,W] in [0,1]. layer: a module of the model or its dotted name, with output [B,C,h,w]; None
+    takes the last map (`models.last_map_layer`). target: a class, or int64 [B]; None takes the predicted one. A head with one logit z (shape [B] or [B,1]) is read
     as class 1 = z, class 0 = -z. Returns `maps` [B,H,W], resized bilinearly and divided by their own maximum,
     so two maps' heights cannot be compared; `grid` [B,h,w] as computed; `zero` marks images where no place
     speaks for the class (the map is then 0, not NaN). Only the part above the layer is differentiated;
@@ -48,6 +49,7 @@ def gradcam(
     >>> gradcam(net, x, "0", target=0).zero  # nothing speaks against it
     tensor([True])
     """
+    layer = last_map_layer(model) if layer is None else layer
     (found,) = _cams(model, x, [_find(model, layer)], target, plus)
     return found
 

@@ -23,6 +23,7 @@ from dlia_utils.models.lipschitz import (
     spectral_normalize,
 )
 from dlia_utils.models.mobilenet import mobilenet_v2
+from dlia_utils.models.named import backbone, from_timm, from_torchvision
 from dlia_utils.models.resnet import resnet18_cifar, resnet50_v2
 from dlia_utils.models.transfer import (
     TransferModel,
@@ -32,15 +33,18 @@ from dlia_utils.models.transfer import (
     unfreeze,
     with_head,
 )
-from dlia_utils.models.wrap import PixelModel
+from dlia_utils.models.wrap import PixelModel, TwoLogits, check_classifier, wrap
 
 __all__ = [
     "Detector",
     "PixelModel",
     "TransferModel",
+    "TwoLogits",
+    "backbone",
     "bake",
     "blocks",
     "cached_features",
+    "check_classifier",
     "cnn",
     "compare_norms",
     "create",
@@ -59,6 +63,7 @@ __all__ = [
     "summary",
     "unfreeze",
     "with_head",
+    "wrap",
 ]
 
 FORMAT = "dlia_utils model 1"
@@ -76,6 +81,8 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet18_cifar": resnet18_cifar,
     "transfer": _transfer,
     "faster_rcnn": faster_rcnn,
+    "torchvision": from_torchvision,
+    "timm": from_timm,
     **{name: partial(robust.create, name) for name in robust.SOURCES},
 }
 
@@ -89,7 +96,10 @@ def create(name: str, **options) -> nn.Module:
     0.25
     """
     if name not in REGISTRY:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(REGISTRY))}")
+        raise ValueError(
+            f"unknown model {name!r}; known: {', '.join(sorted(REGISTRY))}; by torchvision's or timm's "
+            "names: models.backbone"
+        )
     return REGISTRY[name](**options)
 
 
@@ -111,7 +121,8 @@ def save(model: nn.Module, path: str | Path, *, meta: dict) -> Path:
 def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Read a file written by `save` into a plain model in eval mode on the CPU.
 
-    `build` makes the empty model; by default the file's own recipe does. Weights saved while spectrally
+    `build` makes the empty model; by default the file's own recipe does. Your own network has none: give the
+    function that made it, such as `lambda: wrap(MyNet(), mean=0.5, std=0.25)`. Weights saved while spectrally
     normalised are loaded so and then baked: what comes back always has plain layers.
     Raises: FileNotFoundError; ValueError for a file of another kind, without a recipe, or with other keys or
     shapes.
@@ -125,7 +136,10 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
             f"{path.name} was not written by models.save: refused (weights alone: see mobilenet_v2)"
         )
     if build is None and content["recipe"] is None:
-        raise ValueError(f"{path.name} holds no recipe: pass build=, a function that makes the empty model")
+        raise ValueError(
+            f"{path.name} holds no recipe: pass build=, the function that made the model, such as "
+            "lambda: models.wrap(MyNet(), mean=0.5, std=0.25)"
+        )
     model = build() if build is not None else create(**content["recipe"])
     spectral_like(model, content["state_dict"])
     load_strictly(model, content["state_dict"], origin=path.name)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlia_utils.models.backbone import Backbone
+from dlia_utils.models.layers import untouched
 from dlia_utils.models.wrap import PixelModel
 
 GRID = 4  # side of the pooled map
@@ -134,17 +135,13 @@ def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
             }
         )
 
-    flags = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(note) for module in names]
     try:
-        model.eval()
-        with torch.no_grad():
+        with untouched(model):
             model(torch.zeros(1, 1, height, width, device=weights.device, dtype=weights.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in flags:
-            module.training = training
     total = {
         "layer": "", "kind": "total", "output": "", "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

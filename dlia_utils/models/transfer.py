@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import MobileNetV2
-from tqdm.auto import tqdm
 
+from dlia_utils.models import layers
 from dlia_utils.models.backbone import Backbone
 from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.robust.meansparse import MeanSparse
 from dlia_utils.models.robust.zoo import RobustModel, check_pixels
 from dlia_utils.models.wrap import PixelModel
+from dlia_utils.progress import Bar
 
 HEADS = ("linear", "mlp")
+OURS = (Backbone, MobileNetV2)  # networks whose blocks and last map are known
 
 
 class HeadOnBody(nn.Module):
@@ -94,8 +96,9 @@ def with_head(
 ) -> TransferModel:
     """A new model: a copy of `model`'s body, frozen but for its last blocks, under a head drawn from `seed`.
 
-    model: a mobilenet_v2, cnn, resnet, robust or transfer model; the body is all of it but its last layer
-    (of a transfer model, all but its head). The caller's model stays as it is.
+    model: a mobilenet_v2, cnn, resnet, robust or transfer model, a `models.backbone`, or your own network
+    after `models.wrap`; the body is all of it but its last layer (of a transfer model, all but its head),
+    which in a network that the suite does not know must be an nn.Linear. The caller's model stays as it is.
     head: "linear" (dropout, linear layer: a linear probe keeps robust features as they are) or "mlp"
     (dropout, linear layer to `hidden`, ReLU, batch norm, dropout, linear layer).
     unfrozen: how many of `blocks(model)`, counted from the end, train along, or "all"; see `unfreeze`.
@@ -121,8 +124,7 @@ def with_head(
     # The caller's random stream stays as it is: the same seed gives the same start wherever the call stands.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = _head(head, channels, num_classes, hidden, dropout)
-    layers = layers.to(model.mean.device)
+        top = _head(head, channels, num_classes, hidden, dropout)
     recipe = None
     if model.recipe is not None:
         inner = model.recipe["body"] if isinstance(model, TransferModel) else model.recipe
@@ -131,7 +133,7 @@ def with_head(
             "dropout": dropout,
         }  # fmt: skip
     checked = model.checked if isinstance(model, TransferModel) else isinstance(model, RobustModel)
-    made = TransferModel(HeadOnBody(body, layers), *_normalisation(model), recipe=recipe, checked=checked)
+    made = TransferModel(HeadOnBody(body, top), *_normalisation(model), recipe=recipe, checked=checked)
     return unfreeze(made.to(model.mean.device), unfrozen)
 
 
@@ -139,9 +141,10 @@ def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
     """Let the last `unfrozen` of `blocks(model)` train, or "all" of the body; freeze the rest. In place.
 
     A block is: an inverted residual block of MobileNetV2, or the 1 x 1 convolution after them; a residual
-    block of a ResNet or wide ResNet; a convolution with its norm and pooling of the CNN. What follows the
-    last block (a final norm, the CNN's fully connected layer) trains with it; the stem only with "all". A
-    trained head is kept: so a body is fine-tuned after its head. Parameters that train stay the same
+    block of a ResNet or wide ResNet; a convolution with its norm and pooling of the CNN; in a network that
+    the suite does not know, see `blocks`. What follows the last block (a final norm, the CNN's fully
+    connected layer) trains with it; the stem only with "all". A transformer has no blocks here: 0 or "all".
+    A trained head is kept: so a body is fine-tuned after its head. Parameters that train stay the same
     objects, but an optimiser must be made after this call. Raises: ValueError for another number.
 
     >>> from dlia_utils.models.mobilenet import mobilenet_v2
@@ -151,23 +154,23 @@ def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
     """
     if not isinstance(model, TransferModel):
         raise ValueError(f"unfreeze takes a model made by with_head, not a {type(model).__name__}")
-    body, names = model.backbone.body, _block_names(model.backbone.body)
+    body = model.backbone.body
+    parts, names = _parts(body, model.mean.shape[1])
     count = isinstance(unfrozen, int) and not isinstance(unfrozen, bool) and 0 <= unfrozen <= len(names)
     if not count and unfrozen != "all":
         raise ValueError(f"unfrozen must be 0 to {len(names)} blocks or 'all', not {unfrozen!r}")
-    leaves = [(name, module) for name, module in body.named_modules() if not any(module.children())]
     if unfrozen == "all":
-        live = leaves
+        live = parts
     elif unfrozen == 0:
         live = []
     else:
-        front = f"{names[-unfrozen]}."
-        first = next(i for i, (name, _) in enumerate(leaves) if name.startswith(front))
-        live = leaves[first:]  # modules are registered in the order of the forward pass
+        front = names[-unfrozen]
+        first = next(i for i, name in enumerate(parts) if f"{name}.".startswith(f"{front}."))
+        live = parts[first:]
     body.requires_grad_(False)
-    for _, module in live:
-        module.requires_grad_(True)
-    model.backbone.live = tuple(name for name, _ in live)
+    for name in live:
+        body.get_submodule(name).requires_grad_(True)
+    model.backbone.live = tuple(live)
     if model.recipe is not None:
         model.recipe = {**model.recipe, "unfrozen": unfrozen}
     return model.train(model.training)
@@ -215,7 +218,7 @@ def cached_features(
     # Without a generator of its own a loader draws its workers' seed from the global random stream.
     loader = DataLoader(dataset, batch_size=batch_size, generator=torch.Generator())
     with torch.no_grad():
-        for x, *rest in tqdm(loader, desc="features", unit="batch", disable=not progress):
+        for x, *rest in Bar(loader, desc="features", unit="batch", disable=not progress):
             columns.append([body(x.to(device)).float().cpu(), *map(torch.as_tensor, rest)])
     return TensorDataset(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
@@ -223,51 +226,85 @@ def cached_features(
 def blocks(model: nn.Module) -> list[str]:
     """Dotted names of the body's blocks, the first one first: what `unfreeze` counts from the end.
 
-    The outputs are maps [B, C, h, w], so each name is also a layer for Grad-CAM. Raises: ValueError for a
-    model of another kind.
+    The outputs are maps [B, C, h, w], so each name is also a layer for Grad-CAM. In a network that the suite
+    does not know they are found by one forward pass on a black image: the modules of several layers that
+    make a map, down the chains (`nn.Sequential`) that hold them, such as the residual blocks of a ResNet;
+    of a flat chain, such as VGG's, the convolutions. Raises: ValueError for a network without such blocks,
+    such as a transformer.
 
     >>> from dlia_utils.models.mobilenet import mobilenet_v2
     >>> blocks(mobilenet_v2(width=0.25))[-2:]
     ['backbone.features.17', 'backbone.features.18']
     """
-    prefix, body = _located(model)
-    return [f"{prefix}.{name}" for name in _block_names(body)]
+    prefix, network = _located(model)
+    names = _parts(network, _channels(model))[1]
+    if not names:
+        raise ValueError(
+            f"a {type(network).__name__} has no known blocks that make maps: unfreeze 0 or 'all' of it, and name "
+            "the layers for its maps (named_modules() has the names)"
+        )
+    return [prefix + name for name in names]
 
 
 def last_map_layer(model: nn.Module) -> str:
     """Dotted name of the layer whose output [B, C, h, w] is pooled for the head: Grad-CAM's usual layer.
 
-    Raises: ValueError for a model of another kind.
+    model: any network with convolutions. Where the suite does not know it, the layer is found by one forward
+    pass on a black image: the last one that makes a map and is no pooling itself. The model stays as it is.
+    Raises: ValueError for a network without such a layer, and for a transformer: name its layer yourself.
 
     >>> from dlia_utils.models.mobilenet import mobilenet_v2
     >>> last_map_layer(with_head(mobilenet_v2(width=0.25)))
     'backbone.body.features.18'
     """
-    prefix, body = _located(model)
-    last = getattr(body, "MAP", "") or _block_names(body)[-1]
-    return f"{prefix}.{last}"
+    prefix, network = _located(model)
+    if not isinstance(network, OURS):
+        return prefix + layers.last_map(layers.trace(network, channels=_channels(model)))
+    return prefix + (getattr(network, "MAP", "") or _parts(network)[1][-1])
 
 
 # ------------------------------------------------------------------ parts
 
 
 def _located(model: nn.Module) -> tuple[str, nn.Module]:
-    """Where the network with the blocks lies in `model`, and the network."""
+    """The prefix of the names of the network with the blocks in `model`, and the network."""
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, HeadOnBody):
-        return "backbone.body", backbone.body
-    if isinstance(backbone, Backbone | MobileNetV2):
-        return "backbone", backbone
-    raise ValueError(
-        f"a {type(model).__name__} of a {type(backbone).__name__} has no known blocks: give a mobilenet_v2, "
-        "cnn, resnet, robust or transfer model as models.create makes it (not a folded copy)"
-    )
+        return "backbone.body.", backbone.body
+    if isinstance(backbone, OURS) or isinstance(model, PixelModel):
+        return "backbone.", backbone
+    if isinstance(model, nn.Module):
+        return "", model
+    raise ValueError(f"a {type(model).__name__} is no network: give a torch.nn.Module")
 
 
-def _block_names(body: nn.Module) -> list[str]:
-    if isinstance(body, MobileNetV2):
-        return [f"features.{i}" for i in range(1, len(body.features))]  # 0 is the stem
-    return body.block_names()
+def _channels(model: nn.Module) -> int | None:
+    """How many channels the network behind the door reads; None without a door."""
+    return model.mean.shape[1] if isinstance(model, PixelModel) else None
+
+
+def _parts(network: nn.Module, channels: int | None = None) -> tuple[list[str], list[str]]:
+    """Names of the parts that can train, in the order of the forward pass, and of the blocks.
+
+    A part has no children, or weights of its own beside them.
+    """
+    if isinstance(network, OURS):  # registered in the order of the forward pass
+        names = [name for name, module in network.named_modules() if not any(module.children())]
+        if isinstance(network, MobileNetV2):
+            return names, [f"features.{i}" for i in range(1, len(network.features))]  # 0 is the stem
+        return names, network.block_names()
+    found = layers.trace(network, channels=channels)
+    order = {call.name: number for number, call in reversed([*enumerate(found.begun)])}
+
+    def place(name: str) -> int:
+        # What does not run itself, such as the last layer inside an attention, stands with its parent.
+        return order[name] if name in order else place(name.rpartition(".")[0])
+
+    own = [
+        name for name, module in network.named_modules()
+        if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
+    ]  # fmt: skip
+    return sorted(own, key=place), layers.block_names(found)
 
 
 def _body(model: nn.Module) -> tuple[nn.Module, int]:
@@ -275,10 +312,18 @@ def _body(model: nn.Module) -> tuple[nn.Module, int]:
     _, network = _located(model)
     if isinstance(model, TransferModel):
         return copy.deepcopy(network), _inputs(model.head)
-    name = "classifier" if isinstance(network, MobileNetV2) else network.HEAD
-    channels = _inputs(getattr(network, name))
+    if not isinstance(model, PixelModel):
+        raise ValueError(
+            "with_head takes a model of images in [0, 1]: models.wrap(net, mean=, std=) makes one of a "
+            f"{type(model).__name__}"
+        )
+    if isinstance(network, OURS):
+        name = "classifier" if isinstance(network, MobileNetV2) else network.HEAD
+    else:
+        name = layers.last_linear(layers.trace(network, channels=_channels(model)))
+    channels = _inputs(network.get_submodule(name))
     body = copy.deepcopy(network)
-    setattr(body, name, nn.Identity())
+    layers.replace(body, name, lambda _: nn.Identity())
     return body, channels
 
 

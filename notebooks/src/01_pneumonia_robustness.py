@@ -23,7 +23,7 @@
 # What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from
 # the smoke profile on *synthetic* films, and only show what you will see.
 #
-# Press *Run All*. Every section also runs alone after the five opening cells, so you can copy one into a
+# Press *Run All*. Every section also runs alone after the opening cells, so you can copy one into a
 # notebook of your own: trained models and finished tables are read back from the run folder.
 #
 # *For research and teaching. Not a medical device.*
@@ -32,16 +32,75 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, five hours), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray
+DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray, or your own: two class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
+#
+# **Your own images**: `DATA_DIR` may be any folder with a folder of images for each class (below `train`, `val` and
+# `test` if you have a split). A CSV in it with the columns `file` and, as you have them, `label`, `patient`, `split`
+# says more. Without patients every image counts as one: `patient_pattern` reads them from the file names.
 
-config = dlia_config.resolve("01_pneumonia_robustness", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+from dlia_utils.attacks import evaluate
+from dlia_utils.units import pixel_eps
+
+# The data: per_class None is every image, a number a sample of each class; own images are split by these shares
+FULL = {"dataset": "pneumonia", "seed": 0, "size": 224, "per_class": None, "val_share": 0.15}
+FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pattern": ""}
+# MobileNetV2, and the recipe of every training; max_minutes is for one model, None is no limit
+FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 25, "batch_size": 32, "lr": 1e-3}
+FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+# Lipschitz models, margin penalty, distillation
+FULL |= {"lipschitz_penalty": 0.05, "gradient_penalty": 3e-3, "temperatures": (35.0, 50.0), "alpha": 0.9}
+# Adversarial training: which, on what ball; a "free" epoch replays every batch, gairat goes on from pgd_at
+FULL |= {"adversarial": ("pgd_at", "fast_at", "free_at", "trades", "mart", "hat", "gairat")}
+FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1.5 / 255, "free_replays": 4, "free_epochs": 60}
+FULL |= {"gairat_epochs": 10, "gairat_steps": 10}
+# Noise, and the certificate that it allows
+FULL |= {"sigma": 0.12, "certified_per_class": 100, "certificate_draws": 1000}
+
+# %% tags=["settings"]
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
+FULL |= {"published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1)}  # of FGSM, in normalised units
+FULL |= {"pgd_steps": 20, "pgd_restarts": 2, "attack_batch": 128, "budgets": {"square": {"steps": 2000}}}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+# One-Pixel: (pixels, population, iterations, F, CR) of the study that is redone here
+FULL |= {"one_pixel": ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))}
+FULL |= {"one_pixel_per_class": 100, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
+CPU = {"size": 112, "epochs": 5, "num_workers": 0, "at_steps": 2, "at_step_size": 2.8 / 255}
+CPU |= {"free_epochs": 12, "gairat_epochs": 2, "gairat_steps": 5, "certified_per_class": 40}
+CPU |= {"eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "pgd_steps": 10, "pgd_restarts": 1, "budgets": SHORT}
+CPU |= {"expensive": EXPENSIVE, "check_films": 24, "one_pixel_per_class": 8}
+
+TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
+SMOKE = {"size": 48, "per_class": 96, "width": 0.5, "stages": 3, "pretrained": False, "epochs": 12}
+SMOKE |= {"batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None, "temperatures": (50.0,)}
+SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255, "gradient_penalty": 1e-3}
+SMOKE |= {"adversarial": ("pgd_at", "trades"), "sigma": 0.05, "eps_grid": pixel_eps(1, 4)}
+SMOKE |= {"published_eps_grid": (0.01, 0.1), "pgd_steps": 3, "pgd_restarts": 1, "budgets": TINY}
+SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "certified_per_class": 4, "certificate_draws": 200}
+SMOKE |= {"one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0))}
+SMOKE |= {"one_pixel_per_class": 4, "bootstrap_draws": 200}
+OTHER = {"test_share": 0.15, "unusable_share": 0.01}  # any other data: a test split is drawn where there is none
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("01_pneumonia_robustness", FULL, cpu=CPU, smoke=SMOKE, by_data={"pneumonia": {}, "*": OTHER},
+            changes=CHANGES, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes=2,
+            allowed={"attacks": evaluate.LINF, "adversarial": FULL["adversarial"]}, trains="2 Training")
+print(run)
 
 # %% tags=["imports"]
 from functools import partial  # noqa: I001 (one line a module keeps this cell readable)
@@ -58,21 +117,23 @@ from dlia_utils.attacks import evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.attacks.checklist import checklist
 from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
-from dlia_utils.study import (
-    attack_subset,
-    load_models,
-    open_study,
-    stored,
-    suite_folder,
-    suite_options,
-    test_opened,
-    train_model,
-    weights_label,
-)
+from dlia_utils.study import SUITE_USES, attack_subset, load_models, made_by, open_study, stored
+from dlia_utils.study import suite_folder, suite_options, test_opened, train_model, weights_label
+from dlia_utils.units import eps_text
 
-MODELS = ["baseline", "lipschitz", "lipschitz_operator", "margin_gradient",
-          *(f"distilled_T{t:g}" for t in config.temperatures), "papernot", *config.adversarial]  # fmt: skip
-RESULTS = config.run_dir / "results.csv"
+RESULTS = run.run_dir / "results.csv"
+
+# %% [markdown]
+# **Your model here.** One line puts any network with two logits into every table below: a function that *builds* one
+# (it is trained here, like the baseline), or a network that is *trained already*. Networks expect normalised images;
+# attacks think in grey levels. `models.wrap` settles that: images enter in [0, 1], the normalisation is part of the
+# model, and 4/255 means four grey levels. `models.backbone` does it for any name of torchvision or timm.
+
+# %% tags=["yours"]
+# run.own["resnet18"] = lambda: models.backbone("resnet18", num_classes=2, pretrained=False)
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+MODELS = ["baseline", "lipschitz", "lipschitz_operator", "margin_gradient"]
+MODELS += [*(f"distilled_T{t:g}" for t in run.temperatures), "papernot", *run.adversarial, *run.own]
 
 # %% [markdown]
 # ## 1 The data
@@ -83,7 +144,7 @@ RESULTS = config.run_dir / "results.csv"
 # junk and never reads an image twice.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 print(f"{len(study.cache.truncated)} files end too early but decode: they are used")
 display(datasets.summary(study.dataset))
 study.dataset.ignored["reason"].value_counts().rename("files not read").to_frame()
@@ -110,8 +171,8 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, ["class_name", "patient"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "samples")
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "samples")
 figure
 
 
@@ -141,7 +202,7 @@ def train_baseline(study):
 # %%
 def train_lipschitz(study, name, kind):
     penalised = objectives.lipschitz(
-        penalty=config.lipschitz_penalty, input_std=IMAGENET_STD, weight=study.class_weights()
+        penalty=run.lipschitz_penalty, input_std=IMAGENET_STD, weight=study.class_weights()
     )
     return train_model(study, name, penalised, spectral=kind)
 
@@ -153,7 +214,7 @@ def train_lipschitz(study, name, kind):
 
 # %%
 def train_margin_gradient(study):
-    flat = objectives.margin_gradient(penalty=config.gradient_penalty, weight=study.class_weights())
+    flat = objectives.margin_gradient(penalty=run.gradient_penalty, weight=study.class_weights())
     return train_model(study, "margin_gradient", flat)
 
 
@@ -165,7 +226,7 @@ def train_margin_gradient(study):
 # %%
 def train_distilled(study, temperature):
     teacher = load_models(study, ["baseline"])["baseline"]
-    student = objectives.distillation(teacher, temperature=temperature, alpha=config.alpha)
+    student = objectives.distillation(teacher, temperature=temperature, alpha=run.alpha)
     return train_model(study, f"distilled_T{temperature:g}", student)
 
 
@@ -177,13 +238,13 @@ def train_distilled(study, temperature):
 
 # %%
 def train_papernot_teacher(study):
-    hot_loss = objectives.cross_entropy_at(max(config.temperatures), weight=study.class_weights())
+    hot_loss = objectives.cross_entropy_at(max(run.temperatures), weight=study.class_weights())
     return train_model(study, "papernot_teacher", hot_loss)
 
 
 def train_papernot(study):
     teacher = load_models(study, ["papernot_teacher"])["papernot_teacher"]
-    student = objectives.distillation(teacher, temperature=max(config.temperatures), alpha=1.0)
+    student = objectives.distillation(teacher, temperature=max(run.temperatures), alpha=1.0)
     return train_model(study, "papernot", student)
 
 
@@ -202,13 +263,13 @@ def held_out(study):
 
 def train_gaussian_noise(study):
     x, y = held_out(study)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(config.seed)).to(x.device)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(run.seed)).to(x.device)
 
     def under_noise(model):
-        called = train.log_odds(model, x + config.sigma * noise) > 0
+        called = train.log_odds(model, x + run.sigma * noise) > 0
         return {"val_noisy_accuracy": float((called == (y.cpu().numpy() == 1)).mean())}
 
-    noisy = objectives.gaussian_noise(sigma=config.sigma, weight=study.class_weights())
+    noisy = objectives.gaussian_noise(sigma=run.sigma, weight=study.class_weights())
     return train_model(study, "gaussian_noise", noisy, val_metric=under_noise, monitor="val_noisy_accuracy")
 
 
@@ -233,8 +294,8 @@ def under_attack(study):
     films = held_out(study)
 
     def robust_accuracy(model):
-        found = evaluate.robust(model, films, [config.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=config.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
+                                batch_size=run.attack_batch, progress=False)  # fmt: skip
         return {"val_robust": 1 - found.rows.query("attack == 'worst'").fooled.mean()}
 
     return {"val_metric": robust_accuracy, "monitor": "val_robust"}
@@ -243,10 +304,10 @@ def under_attack(study):
 # %%
 def train_adversarial(study, name):
     weight = study.class_weights()
-    ball = {"eps": config.at_eps, "weight": weight}
-    steps = {**ball, "steps": config.at_steps, "step_size": config.at_step_size}
+    ball = {"eps": run.at_eps, "weight": weight}
+    steps = {**ball, "steps": run.at_steps, "step_size": run.at_step_size}
     if name == "fast_at":
-        monitor = objectives.overfitting_monitor(*held_out(study), eps=config.at_eps)
+        monitor = objectives.overfitting_monitor(*held_out(study), eps=run.at_eps)
         return train_model(study, name, objectives.fast_adversarial(**ball), val_metric=monitor,
                            monitor="val_pgd_accuracy")  # fmt: skip
     options = under_attack(study)
@@ -259,14 +320,23 @@ def train_adversarial(study, name):
     elif name == "hat":
         objective = objectives.hat(load_models(study, ["baseline"])["baseline"], **steps)
     elif name == "free_at":
-        objective, options["epochs"] = objectives.free_adversarial(**ball, replays=config.free_replays), config.free_epochs
+        objective, options["epochs"] = objectives.free_adversarial(**ball, replays=run.free_replays), run.free_epochs
     elif name == "gairat":
-        count = config.gairat_steps
-        objective = objectives.gairat(**ball, steps=count, step_size=2 * config.at_eps / count)
-        options |= {"start": "pgd_at", "epochs": config.gairat_epochs, "lr": config.lr / 4}
+        count = run.gairat_steps
+        objective = objectives.gairat(**ball, steps=count, step_size=2 * run.at_eps / count)
+        options |= {"start": "pgd_at", "epochs": run.gairat_epochs, "lr": run.lr / 4}
     else:
-        raise ValueError(f"config.adversarial names {name!r}, which this cell does not know")
+        raise ValueError(f"run.adversarial names {name!r}, which this cell does not know")
     return train_model(study, name, objective, **options)
+
+
+# %% [markdown]
+# **A model of your own** learns what the baseline learns, from the same films with the same recipe; one that is trained
+# already is taken as it is.
+
+# %%
+def train_own(study, name):
+    return train_model(study, name, objectives.cross_entropy(weight=study.class_weights()))
 
 
 # %% [markdown]
@@ -274,19 +344,19 @@ def train_adversarial(study, name):
 # models at a time, each in a process of its own with a log in the run folder. Models already trained are read back.
 
 # %%
-study = open_study(config)
-print("starting weights:", weights_label(config))
+study = open_study(run)
+print("starting weights:", weights_label(run))
 jobs = {"baseline": train_baseline, "papernot_teacher": train_papernot_teacher}
 jobs |= {"lipschitz": partial(train_lipschitz, name="lipschitz", kind="kernel"),
          "lipschitz_operator": partial(train_lipschitz, name="lipschitz_operator", kind="operator"),
          "margin_gradient": train_margin_gradient, "gaussian_noise": train_gaussian_noise}  # fmt: skip
-jobs |= {name: partial(train_adversarial, name=name) for name in config.adversarial}
-jobs |= {f"distilled_T{t:g}": partial(train_distilled, temperature=t) for t in config.temperatures}
-jobs |= {"papernot": train_papernot}
-later = {"papernot", "hat", "gairat", *(f"distilled_T{t:g}" for t in config.temperatures)}  # they need another model
+jobs |= {name: partial(train_adversarial, name=name) for name in run.adversarial}
+jobs |= {f"distilled_T{t:g}": partial(train_distilled, temperature=t) for t in run.temperatures}
+jobs |= {"papernot": train_papernot} | {name: partial(train_own, name=name) for name in run.own}
+later = {"papernot", "hat", "gairat", *(f"distilled_T{t:g}" for t in run.temperatures)}  # they need another model
 rows = []
 for wave in (sorted(set(jobs) - later, key=list(jobs).index), [name for name in jobs if name in later]):
-    fitted = launch.each(lambda name: jobs[name](study), wave, log_dir=config.run_dir / "logs")
+    fitted = launch.each(lambda name: jobs[name](study), wave, log_dir=run.run_dir / "logs")
     rows += [{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch,
               "best score": one.best_score, "minutes": one.seconds / 60} for name, one in fitted.items()]  # fmt: skip
 pd.DataFrame(rows).round(3)
@@ -296,9 +366,10 @@ pd.DataFrame(rows).round(3)
 # AUC is comparable on the right (an adversarially trained model answers clean films here, too).
 
 # %%
-histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in MODELS}
-figure = report.figure_history(histories, config)
-report.save_figure(figure, config, "training")
+histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in MODELS
+             if (run.run_dir / name / "metrics.csv").exists()}  # fmt: skip
+figure = report.figure_history(histories, run)
+report.save_figure(figure, run, "training")
 figure
 
 # %% [markdown]
@@ -308,8 +379,8 @@ figure
 # $5 / (\sqrt{2} \cdot r)$ to be safe within a radius $r$.
 
 # %%
-study = open_study(config)
-shape, rows = (1, config.size, config.size), []
+study = open_study(run)
+shape, rows = (1, run.size, run.size), []
 for name, model in load_models(study, ["baseline", "lipschitz", "lipschitz_operator"]).items():
     norms = models.compare_norms(model.backbone, (3, *shape[1:]))
     convolutions = norms[norms["kind"].ne("linear")]
@@ -325,7 +396,7 @@ pd.DataFrame(rows).round(2)
 # come from a bootstrap over *patients*: two films of one child are not two independent pieces of evidence.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 trained = load_models(study, MODELS)
 test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
@@ -333,7 +404,7 @@ labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 scores = {name: train.log_odds(model, study.torch_set("test")) for name, model in trained.items()}
 clean = pd.concat(
     report.result_rows(
-        metrics.classification(labels, score, patients, threshold=0, draws=config.bootstrap_draws), config, model=name
+        metrics.classification(labels, score, patients, threshold=0, draws=run.bootstrap_draws), run, model=name
     )
     for name, score in scores.items()
 )
@@ -351,20 +422,20 @@ table.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dic
 
 # %%
 predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**{n: expit(s) for n, s in scores.items()})
-files.write_csv(predictions, config.run_dir / "predictions.csv")
+files.write_csv(predictions, run.run_dir / "predictions.csv")
 tests = {name: comparison.delong_test(labels, scores[name], scores["baseline"], patients) for name in MODELS[1:]}
 tests = pd.DataFrame(tests).T.rename(columns={"value": "AUC minus the baseline's"})
 tests["p (Holm)"] = comparison.holm(tests["p"])
-files.write_csv(tests.rename_axis("model").reset_index(), config.run_dir / "auc_tests.csv")
+files.write_csv(tests.rename_axis("model").reset_index(), run.run_dir / "auc_tests.csv")
 display(tests[["AUC minus the baseline's", "ci_low", "ci_high", "p (Holm)"]].astype(float).round(4))
-figure = report.figure_roc(labels, scores, config)
-report.save_figure(figure, config, "roc")
+figure = report.figure_roc(labels, scores, run)
+report.save_figure(figure, run, "roc")
 figure
 
 # %%
 predicted = {name: (score > 0).astype(int) for name, score in scores.items()}
-figure = report.figure_confusion(labels, predicted, study.dataset.classes, config)
-report.save_figure(figure, config, "confusion")
+figure = report.figure_confusion(labels, predicted, study.dataset.classes, run)
+report.save_figure(figure, run, "confusion")
 figure
 
 # %% [markdown]
@@ -374,7 +445,7 @@ figure
 # films ([1706.04599](https://arxiv.org/abs/1706.04599)), divides the logits; it cannot change an answer or an AUC.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 val_labels = study.labels(study.rows("val")).cpu().numpy()
@@ -385,14 +456,14 @@ for name, model in load_models(study, MODELS).items():
     temperature = calibration.fit_temperature(np.stack([np.zeros_like(on_val), on_val], axis=1), val_labels)
     calibrated[name] = expit(on_test / temperature)
     for when, p in (("clean", expit(on_test)), ("clean, temperature", calibrated[name])):
-        found = calibration.summary(labels, p, patients, draws=config.bootstrap_draws)
+        found = calibration.summary(labels, p, patients, draws=run.bootstrap_draws)
         table.append(found.assign(model=name, attack=when, temperature=temperature))
     found = metrics.sensitivity_at_specificity((val_labels, on_val), labels, on_test, patients,
-                                               draws=config.bootstrap_draws)  # fmt: skip
-    fixed.append(report.result_rows(found, config, model=name))
+                                               draws=run.bootstrap_draws)  # fmt: skip
+    fixed.append(report.result_rows(found.filter(report.RESULT_COLUMNS), run, model=name))
 fixed, table = pd.concat(fixed), pd.concat(table)
 report.update_results(fixed, RESULTS)
-report.update_results(report.result_rows(table, config), RESULTS)
+report.update_results(report.result_rows(table.filter(report.RESULT_COLUMNS), run), RESULTS)
 shown = table[table.metric.isin(["ece", "brier"])].assign(cell=lambda t: [report.with_interval(row) for _, row in t.iterrows()])
 shown["what"] = shown.metric + shown.attack.str.removeprefix("clean").str.replace(",", " after")
 alone = table[table.metric.eq("ece") & table.attack.eq("clean")].set_index("model")[["temperature", "if_calibrated"]]
@@ -414,15 +485,15 @@ fixed.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dic
 # of pneumonias: it is that of this test split, not of a hospital.
 
 # %%
-some = {name: calibrated[name] for name in ("baseline", "papernot", config.adversarial[0])}
-draws = min(500, config.bootstrap_draws)
+some = {name: calibrated[name] for name in ("baseline", "papernot", run.adversarial[0])}
+draws = min(500, run.bootstrap_draws)
 curves = {name: calibration.reliability(labels, p, patients, draws=draws) for name, p in some.items()}
-figure = calibration.figure_reliability(curves, config)
-report.save_figure(figure, config, "reliability")
+figure = calibration.figure_reliability(curves, run)
+report.save_figure(figure, run, "reliability")
 display(figure)
 curves = {name: calibration.decision_curve(labels, p, patients, draws=draws) for name, p in some.items()}
-figure = calibration.figure_decision_curve(curves, config)
-report.save_figure(figure, config, "decision_curve")
+figure = calibration.figure_decision_curve(curves, run)
+report.save_figure(figure, run, "decision_curve")
 figure
 
 
@@ -439,8 +510,8 @@ figure
 def fgsm_normalised(model, study, rows):
     std = model.std.flatten().cpu()
     tables = []
-    for eps in config.published_eps_grid:
-        for chunk in np.array_split(rows, -(-len(rows) // config.attack_batch)):
+    for eps in run.published_eps_grid:
+        for chunk in np.array_split(rows, -(-len(rows) // run.attack_batch)):
             x, y = study.images(chunk).expand(-1, 3, -1, -1), study.labels(chunk)
             result = fgsm(model, x, y, eps=normalised_eps(eps, std).to(x.device))
             tables.append(pd.DataFrame({"eps": eps, "image": chunk, "fooled": result.success.cpu()}))
@@ -448,16 +519,17 @@ def fgsm_normalised(model, study, rows):
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
 trained, rows = load_models(study, MODELS), study.rows("test")
 test_opened(study, "FGSM in normalised units")
 for name, model in trained.items():
-    per_image = stored(study, f"fgsm_normalised_{name}", lambda m=model: fgsm_normalised(m, study, rows))
+    per_image = stored(study, f"fgsm_normalised_{name}", lambda m=model: fgsm_normalised(m, study, rows),
+                       model=name, uses=["published_eps_grid"])  # fmt: skip
     accuracy = report.accuracy_rows(per_image, study, model=name, eps_unit="normalised")
     results = report.update_results(accuracy, RESULTS)
-figure = report.figure_accuracy_vs_eps(results, config, attack="fgsm_normalised", unit="normalised",
+figure = report.figure_accuracy_vs_eps(results, run, attack="fgsm_normalised", unit="normalised",
                                        note="FGSM as in the original study")  # fmt: skip
-report.save_figure(figure, config, "fgsm_normalised")
+report.save_figure(figure, run, "fgsm_normalised")
 figure
 
 
@@ -484,35 +556,37 @@ figure
 #
 # `evaluate.robust` is the one call. A film counts as right only if *no* attack fooled it at this or any smaller
 # eps: the worst case per film, which is no higher than the best single attack. Films that are wrong before any attack
-# count as fooled. The dear attacks run at the eps named in `config.dear` only. What is finished lies in the run folder.
+# count as fooled. The expensive attacks run only at the eps that `expensive` in the settings names, and the list of
+# attacks is `attacks` there: shorten or extend it. What is finished lies in the run folder.
 
 # %%
 def suite(study, name):
     """The whole evaluation of one trained model; finished parts are read back."""
     rows = study.rows("test")
     images, labels, model = study.images(rows), study.labels(rows), load_models(study, [name])[name]
-    return evaluate.robust(model, (images, labels), config.eps_grid, **suite_options(config), ids=rows,
-                           groups=study.patients(rows), folder=suite_folder(config, name),
-                           resume=bool(config.resume))  # fmt: skip
+    return evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
+                           groups=study.patients(rows), folder=suite_folder(study, name),
+                           resume=bool(run.resume))  # fmt: skip
 
 
 def evaluated(name):
-    found = suite(open_study(config), name)
-    stored(study, f"robust_{name}", lambda: found.rows)
+    found = suite(open_study(run), name)
+    stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
     stored(study, f"checks_{name}", lambda: checklist(found.model, found.images, found.labels, found,
-                                                      subset=config.check_films))  # fmt: skip
+                                                      subset=run.check_films),
+           model=name, uses=(*SUITE_USES, "check_films"))  # fmt: skip
     return found.cost.assign(model=name)
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "the suite of attacks in pixel units")
-cost = pd.concat(launch.each(evaluated, MODELS, log_dir=config.run_dir / "logs").values())
-files.write_csv(cost, config.run_dir / "suite_cost.csv")
+cost = pd.concat(launch.each(evaluated, MODELS, log_dir=run.run_dir / "logs").values())
+files.write_csv(cost, run.run_dir / "suite_cost.csv")
 for name in MODELS:
-    per_image = pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv")
+    per_image = stored(study, f"robust_{name}", model=name, section="5 The suite")
     rows = [report.accuracy_rows(per_image, study, model=name),
-            report.direction_rows(per_image, study, model=name, eps=config.headline_eps)]  # fmt: skip
+            report.direction_rows(per_image, study, model=name, eps=run.headline_eps)]  # fmt: skip
     results = report.update_results(pd.concat(rows), RESULTS)
 worst = results[results.attack.isin(["clean", "worst"])]
 report.results_table(worst)
@@ -522,10 +596,10 @@ report.results_table(worst)
 # below the dashed share of the larger class would do better by always answering "pneumonia".
 
 # %%
-figure = report.figure_accuracy_vs_eps(results, config, attack="worst", note="Worst case over the suite")
+figure = report.figure_accuracy_vs_eps(results, run, attack="worst", note="Worst case over the suite")
 majority = np.bincount(study.labels(study.rows("test")).cpu()).max() / len(study.rows("test"))
 figure.axes[0].axhline(majority, color="0.5", ls="--", lw=1)
-report.save_figure(figure, config, "worst_case")
+report.save_figure(figure, run, "worst_case")
 figure
 
 # %% [markdown]
@@ -534,8 +608,8 @@ figure
 # wrong with the attack, not right with the model.
 
 # %%
-near = results[np.isclose(results.eps, config.headline_eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
-near.pivot(index="model", columns="attack", values="value").loc[MODELS, [*evaluate.SUITE, "worst"]].round(3)
+near = results[np.isclose(results.eps, run.headline_eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
+near.pivot(index="model", columns="attack", values="value").reindex(MODELS, columns=[*run.attacks, "worst"]).round(3)
 
 # %% [markdown]
 # **In which direction does it fall?** A missed pneumonia and a false alarm are not the same mistake: the worst case, split
@@ -545,7 +619,7 @@ near.pivot(index="model", columns="attack", values="value").loc[MODELS, [*evalua
 directions = results[results.attack.eq("worst") & results.metric.isin(["sensitivity", "specificity"])]
 directions = directions.assign(cell=[report.with_interval(row) for _, row in directions.iterrows()])
 display(directions.pivot(index="model", columns="metric", values="cell").reindex(MODELS))
-cost = pd.read_csv(config.run_dir / "suite_cost.csv")
+cost = pd.read_csv(run.run_dir / "suite_cost.csv")
 cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().astype(int)
 
 # %% [markdown]
@@ -553,11 +627,11 @@ cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().as
 # eps, the cost, and a figure of who fooled the films first. (`found.text()` adds the check list of the next section.)
 
 # %%
-study = open_study(config)
-found = suite(study, config.adversarial[0])
+study = open_study(run)
+found = suite(study, (run.adversarial or MODELS)[0])
 print(found.text(checks=False))
-figure = found.figure(config)
-report.save_figure(figure, config, "one_page")
+figure = found.figure(run)
+report.save_figure(figure, run, "one_page")
 figure
 
 # %% [markdown]
@@ -569,23 +643,23 @@ figure
 # two losses, and count the zeros.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 trained, rows = load_models(study, MODELS), study.rows("test")
 test_opened(study, "share of zero gradients")
 images, labels = study.images(rows), study.labels(rows)
 shares = {}
 for name, model in trained.items():
     table = stored(study, f"zero_gradients_{name}", lambda m=model: pd.DataFrame(
-        {"share": [evaluate.zero_gradient_share(m, images, labels, batch_size=config.attack_batch)]}
-    ))  # fmt: skip
+        {"share": [evaluate.zero_gradient_share(m, images, labels, batch_size=run.attack_batch)]}
+    ), model=name, uses=["attack_batch"])  # fmt: skip
     shares[name] = table["share"].item()
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
-masking = report.masking_table(results, eps=config.headline_eps)
+masking = report.masking_table(results, eps=run.headline_eps)
 masking.round(3)
 
 # %%
-figure = report.figure_masking(masking, config)
-report.save_figure(figure, config, "masking")
+figure = report.figure_masking(masking, run)
+report.save_figure(figure, run, "masking")
 figure
 
 # %% [markdown]
@@ -594,7 +668,7 @@ figure
 # overview stand the warnings with their numbers.
 
 # %%
-checks = {name: pd.read_csv(config.run_dir / "tables" / f"checks_{name}.csv") for name in MODELS}
+checks = {name: stored(study, f"checks_{name}", model=name, section="5 The suite") for name in MODELS}
 checks = pd.concat(checks, names=["model"]).reset_index("model").reset_index(drop=True)
 order = list(dict.fromkeys(checks["check"]))
 display(checks.pivot(index="check", columns="model", values="verdict").loc[order, MODELS])
@@ -611,20 +685,22 @@ with pd.option_context("display.max_colwidth", 300):
 # certificate and the table of section 5 answer different questions.
 
 # %%
-study = open_study(config)
-rows = attack_subset(study, config.certified_per_class)
+study = open_study(run)
+rows = attack_subset(study, run.certified_per_class)
 test_opened(study, f"a certificate for {len(rows)} images")
 model = load_models(study, ["gaussian_noise"])["gaussian_noise"]
 certified = stored(study, "certificate_gaussian_noise", lambda: smoothing.certify(
-    fast_copy(model), study.images(rows), study.labels(rows), sigma=config.sigma, n=config.certificate_draws,
-    ids=rows, seed=config.seed))  # fmt: skip
-radii = np.array([0, 0.5, 1, 1.5, 2, 2.4]) * config.sigma  # 1,000 draws can show 2.46 sigma at most
-table = smoothing.certified_accuracy(certified, radii, study.patients(rows), draws=config.bootstrap_draws)
-table = report.result_rows(table.rename(columns={"radius": "eps"}), config, model="gaussian_noise, smoothed",
+    fast_copy(model), study.images(rows), study.labels(rows), sigma=run.sigma, n=run.certificate_draws,
+    ids=rows, seed=run.seed), model="gaussian_noise",
+    uses=["certified_per_class", "sigma", "certificate_draws", "seed"])  # fmt: skip
+radii = np.array([0, 0.5, 1, 1.5, 2, 2.4]) * run.sigma  # 1,000 draws can show 2.46 sigma at most
+table = smoothing.certified_accuracy(certified, radii, study.patients(rows), draws=run.bootstrap_draws)
+table = table.rename(columns={"radius": "eps"}).filter(report.RESULT_COLUMNS)
+table = report.result_rows(table, run, model="gaussian_noise, smoothed",
                            attack="any, certified", eps_unit="L2 length")  # fmt: skip
 report.update_results(table, RESULTS)
-whole = config.headline_eps * config.size
-print(f"every pixel moved by {report.eps_text(config.headline_eps)} is a change of L2 length {whole:.2f}; "
+whole = run.headline_eps * run.size
+print(f"every pixel moved by {eps_text(run.headline_eps)} is a change of L2 length {whole:.2f}; "
       f"no answer for {(certified['predicted'] == smoothing.ABSTAIN).mean():.0%} of the films")  # fmt: skip
 pd.DataFrame({"L2 radius": table["eps"].round(3), "certified accuracy": [report.with_interval(r) for _, r in table.iterrows()],
               "films": table["n"]})  # fmt: skip
@@ -644,20 +720,21 @@ def attack_one_pixel(model, study, rows, setting):
     pixels, population, iterations, f, cr = setting
     x, y = study.images(rows).expand(-1, 3, -1, -1), study.labels(rows)
     result = one_pixel(fast_copy(model), x, y, pixels=pixels, population=population, iterations=iterations,
-                       f=f, cr=cr, seed=config.seed, ids=rows)  # fmt: skip
+                       f=f, cr=cr, seed=run.seed, ids=rows)  # fmt: skip
     before, after = (train.predict(model, images)[0][:, 1] for images in (x, result.x_adv))
     return pd.DataFrame({"image": rows, "label": y.cpu(), "clean_probability": before, "probability": after,
                          "queries": result.queries.cpu()})  # fmt: skip
 
 
 # %%
-study = open_study(config)
-trained, rows = load_models(study, ["baseline", "lipschitz"]), attack_subset(study, config.one_pixel_per_class)
+study = open_study(run)
+trained, rows = load_models(study, ["baseline", "lipschitz"]), attack_subset(study, run.one_pixel_per_class)
 test_opened(study, f"One-Pixel on {len(rows)} images")
 for name, model in trained.items():
-    for number, setting in enumerate(config.one_pixel, start=1):
+    for number, setting in enumerate(run.one_pixel, start=1):
         table = stored(study, f"one_pixel_{number}_{name}",
-                       lambda m=model, s=setting: attack_one_pixel(m, study, rows, s))  # fmt: skip
+                       lambda m=model, s=setting: attack_one_pixel(m, study, rows, s), model=name,
+                       uses=["one_pixel", "one_pixel_per_class", "seed"])  # fmt: skip
         outcome = report.one_pixel_rows(table, study, model=name, setting=setting)
         results = report.update_results(outcome, RESULTS)
 report.one_pixel_table(results)
@@ -675,19 +752,19 @@ report.one_pixel_table(results)
 # forces the attack to draw something that looks like anatomy?
 
 # %%
-study = open_study(config)
-trained = load_models(study, ["baseline", config.adversarial[0]])
+study = open_study(run)
+trained = load_models(study, ["baseline", (run.adversarial or MODELS)[0]])
 rows = attack_subset(study, 1)
 x, y = study.images(rows), study.labels(rows)
 attacked, captions = {}, [{"clean": study.dataset.classes[label]} for label in y.tolist()]
 for name, model in trained.items():
-    adversarial = pgd(model, x, y, eps=config.headline_eps, steps=config.pgd_steps, loss="margin",
+    adversarial = pgd(model, x, y, eps=run.headline_eps, steps=run.pgd_steps, loss="margin",
                       stop_when_fooled=False, ids=rows).x_adv  # fmt: skip
     attacked[name] = adversarial.cpu().numpy()
     for caption, p in zip(captions, train.predict(model, adversarial)[0], strict=True):
         caption[name] = f"{name}: {study.dataset.classes[p.argmax()]} {p.max():.2f}"
-figure = report.figure_adversarial(x.cpu().numpy(), attacked, captions, config)
-report.save_figure(figure, config, "adversarial")
+figure = report.figure_adversarial(x.cpu().numpy(), attacked, captions, run)
+report.save_figure(figure, run, "adversarial")
 figure
 
 # %% [markdown]
@@ -697,10 +774,10 @@ figure
 # test by patient, with Holm's adjustment for the number of comparisons.
 
 # %%
-study = open_study(config)
-per_image = {name: pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv") for name in MODELS}
-paired = report.paired_tests(per_image, study, eps=config.headline_eps, reference="baseline")
-files.write_csv(paired, config.run_dir / "paired_tests.csv")
+study = open_study(run)
+per_image = {name: stored(study, f"robust_{name}", model=name, section="5 The suite") for name in MODELS}
+paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="baseline")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
 paired.round(4)
 
 # %% [markdown]
@@ -708,9 +785,9 @@ paired.round(4)
 # shows.
 
 # %%
-results = pd.read_csv(RESULTS)
-masking = report.masking_table(results, eps=config.headline_eps)
-Markdown(report.verdict(results, masking, paired, config))
+results = pd.read_csv(made_by(run, "results.csv", "5 The suite"))
+masking = report.masking_table(results, eps=run.headline_eps)
+Markdown(report.verdict(results, masking, paired, run))
 
 # %% [markdown]
 # ## Results and files
@@ -719,9 +796,9 @@ Markdown(report.verdict(results, masking, paired, config))
 # says model, attack, eps, interval, n, seed, size, epochs, profile, data and hardware.
 
 # %%
-headline = pd.read_csv(RESULTS)
-keep = headline.attack.isin(["clean", "worst"]) & (headline.eps.eq(0) | np.isclose(headline.eps, config.headline_eps))
+headline = pd.read_csv(made_by(run, "results.csv", "5 The suite"))
+keep = headline.attack.isin(["clean", "worst"]) & (headline.eps.eq(0) | np.isclose(headline.eps, run.headline_eps))
 display(report.results_table(headline[keep]))
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

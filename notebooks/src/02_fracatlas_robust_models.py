@@ -31,16 +31,68 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds FracAtlas
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
 
-config = dlia_config.resolve("02_fracatlas_robust_models", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+from dlia_utils.attacks import evaluate
+from dlia_utils.units import pixel_eps
+
+# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is missing
+FULL = {"dataset": "fracatlas", "seed": 0, "size": 224, "fit": "pad", "per_class": None}
+FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1}
+# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
+FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
+FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2, "balance": "weights"}
+# Adversarial training, and the head ("linear", or "mlp", the original study's)
+FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0, "head": "linear"}
+# Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
+ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
+ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16", "ra_resnet_50")
+FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
+FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}  # maps of the first so many
+
+# %% tags=["settings"]
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
+FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64, "budgets": {"square": {"steps": 2000}}}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+# The maps: of so many test images with a finding
+FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
+CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2, "at_step_size": 1.4 / 255}
+CPU |= {"zoo": (), "occlusion_window": 20, "integrated_steps": 16}  # the zoo's networks are no work for a laptop
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
+
+TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
+SMOKE = {"size": 48, "per_class": 80, "val_share": 0.15, "test_share": 0.2, "width": 0.5, "stages": 3}
+SMOKE |= {"pretrained": False, "epochs": 6, "batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None}
+SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255}
+SMOKE |= {"zoo": ("hat_wrn_34_10", "gairat_wrn_28_10", "huang2021_wrn_34_r", "meansparse_wrn_94_16")}  # one of each family
+SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
+SMOKE |= {"zoo_alphas": (0.0, 0.2), "eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
+SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "maps": 6, "occlusion_window": 8}
+SMOKE |= {"integrated_steps": 8, "bootstrap_draws": 200}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("02_fracatlas_robust_models", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, trains="2 Training MobileNetV2, three ways",
+            allowed={"attacks": evaluate.LINF, "zoo": ZOO})
+print(run)
 
 # %% tags=["imports"]
+from functools import cache
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -55,8 +107,10 @@ from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
 from dlia_utils.models import robust
 from dlia_utils.study import (
+    SUITE_USES,
     build_model,
     load_models,
+    made_by,
     open_study,
     stored,
     suite_folder,
@@ -66,17 +120,19 @@ from dlia_utils.study import (
     train_model,
     trained,
     weights_label,
+    work_folder,
 )
+from dlia_utils.units import eps_text
 
 MODELS = ["standard", "pgd_at", "trades", "linear_probe", "robust_probe"]
-RESULTS = config.run_dir / "results.csv"
+RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
     """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
-    study = open_study(config)
+    study = open_study(run)
     return study if name in MODELS else study.variant(
-        size=config.zoo_size, epochs=config.zoo_epochs, weights_text=config.zoo_weights or "random"
+        size=run.zoo_size, epochs=run.zoo_epochs
     )  # fmt: skip
 
 
@@ -91,7 +147,7 @@ def study_of(name):
 # near-duplicates (perceptual hash, confirmed by correlation) always on one side.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 study.dataset.manifest.groupby("look").size().value_counts().rename("groups").rename_axis("films that look alike").to_frame()
@@ -104,8 +160,8 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, ["class_name", "group"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "samples")
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
@@ -114,7 +170,7 @@ figure
 # trained on these films may take, because padding to a square keeps the shape visible.
 
 # %%
-explore.size_shortcut(study.dataset, study.cache.shapes, draws=config.bootstrap_draws).round(3)
+explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3)
 
 
 # %% [markdown]
@@ -135,7 +191,7 @@ def rotated(film, rng):
     return cv2.warpAffine(film, turn, film.shape)
 
 
-rng = np.random.default_rng(config.seed)
+rng = np.random.default_rng(run.seed)
 rows = rng.permutation(study.rows("train"))[:400]
 films, chosen = np.maximum(study.cache.images[rows], 1), study.dataset.manifest["label"].to_numpy()[rows]
 alike = [black_corners(rotated(film, rng)) for film in films]
@@ -164,8 +220,8 @@ def under_attack(study):
     films = study.images(rows), study.labels(rows)
 
     def balanced(model):
-        found = evaluate.robust(model, films, [config.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=config.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
+                                batch_size=run.attack_batch, progress=False)  # fmt: skip
         worst = found.rows[found.rows["attack"].eq("worst")]
         return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
 
@@ -178,14 +234,14 @@ def train_standard(study):
 
 def train_pgd_at(study):
     loss = objectives.pgd_adversarial(
-        eps=config.at_eps, steps=config.at_steps, step_size=config.at_step_size, weight=study.class_weights()
+        eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
     return train_model(study, "pgd_at", loss, **under_attack(study))
 
 
 def train_trades(study):
-    loss = objectives.trades(eps=config.at_eps, beta=config.trades_beta, steps=config.at_steps,
-                             step_size=config.at_step_size, weight=study.class_weights())  # fmt: skip
+    loss = objectives.trades(eps=run.at_eps, beta=run.trades_beta, steps=run.at_steps,
+                             step_size=run.at_step_size, weight=study.class_weights())  # fmt: skip
     return train_model(study, "trades", loss, **under_attack(study))
 
 
@@ -198,16 +254,16 @@ def train_trades(study):
 
 # %%
 def train_linear_probe(study):
-    model = models.with_head(build_model(config), head=config.head, seed=config.seed)
+    model = models.with_head(build_model(run), head=run.head, seed=run.seed)
     return train_head(study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights()))
 
 
 def train_robust_probe(study):
-    model = models.with_head(build_model(config), head=config.head, seed=config.seed).to(config.device)
+    model = models.with_head(build_model(run), head=run.head, seed=run.seed).to(run.device)
     loss = objectives.pgd_adversarial(
-        eps=config.at_eps, steps=config.at_steps, step_size=config.at_step_size, weight=study.class_weights()
+        eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
-    epochs = max(1, config.epochs // 3)  # a head alone is learnt soon
+    epochs = max(1, run.epochs // 3)  # a head alone is learnt soon
     return train_head(study, "robust_probe", model, loss, augmented=True, epochs=epochs, **under_attack(study))
 
 
@@ -215,18 +271,18 @@ def train_robust_probe(study):
 # **Train them.** With two GPUs two models train at a time; models already trained are read back.
 
 # %%
-study = open_study(config)
-print("starting weights:", weights_label(config))
+study = open_study(run)
+print("starting weights:", weights_label(run))
 makers = {"pgd_at": train_pgd_at, "trades": train_trades, "standard": train_standard,
           "robust_probe": train_robust_probe, "linear_probe": train_linear_probe}  # fmt: skip
-fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=config.run_dir / "logs")
+fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=run.run_dir / "logs")
 pd.DataFrame([{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch, "best score": one.best_score,
                "minutes": one.seconds / 60} for name, one in fitted.items()]).round(3)  # fmt: skip
 
 # %%
-histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at", "trades")}
-figure = report.figure_history(histories, config)
-report.save_figure(figure, config, "training")
+histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at", "trades")}
+figure = report.figure_history(histories, run)
+report.save_figure(figure, run, "training")
 figure
 
 # %% [markdown]
@@ -241,7 +297,6 @@ registry = robust.list()
 columns = ["title", "parameters", "megabytes", "clean", "robust", "adaptive", "normalises", "licence"]
 registry[columns]
 
-
 # %% [markdown]
 # **How to load them without fooling oneself.** The original study loaded one checkpoint with `strict=False`, matched
 # no key at all and fine-tuned a *random* network; and it normalised films for models that want raw pixels or
@@ -254,44 +309,51 @@ registry[columns]
 # of the exact and the straight-through attack.
 
 # %%
+ZOO_USES = ("zoo_weights", "zoo_width", "zoo_epochs", "zoo_alphas", "head", "headline_eps", "pgd_steps", "seed",
+            "batch_size", "lr", "schedule", "patience", "balance", "attack_batch")  # fmt: skip
+
+
 def train_robust_model(name):
-    study, folder = study_of(name), config.run_dir / name
-    if (folder / "best.pt").exists() and config.resume:
-        return "read back"
+    study = study_of(name)
+    folder = work_folder(run, name, study.key | run.pick(*ZOO_USES))
+    if (folder / "checkpoint.txt").exists() and run.resume:
+        return (folder / "checkpoint.txt").read_text(encoding="utf-8")
     try:
-        body = robust.create(name, width=config.zoo_width, pretrained=config.zoo_weights, seed=config.seed)
+        body = robust.create(name, width=run.zoo_width, pretrained=run.zoo_weights, seed=run.seed)
     except RuntimeError as error:
         return f"left out: {error}"
-    model = models.with_head(body.to(config.device), head=config.head, seed=config.seed)
+    model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
     rows, val = study.rows("train"), study.rows("val")
-    batches = [rows[start : start + config.attack_batch] for start in range(0, len(rows), config.attack_batch)]
+    batches = [rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)]
     sparse = "meansparse" in name
     if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
         table = robust.select_alpha(
-            model, map(study.images, batches), study.images(val), study.labels(val), grid=config.zoo_alphas,
-            eps=config.headline_eps, steps=config.pgd_steps, seed=config.seed)  # fmt: skip
+            model, map(study.images, batches), study.images(val), study.labels(val), grid=run.zoo_alphas,
+            eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)  # fmt: skip
         files.write_csv(table, folder / "alpha.csv")
         models.save(model, folder / "best.pt", meta={"alpha": float(table.loc[table.chosen, "alpha"].item())})
-    return str(body.load_report or "random weights")
+    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # what result rows will say
+    files.write_text(str(body.load_report or "random weights"), folder / "checkpoint.txt")
+    return (folder / "checkpoint.txt").read_text(encoding="utf-8")
 
 
 # %%
-if not config.zoo:
+if not run.zoo:
     print("None in this profile: 5 to 60 billion multiplications an image are no work for a laptop. On Kaggle, with")
     print("internet and a GPU, PROFILE = 'full' downloads them all; one checkpoint: robust.create(name, pretrained=FILE).")
 else:
-    study_of(config.zoo[0])  # decode once, before processes share the films
-loaded = launch.each(train_robust_model, list(config.zoo), log_dir=config.run_dir / "logs")
+    study_of(run.zoo[0])  # decode once, before processes share the films
+loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
 pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 
 # %%
-for name in trained(open_study(config), config.zoo):
-    if (config.run_dir / name / "alpha.csv").exists():
+for name in trained(open_study(run), run.zoo):
+    if (run.run_dir / name / "alpha.csv").exists():
         print(f"{name}: the dead zone, chosen on validation films")
-        display(pd.read_csv(config.run_dir / name / "alpha.csv").round(3))
+        display(pd.read_csv(run.run_dir / name / "alpha.csv").round(3))
 
 # %% [markdown]
 # ## 4 The clean test
@@ -300,8 +362,8 @@ for name in trained(open_study(config), config.zoo):
 # sensitivity before accuracy, which always answering "not fractured" already brings to the share printed here.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
@@ -311,8 +373,8 @@ for name in names:
     own = study_of(name)
     model = load_models(own, [name])[name]
     scores[name] = train.log_odds(model, own.torch_set("test"))  # does not saturate, as a probability would
-    outcome = metrics.classification(labels, scores[name], patients, threshold=0, draws=config.bootstrap_draws)
-    clean.append(report.result_rows(outcome, own.config, model=name))
+    outcome = metrics.classification(labels, scores[name], patients, threshold=0, draws=run.bootstrap_draws)
+    clean.append(report.result_rows(outcome, own.run, model=name))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
 table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()])
@@ -320,9 +382,9 @@ table.pivot_table(index="model", columns="metric", values="cell", aggfunc="first
 
 # %%
 predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**{n: expit(s) for n, s in scores.items()})
-files.write_csv(predictions, config.run_dir / "predictions.csv")
-figure = report.figure_roc(labels, {name: scores[name] for name in names[:7]}, config)
-report.save_figure(figure, config, "roc")
+files.write_csv(predictions, run.run_dir / "predictions.csv")
+figure = report.figure_roc(labels, {name: scores[name] for name in names[:7]}, run)
+report.save_figure(figure, run, "roc")
 figure
 
 # %% [markdown]
@@ -336,8 +398,8 @@ figure
 # counts a film as right only if none of them fooled it at this or a smaller eps. Notebook 01 explains the attacks.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "the suite of attacks in pixel units")
 
 
@@ -345,17 +407,18 @@ def attacked(name):
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(model, (images, labels), config.eps_grid, **suite_options(config), ids=rows,
-                            groups=own.patients(rows), folder=suite_folder(config, name),
-                            resume=bool(config.resume))  # fmt: skip
-    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=config.check_films))
-    return stored(own, f"robust_{name}", lambda: found.rows)
+    found = evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
+                            groups=own.patients(rows), folder=suite_folder(own, name),
+                            resume=bool(run.resume))  # fmt: skip
+    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=run.check_films), model=name,
+           uses=(*SUITE_USES, "check_films"))  # fmt: skip
+    return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
 
-for name, per_image in launch.each(attacked, names, log_dir=config.run_dir / "logs").items():
+for name, per_image in launch.each(attacked, names, log_dir=run.run_dir / "logs").items():
     own = study_of(name)
     report.update_results(report.accuracy_rows(per_image, own, model=name), RESULTS)
-    directions = report.direction_rows(per_image, own, model=name, eps=config.headline_eps)
+    directions = report.direction_rows(per_image, own, model=name, eps=run.headline_eps)
     results = report.update_results(directions, RESULTS)
 report.results_table(results[results.attack.isin(["clean", "worst"])])
 
@@ -365,13 +428,13 @@ report.results_table(results[results.attack.isin(["clean", "worst"])])
 # *specificity* the share of healthy bones still called healthy.
 
 # %%
-report.attack_table(results, eps=config.headline_eps)
+report.attack_table(results, eps=run.headline_eps)
 
 # %%
-figure = report.figure_accuracy_vs_eps(results, config, attack="worst", note="Worst case over all attacks")
+figure = report.figure_accuracy_vs_eps(results, run, attack="worst", note="Worst case over all attacks")
 majority = np.bincount(study.labels(study.rows("test")).cpu()).max() / len(study.rows("test"))
 figure.axes[0].axhline(majority, color="0.5", ls="--", lw=1)
-report.save_figure(figure, config, "worst_case")
+report.save_figure(figure, run, "worst_case")
 figure
 
 # %% [markdown]
@@ -379,15 +442,15 @@ figure
 # holds best.
 
 # %%
-per_image = {name: pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv") for name in names}
-answers = {name: report.attacked_predictions(per_image[name], attack="pgd_ce", eps=config.headline_eps) for name in MODELS}
+per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
+answers = {name: report.attacked_predictions(per_image[name], attack="pgd_ce", eps=run.headline_eps) for name in MODELS}
 truth = answers["standard"]["label"].to_numpy()
-figure = report.figure_confusion(truth, {name: a["predicted"] for name, a in answers.items()}, study.dataset.classes, config)
-report.save_figure(figure, config, "confusion_attacked")
+figure = report.figure_confusion(truth, {name: a["predicted"] for name, a in answers.items()}, study.dataset.classes, run)
+report.save_figure(figure, run, "confusion_attacked")
 display(figure)
 held = {name: (a["label"] == a["predicted"]).mean() for name, a in answers.items()}
 best = max(held, key=held.get)
-print(f"{best}, PGD at {report.eps_text(config.headline_eps)}")
+print(f"{best}, PGD at {eps_text(run.headline_eps)}")
 print(classification_report(truth, answers[best]["predicted"], target_names=study.dataset.classes, zero_division=0))
 
 # %% [markdown]
@@ -397,17 +460,18 @@ print(classification_report(truth, answers[best]["predicted"], target_names=stud
 # finding about the *evaluation* of that model: do not believe its robust accuracy before you know why.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "share of zero gradients")
 shares, checks = {}, []
 for name in names:
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     table = stored(own, f"zero_gradients_{name}", lambda m=model, o=own, r=rows: pd.DataFrame(
-        {"share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=config.attack_batch)]}))  # fmt: skip
+        {"share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=run.attack_batch)]}),
+        model=name, uses=["attack_batch"])  # fmt: skip
     shares[name] = table["share"].item()
-    checks.append(pd.read_csv(config.run_dir / "tables" / f"checks_{name}.csv").assign(model=name))
+    checks.append(stored(own, f"checks_{name}", model=name, section="5 Attacks").assign(model=name))
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
 checks = pd.concat(checks)
 warned = checks.loc[checks["verdict"].eq("WARN"), ["model", "check", "value"]]
@@ -416,7 +480,7 @@ with pd.option_context("display.max_colwidth", 300):
     display(warned.reset_index(drop=True))
 
 # %%
-masking = report.masking_table(results, eps=config.headline_eps)
+masking = report.masking_table(results, eps=run.headline_eps)
 masking.round(3)
 
 
@@ -442,8 +506,8 @@ def explained(study, name, rows):
     """Maps [N,S,S] in [0,1] of every method that works for the model, and what each said about itself."""
     model, x = load_models(study, [name])[name], study.images(rows)
     options = {
-        "saliency": {}, "integrated_gradients": {"steps": config.integrated_steps}, "deeplift": {},
-        "occlusion": {"window": max(4, config.occlusion_window * study.config.size // config.size)},
+        "saliency": {}, "integrated_gradients": {"steps": run.integrated_steps}, "deeplift": {},
+        "occlusion": {"window": max(4, run.occlusion_window * study.run.size // run.size)},
         "gradcam": {"layer": models.last_map_layer(model)},
     }  # fmt: skip
     maps, notes = {}, []
@@ -465,7 +529,7 @@ def boxed_rows(study, count):
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "maps of fractured films")
 rows = boxed_rows(study, 3)
 for name in ("standard", "pgd_at"):
@@ -473,8 +537,8 @@ for name in ("standard", "pgd_at"):
     display(notes.round(4))
     figure = figures.figure_overlays(
         study.images(rows).cpu().numpy(), maps, captions=[f"{name}: {study.dataset.manifest.path[r][-14:]}" for r in rows],
-        config=config, boxes=localisation.regions_of(study.dataset, rows, study.cache))  # fmt: skip
-    report.save_figure(figure, config, f"overlays_{name}")
+        config=run, boxes=localisation.regions_of(study.dataset, rows, study.cache))  # fmt: skip
+    report.save_figure(figure, run, f"overlays_{name}")
     display(figure)
 
 # %% [markdown]
@@ -490,37 +554,39 @@ for name in ("standard", "pgd_at"):
 # that does not beat **all** of them has not found the fracture.
 
 # %%
-study = open_study(config)
-looked = trained(study, ["standard", "pgd_at", "trades", *config.zoo[: config.zoo_maps]])
+study = open_study(run)
+looked = trained(study, ["standard", "pgd_at", "trades", *run.zoo[: run.zoo_maps]])
 test_opened(study, "maps scored against boxes and outlines")
-rows = boxed_rows(study, config.maps)
+rows = boxed_rows(study, run.maps)
 
 
-def scored(study, name):
-    """Per film and map: the scores against boxes and outlines."""
+@cache
+def scored(name):
+    """Per film and map: the scores against boxes and outlines; and what each method said about itself."""
+    study, tables = study_of(name), []
     maps, notes = explained(study, name, rows)
-    files.write_csv(notes, config.run_dir / "tables" / f"remarks_{name}.csv")
-    tables = []
     for kind in ("box", "outline"):
         regions = localisation.regions_of(study.dataset, rows, study.cache, kind=kind)
         films = study.images(rows).cpu()
         per_film, _ = localisation.localise(maps, films, regions, groups=study.patients(rows), draws=2)
         tables.append(per_film.assign(region=kind))
-    return pd.concat(tables)
+    return pd.concat(tables), notes
 
 
 scores, differences = [], []
 for name in looked:
     own = study_of(name)
-    per_film = stored(own, f"maps_{name}", lambda o=own, n=name: scored(o, n))
+    given = {"model": name, "uses": ["maps", "occlusion_window", "integrated_steps", "seed", "size"]}
+    per_film = stored(own, f"maps_{name}", lambda n=name: scored(n)[0], **given)
+    stored(own, f"remarks_{name}", lambda n=name: scored(n)[1], **given)
     for kind, part in per_film.groupby("region"):
-        summary = localisation.summarise(part, draws=config.bootstrap_draws).assign(region=kind, model=name)
+        summary = localisation.summarise(part, draws=run.bootstrap_draws).assign(region=kind, model=name)
         report.update_results(report.map_rows(summary, own, model=name), RESULTS)
-        paired = localisation.against_references(part, draws=config.bootstrap_draws)
+        paired = localisation.against_references(part, draws=run.bootstrap_draws)
         scores.append(summary)
         differences.append(paired.assign(region=kind, model=name))
 scores, differences = pd.concat(scores), pd.concat(differences)
-files.write_csv(differences, config.run_dir / "map_differences.csv")
+files.write_csv(differences, run.run_dir / "map_differences.csv")
 report.map_table(scores[scores.region.eq("box")])
 
 # %% [markdown]
@@ -529,12 +595,12 @@ report.map_table(scores[scores.region.eq("box")])
 # would clear 0 by chance alone.
 
 # %%
-study = open_study(config)
-per_film = {name: pd.read_csv(config.run_dir / "tables" / f"maps_{name}.csv").query("region == 'box'")
-            for name in trained(study, ["standard", "pgd_at", "trades", *config.zoo[: config.zoo_maps]])}  # fmt: skip
+study = open_study(run)
+per_film = {name: stored(study_of(name), f"maps_{name}", model=name, section="7 Where do they look?").query("region == 'box'")
+            for name in trained(study, ["standard", "pgd_at", "trades", *run.zoo[: run.zoo_maps]])}  # fmt: skip
 better = []
 for name in list(per_film)[1:]:
-    gained = localisation.against_model(per_film[name], per_film["standard"], draws=config.bootstrap_draws)
+    gained = localisation.against_model(per_film[name], per_film["standard"], draws=run.bootstrap_draws)
     gained = gained.assign(model=name, region="box, minus standard")
     report.update_results(report.map_rows(gained, study_of(name), model=name), RESULTS)
     better.append(gained)
@@ -543,16 +609,17 @@ report.map_table(pd.concat(better))
 # %%
 for name in looked[:3]:
     part = scores[scores.model.eq(name) & scores.region.eq("box")]
-    figure = figures.figure_localisation(part, config)
-    figure.suptitle(f"{name}; {len(rows)} fractured test films; {config.data_name}", fontsize=9)
-    report.save_figure(figure, config, f"localisation_{name}")
+    figure = figures.figure_localisation(part, run)
+    figure.suptitle(f"{name}; {len(rows)} fractured test films; {run.data_name}", fontsize=9)
+    report.save_figure(figure, run, f"localisation_{name}")
     display(figure)
 
 # %% [markdown]
 # What the methods said about themselves: refusals, maps that are zero everywhere, and the largest completeness error.
 
 # %%
-remarks = pd.concat([pd.read_csv(config.run_dir / "tables" / f"remarks_{name}.csv") for name in looked])
+where = "7 Where do they look?"
+remarks = pd.concat([stored(study_of(name), f"remarks_{name}", model=name, section=where) for name in looked])
 remarks.round(4).fillna("")
 
 # %% [markdown]
@@ -561,16 +628,17 @@ remarks.round(4).fillna("")
 # dotted line is the likeness of the maps of two *different* films: as unlike as maps of that method get.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 model = load_models(study, ["standard"])["standard"]
 x = study.images(boxed_rows(study, 8))
 randomised = {}
 for method, extra in {"saliency": {}, "gradcam": {"layer": models.last_map_layer(model)},
-                      "occlusion": {"window": config.occlusion_window}}.items():  # fmt: skip
+                      "occlusion": {"window": run.occlusion_window}}.items():  # fmt: skip
     randomised[method] = stored(study, f"randomised_{method}_standard", lambda m=method, e=extra: localisation.sanity(
-        model, x, m, target=1, steps=6, seed=config.seed, **e))  # fmt: skip
-figure = figures.figure_randomisation(randomised, config)
-report.save_figure(figure, config, "randomised")
+        model, x, m, target=1, steps=6, seed=run.seed, **e), model="standard",
+        uses=["maps", "occlusion_window", "seed"])  # fmt: skip
+figure = figures.figure_randomisation(randomised, run)
+report.save_figure(figure, run, "randomised")
 figure
 
 # %% [markdown]
@@ -581,24 +649,24 @@ figure
 # the run shows.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
-per_image = {name: pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv") for name in names}
-paired = report.paired_tests(per_image, study, eps=config.headline_eps, reference="standard")
-files.write_csv(paired, config.run_dir / "paired_tests.csv")
-results = pd.read_csv(RESULTS)
-masking = report.masking_table(results, eps=config.headline_eps)
-display(Markdown(report.verdict(results, masking, paired, config, reference="standard")))
-differences = pd.read_csv(config.run_dir / "map_differences.csv")
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
+per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
+paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
+results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
+masking = report.masking_table(results, eps=run.headline_eps)
+display(Markdown(report.verdict(results, masking, paired, run, reference="standard")))
+differences = pd.read_csv(made_by(run, "map_differences.csv", "7 Where do they look?"))
 Markdown(report.map_verdict(differences[differences.region.eq("box")]))
 
 # %% [markdown]
 # ## Results and files
 
 # %%
-results = pd.read_csv(RESULTS)
-keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, config.headline_eps))
+results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
+keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, run.headline_eps))
 display(report.results_table(results[keep]))
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

@@ -32,14 +32,64 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, one to two hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds Normal and Tuberculosis
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
 
-config = dlia_config.resolve("03_tuberculosis_robustness", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+from dlia_utils.attacks import evaluate
+from dlia_utils.units import pixel_eps
+
+# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is missing
+FULL = {"dataset": "tuberculosis", "seed": 0, "size": 224, "fit": "pad", "per_class": None}
+FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1, "sensitivity": 0.95}
+# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
+FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
+FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2, "balance": "weights"}
+# Adversarial training, and the head ("linear", or "mlp", the original study's)
+FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0, "head": "linear"}
+# Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
+ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
+ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16", "ra_resnet_50")
+FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
+FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}  # maps of the first so many
+
+# %% tags=["settings"]
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
+FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64, "budgets": {"square": {"steps": 2000}}}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+# The maps: of so many test images with a finding
+FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
+CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2, "at_step_size": 1.4 / 255}
+CPU |= {"zoo": (), "occlusion_window": 20, "integrated_steps": 16}  # the zoo's networks are no work for a laptop
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
+
+TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
+SMOKE = {"size": 48, "per_class": (160, 40), "val_share": 0.15, "test_share": 0.2, "width": 0.5, "stages": 3}
+SMOKE |= {"pretrained": False, "epochs": 15, "batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None}
+SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255}
+SMOKE |= {"zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16")}  # one of two families
+SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
+SMOKE |= {"zoo_alphas": (0.0, 0.2), "eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
+SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "maps": 6, "occlusion_window": 8}
+SMOKE |= {"integrated_steps": 32, "bootstrap_draws": 200}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("03_tuberculosis_robustness", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, trains="3 Training",
+            allowed={"attacks": evaluate.LINF, "zoo": ZOO})
+print(run)
 
 # %% tags=["imports"]
 import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
@@ -59,18 +109,19 @@ from dlia_utils.attacks.checklist import checklist
 from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
 from dlia_utils.models import robust
-from dlia_utils.study import build_model, load_models, open_study, stored, suite_folder, suite_options
-from dlia_utils.study import test_opened, train_head, train_model, trained, weights_label
+from dlia_utils.study import SUITE_USES, build_model, load_models, made_by, open_study, stored, suite_folder
+from dlia_utils.study import suite_options, test_opened, train_head, train_model, trained, weights_label, work_folder
+from dlia_utils.units import eps_text
 
 MODELS = ["standard", "pgd_at", "linear_probe"]
-RESULTS = config.run_dir / "results.csv"
+RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
     """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
-    study = open_study(config)
+    study = open_study(run)
     return study if name in MODELS else study.variant(
-        size=config.zoo_size, epochs=config.zoo_epochs, weights_text=config.zoo_weights or "random"
+        size=run.zoo_size, epochs=run.zoo_epochs
     )  # fmt: skip
 
 
@@ -83,7 +134,7 @@ def study_of(name):
 # get to a split by patient.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 always_healthy = 1 - study.labels(study.rows("train")).float().mean().item()
@@ -97,8 +148,8 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, "class_name"]
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "samples")
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
@@ -109,14 +160,14 @@ figure
 # the border, a tenth of the side, or the corners are left). On *validation* films: the test split is still closed.
 
 # %%
-study = open_study(config)
-display(explore.size_shortcut(study.dataset, study.cache.shapes, draws=config.bootstrap_draws).round(3))
-rng = np.random.default_rng(config.seed)
+study = open_study(run)
+display(explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3))
+rng = np.random.default_rng(run.seed)
 train_films, val_films = (shortcuts.films(study, rng.permutation(study.rows(part))[:800]) for part in ("train", "val"))
 regions = shortcuts.region_accuracy(
     shortcuts.linear_probe(), train_films, val_films, regions=("whole", "centre_only", "border_only", "corners_only"),
-    draws=config.bootstrap_draws)  # fmt: skip
-files.write_csv(regions, config.run_dir / "tables" / "regions.csv")
+    draws=run.bootstrap_draws)  # fmt: skip
+files.write_csv(regions, run.run_dir / "tables" / "regions.csv")
 cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
 cells.pivot(index="region", columns="metric", values="cell").loc[list(dict.fromkeys(regions.region))]
 
@@ -145,11 +196,11 @@ def folded(maps, window):
     return scrambled(maps, window).reshape(len(maps), -1, maps.shape[1]).mean(1)
 
 
-study = open_study(config)
+study = open_study(run)
 rows = study.rows("train")[:4]
 four, truth, found = F.interpolate(study.images(rows), (80, 80)), study.labels(rows), []
 for name in ("standard_wrn_28_10", "hat_wrn_34_10", "huang2021_wrn_34_r"):
-    model = robust.create(name, width=1 / 16).to(config.device).eval()  # random weights: the bug is in the shapes
+    model = robust.create(name, width=1 / 16).to(run.device).eval()  # random weights: the bug is in the shapes
     maps = activations(model, four, models.last_map_layer(model))
     logits = model.head(scrambled(maps, 8))
     try:
@@ -189,7 +240,7 @@ def fresh_probe():
 
 def compared(study):
     """Pooled against scrambled features of one frozen network."""
-    model, rng = build_model(config).eval(), np.random.default_rng(config.seed)
+    model, rng = build_model(run).eval(), np.random.default_rng(run.seed)
     rows = {part: rng.permutation(study.rows(part))[:600] for part in ("train", "val")}
     labels = {part: study.labels(rows[part]).cpu().numpy() for part in rows}
     tables, features = [], {}
@@ -197,15 +248,15 @@ def compared(study):
         features[kind] = {part: read(model.backbone, model.normalize(study.images(rows[part])), fold) for part in rows}
         probe = fresh_probe().fit(features[kind]["train"], labels["train"])
         score = probe.predict_proba(features[kind]["val"])[:, 1]
-        outcome = metrics.classification(labels["val"], score, study.patients(rows["val"]), draws=config.bootstrap_draws)
+        outcome = metrics.classification(labels["val"], score, study.patients(rows["val"]), draws=run.bootstrap_draws)
         tables.append(outcome.assign(features=kind))
     right, wrong = (StandardScaler().fit_transform(one["train"]) for one in features.values())
     likeness = (right * wrong).mean(0)[right.std(0) > 0]  # a channel that never answers resembles nothing
     return pd.concat(tables).assign(median_r=np.median(likeness), kept=(likeness > 0.9).mean(), channels=len(likeness))
 
 
-study = open_study(config)
-probes = stored(study, "scrambled", lambda: compared(study))
+study = open_study(run)
+probes = stored(study, "scrambled", lambda: compared(study), uses=["width", "stages", "pretrained", "seed", "bootstrap_draws"])
 first = probes.iloc[0]
 print(f"of {first.channels:.0f} features, {first.kept:.1%} still resemble their own (r > 0.9);",
       f"median r = {first.median_r:.2f}")  # fmt: skip
@@ -233,7 +284,7 @@ def standardised(films, like=None):
 
 def one_film_statistics(study):
     """Validation scores of one probe, by the film whose statistics the validation films got."""
-    network, rng = build_model(config).eval().backbone, np.random.default_rng(config.seed)
+    network, rng = build_model(run).eval().backbone, np.random.default_rng(run.seed)
     rows = {part: rng.permutation(study.rows(part))[:n] for part, n in (("train", 600), ("val", 200))}
     labels = {part: study.labels(rows[part]).cpu().numpy() for part in rows}
     films = {part: study.images(rows[part]) for part in rows}
@@ -247,8 +298,9 @@ def one_film_statistics(study):
     return pd.DataFrame(table).rename_axis("statistics").reset_index()
 
 
-study = open_study(config)
-swing = stored(study, "one_film_statistics", lambda: one_film_statistics(study)).set_index("statistics")
+study = open_study(run)
+swing = stored(study, "one_film_statistics", lambda: one_film_statistics(study),
+               uses=["width", "stages", "pretrained", "seed"]).set_index("statistics")  # fmt: skip
 swing = swing[["accuracy", "sensitivity", "specificity", "auc"]]
 one = swing.drop(index="own")
 pd.DataFrame({"each film's own, as in training": swing.loc["own"], "one film's: lowest of 12": one.min(),
@@ -278,8 +330,8 @@ def under_attack(study):
     films = study.images(rows), study.labels(rows)
 
     def balanced(model):
-        found = evaluate.robust(model, films, [config.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=config.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
+                                batch_size=run.attack_batch, progress=False)  # fmt: skip
         worst = found.rows[found.rows["attack"].eq("worst")]
         return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
 
@@ -292,29 +344,28 @@ def train_standard(study):
 
 def train_pgd_at(study):
     loss = objectives.pgd_adversarial(
-        eps=config.at_eps, steps=config.at_steps, step_size=config.at_step_size, weight=study.class_weights()
+        eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
     return train_model(study, "pgd_at", loss, **under_attack(study))
 
 
 def train_linear_probe(study):
-    model = models.with_head(build_model(config), head=config.head, seed=config.seed)
+    model = models.with_head(build_model(run), head=run.head, seed=run.seed)
     return train_head(study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights()))
 
 
 # %%
-study = open_study(config)
-print("starting weights:", weights_label(config))
+study = open_study(run)
+print("starting weights:", weights_label(run))
 makers = {"pgd_at": train_pgd_at, "standard": train_standard, "linear_probe": train_linear_probe}
-fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=config.run_dir / "logs")
+fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=run.run_dir / "logs")
 done = [{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch, "best score": one.best_score,
          "minutes": one.seconds / 60} for name, one in fitted.items()]  # fmt: skip
 display(pd.DataFrame(done).round(3))
-histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at")}
-figure = report.figure_history(histories, config)
-report.save_figure(figure, config, "training")
+histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at")}
+figure = report.figure_history(histories, run)
+report.save_figure(figure, run, "training")
 figure
-
 
 # %% [markdown]
 # **The robust models**: a checkpoint must fit key by key, the body is frozen *in eval mode* (else its batch norms would
@@ -322,35 +373,42 @@ figure
 # and the width of its dead zone on validation films.
 
 # %%
+ZOO_USES = ("zoo_weights", "zoo_width", "zoo_epochs", "zoo_alphas", "head", "headline_eps", "pgd_steps", "seed",
+            "batch_size", "lr", "schedule", "patience", "balance", "attack_batch")  # fmt: skip
+
+
 def train_robust_model(name):
-    study, folder = study_of(name), config.run_dir / name
-    if (folder / "best.pt").exists() and config.resume:
-        return "read back"
+    study = study_of(name)
+    folder = work_folder(run, name, study.key | run.pick(*ZOO_USES))
+    if (folder / "checkpoint.txt").exists() and run.resume:
+        return (folder / "checkpoint.txt").read_text(encoding="utf-8")
     try:
-        body = robust.create(name, width=config.zoo_width, pretrained=config.zoo_weights, seed=config.seed)
+        body = robust.create(name, width=run.zoo_width, pretrained=run.zoo_weights, seed=run.seed)
     except RuntimeError as error:
         return f"left out: {error}"
-    model = models.with_head(body.to(config.device), head=config.head, seed=config.seed)
+    model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
     rows, val = study.rows("train"), study.rows("val")
-    batches = [rows[start : start + config.attack_batch] for start in range(0, len(rows), config.attack_batch)]
+    batches = [rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)]
     sparse = "meansparse" in name
     if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
         table = robust.select_alpha(
-            model, map(study.images, batches), study.images(val), study.labels(val), grid=config.zoo_alphas,
-            eps=config.headline_eps, steps=config.pgd_steps, seed=config.seed)  # fmt: skip
+            model, map(study.images, batches), study.images(val), study.labels(val), grid=run.zoo_alphas,
+            eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)  # fmt: skip
         files.write_csv(table, folder / "alpha.csv")
         models.save(model, folder / "best.pt", meta={"alpha": float(table.loc[table.chosen, "alpha"].item())})
-    return str(body.load_report or "random weights")
+    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # what result rows will say
+    files.write_text(str(body.load_report or "random weights"), folder / "checkpoint.txt")
+    return (folder / "checkpoint.txt").read_text(encoding="utf-8")
 
 
-if not config.zoo:
+if not run.zoo:
     print("None in this profile: they are no work for a laptop. On Kaggle, with internet and a GPU, PROFILE = 'full'.")
 else:
-    study_of(config.zoo[0])  # decode once, before processes share the films
-loaded = launch.each(train_robust_model, list(config.zoo), log_dir=config.run_dir / "logs")
+    study_of(run.zoo[0])  # decode once, before processes share the films
+loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
 pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 
 
@@ -368,25 +426,26 @@ def operating_point(study, name):
     model = load_models(study, [name])[name]
     labels, score = study.labels(rows).cpu().numpy(), train.predict(model, study.torch_set("val"))[0][:, 1]
     sick = np.sort(score[labels == 1])[::-1]
-    last = sick[int(np.ceil(config.sensitivity * len(sick))) - 1]  # the least suspicious film that must be found
+    last = sick[int(np.ceil(run.sensitivity * len(sick))) - 1]  # the least suspicious film that must be found
     threshold = (last + score[score < last].max(initial=0.0)) / 2  # half-way to the next film below it
     called = score > threshold
     return pd.DataFrame([{"threshold": threshold, "sensitivity": called[labels == 1].mean(),
                           "specificity": 1 - called[labels == 0].mean(), "TB films": len(sick)}])  # fmt: skip
 
 
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
-points = {name: stored(study, f"operating_{name}", lambda n=name: operating_point(study_of(n), n)) for name in names}
-print(f"thresholds for a sensitivity of {config.sensitivity:g}, on validation films")
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
+points = {name: stored(study_of(name), f"operating_{name}", lambda n=name: operating_point(study_of(n), n), model=name,
+                       uses=["sensitivity"]) for name in names}  # fmt: skip
+print(f"thresholds for a sensitivity of {run.sensitivity:g}, on validation films")
 pd.concat(points).droplevel(1).rename_axis("model").round(4)
 
 # %% [markdown]
 # **The test split is opened here**, after every choice has been made. Both thresholds, with intervals.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "clean metrics of all models at two thresholds")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
@@ -395,16 +454,16 @@ for name in names:
     own = study_of(name)
     model = load_models(own, [name])[name]
     probabilities[name] = train.predict(model, own.torch_set("test"))[0][:, 1]
-    chosen = pd.read_csv(config.run_dir / "tables" / f"operating_{name}.csv")["threshold"].item()
+    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")["threshold"].item()
     for at, attack in ((0.5, "clean"), (chosen, "clean, chosen threshold")):
         outcome = metrics.classification(
-            labels, probabilities[name], patients, threshold=at, draws=config.bootstrap_draws
+            labels, probabilities[name], patients, threshold=at, draws=run.bootstrap_draws
         )
-        clean.append(report.result_rows(outcome, own.config, model=name, attack=attack))
+        clean.append(report.result_rows(outcome, own.run, model=name, attack=attack))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
 predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**probabilities)
-files.write_csv(predictions, config.run_dir / "predictions.csv")
+files.write_csv(predictions, run.run_dir / "predictions.csv")
 table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()],
                      threshold=np.where(clean.attack.eq("clean"), "0.5", "chosen"))  # fmt: skip
 table.pivot_table(index=["model", "threshold"], columns="metric", values="cell", aggfunc="first", sort=False)[
@@ -417,11 +476,11 @@ table.pivot_table(index=["model", "threshold"], columns="metric", values="cell",
 # share of true TB among positive answers, here and where one person in a hundred is sick.
 
 # %%
-study = open_study(config)
-predictions = pd.read_csv(config.run_dir / "predictions.csv")
+study = open_study(run)
+predictions = pd.read_csv(made_by(run, "predictions.csv", "4 Sensitivity first"))
 labels, share = predictions["label"].to_numpy(), predictions["label"].mean()
-weights = metrics.patient_weights(study.patients(study.rows("test")), draws=min(config.bootstrap_draws, 500))
-results, worth = pd.read_csv(RESULTS), []
+weights = metrics.patient_weights(study.patients(study.rows("test")), draws=min(run.bootstrap_draws, 500))
+results, worth = pd.read_csv(made_by(run, "results.csv", "4 Sensitivity first")), []
 curves = {}
 for name in predictions.columns[2:]:
     score = predictions[name].to_numpy()
@@ -429,7 +488,7 @@ for name in predictions.columns[2:]:
     low, high = np.quantile(drawn, [0.025, 0.975])
     area = {"metric": "auprc", "value": average_precision_score(labels, score), "ci_low": low, "ci_high": high,
             "n": len(labels)}  # fmt: skip
-    report.update_results(report.result_rows(pd.DataFrame([area]), study_of(name).config, model=name), RESULTS)
+    report.update_results(report.result_rows(pd.DataFrame([area]), study_of(name).run, model=name), RESULTS)
     own = results[results.model.eq(name) & results.attack.eq("clean, chosen threshold")].set_index("metric")["value"]
     hit, alarm = own["sensitivity"], 1 - own["specificity"]
     precision = {at: hit * at / (hit * at + alarm * (1 - at)) for at in (share, 0.01)}
@@ -438,9 +497,9 @@ for name in predictions.columns[2:]:
     found, recall, threshold = precision_recall_curve(labels, score)
     curve = pd.DataFrame({"threshold": threshold, "precision": found[:-1], "recall": recall[:-1]})
     curves[name] = curve.assign(f1=2 * curve.precision * curve.recall / (curve.precision + curve.recall))
-figure = figure_pr(curves, config)
+figure = figure_pr(curves, run)
 figure.axes[0].axhline(share, color="0.4", ls=":")  # what guessing gives
-report.save_figure(figure, config, "precision_recall")
+report.save_figure(figure, run, "precision_recall")
 display(pd.DataFrame(worth).set_index("model").round(3))
 figure
 
@@ -453,8 +512,8 @@ figure
 # own threshold of 0.5, for the table in the form of the published study.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "the suite of attacks in pixel units")
 
 
@@ -462,30 +521,31 @@ def attacked(name):
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(model, (images, labels), config.eps_grid, **suite_options(config), ids=rows,
-                            groups=own.patients(rows), folder=suite_folder(config, name),
-                            resume=bool(config.resume))  # fmt: skip
-    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=config.check_films))
-    return stored(own, f"robust_{name}", lambda: found.rows)
+    found = evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
+                            groups=own.patients(rows), folder=suite_folder(own, name),
+                            resume=bool(run.resume))  # fmt: skip
+    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=run.check_films), model=name,
+           uses=(*SUITE_USES, "check_films"))  # fmt: skip
+    return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
 
 found = []
-for name, per_image in launch.each(attacked, names, log_dir=config.run_dir / "logs").items():
+for name, per_image in launch.each(attacked, names, log_dir=run.run_dir / "logs").items():
     own = study_of(name)
     report.update_results(report.accuracy_rows(per_image, own, model=name), RESULTS)
-    directions = report.direction_rows(per_image, own, model=name, eps=config.headline_eps)
+    directions = report.direction_rows(per_image, own, model=name, eps=run.headline_eps)
     results = report.update_results(directions, RESULTS)
     found.append(report.accuracy_rows(per_image[per_image.label.eq(1)], own, model=name))
-report.attack_table(results, eps=config.headline_eps)
+report.attack_table(results, eps=run.headline_eps)
 
 # %% [markdown]
 # Sensitivity against eps: what is left of finding TB. A model that calls everything TB keeps it at 1, so read it together
 # with the specificity in the table.
 
 # %%
-figure = report.figure_accuracy_vs_eps(pd.concat(found), config, attack="worst", note="Films with TB only, worst case")
+figure = report.figure_accuracy_vs_eps(pd.concat(found), run, attack="worst", note="Films with TB only, worst case")
 figure.axes[0].set_ylabel("sensitivity")
-report.save_figure(figure, config, "sensitivity_vs_eps")
+report.save_figure(figure, run, "sensitivity_vs_eps")
 figure
 
 
@@ -503,28 +563,30 @@ def at_threshold(model, threshold):
     return model
 
 
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 test_opened(study, "films with TB attacked at the chosen threshold")
 
 
 def hidden(name):
-    own, chosen = study_of(name), pd.read_csv(config.run_dir / "tables" / f"operating_{name}.csv")["threshold"].item()
+    own = study_of(name)
+    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")["threshold"].item()
     rows = own.rows("test")[own.labels(own.rows("test")).cpu().numpy() == 1]
     model = at_threshold(load_models(own, [name])[name], chosen)
-    options = suite_options(config) | {"at": None}  # at its only eps every attack is run
+    options = suite_options(run) | {"at": None}  # at its only eps every attack is run
     return stored(own, f"hidden_{name}", lambda: evaluate.robust(
-        model, (own.images(rows), own.labels(rows)), [config.headline_eps], **options, ids=rows).rows)  # fmt: skip
+        model, (own.images(rows), own.labels(rows)), [run.headline_eps], **options, ids=rows).rows, model=name,
+        uses=(*SUITE_USES, "headline_eps", "sensitivity"))  # fmt: skip
 
 
 missed = []
-for name, per_image in launch.each(hidden, names, log_dir=config.run_dir / "logs").items():
+for name, per_image in launch.each(hidden, names, log_dir=run.run_dir / "logs").items():
     found = report.accuracy_rows(per_image, study_of(name), model=name).set_index("attack")  # of TB films: sensitivity
     rows = found.loc[["worst"]].reset_index().assign(metric="sensitivity", attack="worst, chosen threshold")
     report.update_results(rows, RESULTS)
     count = per_image[per_image.fooled.astype(bool)].groupby("attack").size().reindex(["clean", "worst"], fill_value=0)
     missed.append({"model": name, "TB films": int(found.loc["worst", "n"]), "missed, clean": count["clean"],
-                   f"missed, worst case {report.eps_text(config.headline_eps)}": count["worst"],
+                   f"missed, worst case {eps_text(run.headline_eps)}": count["worst"],
                    "sensitivity, worst case": report.with_interval(found.loc["worst"])})  # fmt: skip
 pd.DataFrame(missed).set_index("model")
 
@@ -533,24 +595,24 @@ pd.DataFrame(missed).set_index("model")
 # can fail. A WARN is a finding about the *evaluation* of that model: do not believe its robustness before you know why.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
 shares, checks = {}, []
 for name in names:
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     table = stored(own, f"zero_gradients_{name}", lambda m=model, o=own, r=rows: pd.DataFrame({
-        "share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=config.attack_batch)]
-    }))  # fmt: skip
+        "share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=run.attack_batch)]
+    }), model=name, uses=["attack_batch"])  # fmt: skip
     shares[name] = table["share"].item()
-    checks.append(pd.read_csv(config.run_dir / "tables" / f"checks_{name}.csv").assign(model=name))
+    checks.append(stored(own, f"checks_{name}", model=name, section="5 Attacks").assign(model=name))
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
 checks = pd.concat(checks)
 warned = checks.loc[checks["verdict"].eq("WARN"), ["model", "check", "value"]]
 print(f"{len(checks) - len(warned)} of {len(checks)} checks passed")
 with pd.option_context("display.max_colwidth", 300):
     display(warned.reset_index(drop=True))
-report.masking_table(results, eps=config.headline_eps).round(3)
+report.masking_table(results, eps=run.headline_eps).round(3)
 
 # %% [markdown]
 # ## 6 Where do they look?
@@ -561,20 +623,20 @@ report.masking_table(results, eps=config.headline_eps).round(3)
 # found.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "maps of TB films")
 rows = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:3]
 for name in trained(study, ["standard", "pgd_at"]):
     model, x = load_models(study, [name])[name], study.images(rows)
-    options = {"saliency": {}, "integrated_gradients": {"steps": config.integrated_steps},
+    options = {"saliency": {}, "integrated_gradients": {"steps": run.integrated_steps},
                "gradcam": {"layer": models.last_map_layer(model)}}  # fmt: skip
     found = {method: attribution.explain(method, model, x, 1, **extra) for method, extra in options.items()}
     print(f"{name}: completeness error of integrated gradients, at most {found['integrated_gradients'].error.max():.4f}")
     score = train.predict(model, x)[0][:, 1]
     figure = figures.figure_overlays(
         x.cpu().numpy(), {method: one.heat().cpu().numpy() for method, one in found.items()},
-        captions=[f"{name}\nP(TB) {p:.2f}" for p in score], config=config)  # fmt: skip
-    report.save_figure(figure, config, f"overlays_{name}")
+        captions=[f"{name}\nP(TB) {p:.2f}" for p in score], config=run)  # fmt: skip
+    report.save_figure(figure, run, f"overlays_{name}")
     display(figure)
 
 # %% [markdown]
@@ -582,15 +644,16 @@ for name in trained(study, ["standard", "pgd_at"]):
 # [1810.03292](https://arxiv.org/abs/1810.03292)); a map that explains the model must change.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 model = load_models(study, ["standard"])["standard"]
 x = study.images(study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:6])
 randomised = {}
 for method, extra in {"saliency": {}, "gradcam": {"layer": models.last_map_layer(model)}}.items():
     randomised[method] = stored(study, f"randomised_{method}_standard", lambda m=method, e=extra: localisation.sanity(
-        model, x, m, target=1, steps=4, seed=config.seed, **e))  # fmt: skip
-figure = figures.figure_randomisation(randomised, config)
-report.save_figure(figure, config, "randomised")
+        model, x, m, target=1, steps=4, seed=run.seed, **e), model="standard",
+        uses=["maps", "occlusion_window", "seed"])  # fmt: skip
+figure = figures.figure_randomisation(randomised, run)
+report.save_figure(figure, run, "randomised")
 figure
 
 # %% [markdown]
@@ -600,15 +663,15 @@ figure
 # and in the worst case; then the films with TB. The sentences are written by code from this run's numbers, so that they cannot claim more than it shows.
 
 # %%
-study = open_study(config)
-names = trained(study, [*MODELS, *config.zoo])
-per_image = {name: pd.read_csv(config.run_dir / "tables" / f"robust_{name}.csv") for name in names}
-paired = report.paired_tests(per_image, study, eps=config.headline_eps, reference="standard")
-files.write_csv(paired, config.run_dir / "paired_tests.csv")
-results = pd.read_csv(RESULTS)
-masking = report.masking_table(results, eps=config.headline_eps)
-display(Markdown(report.verdict(results, masking, paired, config, reference="standard")))
-lines = [f"At thresholds chosen for a sensitivity of {config.sensitivity:g} on validation films:\n"]
+study = open_study(run)
+names = trained(study, [*MODELS, *run.zoo])
+per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
+paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
+results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
+masking = report.masking_table(results, eps=run.headline_eps)
+display(Markdown(report.verdict(results, masking, paired, run, reference="standard")))
+lines = [f"At thresholds chosen for a sensitivity of {run.sensitivity:g} on validation films:\n"]
 for name in names:
     # Without rows of one key: pandas 2 gives a table for a key as soon as any other occurs twice.
     own = results[results.model.eq(name)].drop_duplicates(["attack", "metric"]).set_index(["attack", "metric"])
@@ -618,16 +681,16 @@ for name in names:
     remark = " Hardly better than guessing: neither number means anything." if blind else ""
     lines.append(f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with TB, with false "
                  f"alarms on {1 - spared['value']:.1%} of the healthy; under attack at "
-                 f"{report.eps_text(config.headline_eps)} it still finds {report.with_interval(held)}.{remark}")  # fmt: skip
+                 f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}.{remark}")  # fmt: skip
 Markdown("\n".join(lines))
 
 # %% [markdown]
 # ## Results and files
 
 # %%
-results = pd.read_csv(RESULTS)
-keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, config.headline_eps))
+results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
+keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, run.headline_eps))
 display(report.results_table(results[keep]))
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

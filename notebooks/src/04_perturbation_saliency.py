@@ -28,36 +28,93 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds it
+DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
-DATASET = ""  # empty: pneumonia; or covid, tuberculosis, fracatlas, or a MedMNIST name (see section 1)
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"dataset": "covid"} or {"epochs": 5}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
+#
+# **Your own images**: `DATA_DIR` may be any folder with a folder of images for each class (below `train`, `val` and
+# `test` if you have a split). A CSV in it with the columns `file` and, as you have them, `label`, `patient`, `split`
+# says more. Without patients every image counts as one: `patient_pattern` reads them from the file names.
 
-config = dlia_config.resolve("04_perturbation_saliency", PROFILE, DATA_DIR, RUN_NAME, RESUME, DATASET)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+# The data; size is that of the CIFAR-style ResNet-18, whose maps end at an eighth of it
+FULL = {"dataset": "pneumonia", "seed": 0, "size": 128, "fit": "squash", "per_class": None, "val_share": 0.15}
+FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pattern": ""}
+# The two networks: the ResNet starts from scratch, as in the thesis, MobileNetV2 from ImageNet if pretrained
+FULL |= {"width": 1.0, "mobilenet_size": 224, "mobilenet_width": 1.0, "stages": 7, "pretrained": True}
+# The recipe of every training; max_minutes is for one model, None is no limit
+FULL |= {"epochs": 30, "mobilenet_epochs": 15, "batch_size": 64, "lr": 1e-3, "schedule": "onecycle"}
+FULL |= {"patience": None, "max_minutes": 120.0, "num_workers": 2}
+# The corruptions: those that the augmented trainings see, all that are measured, those whose maps are compared
+THESIS = ("gaussian_noise", "speckle_noise", "motion_blur", "contrast", "brightness")
+RADIOGRAPHS = ("shot_noise", "poisson_dose", "scatter_veil", "collimation", "marker", "grid_lines")
+FULL |= {"scale": "imagenet-c", "trained_on": THESIS, "severities": (1, 2, 3, 4, 5)}
+FULL |= {"corruptions": THESIS + RADIOGRAPHS + ("resampling", "bit_depth", "jpeg")}
+FULL |= {"mapped": THESIS + ("poisson_dose", "scatter_veil", "collimation")}
+# The maps: validation images that choose the predictor, test images that it is measured on (None: all)
+FULL |= {"choose_films": 200, "map_films": None, "map_batch": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+CPU = {"size": 64, "width": 0.5, "mobilenet_size": 112, "epochs": 8, "mobilenet_epochs": 5, "batch_size": 32}
+CPU |= {"num_workers": 0, "mapped": THESIS + ("poisson_dose",), "choose_films": 150}
+
+# width: not 1/8, for with 8 channels, channels-last, torch 2.14 crashes in the backward pass on some CPUs
+SMOKE = {"size": 48, "per_class": 96, "width": 0.1875, "mobilenet_size": 48, "mobilenet_width": 0.5}
+SMOKE |= {"stages": 3, "pretrained": False, "epochs": 12, "mobilenet_epochs": 12, "batch_size": 16, "lr": 3e-3}
+SMOKE |= {"num_workers": 0, "max_minutes": None, "corruptions": THESIS + ("poisson_dose", "collimation")}
+SMOKE |= {"mapped": THESIS, "severities": (1, 3, 5), "choose_films": 16, "map_films": 24, "bootstrap_draws": 200}
+OTHER = {"test_share": 0.15, "unusable_share": 0.01}  # any other data: a test split is drawn where there is none
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("04_perturbation_saliency", FULL, cpu=CPU, smoke=SMOKE, by_data={"pneumonia": {}, "*": OTHER},
+            changes=CHANGES, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME,
+            allowed={name: FULL["corruptions"] for name in ("corruptions", "mapped", "trained_on")},
+            own_classes="any", trains="2 Training, with and without spoilt films")
+print(run)
 
 # %% tags=["imports"]
 import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
 import pandas as pd
 from IPython.display import Markdown, display
 
-from dlia_utils import augment, corrupt, corruption_error, datasets, models, objectives, report, resources, split, thesis
+from dlia_utils import augment, corrupt, corruption_error, datasets, files, models, objectives, report, resources
+from dlia_utils import split, thesis
 from dlia_utils.explain import drift, drift_figures, warning
-from dlia_utils.study import fit_model, load_models, open_study, starting_weights, stored, test_opened
+from dlia_utils.study import fit_model, load_models, made_by, open_study, starting_weights, stored, test_opened
+from dlia_utils.study import train_model
 
-PAIRS = {"resnet18": "resnet18_augmented", "mobilenet_v2": "mobilenet_v2_augmented"}  # plain, and on spoilt films
-MODELS, RESULTS = [name for pair in PAIRS.items() for name in pair], config.run_dir / "results.csv"
+RESULTS = run.run_dir / "results.csv"
+
+# %% [markdown]
+# **Your model here.** One line puts any convolutional network with a logit a class into every table and figure below: a
+# function that *builds* one is trained twice, plainly and on spoilt films; a network that is *trained already* is taken
+# as it is, and stands for both. `models.wrap` puts its normalisation inside, so that images enter in [0, 1].
+
+# %% tags=["yours"]
+# run.own["resnet34"] = lambda: models.backbone("resnet34", num_classes=2)
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+PAIRS = {name: f"{name}_augmented" for name in ("resnet18", "mobilenet_v2", *run.own)}  # plain, and on spoilt films
+run.own.update({PAIRS[name]: own for name, own in list(run.own.items()) if name in PAIRS})
+MODELS = [name for pair in PAIRS.items() for name in pair]
 
 
+# %% [markdown]
+# **What the sections share.**
+
+# %% tags=["yours"]
 def study_of(name, study):
     """The study at the size that this network reads; films, rows and split are the same."""
-    if name.startswith("resnet18"):
-        return study.variant(weights_text="random")
-    return study.variant(size=config.mobilenet_size, epochs=config.mobilenet_epochs)
+    if not name.startswith("mobilenet_v2"):
+        return study
+    return study.variant(size=run.mobilenet_size, epochs=run.mobilenet_epochs)
 
 
 def measured(name, study, part, rows, **options):
@@ -67,32 +124,41 @@ def measured(name, study, part, rows, **options):
     def table(number):
         if not found:
             own, model = study_of(name, study), load_models(study, [name])[name]
-            grid = {name: config.settings[name] for name in ("severities", "seed", "scale")} | options
-            with resources.track(f"{part} {name}", folder=config.run_dir):
+            grid = {name: run.settings[name] for name in ("severities", "seed", "scale")} | options
+            with resources.track(f"{part} {name}", folder=run.run_dir):
                 films = own.images(rows), own.labels(rows), rows
-                seen, moved = drift.measure(model, *films, batch_size=config.map_batch, **grid)
+                seen, moved = drift.measure(model, *films, batch_size=run.map_batch, **grid)
             found.extend([seen, moved.astype(dict.fromkeys(drift.SIGN, "float32"))])  # half the digits
         return found[number]
 
     kinds = ["predictions", "drift"] if options.get("methods") != () else ["predictions"]
-    return [stored(study, f"{part}_{kind}_{name}", lambda n=n: table(n)) for n, kind in enumerate(kinds)]
+    more = {"test": ["corruptions"], "maps_test": ["mapped", "map_films"], "maps_val": ["mapped", "choose_films"]}
+    given = {"model": name, "uses": ["severities", "seed", "scale", *more[part]]}
+    own = study_of(name, study)
+    return [stored(own, f"{part}_{kind}_{name}", lambda n=n: table(n), **given) for n, kind in enumerate(kinds)]
+
+
+def maps_of(name, study, part="test"):
+    """The predictions and the drift that section 4 has measured."""
+    own, section = study_of(name, study), "4 How far do the maps move?"
+    return [stored(own, f"maps_{part}_{kind}_{name}", model=name, section=section) for kind in ("predictions", "drift")]
 
 
 def some_films(study, part, count):
     """`count` films of a split, drawn once and for all; None: all of them."""
-    return np.sort(np.random.default_rng(config.seed).permutation(study.rows(part))[:count])
+    return np.sort(np.random.default_rng(run.seed).permutation(study.rows(part))[:count])
 
 
 # %% [markdown]
 # ## 1 The films, and fourteen ways to spoil them
 #
-# **The data** is *Chest X-Ray Images (Pneumonia)* unless you say otherwise: `DATASET` above takes any two-class set of the
+# **The data** is *Chest X-Ray Images (Pneumonia)* unless you say otherwise: `CHANGES = {"dataset": "covid"}` above takes any classification set of the
 # suite, and every 2-D set of MedMNIST, whose file (for example `pneumoniamnist_64.npz`) is found like any other data set.
 # The original study took its validation films from the training set. Here validation is drawn by patient, and the
 # test films stay closed until everything is chosen.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 pd.set_option("display.max_colwidth", 100)
@@ -110,13 +176,13 @@ split.audit(study.dataset)
 # 3. Severities of one film differ in strength only: the noise pattern and the angle of the blur stay.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 film = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
 figure = drift_figures.figure_corruptions(
-    study_of("mobilenet_v2", study).images([film])[0], study_of("mobilenet_v2", study).config, row=int(film),
-    names=config.corruptions, severities=config.severities, seed=config.seed, scale=config.scale,
+    study_of("mobilenet_v2", study).images([film])[0], study_of("mobilenet_v2", study).run, row=int(film),
+    names=run.corruptions, severities=run.severities, seed=run.seed, scale=run.scale,
 )  # fmt: skip
-report.save_figure(figure, config, "corruptions")
+report.save_figure(figure, run, "corruptions")
 figure
 
 
@@ -143,9 +209,9 @@ def build(name, study):
     """A fresh network, the same start for both trainings."""
     count = len(study.dataset.classes)
     if name.startswith("resnet18"):
-        return models.resnet18_cifar(num_classes=count, width=config.width, seed=config.seed).to(config.device)
-    start = {"stages": config.stages, "weights": starting_weights(config), "seed": config.seed}
-    return models.mobilenet_v2(num_classes=count, width=config.mobilenet_width, **start).to(config.device)
+        return models.resnet18_cifar(num_classes=count, width=run.width, seed=run.seed).to(run.device)
+    start = {"stages": run.stages, "weights": starting_weights(run), "seed": run.seed}
+    return models.mobilenet_v2(num_classes=count, width=run.mobilenet_width, **start).to(run.device)
 
 
 def train_set_of(name, study):
@@ -153,32 +219,38 @@ def train_set_of(name, study):
     films = study.torch_set("train", augmented=augment.train_transform(exposure=0, blur=0))
     if not name.endswith("augmented"):
         return films
-    return corrupt.TrainAugmentor(films, names=config.trained_on, seed=config.seed, scale=config.scale)
+    return corrupt.TrainAugmentor(films, names=run.trained_on, seed=run.seed, scale=run.scale)
 
 
 def fit(name, study):
     own = study_of(name, study)
     loss = objectives.cross_entropy(weight=own.class_weights())
-    return fit_model(own, name, build(name, own), loss, train_set_of(name, own), own.torch_set("val"),
-                     schedule=config.schedule, monitor="val_auc")  # fmt: skip
+    if name in run.own:
+        return train_model(own, name, loss, train_set=train_set_of(name, own), monitor="val_auc")
+    fitted = fit_model(own, name, build(name, own), loss, train_set_of(name, own), own.torch_set("val"),
+                       schedule=run.schedule, monitor="val_auc")  # fmt: skip
+    if name.startswith("resnet18"):
+        files.write_text("random", run.run_dir / name / "weights.txt")  # what result rows will say
+    return fitted
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
 rows = []
 for name in MODELS:
-    with resources.track(f"training {name}", folder=config.run_dir):
+    with resources.track(f"training {name}", folder=run.run_dir):
         fitted = fit(name, study)
-    best = fitted.history.set_index("epoch").loc[fitted.best_epoch]
-    rows.append({"model": name, "size": study_of(name, study).config.size, "epochs": len(fitted.history),
+    best = fitted.history.set_index("epoch").reindex([fitted.best_epoch]).iloc[0]
+    rows.append({"model": name, "size": study_of(name, study).run.size, "epochs": len(fitted.history),
                  "best epoch": fitted.best_epoch, "val AUC": best["val_auc"], "val accuracy": best["val_accuracy"],
                  "minutes": fitted.seconds / 60})  # fmt: skip
 pd.DataFrame(rows).round(3)
 
 # %%
-histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in MODELS}
-figure = report.figure_history(histories, config)
-report.save_figure(figure, config, "training")
+histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in MODELS
+             if (run.run_dir / name / "metrics.csv").exists()}  # fmt: skip
+figure = report.figure_history(histories, run)
+report.save_figure(figure, run, "training")
 figure
 
 # %% [markdown]
@@ -195,14 +267,14 @@ figure
 #   **relative** mCE counts only what is lost against clean films.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "predictions under corruption")
 rows = study.rows("test")
 patients = pd.Series(study.patients(rows), index=rows)
-predictions = {name: measured(name, study, "test", rows, names=config.corruptions, methods=())[0] for name in MODELS}
-grids = {name: corruption_error.grid(table, patients, draws=config.bootstrap_draws) for name, table in predictions.items()}
+predictions = {name: measured(name, study, "test", rows, names=run.corruptions, methods=())[0] for name in MODELS}
+grids = {name: corruption_error.grid(table, patients, draws=run.bootstrap_draws) for name, table in predictions.items()}
 for name, grid in grids.items():
-    made = report.result_rows(corruption_error.rows(grid), study_of(name, study).config, model=name)
+    made = report.result_rows(corruption_error.rows(grid), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
 clean = {name: report.with_interval(grid.iloc[0]) for name, grid in grids.items()}
 worst = {name: grid.loc[grid["value"].idxmin()] for name, grid in grids.items()}
@@ -216,8 +288,8 @@ pd.DataFrame({"clean AUC": clean, "lowest AUC": {name: report.with_interval(row)
 # %%
 for plain, augmented in PAIRS.items():
     pair = {name: grids[name] for name in (plain, augmented)}
-    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).config)
-    report.save_figure(figure, config, f"auc_{plain}")
+    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).run)
+    report.save_figure(figure, run, f"auc_{plain}")
     display(figure)
 
 # %% [markdown]
@@ -226,8 +298,8 @@ for plain, augmented in PAIRS.items():
 # errors below are counted at the fixed threshold, apart for corruptions the augmented training had seen and others.
 
 # %%
-seen = [name for name in config.corruptions if name in config.trained_on]
-kinds = {"seen in training": seen, "not seen": [name for name in config.corruptions if name not in seen]}
+seen = [name for name in run.corruptions if name in run.trained_on]
+kinds = {"seen in training": seen, "not seen": [name for name in run.corruptions if name not in seen]}
 words = {"error": "error (1 - balanced accuracy)", "ce": "mCE", "relative_ce": "relative mCE"}
 cells = []
 for plain, augmented in PAIRS.items():
@@ -235,9 +307,9 @@ for plain, augmented in PAIRS.items():
         both = {name: predictions[name] for name in (plain, augmented)}
         wanted = {name: table[table["corruption"].isin(["clean", *names])] for name, table in both.items()}
         for name, table in wanted.items():
-            error = corruption_error.corruption_error(table, wanted[plain], patients, draws=config.bootstrap_draws)
+            error = corruption_error.corruption_error(table, wanted[plain], patients, draws=run.bootstrap_draws)
             mean = error[error["corruption"].eq("mean")].replace({"corruption": {"mean": f"mean of those {kind}"}})
-            made = report.result_rows(corruption_error.rows(mean), study_of(name, study).config, model=name)
+            made = report.result_rows(corruption_error.rows(mean), study_of(name, study).run, model=name)
             report.update_results(made, RESULTS)
             cells += [{"model": name, "corruptions": kind, "what": words[row["metric"]], "cell": report.with_interval(row)}
                       for _, row in mean[mean["metric"].isin(words)].iterrows()]  # fmt: skip
@@ -263,13 +335,13 @@ pd.DataFrame(cells).pivot(index=["corruptions", "model"], columns="what", values
 # First one film. Left, what the network was shown; then its Grad-CAM++ from the first layer to the last.
 
 # %%
-study = open_study(config)
-name, severity = "resnet18", config.severities[len(config.severities) // 2]
+study = open_study(run)
+name, severity = "resnet18", run.severities[len(run.severities) // 2]
 film = some_films(study, "test", None)[:1]
 own, model = study_of(name, study), load_models(study, [name])[name]
 shown = {"clean": own.images(film)}
-for kind in config.trained_on:
-    shown[kind] = corrupt.apply(kind, shown["clean"], severity, seed=config.seed, ids=film, scale=config.scale)
+for kind in run.trained_on:
+    shown[kind] = corrupt.apply(kind, shown["clean"], severity, seed=run.seed, ids=film, scale=run.scale)
 test_opened(study, "maps of one film")
 answer, cams, target = {}, {}, None
 for kind, x in shown.items():
@@ -278,9 +350,9 @@ for kind, x in shown.items():
     answer[kind] = (study.dataset.classes[p.argmax()], p.max())
     found = drift.maps(model, x, target=target, methods=["gradcam++"])
     cams[kind] = {layer: heat[0].cpu() for (_, layer), heat in found.items()}
-figure = drift_figures.figure_maps({kind: x[0].cpu() for kind, x in shown.items()}, cams, own.config, answers=answer,
+figure = drift_figures.figure_maps({kind: x[0].cpu() for kind, x in shown.items()}, cams, own.run, answers=answer,
                                    told=f"{name}, severity {severity}")  # fmt: skip
-report.save_figure(figure, config, "maps_of_one_film")
+report.save_figure(figure, run, "maps_of_one_film")
 figure
 
 # %% [markdown]
@@ -288,13 +360,13 @@ figure
 # of the many scores is put to the test.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "drift of the maps")
-films = {"test": some_films(study, "test", config.map_films), "val": some_films(study, "val", config.choose_films)}
+films = {"test": some_films(study, "test", run.map_films), "val": some_films(study, "val", run.choose_films)}
 moved = {}
 for name in MODELS:
     for part, rows in films.items():
-        _, table = measured(name, study, f"maps_{part}", rows, names=config.mapped)
+        _, table = measured(name, study, f"maps_{part}", rows, names=run.mapped)
         moved[part, name] = table
         zero = table.groupby(["method", "layer"])["zero"].mean()
         most = " ".join(zero.idxmax())
@@ -302,13 +374,13 @@ for name in MODELS:
 
 # %%
 for plain, augmented in PAIRS.items():
-    own = study_of(plain, study).config
+    own = study_of(plain, study).run
     figure = drift_figures.figure_rmse_lines(moved["test", plain], own, told=plain)
-    report.save_figure(figure, config, f"rmse_{plain}")
+    report.save_figure(figure, run, f"rmse_{plain}")
     display(figure)
     pair = {name: moved["test", name] for name in (plain, augmented)}
-    figure = drift_figures.figure_layers(pair, own, severity=max(config.severities))
-    report.save_figure(figure, config, f"layers_{plain}")
+    figure = drift_figures.figure_layers(pair, own, severity=max(run.severities))
+    report.save_figure(figure, run, f"layers_{plain}")
     display(figure)
 
 # %% [markdown]
@@ -321,7 +393,7 @@ for plain, augmented in PAIRS.items():
 # %%
 shares = []
 for name in MODELS:
-    place = drift.position(moved["test", name]).query("severity == @config.severities[-1]")
+    place = drift.position(moved["test", name]).query("severity == @run.severities[-1]")
     deepest = place[place["method"].eq("gradcam++")]["layer"].iloc[-1]
     for method, layer in (("gradcam++", deepest), ("saliency", "input")):
         own = place[place["method"].eq(method) & place["layer"].eq(layer)]
@@ -337,22 +409,21 @@ pd.concat(shares, axis=1).T.round(2)
 # corruption (joined by a line) rise together whatever the maps show.
 
 # %%
-study = open_study(config)
-moved = {name: pd.read_csv(config.run_dir / "tables" / f"maps_test_drift_{name}.csv") for name in MODELS}
-seen = {name: pd.read_csv(config.run_dir / "tables" / f"maps_test_predictions_{name}.csv") for name in MODELS}
+study = open_study(run)
+seen, moved = ({name: maps_of(name, study)[part] for name in MODELS} for part in (0, 1))
 films = seen[MODELS[0]]["image"].unique()
 patients = pd.Series(study.patients(films), index=films)
-grids = {name: corruption_error.grid(table, patients, draws=config.bootstrap_draws) for name, table in seen.items()}
+grids = {name: corruption_error.grid(table, patients, draws=run.bootstrap_draws) for name, table in seen.items()}
 for plain, augmented in PAIRS.items():
     two = [{name: tables[name] for name in (plain, augmented)} for tables in (grids, moved)]
-    figure = drift_figures.figure_scatter(*two, study_of(plain, study).config)
-    report.save_figure(figure, config, f"scatter_{plain}")
+    figure = drift_figures.figure_scatter(*two, study_of(plain, study).run)
+    report.save_figure(figure, run, f"scatter_{plain}")
     display(figure)
 
 # %%
 for name in PAIRS:
-    figure = drift_figures.figure_box(grids[name], moved[name], study_of(name, study).config, by="corruption", told=name)
-    report.save_figure(figure, config, f"box_{name}")
+    figure = drift_figures.figure_box(grids[name], moved[name], study_of(name, study).run, by="corruption", told=name)
+    report.save_figure(figure, run, f"box_{name}")
     display(figure)
 
 # %% [markdown]
@@ -379,22 +450,20 @@ for name in PAIRS:
 # made on validation films, per network, and the test films judge that one.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "drift as a warning")
 tables, chosen = {}, {}
 for name in MODELS:
-    folder = config.run_dir / "tables"
-    read = {part: [pd.read_csv(folder / f"maps_{part}_{kind}_{name}.csv") for kind in ("predictions", "drift")]
-            for part in ("val", "test")}  # fmt: skip
+    read = {part: maps_of(name, study, part) for part in ("val", "test")}
     chosen[name] = warning.select(*read["val"])
     films = read["test"][0]["image"].unique()
     patients = pd.Series(study.patients(films), index=films)
     tables[name] = warning.warning(*read["test"], patients, predictors=[chosen[name]],
-                                   against=["uncertainty", "p_shift"], draws=config.bootstrap_draws)  # fmt: skip
-    made = report.result_rows(warning.rows(tables[name]), study_of(name, study).config, model=name)
+                                   against=["uncertainty", "p_shift"], draws=run.bootstrap_draws)  # fmt: skip
+    made = report.result_rows(warning.rows(tables[name]), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
-figure = drift_figures.figure_warning(tables, config)
-report.save_figure(figure, config, "warning")
+figure = drift_figures.figure_warning(tables, run)
+report.save_figure(figure, run, "warning")
 figure
 
 # %%
@@ -423,9 +492,8 @@ cells.pivot_table(index=["model", "predictor"], columns="reading", values="cell"
 # %%
 name = "resnet18"
 method, layer, score = chosen[name]
-read = [pd.read_csv(config.run_dir / "tables" / f"maps_test_{kind}_{name}.csv") for kind in ("predictions", "drift")]
-figure = drift_figures.figure_kept_flipped(*read, config, score=score, method=method, layer=layer, told=name)
-report.save_figure(figure, config, "kept_flipped")
+figure = drift_figures.figure_kept_flipped(*maps_of(name, study), run, score=score, method=method, layer=layer, told=name)
+report.save_figure(figure, run, "kept_flipped")
 figure
 
 # %% [markdown]
@@ -435,20 +503,19 @@ figure
 # (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made from.
 
 # %%
-study = open_study(config)
-folder, flag = config.run_dir / "thesis", config.location.dataset
+study = open_study(run)
+folder, flag = run.run_dir / "thesis", run.location.dataset
 for name in MODELS:
-    read = [pd.read_csv(config.run_dir / "tables" / f"maps_test_{kind}_{name}.csv") for kind in ("predictions", "drift")]
     network, suffix = (name.removesuffix("_augmented"), "_augmented") if name not in PAIRS else (name, "")
-    written = thesis.write(folder / network, *read, flag=flag, classes=study.dataset.classes, model_suffix=suffix)
+    written = thesis.write(folder / network, *maps_of(name, study), flag=flag, classes=study.dataset.classes, model_suffix=suffix)
     print(f"{len(written)} files in thesis/{network}, {written[0].name} among them")
-pd.read_csv(folder / "resnet18" / f"{flag}_sev{max(config.severities)}_rmses.csv").round(1)
+pd.read_csv(folder / "resnet18" / f"{flag}_sev{max(run.severities)}_rmses.csv").round(1)
 
 # %%
-results = pd.read_csv(RESULTS)
+results = pd.read_csv(made_by(run, "results.csv", "3 How far does accuracy fall?"))
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
 display(clean[["model", "metric", "value", "ci_low", "ci_high", "n"]].round(3))
-display(resources.table(config.run_dir).round(1))
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+display(resources.table(run.run_dir).round(1))
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "thesis/"))))

@@ -22,7 +22,7 @@
 # What came out on real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
 # smoke profile on *synthetic* films: they show what you will see, and no finding.
 #
-# Press *Run All*. Every section also runs alone after the five opening cells: trained models and finished tables are
+# Press *Run All*. Every section also runs alone after the opening cells: trained models and finished tables are
 # read back from the run folder.
 #
 # *For research and teaching. Not a medical device.*
@@ -31,16 +31,51 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, an hour), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find a data set; else the folder of the competition, of the NIH films or of FracAtlas
-RUN_NAME = ""  # empty: profile, data set and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+DATA_DIR = ""  # empty: find the data set; else empty: find a data set; else that of the competition, NIH or FracAtlas, or your own: images and a file of boxes
+RUN_NAME = ""  # empty: profile and kind of data
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
+#
+# **Your own boxes**: `DATA_DIR` may be a folder of images with one CSV (columns `file, label, x1, y1, x2, y2`, in
+# pixels) or one COCO file. Then nothing is submitted; everything else is as below.
 
-config = dlia_config.resolve("05_nih_detection", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+# The data: the first set that is there, whole; images: at most so many to train, select and score on (None: all)
+FULL = {"dataset": ("dlia", "nih", "fracatlas"), "seed": 0, "size": 1024, "images": None}
+FULL |= {"one_per_class": True, "patient_pattern": ""}  # NIH: no image has two boxes of one label
+# Faster R-CNN
+FULL |= {"arch": "fasterrcnn_resnet50_fpn_v2", "weights": "coco", "trainable_layers": 5, "freeze_bn": True}
+FULL |= {"nms": 0.3, "rpn_pre_nms": 1000, "rpn_post_nms": 1000, "roi_batch": 512, "anchor_sizes": None}
+FULL |= {"channels": 256, "width": 1.0}
+# The recipe of every training; max_minutes is for one fold, None is no limit
+FULL |= {"folds": 5, "run_folds": 5, "flip": 0.5, "epochs": 60, "batch_size": 4, "accumulate": 4, "lr": 5e-3}
+FULL |= {"weight_decay": 1e-4, "warmup_epochs": 5, "lr_min": 1e-6, "clip_norm": 1.0, "ema": 0.998}
+FULL |= {"patience": 15, "max_minutes": 240.0, "num_workers": 2}
+FULL |= {"wbf_iou": 0.5, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+LIGHT = {"arch": "fasterrcnn_mobilenet_v2_fpn", "run_folds": 1, "accumulate": 1, "lr": 0.02, "patience": None}
+LIGHT |= {"warmup_epochs": 1, "clip_norm": 5.0, "num_workers": 0}
+CPU = LIGHT | {"size": 384, "weights": "imagenet", "channels": 128, "rpn_pre_nms": 500, "rpn_post_nms": 200}
+CPU |= {"roi_batch": 64, "epochs": 14, "batch_size": 8, "ema": 0.995}
+SMOKE = LIGHT | {"size": 128, "images": 96, "weights": None, "freeze_bn": False, "width": 0.5, "channels": 64}
+SMOKE |= {"rpn_pre_nms": 200, "rpn_post_nms": 64, "roi_batch": 32, "folds": 3, "epochs": 11, "ema": 0.95}
+SMOKE |= {"max_minutes": None, "bootstrap_draws": 200}
+# Fractures are many in an image, and small; in boxes of your own any number of one label may be there
+BY_DATA = {"dlia": {}, "nih": {}, "fracatlas": {"one_per_class": False, "size": 800}}
+BY_DATA |= {"*": {"one_per_class": False}}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("05_nih_detection", FULL, cpu=CPU, smoke=SMOKE, by_data=BY_DATA, changes=CHANGES, profile=PROFILE,
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_boxes=True, trains="2 Training")
+print(run)
 
 # %% tags=["imports"]
 import json
@@ -69,7 +104,7 @@ from dlia_utils.detect.study import (
     truth,
 )
 from dlia_utils.explain.eigencam import activations, eigencam, energy_inside
-from dlia_utils.study import test_opened
+from dlia_utils.study import made_by, test_opened
 
 # %% [markdown]
 # ## 1 The data
@@ -80,7 +115,7 @@ from dlia_utils.study import test_opened
 # was Atelectasis, the most frequent one, and nothing crashed.)
 
 # %%
-study = open_detection(config)
+study = open_detection(run)
 display(datasets.box_summary(study.dataset).round(2))
 display(datasets.summary(study.dataset))
 study.dataset.ignored["reason"].value_counts().rename("not used").to_frame()
@@ -93,13 +128,13 @@ study.dataset.ignored["reason"].value_counts().rename("not used").to_frame()
 # Sizes decide how hard a class is. A nodule covers half a per cent of a film, an enlarged heart thirty times as much.
 
 # %%
-figure = figures.figure_classes(study.dataset.boxes, study.dataset.box_classes, config)
-report.save_figure(figure, config, "classes")
+figure = figures.figure_classes(study.dataset.boxes, study.dataset.box_classes, run)
+report.save_figure(figure, run, "classes")
 figure
 
 # %%
-figure = figures.figure_patients(study.dataset.manifest, config)
-report.save_figure(figure, config, "patients")
+figure = figures.figure_patients(study.dataset.manifest, run)
+report.save_figure(figure, run, "patients")
 figure
 
 # %% [markdown]
@@ -120,8 +155,8 @@ split.audit(study.dataset)
 # %%
 shown = folds(study)[0].train[:3]
 known = truth(study, shown)
-figure = figures.figure_boxes(*on_film(study, shown, known, known.iloc[:0]), study.dataset.box_classes, config)
-report.save_figure(figure, config, "samples")
+figure = figures.figure_boxes(*on_film(study, shown, known, known.iloc[:0]), study.dataset.box_classes, run)
+report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
@@ -142,14 +177,14 @@ figure
 # GPUs the folds run side by side, one on each.
 
 # %%
-study = open_detection(config)
+study = open_detection(run)
 fitted = train_folds(study)
 fitted.round(3)
 
 # %%
-histories = {fold.name: pd.read_csv(config.run_dir / fold.name / "metrics.csv") for fold in folds(study)}
-figure = figures.figure_training(next(iter(histories.values())), config)
-report.save_figure(figure, config, "training")
+histories = {fold.name: pd.read_csv(made_by(run, f"{fold.name}/metrics.csv", "2 Training")) for fold in folds(study)}
+figure = figures.figure_training(next(iter(histories.values())), run)
+report.save_figure(figure, run, "training")
 figure
 
 # %% [markdown]
@@ -164,15 +199,15 @@ figure
 # The scored films are read here for the first time. The intervals draw patients, not films, with replacement.
 
 # %%
-study = open_detection(config)
+study = open_detection(run)
 classes = study.dataset.box_classes
 test_opened(study, "evaluation of the plain view")
 scored = np.concatenate([fold.score for fold in folds(study)])
 views_found = pd.concat([look(study, fold, "score") for fold in folds(study)])
-found = join(views_found, method="wbf", views_used=(0,), config=config)
+found = join(views_found, method="wbf", views_used=(0,), run=run)
 own = matches(study, scored, found, iou=evaluate.COCO_IOUS)
 asked = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1")
-headline = evaluate.bootstrap(own, study.patients(scored), draws=config.bootstrap_draws, statistics=asked)
+headline = evaluate.bootstrap(own, study.patients(scored), draws=run.bootstrap_draws, statistics=asked)
 record(study, headline, model="plain")
 report.interval_table(headline)
 
@@ -182,7 +217,7 @@ report.interval_table(headline)
 # wide as the scale; do not rank classes by it.
 
 # %%
-per_class = evaluate.bootstrap(own, study.patients(scored), draws=config.bootstrap_draws, statistics=("AP50",))
+per_class = evaluate.bootstrap(own, study.patients(scored), draws=run.bootstrap_draws, statistics=("AP50",))
 record(study, per_class, model="plain")
 best = evaluate.best_thresholds(own, objective="f1")
 figures.per_class_table(per_class, best, truth(study, scored), classes)
@@ -195,13 +230,13 @@ figures.per_class_table(per_class, best, truth(study, scored), classes)
 curves = {"all classes": evaluate.curve(own)}
 curves |= {name: evaluate.curve(own, label=label) for label, name in enumerate(classes, 1) if len(classes) > 1}
 froc = {name: curve.rename(columns={"recall": "sensitivity"}) for name, curve in curves.items()}
-figure = figures.figure_froc(froc, config)
-report.save_figure(figure, config, "froc")
+figure = figures.figure_froc(froc, run)
+report.save_figure(figure, run, "froc")
 figure
 
 # %%
-figure = figures.figure_pr(curves, config)
-report.save_figure(figure, config, "precision_recall")
+figure = figures.figure_pr(curves, run)
+report.save_figure(figure, run, "precision_recall")
 figure
 
 # %% [markdown]
@@ -213,15 +248,15 @@ figure
 # a number of false marks per film that a reader would bear.
 
 # %%
-study = open_detection(config)
+study = open_detection(run)
 classes = study.dataset.box_classes
 chosen_on = np.concatenate([fold.select for fold in folds(study)])
-found = join(pd.concat([look(study, f, "select") for f in folds(study)]), method="wbf", views_used=(0,), config=config)
+found = join(pd.concat([look(study, f, "select") for f in folds(study)]), method="wbf", views_used=(0,), run=run)
 selecting = matches(study, chosen_on, found)
 sweep = evaluate.threshold_sweep(selecting)
 best = evaluate.best_thresholds(selecting, objective="f1")
-figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], config)
-report.save_figure(figure, config, "thresholds")
+figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], run)
+report.save_figure(figure, run, "thresholds")
 display(sweep.round(4))
 figure
 
@@ -231,7 +266,7 @@ figure
 # %%
 by_marks = evaluate.best_thresholds(selecting, objective="froc", fp_per_image=1.0)
 table = pd.concat({"best F1": best, "1 false mark per film": by_marks}, names=["objective"]).reset_index("objective")
-files.write_csv(table, config.run_dir / "thresholds.csv")
+files.write_csv(table, run.run_dir / "thresholds.csv")
 table.assign(label=[x if x == "all" else classes[int(x) - 1] for x in table["label"]]).round(3)
 
 # %% [markdown]
@@ -241,13 +276,13 @@ table.assign(label=[x if x == "all" else classes[int(x) - 1] for x in table["lab
 # above the F1 threshold of section 4.
 
 # %%
-study, threshold = open_detection(config), shown_threshold(config)
+study, threshold = open_detection(run), shown_threshold(run)
 classes, fold = study.dataset.box_classes, folds(study)[0]
-found = join(look(study, fold, "score"), method="wbf", views_used=(0,), config=config)
-shown = np.random.default_rng(config.seed).permutation(fold.score)[:4]
+found = join(look(study, fold, "score"), method="wbf", views_used=(0,), run=run)
+shown = np.random.default_rng(run.seed).permutation(fold.score)[:4]
 films = on_film(study, shown, truth(study, fold.score), found)
-figure = figures.figure_boxes(*films, classes, config, threshold=threshold)
-report.save_figure(figure, config, "grid")
+figure = figures.figure_boxes(*films, classes, run, threshold=threshold)
+report.save_figure(figure, run, "grid")
 figure
 
 # %% [markdown]
@@ -255,8 +290,8 @@ figure
 
 # %%
 films = on_film(study, shown[1:2], truth(study, fold.score), found)
-figure = figures.figure_boxes(*films, classes, config, threshold=threshold, beside=True)
-report.save_figure(figure, config, "beside")
+figure = figures.figure_boxes(*films, classes, run, threshold=threshold, beside=True)
+report.save_figure(figure, run, "beside")
 figure
 
 # %% [markdown]
@@ -264,13 +299,13 @@ figure
 
 # %%
 own = matches(study, fold.score, found)
-figure = figures.figure_confidence(pd.DataFrame({"score": own.score}), config, hits=own.hit[0])
-report.save_figure(figure, config, "confidence")
+figure = figures.figure_confidence(pd.DataFrame({"score": own.score}), run, hits=own.hit[0])
+report.save_figure(figure, run, "confidence")
 figure
 
 # %%
-figure = figures.figure_per_image(found, fold.score, config, threshold=threshold)
-report.save_figure(figure, config, "per_image")
+figure = figures.figure_per_image(found, fold.score, run, threshold=threshold)
+report.save_figure(figure, run, "per_image")
 figure
 
 # %% [markdown]
@@ -289,12 +324,12 @@ figure
 # First on the *select* films, where the recipe for the submission is chosen:
 
 # %%
-study = open_detection(config)
+study = open_detection(run)
 chosen_on = np.concatenate([fold.select for fold in folds(study)])
 views_found = pd.concat([look(study, fold, "select") for fold in folds(study)])
 on_select = compare(study, chosen_on, views_found)
 recipe = on_select.loc[on_select["value"].idxmax(), "name"]
-files.write_json({"recipe": recipe}, config.run_dir / "recipe.json")
+files.write_json({"recipe": recipe}, run.run_dir / "recipe.json")
 print("chosen for the submission:", recipe)
 on_select.round(4)
 
@@ -310,8 +345,8 @@ for row in on_score.itertuples():
     gain = dict(metric="mAP50_gain", value=row.difference, ci_low=row.difference_low, ci_high=row.difference_high, n=row.n)
     value = dict(metric="mAP50", value=row.value, ci_low=row.ci_low, ci_high=row.ci_high, n=row.n)
     record(study, pd.DataFrame([value, gain]).assign(label=0), model=row.name)
-figure = figures.figure_tta(on_score, config)
-report.save_figure(figure, config, "tta")
+figure = figures.figure_tta(on_score, run)
+report.save_figure(figure, run, "tta")
 figure
 
 # %% [markdown]
@@ -319,10 +354,10 @@ figure
 
 # %%
 every_view = range(on_score["name"].str.startswith("plain").sum())
-fused = {how: matches(study, scored, join(views_found, method=how, views_used=every_view, config=config))
+fused = {how: matches(study, scored, join(views_found, method=how, views_used=every_view, run=run))
          for how in ("wbf", "nms")}  # fmt: skip
 change = evaluate.paired_bootstrap(fused["wbf"], fused["nms"], study.patients(scored), statistics=("mAP50",),
-                                   draws=config.bootstrap_draws).assign(metric="mAP50_wbf_less_nms")  # fmt: skip
+                                   draws=run.bootstrap_draws).assign(metric="mAP50_wbf_less_nms")  # fmt: skip
 record(study, change, model="all views, wbf")
 report.interval_table(change)
 
@@ -339,8 +374,8 @@ report.interval_table(change)
 # `Infiltration` score nothing, without a word from the competition.
 
 # %%
-study = open_detection(config)
-recipe = json.loads((config.run_dir / "recipe.json").read_text())["recipe"]
+study = open_detection(run)
+recipe = json.loads(made_by(run, "recipe.json", "6 Test-time augmentation").read_text())["recipe"]
 written = {}
 for target in targets(study):
     table, boxes, sizes = submit(study, target, recipe)
@@ -374,22 +409,22 @@ except submission.SubmissionError as error:
 # map that ignores the findings scores the second number.
 
 # %%
-study, threshold = open_detection(config), shown_threshold(config)
+study, threshold = open_detection(run), shown_threshold(run)
 classes, fold = study.dataset.box_classes, folds(study)[0]
 model = load_fold(study, fold)
-shown = np.random.default_rng(config.seed).permutation(fold.score)[:2]
+shown = np.random.default_rng(run.seed).permutation(fold.score)[:2]
 x = study.images(shown)
-maps = eigencam(activations(model, x, "rcnn.backbone", level="0"), size=config.size)
-found = join(look(study, fold, "score"), method="wbf", views_used=(0,), config=config)
+maps = eigencam(activations(model, x, "rcnn.backbone", level="0"), size=run.size)
+found = join(look(study, fold, "score"), method="wbf", views_used=(0,), run=run)
 films, known, boxes, titles = on_film(study, shown, truth(study, shown), found)
-figure = figures.figure_localisation(films, maps.cpu().numpy(), known, boxes, classes, config, titles=titles,
+figure = figures.figure_localisation(films, maps.cpu().numpy(), known, boxes, classes, run, titles=titles,
                                      threshold=threshold)  # fmt: skip
-report.save_figure(figure, config, "eigencam")
+report.save_figure(figure, run, "eigencam")
 figure
 
 # %%
 rows = fold.score[:64]
-maps = eigencam(activations(model, study.images(rows), "rcnn.backbone", level="0"), size=config.size)
+maps = eigencam(activations(model, study.images(rows), "rcnn.backbone", level="0"), size=run.size)
 _, known, _, _ = on_film(study, rows, truth(study, rows), found)
 inside = pd.DataFrame(energy_inside(maps, known), columns=["map inside the boxes", "area of the boxes"])
 inside.describe().loc[["mean", "std"]].round(3)
@@ -398,9 +433,9 @@ inside.describe().loc[["mean", "std"]].round(3)
 # ## Results and files
 
 # %%
-results = pd.read_csv(config.run_dir / "results.csv")
+results = pd.read_csv(made_by(run, "results.csv", "3 Evaluation"))
 cells = results.assign(cell=[report.with_interval(row) for _, row in results.iterrows()])
 display(cells[["model", "metric", "cell", "n"]])
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if "tables/" not in name))

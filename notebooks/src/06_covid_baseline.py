@@ -31,18 +31,54 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, twenty minutes), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds it
+DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"trials": 12}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
+#
+# **Your own images**: `DATA_DIR` may be any folder with a folder of images for each class (below `train`, `val` and
+# `test` if you have a split). A CSV in it with the columns `file` and, as you have them, `label`, `patient`, `split`
+# says more. Without patients every image counts as one: `patient_pattern` reads them from the file names.
 
-config = dlia_config.resolve("06_covid_baseline", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+# The data; unusable_share: at most so many files may fail to decode
+FULL = {"dataset": "covid", "seed": 0, "size": 128, "fit": "squash", "per_class": None, "unusable_share": 0.01}
+FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
+# The network: width is that of its first block, every further block has twice as many channels
+FULL |= {"blocks": 4, "width": 16, "hidden": 128, "dropout": 0.3}
+# The recipe; max_minutes is for one training, None is no limit
+FULL |= {"epochs": 30, "batch_size": 32, "lr": 1e-3, "patience": 8, "max_minutes": 120.0, "num_workers": 2}
+# Quick comparisons of sizes and normalisations
+FULL |= {"quick_films": 2000, "quick_epochs": 5}
+# The search; of batch and width: (values beyond, values, values beyond)
+FULL |= {"trials": 30, "extend": 3, "search_epochs": 15, "search_patience": 5, "search_lr": (3e-4, 1e-2)}
+FULL |= {"search_dropout": (0.1, 0.6), "search_batch": ((8,), (16, 32, 64), (128,))}
+FULL |= {"search_width": ((4,), (8, 16, 32), (64,)), "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+CPU = {"size": 96, "epochs": 15, "patience": 4, "num_workers": 0, "quick_epochs": 3, "trials": 10, "extend": 2}
+CPU |= {"search_epochs": 6, "search_patience": 3, "search_width": ((4,), (8, 16), (32,))}
+
+SMOKE = {"size": 48, "per_class": 90, "blocks": 3, "width": 8, "hidden": 32, "epochs": 10, "batch_size": 16}
+SMOKE |= {"lr": 2e-3, "patience": 4, "max_minutes": None, "num_workers": 0, "quick_epochs": 3, "trials": 4}
+SMOKE |= {"extend": 1, "search_epochs": 4, "search_patience": 4, "search_lr": (5e-4, 4e-3)}
+SMOKE |= {"search_batch": ((4,), (8, 16), (32,)), "search_width": ((4,), (8, 16), (32,)), "bootstrap_draws": 200}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("06_covid_baseline", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes="any",
+            trains="7 The final baseline")
+print(run)
 
 # %% tags=["imports"]
+import itertools
 import json
 
 import numpy as np
@@ -54,24 +90,29 @@ from torch.utils.data import TensorDataset
 
 from dlia_utils import augment, curves, explore, files, launch, metrics, models, once, report, search, split
 from dlia_utils.objectives import cross_entropy, fingerprint
-from dlia_utils.study import fit_model, load_models, open_study, test_opened
+from dlia_utils.study import fit_model, load_models, made_by, open_study, test_opened, work_folder
 from dlia_utils.train import predict
 
-TABLES, RESULTS = config.run_dir / "tables", config.run_dir / "results.csv"
+TABLES, RESULTS = run.run_dir / "tables", run.run_dir / "results.csv"
 pd.set_option("display.max_colwidth", 120)
 
 
 def channels(width):
     """Channels of the blocks: each has twice as many as the one before."""
-    return [width * 2**block for block in range(config.blocks)]
+    return [width * 2**block for block in range(run.blocks)]
 
 
 def network(study, *, width, dropout):
     """A fresh network that normalises by mean and deviation of all pixels of the TRAINING films."""
     mean, spread = explore.mean_and_spread(study.cache, study.rows("train"))
     std = np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
-    return models.cnn(channels=channels(width), hidden=config.hidden, dropout=dropout, mean=mean.mean(), std=std,
-                      seed=config.seed)  # fmt: skip
+    return models.cnn(num_classes=len(study.dataset.classes), channels=channels(width), hidden=run.hidden,
+                      dropout=dropout, mean=mean.mean(), std=std, seed=run.seed)  # fmt: skip
+
+
+def score_of(probability):
+    """What the metrics take: the probability of class 1, or of more than two classes all of them."""
+    return probability[:, 1] if probability.shape[1] == 2 else probability
 
 
 # %% [markdown]
@@ -84,7 +125,7 @@ def network(study, *, width, dropout):
 # nothing below is chosen by it.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 test_opened(study, "exploration: sizes, samples, grey values; no model, no choice")
 print(study.dataset.split_rule)
 print("training films:", len(study.rows("train")))
@@ -94,19 +135,19 @@ sizes[["split", "class_name", "images", "sizes", "commonest", "share"]].round(2)
 
 # %%
 figure = explore.figure_classes(study.dataset)
-report.save_figure(figure, config, "classes")
+report.save_figure(figure, run, "classes")
 figure
 
 # %% [markdown]
 # Two films of each class from each split.
 
 # %%
-rng = np.random.default_rng(config.seed)
+rng = np.random.default_rng(run.seed)
 parts = explore.rows_by_split(study.dataset, together=False)
 shown = np.concatenate([rng.permutation(rows)[:2] for rows in parts.values()])
 titles = study.dataset.manifest.loc[shown, ["split", "class_name"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config, columns=4)
-report.save_figure(figure, config, "samples")
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run, columns=4)
+report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
@@ -121,7 +162,7 @@ grey.set_index(["split", "class_name"]).T.round(3)
 
 # %%
 figure = explore.figure_mean_images(study.cache, study.dataset)
-report.save_figure(figure, config, "mean_films")
+report.save_figure(figure, run, "mean_films")
 figure
 
 # %% [markdown]
@@ -166,13 +207,14 @@ rows = study.rows("train")
 labels = study.labels(rows).cpu().numpy()
 measured = quality(study.images(rows).cpu())
 table = []
-for name, values in measured.items():
-    outcome = metrics.classification(labels, values, study.patients(rows), draws=config.bootstrap_draws)
+asked = {"": 1} if len(study.dataset.classes) == 2 else {f", {c}": k for k, c in enumerate(study.dataset.classes)}
+for (name, values), (which, label) in itertools.product(measured.items(), asked.items()):
+    outcome = metrics.classification(labels == label, values, study.patients(rows), draws=run.bootstrap_draws)
     medians = {f"median, {c}": values[labels == k].median() for k, c in enumerate(study.dataset.classes)}
-    table.append({"measure": name} | medians | outcome[outcome.metric.eq("auc")].iloc[0].to_dict())
+    table.append({"measure": name + which} | medians | outcome[outcome.metric.eq("auc")].iloc[0].to_dict())
 table = pd.DataFrame(table).drop(columns="metric")
 files.write_csv(table, TABLES / "quality.csv")
-formats = explore.size_shortcut(study.dataset, study.cache.shapes, draws=config.bootstrap_draws)
+formats = explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws)
 files.write_csv(formats, TABLES / "formats.csv")
 display(formats.round(3))
 table.round(3)
@@ -190,7 +232,7 @@ table.round(3)
 # First, what each normalisation makes of a few validation films.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 strategies = explore.normalisations(study.cache, study.rows("train"))
 sample = study.images(study.rows("val")[:16])
 made = {name: normalise(sample) for name, normalise in strategies.items()}
@@ -201,26 +243,26 @@ pd.DataFrame([{"normalisation": name, "mean": x.mean().item(), "deviation": x.st
 # %%
 def quick_training(study, name, prepare, *, shrink=1):
     """Validation AUC and seconds an epoch of a short training on films that `prepare` made ready."""
-    chosen = np.random.default_rng(config.seed).permutation(study.rows("train"))[: config.quick_films]
+    chosen = np.random.default_rng(run.seed).permutation(study.rows("train"))[: run.quick_films]
     ready = [TensorDataset(F.avg_pool2d(prepare(study.images(rows)), shrink).cpu(), study.labels(rows).cpu())
              for rows in (chosen, study.rows("val"))]  # fmt: skip
-    model = models.cnn(channels=channels(config.width), hidden=config.hidden, dropout=config.dropout, mean=0.0, std=1.0,
-                       seed=config.seed)  # fmt: skip
+    model = models.cnn(num_classes=len(study.dataset.classes), channels=channels(run.width), hidden=run.hidden,
+                       dropout=run.dropout, mean=0.0, std=1.0, seed=run.seed)  # fmt: skip
     loss = cross_entropy(weight=study.class_weights())
-    fitted = fit_model(study, f"quick/{name}", model, loss, *ready, epochs=config.quick_epochs, patience=None,
+    fitted = fit_model(study, f"quick/{name}", model, loss, *ready, epochs=run.quick_epochs, patience=None,
                        monitor="epoch", num_workers=0, progress=False)  # fmt: skip
     probability, labels, _ = predict(model, ready[1])
     patients = study.patients(study.rows("val"))
-    outcome = metrics.classification(labels, probability[:, 1], patients, draws=config.bootstrap_draws)
+    outcome = metrics.classification(labels, score_of(probability), patients, draws=run.bootstrap_draws)
     return outcome[outcome.metric.eq("auc")].iloc[0].to_dict() | {"seconds": fitted.history["seconds"].median()}
 
 
 quick = []
 for name, normalise in strategies.items():
     found = quick_training(study, name.replace(", ", "_").replace(" ", "_"), normalise)
-    quick.append({"compared": "normalisation", "name": name, "size": config.size} | found)
+    quick.append({"compared": "normalisation", "name": name, "size": run.size} | found)
 for shrink in (1, 2, 4):
-    size = config.size // shrink
+    size = run.size // shrink
     name = "training" if shrink == 1 else f"size_{size}"  # at full size it is the training from above
     found = quick_training(study, name, strategies["training"], shrink=shrink)
     quick.append({"compared": "resolution", "name": f"{size} px", "size": size} | found)
@@ -241,14 +283,14 @@ quick.round(3)
 # shows one step alone, always applied and drawn twice; the last line all of them as they are combined.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 names = ("flip", "rotation, shift, zoom", "brightness, contrast", "gamma", "softness")
 steps = dict(zip(names, augment.train_transform(flip=1, blur=1).transforms, strict=True))
 for step in steps.values():
     step.p = 1  # in training some steps are left out at random
 film = np.array(study.cache.images[study.rows("train")[0]])
-figure = explore.figure_augmentations(film, steps, repeats=2, seed=config.seed)
-report.save_figure(figure, config, "augmentation")
+figure = explore.figure_augmentations(film, steps, repeats=2, seed=run.seed)
+report.save_figure(figure, run, "augmentation")
 figure
 
 # %% [markdown]
@@ -275,8 +317,8 @@ pd.DataFrame(given)
 # 4 x 4; a hidden layer, dropout, and the last layer with one logit a class.
 
 # %%
-study = open_study(config)
-models.summary(network(study, width=config.width, dropout=config.dropout), config.size)
+study = open_study(run)
+models.summary(network(study, width=run.width, dropout=run.dropout), run.size)
 
 
 # %% [markdown]
@@ -286,17 +328,17 @@ models.summary(network(study, width=config.width, dropout=config.dropout), confi
 
 # %%
 def train_first(name):
-    study = open_study(config)
-    model = network(study, width=config.width, dropout=config.dropout)
+    study = open_study(run)
+    model = network(study, width=run.width, dropout=run.dropout)
     loss = cross_entropy(weight=study.class_weights())
     films = study.torch_set("train", augmented=name == "initial")
     return fit_model(study, name, model, loss, films, study.torch_set("val"), patience=None)
 
 
-first = launch.each(train_first, ["initial", "unaugmented"], log_dir=config.run_dir / "logs")
+first = launch.each(train_first, ["initial", "unaugmented"], log_dir=run.run_dir / "logs")
 histories = {name: fitted.history for name, fitted in first.items()}
-figure = curves.figure_curves(histories, config)
-report.save_figure(figure, config, "curves_initial")
+figure = curves.figure_curves(histories, run)
+report.save_figure(figure, run, "curves_initial")
 display(figure)
 read = curves.facts(histories)
 read.set_index("run").T.round(3)
@@ -326,12 +368,12 @@ for _, row in read.iterrows():
 # %%
 def run_once(params, report_score):
     """Train a new network with these values; its best validation AUC is the score."""
-    study = open_study(config)
+    study = open_study(run)
     model = network(study, width=params["width"], dropout=params["dropout"])
     fitted = fit_model(
         study, f"search/{search.run_name(params)}", model, cross_entropy(weight=study.class_weights()),
         study.torch_set("train", augmented=True), study.torch_set("val"), lr=params["lr"],
-        batch_size=params["batch_size"], epochs=config.search_epochs, patience=config.search_patience,
+        batch_size=params["batch_size"], epochs=run.search_epochs, patience=run.search_patience,
         on_epoch=lambda row: report_score(row["epoch"], row["val_auc"]), progress=False)  # fmt: skip
     best = fitted.history.set_index("epoch").loc[fitted.best_epoch]
     return {"score": best["val_auc"], "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"],
@@ -343,16 +385,18 @@ def ordered(beyond_below, values, beyond_above):
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
 space = {
-    "lr": search.Range(*config.search_lr, log=True, hard=(1e-5, 0.1)),
-    "dropout": search.Range(*config.search_dropout, hard=(0, 0.9)),
-    "batch_size": ordered(*config.search_batch),
-    "width": ordered(*config.search_width),
+    "lr": search.Range(*run.search_lr, log=True, hard=(1e-5, 0.1)),
+    "dropout": search.Range(*run.search_dropout, hard=(0, 0.9)),
+    "batch_size": ordered(*run.search_batch),
+    "width": ordered(*run.search_width),
 }
-folder = config.run_dir / "search"
-found = search.search(run_once, space, folder=folder, trials=config.trials, seed=config.seed, extend=config.extend,
-                      resume=bool(config.resume), config=study.key)  # fmt: skip
+uses = ("trials", "extend", "seed", "search_epochs", "search_patience", "search_lr", "search_dropout", "search_batch",
+        "search_width", "blocks", "hidden")  # fmt: skip
+folder = work_folder(run, "search", study.key | run.pick(*uses))
+found = search.search(run_once, space, folder=folder, trials=run.trials, seed=run.seed, extend=run.extend,
+                      resume=bool(run.resume), config=study.key)  # fmt: skip
 for path in folder.glob("run_*/*.pt"):
     path.unlink()  # the curves of all runs stay, their weights are not needed again
 files.write_csv(found.ranges, TABLES / "ranges.csv")
@@ -368,8 +412,8 @@ display(pd.DataFrame(found.extensions))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, config)
-report.save_figure(figure, config, "search")
+figure = search.figure_search(found.runs, run)
+report.save_figure(figure, run, "search")
 figure
 
 # %% [markdown]
@@ -385,8 +429,8 @@ RECIPES = {"adam": ("adam", 1, 0.0), "sgd": ("sgd", 10, 0.0), "smoothed": ("adam
 
 
 def train_recipe(name):
-    study = open_study(config)
-    best = search.top_runs(pd.read_csv(config.run_dir / "search" / "runs.csv"), count=1).iloc[0]
+    study = open_study(run)
+    best = search.top_runs(pd.read_csv(made_by(run, "search/runs.csv", "5 Search")), count=1).iloc[0]
     optimizer, factor, smoothing = RECIPES[name]
     recipe = {"optimizer": optimizer, "lr": factor * best["lr"], "batch_size": int(best["batch_size"])}
     shape = {"width": int(best["width"]), "dropout": float(best["dropout"])}
@@ -398,17 +442,18 @@ def train_recipe(name):
             "epochs": epochs, "val_auc": fitted.best_score}  # fmt: skip
 
 
-tried = list(launch.each(train_recipe, list(RECIPES), log_dir=config.run_dir / "logs").values())
+tried = list(launch.each(train_recipe, list(RECIPES), log_dir=run.run_dir / "logs").values())
 choice = max(tried, key=lambda one: one["val_auc"])  # the first of equals
-files.write_json(choice, config.run_dir / "choice.json")
+files.write_json(choice, run.run_dir / "choice.json")
 files.write_csv(pd.DataFrame(tried), TABLES / "recipes.csv")
 print(f"chosen: {choice['recipe']}, {choice['epochs']} epochs")
 pd.DataFrame(tried).round(4)
 
 # %%
-histories = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in RECIPES}
-figure = curves.figure_curves(histories, config)
-report.save_figure(figure, config, "curves_recipes")
+section = "6 Early stopping, optimiser and loss"
+histories = {name: pd.read_csv(made_by(run, f"{name}/metrics.csv", section)) for name in RECIPES}
+figure = curves.figure_curves(histories, run)
+report.save_figure(figure, run, "curves_recipes")
 figure
 
 # %% [markdown]
@@ -418,19 +463,19 @@ figure
 # found above, without early stopping: nothing is left to stop by. The normalisation stays that of the training films.
 
 # %%
-study = open_study(config)
-choice = json.loads((config.run_dir / "choice.json").read_text())
+study = open_study(run)
+choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
 rows = np.concatenate([study.rows("train"), study.rows("val")])
 films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                             seed=config.seed)  # fmt: skip
+                             seed=run.seed)  # fmt: skip
 final = network(study, width=choice["width"], dropout=choice["dropout"])
 loss = cross_entropy(weight=study.class_weights(), label_smoothing=choice["label_smoothing"])
 fitted = fit_model(study, "baseline", final, loss, films, None, monitor="epoch", patience=None, epochs=choice["epochs"],
                    optimizer=choice["optimizer"], lr=choice["lr"], batch_size=choice["batch_size"])  # fmt: skip
-chosen = pd.read_csv(config.run_dir / choice["recipe"] / "metrics.csv").head(choice["epochs"])
+chosen = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv").head(choice["epochs"])
 histories = {"final baseline": fitted.history, f"{choice['recipe']}, on training films": chosen}
-figure = curves.figure_curves(histories, config)
-report.save_figure(figure, config, "curves_final")
+figure = curves.figure_curves(histories, run)
+report.save_figure(figure, run, "curves_final")
 display(figure)
 curves.facts(histories)[["run", "epochs", "train_loss_first", "train_loss_last", "train_accuracy_last"]].round(3)
 
@@ -452,16 +497,18 @@ print("predictions bit-equal:", np.array_equal(*answers))
 # `once.predictions(..., force=True)` says so in the log.
 
 # %%
-study = open_study(config)
-choice = json.loads((config.run_dir / "choice.json").read_text())
+study = open_study(run)
+choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
 told = once.predictions(study, "baseline")
-labels, probability = told["label"].to_numpy(), told["probability"].to_numpy()
+labels, score = told["label"].to_numpy(), once.scores(told)
+predicted = (score > 0.5).astype(int) if score.ndim == 1 else once.most_probable(score)
 patients = study.patients(told["image"].to_numpy())
-outcome = metrics.classification(labels, probability, patients, draws=config.bootstrap_draws)
-results = report.result_rows(outcome.assign(epochs=choice["epochs"]), config, model="baseline")
+outcome = metrics.classification(labels, score, patients, draws=run.bootstrap_draws)
+results = report.result_rows(outcome.assign(epochs=choice["epochs"]), run, model="baseline")
 report.update_results(results, RESULTS)
-files.write_csv(told[["path", "label"]].assign(baseline=probability), config.run_dir / "predictions.csv")
-display(pd.read_csv(config.run_dir / "test_log.csv")[["time", "purpose", "split"]])
+answers = {"baseline": score} if score.ndim == 1 else {f"baseline, {c}": score[:, k] for k, c in enumerate(study.dataset.classes)}
+files.write_csv(told[["path", "label"]].assign(**answers), run.run_dir / "predictions.csv")
+display(pd.read_csv(run.run_dir / "test_log.csv")[["time", "purpose", "split"]])
 report.interval_table(outcome)
 
 # %% [markdown]
@@ -473,11 +520,11 @@ auc = outcome[outcome.metric.eq("auc")].iloc[0]
 inside = auc["ci_low"] <= choice["val_auc"] <= auc["ci_high"]
 print(f"validation AUC when it was chosen {choice['val_auc']:.3f}, test AUC {report.with_interval(auc)}: "
       f"{'inside' if inside else 'OUTSIDE'} the interval of the test")  # fmt: skip
-figure = report.figure_confusion(labels, {"baseline": (probability > 0.5).astype(int)}, study.dataset.classes, config)
-report.save_figure(figure, config, "confusion")
+figure = report.figure_confusion(labels, {"baseline": predicted}, study.dataset.classes, run)
+report.save_figure(figure, run, "confusion")
 display(figure)
-figure = report.figure_roc(labels, {"baseline": probability}, config)
-report.save_figure(figure, config, "roc")
+figure = report.figure_roc(labels, {"baseline": score}, run)
+report.save_figure(figure, run, "roc")
 figure
 
 # %% [markdown]
@@ -485,13 +532,14 @@ figure
 # right.
 
 # %%
-wrong = (probability > 0.5) != labels.astype(bool)
-order = np.random.default_rng(config.seed).permutation(len(labels))
+wrong = predicted != labels
+order = np.random.default_rng(run.seed).permutation(len(labels))
 shown = np.concatenate([order[wrong[order]][:6], order[~wrong[order]][:12]])[:12]
 classes = study.dataset.classes
-titles = [f"{'WRONG: ' if wrong[k] else ''}{classes[labels[k]]}\np({classes[1]}) = {probability[k]:.3f}" for k in shown]
-figure = report.figure_samples(study.images(told["image"].to_numpy()[shown]).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "test_films")
+sure = [f"p({classes[1]}) = {p:.3f}" for p in score] if score.ndim == 1 else [f"called {classes[k]}" for k in predicted]
+titles = [f"{'WRONG: ' if wrong[k] else ''}{classes[labels[k]]}\n{sure[k]}" for k in shown]
+figure = report.figure_samples(study.images(told["image"].to_numpy()[shown]).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "test_films")
 figure
 
 # %% [markdown]
@@ -524,7 +572,7 @@ figure
 # | 23, 24 | errors explained, data to collect next | [07](07_covid_transfer_gradcam.ipynb) |
 
 # %%
-study = open_study(config)
+study = open_study(run)
 manifest, classes = study.dataset.manifest, study.dataset.classes
 table = {path.stem: pd.read_csv(path) for path in TABLES.glob("*.csv")}
 quality = table["quality"][(table["quality"].ci_low > 0.5) | (table["quality"].ci_high < 0.5)]
@@ -545,7 +593,7 @@ answers = {
     2: f"{len(uneven)} of {len(table['split_tests'])} tests found a difference that chance does not explain"
     + (f": {found}" if found else ": the splits look like random parts of one pool")
     + f". Rule of the split: {study.dataset.split_rule}. Films on two sides, by the audit: {torn}.",
-    3: (f"Yes. AUC of each measure alone on training films (above 0.5: COVID films have more of it), where the interval "
+    3: (f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have more of it), where the interval "
         f"leaves out 0.5: {hints}. A network can use such differences, and they are no part of the disease: they may carry "
         "the score here and be missing in a hospital with other machines." if hints else
         "None of the four measures tells the classes apart on training films: all intervals hold 0.5."),
@@ -558,11 +606,12 @@ norms, (full, half, quarter) = quick["normalisation"], (row for _, row in quick[
 used, best = norms.loc["training"], norms["value"].max()
 lost = " and ".join(row.name for row in (half, quarter) if row["value"] < full["ci_low"])
 side = table["sizes"]["commonest"].mode()[0]
-first = {name: pd.read_csv(config.run_dir / name / "metrics.csv") for name in ("initial", "unaugmented")}
+first = {name: pd.read_csv(made_by(run, f"{name}/metrics.csv", "4 The first network"))
+         for name in ("initial", "unaugmented")}  # fmt: skip
 read = curves.facts(first).set_index("run")
 early, plain = read.loc["initial"], read.loc["unaugmented"]
 answers = {
-    4: f"Files of {side} pixels are decoded once to {config.size} x {config.size}. Short trainings gave an AUC on "
+    4: f"Files of {side} pixels are decoded once to {run.size} x {run.size}. Short trainings gave an AUC on "
     f"validation films of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at {half.name} and "
     f"{quarter['value']:.3f} at {quarter.name}; an epoch at half the side takes {half['seconds'] / full['seconds']:.0%} "
     "of the time and a quarter of the memory. "
@@ -585,12 +634,12 @@ answers = {
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-runs = pd.read_csv(config.run_dir / "search" / "runs.csv")
+runs = pd.read_csv(made_by(run, "search/runs.csv", "5 Search"))
 complete = runs[runs["state"].eq("complete")]
 moved = complete[["lr", "dropout", "batch_size", "width"]].corrwith(complete["score"], method="spearman").dropna()
 moved = ", ".join(f"{name} {rho:+.2f}" for name, rho in moved.sort_values(key=abs, ascending=False).items())
-choice = json.loads((config.run_dir / "choice.json").read_text())
-outcome = pd.read_csv(RESULTS).query("model == 'baseline'").set_index("metric")
+choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
+outcome = pd.read_csv(made_by(run, "results.csv", "8 The test, once")).query("model == 'baseline'").set_index("metric")
 half = (outcome["ci_high"] - outcome["ci_low"]) / 2
 majority = manifest.loc[manifest["split"].eq("test"), "label"].value_counts(normalize=True).max()
 signs = {name: curves.signs(read.loc[name]) for name in read.index}
@@ -600,10 +649,11 @@ tune = dict.fromkeys(remedy[sign.split(":")[0]] for sign in signs["initial"])
 answers = {
     7: "AUC for choosing (it needs no threshold and does not move with the share of the classes), sensitivity and "
     "specificity for reading (a missed COVID film and a false alarm cost differently), accuracy for comparing: always "
-    f"naming the larger class is right on {majority:.0%} of the test films. Sensitivity "
-    f"{report.with_interval(outcome.loc['sensitivity'])}, specificity {report.with_interval(outcome.loc['specificity'])}: "
-    f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about {half['sensitivity']:.2f} in "
-    f"sensitivity or {half['auc']:.3f} in AUC.",
+    f"naming the larger class is right on {majority:.0%} of the test films. "
+    + "".join(f"{name}: {report.with_interval(outcome.loc[name])}. " for name in ("sensitivity", "specificity")
+              if name in outcome.index)
+    + f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about {half['accuracy']:.2f} in "
+    f"accuracy or {half['auc']:.3f} in AUC.",
     8: f"In {early['epochs']:.0f} epochs the training loss went from {early['train_loss_first']:.3f} to "
     f"{early['train_loss_last']:.3f} and fell in {early['falls']:.0%} of the steps; validation AUC was best in epoch "
     f"{early['best_epoch']:.0f} ({early['val_auc_best']:.3f}) and ended at {early['val_auc_last']:.3f}. Signs: "
@@ -618,7 +668,7 @@ answers = {
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-grown, edge = config.run_dir / "search" / "extensions.csv", table["ranges"].dropna(subset=["edge"])
+grown, edge = run.run_dir / "search" / "extensions.csv", table["ranges"].dropna(subset=["edge"])
 grown = pd.read_csv(grown).iterrows() if grown.exists() else []
 grown = "; ".join(f"{row['parameter']} from {row['before']} to {row['after']}" for _, row in grown)
 edge = "; ".join(f"{row['parameter']} ({row['edge']})" for _, row in edge.iterrows())
@@ -626,8 +676,8 @@ best = ", ".join(f"{row['parameter']} {float(row['best']):.3g}" for _, row in ta
 states = ", ".join(f"{count} {state}" for state, count in runs["state"].value_counts().items())
 recipes = table["recipes"].set_index("recipe")
 apart = recipes["val_auc"].max() - recipes["val_auc"].min()
-held_out = pd.read_csv(config.run_dir / choice["recipe"] / "metrics.csv")["train_loss"][choice["epochs"] - 1]
-final = curves.facts({"final": pd.read_csv(config.run_dir / "baseline" / "metrics.csv")}).iloc[0]
+held_out = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv")["train_loss"][choice["epochs"] - 1]
+final = curves.facts({"final": pd.read_csv(run.run_dir / "baseline" / "metrics.csv")}).iloc[0]
 answers = {
     10: f"Neither a grid nor one value at a time: TPE draws all four together, each time by the scores so far. {len(runs)} "
     f"runs ({states}); a pruned run was below the median of the others at the same epoch. The ranges were set upfront and "
@@ -647,7 +697,7 @@ answers = {
     f"{final['train_accuracy_last']:.3f}; test accuracy is {report.with_interval(outcome.loc['accuracy'])}.",
 }  # fmt: skip
 display(Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items())))
-if config.synthetic:
+if run.synthetic:
     display(Markdown("*Synthetic films and tiny trainings: these answers show the machinery, not a finding.*"))
 
 # %% [markdown]
@@ -657,8 +707,8 @@ if config.synthetic:
 # search are in `search/runs.csv`, the openings of the test split in `test_log.csv`.
 
 # %%
-results = pd.read_csv(RESULTS)
+results = pd.read_csv(made_by(run, "results.csv", "8 The test, once"))
 display(results[["model", "metric", "value", "ci_low", "ci_high", "n", "size", "epochs", "profile", "data"]].round(3))
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if "tables/" not in name and "/run_" not in name and "quick/" not in name))

@@ -29,16 +29,53 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, half an hour), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds COVID-19_Radiography_Dataset or covid_xray
+DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: two class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": whatever the settings were
+RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+CHANGES = {}  # settings of your own, whatever the profile, such as {"backbone": "resnet18"}
 
-# %% tags=["config"]
-from dlia_utils import config as dlia_config
+# %% [markdown]
+# **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
+# one, whatever the profile, write it into `CHANGES` above: `CHANGES = {"epochs": 5}`. A typo is told, a changed setting
+# is starred below, and the run gets a folder of its own, which takes over whatever the change does not touch.
+#
+# **Your own images**: `DATA_DIR` may be any folder with a folder of images for each class (below `train`, `val` and
+# `test` if you have a split). A CSV in it with the columns `file` and, as you have them, `label`, `patient`, `split`
+# says more. Without patients every image counts as one: `patient_pattern` reads them from the file names.
 
-config = dlia_config.resolve("07_covid_transfer_gradcam", PROFILE, DATA_DIR, RUN_NAME, RESUME)
-print(config.banner())
-print(dlia_config.settings_text(config))
+# %% tags=["settings"]
+# The data; unusable_share: at most so many files may fail to decode
+FULL = {"dataset": "covid", "seed": 0, "size": 224, "fit": "squash", "per_class": None, "unusable_share": 0.01}
+FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
+# The network: "resnet50_v2", "mobilenet_v2" (with width, stages), or any name of torchvision or timm
+FULL |= {"backbone": "resnet50_v2", "width": 1.0, "stages": 7, "pretrained": True}
+# The heads on the frozen network, and their recipe; max_minutes is for one training, None is no limit
+FULL |= {"heads": ("linear", "mlp"), "hidden": 128, "dropout": 0.3, "epochs": 30, "batch_size": 32, "lr": 1e-3}
+FULL |= {"patience": 6, "max_minutes": 90.0, "num_workers": 2, "trials": 24, "extend": 3}
+# Fine-tuning: blocks that learn, counted from the end, or "all"; rates, the largest first
+FULL |= {"unfrozen": "all", "tuning_lrs": (1e-3, 2e-4, 4e-5, 8e-6), "tuning_epochs": 15}
+# The baseline from scratch; the shortcut audit, on at most so many training images
+FULL |= {"baseline_channels": (32, 64, 128), "baseline_epochs": 30, "audit_films": 2000}
+FULL |= {"bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+CPU = {"size": 128, "backbone": "mobilenet_v2", "num_workers": 0, "trials": 12, "tuning_epochs": 10}
+CPU |= {"baseline_channels": (16, 32, 64), "baseline_epochs": 8, "audit_films": 1000}
+
+# per_class as in notebook 06: the same images, the same split
+SMOKE = {"size": 48, "per_class": 90, "backbone": "mobilenet_v2", "width": 0.5, "stages": 3}
+SMOKE |= {"pretrained": False, "hidden": 32, "epochs": 20, "batch_size": 16, "lr": 3e-3, "patience": 6}
+SMOKE |= {"max_minutes": None, "num_workers": 0, "trials": 4, "extend": 1, "tuning_lrs": (3e-3, 1e-3)}
+SMOKE |= {"tuning_epochs": 24, "baseline_channels": (8, 16), "baseline_epochs": 10, "audit_films": 120}
+SMOKE |= {"bootstrap_draws": 200}
+
+# %% tags=["start"]
+from dlia_utils.run import start
+
+run = start("07_covid_transfer_gradcam", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes=2,
+            trains="3 Fine-tuning the whole network")
+print(run)
 
 # %% tags=["imports"]
 import copy  # noqa: I001 (one line a module keeps this cell readable)
@@ -59,11 +96,20 @@ from dlia_utils import augment, comparison, curves, datasets, files, metrics, mo
 from dlia_utils import search, shortcuts, split, train
 from dlia_utils.explain import figures
 from dlia_utils.explain.gradcam import gradcam
-from dlia_utils.study import build_model, fit_model, load_models, open_study, stored, test_opened, trained, weights_label
+from dlia_utils.study import build_model, fit_model, load_models, made_by, open_study, stored, test_opened, trained
+from dlia_utils.study import train_model, weights_key, weights_label, work_folder
 
-RESULTS = config.run_dir / "results.csv"
+RESULTS = run.run_dir / "results.csv"
 
 
+# %% [markdown]
+# **Your model here.** One line adds the Grad-CAM of any convolutional network to section 5: a function that *builds* one
+# (it is trained here), or a network that is *trained already*. `models.wrap` puts its normalisation inside, and the layer
+# is found by itself. To fine-tune another network throughout, change the setting: `CHANGES = {"backbone": "resnet18"}`.
+
+# %% tags=["yours"]
+# run.own["densenet121"] = lambda: models.backbone("densenet121", num_classes=2)
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 def loss_of(study):
     """Cross-entropy in which both classes weigh the same."""
     return objectives.cross_entropy(weight=study.class_weights())
@@ -71,13 +117,13 @@ def loss_of(study):
 
 def baseline_folder(study):
     """Where the baseline lies: in a finished run of notebook 06 with this run's name and split, else in this run."""
-    if (config.run_dir / "baseline" / "best.pt").exists():  # one run keeps to one baseline
-        return config.run_dir
-    other = config.run_dir.parents[1] / "06_covid_baseline" / config.run_dir.name
+    if (run.run_dir / "baseline" / "best.pt").exists():  # one run keeps to one baseline
+        return run.run_dir
+    other = run.run_dir.parents[1] / "06_covid_baseline" / run.run_dir.name
     if not ((other / "predictions.csv").exists() and (other / "split.json").exists()):
-        return config.run_dir
+        return run.run_dir
     same = json.loads((other / "split.json").read_text(encoding="utf-8"))["hash"] == study.key["split"]
-    return other if same else config.run_dir
+    return other if same else run.run_dir
 
 
 # %% [markdown]
@@ -90,7 +136,7 @@ def baseline_folder(study):
 # two films of one patient that do not look alike may still lie on both sides, which no code can repair.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 pd.set_option("display.max_colwidth", 100)
@@ -100,8 +146,8 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, "class_name"].tolist()
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "samples")
+figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "samples")
 figure
 
 
@@ -120,18 +166,22 @@ figure
 # `with_head` keeps the frozen part in evaluation mode whatever `train()` is called.
 
 # %%
-def pretrained():
-    """The network whose features are used, or its stand-in where the weights cannot be had."""
-    if config.backbone == "resnet50_v2":
-        try:
-            network = models.resnet50_v2(weights="imagenet" if config.pretrained else None, seed=config.seed)
-        except RuntimeError as error:
-            print(f"MobileNetV2 takes the place of ResNet-50 V2: {error}")
-        else:
-            label = "resnet50_v2 imagenet" if config.pretrained else "random"
-            files.write_text(label, config.run_dir / "weights.txt")  # what the result rows will say
-            return network.to(config.device)
-    return build_model(config)
+def pretrained(study):
+    """The network whose features are used; only for the study's ResNet-50 V2 there is a stand-in without its weights."""
+    if run.backbone == "mobilenet_v2":
+        return build_model(run)
+    classes = study.dataset.classes
+    try:
+        network = models.backbone(run.backbone, num_classes=len(classes), pretrained=run.pretrained, seed=run.seed)
+    except RuntimeError as error:
+        if run.backbone != "resnet50_v2" or "backbone" in run.changed:
+            raise  # a network that was asked for by name is never replaced by another
+        print(f"MobileNetV2 takes the place of ResNet-50 V2: {error}")
+        return build_model(run)
+    models.check_classifier(network, study.images(study.rows("train")[:2]).cpu(), classes=classes)
+    label = f"{run.backbone} imagenet" if run.pretrained else "random"
+    files.write_text(label, run.run_dir / "weights.txt")  # what the result rows will say
+    return network.to(run.device)
 
 
 def with_statistics(network, study):
@@ -141,24 +191,25 @@ def with_statistics(network, study):
             layer.momentum = None  # the plain mean over all batches
     network.train()
     with torch.no_grad():
-        for rows in np.array_split(study.rows("train"), -(-len(study.rows("train")) // config.batch_size)):
+        for rows in np.array_split(study.rows("train"), -(-len(study.rows("train")) // run.batch_size)):
             network(study.images(rows))
     return network.eval()
 
 
 # %%
-study = open_study(config)
+study = open_study(run)
+work_folder(run, "start", study.key | run.pick("backbone", "pretrained", "width", "stages", "seed", "batch_size"))
 if not trained(study, ["start"]):  # kept, so that every later section has the same network, with or without internet
-    body = pretrained()
-    body = with_statistics(body, study) if weights_label(config) == "random" else body
-    models.save(models.with_head(body, seed=config.seed), config.run_dir / "start" / "best.pt", meta={"epoch": 0})
+    body = pretrained(study)
+    body = with_statistics(body, study) if weights_label(run) == "random" else body
+    models.save(models.with_head(body, seed=run.seed), run.run_dir / "start" / "best.pt", meta={"epoch": 0})
 start = load_models(study, ["start"])["start"]
-network = start.recipe["body"]["name"]
-missed = "" if network == config.backbone else f" (the weights of {config.backbone} could not be had)"
-print(f"network: {network}{missed}; weights: {weights_label(config)}")
+network = start.recipe["body"].get("arch", start.recipe["body"]["name"])
+missed = "" if network == run.backbone else f" (the weights of {run.backbone} could not be had)"
+print(f"network: {network}{missed}; weights: {weights_label(run)}")
 norms = [layer for layer in start.train().backbone.body.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
 print(f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the body in training mode")
-models.summary(start.eval(), config.size).tail(6)
+models.summary(start.eval(), run.size).tail(6)
 
 
 # %% [markdown]
@@ -177,7 +228,7 @@ def features(study, *splits):
 
 
 def features_of(study, name):
-    path = config.run_dir / "features" / f"{name}.pt"
+    path = work_folder(run, "features", study.key | {"start": weights_key(run, "start")}) / f"{name}.pt"
     if not path.exists():
         begun, start = time.monotonic(), load_models(study, ["start"])["start"]
         found = models.cached_features(start, study.torch_set(name))
@@ -188,20 +239,21 @@ def features_of(study, name):
 
 def new_model(start, head, dropout):
     """The frozen network under a head of its own, drawn anew."""
-    return models.with_head(start, head=head, hidden=config.hidden, dropout=dropout, seed=config.seed)
+    return models.with_head(start, head=head, hidden=run.hidden, dropout=dropout, seed=run.seed)
 
 
 def fit_head(study, name, model, train_set, val_set, **options):
     """Train the head on features, and keep the whole model."""
-    fitted = fit_model(study, f"{name}_head", model.head, loss_of(study), train_set, val_set, num_workers=0, **options)
-    models.save(model, config.run_dir / name / "best.pt", meta={"epoch": fitted.best_epoch})
+    fitted = fit_model(study, f"{name}_head", model.head, loss_of(study), train_set, val_set, num_workers=0,
+                       depends={"start": weights_key(run, "start")}, **options)  # fmt: skip
+    models.save(model, run.run_dir / name / "best.pt", meta={"epoch": fitted.best_epoch})
     return fitted
 
 
 # %%
 rows = []
-for head in config.heads:
-    model = new_model(start, head, config.dropout)
+for head in run.heads:
+    model = new_model(start, head, run.dropout)
     sets = features(study, "train"), features(study, "val")
     fitted = fit_head(study, f"initial_{head}", model, *sets, monitor="val_loss", patience=None)
     best = fitted.history.loc[fitted.history["val_loss"].idxmin()]
@@ -209,15 +261,15 @@ for head in config.heads:
     rows.append({"head": head, "weights": weights, "best epoch": fitted.best_epoch, "val_loss": best["val_loss"],
                  "val_accuracy": best["val_accuracy"], "val_auc": best["val_auc"], "seconds": fitted.seconds})  # fmt: skip
 heads = pd.DataFrame(rows)
-files.write_csv(heads, config.run_dir / "heads.csv")
+files.write_csv(heads, run.run_dir / "heads.csv")
 head = heads.loc[heads["val_loss"].idxmin(), "head"]
 print("head that goes on:", head)
 heads.round(3)
 
 # %%
-histories = {name: pd.read_csv(config.run_dir / f"initial_{name}_head" / "metrics.csv") for name in config.heads}
-figure = curves.figure_curves(histories, config)
-report.save_figure(figure, config, "initial")
+histories = {name: pd.read_csv(run.run_dir / f"initial_{name}_head" / "metrics.csv") for name in run.heads}
+figure = curves.figure_curves(histories, run)
+report.save_figure(figure, run, "initial")
 figure
 
 # %% [markdown]
@@ -240,7 +292,7 @@ def one_run(params, tell):
     with tempfile.TemporaryDirectory() as scratch:  # seconds of work: nothing to keep but its numbers
         fitted = train.fit(
             model.head, loss_of(study), features(study, "train"), features(study, "val"), run_dir=scratch,
-            epochs=config.epochs, patience=config.patience, monitor="val_loss", lr=params["lr"], seed=config.seed,
+            epochs=run.epochs, patience=run.patience, monitor="val_loss", lr=params["lr"], seed=run.seed,
             batch_size=params["batch_size"], on_epoch=lambda row: tell(row["epoch"], row["val_loss"]), progress=False,
         )  # fmt: skip
     best = fitted.history.loc[fitted.history["epoch"].eq(fitted.best_epoch)].iloc[0]
@@ -248,14 +300,16 @@ def one_run(params, tell):
             "best_epoch": fitted.best_epoch}  # fmt: skip
 
 
-found = search.search(one_run, space, folder=config.run_dir / "search", trials=config.trials, seed=config.seed,
-                      direction="minimize", extend=config.extend, config=study.key | {"head": head})  # fmt: skip
+given = run.pick("trials", "extend", "epochs", "patience", "hidden", "seed")
+given |= study.key | {"head": head, "start": weights_key(run, "start")}
+found = search.search(one_run, space, folder=work_folder(run, "search", given), trials=run.trials, seed=run.seed,
+                      direction="minimize", extend=run.extend, resume=bool(run.resume), config=given)
 display(search.top_runs(found.runs, count=6, direction="minimize").round(4))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, config, direction="minimize")
-report.save_figure(figure, config, "search")
+figure = search.figure_search(found.runs, run, direction="minimize")
+report.save_figure(figure, run, "search")
 figure
 
 # %% [markdown]
@@ -267,17 +321,17 @@ figure
 best = {name: found.best[name] for name in ("lr", "batch_size")}
 selected = new_model(start, head, found.best["dropout"])
 sets = features(study, "train"), features(study, "val")
-fitted = fit_head(study, "selected", selected, *sets, monitor="val_loss", patience=config.patience, **best)
+fitted = fit_head(study, "selected", selected, *sets, monitor="val_loss", patience=run.patience, **best)
 epochs = search.retrain_epochs(fitted.history, monitor="val_loss")
 frozen = new_model(start, head, found.best["dropout"])
 final = fit_head(study, "frozen", frozen, features(study, "train", "val"), None, monitor="epoch", epochs=epochs,
                  patience=None, **best)  # fmt: skip
 again = load_models(study, ["frozen"])["frozen"]
 same = objectives.fingerprint(frozen) == objectives.fingerprint(again)
-before, after = (train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(config.device), again))
+before, after = (train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(run.device), again))
 print(f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}")
-figure = curves.figure_curves({"final, train + val": final.history, "selected, held-out": fitted.history}, config)
-report.save_figure(figure, config, "frozen")
+figure = curves.figure_curves({"final, train + val": final.history, "selected, held-out": fitted.history}, run)
+report.save_figure(figure, run, "frozen")
 figure
 
 
@@ -301,31 +355,34 @@ figure
 def train_accuracy(study, model):
     """Share of augmented training films that a model gets right with active dropout, as in a training."""
     model, right = copy.deepcopy(model).train(), 0
-    films, order = study.torch_set("train", augmented=True), torch.Generator().manual_seed(config.seed)
+    films, order = study.torch_set("train", augmented=True), torch.Generator().manual_seed(run.seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(run.seed)
         # Shuffled: the films are sorted by class, and the head's batch norm takes what a batch has in common away.
-        for x, y, _ in DataLoader(films, batch_size=config.batch_size, shuffle=True, generator=order):
-            right += (model(x.to(config.device)).argmax(1).cpu() == y).sum().item()
+        for x, y, _ in DataLoader(films, batch_size=run.batch_size, shuffle=True, generator=order):
+            right += (model(x.to(run.device)).argmax(1).cpu() == y).sum().item()
     return pd.DataFrame({"train_accuracy": [right / len(films)]})
 
 
 def unfrozen(study, name):
     """A trained model, with the body's blocks free to learn."""
-    return models.unfreeze(load_models(study, [name])[name], config.unfrozen)
+    return models.unfreeze(load_models(study, [name])[name], run.unfrozen)
 
 
-study = open_study(config)
-history = pd.read_csv(config.run_dir / "selected_head" / "metrics.csv")
-measured = stored(study, "train_accuracy_selected", lambda: train_accuracy(study, *load_models(study, ["selected"]).values()))
+study = open_study(run)
+history = pd.read_csv(made_by(run, "selected_head/metrics.csv", "2 Frozen network, new head"))
+measured = stored(study, "train_accuracy_selected", lambda: train_accuracy(study, *load_models(study, ["selected"]).values()),
+                  model="selected", uses=["batch_size", "seed"])  # fmt: skip
 share = measured["train_accuracy"].item()
 frozen_scores = {"train_accuracy": share, "val_loss": history["val_loss"].min()}
 tolerance = max(0.02, 2 * np.sqrt(2 * share * (1 - share) / len(study.rows("train"))))
+given = run.pick("tuning_lrs", "tuning_epochs", "unfrozen", "batch_size", "seed")
+given |= study.key | {"selected": weights_key(run, "selected")}
 tuned = search.finetune_with_drop_rule(
     lambda: unfrozen(study, "selected"), loss_of(study), study.torch_set("train", augmented=True), study.torch_set("val"),
-    run_dir=config.run_dir / "tuning", lrs=config.tuning_lrs, epochs=config.tuning_epochs, baseline=frozen_scores,
-    tolerance=tolerance, monitor="val_loss", patience=None, schedule="cosine", batch_size=config.batch_size,
-    num_workers=config.num_workers, seed=config.seed, resume=config.resume, max_minutes=config.max_minutes, config=study.key | {"model": "tuning"},
+    run_dir=work_folder(run, "tuning", given), lrs=run.tuning_lrs, epochs=run.tuning_epochs, baseline=frozen_scores,
+    tolerance=tolerance, monitor="val_loss", patience=None, schedule="cosine", batch_size=run.batch_size,
+    num_workers=run.num_workers, seed=run.seed, resume=bool(run.resume), max_minutes=run.max_minutes, config=given,
 )  # fmt: skip
 print(f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than {tolerance:.3f} ends an attempt")
 tuned.attempts.round(4)
@@ -341,18 +398,18 @@ else:
     rate = tuned.attempts["lr"].iloc[-1]
     rows = np.concatenate([study.rows("train"), study.rows("val")])
     films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                                 seed=config.seed)  # fmt: skip
+                                 seed=run.seed)  # fmt: skip
     fitted = fit_model(study, "finetuned", unfrozen(study, "frozen"), loss_of(study), films, None, monitor="epoch",
-                       epochs=config.tuning_epochs, schedule="cosine", lr=rate, patience=None)  # fmt: skip
+                       epochs=run.tuning_epochs, schedule="cosine", lr=rate, patience=None)  # fmt: skip
     path = fitted.history["train_accuracy"]
     print(f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> {path.iloc[-1]:.3f}")
 
 # %%
-folder = config.run_dir / "tuning"
+folder = run.run_dir / "tuning"
 attempts = {f"rate {row.lr:g}: {row.outcome}": pd.read_csv(folder / f"attempt{row.attempt}" / "metrics.csv")
             for row in tuned.attempts.itertuples() if row.epochs}  # fmt: skip
-figure = curves.figure_curves(attempts, config)
-report.save_figure(figure, config, "tuning")
+figure = curves.figure_curves(attempts, run)
+report.save_figure(figure, run, "tuning")
 figure
 
 
@@ -365,28 +422,28 @@ figure
 
 # %%
 def new_baseline():
-    return models.cnn(channels=config.baseline_channels, seed=config.seed).to(config.device)
+    return models.cnn(channels=run.baseline_channels, seed=run.seed).to(run.device)
 
 
-study = open_study(config)
-if baseline_folder(study) == config.run_dir:
+study = open_study(run)
+if baseline_folder(study) == run.run_dir:
     print("no finished run of notebook 06 with this name and split: a baseline is trained here")
     sets, options = (study.torch_set("train", augmented=True), study.torch_set("val")), {"lr": 1e-3}
-    held = fit_model(study, "baseline_val", new_baseline(), loss_of(study), *sets, epochs=config.baseline_epochs,
+    held = fit_model(study, "baseline_val", new_baseline(), loss_of(study), *sets, epochs=run.baseline_epochs,
                      monitor="val_loss", **options)  # fmt: skip
     rows = np.concatenate([study.rows("train"), study.rows("val")])
     films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                                 seed=config.seed)  # fmt: skip
+                                 seed=run.seed)  # fmt: skip
     epochs = search.retrain_epochs(held.history, monitor="val_loss")
     fit_model(study, "baseline", new_baseline(), loss_of(study), films, None, epochs=epochs, monitor="epoch",
               patience=None, **options)  # fmt: skip
 else:
     print("the baseline is that of notebook 06")
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": config.run_dir / "frozen_head"}
-folders |= {name: config.run_dir / name for name in trained(study, ["finetuned"])}
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": run.run_dir / "frozen_head"}
+folders |= {name: run.run_dir / name for name in trained(study, ["finetuned"])}
 histories = {name: pd.read_csv(folder / "metrics.csv") for name, folder in folders.items()}
-figure = curves.figure_curves(histories, config)
-report.save_figure(figure, config, "final_curves")
+figure = curves.figure_curves(histories, run)
+report.save_figure(figure, run, "final_curves")
 figure
 
 # %% [markdown]
@@ -397,20 +454,20 @@ figure
 names = ["frozen", *trained(study, ["finetuned"])]
 told = {name: once.predictions(study, name) for name in names}
 answers = told["frozen"][["image", "path", "label"]]
-if baseline_folder(study) == config.run_dir:
+if baseline_folder(study) == run.run_dir:
     answers["baseline"] = once.predictions(study, "baseline")["probability"]
 else:  # opened and logged by that run
     given = pd.read_csv(baseline_folder(study) / "predictions.csv").set_index("path")
     answers["baseline"] = given.loc[answers["path"], "baseline"].to_numpy()
 answers = answers.assign(**{name: table["probability"] for name, table in told.items()})
-files.write_csv(answers, config.run_dir / "predictions.csv")
+files.write_csv(answers, run.run_dir / "predictions.csv")
 names = ["baseline", *names]
 labels, patients = answers["label"].to_numpy(), study.patients(answers["image"].to_numpy())
 clean = []
 for name in names:
-    outcome = metrics.classification(labels, answers[name], patients, draws=config.bootstrap_draws)
-    rows = outcome.assign(epochs=len(histories[name]), weights="random" if name == "baseline" else weights_label(config))
-    clean.append(report.result_rows(rows, config, model=name))
+    outcome = metrics.classification(labels, answers[name], patients, draws=run.bootstrap_draws)
+    rows = outcome.assign(epochs=len(histories[name]), weights="random" if name == "baseline" else weights_label(run))
+    clean.append(report.result_rows(rows, run, model=name))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
 clean["cell"] = [report.with_interval(row) for _, row in clean.iterrows()]
@@ -426,21 +483,21 @@ rows = []
 for one, other in (("frozen", "baseline"), ("finetuned", "baseline"), ("finetuned", "frozen")):
     if one in answers:
         right = [(answers[name] > 0.5).to_numpy() == (labels == 1) for name in (one, other)]
-        test = comparison.paired_difference(*right, patients, draws=config.bootstrap_draws)
+        test = comparison.paired_difference(*right, patients, draws=run.bootstrap_draws)
         auc = comparison.delong_test(labels, answers[one], answers[other], patients)
         rows.append({"model": one, "against": other, "only_it": test["only_a"], "only_other": test["only_b"],
                      "p": test["p"], "auc_difference": auc["value"], "ci_low": auc["ci_low"], "ci_high": auc["ci_high"]})
 paired = pd.DataFrame(rows)
-files.write_csv(paired, config.run_dir / "paired_tests.csv")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
 paired.round(4)
 
 # %%
 predicted = {name: (answers[name] > 0.5).astype(int) for name in names}
-figure = report.figure_confusion(labels, predicted, study.dataset.classes, config)
-report.save_figure(figure, config, "confusion")
+figure = report.figure_confusion(labels, predicted, study.dataset.classes, run)
+report.save_figure(figure, run, "confusion")
 display(figure)
-figure = report.figure_roc(labels, {name: answers[name] for name in names}, config)
-report.save_figure(figure, config, "roc")
+figure = report.figure_roc(labels, {name: answers[name] for name in names}, run)
+report.save_figure(figure, run, "roc")
 figure
 
 # %% [markdown]
@@ -449,8 +506,8 @@ figure
 # %%
 shown = answers.groupby("label").head(6).sort_values("label")
 titles = [f"{study.dataset.classes[row.label]}, p = {getattr(row, names[-1]):.2f}" for row in shown.itertuples()]
-figure = report.figure_samples(study.images(shown["image"].to_numpy()).cpu().numpy(), titles, config)
-report.save_figure(figure, config, "answers")
+figure = report.figure_samples(study.images(shown["image"].to_numpy()).cpu().numpy(), titles, run)
+report.save_figure(figure, run, "answers")
 figure
 
 # %% [markdown]
@@ -476,7 +533,7 @@ figure
 # One test film, every step by hand (the models are the final ones; which film is shown decides nothing):
 
 # %%
-study = open_study(config)
+study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
 model = load_models(study, [name])[name].requires_grad_(False)
 test_opened(study, "Grad-CAM step by step on one film")
@@ -500,8 +557,8 @@ large = interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=F
 heat = large / large.max().clamp(min=1e-30)  # 7 between 0 and 1
 print(f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, film {list(x.shape)}")
 caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
-figure = figures.figure_overlays(x, {"by hand": heat}, captions=[caption], config=config, alpha=0.4)
-report.save_figure(figure, config, "gradcam_by_hand")
+figure = figures.figure_overlays(x, {"by hand": heat}, captions=[caption], config=run, alpha=0.4)
+report.save_figure(figure, run, "gradcam_by_hand")
 figure
 
 
@@ -552,7 +609,7 @@ for c, label in enumerate(study.dataset.classes):
     rows.append((f"one logit, {label}", "captum", apart(one[c].grid, captums(net, films, module))))
     rows.append((f"one logit, {label}", "two logits (-z, z)", apart(one[c].grid, two[c].grid)))
 checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(ok=lambda t: t["difference"] < 1e-5)
-files.write_csv(checks, config.run_dir / "gradcam_checks.csv")
+files.write_csv(checks, run.run_dir / "gradcam_checks.csv")
 print(f"the frozen model afterwards: bit-equal {objectives.fingerprint(model) == before}; weights that ask for a "
       f"gradient: {sum(p.requires_grad for p in model.parameters())}")  # fmt: skip
 checks
@@ -569,13 +626,32 @@ pairs = zip(own[1].grid.flatten(1).cpu().numpy(), one[1].grid.flatten(1).cpu().n
 likeness = [spearmanr(*pair).statistic for pair in pairs if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0]
 sides = pd.DataFrame({"films": [len(films)], "places above zero in both maps": [both], "compared": [len(likeness)],
                       "rank correlation of z1 and z1 - z0": [np.mean(likeness) if likeness else np.nan]})  # fmt: skip
-files.write_csv(sides, config.run_dir / "gradcam_sides.csv")
+files.write_csv(sides, run.run_dir / "gradcam_sides.csv")
 display(sides.round(3))
 panels = {f"two logits, {study.dataset.classes[1]}": own[1], f"one logit, {study.dataset.classes[1]}": one[1],
           f"one logit, {study.dataset.classes[0]} (-z)": one[0]}  # fmt: skip
 figure = figures.figure_overlays(films[:2], {key: found.heat()[:2] for key, found in panels.items()},
-                                 captions=["test film 1", "test film 2"], config=config)  # fmt: skip
-report.save_figure(figure, config, "one_logit")
+                                 captions=["test film 1", "test film 2"], config=run)  # fmt: skip
+report.save_figure(figure, run, "one_logit")
+figure
+
+# %% [markdown]
+# **The same for any network.** `gradcam(model, x)` finds the last layer that still has a map by itself. Beside the network
+# of this notebook stand those that you put into `run.own`.
+
+# %%
+study = open_study(run)
+for own in run.own:
+    train_model(study, own, loss_of(study), monitor="val_loss")
+compared = load_models(study, ["finetuned" if trained(study, ["finetuned"]) else "frozen", *run.own])
+test_opened(study, "Grad-CAM of several networks")
+labels = study.labels(study.rows("test")).cpu().numpy()
+rows = np.concatenate([study.rows("test")[labels == c][:2] for c in (0, 1)])
+x = study.images(rows)
+maps = {name: gradcam(model, x).heat().cpu().numpy() for name, model in compared.items()}
+captions = study.dataset.manifest.loc[rows, "class_name"].tolist()
+figure = figures.figure_overlays(x.cpu().numpy(), maps, captions=captions, config=run, alpha=0.4)
+report.save_figure(figure, run, "gradcam_networks")
 figure
 
 # %% [markdown]
@@ -589,7 +665,7 @@ figure
 # the lungs cover (a map that knows nothing would have just that), and how many maps are zero.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
 model = load_models(study, [name])[name]
 test_opened(study, "Grad-CAM of all test films")
@@ -601,22 +677,22 @@ masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
 read = (probability > 0.5).astype(int)
 groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": read != labels}
 groups |= {name: (labels == label) & (read == positive) for name, label, positive in figures.GROUPS}
-draws, tables = config.bootstrap_draws, []
+draws, tables = run.bootstrap_draws, []
 for group, members in groups.items():
     if members.any():
         inside = shortcuts.inside_energy(maps[members], masks[members], groups=patients[members], draws=draws)
         tables.append(inside.assign(group=group))
 energy = pd.concat(tables)
-files.write_csv(energy, config.run_dir / "energy.csv")
+files.write_csv(energy, run.run_dir / "energy.csv")
 outcome = energy[energy["metric"].ne("area") & energy["group"].eq("all")].assign(attack="Grad-CAM inside the lungs")
-report.update_results(report.result_rows(outcome, config, model=name), RESULTS)
+report.update_results(report.result_rows(outcome.filter(report.RESULT_COLUMNS), run, model=name), RESULTS)
 energy["cell"] = [report.with_interval(row) for _, row in energy.iterrows()]
 print("lungs are", lungs)
 energy.pivot_table(index=["group", "n", "zero_maps"], columns="metric", values="cell", aggfunc="first", sort=False)
 
 # %%
-figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, config)
-report.save_figure(figure, config, "groups")
+figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, run)
+report.save_figure(figure, run, "groups")
 figure
 
 # %% [markdown]
@@ -635,28 +711,29 @@ figure
 # Nothing is chosen by these numbers, so they are taken on test films, which the log records.
 
 # %%
-study = open_study(config)
+study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
 model, start = load_models(study, [name, "start"]).values()
 test_opened(study, "shortcut audit")
-rng = np.random.default_rng(config.seed)
-learnt = shortcuts.films(study, np.sort(rng.permutation(study.rows("train"))[: config.audit_films]))
+rng = np.random.default_rng(run.seed)
+learnt = shortcuts.films(study, np.sort(rng.permutation(study.rows("train"))[: run.audit_films]))
 tested = shortcuts.films(study, study.rows("test"))
 print(f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second {study.dataset.classes[1]}")
 shown = [int(np.flatnonzero(tested.y == label)[0]) for label in (0, 1)]
-figure = shortcuts.figure_regions(tested.x[shown], tested.masks[shown], config, fill=float(learnt.x.mean()))
-report.save_figure(figure, config, "regions")
+figure = shortcuts.figure_regions(tested.x[shown], tested.masks[shown], run, fill=float(learnt.x.mean()))
+report.save_figure(figure, run, "regions")
 figure
 
 # %%
 regions = stored(study, f"regions_{name}", lambda: shortcuts.region_accuracy(
-    shortcuts.linear_probe(start.features), learnt, tested, model=model, draws=config.bootstrap_draws))  # fmt: skip
+    shortcuts.linear_probe(start.features), learnt, tested, model=model, draws=run.bootstrap_draws),
+    model=[name, "start"], uses=["audit_films", "seed", "bootstrap_draws"])  # fmt: skip
 for how, who in (("tested", name), ("retrained", "probe on frozen features")):
     part = regions[regions["how"].eq(how)]
     rows = part.assign(attack=f"audit, {how} on " + part["region"])
-    report.update_results(report.result_rows(rows, config, model=who), RESULTS)
-figure = shortcuts.figure_audit(regions, config)
-report.save_figure(figure, config, "audit")
+    report.update_results(report.result_rows(rows.filter(report.RESULT_COLUMNS), run, model=who), RESULTS)
+figure = shortcuts.figure_audit(regions, run)
+report.save_figure(figure, run, "audit")
 display(figure)
 cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
 cells[cells["metric"].ne("balanced_accuracy")].pivot_table(
@@ -668,7 +745,8 @@ cells[cells["metric"].ne("balanced_accuracy")].pivot_table(
 
 # %%
 marker = stored(study, f"marker_{name}", lambda: shortcuts.marker_test(
-    model, tested.x, tested.y, groups=tested.patients, draws=config.bootstrap_draws))  # fmt: skip
+    model, tested.x, tested.y, groups=tested.patients, draws=run.bootstrap_draws),
+    model=name, uses=["bootstrap_draws"])  # fmt: skip
 cells = marker.assign(cell=[report.with_interval(row) for _, row in marker.iterrows()])
 cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first", sort=False)
 
@@ -676,17 +754,17 @@ cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first
 # **Sources.** Where a copy of the data says which hospital or collection a film is from, the error of each is listed.
 
 # %%
-answers = pd.read_csv(config.run_dir / "predictions.csv")
-shortcuts.source_bias(study.dataset, answers[["image"]].assign(probability=answers[name]), draws=config.bootstrap_draws)
+answers = pd.read_csv(made_by(run, "predictions.csv", "4 The test, opened once"))
+shortcuts.source_bias(study.dataset, answers[["image"]].assign(probability=answers[name]), draws=run.bootstrap_draws)
 
 # %% [markdown]
 # **What does the classifier read?** The sentences are written by code from the numbers above.
 
 # %%
-energy = pd.read_csv(config.run_dir / "energy.csv")
+energy = pd.read_csv(made_by(run, "energy.csv", "6 Right and wrong answers"))
 every = energy[energy["group"].eq("all")]
-conclusion = shortcuts.conclude(regions, marker=marker, energy=every, synthetic=config.synthetic)
-files.write_text(conclusion + "\n", config.run_dir / "conclusion.md")
+conclusion = shortcuts.conclude(regions, marker=marker, energy=every, synthetic=run.synthetic)
+files.write_text(conclusion + "\n", run.run_dir / "conclusion.md")
 Markdown(conclusion)
 
 # %% [markdown]
@@ -709,16 +787,16 @@ Markdown(conclusion)
 # | 24 | more data | 6, 7 |
 
 # %%
-study = open_study(config)
+study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
-paired = pd.read_csv(config.run_dir / "paired_tests.csv").set_index(["model", "against"])
-results = pd.read_csv(RESULTS).set_index(["model", "attack", "metric"])
-heads = pd.read_csv(config.run_dir / "heads.csv").set_index("head")
-attempts = pd.read_csv(config.run_dir / "tuning" / "attempts.csv")
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": config.run_dir / "frozen_head"}
-folders |= {tuned: config.run_dir / tuned for tuned in trained(study, ["finetuned"])}
+paired = pd.read_csv(made_by(run, "paired_tests.csv", "4 The test, opened once")).set_index(["model", "against"])
+results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once")).set_index(["model", "attack", "metric"])
+heads = pd.read_csv(made_by(run, "heads.csv", "2 Frozen network, new head")).set_index("head")
+attempts = pd.read_csv(made_by(run, "tuning/attempts.csv", "3 Fine-tuning the whole network"))
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": run.run_dir / "frozen_head"}
+folders |= {tuned: run.run_dir / tuned for tuned in trained(study, ["finetuned"])}
 histories = {key: pd.read_csv(folder / "metrics.csv") for key, folder in folders.items()}
-conclusion = (config.run_dir / "conclusion.md").read_text(encoding="utf-8").split("\n")[0]
+conclusion = made_by(run, "conclusion.md", "7 Shortcut audit").read_text(encoding="utf-8").split("\n")[0]
 
 
 def on_test(model, metric):
@@ -766,10 +844,10 @@ Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answer
 
 # %%
 kept = {key: models.load(folder / "best.pt") for key, folder in
-        {"baseline": folders["baseline"], "frozen": config.run_dir / "frozen"}.items()}  # fmt: skip
+        {"baseline": folders["baseline"], "frozen": run.run_dir / "frozen"}.items()}  # fmt: skip
 size = {key: sum(p.numel() for p in model.parameters()) for key, model in kept.items()}
 spent = {key: history["seconds"].sum() for key, history in histories.items()}
-extracting = sum(torch.load(path, weights_only=True)["seconds"] for path in (config.run_dir / "features").glob("*.pt"))
+extracting = sum(torch.load(path, weights_only=True)["seconds"] for path in (run.run_dir / "features").glob("*.pt"))
 answers = {
     17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the features of all films but the "
     f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy {on_test('frozen', 'accuracy')} and "
@@ -777,14 +855,16 @@ answers = {
     f"{size['baseline']:,}, and features computed once know no augmentation"
     + (f". Fine-tuning took {spent['finetuned']:.0f} s more." if gain else "."),
     18: "This run compared two heads, and training "
-    + ("all blocks" if config.unfrozen == "all" else f"the last {config.unfrozen} blocks")
+    + ("all blocks" if run.unfrozen == "all" else f"the last {run.unfrozen} blocks")
     + " against training none. Features learnt from radiographs, larger films and blocks set free one after the other were "
     f"not tried, so nothing is claimed about them. What the audit says matters more than any of these: {conclusion}",
 }  # fmt: skip
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-checks, sides, energy = (pd.read_csv(config.run_dir / f"{what}.csv") for what in ("gradcam_checks", "gradcam_sides", "energy"))
+made_in = {"gradcam_checks": "5 Grad-CAM from scratch", "gradcam_sides": "5 Grad-CAM from scratch",
+           "energy": "6 Right and wrong answers"}  # fmt: skip
+checks, sides, energy = (pd.read_csv(made_by(run, f"{what}.csv", section)) for what, section in made_in.items())
 gains = energy[energy["metric"].eq("gain")].set_index("group")
 scalar, sides = checks[checks["map"].str.startswith("one logit")], sides.iloc[0]
 rank, every = sides["rank correlation of z1 and z1 - z0"], gains.loc["all"]
@@ -813,7 +893,7 @@ answers = {
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-auc = pd.read_csv(config.run_dir / "tables" / f"regions_{name}.csv").query("metric == 'auc'").set_index(["how", "region"])
+auc = stored(study, f"regions_{name}", model=[name, "start"], section="7 Shortcut audit").query("metric == 'auc'").set_index(["how", "region"])
 blanked = {how: auc.loc[(how, "lungs_blanked")] for how in ("tested", "retrained")}
 outline = {how: auc.loc[(how, "lung_shape")] for how in blanked}  # still to be seen where the lungs are blanked
 floor = {how: row["value"] if row["ci_low"] > 0.5 else 0.5 for how, row in outline.items()}
@@ -844,11 +924,11 @@ Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answer
 # ## Results and files
 
 # %%
-results = pd.read_csv(RESULTS)
+results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once"))
 shown = results[results["metric"].isin(["accuracy", "auc", "sensitivity", "specificity"]) & results["attack"].eq("clean")]
 cells = shown.assign(cell=[report.with_interval(row) for _, row in shown.iterrows()])
 display(cells.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False))
-display(pd.read_csv(config.run_dir / "test_log.csv")[["time", "purpose"]])
-written = sorted(p.relative_to(config.run_dir).as_posix() for p in config.run_dir.rglob("*") if p.is_file())
-print(f"{len(written)} files in {config.run_dir.parent.name}/{config.run_dir.name}:")
+display(pd.read_csv(made_by(run, "test_log.csv", "4 The test, opened once"))[["time", "purpose"]])
+written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if "tables/" not in name))

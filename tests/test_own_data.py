@@ -1,0 +1,410 @@
+"""A reader's own folders and boxes: all layouts that are read, all that is refused, by its message."""
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dlia_utils import __main__ as cli
+from dlia_utils import cache, datasets, locate, phantom, split
+from dlia_utils.layouts import BadData, DataNotFound
+
+FLAT = ["a.png", "b.png", "c.png", "d.png"]
+CLASSES = ["flu/1.png", "flu/2.png", "normal/1.png", "normal/2.png"]
+SPLIT = [f"{top}/{name}/1.png" for top in ("train", "test") for name in ("flu", "normal")]
+LABELS = "file,label\na.png,flu\nb.png,flu\nc.png,normal\nd.png,normal\n"
+
+
+def draw(root, names, *, size=(24, 16), seed=0):
+    """Images of noise under these names, so that no two are alike."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".dcm", ".txt", ".svg"):
+            path.write_text("x")
+        else:
+            Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "mine").mkdir()
+    return tmp_path / "mine"
+
+
+def column(dataset, name):
+    return dict(zip(dataset.manifest["path"], dataset.manifest[name], strict=True))
+
+
+# --- class folders
+
+
+def test_class_folders_at_any_depth_and_of_every_type(root, caplog):
+    caplog.set_level("INFO", logger="dlia_utils")
+    names = ["Flu/a.png", "Flu/deep/er/a.JPG", "Flu/a.tif", "Normal/a.bmp", "Normal/b.webp", "Normal/c.jpeg"]
+    draw(root, [*names, "Normal/d.TIFF", "loose.png", "Flu/notes.txt", "Flu/._a.png", ".cache/x.png"])
+    dataset = datasets.from_folder(root)
+    assert dataset.name == "mine" and dataset.root == root and not dataset.synthetic
+    assert list(dataset.manifest.columns) == list(datasets.COLUMNS)
+    assert list(dataset.manifest["path"]) == sorted([*names, "Normal/d.TIFF"])
+    assert dataset.classes == ("Normal", "Flu") and column(dataset, "label")["Flu/a.png"] == 1
+    assert set(dataset.manifest["split"]) == {""} and dataset.split_rule == "none"
+    assert list(split.audit(dataset)["verdict"]) == ["ok"], "without a split, the labels of copies"
+    assert set(dataset.manifest["group"]) == {""} and dataset.manifest["label"].dtype == "int64"
+    assert dict(dataset.ignored.itertuples(index=False)) == {
+        "loose.png": "outside the class folders",
+        "Flu/notes.txt": "not named like an image",
+        "Flu/._a.png": "macOS resource fork (._*)",
+        ".cache/x.png": "hidden file or folder",
+    }
+    assert dataset.manifest["patient"].is_unique, "a.png and a.tif are not one patient"
+    assert "no patients are known" in caplog.text and "both sides of the split" in caplog.text
+    assert "column patient" in caplog.text and "patient_pattern" in caplog.text
+    assert datasets.check(dataset).empty and len(cache.build(dataset, size=16).images) == 7
+
+
+@pytest.mark.parametrize(
+    "tops, splits",
+    [
+        (("train", "val", "test"), {"train", "val", "test"}),
+        (("Training", "validation"), {"train", "val"}),
+        (("TRAIN", "Testing"), {"train", "test"}),
+        (("train", "valid"), {"train", "val"}),
+    ],
+)
+def test_split_folders(root, tops, splits):
+    draw(root, [f"{top}/{name}/deep/1.png" for top in tops for name in ("flu", "normal")])
+    dataset = datasets.from_folder(root)
+    assert set(dataset.manifest["split"]) == splits and dataset.split_rule == "given by the folders"
+    assert dataset.classes == ("normal", "flu") and len(dataset.manifest) == 2 * len(tops)
+
+
+@pytest.mark.parametrize("place", ["mine/labels.csv", "mine.csv", "mine/Table.CSV"])
+@pytest.mark.parametrize("head", ["", "\ufeff"])
+def test_csv_of_flat_images(root, place, head):
+    draw(root, [*FLAT, "e.png"])
+    text = " File ;LABEL;Patient;Split\n./a.png;flu;0012;train\nb.png;flu;12;Valid\n\n"
+    file = root.parent / place
+    file.write_text(f"{head}{text}{root}/c.png;normal;7;train\nd.png;normal;8;val\n", encoding="utf-8")
+    dataset = datasets.from_folder(root)
+    assert list(dataset.manifest["path"]) == FLAT and list(dataset.manifest["label"]) == [1, 1, 0, 0]
+    assert list(dataset.manifest["patient"]) == ["0012", "12", "7", "8"]
+    assert list(dataset.manifest["split"]) == ["train", "val", "train", "val"]
+    assert dataset.split_rule == f"given by {file.name}"
+    assert dataset.ignored.values.tolist() == [["e.png", f"not in {file.name}"]]
+
+
+def test_csv_beside_class_folders_names_patients_by_file_name(root, caplog):
+    draw(root, [*CLASSES[:2], "normal/sub/3.png", "normal/4.png"])
+    (root / "info.csv").write_text("file,patient\n1.png,p\nflu\\2.png,q\n3.png,r\n4.png,s\n")
+    (root / "other.csv").write_text("name,age\nx,3\n")
+    dataset = datasets.from_folder(root)
+    assert column(dataset, "patient")["normal/sub/3.png"] == "r" and dataset.classes == ("normal", "flu")
+    assert "other.csv" in caplog.text and "no patients" not in caplog.text
+    assert dataset.split_rule == "none"
+
+
+def test_labels_by_csv_with_split_folders(root):
+    draw(root, [f"{top}/{name}" for top in ("train", "test") for name in FLAT])
+    rows = [f"{top}/{name},{name > 'b.png'}" for top in ("train", "test") for name in FLAT]
+    (root / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    dataset = datasets.from_folder(root, classes=["True", "False"])
+    assert dataset.split_rule == "given by the folders" and dataset.classes == ("True", "False")
+    assert list(datasets.summary(dataset)["images"]) == [2, 2, 2, 2]
+
+
+def test_patients_by_pattern(root):
+    draw(root, ["flu/p1_a.png", "flu/p1_b.png", "normal/p2_a.png"])
+    for pattern in (r"/(p\d)", r"(?P<x>.)/(?P<patient>p\d)_"):
+        dataset = datasets.from_folder(root, patient_pattern=pattern)
+        assert list(dataset.manifest["patient"]) == ["p1", "p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    "names, order",
+    [
+        (["malignant", "benign", "normal"], ["normal", "benign", "malignant"]),
+        (["Asthma", "No_Finding", "asbestos"], ["No_Finding", "asbestos", "Asthma"]),
+        (["10", "9", "1", "0"], ["0", "1", "9", "10"]),
+        (["b", "HEALTHY"], ["HEALTHY", "b"]),
+    ],
+)
+def test_class_order(root, names, order):
+    draw(root, [f"{name}/1.png" for name in names])
+    assert list(datasets.from_folder(root).classes) == order
+    assert list(datasets.from_folder(root, classes=names).classes) == names
+
+
+def test_links_are_followed_or_named(root, tmp_path):
+    draw(tmp_path, ["else/1.png", "mine/normal/1.png"])
+    (root / "flu").symlink_to(tmp_path / "else", target_is_directory=True)
+    (root / "normal" / "up").symlink_to(root, target_is_directory=True)
+    (root / "normal" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    dataset = datasets.from_folder(root)
+    assert list(dataset.manifest["path"]) == ["flu/1.png", "normal/1.png"]
+    reasons = dict(dataset.ignored.itertuples(index=False))
+    assert "folder that it lies in" in reasons["normal/up"] and "link" in reasons["normal/gone.png"]
+
+
+def test_names_and_synthetic(tmp_path):
+    for name, known in (("covid", "covid-folder"), ("pathmnist", "pathmnist-folder"), ("lungs", "lungs")):
+        dataset = datasets.from_folder(draw(tmp_path / "x" / name, CLASSES))
+        assert dataset.name == known and not dataset.synthetic
+    (tmp_path / "x" / "lungs" / phantom.MARKER).touch()
+    assert datasets.from_folder(tmp_path / "x" / "lungs").synthetic
+
+
+BAD = {
+    "not there": ([], {}, "nowhere", {}, r"nowhere is not a folder; name the folder"),
+    "empty": ([], {}, "", {}, r"mine has no class folder \(0 images.*Fix: make a folder for each class"),
+    "flat": (FLAT, {}, "", {}, r"no class folder \(4 images lie in it\).*columns file and label"),
+    "no image": (
+        [*CLASSES, "x/1.dcm", "y/n.txt"], {}, "",
+        {}, r"2 class folders have no image \(\.jpg.*\n  x \(files: \.dcm\)\n  y \(files: \.txt\)\nFix: put",
+    ),
+    "case": ([*CLASSES, "Flu/1.png"], {}, "", {}, r"differ by case only:\n  Flu and flu\nFix: write"),
+    "case, split": ([*SPLIT[:3], "test/NORMAL/1.png"], {}, "", {}, r"  NORMAL and normal"),
+    "one class": (["flu/1.png"], {}, "", {}, r"one class only, flu: .*another class; if .*mine/flu holds"),
+    "one label": (FLAT, {"l.csv": LABELS.replace("normal", "flu")}, "", {}, "one class only, flu"),
+    "class in one split": (SPLIT[:3], {}, "", {}, r"no image in a split:\n  normal in test\nFix: put"),
+    "empty split": ([*SPLIT, "val/x.txt"], {}, "", {}, r"1 class folders have no image.*\n  val \(files"),
+    "train only": (SPLIT[:2], {}, "", {}, "are train only. Fix: train is needed, with test, val or both"),
+    "no train": ([n.replace("train", "val") for n in SPLIT], {}, "", {}, "are test, val only. Fix: train"),
+    "beside splits": ([*SPLIT, "more/1.png"], {}, "", {}, r"beside the folders of the s.*\n  more/1.png\nFix"),
+    "two CSV": (CLASSES, {"a.csv": "file\n", "b.csv": "file\n"}, "", {}, r"a\.csv and .*b\.csv.*Fix: keep one"),
+    "missing": (FLAT[:2], {"l.csv": LABELS}, "", {}, r"2 rows name.*\n  line 4: c.png is not there\n  line 5: d"),
+    "case of name": (["A.png", *FLAT[1:]], {"l.csv": LABELS}, "", {}, "a.png is not there, but A.png is"),
+    "twice": (
+        FLAT, {"l.csv": LABELS + "./a.png,flu\n"}, "",
+        {}, r"1 files are named twice:\n  line 6: a.png stands above already\nFix: keep one row",
+    ),
+    "ambiguous": (CLASSES, {"l.csv": "file\n1.png"}, "", {}, "not there, but flu/1.png and normal/1.png is"),
+    "outside": (FLAT, {"l.csv": LABELS + "../e.png,flu\n"}, "", {}, "line 6: ../e.png lies outside the folder"),
+    "type": (FLAT, {"l.csv": LABELS + "e.dcm,flu\n"}, "", {}, r"line 6: e.dcm is not of a type .*\.webp"),
+    "no name": (FLAT, {"l.csv": LABELS + ",flu\n"}, "", {}, "line 6:  names no file"),
+    "blank label": (FLAT, {"l.csv": LABELS.replace("b.png,flu", "b.png,")}, "", {}, "1 rows have no label:\n  line 3: b"),
+    "blank patient": (
+        CLASSES[:1] + CLASSES[2:3], {"l.csv": "file,patient\nflu/1.png,\nnormal/1.png,x"}, "",
+        {}, r"no patient:\n  line 2: flu/1.png\nFix: fill the column patient in each row",
+    ),
+    "blank split": (FLAT, {"l.csv": "file,label,split\na.png,x,train\nb.png,y,\n"}, "", {}, "no split:\n  line 3: b"),
+    "unknown split": (
+        FLAT, {"l.csv": "file,label,split\na.png,x,train\nb.png,y,dev\n"}, "",
+        {}, "unknown split:\n  line 3: b.png: dev\nFix: write train, val or test",
+    ),
+    "contradiction": (
+        SPLIT, {"l.csv": "file,split\n" + "".join(f"{one},{'test' if '/f' in one else 'train'}\n" for one in SPLIT)}, "",
+        {}, "another split's folder:\n  line 2: train/flu/1.png: test\n  line 5: .*\nFix: correct the column split",
+    ),
+    "unlisted class": (CLASSES, {"l.csv": "file\nflu/1.png"}, "", {}, r"no image listed in l.csv:\n  normal"),
+    "listed but loose": ([*CLASSES, "x.png"], {"l.csv": "file\nx.png"}, "", {}, r"no class folder:\n  line 2: x.png"),
+    "cells": (FLAT, {"l.csv": LABELS + "a.png,flu,more\n"}, "", {}, r"line 6: 3 cells\nFix: put"),
+    "no rows": (FLAT, {"l.csv": "file,label\n"}, "", {}, "l.csv has no rows. Fix"),
+    "columns": (FLAT, {"l.csv": "file,label,label\na.png,1,2"}, "", {}, "two columns label. Fix"),
+    "not UTF-8": (FLAT, {"l.csv": LABELS.encode() + b"\xff"}, "", {}, "l.csv cannot be read .*save it as CSV in UTF-8"),
+    "pattern": (CLASSES, {}, "", {"patient_pattern": "(flu)"}, r"patient_pattern = '\(flu\)' finds no patient in 2 of 4"),
+    "regex": (CLASSES, {}, "", {"patient_pattern": "("}, r"patient_pattern = '\(' is no regular expression"),
+    "no group": (CLASSES, {}, "", {"patient_pattern": "flu"}, "patient_pattern = 'flu' has no group: put"),
+    "both": (
+        CLASSES[1:3], {"l.csv": "file,patient\nflu/2.png,1\nnormal/1.png,2"}, "",
+        {"patient_pattern": "(.)"}, "patient_pattern is set, and .*l.csv names the patients: leave one out",
+    ),
+    "classes": (CLASSES, {}, "", {"classes": ["flu", "cold"]}, "must name each of the data's classes once: flu, normal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names, tables, below, options, message", BAD.values(), ids=BAD)
+def test_bad_folders_are_refused_with_the_fix(root, names, tables, below, options, message):
+    draw(root, names)
+    for name, text in tables.items():
+        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((BadData, DataNotFound, ValueError), match=message):
+        datasets.from_folder(root / below, **options)
+
+
+def test_tiff_with_pages_or_turned_is_named(root):
+    draw(root, ["flu/1.png", "normal/1.png"])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image = Image.open(root / "flu/1.png")
+    for name in ("flu/2.tif", "flu/2.webp"):
+        image.save(root / name, exif=turned)
+    image.save(root / "normal/2.tif", save_all=True, append_images=[image])
+    problems = dict(datasets.check(datasets.from_folder(root)).itertuples(index=False))
+    assert list(problems) == ["flu/2.tif", "normal/2.tif"]
+    assert "save it upright" in problems["flu/2.tif"] and "holds 2 images" in problems["normal/2.tif"]
+
+
+# --- boxes
+
+BOXES = "file,label,x1,y1,x2,y2\n"
+
+
+def coco_of(text):
+    """The same boxes as COCO, with another order of the categories."""
+    table = pd.read_csv(pd.io.common.StringIO(text), dtype={"patient": str})
+    kinds = sorted(set(table["label"].dropna()), reverse=True)
+    images = table.drop_duplicates("file").reset_index(drop=True)
+    ids = {name: number for number, name in enumerate(images["file"], 7)}
+    listed = [
+        {"id": ids[row.file], "file_name": row.file, "width": 24, "height": 16}
+        | {name: getattr(row, name) for name in ("patient", "split") if name in table}
+        for row in images.itertuples()
+    ]
+    boxes = [
+        {"id": n, "image_id": ids[r.file], "category_id": kinds.index(r.label), "bbox": [r.x1, r.y1, r.x2 - r.x1, r.y2 - r.y1]}
+        for n, r in enumerate(table.dropna(subset="label").itertuples())
+    ]
+    kinds = [{"id": number, "name": name} for number, name in enumerate(kinds)]
+    return {"images": listed, "annotations": boxes, "categories": kinds}
+
+
+@pytest.mark.parametrize("more", ["", ",patient,split"])
+def test_boxes_from_csv_and_coco_are_the_same(root, more):
+    draw(root, [*FLAT, "unlisted.png"])
+    rows = ["a.png,Mass,1,2,9.5,8", "b.png,Nodule,0,0,24,16", "a.png,Nodule,3,3,5,6", "c.png,Mass,1,1,2,2", "d.png,,,,,"]
+    splits = {"a": ",01,train", "b": ",2,val", "c": ",3,test", "d": ",4,train"}
+    text = BOXES.strip() + more + "\n" + "".join(row + (splits[row[0]] if more else "") + "\n" for row in rows)
+    (root / "boxes.csv").write_text(text.replace("x1,y1,x2,y2", "xmin,ymin,xmax,ymax"))
+    (root.parent / "coco.json").write_text(json.dumps(coco_of(text)))
+    one, other = (datasets.from_boxes(file, root) for file in (root / "boxes.csv", root.parent / "coco.json"))
+    pd.testing.assert_frame_equal(one.boxes, other.boxes)
+    pd.testing.assert_frame_equal(one.manifest, other.manifest)
+    assert one.box_classes == other.box_classes == one.classes == ("Mass", "Nodule") and one.name == "mine"
+    assert one.boxes.values.tolist()[0] == [0, 1.0, 2.0, 9.5, 8.0, 1, "Mass"]
+    assert list(one.boxes.columns) == list(datasets.BOX_COLUMNS)
+    assert list(one.manifest["class_name"]) == ["Mass", "Nodule", "Mass", "unlabelled"]
+    assert list(one.manifest["label"]) == [0, 1, 0, -1] and len(datasets.boxed(one).manifest) == 3
+    assert list(one.manifest["split"]) == (["train", "val", "test", "train"] if more else ["train"] * 4)
+    assert one.split_rule == ("given by boxes.csv" if more else "none given: every image is in train")
+    assert one.ignored.values.tolist() == [["unlisted.png", "not in boxes.csv"]]
+    assert not more or list(one.manifest["patient"]) == ["01", "2", "3", "4"]
+    assert datasets.box_summary(one)["boxes"].tolist() == [2, 2]
+    found = locate.find_own(root, kind="boxes")
+    assert (found.dataset, found.kind, found.options) == ("mine", "boxes", {"annotations": root / "boxes.csv"})
+    pd.testing.assert_frame_equal(datasets.load(found).boxes, one.boxes)
+
+
+BAD_BOXES = {
+    "columns": ("file,label,x,y,w,h\na.png,M,1,1,2,2", r"no column x1, y1, x2, y2; it has file, .*h. Fix: name the col"),
+    "missing": (BOXES + "z.png,M,1,1,2,2", "line 2: z.png is not there\nFix: correct these names"),
+    "width": (BOXES + "a.png,M,9,9,4,4", r"line 2: a.png \[9, 9, 4, 4\]\nFix: are these x, y, width, height\? corners are n"),
+    "outside": (BOXES + "a.png,M,1,1,30,9", "line 2: a.png M .*reaches out of its image"),
+    "shares": (BOXES + "a.png,M,0.1,0.1,0.3,0.9", "are these shares"),
+    "number": (BOXES + "a.png,M,1,1,x,9", "line 2: .*a coordinate is not a number"),
+    "no label": (BOXES + "a.png,M,1,1,3,9\nb.png,,1,1,3,9", "line 3: b.png .*unknown label"),
+    "no box": (BOXES + "a.png,,,,,", "holds no box"),
+    "case": (BOXES + "a.png,M,1,1,3,9\nb.png,m,1,1,3,9", "  M and m"),
+    "patients": (BOXES.strip() + ",patient\na.png,M,1,1,3,9,p\na.png,M,1,2,3,9,q", "more than one patient:\n  line 2: a.png: p"),
+}  # fmt: skip
+BAD_COCO = {
+    "two ids": (lambda coco: coco["images"].append({"id": 1, "file_name": "./a.png"}), r"1 files have more than one id:\n  image 7: a"),
+    "one id": (lambda coco: coco["images"].append({"id": 7, "file_name": "b.png"}), r"1 ids are .*\n  image 7: a.png\n  image 7: b"),
+    "absent": (lambda coco: coco["images"].append({"id": 1, "file_name": "z.png"}), "image 1: z.png is not there"),
+    "unknown": (lambda coco: coco["annotations"][0].update(image_id=99), "annotation 0: image_id 99, .*\nFix: image_id and"),
+    "bbox": (lambda coco: coco["annotations"][0].update(bbox=[1, 2]), r"annotation 0: .*bbox \[1, 2\]"),
+    "list": (lambda coco: coco.pop("categories"), "lacks 'categories'. Fix: export it again as COCO"),
+    "size": (lambda coco: coco["images"][0].update(width=48, height=32), "a.png: 48 x 32 in the file, 24 x 16 on disk"),
+    "flat": (lambda coco: coco["annotations"][0].update(bbox=[5, 5, 0, 3]), "annotation 0: a.png M .*no width or no height"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, message", BAD_BOXES.values(), ids=BAD_BOXES)
+def test_bad_box_rows_are_refused(root, text, message):
+    draw(root, FLAT)
+    (root / "boxes.csv").write_text(text)
+    with pytest.raises(BadData, match=message):
+        datasets.from_boxes(root / "boxes.csv", root)
+
+
+@pytest.mark.parametrize("spoil, message", BAD_COCO.values(), ids=BAD_COCO)
+def test_bad_coco_is_refused(root, spoil, message):
+    draw(root, FLAT)
+    coco = coco_of(BOXES + "a.png,M,1,1,3,9\n")
+    spoil(coco)
+    (root / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(BadData, match=message):
+        datasets.from_boxes(root / "coco.json", root)
+
+
+def test_files_of_boxes_that_are_none(root):
+    with pytest.raises(DataNotFound, match="b.csv is not there; name the CSV or COCO"):
+        datasets.from_boxes(root / "b.csv", root)
+    (root / "b.json").write_text("{")
+    with pytest.raises(BadData, match="b.json is not COCO .*Fix: export"):
+        datasets.from_boxes(root / "b.json", root)
+
+
+# --- finding
+
+
+def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, monkeypatch):
+    assert locate.find_own(None) is None and locate.find_own(root / "nowhere") is None and locate.find_own(root) is None
+    draw(root, [*CLASSES, "cold/x.dcm"])
+    location = locate.find_own(root, options={"patient_pattern": "(.)"})
+    assert (location.dataset, location.root, location.origin) == ("mine", root, "argument")
+    assert location.kind == "folder" and hash(location) and not location.synthetic
+    with pytest.raises(BadData, match="cold"):
+        datasets.load(location)
+    with pytest.raises(ValueError, match="allow_leak are for published"):
+        datasets.load(location, allow_leak=True)
+    with pytest.raises(ValueError, match="must be 'folder' or 'boxes'"):
+        locate.find_own(root, kind="mask")
+    monkeypatch.chdir(root)
+    assert locate.find_own(".").root == root
+    assert "folder of class folders works in notebooks 01" in str(pytest.raises(DataNotFound, locate.find, "nih", root).value)
+
+
+@pytest.mark.parametrize("name", [*locate.SOURCES, "breastmnist"])
+def test_find_own_is_not_fooled_by_published_sets(tmp_path, name):
+    tree = locate.find(name, phantom_dir=tmp_path / "parent" / "tree").root
+    draw(tree, CLASSES)
+    for folder in (tree, tmp_path / "parent"):
+        assert [locate.find_own(folder, kind=kind) for kind in ("folder", "boxes")] == [None, None]
+
+
+# --- data check
+
+
+def test_data_check_draws_a_split_and_names_near_duplicates(root, capsys, caplog):
+    draw(root, [f"{name}/{n}.png" for name in ("flu", "normal") for n in range(12)], size=(64, 64))
+    image = Image.open(root / "flu/0.png")
+    image.point(lambda value: value * 0.8).save(root / "flu/copy.png")
+    status = cli.main(["data", "check", str(root)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "mine: " in printed and "real images" in printed and "split drawn by patient" in printed
+    assert "near-duplicates: 1 groups" in printed and "flu/0.png = flu/copy.png" in printed
+    assert "near-duplicates in train and test" in printed and "no patients are known" in caplog.text
+    (root / "flu/0.png").write_bytes(b"")
+    assert cli.main(["data", "check", str(root)]) == 1 and "flu/0.png: empty file" in capsys.readouterr().out
+
+
+def test_data_check_fails_on_a_leak_in_a_given_split(root, capsys, monkeypatch):
+    draw(root, SPLIT)
+    (root / "labels.csv").write_text("file,patient\n" + "".join(f"{one},{one.split('/')[1]}\n" for one in SPLIT))
+    monkeypatch.chdir(root.parent)
+    assert cli.main(["data", "check", "mine"]) == 1
+    printed = capsys.readouterr().out
+    assert "split that is given by the folders" in printed and "by number      2    leak flu, normal" in printed
+
+
+def test_data_check_of_boxes_and_of_bad_folders(root, tmp_path, capsys):
+    draw(root, [f"images/{n}.png" for n in range(12)], size=(64, 64))
+    (root / "boxes.csv").write_text(BOXES + "".join(f"{n}.png,M,1,1,9,9\n" for n in range(12)))
+    assert cli.main(["data", "check", str(root)]) == 0
+    assert "side_median" in capsys.readouterr().out
+    phantom.write_pneumonia(tmp_path / "p", images={"train": (2, 2), "test": (2, 2)}, size=24)
+    for path, options, message in (
+        (tmp_path / "p", [], "holds the published pneumonia: python -m dlia_utils data check pneumonia --data"),
+        (root / "images", [], "has no class folder (12 images lie in it)"),
+        (root / "nowhere", [], "is not a folder"),
+        (root, ["--data", "x"], "leave --data out"),
+    ):
+        assert cli.main(["data", "check", os.fspath(path), *options]) == 2
+        assert message in capsys.readouterr().err
