@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 NB      =
 DATA    =
 DATASET =
+SET     =
 PROFILE = smoke
 
 # The environment is made anew when what it must contain changes.
@@ -25,17 +26,22 @@ export DLIA_DATA := $(DATA)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks bench clean
+.PHONY: help run lab test notebooks bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 20
 	@echo
 	@echo '  NB="01 04"   which notebooks (all)      DATA=path      the folder that holds the real data sets'
 	@echo '  DATASET=     for notebook 04: the data set to run on, e.g. covid or a MedMNIST name'
+	@echo '  SET="epochs=5 lr=3e-4"  settings of the notebook, changed'
 	@echo '  PROFILE=     smoke, cpu, full or auto   PYTHON=        the Python that makes .venv (python3)'
 
-run: $(STAMP)  ## execute the notebooks, print the results table; NB=01 DATA=path PROFILE=full
-	$(BIN)/python -m dlia_utils run --profile "$(PROFILE)" $(if $(strip $(NB)),--nb $(NB)) $(if $(strip $(DATASET)),--dataset $(DATASET))
+run: $(STAMP)  ## execute the notebooks, print the results; NB=01 DATA=path SET="epochs=5" PROFILE=full
+	$(BIN)/python -m dlia_utils run --profile "$(PROFILE)" $(if $(strip $(NB)),--nb $(NB)) $(if $(strip $(DATASET)),--dataset $(DATASET)) $(if $(strip $(SET)),--set $(foreach pair,$(SET),'$(pair)'))
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[lab]'
+	$(BIN)/python -m jupyter lab notebooks
 
 test: $(STAMP)  ## lint, static notebook checks, unit tests, every notebook executed
 	$(BIN)/python -m ruff check .
@@ -55,6 +61,7 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BENCH)/bin/python benchmarks/explain.py
 	$(BENCH)/bin/python benchmarks/attacks.py
 	$(BENCH)/bin/python benchmarks/suite.py
+	$(BENCH)/bin/python benchmarks/threads.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

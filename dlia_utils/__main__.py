@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "dataset", metavar="NAME|PATH", help="a data set's name, or your folder of class folders or of boxes"
     )
     one.add_argument("--data", default="", metavar="PATH", help="folder to look for NAME in")
+    one.add_argument("--patient-pattern", default="", metavar="REGEX", help="reads patients from your files' names")
     one.set_defaults(command=data_check)
 
     sent = commands.add_parser("submission", help="look at a competition CSV").add_subparsers(
@@ -203,7 +204,7 @@ def data_check(options: argparse.Namespace) -> int:
     name = options.dataset
     known = name in locate.SOURCES or medmnist.meant(name)
     own = os.sep in name or "/" in name or not known and Path(name).is_dir()
-    location = _own_location(name, options.data) if own else locate.find(name, options.data or None)
+    location = _own_location(name, options) if own else locate.find(name, options.data or None)
     kind = "SYNTHETIC" if location.synthetic else "real images"
     print(f"{location.dataset}: {location.root} ({kind}, found by: {location.origin})\n")
     dataset = datasets.load(location)
@@ -239,15 +240,16 @@ def data_check(options: argparse.Namespace) -> int:
     return int(audit["verdict"].eq("leak").any())
 
 
-def _own_location(path: str, data: str):
+def _own_location(path: str, asked: argparse.Namespace):
     """The reader's own folder, or an error that says what it holds instead."""
     from . import locate
     from .layouts import DataNotFound
 
-    if data:
-        raise ValueError(f"{path!r} is a folder, and --data {data!r} names one too: leave --data out")
+    if asked.data:
+        raise ValueError(f"{path!r} is a folder, and --data {asked.data!r} names one too: leave --data out")
     folder = Path(path).expanduser()
-    if found := locate.find_own(folder, kind="boxes") or locate.find_own(folder):
+    given = {"patient_pattern": asked.patient_pattern} if asked.patient_pattern else {}
+    if found := locate.find_own(folder, kind="boxes", options=given) or locate.find_own(folder, options=given):
         return found
     if folder.is_dir() and (names := locate.published_in(folder)):
         raise DataNotFound(

@@ -743,6 +743,9 @@ def sections(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
 
 def _section_problems(notebook: NotebookNode) -> Iterator[str]:
     """Sections ('## ') that need another section: people copy one section behind the opening cells."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r".\n## ", cell.source, re.DOTALL):
+            yield f"cell {cell.id}: a section ('## ') must begin a cell of its own, else nobody can copy it"
     opening, parts = sections(notebook)
     known = _names("\n".join(opening))[0] | set(dir(builtins)) | {"display", "get_ipython"}
     for title, code in parts.items():

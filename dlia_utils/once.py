@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from . import files, train
+from . import files, metrics, train
 from .objectives import fingerprint
 from .study import Study, load_models
 from .study import test_opened as log_opening  # pytest would take the name for a test
@@ -92,3 +92,13 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     told[names] = probability[:, -len(names) :]
     files.write_csv(told[["image", "path", "label", *names]].assign(weights=weights), path)
     return pd.read_csv(path, dtype={"weights": str})
+
+
+def evaluation(study: Study, name: str, *, force: bool = False) -> pd.DataFrame:
+    """Metrics of the trained model `name` on the test split with intervals by patient, from `predictions`.
+
+    Columns metric, value, ci_low, ci_high, n (see `metrics.classification`). Raises: as `predictions`.
+    """
+    told = predictions(study, name, force=force)
+    patients = study.patients(told["image"].to_numpy())
+    return metrics.classification(told["label"], scores(told), patients, draws=study.run.bootstrap_draws)

@@ -183,7 +183,7 @@ def start(
     full: every setting of the study; by_data: what differs with the data set found ("*": every one that is not
     named); cpu, smoke: what is smaller in these profiles, whatever the data; changes: what the reader wants
     otherwise, whatever the profile. A change must name a setting and be of its kind; `allowed` holds the words that a setting may
-    be made of. `profile` "smoke", "cpu", "full" or "auto" (the environment's DLIA_PROFILE replaces "auto").
+    be made of, and None where that means "without". `profile` "smoke", "cpu", "full" or "auto" (the environment's DLIA_PROFILE replaces "auto").
     `data_dir` "" means find the data; own_classes 2 or "any": it may be a folder of class folders with that
     many classes; own_boxes: it may hold images and a file of boxes. trains: the section that trains the models. `run_name` "" means profile, kind of data,
     and a hash of what was changed. `resume` True goes on with a run of the same settings, False puts an older
@@ -228,6 +228,28 @@ def start(
     return _open_folder(run)
 
 
+# What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
+BASIC = {"seed": 0, "size": 128, "fit": "squash", "per_class": None, "val_share": 0.15, "test_share": 0.15}
+BASIC |= {"unusable_share": 0.01, "width": 1.0, "stages": 7, "pretrained": True, "epochs": 10, "batch_size": 32}
+BASIC |= {"lr": 1e-3, "schedule": "onecycle", "patience": None, "max_minutes": None, "num_workers": 0}
+BASIC |= {"bootstrap_draws": 2000}
+
+
+def for_dataset(dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any) -> Run:
+    """A run on a data set outside any notebook: `BASIC` with `changes`, in `folder` or below runs/own/.
+
+    Errors: ValueError for a change that names no setting of `BASIC` or is of another kind.
+    """
+    _check_changes(changes, BASIC, [BASIC], {}, own=True)
+    location = locate.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
+    device, note = pick_device()
+    run = Run(
+        notebook="own", profile="own", location=location, settings=BASIC | _tuples(changes), device=device,
+        device_note=note, run_dir=Path(folder) if folder else runs_root() / "own" / dataset.name,
+    )  # fmt: skip
+    return _open_folder(run if folder else _own_folder(run))
+
+
 def reopen(folder: str | Path) -> Run:
     """The run that `start` once opened in `folder`, as its config.json tells it: for work outside a notebook.
 
@@ -268,6 +290,8 @@ def _check_changes(
         if kinds == {"None"}:  # what else it may be stands nowhere: a limit, or a list of names
             kinds |= {"number", "list"}
         kinds |= {"whole number"} if "number" in kinds else set()
+        if value is None and None in allowed.get(name, ()):
+            continue
         if _kind(value) not in kinds:
             raise ValueError(
                 f"CHANGES: {name} = {value!r} is a {_kind(value)}; it must be a {' or '.join(sorted(kinds))}, "
@@ -285,7 +309,7 @@ def _check_changes(
         for word in value if isinstance(value, tuple) and name in allowed else ():
             if word not in allowed[name]:
                 raise ValueError(f"CHANGES: {name} names {word!r}{nearest(word, allowed[name])}")
-    wanted, usual = changes.get("dataset"), full["dataset"]
+    wanted, usual = changes.get("dataset"), full.get("dataset")
     if wanted and not own and wanted != usual and wanted not in (usual if isinstance(usual, tuple) else ()):
         names = usual if isinstance(usual, str) else " or ".join(usual)
         raise ValueError(f"CHANGES: dataset = {wanted!r}, but this notebook has a data set of its own: {names}")

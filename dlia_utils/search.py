@@ -285,7 +285,8 @@ def finetune_with_drop_rule(
                 monitor=monitor, on_epoch=_drop_watch(baseline, tolerance, told), **options,
             )  # fmt: skip
             if fitted.status == "interrupted":
-                raise OutOfTime(f"attempt {number} met max_minutes after epoch {len(told)}; call again to go on")
+                name, limit = f"fine-tuning attempt {number}", options["max_minutes"]
+                raise OutOfTime(name, done=len(told), epochs=epochs, limit=limit)
             outcome = "gain" if _sign(monitor) * (fitted.best_score - baseline[monitor]) > 0 else "no gain"
         except _Drop:
             outcome = "drop"

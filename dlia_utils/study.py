@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from . import augment, cache, datasets, files, locate, models, split, train
 from .objectives import fingerprint
-from .run import Run, digest
+from .run import Run, digest, for_dataset
 
 log = logging.getLogger("dlia_utils")
 
@@ -38,6 +38,14 @@ LINKED = (".pt", ".npz")  # always replaced, never written into: a second name c
 
 class OutOfTime(RuntimeError):
     """A training met the budget `max_minutes`; its checkpoints are kept and the same call goes on from them."""
+
+    def __init__(self, name: str, *, done: int, epochs: int, limit: float) -> None:
+        more = f"{4 * limit:g}"
+        super().__init__(
+            f"{name} stopped after {done} of {epochs} epochs: the next would not end within max_minutes = {limit:g}. "
+            "What is done is kept: run again to go on from there (the same command, or Run All). For more time: --set "
+            f'max_minutes={more} on the command line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
+        )
 
 
 _OPEN: dict[tuple[str, Path], Study] = {}
@@ -108,7 +116,16 @@ class Study:
         return tuple((counts.sum() / (len(counts) * counts)).tolist())
 
 
-def open_study(run: Run) -> Study:
+def of(dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any) -> Study:
+    """The study of a data set of your own, outside any notebook: checked, split by patient, decoded.
+
+    `changes` are settings of `run.BASIC`, such as size=96, epochs=5; trainings and tables go to `folder` (default: a
+    folder below runs/own/). Errors: those of `run.for_dataset` and `open_study`.
+    """
+    return open_study(for_dataset(dataset, folder=folder, **changes), dataset=dataset)
+
+
+def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
     """Find, check, split and decode the data of a run; a second call decodes nothing again.
 
     The split is drawn once per run folder, saved as `split.json` with its hash, and read back on resume. Without the
@@ -116,12 +133,13 @@ def open_study(run: Run) -> Study:
     stays (val is drawn where there is none), else all three are drawn, near-duplicates kept together. At most
     `unusable_share` of the files may be left out when they do not decode; the log names them. Models of the
     reader's own (`run.own`) are tried on two images.
-    Errors: `datasets.BadData` naming unreadable files, ValueError for a model of one's own that cannot take part;
+    `dataset` takes the place of the one that the run names. Errors: `datasets.BadData` naming unreadable files,
+    ValueError for a model of one's own that cannot take part;
     before anything is trained.
     """
     name = (run.key, run.run_dir)
     if name not in _OPEN:
-        dataset = datasets.load(run.location)
+        dataset = datasets.load(run.location) if dataset is None else dataset
         problems = datasets.check(dataset)
         if len(problems):
             raise datasets.BadData(datasets.problem_text(problems))
@@ -310,11 +328,10 @@ def _weights_hash(path: Path, stamp: int) -> str:
 # ------------------------------------------------------------------------------------------- models
 
 
-def build_model(run: Run) -> models.PixelModel:
+def build_model(run: Run, *, classes: int = 2) -> models.PixelModel:
     """A fresh MobileNetV2 of the profile's width, on the run's device, from the run's starting weights."""
-    weights = starting_weights(run)
-    model = models.mobilenet_v2(width=run.width, stages=run.stages, weights=weights, seed=run.seed)
-    return model.to(run.device)
+    start = {"weights": starting_weights(run), "seed": run.seed, "num_classes": classes}
+    return models.mobilenet_v2(width=run.width, stages=run.stages, **start).to(run.device)
 
 
 def starting_weights(run: Run) -> str | None:
@@ -377,7 +394,8 @@ def train_model(
     if name in run.own:
         model = _own_model(run, name)
     else:
-        model = load_models(study, [start])[start] if start else build_model(run)
+        classes = len(study.dataset.classes)
+        model = load_models(study, [start])[start] if start else build_model(run, classes=classes)
     if spectral:
         shape = (1, run.size, run.size) if spectral == "operator" else None
         model = models.spectral_normalize(model, kind=spectral, input_shape=shape)
@@ -456,13 +474,8 @@ def fit_model(
         **options,
     )  # fmt: skip
     if fitted.status == "interrupted":
-        limit = options["max_minutes"]
-        raise OutOfTime(
-            f"{name} stopped after {len(fitted.history)} of {options['epochs']} epochs: the next would not end within "
-            f"max_minutes = {limit:g}. What is done is kept: run again to go on from there (the same command, or Run "
-            f"All). For more time: --set max_minutes={4 * limit:g} on the command line, CHANGES = "
-            f'{{"max_minutes": {4 * limit:g}}} in the notebook; None is no limit.'
-        )
+        done = {"done": len(fitted.history), "epochs": options["epochs"]}
+        raise OutOfTime(name, limit=options["max_minutes"], **done)
     return fitted
 
 

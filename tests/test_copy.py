@@ -8,6 +8,7 @@ Like a kernel it knows no name, module or cached object of another section, and 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ RUNNER = Path(__file__).with_name("run_sections.py")
 def run_sections(notebook, folder, *, environment, cwd):
     """What each section of `notebook` did alone: {title: {"error", "seconds", "output"}}."""
     opening, sections = notebooks.sections(notebook)
+    return run_cells(opening, sections, folder, environment=environment, cwd=cwd)
+
+
+def run_cells(opening, sections, folder, *, environment, cwd):
     work, results = folder / "work.json", folder / "results.json"
     work.write_text(json.dumps({"opening": opening, "sections": sections}))
     # One thread: those of OpenMP do not live on in a forked process, which would wait for them for ever.
@@ -57,6 +62,44 @@ def test_every_section_runs_in_a_new_notebook(source, tmp_path, tmp_path_factory
     assert not run.session.network, "without internet a section must not even ask for it"
 
 
+# -------------------------------------------------------------------------------- without a finished run at hand
+
+TINY = {"epochs": 1, "bootstrap_draws": 20}
+ATTACKS = {"attacks": ("fgsm", "pgd_ce", "pgd_margin"), "eps_grid": (4 / 255,), "check_films": 2}
+SEARCH = {"trials": 2, "extend": 0, "patience": 1}
+EMPTY = {  # settings that make the training sections quick
+    "01": TINY | ATTACKS | {"adversarial": ("pgd_at",), "one_pixel_per_class": 1, "certified_per_class": 1, "per_class": 24},
+    "02": TINY | ATTACKS | {"zoo": (), "per_class": 30, "maps": 2},
+    "03": TINY | ATTACKS | {"zoo": (), "per_class": (40, 20), "maps": 2},
+    "04": TINY | {"mobilenet_epochs": 1, "per_class": 24, "severities": (1, 5), "map_films": 4, "choose_films": 4},
+    "05": TINY | {"epochs": 2, "images": 12, "width": 0.25, "channels": 16, "size": 64},
+    "06": TINY | SEARCH | {"search_epochs": 1, "search_patience": 1, "quick_epochs": 1, "per_class": 30},
+    "07": TINY | SEARCH | {"tuning_epochs": 1, "baseline_epochs": 1, "per_class": 30, "audit_films": 20},
+}  # fmt: skip
+ASKED = re.compile(r"run the section '(.+?)' first; in a notebook of your own, copy that section as well")
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
+def test_from_an_empty_run_a_section_runs_or_names_the_section_to_copy_as_well(source, tmp_path):
+    notebook = notebooks.build(source)
+    opening, sections = notebooks.sections(notebook)
+    (place,) = [number for number, code in enumerate(opening) if "CHANGES = {}" in code]
+    opening[place] = opening[place].replace("CHANGES = {}", f"CHANGES = {EMPTY[source.stem[:2]]}")
+    # Outside the repository, with the package installed; the last section first, so that none finds what it builds on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DLIA_")}
+    environment |= {"PYTHONPATH": str(notebooks.REPOSITORY), "DLIA_RUNS": str(tmp_path / "runs")}
+    environment |= {"DLIA_CACHE": os.environ["DLIA_CACHE"]}
+    done = run_cells(opening, dict(reversed(sections.items())), tmp_path, environment=environment, cwd=tmp_path)
+    alone = [title for title, section in done.items() if not section["error"]]
+    for title, section in done.items():
+        asked = ASKED.search(section["error"])
+        assert title in alone or (asked and asked[1] in sections), f"section {title!r}:\n{section['error'][-1500:]}"
+    first = next(iter(sections))
+    assert first in alone, f"the first section needs nothing: {done[first]['error'][-800:]}"
+    assert len(alone) >= 2, f"only {alone} run by themselves"
+
+
 # ------------------------------------------------------------------------------------------ the runner itself
 
 
@@ -69,7 +112,7 @@ def tiny():
         return nbformat.v4.new_markdown_cell(f"## {title}\n\nSome prose.")
 
     parts = [
-        cell("import os", "bootstrap"), cell("N = 2", "parameters"), cell("print(N)", "config"),
+        cell("import os", "bootstrap"), cell("N = 2", "parameters"), cell("print(N)", "start"),
         cell("import sys\nsys.cached = []", "imports"),
         head("fine"), cell("value = N + 1"), cell("sys.cached.append(1)\nimport colorsys\ndisplay(value)"),
         head("again"), cell("'value' in globals(), sys.cached, 'colorsys' in sys.modules"),

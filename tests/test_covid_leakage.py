@@ -154,7 +154,8 @@ def test_validation_films_do_not_train_before_the_final_model(done):
 def test_the_test_is_opened_after_all_choices_and_once(done, cells, patched):
     clean = done[None]
     assert not (clean.folder / "test_log.csv").exists(), "a section before the test opened it"
-    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": "spoilt-None", "RESUME": True, "__name__": "cells"}
+    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": "spoilt-None", "RESUME": True, "CHANGES": TINY}
+    names["__name__"] = "cells"
     for code in cells[0]:
         exec(code, names)
     names["display"] = lambda *_: None

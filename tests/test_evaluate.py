@@ -571,6 +571,27 @@ def test_a_dear_attack_is_run_at_more_eps_without_repeated_work(study, tmp_path)
         evaluate.robust(model, data, GRID[:2], at=all_of_it, **options)
 
 
+def test_in_full_a_changed_list_of_attacks_runs_only_what_is_new(study, tmp_path):
+    model, *data = study
+    options = dict(folder=tmp_path, progress=False, early_drop=False)
+
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("block_*.npz")}
+
+    evaluate.robust(model, data, GRID[:1], attacks=("noise", "pgd_margin", "fmn"), budgets={"fmn": {"steps": 5}}, **options)
+    before = times()
+    longer = dict(attacks=("noise", "pgd_margin", "fmn", "fgsm"), budgets={"fmn": {"steps": 5}, "noise": {"draws": 3}})
+    found = evaluate.robust(model, data, GRID[:2], **longer, **options)
+    after = times()
+    kept = {name for name in before if after.get(name) == before[name]}
+    assert {name.split("_", 2)[-1] for name in set(before) - kept} == {"noise.npz"}, "its options were changed"
+    assert {"block_clean.npz", "block_fmn.npz"} <= kept and len(after) == len(before) + 2 + 1 + 1
+    whole = evaluate.robust(model, data, GRID[:2], **longer, **options | {"folder": None})
+    pd.testing.assert_frame_equal(found.rows, whole.rows)
+    shorter = evaluate.robust(model, data, GRID[:1], attacks=("fgsm",), **options)
+    assert times() == after and set(shorter.rows.attack) == {"clean", "fgsm", "worst"}
+
+
 def test_batches_of_a_loader_give_the_same_rows(study):
     model, x, y = study
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(40)), batch_size=7)

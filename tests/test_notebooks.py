@@ -147,6 +147,7 @@ def test_a_good_notebook_has_no_fault(tiny_fresh):
         ("value = 6 * 7", 'value = "cuda:0"', "use run.device"),
         ("value = 6 * 7", 'value = sys.path("/kaggle/input/x")', "absolute path '/kaggle/'"),
         ("value = 6 * 7", 'value = "/home/me/data"', "absolute path '/home/'"),
+        ("# ## 1 A section", "# Prose.\n#\n# ## 1 A section", "a section ('## ') must begin a cell of its own"),
         ("value = 6 * 7", "value = other", "'1 A section' does not run alone after the opening cells: other"),
         ("value = 6 * 7", "value = 6 * 8", "code changed since it was executed"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dlia_utils import datasets, notebooks
+from dlia_utils import datasets, notebooks, objectives, once, split, study
 
 # Everything as small as it goes: what is tested is that it runs to its end, under the reader's name.
 SHORT = {"epochs": 1, "bootstrap_draws": 20}
@@ -135,3 +135,16 @@ def test_own_boxes_in_05(runs):
     done, results = execute(source, root, SHORT | {"epochs": 2, "size": 96})
     assert {"AP50 lump", "AP50 line"} <= set(results["metric"])
     assert len(datasets.from_boxes(root / "boxes.csv", root).boxes) == 45
+
+
+def test_three_lines_of_python_from_a_folder_to_a_training_and_an_evaluation(folders, runs):
+    data = study.of(datasets.from_folder(folders / "shapes3", patient_pattern=r"/(p\d+)_"), size=32, epochs=2,
+                    width=0.5, stages=3, pretrained=False)  # fmt: skip
+    study.train_model(data, "plain", objectives.cross_entropy(weight=data.class_weights()), progress=False)
+    table = once.evaluation(data, "plain")
+    assert table["metric"].tolist() == ["accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc"]
+    assert data.run.run_dir.parent.name == "own" and data.run.data_name == "shapes3"
+    audit = split.audit(data.dataset)
+    assert not audit["verdict"].eq("leak").any() and table["n"].iloc[0] == len(data.rows("test"))
+    with pytest.raises(ValueError, match="no such setting 'epoch'; did you mean epochs"):
+        study.of(data.dataset, epoch=3)

@@ -1,6 +1,6 @@
 """Result rows, the results file, paired tables, verdict and figures on hand-made numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +62,23 @@ def test_update_replaces_the_same_row_and_keeps_others(config):
     assert len(pd.read_csv(path)) == 2
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"size": 96}, {"profile": "cpu"}, {"data_name": "pneumonia"}])
+def test_a_row_of_another_seed_size_profile_or_data_is_another_result(config, tmp_path, other):
+    path = tmp_path / "results.csv"
+    report.update_results(rows(config, "a", "worst", 0.1, 0.5), path)
+    merged = report.update_results(rows(replace(config, **other), "a", "worst", 0.1, 0.7), path)
+    assert merged["value"].tolist() == [0.5, 0.7]
+
+
+@pytest.mark.parametrize(("labels", "nearest"), [({"atack": "worst"}, "attack"), ({"epss": 1.0}, "eps")])
+def test_a_column_that_is_none_of_the_results_is_refused(config, labels, nearest):
+    with pytest.raises(ValueError, match=f"no column '{next(iter(labels))}'; did you mean {nearest}"):
+        rows(config, "a", "clean", 0.0, 0.5, **labels)
+    table = pd.DataFrame([{"metric": "accuracy", "value": 0.5, "n": 9, "region": "lungs"}])
+    with pytest.raises(ValueError, match="no column 'region'"):
+        report.result_rows(table, config, model="a")
+
+
 def test_an_eps_whose_last_digit_was_lost_in_a_file_is_the_same_eps(config):
     path = config.run_dir / "results.csv"
     report.update_results(rows(config, "a", "worst", 1 / 255, 0.5), path)
@@ -83,7 +100,7 @@ def per_image(fooled_clean, fooled_worst):
 def test_paired_tests_count_discordant_images(config):
     tables = {"baseline": per_image([0] * 8, [1] * 8), "good": per_image([0] * 7 + [1], [0] * 6 + [1] * 2)}
     tables["same"] = tables["baseline"]
-    study = SimpleNamespace(config=SimpleNamespace(bootstrap_draws=50), patients=lambda images: np.asarray(images))
+    study = SimpleNamespace(run=SimpleNamespace(bootstrap_draws=50), patients=lambda images: np.asarray(images))
     paired = report.paired_tests(tables, study, eps=4 / 255, reference="baseline").set_index(["condition", "model"])
     worst = paired.loc["worst case 4/255"]
     assert worst.loc["good", ["only_model_right", "only_reference_right"]].tolist() == [6, 0]
@@ -150,7 +167,7 @@ def worst_case():
 
 class FakeStudy:
     def __init__(self, config):
-        self.config = config
+        self.run = config
 
     def patients(self, rows):
         return np.asarray(rows)

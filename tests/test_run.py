@@ -104,6 +104,12 @@ def test_a_wrong_change_is_named_before_any_data_is_read(change, message, monkey
         begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})
 
 
+def test_none_is_taken_where_it_means_without():
+    with pytest.raises(ValueError, match="epochs = None"):
+        begin(changes={"epochs": None})
+    assert begin(changes={"lr": None}, allowed={"lr": (None,)}).lr is None
+
+
 @pytest.mark.parametrize("change", [{"lr": 1}, {"patience": 3}, {"attacks": ("fmn",)}, {"epochs": 1}, {"patience": None}])
 def test_what_fits_is_taken(change):
     one = begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})

@@ -362,7 +362,7 @@ def test_rows_fit_the_results_file(tmp_path):
 
     rows = audit("nowhere", regions=["whole"])
     rows = rows.assign(attack="audit: " + rows["region"] + ", " + rows["how"])
-    kept = report.update_results(report.result_rows(rows, Config(tmp_path), model="probe"), tmp_path / "results.csv")
+    kept = report.update_results(report.result_rows(rows.filter(report.RESULT_COLUMNS), Config(tmp_path), model="probe"), tmp_path / "results.csv")
     assert kept["attack"].eq("audit: whole, retrained").all() and len(kept) == 3
 
 

@@ -124,6 +124,10 @@ from dlia_utils.study import (
 )
 from dlia_utils.units import eps_text
 
+# %% [markdown]
+# **What the sections share.**
+
+# %% tags=["yours"]
 MODELS = ["standard", "pgd_at", "trades", "linear_probe", "robust_probe"]
 RESULTS = run.run_dir / "results.csv"
 
@@ -363,7 +367,7 @@ for name in trained(open_study(run), run.zoo):
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
@@ -399,7 +403,7 @@ figure
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "the suite of attacks in pixel units")
 
 
@@ -461,7 +465,7 @@ print(classification_report(truth, answers[best]["predicted"], target_names=stud
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "share of zero gradients")
 shares, checks = {}, []
 for name in names:
@@ -555,7 +559,7 @@ for name in ("standard", "pgd_at"):
 
 # %%
 study = open_study(run)
-looked = trained(study, ["standard", "pgd_at", "trades", *run.zoo[: run.zoo_maps]])
+looked = ["standard", "pgd_at", "trades", *trained(study, run.zoo[: run.zoo_maps])]
 test_opened(study, "maps scored against boxes and outlines")
 rows = boxed_rows(study, run.maps)
 
@@ -597,7 +601,7 @@ report.map_table(scores[scores.region.eq("box")])
 # %%
 study = open_study(run)
 per_film = {name: stored(study_of(name), f"maps_{name}", model=name, section="7 Where do they look?").query("region == 'box'")
-            for name in trained(study, ["standard", "pgd_at", "trades", *run.zoo[: run.zoo_maps]])}  # fmt: skip
+            for name in ["standard", "pgd_at", "trades", *trained(study, run.zoo[: run.zoo_maps])]}  # fmt: skip
 better = []
 for name in list(per_film)[1:]:
     gained = localisation.against_model(per_film[name], per_film["standard"], draws=run.bootstrap_draws)
@@ -650,7 +654,7 @@ figure
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
 files.write_csv(paired, run.run_dir / "paired_tests.csv")

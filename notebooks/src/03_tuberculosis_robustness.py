@@ -175,7 +175,8 @@ cells.pivot(index="region", columns="metric", values="cell").loc[list(dict.fromk
 # %% [markdown]
 # If the border alone is far above 0.5, no accuracy on this collection, however high, shows that a network reads lungs;
 # only films of a hospital that sent both classes could. Keep that in mind for every number below.
-#
+
+# %% [markdown]
 # ## 2 Two bugs, shown live
 #
 # **Scrambled features.** These networks end in a map of features [B, C, h, w]: C channels at h x w places. The published
@@ -311,7 +312,8 @@ pd.DataFrame({"each film's own, as in training": swing.loc["own"], "one film's: 
 # Neither can happen here: models take pixels in [0, 1], own their normalisation, pool by the mean over the map and give
 # one row a film at any size (tests hold them to it), and training, test and attack use the same door. In the published
 # code the attack also cut the *standardised* films to [0, 1], and so lost all that was darker than a film's average.
-#
+
+# %% [markdown]
 # ## 3 Training
 #
 # | model | what is trained |
@@ -434,7 +436,7 @@ def operating_point(study, name):
 
 
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 points = {name: stored(study_of(name), f"operating_{name}", lambda n=name: operating_point(study_of(n), n), model=name,
                        uses=["sensitivity"]) for name in names}  # fmt: skip
 print(f"thresholds for a sensitivity of {run.sensitivity:g}, on validation films")
@@ -445,7 +447,7 @@ pd.concat(points).droplevel(1).rename_axis("model").round(4)
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models at two thresholds")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
@@ -513,7 +515,7 @@ figure
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "the suite of attacks in pixel units")
 
 
@@ -564,7 +566,7 @@ def at_threshold(model, threshold):
 
 
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "films with TB attacked at the chosen threshold")
 
 
@@ -596,7 +598,7 @@ pd.DataFrame(missed).set_index("model")
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 shares, checks = {}, []
 for name in names:
     own = study_of(name)
@@ -626,7 +628,7 @@ report.masking_table(results, eps=run.headline_eps).round(3)
 study = open_study(run)
 test_opened(study, "maps of TB films")
 rows = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:3]
-for name in trained(study, ["standard", "pgd_at"]):
+for name in ["standard", "pgd_at"]:
     model, x = load_models(study, [name])[name], study.images(rows)
     options = {"saliency": {}, "integrated_gradients": {"steps": run.integrated_steps},
                "gradcam": {"layer": models.last_map_layer(model)}}  # fmt: skip
@@ -664,7 +666,7 @@ figure
 
 # %%
 study = open_study(run)
-names = trained(study, [*MODELS, *run.zoo])
+names = [*MODELS, *trained(study, run.zoo)]
 per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
 files.write_csv(paired, run.run_dir / "paired_tests.csv")

@@ -74,7 +74,8 @@ BY_DATA |= {"*": {"one_per_class": False}}
 from dlia_utils.run import start
 
 run = start("05_nih_detection", FULL, cpu=CPU, smoke=SMOKE, by_data=BY_DATA, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_boxes=True, trains="2 Training")
+            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_boxes=True, trains="2 Training",
+            allowed={"ema": (None,), "clip_norm": (None,)})
 print(run)
 
 # %% tags=["imports"]

@@ -574,7 +574,9 @@ figure
 # %%
 study = open_study(run)
 manifest, classes = study.dataset.manifest, study.dataset.classes
-table = {path.stem: pd.read_csv(path) for path in TABLES.glob("*.csv")}
+made_in = dict.fromkeys(("quality", "formats", "audit", "split_tests", "sizes"), "1 The data")
+made_in |= {"quick": "2 From film to input", "ranges": "5 Search", "recipes": "6 Early stopping, optimiser and loss"}
+table = {name: pd.read_csv(made_by(run, f"tables/{name}.csv", section)) for name, section in made_in.items()}
 quality = table["quality"][(table["quality"].ci_low > 0.5) | (table["quality"].ci_high < 0.5)]
 hints = "; ".join(f"{row['measure']} {report.with_interval(row)}" for _, row in quality.iterrows())
 formats = table["formats"].set_index("features").loc["all three"]

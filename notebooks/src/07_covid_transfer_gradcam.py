@@ -439,7 +439,7 @@ if baseline_folder(study) == run.run_dir:
               patience=None, **options)  # fmt: skip
 else:
     print("the baseline is that of notebook 06")
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": run.run_dir / "frozen_head"}
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent}
 folders |= {name: run.run_dir / name for name in trained(study, ["finetuned"])}
 histories = {name: pd.read_csv(folder / "metrics.csv") for name, folder in folders.items()}
 figure = curves.figure_curves(histories, run)
@@ -793,7 +793,7 @@ paired = pd.read_csv(made_by(run, "paired_tests.csv", "4 The test, opened once")
 results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once")).set_index(["model", "attack", "metric"])
 heads = pd.read_csv(made_by(run, "heads.csv", "2 Frozen network, new head")).set_index("head")
 attempts = pd.read_csv(made_by(run, "tuning/attempts.csv", "3 Fine-tuning the whole network"))
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": run.run_dir / "frozen_head"}
+folders = {"baseline": baseline_folder(study) / "baseline", "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent}
 folders |= {tuned: run.run_dir / tuned for tuned in trained(study, ["finetuned"])}
 histories = {key: pd.read_csv(folder / "metrics.csv") for key, folder in folders.items()}
 conclusion = made_by(run, "conclusion.md", "7 Shortcut audit").read_text(encoding="utf-8").split("\n")[0]
