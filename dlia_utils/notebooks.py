@@ -69,8 +69,8 @@ BOOTSTRAP = '''\
 import sys
 from glob import glob
 
-places = ["../dlia_utils/..", "dlia_utils/..", "/kaggle/input/*/*.whl", "/kaggle/input/datasets/*/*/*.whl"]
-sys.path[:0] = [found for place in places for found in sorted(glob(place), reverse=True)]
+sys.path[:0] = [*glob("../dlia_utils/.."), *glob("dlia_utils/..")]
+sys.path += sorted([*glob("/kaggle/input/*/*.whl"), *glob("/kaggle/input/datasets/*/*/*.whl")], reverse=True)
 import dlia_utils  # not found? On Kaggle: Add Input, the data set with its wheel. Elsewhere: pip install
 
 print("dlia_utils", dlia_utils.__version__)'''

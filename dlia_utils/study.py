@@ -194,8 +194,8 @@ def _check_own(study: Study, name: str) -> None:
     images = study.images(study.rows("train")[:2])
     try:
         models.check_classifier(_own_model(study.run, name), images, classes=len(study.dataset.classes))
-    except ValueError as error:
-        raise ValueError(f"run.own[{name!r}]: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"run.own[{name!r}]: {error}") from error
 
 
 def _own_model(run: Run, name: str) -> torch.nn.Module:

@@ -86,12 +86,16 @@ class Session:
         paths = sorted((self.root / "input").rglob("*"))
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
+    def at_home(self, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+        """The notebook with the session's folder in place of /kaggle in its bootstrap cell."""
+        for cell in notebook.cells:
+            if "bootstrap" in cell.metadata.get("tags", []):
+                cell.source = cell.source.replace("/kaggle", str(self.root))
+        return notebook
+
     def run(self, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         """Execute a copy of `notebook` as Kaggle does, with no parameter changed; its cells, then the probe."""
-        for cell in notebook.cells:
-            if "bootstrap" in cell.metadata.get("tags", []):  # the session's folder stands for /kaggle
-                cell.source = cell.source.replace("/kaggle", str(self.root))
-        notebook.cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
+        self.at_home(notebook).cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
         path = notebooks.write(notebook, self.working / "__notebook__.ipynb")
         return notebooks.read(
             notebooks.execute(path, self.root.parent / "executed.ipynb", environment=self.environment, progress=False)

@@ -55,7 +55,8 @@ def test_every_section_runs_in_a_new_notebook(source, tmp_path, tmp_path_factory
     assert not run.error, "the run that the sections would read back failed: see test_kaggle_tree.py"
     before = trained(run.run_dir)
     environment, working = run.session.process_environment, run.session.working
-    done = run_sections(notebooks.build(source), tmp_path, environment=environment, cwd=working)
+    notebook = run.session.at_home(notebooks.build(source))
+    done = run_sections(notebook, tmp_path, environment=environment, cwd=working)
     failed = {title: section for title, section in done.items() if section["error"]}
     assert not failed, "\n".join(f"section {t!r}:\n{s['output'][-1500:]}\n{s['error']}" for t, s in failed.items())
     assert len(done) > 1 and trained(run.run_dir) == before, "a section trained a finished model again"

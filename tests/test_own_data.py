@@ -361,7 +361,8 @@ def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, m
 
 
 @pytest.mark.parametrize("name", [*locate.SOURCES, "breastmnist"])
-def test_find_own_is_not_fooled_by_published_sets(tmp_path, name):
+def test_find_own_is_not_fooled_by_published_sets(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("DLIA_DATA", raising=False)  # with it no phantom would be written
     tree = locate.find(name, phantom_dir=tmp_path / "parent" / "tree").root
     draw(tree, CLASSES)
     for folder in (tree, tmp_path / "parent"):
