@@ -270,6 +270,9 @@ def verdict(
                      f"({p_text(test['p_holm'])}). {remark}")  # fmt: skip
     if config.synthetic:
         lines.append("\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*")
+    elif config.profile == "smoke":
+        lines.append("\n*A smoke run, a tiny model on few images: these sentences show the machinery, not a finding. "
+                     "PROFILE = 'cpu' (a laptop) or 'full' (a GPU) runs the study.*")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -129,6 +129,9 @@ def test_verdict_trusts_neither_masked_gradients_nor_constant_answers(config, ma
     paired = pd.DataFrame([{"condition": "worst case 4/255", "model": "defended", "p_holm": 1e-6}])
     text = report.verdict(table, masking, paired, config)
     assert words in text and "Synthetic images" in text
+    real = report.verdict(table, masking, paired, replace(config, synthetic=False))
+    assert "A smoke run" in real and "'cpu'" in real, "nor is a tiny model on real images a finding"
+    assert "smoke" not in report.verdict(table, masking, paired, replace(config, synthetic=False, profile="cpu"))
 
 
 def test_figures_are_drawn_and_say_what_data(config):
