@@ -1,6 +1,9 @@
 """The reader in charge: own images, own boxes, an own model and changed settings, from the command to results.csv."""
 
 import json
+import os
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -148,3 +151,29 @@ def test_three_lines_of_python_from_a_folder_to_a_training_and_an_evaluation(fol
     assert not audit["verdict"].eq("leak").any() and table["n"].iloc[0] == len(data.rows("test"))
     with pytest.raises(ValueError, match="no such setting 'epoch'; did you mean epochs"):
         study.of(data.dataset, epoch=3)
+
+
+@pytest.mark.notebook
+def test_the_first_command_ends_well_on_a_core_that_others_keep_busy(runs):
+    """As README says it, with two settings changed, on one core beside two endless loops: slower, and that is all."""
+    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+    def pin():
+        if core is not None:  # elsewhere the loops keep one core busy each, and the run another
+            os.sched_setaffinity(0, {core})
+
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=pin) for _ in range(2)]
+    small = ["epochs=2", "images=12", "width=0.25", "channels=16", "size=64", "bootstrap_draws=20"]
+    command = [sys.executable, "-m", "dlia_utils", "run", "--nb", "05", "--set", *small]
+    try:
+        done = subprocess.run(
+            command, cwd=notebooks.REPOSITORY, preexec_fn=pin, capture_output=True, text=True, check=False
+        )
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "changed  * epochs = 2  (in this profile: 11)" in done.stdout and "submissions)" in done.stdout
+    (record,) = (runs / "runs" / "05_nih_detection").glob("*/config.json")
+    assert json.loads(record.read_text())["settings"]["images"] == 12
