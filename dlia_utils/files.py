@@ -55,6 +55,12 @@ def write_text(text: str, path: str | Path) -> Path:
     return Path(path)
 
 
+def read_json(path: str | Path) -> Any:
+    """What `write_json` has written to `path`; None where there is no such file."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def write_json(value: Any, path: str | Path) -> Path:
     """Write `value` as indented JSON in one step; returns the path."""
     return write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", path)

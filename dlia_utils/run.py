@@ -488,8 +488,7 @@ def _own_folder(run: Run) -> Run:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    record = folder / "config.json"
-    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return files.read_json(folder / "config.json") or {}
 
 
 def _open_folder(run: Run) -> Run:

@@ -221,7 +221,7 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
     folder, wanted = run.run_dir / name, json.loads(json.dumps(depends, sort_keys=True, default=str))
     run.run_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run.run_dir / ".keys.lock"):  # the processes of one training ask at the same moment
-        kept = _key_of(folder)
+        kept = files.read_json(folder / "key.json")
         if kept == wanted:
             return folder
         if kept is not None or (folder.is_dir() and any(folder.iterdir())):
@@ -230,18 +230,13 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
             what = _changes(kept or {}, wanted)
             log.warning("%s was made under other settings (%s): put aside, made anew", name, what)
         for other in [] if run.fresh else _siblings(run, f"{name}/key.json"):
-            if _key_of(other.parent) == wanted:
+            if files.read_json(other) == wanted:
                 _take_over(other.parent, folder)
                 place = other.parents[len(Path(name).parts)].name
                 log.info("%s is taken over from the run %s", name, place)
                 return folder
         files.write_json(wanted, folder / "key.json")
         return folder
-
-
-def _key_of(folder: Path) -> dict[str, Any] | None:
-    path = folder / "key.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _changes(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -540,21 +535,18 @@ def stored(
     settings = run.settings if uses is None else run.pick(*uses)
     key = {**study.key, "models": {one: weights_key(run, one) for one in names}}
     if compute is None:
-        if path.exists() and (kept := _read_json(record))["models"] == key["models"] and kept["split"] == key["split"]:
+        kept = files.read_json(record) or {}
+        if path.exists() and all(kept.get(name) == key[name] for name in ("models", "split")):
             return pd.read_csv(path)
         raise FileNotFoundError(f"table {name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: {_where(section)}")
     key = json.loads(json.dumps(key | {"settings": settings}, default=str))
-    if not (run.resume and path.exists() and _read_json(record) == key):
-        same = [] if run.fresh else [other for other in _siblings(run, f"tables/{record.name}") if _read_json(other) == key]
+    if not (run.resume and path.exists() and files.read_json(record) == key):
+        same = [] if run.fresh else [other for other in _siblings(run, f"tables/{record.name}") if files.read_json(other) == key]
         table = pd.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # between the two writes the table has no key, and counts as none
         files.write_csv(table, path)
         files.write_json(key, record)
     return pd.read_csv(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": None, "split": None}
 
 
 def made_by(run: Run, name: str, section: str) -> Path:
