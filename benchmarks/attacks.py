@@ -32,10 +32,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlia_utils import attacks, cache, datasets, locate, models, phantom
+from dlia_utils import attacks, models
+from dlia_utils.data import cache, datasets, sources, phantom
 
 INSIDE = 1e-5  # rounding of float32 that no library is blamed for
-STEPS = {"pgd": 20, "apgd": 50, "mi_fgsm": 10, "square": 500, "deepfool": 50, "fmn": 60, "carlini_wagner": 60}
+STEPS = {
+    "pgd": 20,
+    "apgd": 50,
+    "mi_fgsm": 10,
+    "square": 500,
+    "deepfool": 50,
+    "fmn": 60,
+    "carlini_wagner": 60,
+}
 SEARCHES = 5  # of Carlini and Wagner's constant
 PIXELS, POPULATION, GENERATIONS = 3, 40, 20
 # Seeds whose mean counts: luck moves a random search by a film or two.
@@ -90,10 +99,14 @@ def main() -> None:
             if found < other - allowed:
                 weaker.append(f"{name} ({norm}): {found:.3g} against {other:.3g} of {peer}")
     if not compared:
-        sys.exit("nothing was compared: pip install -r benchmarks/requirements.txt in an environment of its own")
+        sys.exit(
+            "nothing was compared: pip install -r benchmarks/requirements.txt in an environment of its own"
+        )
     if weaker:
         sys.exit(f"weaker than a peer by more than {allowed}: " + "; ".join(weaker))
-    print(f"\nIn {compared} comparisons no attack of ours fools fewer than a peer by more than {allowed} of {len(x)}.")
+    print(
+        f"\nIn {compared} comparisons no attack of ours fools fewer than a peer by more than {allowed} of {len(x)}."
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -112,7 +125,7 @@ def trained_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tenso
     counts = {"train": (100, 100), "val": (1, 1), "test": (options.films, options.films)}
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_pneumonia(folder, images=counts, size=2 * options.size)
-        films = datasets.load(locate.find("pneumonia", Path(folder)))
+        films = datasets.load(sources.find("pneumonia", Path(folder)))
         cached = cache.build(films, size=options.size, root=Path(folder) / "cache", progress=False)
         split = films.manifest["split"].to_numpy()
         labels = torch.from_numpy(films.manifest["label"].to_numpy(dtype=np.int64, copy=True))
@@ -240,7 +253,11 @@ CASES: dict[str, tuple[str, float, Attack, dict[str, Attack]]] = {
         "linf",
         1.0,
         ours("mi_fgsm", steps=STEPS["mi_fgsm"]),
-        {"torchattacks": torchattacks("MIFGSM", alpha=share_of(STEPS["mi_fgsm"]), steps=STEPS["mi_fgsm"])},
+        {
+            "torchattacks": torchattacks(
+                "MIFGSM", alpha=share_of(STEPS["mi_fgsm"]), steps=STEPS["mi_fgsm"]
+            )
+        },
     ),
     "square": (
         "linf",
@@ -286,7 +303,9 @@ CASES: dict[str, tuple[str, float, Attack, dict[str, Attack]]] = {
         1.0,
         ours("carlini_wagner", steps=STEPS["carlini_wagner"], searches=SEARCHES),
         {
-            "torchattacks": torchattacks("CW", budget=False, steps=SEARCHES * STEPS["carlini_wagner"]),
+            "torchattacks": torchattacks(
+                "CW", budget=False, steps=SEARCHES * STEPS["carlini_wagner"]
+            ),
             "foolbox": foolbox(
                 "L2CarliniWagnerAttack",
                 binary_search_steps=SEARCHES,
@@ -298,7 +317,9 @@ CASES: dict[str, tuple[str, float, Attack, dict[str, Attack]]] = {
     "one_pixel": (
         "linf",
         1.0,
-        ours("one_pixel", seeded=True, pixels=PIXELS, population=POPULATION, iterations=GENERATIONS),
+        ours(
+            "one_pixel", seeded=True, pixels=PIXELS, population=POPULATION, iterations=GENERATIONS
+        ),
         {
             "torchattacks": torchattacks(
                 "OnePixel", budget=False, pixels=PIXELS, popsize=POPULATION, steps=GENERATIONS

@@ -22,7 +22,8 @@ from collections.abc import Callable
 
 from timing import Row, installed, print_table, seconds
 
-from dlia_utils import augment, corrupt, phantom
+from dlia_utils.data import augment, phantom
+from dlia_utils import corrupt
 
 import albumentations as A
 import cv2
@@ -46,7 +47,8 @@ def main() -> None:
         f"albumentations {A.__version__}; fastest of {options.rounds} rounds; CPU time\n"
     )
     drawn = [
-        phantom.chest(np.random.default_rng(i), size=options.side, pneumonia=False)[0] for i in range(FILMS)
+        phantom.chest(np.random.default_rng(i), size=options.side, pneumonia=False)[0]
+        for i in range(FILMS)
     ]
     films = torch.from_numpy(np.stack(drawn))[:, None].repeat(-(-options.images // FILMS), 1, 1, 1)
     films = films[: options.images]
@@ -80,8 +82,12 @@ def compare(name: str, films: torch.Tensor, rounds: int) -> list[Row]:
     nearest = albumentations_nearest().get(name)
     if nearest is not None:
         transform, as_bytes = nearest
-        pictures = list((films[:, 0] * 255).round().byte().numpy() if as_bytes else films[:, 0].numpy())
-        cases["albumentations"] = lambda: [transform(image=picture)["image"] for picture in pictures]
+        pictures = list(
+            (films[:, 0] * 255).round().byte().numpy() if as_bytes else films[:, 0].numpy()
+        )
+        cases["albumentations"] = lambda: [
+            transform(image=picture)["image"] for picture in pictures
+        ]
     theirs = imagecorruption(name)
     if theirs is not None:
         colour = list((films[:, 0] * 255).round().byte().numpy()[..., None].repeat(3, -1))
@@ -91,7 +97,9 @@ def compare(name: str, films: torch.Tensor, rounds: int) -> list[Row]:
     what = f"{name}, {len(films):,} films of {films.shape[2]} px"
     result = []
     if nearest is not None:
-        against = f"albumentations' {type(nearest[0]).__name__}, {'uint8' if nearest[1] else 'float32'}"
+        against = (
+            f"albumentations' {type(nearest[0]).__name__}, {'uint8' if nearest[1] else 'float32'}"
+        )
         result.append((what, against, time_of["albumentations"] / time_of["ours"], ""))
     if name in PUBLISHED:
         ratio = time_of.get("imagecorruptions", np.nan) / time_of["ours"]
@@ -118,13 +126,19 @@ def albumentations_nearest() -> dict[str, tuple[A.BasicTransform, bool]]:
     return {
         "gaussian_noise": (make(A.GaussNoise, std_range=(sigma, sigma)), False),
         "speckle_noise": (
-            make(A.MultiplicativeNoise, multiplier=(1 - 2 * speckle, 1 + 2 * speckle), elementwise=True),
+            make(
+                A.MultiplicativeNoise,
+                multiplier=(1 - 2 * speckle, 1 + 2 * speckle),
+                elementwise=True,
+            ),
             False,
         ),
         "motion_blur": (make(A.MotionBlur, blur_limit=(kernel, kernel)), False),
         "contrast": (
             make(
-                A.RandomBrightnessContrast, brightness_limit=(0, 0), contrast_limit=(factor - 1, factor - 1)
+                A.RandomBrightnessContrast,
+                brightness_limit=(0, 0),
+                contrast_limit=(factor - 1, factor - 1),
             ),
             False,
         ),
@@ -133,7 +147,10 @@ def albumentations_nearest() -> dict[str, tuple[A.BasicTransform, bool]]:
             False,
         ),
         "shot_noise": (make(A.ShotNoise, scale_range=(1 / photons, 1 / photons)), False),
-        "resampling": (make(A.Downscale, scale_range=(share, share), interpolation_pair=blocks), False),
+        "resampling": (
+            make(A.Downscale, scale_range=(share, share), interpolation_pair=blocks),
+            False,
+        ),
         "bit_depth": (make(A.Posterize, num_bits=bits), True),
         "jpeg": (make(A.ImageCompression, quality_range=(quality, quality)), True),
     }
@@ -164,7 +181,9 @@ def agree(name: str, films: torch.Tensor, theirs: np.ndarray) -> None:
     # Angles of motion blur are drawn, and its size follows them; bytes are cut off, not rounded, over there.
     slack = 0.25 if name == "motion_blur" else 0.05
     if not abs(change / their_change - 1) < slack:
-        raise SystemExit(f"{name}: the two sides differ (change {change:.4f} and {their_change:.4f})")
+        raise SystemExit(
+            f"{name}: the two sides differ (change {change:.4f} and {their_change:.4f})"
+        )
 
 
 if __name__ == "__main__":

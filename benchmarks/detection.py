@@ -22,7 +22,7 @@ from pathlib import Path
 
 from timing import Row, installed, print_table, seconds
 
-from dlia_utils import augment, cache, datasets, locate, phantom
+from dlia_utils.data import augment, cache, datasets, sources, phantom
 
 import albumentations as A
 import cv2
@@ -47,7 +47,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", "Encountered more than 100 detections")
     print(
-        f"{platform.machine()} CPU, one thread; torch {torch.__version__}; NumPy {np.__version__}; ", end=""
+        f"{platform.machine()} CPU, one thread; torch {torch.__version__}; NumPy {np.__version__}; ",
+        end="",
     )
     print(f"fastest of {options.rounds} rounds; CPU time\n")
     rows = []
@@ -60,7 +61,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=2000, help="images of the evaluator and sweep groups")
+    parser.add_argument(
+        "--images", type=int, default=2000, help="images of the evaluator and sweep groups"
+    )
     parser.add_argument("--boxes", type=int, default=50, help="predictions per image (and view)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
@@ -69,14 +72,19 @@ def arguments() -> argparse.Namespace:
 
 def agree(ours: float, theirs: float) -> None:
     if not abs(ours - theirs) < 1e-3:
-        raise SystemExit(f"the two sides differ ({ours:.6f} and {theirs:.6f}): their times say nothing")
+        raise SystemExit(
+            f"the two sides differ ({ours:.6f} and {theirs:.6f}): their times say nothing"
+        )
 
 
 # ------------------------------------------------------------------------------------------- metrics
 
 
 def random_boxes(rng: np.random.Generator, images: np.ndarray) -> pd.DataFrame:
-    low, side = rng.uniform(0, 0.8 * SIDE, (len(images), 2)), rng.uniform(0.04, 0.2, (len(images), 2)) * SIDE
+    low, side = (
+        rng.uniform(0, 0.8 * SIDE, (len(images), 2)),
+        rng.uniform(0.04, 0.2, (len(images), 2)) * SIDE,
+    )
     table = pd.DataFrame(np.hstack([low, low + side]), columns=CORNERS)
     return table.assign(image=images, label=rng.integers(1, CLASSES + 1, len(images)))
 
@@ -111,7 +119,11 @@ def per_image(table: pd.DataFrame, images: int) -> list[dict[str, Tensor]]:
 
 
 def their_map(
-    found: list[dict], truth: list[dict], *, backend: str = "pycocotools", iou: tuple[float, ...] = (0.5,)
+    found: list[dict],
+    truth: list[dict],
+    *,
+    backend: str = "pycocotools",
+    iou: tuple[float, ...] = (0.5,),
 ) -> float:
     metric = MeanAveragePrecision(iou_thresholds=list(iou), backend=backend)
     metric.update(found, truth)
@@ -128,7 +140,9 @@ def evaluator(options: argparse.Namespace) -> list[Row]:
     known, found = per_image(truth, options.images), per_image(predictions, options.images)
 
     def ours(iou: tuple[float, ...]) -> float:
-        result = evaluate.match(truth, predictions, images=range(options.images), classes=CLASSES, iou=iou)
+        result = evaluate.match(
+            truth, predictions, images=range(options.images), classes=CLASSES, iou=iou
+        )
         return evaluate.summary(result)["mAP50_95" if len(iou) > 1 else "mAP50"]
 
     cases = {
@@ -170,9 +184,18 @@ def sweep(options: argparse.Namespace) -> list[Row]:
         return [their_map(above(found, threshold), known) for threshold in evaluate.SWEEP]
 
     agree(ours()["mAP50"].iloc[-1], their_map(above(found, evaluate.SWEEP[-1]), known))
-    time_of = seconds({"one pass": ours, "naive": naive}, rounds=options.rounds, device="cpu", group="sweep")
+    time_of = seconds(
+        {"one pass": ours, "naive": naive}, rounds=options.rounds, device="cpu", group="sweep"
+    )
     what = f"threshold sweep 0.05 to 0.40, {options.images:,} images x {options.boxes} boxes"
-    return [(what, "torchmetrics + pycocotools at each", time_of["naive"] / time_of["one pass"], ">= 100x")]
+    return [
+        (
+            what,
+            "torchmetrics + pycocotools at each",
+            time_of["naive"] / time_of["one pass"],
+            ">= 100x",
+        )
+    ]
 
 
 # ------------------------------------------------------------------------------------------- fusion
@@ -185,8 +208,12 @@ def fusion(options: argparse.Namespace, *, images: int = 500, views: int = 5) ->
     for image in range(images):
         objects = random_boxes(rng, np.full(options.boxes // 2, image))
         for view in range(views):
-            seen = objects.sample(options.boxes, replace=True, random_state=int(rng.integers(1 << 30)))
-            seen[CORNERS] = (seen[CORNERS] + rng.normal(0, 0.006 * SIDE, (len(seen), 4))).clip(0, SIDE)
+            seen = objects.sample(
+                options.boxes, replace=True, random_state=int(rng.integers(1 << 30))
+            )
+            seen[CORNERS] = (seen[CORNERS] + rng.normal(0, 0.006 * SIDE, (len(seen), 4))).clip(
+                0, SIDE
+            )
             parts.append(seen.assign(view=view, score=rng.random(len(seen))))
     table = pd.concat(parts, ignore_index=True)
     table = table[(table["x1"] < table["x2"]) & (table["y1"] < table["y2"])]
@@ -195,7 +222,9 @@ def fusion(options: argparse.Namespace, *, images: int = 500, views: int = 5) ->
             [own[columns].to_numpy() for _, own in part.groupby("view")]
             for columns in (CORNERS, "score", "label")
         ]
-        for _, part in table.assign(**{corner: table[corner] / SIDE for corner in CORNERS}).groupby("image")
+        for _, part in table.assign(**{corner: table[corner] / SIDE for corner in CORNERS}).groupby(
+            "image"
+        )
     ]
 
     def theirs() -> list[tuple]:
@@ -207,7 +236,9 @@ def fusion(options: argparse.Namespace, *, images: int = 500, views: int = 5) ->
     fused = theirs()
     agree(len(ours()), sum(len(one[0]) for one in fused))
     agree(ours()["score"].mean(), np.concatenate([one[1] for one in fused]).mean())
-    time_of = seconds({"ours": ours, "ensemble": theirs}, rounds=options.rounds, device="cpu", group="fusion")
+    time_of = seconds(
+        {"ours": ours, "ensemble": theirs}, rounds=options.rounds, device="cpu", group="fusion"
+    )
     what = f"weighted boxes fusion, {images} images x {views} views x {options.boxes} boxes"
     return [(what, "ensemble-boxes", time_of["ensemble"] / time_of["ours"], ">= 25x")]
 
@@ -219,8 +250,10 @@ def loader(options: argparse.Namespace, *, images: int = 16) -> list[Row]:
     """An augmented sample from the cache, grey, against decoding and augmenting in colour as the original study."""
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_nih(folder, images=images, size=SIDE)
-        films = datasets.boxed(datasets.load(locate.find("nih", Path(folder))))
-        cached = cache.build(films, size=SIDE, fit="pad", root=Path(folder) / "cache", progress=False)
+        films = datasets.boxed(datasets.load(sources.find("nih", Path(folder))))
+        cached = cache.build(
+            films, size=SIDE, fit="pad", root=Path(folder) / "cache", progress=False
+        )
         rows = np.arange(len(films.manifest))
         data = augment.CachedBoxes(cached, rows, films.boxes, transform=augment.box_transform())
         paths = [films.root / path for path in films.manifest["path"]]
@@ -258,11 +291,15 @@ def original_transform() -> A.Compose:
     return A.Compose(
         [
             A.HorizontalFlip(p=0.5),
-            A.Affine(translate_percent=(-0.0625, 0.0625), scale=(0.9, 1.1), rotate=(-15, 15), p=0.5),
+            A.Affine(
+                translate_percent=(-0.0625, 0.0625), scale=(0.9, 1.1), rotate=(-15, 15), p=0.5
+            ),
             A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
             A.CoarseDropout(p=0.2),
         ],
-        bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"], min_visibility=0.1, clip=True),
+        bbox_params=A.BboxParams(
+            format="pascal_voc", label_fields=["labels"], min_visibility=0.1, clip=True
+        ),
         seed=0,
     )
 

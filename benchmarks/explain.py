@@ -42,7 +42,11 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    hardware = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, one thread"
+    )
     print(
         f"{hardware}; torch {torch.__version__}; captum {captum.__version__}; MobileNetV2, {options.size} px; "
         f"fastest of {options.rounds} rounds (occlusion: {options.occlusion_rounds}); "
@@ -70,7 +74,9 @@ def arguments() -> argparse.Namespace:
 
 def mobilenet(size: int) -> PixelModel:
     """Random weights, and batch norms that have seen films: without that the activations fade to 1e-8."""
-    model = mobilenet_v2(num_classes=10).train()  # one of ten logits is above 0, so its map is not zero
+    model = mobilenet_v2(
+        num_classes=10
+    ).train()  # one of ten logits is above 0, so its map is not zero
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the plain average of what is seen
@@ -144,7 +150,9 @@ def occlude(model: PixelModel, options: argparse.Namespace, device: str) -> list
     count = windows(options.size) ** 2
     covered = x.repeat(PER_PASS, 1, 1, 1)
     coarse = {"window": 4 * WINDOW, "stride": 4 * STRIDE}  # the same code, sooner
-    agree("occlusion, captum", our_occlusion(model, x, **coarse), captum_occlusion(model, x, **coarse))
+    agree(
+        "occlusion, captum", our_occlusion(model, x, **coarse), captum_occlusion(model, x, **coarse)
+    )
 
     def plain() -> None:
         for start in range(0, count, PER_PASS):
@@ -165,12 +173,16 @@ def occlude(model: PixelModel, options: argparse.Namespace, device: str) -> list
     ]
 
 
-def our_occlusion(model: nn.Module, x: Tensor, *, window: int = WINDOW, stride: int = STRIDE) -> Tensor:
+def our_occlusion(
+    model: nn.Module, x: Tensor, *, window: int = WINDOW, stride: int = STRIDE
+) -> Tensor:
     """The folded copy of the model is made anew each time, and counted."""
     return occlusion(model, x, target=0, window=window, stride=stride, batch_size=PER_PASS).maps
 
 
-def captum_occlusion(model: nn.Module, x: Tensor, *, window: int = WINDOW, stride: int = STRIDE) -> Tensor:
+def captum_occlusion(
+    model: nn.Module, x: Tensor, *, window: int = WINDOW, stride: int = STRIDE
+) -> Tensor:
     with torch.no_grad():
         return Occlusion(model).attribute(
             x,

@@ -27,10 +27,10 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from dlia_utils import cache, datasets, locate, phantom
+from dlia_utils.data import cache, datasets, sources, phantom
 from dlia_utils.attacks import fgsm, frozen, one_pixel, pgd
-from dlia_utils.models.fold import fast_copy
-from dlia_utils.models.wrap import PixelModel
+from dlia_utils.models.pixel import fast_copy
+from dlia_utils.models.pixel import PixelModel
 
 EPS, STEP = 8 / 255, 2 / 255
 REPEATS = 50  # reads of the cache per round: one alone is too short to time
@@ -41,7 +41,11 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    hardware = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, one thread"
+    )
     print(
         f"{hardware}; torch {torch.__version__}; MobileNetV2, {options.size} px, batch {options.batch}, ",
         end="",
@@ -58,10 +62,14 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="images attacked by the gradient attacks")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="images attacked by the gradient attacks"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--film", type=int, default=1024, help="side of the JPEG films of the loader group")
+    parser.add_argument(
+        "--film", type=int, default=1024, help="side of the JPEG films of the loader group"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     return parser.parse_args()
 
@@ -82,7 +90,13 @@ def gradient(options: argparse.Namespace, device: str) -> list[Row]:
     with torch.no_grad():
         y = model(x).argmax(1)
     fast = fast_copy(model)
-    full = {"eps": EPS, "steps": 10, "step_size": STEP, "random_start": False, "stop_when_fooled": False}
+    full = {
+        "eps": EPS,
+        "steps": 10,
+        "step_size": STEP,
+        "random_start": False,
+        "stop_when_fooled": False,
+    }
     cases = {
         "bare 1": lambda: bare(model, x, y, steps=1),
         "bare 10": lambda: bare(model, x, y, steps=10),
@@ -101,8 +115,12 @@ def gradient(options: argparse.Namespace, device: str) -> list[Row]:
         rows.append((label, same, time_of[name] / time_of[f"bare {k} + forward"], "<= 1.03x"))
         rows.append((label, f"bare model, {passes}", time_of[name] / time_of[f"bare {k}"], ""))
         through = f"{label} through fast_copy"
-        rows.append((through, same, time_of[f"{name} fast"] / time_of[f"bare {k} + forward"], "<= 0.75x"))
-        rows.append((through, f"bare model, {passes}", time_of[f"{name} fast"] / time_of[f"bare {k}"], ""))
+        rows.append(
+            (through, same, time_of[f"{name} fast"] / time_of[f"bare {k} + forward"], "<= 0.75x")
+        )
+        rows.append(
+            (through, f"bare model, {passes}", time_of[f"{name} fast"] / time_of[f"bare {k}"], "")
+        )
         for library in ("torchattacks", "foolbox"):
             theirs = time_of.get(f"{library} {name}", np.nan)
             rows.append((label, library, time_of[name] / theirs, ""))
@@ -115,7 +133,9 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, judge: bool = Fa
     with frozen(model):
         for _ in range(steps):
             point = x.detach().requires_grad_()
-            torch.autograd.grad(nn.functional.cross_entropy(model(point), y, reduction="sum"), point)
+            torch.autograd.grad(
+                nn.functional.cross_entropy(model(point), y, reduction="sum"), point
+            )
         if judge:
             with torch.no_grad():
                 model(x)
@@ -160,12 +180,20 @@ def pixel(options: argparse.Namespace, device: str) -> list[Row]:
         "one at a time": lambda: one_at_a_time(model, x, y, queries),
     }
     time_of = seconds(cases, rounds=options.rounds, device=device, group="pixel")
-    plain, loop = f"{queries} plain forwards, batch 64", f"the original study's loop, {queries} forwards of one image"
+    plain, loop = (
+        f"{queries} plain forwards, batch 64",
+        f"the original study's loop, {queries} forwards of one image",
+    )
     return [
         ("One-Pixel", plain, time_of["one_pixel"] / time_of["forwards"], "<= 1.1x"),
         ("One-Pixel through fast_copy", plain, time_of["one_pixel fast"] / time_of["forwards"], ""),
         ("One-Pixel", loop, time_of["one_pixel"] / time_of["one at a time"], ""),
-        ("One-Pixel through fast_copy", loop, time_of["one_pixel fast"] / time_of["one at a time"], ""),
+        (
+            "One-Pixel through fast_copy",
+            loop,
+            time_of["one_pixel fast"] / time_of["one at a time"],
+            "",
+        ),
     ]
 
 
@@ -195,7 +223,7 @@ def loader(options: argparse.Namespace, device: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         counts = {"train": (12, 12), "val": (1, 1), "test": (3, 3)}
         phantom.write_pneumonia(folder, images=counts, size=options.film)
-        films = datasets.load(locate.find("pneumonia", Path(folder)))
+        films = datasets.load(sources.find("pneumonia", Path(folder)))
         cached = cache.build(films, size=options.size, root=Path(folder) / "cache", progress=False)
         paths = [films.root / path for path in films.manifest["path"]]
         cases = {
@@ -205,7 +233,12 @@ def loader(options: argparse.Namespace, device: str) -> list[Row]:
         time_of = seconds(cases, rounds=options.rounds, device="cpu", group="loader")
     against = f"PIL decode + resize of {options.film} px JPEG"
     return [
-        ("cached loader, images per second", against, REPEATS * time_of["PIL"] / time_of["cache"], ">= 10x")
+        (
+            "cached loader, images per second",
+            against,
+            REPEATS * time_of["PIL"] / time_of["cache"],
+            ">= 10x",
+        )
     ]
 
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dlia_utils import cache, datasets, locate, objectives, split, train
+from dlia_utils.data import cache, datasets, sources, split
+from dlia_utils import objectives, train
 from dlia_utils.attacks import evaluate, pgd
 from dlia_utils.models import cnn
 from dlia_utils.units import pixel_eps, pixel_text
@@ -38,7 +39,10 @@ WAYS = {
     "full": {"early_drop": False},
     "every step": {"early_drop": False, "budgets": EVERY_STEP},
 }
-AGAINST = {"full": "every attack on every image", "every step": "the same, PGD and APGD without stopping"}
+AGAINST = {
+    "full": "every attack on every image",
+    "every step": "the same, PGD and APGD without stopping",
+}
 
 
 def main() -> None:
@@ -46,7 +50,11 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    hardware = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()} CPU, one thread"
+    )
     films, source = read(options)
     print(
         f"{hardware}; torch {torch.__version__}; CNN, {options.size} px, {options.epochs} epochs on "
@@ -63,11 +71,18 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", type=int, default=64, help="image side in pixels")
     parser.add_argument("--images", type=int, default=60, help="test films attacked")
-    parser.add_argument("--per-class", type=int, default=300, help="most films of a class read, all splits")
     parser.add_argument(
-        "--epochs", type=int, default=8, help="of the plain model; the distilled: three times as many"
+        "--per-class", type=int, default=300, help="most films of a class read, all splits"
     )
-    parser.add_argument("--levels", type=float, nargs="+", default=[1, 2, 4, 8, 16], help="eps in 1/255")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=8,
+        help="of the plain model; the distilled: three times as many",
+    )
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=[1, 2, 4, 8, 16], help="eps in 1/255"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[50, 100])
     parser.add_argument("--steps", type=int, default=40, help="of PGD on the distilled models")
     parser.add_argument("--rounds", type=int, default=1)
@@ -78,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 def read(options: argparse.Namespace) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
     """Films and labels of the splits "train" and "test", and what kind of films they are."""
-    location = locate.find("pneumonia", download=False)
+    location = sources.find("pneumonia", download=False)
     films = split.subset(datasets.load(location), per_class=options.per_class, seed=0)
     decoded = cache.build(films, size=options.size, progress=False)
     found = {}
@@ -99,16 +114,25 @@ def trained(
     model = cnn(channels=(16, 32, 64), hidden=64, dropout=0.2)
     with tempfile.TemporaryDirectory() as folder:
         train.fit(
-            model, objective, TensorDataset(*films), None, run_dir=folder, epochs=epochs, batch_size=16,
-            monitor="epoch", progress=False,
-        )  # fmt: skip
+            model,
+            objective,
+            TensorDataset(*films),
+            None,
+            run_dir=folder,
+            epochs=epochs,
+            batch_size=16,
+            monitor="epoch",
+            progress=False,
+        )
     return model.eval().to(device)
 
 
 # ------------------------------------------------------------------------------------------- dropping
 
 
-def dropping(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str) -> None:
+def dropping(
+    films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
+) -> None:
     """The suite with fooled images dropped against the same attacks in full."""
     model = trained(objectives.cross_entropy(), films["train"], options.epochs, device)
     grid = pixel_eps(*options.levels)
@@ -169,13 +193,17 @@ def same_answer(found: dict[str, evaluate.Evaluation]) -> None:
             f"not the same images are fooled: { ({way: len(one) for way, one in sets.items()}) }"
         )
     forwards = {way: int(one.cost.forwards.sum()) for way, one in found.items()}
-    print(f"{len(sets['dropped'])} pairs of eps and image fooled, the same in all ways; forwards: {forwards}")
+    print(
+        f"{len(sets['dropped'])} pairs of eps and image fooled, the same in all ways; forwards: {forwards}"
+    )
 
 
 # ------------------------------------------------------------------------------------------- distillation
 
 
-def distilled(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str) -> None:
+def distilled(
+    films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
+) -> None:
     """PGD with both losses on a plain model and on distilled ones, all deployed at temperature 1."""
     epochs = 3 * options.epochs
     models = {"plain": trained(objectives.cross_entropy(), films["train"], epochs, device)}
@@ -185,7 +213,9 @@ def distilled(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespa
         student = objectives.distillation(teacher, temperature=temperature, alpha=1.0)
         models[f"distilled, T = {temperature:g}"] = trained(student, films["train"], epochs, device)
     x, y = (part.to(device) for part in films["test"])
-    print("\n| model | clean accuracy | zero CE gradient | eps | fooled, PGD CE | fooled, PGD margin |")
+    print(
+        "\n| model | clean accuracy | zero CE gradient | eps | fooled, PGD CE | fooled, PGD margin |"
+    )
     print("|---|---|---|---|---|---|")
     for name, model in models.items():
         with torch.no_grad():
@@ -193,7 +223,9 @@ def distilled(films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespa
         zero = evaluate.zero_gradient_share(model, x[right], y[right])
         for eps in pixel_eps(*options.levels):
             shares = [
-                pgd(model, x[right], y[right], eps=eps, steps=options.steps, loss=loss).success.float().mean()
+                pgd(model, x[right], y[right], eps=eps, steps=options.steps, loss=loss)
+                .success.float()
+                .mean()
                 for loss in ("ce", "margin")
             ]
             print(

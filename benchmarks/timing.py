@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # glibc gives large blocks back after each forward and faults them in again, unless told at the start.
-MALLOC = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-)
+MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = MALLOC
     os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -31,15 +31,27 @@ def _parser() -> argparse.ArgumentParser:
         "--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)"
     )
     one.add_argument(
-        "--data", default="", metavar="PATH",
+        "--data",
+        default="",
+        metavar="PATH",
         help="folder of the data sets, or of class folders of your own (default: find them)",
     )
     one.add_argument("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="changes",
-                     help="change settings of the notebook, e.g. --set epochs=5 lr=3e-4")  # fmt: skip
+    one.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="changes",
+        help="change settings of the notebook, e.g. --set epochs=5 lr=3e-4",
+    )
     one.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
     one.add_argument(
-        "--run-name", default="", metavar="NAME", help="folder name (default: profile and kind of data)"
+        "--run-name",
+        default="",
+        metavar="NAME",
+        help="folder name (default: profile and kind of data)",
     )
     one.add_argument(
         "--fresh", action="store_true", help="put an older run of that name aside and start anew"
@@ -51,10 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     one = data.add_parser("check", help="find, count and audit a data set")
     one.add_argument(
-        "dataset", metavar="NAME|PATH", help="a data set's name, or your folder of class folders or of boxes"
+        "dataset",
+        metavar="NAME|PATH",
+        help="a data set's name, or your folder of class folders or of boxes",
     )
     one.add_argument("--data", default="", metavar="PATH", help="folder to look for NAME in")
-    one.add_argument("--patient-pattern", default="", metavar="REGEX", help="reads patients from your files' names")
+    one.add_argument(
+        "--patient-pattern",
+        default="",
+        metavar="REGEX",
+        help="reads patients from your files' names",
+    )
     one.set_defaults(command=data_check)
 
     sent = commands.add_parser("submission", help="look at a competition CSV").add_subparsers(
@@ -63,12 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     one = sent.add_parser("check", help="find what the competition would refuse or score wrongly")
     one.add_argument("file", metavar="FILE")
     one.add_argument(
-        "--mapping", required=True, metavar="MAP", help="the competition's CSV of ids and image names"
+        "--mapping",
+        required=True,
+        metavar="MAP",
+        help="the competition's CSV of ids and image names",
     )
     one.add_argument(
-        "--images", default="", metavar="DIR", help="folder of the test images: boxes must lie inside them"
+        "--images",
+        default="",
+        metavar="DIR",
+        help="folder of the test images: boxes must lie inside them",
     )
-    one.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="labels (default: the NIH's 8)")
+    one.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="labels (default: the NIH's 8)"
+    )
     one.set_defaults(command=submission_check)
 
     made = commands.add_parser("notebooks", help="make the committed notebooks").add_subparsers(
@@ -92,34 +119,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     one = pushed.add_parser("build", help="write the kernel folders and the offline data set")
     one.add_argument("--user", required=True, metavar="NAME", help="your Kaggle user name")
-    one.add_argument("--out", default="build/kaggle", metavar="DIR", help="replaced whole (default: %(default)s)")
+    one.add_argument(
+        "--out", default="build/kaggle", metavar="DIR", help="replaced whole (default: %(default)s)"
+    )
     one.add_argument("--captum", metavar="FILE", help="captum's wheel (default: pip fetches it)")
     one.add_argument("--strict", action="store_true", help="fail without captum's wheel")
-    one.add_argument("--offline", action="store_true", help="switch the internet off in the notebooks")
     one.add_argument(
-        "--competition", nargs="+", default=[], metavar="SLUG", help="competitions you have joined, to attach"
+        "--offline", action="store_true", help="switch the internet off in the notebooks"
+    )
+    one.add_argument(
+        "--competition",
+        nargs="+",
+        default=[],
+        metavar="SLUG",
+        help="competitions you have joined, to attach",
     )
     one.set_defaults(command=kaggle_build)
     return parser
 
 
 def list_all(options: argparse.Namespace) -> int:
-    from . import locate, notebooks
+    from tools import notebooks
+
+    from .data import sources
 
     print("Notebooks (python -m dlia_utils run --nb NN)")
     for source in notebooks.find():
         title = source.read_text(encoding="utf-8").split("# # ", 1)[-1].splitlines()[0]
         print(f"  {source.stem:28} {title}")
     print("Data sets (python -m dlia_utils data check NAME)")
-    for name in locate.SOURCES:
+    for name in sources.SOURCES:
         print(f"  {name}")
-    print("  and every 2-D set of MedMNIST, named as its file: pneumoniamnist_64, ... (see data/README.md)")
+    print(
+        "  and every 2-D set of MedMNIST, named as its file: pneumoniamnist_64, ... (see data/README.md)"
+    )
     return 0
 
 
 def run(options: argparse.Namespace) -> int:
-    from . import notebooks
-    from .layouts import DataNotFound
+    from tools import notebooks
+
+    from .data.readers import DataNotFound
     from .run import parse_change
 
     changes = dict(map(parse_change, options.changes))
@@ -169,7 +209,9 @@ def _report(one) -> None:
     for what, paths in kinds.items():
         if found := sorted(paths):
             where = found[0] if len(found) == 1 else found[0].parent
-            print(f"         {_short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})")
+            print(
+                f"         {_short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})"
+            )
     print(flush=True)
 
 
@@ -188,23 +230,27 @@ def results_text(path: Path) -> str:
     from . import report
 
     results = pd.read_csv(path)
-    shown = {name: ", ".join(results[name].astype(str).unique()) for name in ("data", "profile", "size")}
+    shown = {
+        name: ", ".join(results[name].astype(str).unique()) for name in ("data", "profile", "size")
+    }
     context = " | ".join(f"{name}: {values}" for name, values in shown.items())
     headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]
     if headline.empty:
         clean = results[results.attack.eq("clean")]
         rows = results if clean.empty else clean
-        return f"{context}\n{rows[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
+        return (
+            f"{context}\n{rows[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
+        )
     return f"{context}\n{report.results_table(headline).to_string()}"
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from . import cache, datasets, locate, medmnist, split
+    from .data import cache, datasets, medmnist, sources, split
 
     name = options.dataset
-    known = name in locate.SOURCES or medmnist.meant(name)
+    known = name in sources.SOURCES or medmnist.meant(name)
     own = os.sep in name or "/" in name or not known and Path(name).is_dir()
-    location = _own_location(name, options) if own else locate.find(name, options.data or None)
+    location = _own_location(name, options) if own else sources.find(name, options.data or None)
     kind = "SYNTHETIC" if location.synthetic else "real images"
     print(f"{location.dataset}: {location.root} ({kind}, found by: {location.origin})\n")
     dataset = datasets.load(location)
@@ -214,7 +260,9 @@ def data_check(options: argparse.Namespace) -> int:
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
     problems, truncated = cache.examine(dataset)
-    print(f"used although they end too early: {len(truncated)} files {', '.join(truncated[: datasets.SHOWN])}")
+    print(
+        f"used although they end too early: {len(truncated)} files {', '.join(truncated[: datasets.SHOWN])}"
+    )
     if len(problems):
         print("\n" + datasets.problem_text(problems))
         return 1
@@ -242,29 +290,36 @@ def data_check(options: argparse.Namespace) -> int:
 
 def _own_location(path: str, asked: argparse.Namespace):
     """The reader's own folder, or an error that says what it holds instead."""
-    from . import locate
-    from .layouts import DataNotFound
+    from .data import sources
+    from .data.readers import DataNotFound
 
     if asked.data:
-        raise ValueError(f"{path!r} is a folder, and --data {asked.data!r} names one too: leave --data out")
+        raise ValueError(
+            f"{path!r} is a folder, and --data {asked.data!r} names one too: leave --data out"
+        )
     folder = Path(path).expanduser()
     given = {"patient_pattern": asked.patient_pattern} if asked.patient_pattern else {}
-    if found := locate.find_own(folder, kind="boxes", options=given) or locate.find_own(folder, options=given):
+    if found := sources.find_own(folder, kind="boxes", options=given) or sources.find_own(
+        folder, options=given
+    ):
         return found
-    if folder.is_dir() and (names := locate.published_in(folder)):
+    if folder.is_dir() and (names := sources.published_in(folder)):
         raise DataNotFound(
             f"{path!r} holds the published {', '.join(names)}: python -m dlia_utils data check {names[0]} --data {path}"
         )
     # Reading it as class folders says best what is missing there.
-    return locate.own(folder)
+    return sources.own(folder)
 
 
 def submission_check(options: argparse.Namespace) -> int:
-    from . import datasets, submission
+    from . import submission
+    from .data import datasets
 
     classes = options.classes or datasets.NIH_CLASSES
     try:
-        table = submission.check(options.file, options.mapping, images=options.images or None, classes=classes)
+        table = submission.check(
+            options.file, options.mapping, images=options.images or None, classes=classes
+        )
     except submission.SubmissionError as error:
         print(error)
         return 1
@@ -275,25 +330,29 @@ def submission_check(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace) -> int:
-    from . import notebooks
+    from tools import notebooks
 
     for source in notebooks.pick(options.nb):
-        print(f"built {_short(notebooks.write(notebooks.build(source), notebooks.product(source)))}")
+        print(
+            f"built {_short(notebooks.write(notebooks.build(source), notebooks.product(source)))}"
+        )
     return 0
 
 
 def check(options: argparse.Namespace) -> int:
-    from . import notebooks
+    from tools import notebooks
 
     sources = notebooks.pick(options.nb)
-    problems = [f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)]
+    problems = [
+        f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)
+    ]
     problems += [] if options.nb else [*notebooks.orphans(), *notebooks.page_problems()]
     print("\n".join(problems) or f"{len(sources)} notebook(s) without fault")
     return int(bool(problems))
 
 
 def refresh(options: argparse.Namespace) -> int:
-    from . import notebooks
+    from tools import notebooks
 
     for source in notebooks.pick(options.nb):
         print(f"{source.stem}: executing in the smoke profile on synthetic data", flush=True)
@@ -303,15 +362,17 @@ def refresh(options: argparse.Namespace) -> int:
 
 
 def back(options: argparse.Namespace) -> int:
-    from . import notebooks
+    from tools import notebooks
 
     source = notebooks.back(options.path)
-    print(f"wrote {_short(source)}; now rebuild: python -m dlia_utils notebooks refresh {source.stem[:2]}")
+    print(
+        f"wrote {_short(source)}; now rebuild: python -m dlia_utils notebooks refresh {source.stem[:2]}"
+    )
     return 0
 
 
 def kaggle_build(options: argparse.Namespace) -> int:
-    from . import kaggle
+    from tools import kaggle
 
     built = kaggle.build(
         options.user,
@@ -321,11 +382,15 @@ def kaggle_build(options: argparse.Namespace) -> int:
         internet=not options.offline,
         competitions=options.competition,
     )
-    print(f"built {_short(built.folder)}: {len(built.kernels)} kernel(s), data set {', '.join(built.files)}")
+    print(
+        f"built {_short(built.folder)}: {len(built.kernels)} kernel(s), data set {', '.join(built.files)}"
+    )
     for note in built.notes:
         print(f"note: {note}")
     # The client imports six without asking for it.
-    print("\nPush with Kaggle's client (python -m pip install kaggle six; once: kaggle auth login), in this order:")
+    print(
+        "\nPush with Kaggle's client (python -m pip install kaggle six; once: kaggle auth login), in this order:"
+    )
     for command, what in kaggle.push_commands(built):
         print(f"\n  # {what}\n  {command}")
     return 0

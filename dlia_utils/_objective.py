@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .device import evaluating
+
 Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
 
 
-def describe(objective: Objective, name: str, *, second_order: bool = False, **settings) -> Objective:
+def describe(
+    objective: Objective, name: str, *, second_order: bool = False, **settings
+) -> Objective:
     """Write on the objective what `train.fit` reads from it."""
     objective.settings = {"name": name, **settings}
     objective.second_order = second_order
@@ -63,7 +65,13 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def pgd(
-    model: nn.Module, x: Tensor, loss_of: Callable[[Tensor], Tensor], *, eps: float, steps: int, step_size: float
+    model: nn.Module,
+    x: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    eps: float,
+    steps: int,
+    step_size: float,
 ) -> Tensor:
     """PGD for training: the last iterate as it is, one forward pass per step; `loss_of` logits is raised.
 
@@ -107,37 +115,6 @@ def kl_attack(model: nn.Module, x: Tensor, *, eps: float, steps: int, step_size:
     with evaluating(bare):
         with torch.no_grad():
             target = bare(x).float().softmax(1)
-        return pgd(bare, x, lambda logits: kl(target, logits), eps=eps, steps=steps, step_size=step_size)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards, also after an error, every training flag is as it was.
-
-    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1))
-    >>> _ = model[1].eval()
-    >>> with evaluating(model):
-    ...     model.training
-    False
-    >>> model.training, model[1].training
-    (True, False)
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Short hash of all weights and buffers: equal for bit-equal models on any device, in any layout.
-
-    >>> fingerprint(nn.Identity())
-    'da39a3ee5e6b'
-    """
-    digest = hashlib.sha1(usedforsecurity=False)
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+        return pgd(
+            bare, x, lambda logits: kl(target, logits), eps=eps, steps=steps, step_size=step_size
+        )

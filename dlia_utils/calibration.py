@@ -18,8 +18,7 @@ from scipy.special import softmax
 
 from . import metrics
 from .metrics import _check, _exact, _patients
-from .report import COLORS, _axes, _note
-from .run import Run
+from .plots import COLORS, panels
 
 ERRORS = ("brier", "log_loss", "ece", "mce")
 TEMPERATURES = (1e-4, 1e4)  # where fit_temperature looks
@@ -61,16 +60,29 @@ def summary(
         inside = np.clip(probability, 1e-16, 1 - 1e-16)
         # On [B,N]: the weights differ from draw to draw, or the outcome does.
         loss = -np.where(outcome == 1, np.log(inside), np.log1p(-inside))
-        total, gap, mass = weights.sum(1), (weights * (probability - outcome)) @ member, weights @ member
+        total, gap, mass = (
+            weights.sum(1),
+            (weights * (probability - outcome)) @ member,
+            weights @ member,
+        )
         gaps = np.abs(gap) / np.maximum(mass, 1e-12)
         squared = (weights * (probability - outcome) ** 2).sum(1)
-        return np.column_stack([
-            squared / total, (weights * loss).sum(1) / total, np.abs(gap).sum(1) / total, gaps.max(1)
-        ])  # fmt: skip
+        return np.column_stack(
+            [
+                squared / total,
+                (weights * loss).sum(1) / total,
+                np.abs(gap).sum(1) / total,
+                gaps.max(1),
+            ]
+        )
 
-    table = metrics.bootstrap(errors, groups, draws=draws, level=level, seed=seed, interval=interval)
+    table = metrics.bootstrap(
+        errors, groups, draws=draws, level=level, seed=seed, interval=interval
+    )
     table.insert(0, "metric", ERRORS)
-    chance = np.random.default_rng(seed).random((_SIMULATED, len(set(groups))))[:, _patients(groups)]
+    chance = np.random.default_rng(seed).random((_SIMULATED, len(set(groups))))[
+        :, _patients(groups)
+    ]
     simulated = errors(np.ones_like(chance), (chance < probability).astype(int))
     return table.assign(if_calibrated=simulated.mean(0))
 
@@ -106,7 +118,9 @@ def reliability(
         with np.errstate(invalid="ignore"):
             return weights @ (member * labels[:, None]) / (weights @ member)
 
-    table = metrics.bootstrap(shares, groups, draws=draws, level=level, seed=seed, interval=interval)
+    table = metrics.bootstrap(
+        shares, groups, draws=draws, level=level, seed=seed, interval=interval
+    )
     rows = []
     for row, inside in zip(table.to_dict("records"), member.T.astype(bool), strict=True):
         own, patients = probability[inside], np.asarray(groups)[inside]
@@ -137,7 +151,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if not np.isfinite(logits).all():
         raise ValueError("logits hold NaN or infinite values: the model's output is broken")
     if not np.isin(labels, range(logits.shape[1])).all():
-        raise ValueError(f"labels must be 0 ... {logits.shape[1] - 1}, found {np.unique(labels)[:5]}")
+        raise ValueError(
+            f"labels must be 0 ... {logits.shape[1] - 1}, found {np.unique(labels)[:5]}"
+        )
     own = logits[np.arange(len(labels)), labels.astype(int)]
 
     def slope(log_t: float) -> float:
@@ -149,8 +165,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         warnings.warn(
             "no temperature fits: the validation images are all right, or the logits point away from the labels; T "
             "stays 1. Use more validation images",
-            RuntimeWarning, stacklevel=2,
-        )  # fmt: skip
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return 1.0
     return float(np.exp(brentq(slope, *ends, xtol=1e-10)))
 
@@ -184,56 +201,85 @@ def decision_curve(
     labels, probability = _check_probability(labels, probability, groups)
     cuts = np.asarray(thresholds, dtype=float)
     if cuts.ndim != 1 or not len(cuts) or not ((cuts > 0) & (cuts < 1)).all():
-        raise ValueError(f"thresholds must be a list of numbers between 0 and 1, both excluded, not {thresholds}")
+        raise ValueError(
+            f"thresholds must be a list of numbers between 0 and 1, both excluded, not {thresholds}"
+        )
     if prevalence is not None and not 0 < prevalence < 1:
-        raise ValueError(f"prevalence must be between 0 and 1, both excluded, or None, not {prevalence}")
+        raise ValueError(
+            f"prevalence must be between 0 and 1, both excluded, or None, not {prevalence}"
+        )
     cost, treated = cuts / (1 - cuts), probability[:, None] >= cuts
     diseased = (labels == 1).astype(float)
 
     def benefits(weights: np.ndarray) -> np.ndarray:
         ill, well = (weights @ part for part in (diseased, 1 - diseased))
         with np.errstate(invalid="ignore", divide="ignore"):
-            hit, alarm = (1 / (ill + well),) * 2 if prevalence is None else (prevalence / ill, (1 - prevalence) / well)
+            hit, alarm = (
+                (1 / (ill + well),) * 2
+                if prevalence is None
+                else (prevalence / ill, (1 - prevalence) / well)
+            )
             model = hit[:, None] * (weights @ (treated * diseased[:, None]))
             model -= (alarm[:, None] * cost) * (weights @ (treated * (1 - diseased)[:, None]))
             everyone = (hit * ill)[:, None] - (alarm * well)[:, None] * cost
-            return np.hstack([model, everyone, np.zeros_like(model), model - np.maximum(everyone, 0)])
+            return np.hstack(
+                [model, everyone, np.zeros_like(model), model - np.maximum(everyone, 0)]
+            )
 
-    table = metrics.bootstrap(benefits, groups, draws=draws, level=level, seed=seed, interval=interval)
+    table = metrics.bootstrap(
+        benefits, groups, draws=draws, level=level, seed=seed, interval=interval
+    )
     table.insert(0, "threshold", np.tile(cuts, 4))
     table.insert(1, "strategy", np.repeat(["model", "treat all", "treat none", "gain"], len(cuts)))
     return table
 
 
-def figure_reliability(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
+def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Reliability diagram from `reliability` tables by model name, with each bin's interval; diagonal: calibrated."""
     if not tables:
         raise ValueError("there is no table to show: give at least one of `reliability`")
-    figure, axes = _axes(1, width=4.6, height=4.2)
+    figure, axes = panels(1, width=4.6, height=4.2)
     axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], ":", color="0.6")
     for color, (name, table) in zip(cycle(COLORS), tables.items(), strict=False):
         reach = np.abs(table[["ci_low", "ci_high"]].to_numpy().T - table["value"].to_numpy())
-        axis.errorbar(table["probability"], table["value"], yerr=reach, fmt="o-", ms=4, lw=1.2, elinewidth=0.8,
-                      capsize=2, color=color, label=name)  # fmt: skip
-    axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axis.set_title(f"Reliability, bins of equal mass\n{_note(config)}", fontsize=9)
+        axis.errorbar(
+            table["probability"],
+            table["value"],
+            yerr=reach,
+            fmt="o-",
+            ms=4,
+            lw=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            color=color,
+            label=name,
+        )
+    axis.set(
+        xlabel="mean P(class 1) in the bin",
+        ylabel="share of class 1",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
+    axis.set_title(f"Reliability, bins of equal mass\n{caption}", fontsize=9)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, frameon=False, loc="upper left")
     figure.tight_layout()
     return figure
 
 
-def figure_decision_curve(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
+def figure_decision_curve(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Net benefit against threshold from `decision_curve` tables by model name, with intervals as bands."""
     if not tables:
         raise ValueError("there is no table to show: give at least one of `decision_curve`")
-    figure, axes = _axes(1, width=5.4, height=3.9)
+    figure, axes = panels(1, width=5.4, height=3.9)
     axis = axes[0, 0]
     for color, (name, table) in zip(cycle(COLORS), tables.items(), strict=False):
         line = table[table["strategy"].eq("model")]
         axis.plot(line["threshold"], line["value"], color=color, lw=1.6, label=name)
-        axis.fill_between(line["threshold"], line["ci_low"], line["ci_high"], color=color, alpha=0.12, lw=0)
+        axis.fill_between(
+            line["threshold"], line["ci_low"], line["ci_high"], color=color, alpha=0.12, lw=0
+        )
     first = next(iter(tables.values()))
     for strategy, style in (("treat all", "--"), ("treat none", ":")):
         line = first[first["strategy"].eq(strategy)]
@@ -241,15 +287,22 @@ def figure_decision_curve(tables: Mapping[str, pd.DataFrame], config: Run) -> Fi
     # Treating all falls without end as the threshold nears 1: below this nothing is worth comparing.
     top = max(table.loc[table["strategy"].eq("model"), "value"].max() for table in tables.values())
     top = max(top, first.loc[first["strategy"].eq("treat all"), "value"].max(), 0.01)
-    axis.set(xlabel="threshold probability", ylabel="net benefit", xlim=(0, 1), ylim=(-0.2 * top, 1.1 * top))
-    axis.set_title(f"Decision curve\n{_note(config)}", fontsize=9)
+    axis.set(
+        xlabel="threshold probability",
+        ylabel="net benefit",
+        xlim=(0, 1),
+        ylim=(-0.2 * top, 1.1 * top),
+    )
+    axis.set_title(f"Decision curve\n{caption}", fontsize=9)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
 
-def _check_probability(labels: np.ndarray, probability: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _check_probability(
+    labels: np.ndarray, probability: np.ndarray, groups: Sequence
+) -> tuple[np.ndarray, np.ndarray]:
     labels, probability = _check(labels, probability, groups)
     if probability.min() < 0 or probability.max() > 1:
         raise ValueError(

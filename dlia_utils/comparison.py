@@ -43,7 +43,12 @@ def paired_difference(
         )
     gain = right_a.astype(float) - right_b
     found = metrics.bootstrap(
-        lambda weights: weights @ gain / weights.sum(1), groups, draws=draws, level=level, seed=seed, interval=interval
+        lambda weights: weights @ gain / weights.sum(1),
+        groups,
+        draws=draws,
+        level=level,
+        seed=seed,
+        interval=interval,
     ).to_dict("records")[0]
     if (gain == gain[0]).all():
         # An unseen patient moves a difference of 0 by one, a difference of one by two at most.
@@ -54,7 +59,9 @@ def paired_difference(
     return found | counts | {"p": _sign_flip(by_patient)}
 
 
-def delong(labels: np.ndarray, score: np.ndarray, groups: Sequence, *, level: float = 0.95) -> dict[str, float]:
+def delong(
+    labels: np.ndarray, score: np.ndarray, groups: Sequence, *, level: float = 0.95
+) -> dict[str, float]:
     """An AUC with its standard error and interval in closed form, for patients with one or several images.
 
     labels [N] of 0/1, score [N] of class 1, groups [N] patient ids. DeLong et al. 1988 (Biometrics 44:837) take the
@@ -71,13 +78,28 @@ def delong(labels: np.ndarray, score: np.ndarray, groups: Sequence, *, level: fl
     value, se = float(auc[0]), float(np.sqrt(covariance[0, 0]))
     low = high = np.nan
     if 0 < value < 1:
-        middle, reach = np.log(value / (1 - value)), norm.ppf((1 + level) / 2) * se / (value * (1 - value))
+        middle, reach = (
+            np.log(value / (1 - value)),
+            norm.ppf((1 + level) / 2) * se / (value * (1 - value)),
+        )
         low, high = (float(1 / (1 + np.exp(-end))) for end in (middle - reach, middle + reach))
-    return {"metric": "auc", "value": value, "ci_low": low, "ci_high": high, "n": len(labels), "se": se}
+    return {
+        "metric": "auc",
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        "n": len(labels),
+        "se": se,
+    }
 
 
 def delong_test(
-    labels: np.ndarray, score_a: np.ndarray, score_b: np.ndarray, groups: Sequence, *, level: float = 0.95
+    labels: np.ndarray,
+    score_a: np.ndarray,
+    score_b: np.ndarray,
+    groups: Sequence,
+    *,
+    level: float = 0.95,
 ) -> dict[str, float]:
     """Do two models differ in AUC on the same images? DeLong's test, with Obuchowski's variance by patient.
 
@@ -90,12 +112,20 @@ def delong_test(
     (0.111, 0.724)
     """
     auc, covariance = auc_covariance(labels, [score_a, score_b], groups)
-    difference, variance = float(auc[0] - auc[1]), covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    difference, variance = (
+        float(auc[0] - auc[1]),
+        covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1],
+    )
     found = {"value": difference, "ci_low": np.nan, "ci_high": np.nan, "z": np.nan}
     if variance > 1e-14:  # rounding alone leaves about 1e-18
         se = float(np.sqrt(variance))
         reach, z = norm.ppf((1 + level) / 2) * se, difference / se
-        found |= {"ci_low": difference - reach, "ci_high": difference + reach, "z": z, "p": float(2 * norm.sf(abs(z)))}
+        found |= {
+            "ci_low": difference - reach,
+            "ci_high": difference + reach,
+            "z": z,
+            "p": float(2 * norm.sf(abs(z))),
+        }
     else:
         found["p"] = 1.0 if abs(difference) < 1e-12 else np.nan
     return found | {"n": len(labels), "auc_a": float(auc[0]), "auc_b": float(auc[1])}
@@ -126,7 +156,10 @@ def auc_covariance(
     m, n = inside.shape[1], outside.shape[1]
     ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
     # Placement values: the share of the other class that an image is ranked above (class 1) or below (class 0).
-    above, below = (ranks[:, :m] - rankdata(inside, axis=1)) / n, 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
+    above, below = (
+        (ranks[:, :m] - rankdata(inside, axis=1)) / n,
+        1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m,
+    )
     auc = above.mean(1)
     of_positive = _sums(above - auc[:, None], codes[positive], codes.max() + 1) / m
     of_negative = _sums(below - auc[:, None], codes[~positive], codes.max() + 1) / n

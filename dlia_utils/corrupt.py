@@ -96,7 +96,9 @@ def _register(**levels: Sequence[float | tuple[float, ...]]) -> Callable:
 
     def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         table = {
-            scale.replace("_", "-"): tuple(one if isinstance(one, tuple) else (one,) for one in five)
+            scale.replace("_", "-"): tuple(
+                one if isinstance(one, tuple) else (one,) for one in five
+            )
             for scale, five in levels.items()
         }
         CORRUPTIONS[function.__name__] = Corruption(function.__name__, function, table)
@@ -147,7 +149,9 @@ def _corrupt(name: str, images: Tensor, severity: int, draws: Draws, scale: str)
     corruption = CORRUPTIONS[name]
     # Channels that are equal stay so: one is enough, and three times as fast.
     grey = x.shape[1] > 1 and not draws.per_channel and bool((x == x[:, :1]).all())
-    result = corruption.function(x[:, :1] if grey else x, draws, *corruption.parameters(severity, scale))
+    result = corruption.function(
+        x[:, :1] if grey else x, draws, *corruption.parameters(severity, scale)
+    )
     return result.clamp_(0, 1).expand_as(x).contiguous().to(images.dtype)
 
 
@@ -158,7 +162,9 @@ def _check(
     _check_names([name], scale)
     _check_severity(severity)
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError("images must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255")
+        raise TypeError(
+            "images must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255"
+        )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"images must be a non-empty batch [B,1|3,H,W], not {tuple(images.shape)}")
     low, high = (v.item() for v in images.detach().aminmax())
@@ -172,13 +178,17 @@ def _check(
         raise ValueError(f"seed must be a whole number >= 0, not {seed!r}")
     ids = [int(i) for i in ids]
     if len(ids) != len(images) or min(ids) < 0:
-        raise ValueError(f"ids must be {len(images)} integers >= 0, one per image, not {len(ids)}: {ids[:5]}")
+        raise ValueError(
+            f"ids must be {len(images)} integers >= 0, one per image, not {len(ids)}: {ids[:5]}"
+        )
     return ids
 
 
 def _check_severity(severity: int) -> None:
     if not _whole(severity) or severity not in (0, *SEVERITIES):
-        raise ValueError(f"severity must be a whole number from 0 (unchanged) to 5, not {severity!r}")
+        raise ValueError(
+            f"severity must be a whole number from 0 (unchanged) to 5, not {severity!r}"
+        )
 
 
 def _whole(number: object) -> bool:
@@ -236,8 +246,12 @@ def motion_blur(x: Tensor, draws: Draws, radius: float, sigma: float) -> Tensor:
     weights = np.exp(-0.5 * (steps / (sigma * zoom)) ** 2)
     weights /= weights.sum()
     result = torch.zeros_like(x)
-    for image, blurred, (angle,) in zip(x, result, draws.uniform(-math.pi / 4, math.pi / 4, 1), strict=True):
-        down, right = (np.rint(steps * part).astype(int) for part in (math.sin(angle), math.cos(angle)))
+    for image, blurred, (angle,) in zip(
+        x, result, draws.uniform(-math.pi / 4, math.pi / 4, 1), strict=True
+    ):
+        down, right = (
+            np.rint(steps * part).astype(int) for part in (math.sin(angle), math.cos(angle))
+        )
         reach = len(steps)
         padded = torch.nn.functional.pad(image[None], [reach] * 4, mode="replicate")[0]
         for weight, dy, dx in zip(
@@ -254,7 +268,9 @@ def contrast(x: Tensor, draws: Draws | None, factor: float) -> Tensor:
     >>> contrast(torch.tensor([[[[0.0, 1.0]]]]), None, 0.4)
     tensor([[[[0.3000, 0.7000]]]])
     """
-    mean = x.double().mean((2, 3), keepdim=True).to(x)  # In double, rounding does not depend on the batch.
+    mean = (
+        x.double().mean((2, 3), keepdim=True).to(x)
+    )  # In double, rounding does not depend on the batch.
     return mean + factor * (x - mean)
 
 
@@ -306,7 +322,9 @@ def poisson_dose(x: Tensor, draws: Draws, photons: float) -> Tensor:
     tensor(True)
     """
     counts = draws.poisson(photons * torch.exp(-DENSITY * x))
-    return -torch.log(counts.clamp_min(0.5) / photons) / DENSITY  # No photon at all has no logarithm.
+    return (
+        -torch.log(counts.clamp_min(0.5) / photons) / DENSITY
+    )  # No photon at all has no logarithm.
 
 
 @_register(own=(0.25, 0.5, 1, 2, 4))
@@ -349,7 +367,8 @@ def collimation(x: Tensor, draws: Draws, share: float) -> Tensor:
         inside = (0.5 + right, 0.5 - right, 0.5 + low, 0.5 - low)
         # The edge is soft over a hundredth of the side: the focal spot has a size.
         soft = [
-            (edge - share * (1 + blade / 2)) / 0.01 + 0.5 for edge, blade in zip(inside, blades, strict=True)
+            (edge - share * (1 + blade / 2)) / 0.01 + 0.5
+            for edge, blade in zip(inside, blades, strict=True)
         ]
         masks.append(np.clip(np.min(soft, axis=0), 0, 1))
     return x * torch.from_numpy(np.stack(masks)[:, None]).to(x)
@@ -420,7 +439,9 @@ LETTERS = {
 }
 
 
-def _to_segment(u: np.ndarray, v: np.ndarray, x1: float, y1: float, x2: float, y2: float) -> np.ndarray:
+def _to_segment(
+    u: np.ndarray, v: np.ndarray, x1: float, y1: float, x2: float, y2: float
+) -> np.ndarray:
     """Distance of the points (u, v) from a segment."""
     dx, dy = x2 - x1, y2 - y1
     share = np.clip(((u - x1) * dx + (v - y1) * dy) / (dx * dx + dy * dy), 0, 1)
@@ -447,7 +468,9 @@ def resampling(x: Tensor, draws: Draws | None, share: float) -> Tensor:
     """
     sizes = [(n, max(int(share * n), 1)) for n in x.shape[2:]]
     stored = _along_axes(x, *(_cell_matrix(n, cells).to(x) for n, cells in sizes))
-    down, right = (((torch.arange(n, device=x.device) + 0.5) * cells / n).long() for n, cells in sizes)
+    down, right = (
+        ((torch.arange(n, device=x.device) + 0.5) * cells / n).long() for n, cells in sizes
+    )
     return stored.index_select(3, right).index_select(2, down)
 
 
@@ -482,7 +505,9 @@ def jpeg(x: Tensor, draws: Draws | None, quality: int) -> Tensor:
 
 def _along_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows @ image @ columns^T, image by image: a product of many would round by the size of the batch."""
-    return torch.stack([torch.stack([rows @ channel @ columns.T for channel in image]) for image in x])
+    return torch.stack(
+        [torch.stack([rows @ channel @ columns.T for channel in image]) for image in x]
+    )
 
 
 def _blur_matrix(n: int, sigma: float) -> Tensor:
@@ -530,7 +555,9 @@ class TrainAugmentor(torch.utils.data.Dataset):
     ) -> None:
         _check_names(names, scale)
         if not len(severities) or not set(severities) <= set(SEVERITIES):
-            raise ValueError(f"severities must be whole numbers from 1 to 5, not {list(severities)}")
+            raise ValueError(
+                f"severities must be whole numbers from 1 to 5, not {list(severities)}"
+            )
         self.dataset, self.names, self.severities = dataset, tuple(names), tuple(severities)
         self.seed, self.scale, self.epoch = seed, scale, 0
 
@@ -583,7 +610,13 @@ class TestAugmentor(torch.utils.data.Dataset):
     ) -> None:
         _check_names([name], scale)
         _check_severity(severity)
-        self.dataset, self.name, self.severity, self.seed, self.scale = dataset, name, severity, seed, scale
+        self.dataset, self.name, self.severity, self.seed, self.scale = (
+            dataset,
+            name,
+            severity,
+            seed,
+            scale,
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -591,7 +624,9 @@ class TestAugmentor(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         x, y, row = self.dataset[index]
         return (
-            apply(self.name, x[None], self.severity, seed=self.seed, ids=[row], scale=self.scale)[0],
+            apply(self.name, x[None], self.severity, seed=self.seed, ids=[row], scale=self.scale)[
+                0
+            ],
             y,
             row,
         )

@@ -44,7 +44,9 @@ def auc(
         )
     classes = probabilities.shape[1]
     if not np.isin(labels, range(classes)).all():
-        raise ValueError(f"labels must lie in 0 ... {classes - 1} for {classes} columns of probabilities")
+        raise ValueError(
+            f"labels must lie in 0 ... {classes - 1} for {classes} columns of probabilities"
+        )
     counted = np.ones((1, len(labels))) if weights is None else np.asarray(weights, dtype=float)
     if classes == 2:
         values = weighted_auc(labels, probabilities[:, 1], counted)
@@ -69,7 +71,9 @@ def check(predictions: pd.DataFrame, *, name: str = "predictions") -> list[str]:
         columns.append(f"p{len(columns)}")
     missing = [c for c in COLUMNS if c not in predictions.columns] + ["p0", "p1"][len(columns) :]
     if missing:
-        raise ValueError(f"{name} lacks the columns {missing}: it needs {', '.join(COLUMNS)} and p0, p1, ...")
+        raise ValueError(
+            f"{name} lacks the columns {missing}: it needs {', '.join(COLUMNS)} and p0, p1, ..."
+        )
     if not len(predictions):
         raise ValueError(f"{name} has no rows")
     if (repeated := predictions.duplicated(KEY)).any():
@@ -79,14 +83,20 @@ def check(predictions: pd.DataFrame, *, name: str = "predictions") -> list[str]:
         )
     values = predictions[columns].to_numpy(float)
     if not ((values >= 0) & (values <= 1)).all():  # NaN fails as well
-        raise ValueError(f"{name}: {columns[0]} ... {columns[-1]} must be probabilities in [0,1] without NaN")
+        raise ValueError(
+            f"{name}: {columns[0]} ... {columns[-1]} must be probabilities in [0,1] without NaN"
+        )
     classes = range(len(columns))
     for column in ("label", "predicted"):
         if not predictions[column].isin(classes).all():
-            raise ValueError(f"{name}: {column} must lie in 0 ... {len(columns) - 1}, the classes of the p columns")
+            raise ValueError(
+                f"{name}: {column} must lie in 0 ... {len(columns) - 1}, the classes of the p columns"
+            )
     clean = predictions["corruption"].eq(CLEAN)
     if not (clean == predictions["severity"].eq(0)).all():
-        raise ValueError(f"{name}: severity must be 0 where corruption is {CLEAN!r}, and above 0 elsewhere")
+        raise ValueError(
+            f"{name}: severity must be 0 where corruption is {CLEAN!r}, and above 0 elsewhere"
+        )
     if len(without := predictions[~predictions["image"].isin(predictions.loc[clean, "image"])]):
         raise ValueError(
             f"{name}: {without['image'].nunique()} images, {without['image'].iloc[0]} among them, have no "
@@ -107,7 +117,9 @@ def patients_of(images: np.ndarray, patients: pd.Series | Mapping) -> np.ndarray
     """
     series = pd.Series(patients)
     if series.index.has_duplicates:
-        raise ValueError("patients names an image twice: it must be a Series with one row per image")
+        raise ValueError(
+            "patients names an image twice: it must be a Series with one row per image"
+        )
     found = series.reindex(images)
     if found.isna().any():
         raise ValueError(
@@ -161,9 +173,20 @@ def grid(
             exact = share(cells.right[column], groups, draws=1, level=level)
             low, high = exact["ci_low"], exact["ci_high"]
         drop, drop_low, drop_high = _interval(values[:, 0] - here, level)
-        rows.append({"corruption": corruption, "severity": severity, "metric": metric, "value": value,
-                     "ci_low": low, "ci_high": high, "drop": drop, "drop_low": drop_low,
-                     "drop_high": drop_high, "n": len(groups)})  # fmt: skip
+        rows.append(
+            {
+                "corruption": corruption,
+                "severity": severity,
+                "metric": metric,
+                "value": value,
+                "ci_low": low,
+                "ci_high": high,
+                "drop": drop,
+                "drop_low": drop_low,
+                "drop_high": drop_high,
+                "n": len(groups),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -209,7 +232,10 @@ def corruption_error(
     """
     if error not in ("balanced_accuracy", "accuracy"):
         raise ValueError(f"error must be 'balanced_accuracy' or 'accuracy', not {error!r}")
-    ours, reference = _cells(predictions, "predictions"), _cells(reference_predictions, "reference_predictions")
+    ours, reference = (
+        _cells(predictions, "predictions"),
+        _cells(reference_predictions, "reference_predictions"),
+    )
     reference = _aligned(ours, reference)
     severities = _severities(ours)
     groups = patients_of(ours.images, patients)
@@ -228,15 +254,21 @@ def corruption_error(
             "reference_added_error": (r[:, at] - r[:, :1]).mean(1),
             "reference_area": _area(1 - r[:, [0, *at]], severities),
         }
-    denominators = {"ce": ("reference_error", "is"), "relative_ce": ("reference_added_error", "rises by")}
+    denominators = {
+        "ce": ("reference_error", "is"),
+        "relative_ce": ("reference_added_error", "rises by"),
+    }
     rows = []
     for metric in next(iter(per_metric.values())):
         left_out = {}
         if metric in denominators:
             of, says = denominators[metric]
             size = {name: float(values[of][0]) for name, values in per_metric.items()}
-            left_out = {name: f"the reference's error {says} {by:.4f} only" for name, by in size.items()
-                        if not by >= least}  # fmt: skip
+            left_out = {
+                name: f"the reference's error {says} {by:.4f} only"
+                for name, by in size.items()
+                if not by >= least
+            }
         draws_of = {name: values[metric] for name, values in per_metric.items()}
         kept = [values for name, values in draws_of.items() if name not in left_out]
         draws_of["mean"] = np.mean(kept, axis=0) if kept else np.full(len(weights), np.nan)
@@ -249,9 +281,21 @@ def corruption_error(
             value, low, high = _interval(values, level)
             if np.isfinite(value) and np.isnan(values[1:]).mean() > (1 - level) / 2:
                 low = high = np.nan
-                note = "; ".join([note] * bool(note) + ["no interval: the denominator is not clear of 0"])
-            rows.append({"corruption": name, "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-                         "n": len(groups), "left_out": out, "note": note})  # fmt: skip
+                note = "; ".join(
+                    [note] * bool(note) + ["no interval: the denominator is not clear of 0"]
+                )
+            rows.append(
+                {
+                    "corruption": name,
+                    "metric": metric,
+                    "value": value,
+                    "ci_low": low,
+                    "ci_high": high,
+                    "n": len(groups),
+                    "left_out": out,
+                    "note": note,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -272,9 +316,11 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
     if "drop" in table.columns:
         dropped = table[table["corruption"].ne(CLEAN)]
         deltas = dropped.assign(
-            metric="delta_" + dropped["metric"], value=dropped["drop"], ci_low=dropped["drop_low"],
+            metric="delta_" + dropped["metric"],
+            value=dropped["drop"],
+            ci_low=dropped["drop_low"],
             ci_high=dropped["drop_high"],
-        )  # fmt: skip
+        )
         long = pd.concat([table, deltas], ignore_index=True)
         long["eps_unit"] = np.where(long["corruption"].eq(CLEAN), "pixel", "severity")
     else:
@@ -308,7 +354,9 @@ def _cells(predictions: pd.DataFrame, name: str) -> _Cells:
     clean = predictions[predictions["corruption"].eq(CLEAN)].sort_values("image")
     images = clean["image"].to_numpy()
     order = [CLEAN, *(c for c in predictions["corruption"].unique() if c != CLEAN)]
-    ranked = predictions.assign(_corruption=predictions["corruption"].map({c: k for k, c in enumerate(order)}))
+    ranked = predictions.assign(
+        _corruption=predictions["corruption"].map({c: k for k, c in enumerate(order)})
+    )
     ranked = ranked.sort_values(["_corruption", "severity", "image"])
     keys, right, probabilities = [], [], []
     for (corruption, severity), cell in ranked.groupby(["_corruption", "severity"]):
@@ -335,9 +383,13 @@ def _aligned(ours: _Cells, reference: _Cells) -> _Cells:
     if not np.array_equal(ours.labels, reference.labels):
         raise ValueError("predictions and reference_predictions give an image different labels")
     if lacking := [key for key in ours.keys if key not in reference.keys]:
-        raise ValueError(f"reference_predictions lacks {_listed(lacking)}: corrupt for both models alike")
+        raise ValueError(
+            f"reference_predictions lacks {_listed(lacking)}: corrupt for both models alike"
+        )
     if lacking := [key for key in reference.keys if key not in ours.keys]:
-        raise ValueError(f"predictions lacks {_listed(lacking)}, which the reference has: corrupt for both alike")
+        raise ValueError(
+            f"predictions lacks {_listed(lacking)}, which the reference has: corrupt for both alike"
+        )
     order = [reference.keys.index(key) for key in ours.keys]
     return _Cells(
         ours.keys, ours.images, ours.labels, reference.right[order], reference.probabilities[order]
@@ -349,8 +401,12 @@ def _severities(cells: _Cells) -> list[int]:
     if not cells.corruptions:
         raise ValueError("predictions holds clean rows only: add corrupted ones")
     severities = sorted({s for name, s in cells.keys if name != CLEAN})
-    if lacking := [(c, s) for c in cells.corruptions for s in severities if (c, s) not in cells.keys]:
-        raise ValueError(f"predictions lacks {_listed(lacking)}: every corruption needs the same severities")
+    if lacking := [
+        (c, s) for c in cells.corruptions for s in severities if (c, s) not in cells.keys
+    ]:
+        raise ValueError(
+            f"predictions lacks {_listed(lacking)}: every corruption needs the same severities"
+        )
     return severities
 
 

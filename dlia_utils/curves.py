@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .report import COLORS, _axes, _note
-from .run import Run
+from .plots import COLORS, panels
 
 RISE = 0.1  # of the lowest validation loss: a later loss that is so much higher is a sign of overfitting
 GAP = 0.05  # training accuracy above validation accuracy
@@ -38,13 +37,29 @@ def facts(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             raise ValueError(f"the history of {name!r} has no epoch: was it trained?")
         loss = history["train_loss"].to_numpy(float)
         row = {
-            "run": name, "epochs": len(history), "train_loss_first": loss[0], "train_loss_last": loss[-1],
+            "run": name,
+            "epochs": len(history),
+            "train_loss_first": loss[0],
+            "train_loss_last": loss[-1],
             "falls": float((np.diff(loss) < 0).mean()) if len(loss) > 1 else np.nan,
             "train_accuracy_last": history["train_accuracy"].iloc[-1],
-        }  # fmt: skip
+        }
         rows.append(row | (_of_validation(history) if "val_loss" in history else {}))
-    columns = ["run", "epochs", "train_loss_first", "train_loss_last", "falls", "train_accuracy_last", "best_epoch",
-               "val_auc_best", "val_auc_last", "val_loss_epoch", "val_loss_rise", "gap", "jumps"]  # fmt: skip
+    columns = [
+        "run",
+        "epochs",
+        "train_loss_first",
+        "train_loss_last",
+        "falls",
+        "train_accuracy_last",
+        "best_epoch",
+        "val_auc_best",
+        "val_auc_last",
+        "val_loss_epoch",
+        "val_loss_rise",
+        "gap",
+        "jumps",
+    ]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
@@ -59,7 +74,9 @@ def _of_validation(history: pd.DataFrame) -> dict[str, float]:
         "val_loss_epoch": float(history["epoch"].iloc[loss.argmin()]),
         "val_loss_rise": loss[-1] / loss.min() - 1,
         "gap": history["train_accuracy"].iloc[-1] - history["val_accuracy"].iloc[-1],
-        "jumps": float(np.abs(np.diff(later)).mean() / np.median(later)) if len(later) > 1 else np.nan,
+        "jumps": float(np.abs(np.diff(later)).mean() / np.median(later))
+        if len(later) > 1
+        else np.nan,
     }
 
 
@@ -94,11 +111,11 @@ def signs(row: Mapping) -> list[str]:
     return found
 
 
-def figure_curves(histories: Mapping[str, pd.DataFrame], config: Run) -> Figure:
+def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Loss, accuracy and validation AUC per epoch; training solid, validation dashed, one colour a training."""
     if not histories:
         raise ValueError("there is no history to show: give at least one")
-    figure, axes = _axes(3, width=3.9, height=3.3)
+    figure, axes = panels(3, width=3.9, height=3.3)
     for number, (name, history) in enumerate(histories.items()):
         color, epoch = COLORS[number % len(COLORS)], history["epoch"]
         for axis, column in ((axes[0, 0], "loss"), (axes[0, 1], "accuracy")):
@@ -113,8 +130,10 @@ def figure_curves(histories: Mapping[str, pd.DataFrame], config: Run) -> Figure:
         axis.grid(alpha=0.25)
     if not any("val_auc" in history for history in histories.values()):
         axes[0, 2].set_axis_off()
-        axes[0, 2].text(0.5, 0.5, "no validation:\nall films train", ha="center", va="center", fontsize=9)
+        axes[0, 2].text(
+            0.5, 0.5, "no validation:\nall films train", ha="center", va="center", fontsize=9
+        )
     axes[0, 0].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"solid: training, dashed: validation; {_note(config)}", fontsize=9)
+    figure.suptitle(f"solid: training, dashed: validation; {caption}", fontsize=9)
     figure.tight_layout()
     return figure

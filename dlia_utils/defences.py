@@ -18,19 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlia_utils._objective import (
+from ._objective import (
     Objective,
     ce_attack,
     check_ball,
     check_positive,
     describe,
-    evaluating,
-    fingerprint,
     kl,
     kl_attack,
     weighted_cross_entropy,
 )
-from dlia_utils.models.lipschitz import quick_input_gradient
+from .device import evaluating, fingerprint
+from .models.lipschitz import quick_input_gradient
 
 log = logging.getLogger("dlia_utils")
 
@@ -63,7 +62,12 @@ def fast_adversarial(
         logits = model(ce_attack(model, x, y, eps=eps, steps=1, step_size=step_size))
         return ce(logits, y), logits
 
-    settings = {"eps": eps, "step_size": step_size, "weight": weight, "label_smoothing": label_smoothing}
+    settings = {
+        "eps": eps,
+        "step_size": step_size,
+        "weight": weight,
+        "label_smoothing": label_smoothing,
+    }
     return describe(objective, "fast_adversarial", **settings)
 
 
@@ -93,10 +97,15 @@ def overfitting_monitor(
     True
     """
     if len(x) != len(y) or not len(x):
-        raise ValueError(f"x and y must be equally many images and labels, at least one; got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"x and y must be equally many images and labels, at least one; got {len(x)} and {len(y)}"
+        )
     attacks = {
         "val_single_step_accuracy": {"steps": 1, "step_size": check_ball(eps, 1, None, share=1.25)},
-        "val_pgd_accuracy": {"steps": steps, "step_size": check_ball(eps, steps, step_size, share=2.5 / max(steps, 1))},
+        "val_pgd_accuracy": {
+            "steps": steps,
+            "step_size": check_ball(eps, steps, step_size, share=2.5 / max(steps, 1)),
+        },
     }
 
     def monitor(model: nn.Module) -> dict[str, float]:
@@ -116,8 +125,10 @@ def overfitting_monitor(
         if gap > max_gap:
             log.warning(
                 "catastrophic overfitting: accuracy %.3f under one step but %.3f under PGD-%d; go back to an earlier "
-                "epoch, lower step_size, or train with pgd_adversarial", *row.values(), steps,
-            )  # fmt: skip
+                "epoch, lower step_size, or train with pgd_adversarial",
+                *row.values(),
+                steps,
+            )
         return row | {"val_overfitting_gap": gap}
 
     return monitor
@@ -180,7 +191,9 @@ def free_adversarial(
         return ce(model(point), labels), None
 
     settings = {"eps": eps, "replays": replays, "step_size": step_size}
-    return describe(objective, "free_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+    return describe(
+        objective, "free_adversarial", **settings, weight=weight, label_smoothing=label_smoothing
+    )
 
 
 # ------------------------------------------------------------------ adversarial training that looks at each image
@@ -293,7 +306,14 @@ def hat(
         help_loss = F.cross_entropy(model(further).float(), helped)
         return ce(logits, y) + beta * stability + gamma * help_loss, logits
 
-    settings = {"eps": eps, "beta": beta, "gamma": gamma, "helper": helper, "steps": steps, "step_size": step_size}
+    settings = {
+        "eps": eps,
+        "beta": beta,
+        "gamma": gamma,
+        "helper": helper,
+        "steps": steps,
+        "step_size": step_size,
+    }
     settings |= {"weight": weight, "label_smoothing": label_smoothing, "standard": mark}
     return describe(objective, "hat", **settings)
 
@@ -310,8 +330,12 @@ def gairat_weights(kappa: Tensor, *, steps: int, lam: float = -1.0) -> Tensor:
     tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
     """
     if len(kappa) and not 0 <= kappa.min() <= kappa.max() <= steps:
-        raise ValueError(f"kappa must lie in 0 to steps = {steps}, got {kappa.min()} to {kappa.max()}")
-    w = torch.sigmoid(2 * (lam + 5 * (1 - 2 * kappa.double() / steps)))  # (1 + tanh(u)) / 2, which float32 rounds to 0
+        raise ValueError(
+            f"kappa must lie in 0 to steps = {steps}, got {kappa.min()} to {kappa.max()}"
+        )
+    w = torch.sigmoid(
+        2 * (lam + 5 * (1 - 2 * kappa.double() / steps))
+    )  # (1 + tanh(u)) / 2, which float32 rounds to 0
     return (w / w.mean()).float()
 
 
@@ -345,8 +369,12 @@ def gairat(
         def count(logits: Tensor) -> None:
             kappa.add_(logits.argmax(1) == y)
 
-        logits = model(ce_attack(model, x, y, eps=eps, steps=steps, step_size=step_size, watch=count))
-        losses = F.cross_entropy(logits.float(), y, reduction="none", label_smoothing=label_smoothing)
+        logits = model(
+            ce_attack(model, x, y, eps=eps, steps=steps, step_size=step_size, watch=count)
+        )
+        losses = F.cross_entropy(
+            logits.float(), y, reduction="none", label_smoothing=label_smoothing
+        )
         return _class_mean(gairat_weights(kappa, steps=steps, lam=lam) * losses, y, weight), logits
 
     settings = {"eps": eps, "lam": lam, "steps": steps, "step_size": step_size}
@@ -408,4 +436,6 @@ def gaussian_noise(
         logits = model(x + sigma * torch.randn_like(x))
         return ce(logits, y), logits
 
-    return describe(objective, "gaussian_noise", sigma=sigma, weight=weight, label_smoothing=label_smoothing)
+    return describe(
+        objective, "gaussian_noise", sigma=sigma, weight=weight, label_smoothing=label_smoothing
+    )

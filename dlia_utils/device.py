@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 def pick_device() -> tuple[str, str]:
@@ -21,7 +25,10 @@ def pick_device() -> tuple[str, str]:
         # is_available() says True on a P100, whose first real operation then dies.
         (torch.ones(2, device="cuda") * 2).sum().item()
     except RuntimeError as error:
-        return "cpu", f"{name} is there, but this torch cannot use it ({str(error).splitlines()[0]})"
+        return (
+            "cpu",
+            f"{name} is there, but this torch cannot use it ({str(error).splitlines()[0]})",
+        )
     return "cuda", f"{torch.cuda.device_count()} x {name}"
 
 
@@ -29,3 +36,36 @@ def hardware() -> str:
     """Short name of the machine for result rows, e.g. '2-core CPU x86_64' or '2 x Tesla T4'."""
     device, note = pick_device()
     return note if device == "cuda" else f"{torch.get_num_threads()}-core CPU {platform.machine()}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; afterwards, also after an error, every training flag is as it was.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1))
+    >>> _ = model[1].eval()
+    >>> with evaluating(model):
+    ...     model.training
+    False
+    >>> model.training, model[1].training
+    (True, False)
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short hash of all weights and buffers: equal for bit-equal models on any device, in any layout.
+
+    >>> fingerprint(nn.Identity())
+    'da39a3ee5e6b'
+    """
+    digest = hashlib.sha1(usedforsecurity=False)
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

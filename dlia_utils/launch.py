@@ -52,18 +52,35 @@ def each(
             task = Path(scratch) / f"{name}.task"
             # By value, since a function of a notebook cell cannot be imported.
             task.write_bytes(pickle.dumps((wrap_non_picklable_objects(function), name)))
-            commands[name] = [sys.executable, "-m", "dlia_utils.launch", str(task), str(task.with_suffix(".result"))]
+            commands[name] = [
+                sys.executable,
+                "-m",
+                "dlia_utils.launch",
+                str(task),
+                str(task.with_suffix(".result")),
+            ]
         # The package may have been found by a notebook's first cell, in a wheel for example.
         path = os.pathsep.join(filter(None, sys.path))
         # Each its share of the cores: two processes of as many threads as cores are six times as slow as one thread each.
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-        slots = [{"CUDA_VISIBLE_DEVICES": d, "PYTHONPATH": path, "OMP_NUM_THREADS": threads} for d in devices]
+        threads = os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices)))
+        )
+        slots = [
+            {"CUDA_VISIBLE_DEVICES": d, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+            for d in devices
+        ]
         run(commands, slots=slots, log_dir=log_dir, progress=progress)
-        return {name: pickle.loads((Path(scratch) / f"{name}.result").read_bytes()) for name in names}
+        return {
+            name: pickle.loads((Path(scratch) / f"{name}.result").read_bytes()) for name in names
+        }
 
 
 def run(
-    jobs: Mapping[str, Sequence[str]], *, slots: Sequence[Mapping[str, str]], log_dir: str | Path, progress: bool = True
+    jobs: Mapping[str, Sequence[str]],
+    *,
+    slots: Sequence[Mapping[str, str]],
+    log_dir: str | Path,
+    progress: bool = True,
 ) -> dict[str, int]:
     """Run the commands of `jobs`, as many at a time as there are slots; returns every job's exit status.
 
@@ -101,7 +118,9 @@ def run(
         bar.close()
     failed = [name for name in jobs if status[name]]
     if failed:
-        raise RuntimeError("\n\n".join(_tail(log_dir / f"{name}.log", status[name]) for name in failed))
+        raise RuntimeError(
+            "\n\n".join(_tail(log_dir / f"{name}.log", status[name]) for name in failed)
+        )
     return {name: status[name] for name in jobs}
 
 

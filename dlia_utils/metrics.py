@@ -10,7 +10,16 @@ from scipy.stats import binomtest, norm
 
 CHUNK = 4_000_000  # weights that a statistic sees at a time: bounds the memory
 INTERVALS = ("percentile", "bca")
-METRICS = ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "sensitivity", "specificity", "auc")
+METRICS = (
+    "accuracy",
+    "balanced_accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "sensitivity",
+    "specificity",
+    "auc",
+)
 
 
 def classification(
@@ -43,13 +52,17 @@ def classification(
     classes = range(2 if score.ndim == 1 else score.shape[1])
     # Strictly above, as argmax decides two equal logits for class 0.
     predicted = (score > threshold).astype(int) if score.ndim == 1 else score.argmax(1)
-    names = [name for name in METRICS if score.ndim == 1 or name not in ("sensitivity", "specificity")]
+    names = [
+        name for name in METRICS if score.ndim == 1 or name not in ("sensitivity", "specificity")
+    ]
 
     def values(weights: np.ndarray) -> np.ndarray:
         if score.ndim == 1:
             auc = weighted_auc(labels, score, weights)
         else:
-            auc = np.mean([weighted_auc(labels == c, score[:, c], weights) for c in classes], axis=0)
+            auc = np.mean(
+                [weighted_auc(labels == c, score[:, c], weights) for c in classes], axis=0
+            )
         found = _rates(labels, predicted, weights, classes) | {"auc": auc}
         return np.column_stack([found[name] for name in names])
 
@@ -57,10 +70,15 @@ def classification(
     table.insert(0, "metric", names)
     rows = table.to_dict("records")
     counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
-    fewer = min((labels == label for label in np.unique(labels)), key=lambda own: len(pd.unique(np.asarray(groups)[own])))
+    fewer = min(
+        (labels == label for label in np.unique(labels)),
+        key=lambda own: len(pd.unique(np.asarray(groups)[own])),
+    )
     for row in rows:
         if row["value"] in (0.0, 1.0):
-            row |= _exact(row["value"], np.asarray(groups)[counted.get(row["metric"], fewer)], level)
+            row |= _exact(
+                row["value"], np.asarray(groups)[counted.get(row["metric"], fewer)], level
+            )
     return pd.DataFrame(rows)
 
 
@@ -83,9 +101,16 @@ def share(
     """
     flags = np.asarray(flags, dtype=float)
     if len(flags) != len(groups) or not len(flags):
-        raise ValueError(f"flags ({len(flags)}) and groups ({len(groups)}) must have the same length above 0")
+        raise ValueError(
+            f"flags ({len(flags)}) and groups ({len(groups)}) must have the same length above 0"
+        )
     table = bootstrap(
-        lambda weights: weights @ flags / weights.sum(1), groups, draws=draws, level=level, seed=seed, interval=interval
+        lambda weights: weights @ flags / weights.sum(1),
+        groups,
+        draws=draws,
+        level=level,
+        seed=seed,
+        interval=interval,
     )
     row = {"metric": "share"} | table.to_dict("records")[0]
     if row["value"] in (0.0, 1.0):
@@ -136,7 +161,9 @@ def sensitivity_at_specificity(
         raise ValueError(f"specificity must be in (0, 1], e.g. 0.9, not {specificity}")
     for name, part in (("validation", held), ("test", labels)):
         if len(np.unique(part)) < 2:
-            raise ValueError(f"the {name} images are all of class {part[0]}: a ROC curve needs both classes")
+            raise ValueError(
+                f"the {name} images are all of class {part[0]}: a ROC curve needs both classes"
+            )
 
     def on_roc(weights: np.ndarray) -> np.ndarray:
         return _roc_point(labels, score, weights, specificity)[0]
@@ -144,10 +171,24 @@ def sensitivity_at_specificity(
     options = {"draws": draws, "level": level, "seed": seed, "interval": interval}
     threshold = float(_roc_point(held, held_score, np.ones((1, len(held))), specificity)[1][0])
     own = float(_roc_point(labels, score, np.ones((1, len(labels))), specificity)[1][0])
-    fixed = classification(labels, score, groups, threshold=threshold, **options).set_index("metric")
-    table = pd.concat([fixed.loc[["sensitivity", "specificity"]], bootstrap(on_roc, groups, **options)])
-    table.insert(0, "metric", [f"{name}_at_{specificity:g}_{how}" for name, how in (
-        ("sensitivity", "val_threshold"), ("specificity", "val_threshold"), ("sensitivity", "test_roc"))])  # fmt: skip
+    fixed = classification(labels, score, groups, threshold=threshold, **options).set_index(
+        "metric"
+    )
+    table = pd.concat(
+        [fixed.loc[["sensitivity", "specificity"]], bootstrap(on_roc, groups, **options)]
+    )
+    table.insert(
+        0,
+        "metric",
+        [
+            f"{name}_at_{specificity:g}_{how}"
+            for name, how in (
+                ("sensitivity", "val_threshold"),
+                ("specificity", "val_threshold"),
+                ("sensitivity", "test_roc"),
+            )
+        ],
+    )
     return table.assign(threshold=[threshold, threshold, own]).reset_index(drop=True)
 
 
@@ -189,11 +230,18 @@ def bootstrap(
     if interval == "bca":
         patients = np.arange(codes.max() + 1)
         without = over(len(patients), lambda part: (patients[part, None] != codes).astype(float))
-    return pd.DataFrame([
-        _row("", values[:, k] if codes.any() else values[:1, k], len(codes), level,
-             None if without is None else without[:, k])
-        for k in range(values.shape[1])
-    ]).drop(columns="metric")  # fmt: skip
+    return pd.DataFrame(
+        [
+            _row(
+                "",
+                values[:, k] if codes.any() else values[:1, k],
+                len(codes),
+                level,
+                None if without is None else without[:, k],
+            )
+            for k in range(values.shape[1])
+        ]
+    ).drop(columns="metric")
 
 
 def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> np.ndarray:
@@ -204,7 +252,9 @@ def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> np.ndarra
     """
     codes = _patients(groups)
     patients = codes.max(initial=-1) + 1
-    counts = np.random.default_rng(seed).multinomial(patients, np.full(patients, 1 / patients), size=draws)
+    counts = np.random.default_rng(seed).multinomial(
+        patients, np.full(patients, 1 / patients), size=draws
+    )
     return counts[:, codes].astype(float)
 
 
@@ -218,7 +268,9 @@ def _patients(groups: Sequence) -> np.ndarray:
     return codes
 
 
-def _check(labels: np.ndarray, score: np.ndarray, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def _check(
+    labels: np.ndarray, score: np.ndarray, groups: Sequence
+) -> tuple[np.ndarray, np.ndarray]:
     labels, score = np.asarray(labels), np.asarray(score, dtype=float)
     if not len(labels) == len(score) == len(groups) or not len(labels):
         raise ValueError(
@@ -226,7 +278,9 @@ def _check(labels: np.ndarray, score: np.ndarray, groups: Sequence) -> tuple[np.
             "must have the same length above 0"
         )
     if score.ndim > 2 or (score.ndim == 2 and score.shape[1] < 3):
-        raise ValueError(f"score must be [N] of class 1, or [N,K] of K > 2 classes, not {score.shape}")
+        raise ValueError(
+            f"score must be [N] of class 1, or [N,K] of K > 2 classes, not {score.shape}"
+        )
     if not np.isin(labels, range(2 if score.ndim == 1 else score.shape[1])).all():
         known = "0 or 1" if score.ndim == 1 else f"0 to {score.shape[1] - 1}"
         raise ValueError(f"labels must be {known}, found {np.unique(labels)[:5]}")
@@ -235,7 +289,9 @@ def _check(labels: np.ndarray, score: np.ndarray, groups: Sequence) -> tuple[np.
     return labels.astype(int), score
 
 
-def _row(name: str, values: np.ndarray, n: int, level: float, without: np.ndarray | None = None) -> dict:
+def _row(
+    name: str, values: np.ndarray, n: int, level: float, without: np.ndarray | None = None
+) -> dict:
     """Value (the first of `values`) and interval; BCa where `without` holds the values without each patient."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     # A draw without one of the classes has no AUC or sensitivity: such draws are left out of the interval.
@@ -244,10 +300,18 @@ def _row(name: str, values: np.ndarray, n: int, level: float, without: np.ndarra
         tails = _bca_tails(values[0], resampled, without[np.isfinite(without)], tails)
     known = len(resampled) and np.isfinite(tails).all()
     low, high = np.quantile(resampled, tails) if known else (np.nan, np.nan)
-    return {"metric": name, "value": float(values[0]), "ci_low": float(low), "ci_high": float(high), "n": n}
+    return {
+        "metric": name,
+        "value": float(values[0]),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "n": n,
+    }
 
 
-def _bca_tails(value: float, resampled: np.ndarray, without: np.ndarray, tails: np.ndarray) -> np.ndarray:
+def _bca_tails(
+    value: float, resampled: np.ndarray, without: np.ndarray, tails: np.ndarray
+) -> np.ndarray:
     """The shares of the draws at which a BCa interval ends (Efron 1987)."""
     # Draws equal to the value count by half on both sides: shares and AUCs of few patients have many of them.
     bias = norm.ppf(((resampled < value).mean() + (resampled <= value).mean()) / 2)
@@ -272,13 +336,17 @@ def _rates(
         recall = [right[c] / counted(labels == c) for c in classes]
         called = [counted(predicted == c) for c in classes]
         # A class that is never predicted has precision 0 (scikit-learn's zero_division=0).
-        precision = [np.where(called[c] > 0, right[c] / np.maximum(called[c], 1e-12), 0.0) for c in classes]
+        precision = [
+            np.where(called[c] > 0, right[c] / np.maximum(called[c], 1e-12), 0.0) for c in classes
+        ]
         total = [precision[c] + recall[c] for c in classes]
         f1 = [np.where(total[c] > 0, 2 * precision[c] * recall[c] / total[c], 0.0) for c in classes]
     mean = {"precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
-    return {"accuracy": sum(right) / weights.sum(1), "sensitivity": recall[1], "specificity": recall[0]} | {
-        name: sum(values) / len(classes) for name, values in mean.items()
-    }
+    return {
+        "accuracy": sum(right) / weights.sum(1),
+        "sensitivity": recall[1],
+        "specificity": recall[0],
+    } | {name: sum(values) / len(classes) for name, values in mean.items()}
 
 
 def weighted_auc(labels: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -15,19 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlia_utils._objective import (
+from ._objective import (
     Objective,
     ce_attack,
     check_ball,
     check_positive,
     describe,
-    evaluating,
-    fingerprint,
     kl,
     kl_attack,
     weighted_cross_entropy,
 )
-from dlia_utils.defences import (
+from .defences import (
     fast_adversarial,
     free_adversarial,
     gairat,
@@ -39,7 +37,8 @@ from dlia_utils.defences import (
     mart_loss,
     overfitting_monitor,
 )
-from dlia_utils.models.lipschitz import quick_input_gradient
+from .device import evaluating, fingerprint
+from .models.lipschitz import quick_input_gradient
 
 __all__ = [
     "Objective",
@@ -65,7 +64,9 @@ __all__ = [
 ]
 
 
-def cross_entropy(*, weight: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Objective:
+def cross_entropy(
+    *, weight: Sequence[float] | None = None, label_smoothing: float = 0.0
+) -> Objective:
     """Cross-entropy; `weight` is one factor per class.
 
     >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
@@ -101,7 +102,11 @@ def cross_entropy_at(
         return ce(logits / temperature, y), logits
 
     return describe(
-        objective, "cross_entropy_at", temperature=temperature, weight=weight, label_smoothing=label_smoothing
+        objective,
+        "cross_entropy_at",
+        temperature=temperature,
+        weight=weight,
+        label_smoothing=label_smoothing,
     )
 
 
@@ -135,7 +140,9 @@ def distillation(
         logits = model(x)
         student = F.log_softmax(logits / temperature, dim=1)
         # T^2 undoes the 1/T^2 that the two softmaxes put on the gradient.
-        loss = alpha * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
+        loss = (
+            alpha * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
+        )
         return loss + (1 - alpha) * F.cross_entropy(logits / hard_temperature, y), logits
 
     return describe(objective, "distillation", **settings)
@@ -163,7 +170,11 @@ def lipschitz(
     if penalty < 0:
         raise ValueError(f"penalty must not be negative, got {penalty}")
     ce = weighted_cross_entropy(weight, label_smoothing)
-    std = None if input_std is None else torch.tensor(input_std, dtype=torch.float32).view(1, -1, 1, 1)
+    std = (
+        None
+        if input_std is None
+        else torch.tensor(input_std, dtype=torch.float32).view(1, -1, 1, 1)
+    )
 
     def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
@@ -212,7 +223,9 @@ def pgd_adversarial(
         return ce(logits, y), logits
 
     settings = {"eps": eps, "steps": steps, "step_size": step_size}
-    return describe(objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing)
+    return describe(
+        objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing
+    )
 
 
 def trades(
@@ -261,7 +274,9 @@ def detection() -> Objective:
     'detection'
     """
 
-    def objective(model: nn.Module, x: Tensor, y: Sequence[dict[str, Tensor]]) -> tuple[Tensor, None]:
+    def objective(
+        model: nn.Module, x: Tensor, y: Sequence[dict[str, Tensor]]
+    ) -> tuple[Tensor, None]:
         return torch.stack(list(model(x, y).values())).sum(), None
 
     return describe(objective, "detection")

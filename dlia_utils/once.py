@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from . import files, metrics, train
-from .objectives import fingerprint
+from .device import fingerprint
 from .study import Study, load_models
 from .study import test_opened as log_opening  # pytest would take the name for a test
 
@@ -88,7 +88,11 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     open_test(study, f"final test of {name}", force=force)
     probability, labels, rows = train.predict(model, study.torch_set("test"))
     told = study.dataset.manifest.loc[rows, ["path"]].assign(image=rows, label=labels)
-    names = ["probability"] if probability.shape[1] == 2 else [f"p{k}" for k in range(probability.shape[1])]
+    names = (
+        ["probability"]
+        if probability.shape[1] == 2
+        else [f"p{k}" for k in range(probability.shape[1])]
+    )
     told[names] = probability[:, -len(names) :]
     files.write_csv(told[["image", "path", "label", *names]].assign(weights=weights), path)
     return pd.read_csv(path, dtype={"weights": str})
@@ -101,4 +105,6 @@ def evaluation(study: Study, name: str, *, force: bool = False) -> pd.DataFrame:
     """
     told = predictions(study, name, force=force)
     patients = study.patients(told["image"].to_numpy())
-    return metrics.classification(told["label"], scores(told), patients, draws=study.run.bootstrap_draws)
+    return metrics.classification(
+        told["label"], scores(told), patients, draws=study.run.bootstrap_draws
+    )

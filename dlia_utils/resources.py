@@ -21,7 +21,16 @@ log = logging.getLogger("dlia_utils")
 INTERVAL = 0.2  # seconds between two looks at the memory
 MIB = 2**20
 FILE = "resources.csv"
-COLUMNS = ("label", "started", "wall_s", "cpu_s", "rss_start_mib", "rss_peak_mib", "gpu_peak_mib", "failed")
+COLUMNS = (
+    "label",
+    "started",
+    "wall_s",
+    "cpu_s",
+    "rss_start_mib",
+    "rss_peak_mib",
+    "gpu_peak_mib",
+    "failed",
+)
 
 _OPEN: list[dict] = []  # the rows of the blocks that are running now, the outer ones first
 
@@ -44,11 +53,19 @@ def track(label: str, *, folder: str | Path | None = None) -> Iterator[dict]:
     if not label.strip():
         raise ValueError("label is empty: say in a few words what is measured")
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # what cannot be written to must show before the work
+        Path(folder).mkdir(
+            parents=True, exist_ok=True
+        )  # what cannot be written to must show before the work
     process = psutil.Process()
     start = process.memory_info().rss / MIB
-    row = {"label": label, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "rss_start_mib": start,
-           "rss_peak_mib": start, "gpu_peak_mib": float("nan"), "failed": ""}  # fmt: skip
+    row = {
+        "label": label,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "rss_start_mib": start,
+        "rss_peak_mib": start,
+        "gpu_peak_mib": float("nan"),
+        "failed": "",
+    }
     ended = threading.Event()
 
     def look() -> None:
@@ -87,10 +104,14 @@ def table(folder: str | Path) -> pd.DataFrame:
     """
     path = Path(folder) / FILE
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: run a step under track(label, folder=...) first")
+        raise FileNotFoundError(
+            f"{path} is not there: run a step under track(label, folder=...) first"
+        )
     # A step may be called "NA", and one that did not fail has an empty cell: only the GPU's may be missing.
     text = {"label": str, "started": str, "failed": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values={"gpu_peak_mib": [""]})[list(COLUMNS)]
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values={"gpu_peak_mib": [""]})[
+        list(COLUMNS)
+    ]
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
@@ -105,7 +126,9 @@ def _look_at_gpu() -> None:
     devices = range(torch.cuda.device_count())
     peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) / MIB
     for row in _OPEN:
-        row["gpu_peak_mib"] = peak if math.isnan(row["gpu_peak_mib"]) else max(peak, row["gpu_peak_mib"])
+        row["gpu_peak_mib"] = (
+            peak if math.isnan(row["gpu_peak_mib"]) else max(peak, row["gpu_peak_mib"])
+        )
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -115,9 +138,14 @@ def _tell(row: dict) -> None:
     log.log(
         logging.WARNING if row["failed"] else logging.INFO,
         "%s: %.1f s, CPU %.1f s, memory %.0f MiB at first and %.0f MiB at most%s%s",
-        row["label"], row["wall_s"], row["cpu_s"], row["rss_start_mib"], row["rss_peak_mib"], gpu,
+        row["label"],
+        row["wall_s"],
+        row["cpu_s"],
+        row["rss_start_mib"],
+        row["rss_peak_mib"],
+        gpu,
         f", ended by {row['failed']}" if row["failed"] else "",
-    )  # fmt: skip
+    )
 
 
 def _append(row: dict, path: Path) -> None:

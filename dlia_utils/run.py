@@ -26,9 +26,10 @@ from typing import Any
 
 from torch import nn
 
-from . import datasets, files, locate, threads
+from . import files, threads
+from .data import datasets, sources
+from .data.readers import BadData, DataNotFound
 from .device import hardware, pick_device
-from .layouts import BadData, DataNotFound
 from .units import pixel_text
 
 log = logging.getLogger("dlia_utils")
@@ -37,7 +38,9 @@ PROFILES = ("smoke", "cpu", "full")
 KAGGLE_REMEDY = (
     "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All again"
 )
-FIXED = "settings are fixed once a run has started: write CHANGES = {{{!r}: ...}} and run from the top"
+FIXED = (
+    "settings are fixed once a run has started: write CHANGES = {{{!r}: ...}} and run from the top"
+)
 WIDTH = 96  # of the banner
 
 
@@ -55,7 +58,7 @@ class Run:
         *,
         notebook: str,
         profile: str,
-        location: locate.Location,
+        location: sources.Location,
         run_dir: Path,
         settings: Mapping[str, Any],
         device: str = "cpu",
@@ -66,7 +69,11 @@ class Run:
         fresh: bool = False,
         trains: str = "Training",
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "settings", "usual")}
+        given = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("self", "settings", "usual")
+        }
         vars(self).update(given, own={}, _settings=dict(settings), _usual=dict(usual or {}))
 
     def __getattr__(self, name: str) -> Any:
@@ -105,6 +112,11 @@ class Run:
         return f"{self.location.dataset} (SYNTHETIC)" if self.synthetic else self.location.dataset
 
     @property
+    def caption(self) -> str:
+        """What a figure says of where its numbers come from: data, profile and image size."""
+        return f"{self.data_name}, {self.profile} profile, {self.size} px"
+
+    @property
     def key(self) -> str:
         """Hash of notebook, profile, settings and data: two runs of the same key may share a folder."""
         return digest([self.notebook, self.profile, self.data_name, self._settings])
@@ -131,7 +143,7 @@ class Run:
         device = [f"device   {self.device}  ({self.device_note})"]
         if self.device == "cpu":
             device = [f"device   CPU ONLY: {self.device_note}"]
-            device += [f"         {KAGGLE_REMEDY}"] if locate.on_kaggle() else []
+            device += [f"         {KAGGLE_REMEDY}"] if sources.on_kaggle() else []
         place = f"{self.run_dir.parent.name}/{self.run_dir.name}"
         lines = [
             *device,
@@ -144,17 +156,23 @@ class Run:
         return "\n".join(["=" * width, *lines, "=" * width])
 
     def _changed(self, name: str) -> str:
-        was, now = (setting_text(name, value) for value in (self._usual[name], self._settings[name]))
+        was, now = (
+            setting_text(name, value) for value in (self._usual[name], self._settings[name])
+        )
         return f"{name} = {now}  (in this profile: {was})"
 
     def settings_text(self) -> str:
         """All settings in a few lines, eps as k/255; the changed ones carry a star."""
         words = [
-            f"{'*' if name in self._usual else ''}{name}={setting_text(name, value)}".replace(" ", "\0")
+            f"{'*' if name in self._usual else ''}{name}={setting_text(name, value)}".replace(
+                " ", "\0"
+            )
             for name, value in self._settings.items()
         ]
         # A value is not broken over two lines, unless it is longer than one.
-        folded = textwrap.fill("  ".join(words), WIDTH, break_long_words=False, break_on_hyphens=False)
+        folded = textwrap.fill(
+            "  ".join(words), WIDTH, break_long_words=False, break_on_hyphens=False
+        )
         return "settings (change them with CHANGES above)\n" + folded.replace("\0", " ")
 
 
@@ -203,7 +221,13 @@ def start(
     for part in known[1:]:
         _need_known(part, full, "the profiles and by_data")
     _check_changes(changes, full, known, allowed or {}, own=own_classes is not None)
-    location = _find_data(changes.get("dataset", full["dataset"]), data_dir, dict(full) | changes, own_classes, own_boxes)
+    location = _find_data(
+        changes.get("dataset", full["dataset"]),
+        data_dir,
+        dict(full) | changes,
+        own_classes,
+        own_boxes,
+    )
     device, device_note = pick_device()
     chosen, reason = _pick_profile(profile, asked, location, device)
     usual = dict(full) | by_data.get(location.dataset, by_data.get("*", {})) | layers[chosen]
@@ -218,35 +242,70 @@ def start(
         known = "no GPU" if device_note.startswith("no GPU") else device_note
         device_note = f"{known}, {note}" if note else known
     run = Run(
-        notebook=notebook, profile=chosen, reason=reason, location=location, device=device,
-        device_note=device_note, resume=resume, settings=settings, fresh=resume is False, trains=trains,
+        notebook=notebook,
+        profile=chosen,
+        reason=reason,
+        location=location,
+        device=device,
+        device_note=device_note,
+        resume=resume,
+        settings=settings,
+        fresh=resume is False,
+        trains=trains,
         usual={name: usual[name] for name in changes if usual[name] != changes[name]},
         run_dir=runs_root() / notebook / (run_name or f"{chosen}-{kind}"),
-    )  # fmt: skip
+    )
     if not run_name:
         run = _own_folder(run)
     return _open_folder(run)
 
 
 # What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
-BASIC = {"seed": 0, "size": 128, "fit": "squash", "per_class": None, "val_share": 0.15, "test_share": 0.15}
-BASIC |= {"unusable_share": 0.01, "width": 1.0, "stages": 7, "pretrained": True, "epochs": 10, "batch_size": 32}
-BASIC |= {"lr": 1e-3, "schedule": "onecycle", "patience": None, "max_minutes": None, "num_workers": 0}
+BASIC = {
+    "seed": 0,
+    "size": 128,
+    "fit": "squash",
+    "per_class": None,
+    "val_share": 0.15,
+    "test_share": 0.15,
+}
+BASIC |= {
+    "unusable_share": 0.01,
+    "width": 1.0,
+    "stages": 7,
+    "pretrained": True,
+    "epochs": 10,
+    "batch_size": 32,
+}
+BASIC |= {
+    "lr": 1e-3,
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": None,
+    "num_workers": 0,
+}
 BASIC |= {"bootstrap_draws": 2000}
 
 
-def for_dataset(dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any) -> Run:
+def for_dataset(
+    dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any
+) -> Run:
     """A run on a data set outside any notebook: `BASIC` with `changes`, in `folder` or below runs/own/.
 
     Errors: ValueError for a change that names no setting of `BASIC` or is of another kind.
     """
     _check_changes(changes, BASIC, [BASIC], {}, own=True)
-    location = locate.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
+    location = sources.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
     device, note = pick_device()
     run = Run(
-        notebook="own", profile="own", location=location, settings=BASIC | _tuples(changes), device=device,
-        device_note=note, run_dir=Path(folder) if folder else runs_root() / "own" / dataset.name,
-    )  # fmt: skip
+        notebook="own",
+        profile="own",
+        location=location,
+        settings=BASIC | _tuples(changes),
+        device=device,
+        device_note=note,
+        run_dir=Path(folder) if folder else runs_root() / "own" / dataset.name,
+    )
     return _open_folder(run if folder else _own_folder(run))
 
 
@@ -257,16 +316,25 @@ def reopen(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not (kept := _recorded(folder)):
-        raise ValueError(f"{folder} is no run folder: it holds no config.json. Start the notebook once first")
+        raise ValueError(
+            f"{folder} is no run folder: it holds no config.json. Start the notebook once first"
+        )
     place = _tuples(kept["location"]) | {"root": Path(kept["location"]["root"])}
-    location = locate.Location(**place)
+    location = sources.Location(**place)
     if not location.root.is_dir():
         raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
     device, note = pick_device()
     return Run(
-        notebook=kept["notebook"], profile=kept["profile"], location=location, run_dir=folder, fresh=kept["fresh"],
-        settings=_tuples(kept["settings"]), device=device, device_note=note, reason=kept["reason"],
-    )  # fmt: skip
+        notebook=kept["notebook"],
+        profile=kept["profile"],
+        location=location,
+        run_dir=folder,
+        fresh=kept["fresh"],
+        settings=_tuples(kept["settings"]),
+        device=device,
+        device_note=note,
+        reason=kept["reason"],
+    )
 
 
 def _need_known(given: Mapping[str, Any], full: Mapping[str, Any], where: str) -> None:
@@ -301,7 +369,9 @@ def _check_changes(
         leaves |= {"whole number"} if "number" in leaves else set()
         if _kind(value) in ("list", "dictionary") and leaves - {"None"}:
             if odd := [leaf for leaf in _leaves(value) if _kind(leaf) not in leaves]:
-                raise ValueError(f"CHANGES: {name} holds {odd[0]!r}; it is made as {full[name]!r} is")
+                raise ValueError(
+                    f"CHANGES: {name} holds {odd[0]!r}; it is made as {full[name]!r} is"
+                )
         if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
             raise ValueError(f"CHANGES: {name} = {value!r} is not a finite number")
         if any(_kind(leaf) in ("number", "whole number") and leaf < 0 for leaf in _leaves(value)):
@@ -310,9 +380,16 @@ def _check_changes(
             if word not in allowed[name]:
                 raise ValueError(f"CHANGES: {name} names {word!r}{nearest(word, allowed[name])}")
     wanted, usual = changes.get("dataset"), full.get("dataset")
-    if wanted and not own and wanted != usual and wanted not in (usual if isinstance(usual, tuple) else ()):
+    if (
+        wanted
+        and not own
+        and wanted != usual
+        and wanted not in (usual if isinstance(usual, tuple) else ())
+    ):
         names = usual if isinstance(usual, str) else " or ".join(usual)
-        raise ValueError(f"CHANGES: dataset = {wanted!r}, but this notebook has a data set of its own: {names}")
+        raise ValueError(
+            f"CHANGES: dataset = {wanted!r}, but this notebook has a data set of its own: {names}"
+        )
 
 
 def _kind(value: Any) -> str:
@@ -320,7 +397,12 @@ def _kind(value: Any) -> str:
         return "None"
     if isinstance(value, bool):
         return "truth value (True or False)"
-    for kind, types in (("whole number", int), ("number", float), ("text", str), ("list", (tuple, list))):
+    for kind, types in (
+        ("whole number", int),
+        ("number", float),
+        ("text", str),
+        ("list", (tuple, list)),
+    ):
         if isinstance(value, types):
             return kind
     return "dictionary" if isinstance(value, Mapping) else type(value).__name__
@@ -329,7 +411,11 @@ def _kind(value: Any) -> str:
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (tuple, list)) else [value]
+    return (
+        [leaf for part in value for leaf in _leaves(part)]
+        if isinstance(value, (tuple, list))
+        else [value]
+    )
 
 
 def _tuples(value: Any) -> Any:
@@ -365,7 +451,9 @@ def parse_change(text: str) -> tuple[str, Any]:
     try:
         return name, _literal(ast.parse(value, mode="eval").body)
     except SyntaxError as error:
-        raise ValueError(f"--set {text!r}: {value!r} is no Python value; text needs quotes") from error
+        raise ValueError(
+            f"--set {text!r}: {value!r} is no Python value; text needs quotes"
+        ) from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -388,10 +476,16 @@ def setting_text(name: str, value: Any) -> str:
     ('(1/255, 4/255)', '((4), (8, 16))')
     """
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {setting_text(name, part)}" for key, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{key}: {setting_text(name, part)}" for key, part in value.items())
+            + "}"
+        )
     if isinstance(value, (tuple, list)):
         return f"({', '.join(setting_text(name, part) for part in value)})"
-    pixels = ("eps" in name or "step_size" in name or name == "expensive") and "published" not in name
+    pixels = (
+        "eps" in name or "step_size" in name or name == "expensive"
+    ) and "published" not in name
     if value == "":
         return repr(value)
     return pixel_text(value) if pixels and isinstance(value, float) else str(value)
@@ -403,7 +497,9 @@ def digest(content: Any) -> str:
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True
     """
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[
+        :12
+    ]
 
 
 # ------------------------------------------------------------------------------------------- data and profile
@@ -415,21 +511,23 @@ def _find_data(
     settings: Mapping[str, Any],
     own_classes: int | str | None,
     own_boxes: bool,
-) -> locate.Location:
+) -> sources.Location:
     """The notebook's data set, the first of several that is there and whole, or the reader's own folder."""
     told = data_dir or os.environ.get("DLIA_DATA", "")
     try:
         if isinstance(names, str):
-            return locate.find(names, data_dir or None)
-        return locate.find_first(names, data_dir or None)
+            return sources.find(names, data_dir or None)
+        return sources.find_first(names, data_dir or None)
     except DataNotFound as missing:
         if not told or not (own_classes or own_boxes):
             raise
         folder, kind = Path(told).expanduser(), "boxes" if own_boxes else "folder"
-        options = {name: settings[name] for name in ("classes", "patient_pattern") if settings.get(name)}
-        found = locate.find_own(folder, kind=kind, options=options)
+        options = {
+            name: settings[name] for name in ("classes", "patient_pattern") if settings.get(name)
+        }
+        found = sources.find_own(folder, kind=kind, options=options)
         if found is None:
-            others = locate.published_in(folder) if own_classes and folder.is_dir() else []
+            others = sources.published_in(folder) if own_classes and folder.is_dir() else []
             if others:
                 raise DataNotFound(
                     f"{told} does not hold {names}, but it holds {', '.join(others)}: CHANGES = {{'dataset': "
@@ -445,7 +543,9 @@ def _find_data(
     return found
 
 
-def _pick_profile(given: str, asked: str, location: locate.Location, device: str) -> tuple[str, str]:
+def _pick_profile(
+    given: str, asked: str, location: sources.Location, device: str
+) -> tuple[str, str]:
     if given in PROFILES:
         return given, "asked for"
     if asked in PROFILES:
@@ -464,15 +564,15 @@ def runs_root() -> Path:
     """Where runs are written: DLIA_RUNS, else the working folder on Kaggle, else `runs/` of the repository."""
     if os.environ.get("DLIA_RUNS"):
         return Path(os.environ["DLIA_RUNS"])
-    if locate.on_kaggle():
-        return locate.kaggle_root() / "working" / "runs"
+    if sources.on_kaggle():
+        return sources.kaggle_root() / "working" / "runs"
     repository = Path(__file__).resolve().parents[1]
     return (repository if (repository / "notebooks").is_dir() else Path.cwd()) / "runs"
 
 
 def submissions_root() -> Path:
     """Where submissions go: `submissions/` beside the runs, or the working folder on Kaggle, which offers them."""
-    return runs_root().parent if locate.on_kaggle() else runs_root().parent / "submissions"
+    return runs_root().parent if sources.on_kaggle() else runs_root().parent / "submissions"
 
 
 def _own_folder(run: Run) -> Run:
@@ -508,10 +608,17 @@ def _open_folder(run: Run) -> Run:
     # A run that was begun afresh takes nothing from other runs when it is gone on with, either.
     vars(run).update(fresh=run.resume is False or bool(before.get("fresh")))
     keep = {
-        "notebook": run.notebook, "profile": run.profile, "reason": run.reason, "key": run.key,
-        "data": run.data_name, "location": dataclasses.asdict(run.location), "device": run.device,
-        "fresh": run.fresh, "changed": run.changed, "settings": run.settings,
-    }  # fmt: skip
+        "notebook": run.notebook,
+        "profile": run.profile,
+        "reason": run.reason,
+        "key": run.key,
+        "data": run.data_name,
+        "location": dataclasses.asdict(run.location),
+        "device": run.device,
+        "fresh": run.fresh,
+        "changed": run.changed,
+        "settings": run.settings,
+    }
     files.write_json(keep, run.run_dir / "config.json")
     files.write_json(environment(), run.run_dir / "env.json")
     return run
@@ -520,7 +627,11 @@ def _open_folder(run: Run) -> Run:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     now = json.loads(json.dumps(now, default=str))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)][:5]
-    return f" ({', '.join(f'{n}: {before.get(n)!r} -> {now.get(n)!r}' for n in names)})" if names else ""
+    return (
+        f" ({', '.join(f'{n}: {before.get(n)!r} -> {now.get(n)!r}' for n in names)})"
+        if names
+        else ""
+    )
 
 
 def _import_run(run: Run) -> None:
@@ -532,14 +643,16 @@ def _import_run(run: Run) -> None:
     """
     place = Path(run.notebook) / run.run_dir.name
     found = []
-    for mount in locate.mounts():
+    for mount in sources.mounts():
         for folder in (mount / "runs" / place, mount / place):
             if not (record := _recorded(folder)):
                 continue
             if record.get("key") == run.key:
                 found.append(folder)
             else:
-                log.warning("the run in input %s has other settings: it is not continued", mount.name)
+                log.warning(
+                    "the run in input %s has other settings: it is not continued", mount.name
+                )
     if not found:
         return
 
@@ -550,14 +663,27 @@ def _import_run(run: Run) -> None:
     run.run_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.run_dir.parent, prefix=".import-") as scratch:
         os.replace(files.copy_tree(chosen, Path(scratch) / "run"), run.run_dir)
-    source = chosen.relative_to(locate.kaggle_root())
+    source = chosen.relative_to(sources.kaggle_root())
     log.warning("continues the run of an earlier session, found in input %s", source)
 
 
 def environment() -> dict[str, Any]:
     """Versions of what the numbers depend on, for `env.json`."""
-    names = ("torch", "torchvision", "albumentations", "accelerate", "numpy", "pandas", "scikit-learn")
+    names = (
+        "torch",
+        "torchvision",
+        "albumentations",
+        "accelerate",
+        "numpy",
+        "pandas",
+        "scikit-learn",
+    )
     versions = {name: metadata.version(name) for name in names}
     kaggle = map(Path, ("/etc/git_commit", "/etc/build_date"))
     image = {file.name: file.read_text().strip() for file in kaggle if file.exists()}
-    return {"python": sys.version.split()[0], "hardware": hardware(), "kaggle_image": image, **versions}
+    return {
+        "python": sys.version.split()[0],
+        "hardware": hardware(),
+        "kaggle_image": image,
+        **versions,
+    }

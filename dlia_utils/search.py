@@ -25,15 +25,19 @@ import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DatabaseError
 
 from . import train
 from .files import write_csv
 from .objectives import Objective
-from .report import COLORS, _axes, _note
-from .run import Run
+from .plots import COLORS, panels
 from .study import OutOfTime
 
 DIRECTIONS = ("maximize", "minimize")
@@ -149,17 +153,26 @@ def search(
     """
     _check(space, trials=trials, seed=seed, direction=direction, extend=extend, resume=resume)
     settings = {
-        "space": {name: _plain(part) for name, part in space.items()}, "trials": trials, "seed": seed,
-        "direction": direction, "prune": prune, "config": dict(config or {}),
-    }  # fmt: skip
+        "space": {name: _plain(part) for name, part in space.items()},
+        "trials": trials,
+        "seed": seed,
+        "direction": direction,
+        "prune": prune,
+        "config": dict(config or {}),
+    }
     folder = Path(folder)
-    with _alone(folder), _opened(folder, json.loads(json.dumps(settings, default=str)), resume=resume) as study:
+    with (
+        _alone(folder),
+        _opened(folder, json.loads(json.dumps(settings, default=str)), resume=resume) as study,
+    ):
         _check_extend(study, extend)
         widened, extensions = dict(space), []
         for extension in range(extend + 1):
             probes = _probes(entry for entry in extensions if entry["extension"] == extension)
             _write(study, space, extensions, folder)
-            while (done := len(_finished(study, extension))) < (trials // 2 if extension else trials):
+            while (done := len(_finished(study, extension))) < (
+                trials // 2 if extension else trials
+            ):
                 _draw_as(study, seed=seed, startup=min(10, max(3, trials // 3)))
                 probe = probes[done] if done < len(probes) else None
                 try:
@@ -205,10 +218,14 @@ def retrain_epochs(history: pd.DataFrame, *, monitor: str = "val_auc") -> int:
     2
     """
     if monitor not in history:
-        raise ValueError(f"the history has no column {monitor!r}; choose monitor from {', '.join(history.columns)}")
+        raise ValueError(
+            f"the history has no column {monitor!r}; choose monitor from {', '.join(history.columns)}"
+        )
     scores = history[monitor].to_numpy(float)
     if not np.isfinite(scores).any():
-        raise ValueError(f"the history has no epoch with a number in {monitor!r}: there is no best one")
+        raise ValueError(
+            f"the history has no epoch with a number in {monitor!r}: there is no best one"
+        )
     best = np.nanargmin(scores) if monitor.endswith("loss") else np.nanargmax(scores)
     return int(history["epoch"].iloc[best])
 
@@ -281,25 +298,48 @@ def finetune_with_drop_rule(
         model, told, fitted = make_model(), [], None
         try:
             fitted = train.fit(
-                model, objective, train_set, val_set, run_dir=run_dir / f"attempt{number}", lr=lr, epochs=epochs,
-                monitor=monitor, on_epoch=_drop_watch(baseline, tolerance, told), **options,
-            )  # fmt: skip
+                model,
+                objective,
+                train_set,
+                val_set,
+                run_dir=run_dir / f"attempt{number}",
+                lr=lr,
+                epochs=epochs,
+                monitor=monitor,
+                on_epoch=_drop_watch(baseline, tolerance, told),
+                **options,
+            )
             if fitted.status == "interrupted":
                 name, limit = f"fine-tuning attempt {number}", options["max_minutes"]
                 raise OutOfTime(name, done=len(told), epochs=epochs, limit=limit)
-            outcome = "gain" if _sign(monitor) * (fitted.best_score - baseline[monitor]) > 0 else "no gain"
+            outcome = (
+                "gain"
+                if _sign(monitor) * (fitted.best_score - baseline[monitor]) > 0
+                else "no gain"
+            )
         except _Drop:
             outcome = "drop"
         except FloatingPointError:
             outcome = "diverged"
-        rows.append({
-            "attempt": number, "lr": lr, "epochs": len(told), "outcome": outcome,
-            "train_accuracy": told[-1]["train_accuracy"] if told else math.nan,
-            "baseline_train_accuracy": baseline["train_accuracy"],
-            "best_epoch": fitted.best_epoch if fitted else 0,
-        } | ({} if monitor == "train_accuracy" else {
-            monitor: fitted.best_score if fitted else math.nan, f"baseline_{monitor}": baseline[monitor],
-        }))  # fmt: skip
+        rows.append(
+            {
+                "attempt": number,
+                "lr": lr,
+                "epochs": len(told),
+                "outcome": outcome,
+                "train_accuracy": told[-1]["train_accuracy"] if told else math.nan,
+                "baseline_train_accuracy": baseline["train_accuracy"],
+                "best_epoch": fitted.best_epoch if fitted else 0,
+            }
+            | (
+                {}
+                if monitor == "train_accuracy"
+                else {
+                    monitor: fitted.best_score if fitted else math.nan,
+                    f"baseline_{monitor}": baseline[monitor],
+                }
+            )
+        )
         write_csv(pd.DataFrame(rows), run_dir / "attempts.csv")
         log.info("fine-tuning attempt %d (lr %g): %s", number, lr, outcome)
         if outcome == "gain":
@@ -315,7 +355,9 @@ def _drop_watch(
     """A listener for `train.fit` that keeps the rows in `told` and raises `_Drop` when the training accuracy falls."""
 
     def on_epoch(row: dict[str, float]) -> None:
-        highest = max([baseline["train_accuracy"], *(earlier["train_accuracy"] for earlier in told)])
+        highest = max(
+            [baseline["train_accuracy"], *(earlier["train_accuracy"] for earlier in told)]
+        )
         told.append(row)
         if row["train_accuracy"] < highest - tolerance:
             raise _Drop
@@ -327,7 +369,9 @@ def _check_finetune(
     lrs: Sequence[float], baseline: Mapping[str, float], monitor: str, tolerance: float
 ) -> None:
     if not lrs or any(later >= earlier for earlier, later in zip(lrs[:-1], lrs[1:], strict=True)):
-        raise ValueError(f"lrs must be falling rates, the first one tried first, e.g. (1e-4, 1e-5); got {list(lrs)}")
+        raise ValueError(
+            f"lrs must be falling rates, the first one tried first, e.g. (1e-4, 1e-5); got {list(lrs)}"
+        )
     for name in ("train_accuracy", monitor):
         if not math.isfinite(baseline.get(name, math.nan)):
             raise ValueError(
@@ -344,7 +388,7 @@ def _sign(monitor: str) -> int:
 # -------------------------------------------------------------------- figures and tables
 
 
-def figure_search(runs: pd.DataFrame, config: Run, *, direction: str = "maximize") -> Figure:
+def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximize") -> Figure:
     """Score against each parameter, one point a run; pruned runs are hollow, extensions coloured, the best one starred.
 
     `runs` is `SearchResult.runs` or runs.csv. Runs without a score (diverged, failed) are only counted.
@@ -352,9 +396,11 @@ def figure_search(runs: pd.DataFrame, config: Run, *, direction: str = "maximize
     names = _parameters(runs)
     shown = runs[runs["state"].isin(["complete", "pruned"]) & runs["score"].notna()]
     complete = shown[shown["state"] == "complete"]
-    best = complete.nlargest(1, "score") if direction == "maximize" else complete.nsmallest(1, "score")
+    best = (
+        complete.nlargest(1, "score") if direction == "maximize" else complete.nsmallest(1, "score")
+    )
     columns = min(4, len(names))
-    figure, axes = _axes(columns, rows=-(-len(names) // columns), width=2.9, height=2.9)
+    figure, axes = panels(columns, rows=-(-len(names) // columns), width=2.9, height=2.9)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -363,7 +409,14 @@ def figure_search(runs: pd.DataFrame, config: Run, *, direction: str = "maximize
             color = _extension_color(extension)
             for _, point in part.iterrows():
                 face = color if point["state"] == "complete" else "none"
-                axis.scatter(place[point.name], point["score"], s=26, facecolors=face, edgecolors=color, lw=1.1)
+                axis.scatter(
+                    place[point.name],
+                    point["score"],
+                    s=26,
+                    facecolors=face,
+                    edgecolors=color,
+                    lw=1.1,
+                )
         axis.scatter(place[best.index], best["score"], marker="*", s=150, color="black", zorder=3)
         if labels:
             axis.set_xticks(range(len(labels)), labels, fontsize=7)
@@ -373,10 +426,14 @@ def figure_search(runs: pd.DataFrame, config: Run, *, direction: str = "maximize
         axis.grid(alpha=0.25)
     for row in axes:
         row[0].set_ylabel("score")
-    figure.legend(handles=_search_legend(shown), fontsize=7, frameon=False, ncol=4, loc="lower center")
+    figure.legend(
+        handles=_search_legend(shown), fontsize=7, frameon=False, ncol=4, loc="lower center"
+    )
     others = len(runs) - len(shown)
-    figure.suptitle(f"{len(runs)} runs" + (f", {others} without a score" if others else "") + f"; {_note(config)}",
-                    fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"{len(runs)} runs" + (f", {others} without a score" if others else "") + f"; {caption}",
+        fontsize=9,
+    )
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
@@ -389,7 +446,9 @@ def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize"
     [1, 0]
     """
     complete = runs[runs["state"] == "complete"]
-    return complete.sort_values("score", ascending=direction == "minimize", kind="stable").head(count)
+    return complete.sort_values("score", ascending=direction == "minimize", kind="stable").head(
+        count
+    )
 
 
 def _parameters(runs: pd.DataFrame) -> list[str]:
@@ -416,7 +475,9 @@ def _extension_color(extension: int) -> str:
 
 def _search_legend(shown: pd.DataFrame) -> list[Line2D]:
     def point(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], **{"ls": "", "marker": "o", "color": "0.4", "ms": 5, "label": label} | style)
+        return Line2D(
+            [], [], **{"ls": "", "marker": "o", "color": "0.4", "ms": 5, "label": label} | style
+        )
 
     handles = [point("complete")]
     if (shown["state"] == "pruned").any():
@@ -466,7 +527,9 @@ def _run(
         log.warning("search run %d: %s", trial.number, error)
     finally:
         seconds = round(time.monotonic() - begun, 3)
-        trial.set_user_attr("outcome", {"state": state, "metrics": metrics, "epochs": epochs, "seconds": seconds})
+        trial.set_user_attr(
+            "outcome", {"state": state, "metrics": metrics, "epochs": epochs, "seconds": seconds}
+        )
         if state == "complete":
             study.tell(trial, metrics["score"])
         else:
@@ -478,11 +541,21 @@ def _checked(metrics: Mapping[str, Any], space: Mapping[str, Range | Choice]) ->
     """What the objective returned, as plain numbers; refused if it lacks a score or its names are taken."""
     if not isinstance(metrics, Mapping) or "score" not in metrics:
         raise ValueError(f'objective_fn must return a dict with "score", got {metrics!r}')
-    if taken := [name for name in metrics if name in space or (name in COLUMNS and name != "score")]:
-        raise ValueError(f"objective_fn returns metrics whose names are columns of runs.csv: rename {taken}")
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-    if odd := [name for name, value in plain.items() if not isinstance(value, int | float | str | None)]:
-        raise ValueError(f"objective_fn must return numbers or text, one a metric; {odd} are neither")
+    if taken := [
+        name for name in metrics if name in space or (name in COLUMNS and name != "score")
+    ]:
+        raise ValueError(
+            f"objective_fn returns metrics whose names are columns of runs.csv: rename {taken}"
+        )
+    plain = {
+        name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()
+    }
+    if odd := [
+        name for name, value in plain.items() if not isinstance(value, int | float | str | None)
+    ]:
+        raise ValueError(
+            f"objective_fn must return numbers or text, one a metric; {odd} are neither"
+        )
     return plain | {"score": float(plain["score"])}
 
 
@@ -495,7 +568,9 @@ def _draw_as(study: optuna.Study, *, seed: int, startup: int) -> None:
 
 def _finished(study: optuna.Study, extension: int | None = None) -> list[FrozenTrial]:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return [trial for trial in done if extension is None or trial.user_attrs["extension"] == extension]
+    return [
+        trial for trial in done if extension is None or trial.user_attrs["extension"] == extension
+    ]
 
 
 def _best(study: optuna.Study, extension: int) -> FrozenTrial:
@@ -503,7 +578,9 @@ def _best(study: optuna.Study, extension: int) -> FrozenTrial:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     complete = [trial for trial in complete if trial.user_attrs["extension"] <= extension]
     if not complete:
-        raise ValueError("no run of the search completed (see runs.csv): narrow the ranges, above all of the rate")
+        raise ValueError(
+            "no run of the search completed (see runs.csv): narrow the ranges, above all of the rate"
+        )
     sign = 1 if study.direction.name == "MAXIMIZE" else -1
     return max(complete, key=lambda trial: (sign * trial.value, -trial.number))
 
@@ -608,7 +685,9 @@ def _added(part: Range | Choice, grown: Range | Choice, side: str) -> list[Any]:
         if part.log:
             middle = round(math.sqrt(old * new))
         else:
-            middle = old + (1 if new > old else -1) * step * math.ceil(abs(new - old) / step / 2 - 1e-9)
+            middle = old + (1 if new > old else -1) * step * math.ceil(
+                abs(new - old) / step / 2 - 1e-9
+            )
         return [middle, new] if abs(new - middle) > step / 2 else [new]
     return [math.sqrt(old * new) if part.log else (old + new) / 2, new]
 
@@ -630,12 +709,26 @@ def _widen_all(
         if grown is None:
             continue
         probes = [dict(best) | {name: value} for value in _added(part, grown, side)]
-        entries.append({
-            "extension": extension, "parameter": name, "side": side, "best": _decode(part, best[name]),
-            "before": _text(part), "after": _text(grown), "space": grown, "probes": probes,
-        })  # fmt: skip
-        log.info("search: best %s = %s lies on the %s edge of %s; extended to %s", name, entries[-1]["best"], side,
-                 entries[-1]["before"], entries[-1]["after"])  # fmt: skip
+        entries.append(
+            {
+                "extension": extension,
+                "parameter": name,
+                "side": side,
+                "best": _decode(part, best[name]),
+                "before": _text(part),
+                "after": _text(grown),
+                "space": grown,
+                "probes": probes,
+            }
+        )
+        log.info(
+            "search: best %s = %s lies on the %s edge of %s; extended to %s",
+            name,
+            entries[-1]["best"],
+            side,
+            entries[-1]["before"],
+            entries[-1]["after"],
+        )
     return entries
 
 
@@ -659,11 +752,16 @@ def _ranges(
     for name, part in searched.items():
         side = _edge(part, best[name])
         why = "no extension left" if side and _widen(part, side) else "nothing allowed beyond"
-        rows.append({
-            "parameter": name, "best": _decode(part, best[name]), "asked": _text(asked[name]), "searched": _text(part),
-            "extensions": sum(entry["parameter"] == name for entry in extensions),
-            "edge": f"{side}: {why}" if side else "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "parameter": name,
+                "best": _decode(part, best[name]),
+                "asked": _text(asked[name]),
+                "searched": _text(part),
+                "extensions": sum(entry["parameter"] == name for entry in extensions),
+                "edge": f"{side}: {why}" if side else "",
+            }
+        )
     return pd.DataFrame(rows).astype({"best": object})
 
 
@@ -678,7 +776,9 @@ def _alone(folder: Path) -> Iterator[None]:
         with FileLock(folder / "search.lock", timeout=0):
             yield
     except Timeout as error:
-        raise RuntimeError(f"another process searches in {folder}: wait for it, or take another folder") from error
+        raise RuntimeError(
+            f"another process searches in {folder}: wait for it, or take another folder"
+        ) from error
 
 
 @contextmanager
@@ -694,7 +794,9 @@ def _opened(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator
         try:
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
         except DatabaseError as error:
-            raise ValueError(f"{path} is not a search: remove it, or pass resume=False ({error.orig})") from error
+            raise ValueError(
+                f"{path} is not a search: remove it, or pass resume=False ({error.orig})"
+            ) from error
         study = optuna.create_study(
             storage=storage,
             study_name="search",
@@ -716,7 +818,9 @@ def _opened(folder: Path, settings: dict[str, Any], *, resume: bool) -> Iterator
 def _pruner(prune: bool) -> optuna.pruners.BasePruner:
     if not prune:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=PRUNE_AFTER_RUNS, n_warmup_steps=PRUNE_AFTER_EPOCHS)
+    return optuna.pruners.MedianPruner(
+        n_startup_trials=PRUNE_AFTER_RUNS, n_warmup_steps=PRUNE_AFTER_EPOCHS
+    )
 
 
 def _check_same(study: optuna.Study, settings: dict[str, Any], folder: Path) -> None:
@@ -736,7 +840,9 @@ def _check_same(study: optuna.Study, settings: dict[str, Any], folder: Path) -> 
 def _check_extend(study: optuna.Study, extend: int) -> None:
     made = max((trial.user_attrs["extension"] for trial in _finished(study)), default=0)
     if made > extend:
-        raise ValueError(f"this search was extended {made} times already: extend must be at least that, got {extend}")
+        raise ValueError(
+            f"this search was extended {made} times already: extend must be at least that, got {extend}"
+        )
 
 
 def _runs(study: optuna.Study, space: Mapping[str, Range | Choice]) -> pd.DataFrame:
@@ -745,15 +851,24 @@ def _runs(study: optuna.Study, space: Mapping[str, Range | Choice]) -> pd.DataFr
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
             continue
-        outcome = trial.user_attrs.get("outcome", {"metrics": {}, "epochs": trial.last_step or 0, "seconds": math.nan})
+        outcome = trial.user_attrs.get(
+            "outcome", {"metrics": {}, "epochs": trial.last_step or 0, "seconds": math.nan}
+        )
         ended = {TrialState.RUNNING: "running", TrialState.FAIL: "failed"}.get(trial.state)
         state = ended or outcome["state"]
         others |= dict.fromkeys(name for name in outcome["metrics"] if name != "score")
-        params = {name: _decode(part, trial.params[name]) for name, part in space.items() if name in trial.params}
+        params = {
+            name: _decode(part, trial.params[name])
+            for name, part in space.items()
+            if name in trial.params
+        }
         rows.append(
             {"number": trial.number, **params}
             | outcome["metrics"]
-            | {"score": trial.value if state in ("complete", "pruned") else math.nan, "state": state}
+            | {
+                "score": trial.value if state in ("complete", "pruned") else math.nan,
+                "state": state,
+            }
             | {"epochs": outcome["epochs"], "seconds": outcome["seconds"]}
             | {"extension": trial.user_attrs.get("extension", 0)}
         )
@@ -776,11 +891,19 @@ def _write(
 
 
 def _check(
-    space: Mapping[str, Range | Choice], *, trials: int, seed: int, direction: str, extend: int, resume: bool
+    space: Mapping[str, Range | Choice],
+    *,
+    trials: int,
+    seed: int,
+    direction: str,
+    extend: int,
+    resume: bool,
 ) -> None:
     """Refuse unusable arguments before anything is run or written."""
     if not space:
-        raise ValueError('space is empty: name at least one parameter, e.g. {"lr": Range(1e-4, 1e-2, log=True)}')
+        raise ValueError(
+            'space is empty: name at least one parameter, e.g. {"lr": Range(1e-4, 1e-2, log=True)}'
+        )
     for name, part in space.items():
         if name in COLUMNS:
             raise ValueError(f"the parameter name {name!r} is a column of runs.csv: rename it")
@@ -802,20 +925,30 @@ def _check(
 
 def _check_range(name: str, part: Range) -> None:
     if not (math.isfinite(part.low) and math.isfinite(part.high) and part.low < part.high):
-        raise ValueError(f"{name}: low must be below high, both finite; got {part.low} and {part.high}")
+        raise ValueError(
+            f"{name}: low must be below high, both finite; got {part.low} and {part.high}"
+        )
     if part.log and part.low <= 0:
         raise ValueError(f"{name}: a logarithmic range needs low > 0, got {part.low}")
     if part.log and part.step is not None:
-        raise ValueError(f"{name}: log and step exclude each other; use a Choice of the values you mean")
+        raise ValueError(
+            f"{name}: log and step exclude each other; use a Choice of the values you mean"
+        )
     if part.step is not None:
         steps = (part.high - part.low) / part.step if part.step > 0 else 0.5
         if abs(steps - round(steps)) > 1e-9 or (_whole(part) and not isinstance(part.step, int)):
-            raise ValueError(f"{name}: whole steps of {part.step} must lead from {part.low} to {part.high}")
+            raise ValueError(
+                f"{name}: whole steps of {part.step} must lead from {part.low} to {part.high}"
+            )
     lowest, highest = _limits(part)
     if not lowest <= part.low or not part.high <= highest:
-        raise ValueError(f"{name}: the range {_text(part)} lies outside its hard limits {part.hard}")
+        raise ValueError(
+            f"{name}: the range {_text(part)} lies outside its hard limits {part.hard}"
+        )
     if part.log and part.hard[0] is not None and part.hard[0] <= 0:
-        raise ValueError(f"{name}: the hard minimum of a logarithmic range must be above 0, got {part.hard[0]}")
+        raise ValueError(
+            f"{name}: the hard minimum of a logarithmic range must be above 0, got {part.hard[0]}"
+        )
 
 
 def _check_choice(name: str, part: Choice) -> None:

@@ -23,11 +23,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from . import datasets, explore, metrics, train
-from .cache import ImageCache, _content
-from .datasets import BadData, Dataset
-from .report import COLORS, _axes, _note, with_interval
-from .run import Run
+from . import metrics, train
+from .data import datasets, explore
+from .data.cache import ImageCache, _content
+from .data.datasets import BadData, Dataset
+from .plots import COLORS, panels
+from .report import with_interval
 from .study import Study
 
 log = logging.getLogger("dlia_utils")
@@ -40,8 +41,20 @@ CRUDE_BOX = (
     + " and ".join(f"{left:.0%} to {right:.0%}" for left, right in BOX_COLUMNS)
     + " of the width"
 )
-REGIONS = ("whole", "border_only", "corners_only", "centre_only", "lungs_only", "lungs_blanked", "lung_shape")
-OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # Regions that hold no lung tissue, or hardly any.
+REGIONS = (
+    "whole",
+    "border_only",
+    "corners_only",
+    "centre_only",
+    "lungs_only",
+    "lungs_blanked",
+    "lung_shape",
+)
+OUTSIDE = (
+    "lungs_blanked",
+    "border_only",
+    "corners_only",
+)  # Regions that hold no lung tissue, or hardly any.
 REGION_NAMES = {
     "whole": "the whole film",
     "border_only": "the border alone",
@@ -53,7 +66,10 @@ REGION_NAMES = {
 }
 AUDITED = ("accuracy", "balanced_accuracy", "auc")
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
-HOW = {"tested": "trained on whole films, tested on the region", "retrained": "trained and tested on the region"}
+HOW = {
+    "tested": "trained on whole films, tested on the region",
+    "retrained": "trained and tested on the region",
+}
 
 TrainAndScore = Callable[[Tensor, np.ndarray, Tensor], np.ndarray]
 
@@ -80,7 +96,9 @@ def films(study: Study, rows: Sequence[int] | np.ndarray) -> Films:
     """
     rows = np.asarray(rows, dtype=np.int64)
     masks, lungs = lung_masks(study.dataset, rows, study.cache)
-    return Films(study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows), masks, lungs)
+    return Films(
+        study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows), masks, lungs
+    )
 
 
 # ------------------------------------------------------------------------------------------- lungs
@@ -101,7 +119,9 @@ def crude_lung_box(size: int, content: tuple[int, int] | None = None) -> np.ndar
     return np.outer((down >= BOX_ROWS[0]) & (down < BOX_ROWS[1]), beside)
 
 
-def load_masks(dataset: Dataset, rows: Sequence[int] | np.ndarray, size: int, fit: str = "squash") -> np.ndarray:
+def load_masks(
+    dataset: Dataset, rows: Sequence[int] | np.ndarray, size: int, fit: str = "squash"
+) -> np.ndarray:
     """Organ masks of the images `rows` at the size and fit of their cache: bool [n,S,S].
 
     A mask file covers the whole film, whatever its own size (the COVID-19 Radiography Database has 256-pixel masks
@@ -116,7 +136,9 @@ def load_masks(dataset: Dataset, rows: Sequence[int] | np.ndarray, size: int, fi
     if missing:
         raise BadData(datasets.problem_text(pd.DataFrame(missing, columns=["path", "problem"])))
     unique = np.unique(rows)
-    content = dict(zip(unique.tolist(), _contents(datasets.take(dataset, unique), size, fit), strict=True))
+    content = dict(
+        zip(unique.tolist(), _contents(datasets.take(dataset, unique), size, fit), strict=True)
+    )
 
     def read(path: str, row: int) -> np.ndarray | tuple[str, str]:
         try:
@@ -127,7 +149,9 @@ def load_masks(dataset: Dataset, rows: Sequence[int] | np.ndarray, size: int, fi
     jobs = [(place, row, path) for place, row in enumerate(rows.tolist()) for path in paths[row]]
     masks, problems = np.zeros((len(rows), size, size), bool), []
     with ThreadPoolExecutor(8) as pool:
-        for (place, row, _), found in zip(jobs, pool.map(lambda job: read(job[2], job[1]), jobs), strict=True):
+        for (place, row, _), found in zip(
+            jobs, pool.map(lambda job: read(job[2], job[1]), jobs), strict=True
+        ):
             if isinstance(found, tuple):
                 problems.append(found)
             else:
@@ -229,7 +253,13 @@ def lung_shape(x: Tensor, masks: Tensor | np.ndarray, *, fill: float) -> Tensor:
 
 
 def limited(
-    x: Tensor, region: str, masks: Tensor | np.ndarray, *, fill: float, border: float = 0.1, corner: float = 0.2
+    x: Tensor,
+    region: str,
+    masks: Tensor | np.ndarray,
+    *,
+    fill: float,
+    border: float = 0.1,
+    corner: float = 0.2,
 ) -> Tensor:
     """The images with only `region` (one of `REGIONS`) left; see the function of that name. Errors: ValueError.
 
@@ -243,7 +273,9 @@ def limited(
     if region == "corners_only":
         return corners_only(x, corner, fill=fill)
     if region in ("border_only", "centre_only"):
-        return {"border_only": border_only, "centre_only": centre_only}[region](x, border, fill=fill)
+        return {"border_only": border_only, "centre_only": centre_only}[region](
+            x, border, fill=fill
+        )
     by_mask = {"lungs_only": lungs_only, "lungs_blanked": lungs_blanked, "lung_shape": lung_shape}
     return by_mask[region](x, masks, fill=fill)
 
@@ -252,7 +284,11 @@ def limited(
 
 
 def linear_probe(
-    features: Callable[[Tensor], Tensor] | None = None, *, c: float = 0.1, pool: int = 16, batch_size: int = 64
+    features: Callable[[Tensor], Tensor] | None = None,
+    *,
+    c: float = 0.1,
+    pool: int = 16,
+    batch_size: int = 64,
 ) -> TrainAndScore:
     """A quick pipeline for retraining: frozen features, standardised, then logistic regression.
 
@@ -263,11 +299,17 @@ def linear_probe(
     """
 
     def pooled(x: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(x, [min(side, pool) for side in x.shape[2:]]).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(
+            x, [min(side, pool) for side in x.shape[2:]]
+        ).flatten(1)
 
     @torch.no_grad()
     def all_features(x: Tensor) -> np.ndarray:
-        return torch.cat([(features or pooled)(part).flatten(1).cpu() for part in x.split(batch_size)]).double().numpy()
+        return (
+            torch.cat([(features or pooled)(part).flatten(1).cpu() for part in x.split(batch_size)])
+            .double()
+            .numpy()
+        )
 
     def train_and_score(x_train: Tensor, y_train: np.ndarray, x_test: Tensor) -> np.ndarray:
         model = make_pipeline(
@@ -308,7 +350,9 @@ def region_accuracy(
     if unknown := set(regions) - set(REGIONS):
         raise ValueError(f"unknown regions {sorted(unknown)}; choose from {', '.join(REGIONS)}")
     if model is None and train_and_score is None:
-        raise ValueError("give a model to test, a pipeline to retrain (e.g. linear_probe()), or both")
+        raise ValueError(
+            "give a model to test, a pipeline to retrain (e.g. linear_probe()), or both"
+        )
     fill = float(train_films.x.mean()) if fill is None else fill
     options = {"fill": fill, "border": border, "corner": corner}
     tables = []
@@ -330,10 +374,14 @@ def region_accuracy(
             tables.append(table)
     order = {how: place for place, how in enumerate(HOW)}
     together = pd.concat(tables, ignore_index=True)
-    return together.sort_values("how", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    return together.sort_values(
+        "how", key=lambda column: column.map(order), kind="stable", ignore_index=True
+    )
 
 
-def with_marker(x: Tensor, place: str, *, size: float = 0.08, margin: float = 0.03, value: float = 1.0) -> Tensor:
+def with_marker(
+    x: Tensor, place: str, *, size: float = 0.08, margin: float = 0.03, value: float = 1.0
+) -> Tensor:
     """A square with side `size` (a share of the image's) burnt in at `place`: one of `CORNERS`, or "middle".
 
     x: [N,1|3,S,S] in [0,1]; a new tensor. `margin` is the distance from the edges, as a share too. Errors:
@@ -345,10 +393,14 @@ def with_marker(x: Tensor, place: str, *, size: float = 0.08, margin: float = 0.
     if place not in (*CORNERS, "middle"):
         raise ValueError(f"place is {place!r}; it must be one of {', '.join(CORNERS)}, middle")
     if not 0 < size <= 1 or margin < 0 or size + margin > 1:
-        raise ValueError(f"size {size} and margin {margin} are shares of the side: size in (0,1], sum at most 1")
+        raise ValueError(
+            f"size {size} and margin {margin} are shares of the side: size in (0,1], sum at most 1"
+        )
     x = x.clone()
     slices = []
-    for side, far in zip(x.shape[2:], (place.startswith("lower"), place.endswith("right")), strict=True):
+    for side, far in zip(
+        x.shape[2:], (place.startswith("lower"), place.endswith("right")), strict=True
+    ):
         long, gap = max(round(size * side), 1), round(margin * side)
         start = (side - long) // 2 if place == "middle" else side - gap - long if far else gap
         slices.append(slice(max(start, 0), max(start, 0) + long))
@@ -380,7 +432,9 @@ def marker_test(
     """
     y = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
     if not len(x) == len(y) == len(groups) or not len(y):
-        raise ValueError(f"x ({len(x)}), y ({len(y)}) and groups ({len(groups)}) must have the same length above 0")
+        raise ValueError(
+            f"x ({len(x)}), y ({len(y)}) and groups ({len(groups)}) must have the same length above 0"
+        )
     before = train.predict(model, x, batch_size=batch_size)[0][:, 1]
     rows = []
     for place in (*CORNERS, "middle"):
@@ -388,9 +442,14 @@ def marker_test(
         after = train.predict(model, marked, batch_size=batch_size)[0][:, 1]
         answers = before > 0.5, after > 0.5
         right = [(answer == (y == 1)).astype(float) for answer in answers]
-        found = {"change": after - before, "size_of_change": np.abs(after - before), "flips": answers[0] != answers[1],
-                 "flips_to_1": answers[1] & ~answers[0], "flips_to_0": answers[0] & ~answers[1],
-                 "accuracy_change": right[1] - right[0]}  # fmt: skip
+        found = {
+            "change": after - before,
+            "size_of_change": np.abs(after - before),
+            "flips": answers[0] != answers[1],
+            "flips_to_1": answers[1] & ~answers[0],
+            "flips_to_0": answers[0] & ~answers[1],
+            "accuracy_change": right[1] - right[0],
+        }
         for name, values in found.items():
             row = _mean(values, groups, draws=draws, level=level, seed=seed)
             rows.append({"place": place, "metric": name} | row | {"size": size})
@@ -429,12 +488,16 @@ def inside_energy(
         raise ValueError("maps hold negative, infinite or NaN values: pass Attribution.heat()")
     if not masks.any((1, 2)).all():
         empty = np.flatnonzero(~masks.any((1, 2)))[:5].tolist()
-        raise ValueError(f"the masks of images {empty} cover no pixel: use lung_masks, which gives them a crude box")
+        raise ValueError(
+            f"the masks of images {empty} cover no pixel: use lung_masks, which gives them a crude box"
+        )
     area, total = masks.mean((1, 2)), maps.sum((1, 2))
     zero = total <= 0
     energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
     rows = [
-        {"metric": name} | _mean(values, groups, draws=draws, level=level, seed=seed) | {"zero_maps": int(zero.sum())}
+        {"metric": name}
+        | _mean(values, groups, draws=draws, level=level, seed=seed)
+        | {"zero_maps": int(zero.sum())}
         for name, values in (("energy", energy), ("area", area), ("gain", energy - area))
     ]
     return pd.DataFrame(rows)
@@ -457,8 +520,12 @@ def source_bias(
     columns.
     """
     if missing := {"image", "probability"} - set(predictions.columns):
-        raise ValueError(f"predictions lack the columns {sorted(missing)}: image is the row number in the manifest")
-    table = dataset.manifest.iloc[predictions["image"].to_numpy(dtype=np.int64)].reset_index(drop=True)
+        raise ValueError(
+            f"predictions lack the columns {sorted(missing)}: image is the row number in the manifest"
+        )
+    table = dataset.manifest.iloc[predictions["image"].to_numpy(dtype=np.int64)].reset_index(
+        drop=True
+    )
     table["wrong"] = (predictions["probability"].to_numpy() > threshold) != (table["label"] == 1)
     known = (table["group"] != "").any()
     table["source"] = table["group"].where(table["group"] != "", "not known")
@@ -469,10 +536,18 @@ def source_bias(
             note = "this source holds one class only: source and class cannot be told apart"
         for name, films_of_class in part.groupby("class_name"):
             share = metrics.share(
-                films_of_class["wrong"], films_of_class["patient"], draws=draws, level=level, seed=seed
+                films_of_class["wrong"],
+                films_of_class["patient"],
+                draws=draws,
+                level=level,
+                seed=seed,
             )
-            rows.append({"source": source, "class_name": name} | share | {"metric": "error", "note": note})
-    return pd.DataFrame(rows)[["source", "class_name", "metric", "value", "ci_low", "ci_high", "n", "note"]]
+            rows.append(
+                {"source": source, "class_name": name} | share | {"metric": "error", "note": note}
+            )
+    return pd.DataFrame(rows)[
+        ["source", "class_name", "metric", "value", "ci_low", "ci_high", "n", "note"]
+    ]
 
 
 # ------------------------------------------------------------------------------------------- words
@@ -501,7 +576,10 @@ def conclude(
     if not len(auc):
         raise ValueError("rows hold no auc: pass the table of region_accuracy")
     lines = [f"**{_headline(auc)}", ""]
-    for how, words in (("tested", "The model trained on whole films, shown"), ("retrained", "Trained and tested on")):
+    for how, words in (
+        ("tested", "The model trained on whole films, shown"),
+        ("retrained", "Trained and tested on"),
+    ):
         for region in REGIONS:
             if (how, region) in auc.index:
                 lines.append(f"- {words} {REGION_NAMES[region]}: {_judge(auc, how, region)}")
@@ -511,13 +589,19 @@ def conclude(
         lines.append(f"- {_energy_sentence(energy)}")
     lines += ["", f"Lungs are {auc['lungs'].iloc[0]}."]
     if _outline_tells(auc, "tested") or _outline_tells(auc, "retrained"):
-        lines.append("Their outline alone tells the classes apart and stays visible where lungs are cut out or blanked; "
-                     "border and corners are free of it.")  # fmt: skip
+        lines.append(
+            "Their outline alone tells the classes apart and stays visible where lungs are cut out or blanked; "
+            "border and corners are free of it."
+        )
     if "tested" in auc.index.get_level_values("how"):
-        lines.append("A film with a part taken away is unlike any that the model was trained on: that it fails there "
-                     "does not prove that it never reads the part that was left.")  # fmt: skip
+        lines.append(
+            "A film with a part taken away is unlike any that the model was trained on: that it fails there "
+            "does not prove that it never reads the part that was left."
+        )
     if synthetic:
-        lines.append("\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*")
+        lines.append(
+            "\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*"
+        )
     return "\n".join(lines)
 
 
@@ -526,13 +610,17 @@ def _headline(auc: pd.DataFrame) -> str:
 
     def tells(how: str, regions: Sequence[str]) -> bool:
         return any(
-            auc.loc[(how, region), "ci_low"] > _floor(auc, how, region) for region in regions if (how, region) in auc.index
+            auc.loc[(how, region), "ci_low"] > _floor(auc, how, region)
+            for region in regions
+            if (how, region) in auc.index
         )
 
     if tells("tested", OUTSIDE):
         if ("tested", "lungs_only") in auc.index and not tells("tested", ["lungs_only"]):
-            return ("The model reads what lies outside the lungs:** its answer is better than chance where no lung can "
-                    "be seen, and not where only the lungs can be seen.")  # fmt: skip
+            return (
+                "The model reads what lies outside the lungs:** its answer is better than chance where no lung can "
+                "be seen, and not where only the lungs can be seen."
+            )
         return "The model reads more than the lungs:** its answer is better than chance where no lung can be seen."
     if tells("retrained", OUTSIDE):
         follows = "whether a model uses it was not tested here"
@@ -581,10 +669,16 @@ def _marker_sentence(marker: pd.DataFrame) -> str:
     place = max(CORNERS, key=lambda corner: table.loc[(corner, "size_of_change"), "value"])
     change, flips = table.loc[(place, "change")], table.loc[(place, "flips")]
     middle = table.loc[("middle", "flips"), "value"]
-    moved = "moves the answer" if change["ci_low"] > 0 or change["ci_high"] < 0 else "does not move the answer one way"
-    return (f"A bright square of {change['size']:.0%} of the side in a corner {moved}: most in the {place}, P(class 1) "
-            f"{change['value']:+.3f} [{change['ci_low']:+.3f}, {change['ci_high']:+.3f}]; {flips['value']:.1%} of the "
-            f"answers turn there, {middle:.1%} with the square in the middle.")  # fmt: skip
+    moved = (
+        "moves the answer"
+        if change["ci_low"] > 0 or change["ci_high"] < 0
+        else "does not move the answer one way"
+    )
+    return (
+        f"A bright square of {change['size']:.0%} of the side in a corner {moved}: most in the {place}, P(class 1) "
+        f"{change['value']:+.3f} [{change['ci_low']:+.3f}, {change['ci_high']:+.3f}]; {flips['value']:.1%} of the "
+        f"answers turn there, {middle:.1%} with the square in the middle."
+    )
 
 
 def _energy_sentence(energy: pd.DataFrame) -> str:
@@ -597,8 +691,10 @@ def _energy_sentence(energy: pd.DataFrame) -> str:
         verdict = "less than a map that knows nothing has"
     zero = int(gain["zero_maps"])
     note = f" ({zero} zero maps count as flat)" if zero else ""
-    return (f"{table.loc['energy', 'value']:.1%} of the attribution lies inside the lungs, which cover "
-            f"{table.loc['area', 'value']:.1%} of the film: {verdict}{note}.")  # fmt: skip
+    return (
+        f"{table.loc['energy', 'value']:.1%} of the attribution lies inside the lungs, which cover "
+        f"{table.loc['area', 'value']:.1%} of the film: {verdict}{note}."
+    )
 
 
 # ------------------------------------------------------------------------------------------- figures
@@ -607,7 +703,7 @@ def _energy_sentence(energy: pd.DataFrame) -> str:
 def figure_regions(
     images: Tensor,
     masks: Tensor | np.ndarray,
-    config: Run,
+    caption: str,
     *,
     fill: float,
     titles: Sequence[str] = (),
@@ -615,7 +711,7 @@ def figure_regions(
     corner: float = 0.2,
 ) -> Figure:
     """What is left of each film in each of `REGIONS`; one row an image [N,1,S,S]. `titles`: a line per image."""
-    figure, axes = _axes(len(REGIONS), rows=len(images), width=1.6, height=1.9)
+    figure, axes = panels(len(REGIONS), rows=len(images), width=1.6, height=1.9)
     for column, region in enumerate(REGIONS):
         left = limited(images, region, masks, fill=fill, border=border, corner=corner).cpu().numpy()
         for row, axis in enumerate(axes[:, column]):
@@ -623,31 +719,38 @@ def figure_regions(
             name = region.replace("_", " ")
             axis.set_title(f"{titles[row]}\n{name}" if titles and not column else name, fontsize=7)
             axis.axis("off")
-    figure.suptitle(f"taken away: grey {fill:.2f}; {_note(config)}", fontsize=9, y=1.0)
+    figure.suptitle(f"taken away: grey {fill:.2f}; {caption}", fontsize=9, y=1.0)
     figure.tight_layout()
     return figure
 
 
-def figure_audit(rows: pd.DataFrame, config: Run) -> Figure:
+def figure_audit(rows: pd.DataFrame, caption: str) -> Figure:
     """AUC with its interval for each region, in both forms of `region_accuracy`; the dotted line is chance."""
     auc = rows[rows["metric"] == "auc"]
     regions = [region for region in REGIONS if (auc["region"] == region).any()]
-    figure, axes = _axes(1, width=7.0, height=0.8 + 0.42 * len(regions))
+    figure, axes = panels(1, width=7.0, height=0.8 + 0.42 * len(regions))
     axis = axes[0, 0]
     for color, offset, (how, words) in zip(COLORS, (-0.13, 0.13), HOW.items(), strict=False):
         part = auc[auc["how"] == how].set_index("region").reindex(regions).dropna(subset="value")
         place = np.array([regions.index(region) for region in part.index]) + offset
         if len(part):
             # A percentile interval may leave the value outside by a hair; a bar cannot be negative.
-            bars = [(part["value"] - part["ci_low"]).clip(0), (part["ci_high"] - part["value"]).clip(0)]
-            axis.errorbar(part["value"], place, xerr=bars, fmt="o", ms=5, color=color, capsize=3, label=words)
+            bars = [
+                (part["value"] - part["ci_low"]).clip(0),
+                (part["ci_high"] - part["value"]).clip(0),
+            ]
+            axis.errorbar(
+                part["value"], place, xerr=bars, fmt="o", ms=5, color=color, capsize=3, label=words
+            )
     axis.axvline(0.5, ls=":", color="0.4")
-    axis.set_yticks(range(len(regions)), [region.replace("_", " ") for region in regions], fontsize=8)
+    axis.set_yticks(
+        range(len(regions)), [region.replace("_", " ") for region in regions], fontsize=8
+    )
     axis.invert_yaxis()
     axis.set(xlabel="AUC on test films", xlim=(min(0.4, auc["ci_low"].min() - 0.03), 1.02))
     axis.grid(axis="x", alpha=0.25)
     axis.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
-    figure.suptitle(f"What each region tells; {_note(config)}", fontsize=9)
+    figure.suptitle(f"What each region tells; {caption}", fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -661,7 +764,9 @@ def _mask_paths(dataset: Dataset) -> Mapping[int, list[str]]:
 
 def _contents(dataset: Dataset, size: int, fit: str) -> list[tuple[int, int]]:
     """Height and width that each film takes up in the cached square."""
-    return [_content(height, width, size, fit) for height, width in explore.shapes(dataset).tolist()]
+    return [
+        _content(height, width, size, fit) for height, width in explore.shapes(dataset).tolist()
+    ]
 
 
 def _read_mask(path: Path, height: int, width: int) -> np.ndarray:
@@ -678,7 +783,9 @@ def _as_mask(masks: Tensor | np.ndarray, x: Tensor) -> Tensor:
     """Masks [N,S,S] as bool [N,1,S,S] beside the images."""
     mask = torch.as_tensor(masks, dtype=torch.bool, device=x.device)
     if mask.shape != (len(x), *x.shape[2:]):
-        raise ValueError(f"masks {list(mask.shape)} do not fit images {list(x.shape)}: give [N,S,S] of the same size")
+        raise ValueError(
+            f"masks {list(mask.shape)} do not fit images {list(x.shape)}: give [N,S,S] of the same size"
+        )
     return mask[:, None]
 
 
@@ -703,7 +810,12 @@ def _mean(values: np.ndarray, groups: Sequence, *, draws: int, level: float, see
         return {name: row[name] for name in ("value", "ci_low", "ci_high", "n")}
     weights = metrics.patient_weights(groups, draws=draws, seed=seed)
     low, high = np.quantile(weights @ values / weights.sum(1), [(1 - level) / 2, (1 + level) / 2])
-    return {"value": float(values.mean()), "ci_low": float(low), "ci_high": float(high), "n": len(values)}
+    return {
+        "value": float(values.mean()),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "n": len(values),
+    }
 
 
 def _check_films(given: Films, name: str) -> None:

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
 
-from dlia_utils import metrics
-from dlia_utils.objectives import evaluating
+from . import metrics
+from .device import evaluating
 
 ABSTAIN = -1
 
@@ -56,13 +56,26 @@ def certify(
     rows = []
     with torch.inference_mode(), evaluating(model):
         for i, image in zip(ids, x, strict=True):
-            first = _counts(model, image, n0, sigma, np.random.default_rng([seed, 0, i]), batch_size)
+            first = _counts(
+                model, image, n0, sigma, np.random.default_rng([seed, 0, i]), batch_size
+            )
             chosen = int(first.argmax())
-            k = int(_counts(model, image, n, sigma, np.random.default_rng([seed, 1, i]), batch_size)[chosen])
+            k = int(
+                _counts(model, image, n, sigma, np.random.default_rng([seed, 1, i]), batch_size)[
+                    chosen
+                ]
+            )
             p = lower_bound(k, n, alpha=alpha)
             certain = p > 0.5
-            rows.append({"image": i, "predicted": chosen if certain else ABSTAIN,
-                         "radius": sigma * float(norm.ppf(p)) if certain else 0.0, "p_lower": p, "k": k})  # fmt: skip
+            rows.append(
+                {
+                    "image": i,
+                    "predicted": chosen if certain else ABSTAIN,
+                    "radius": sigma * float(norm.ppf(p)) if certain else 0.0,
+                    "p_lower": p,
+                    "k": k,
+                }
+            )
     table = pd.DataFrame(rows)
     if y is not None:
         table["label"] = y.cpu().numpy()
@@ -95,14 +108,18 @@ def predict(
     answers = []
     with torch.inference_mode(), evaluating(model):
         for i, image in zip(ids, x, strict=True):
-            counts = _counts(model, image, n, sigma, np.random.default_rng([seed, 1, i]), batch_size)
+            counts = _counts(
+                model, image, n, sigma, np.random.default_rng([seed, 1, i]), batch_size
+            )
             runner_up, top = np.sort(counts)[-2:].tolist()
             sure = binomtest(top, top + runner_up, 0.5).pvalue <= alpha
             answers.append(int(counts.argmax()) if sure else ABSTAIN)
     return torch.tensor(answers)
 
 
-def certified_accuracy(table: pd.DataFrame, radii: Sequence[float], groups: Sequence, *, draws: int = 2000) -> pd.DataFrame:
+def certified_accuracy(
+    table: pd.DataFrame, radii: Sequence[float], groups: Sequence, *, draws: int = 2000
+) -> pd.DataFrame:
     """The share of images that are right and certified at each L2 radius, of all images of a `certify` table.
 
     groups: patient of each row. Columns: metric, value, ci_low, ci_high (95 %, by patient, see `metrics.share`), n,
@@ -115,11 +132,16 @@ def certified_accuracy(table: pd.DataFrame, radii: Sequence[float], groups: Sequ
     """
     missing = {"correct", "radius"} - set(table.columns)
     if missing or table.empty:
-        raise ValueError(f"the table has no {sorted(missing) or 'rows'}: make it with certify(model, x, y, ...)")
+        raise ValueError(
+            f"the table has no {sorted(missing) or 'rows'}: make it with certify(model, x, y, ...)"
+        )
     if min(radii, default=0) < 0:
         raise ValueError(f"radii must not be negative, got {min(radii)}")
     right, radius = table.correct.to_numpy(dtype=bool), table.radius.to_numpy(dtype=float)
-    rows = [metrics.share(right & (radius >= r), list(groups), draws=draws) | {"radius": r} for r in radii]
+    rows = [
+        metrics.share(right & (radius >= r), list(groups), draws=draws) | {"radius": r}
+        for r in radii
+    ]
     return pd.DataFrame(rows).assign(metric="certified_accuracy")
 
 
@@ -133,7 +155,12 @@ def lower_bound(k: int, n: int, *, alpha: float) -> float:
 
 
 def _counts(
-    model: nn.Module, image: Tensor, n: int, sigma: float, draws: np.random.Generator, batch_size: int
+    model: nn.Module,
+    image: Tensor,
+    n: int,
+    sigma: float,
+    draws: np.random.Generator,
+    batch_size: int,
 ) -> np.ndarray:
     """How often the model gives each class [K] to n noisy copies of one image [C, H, W]."""
     device = next((parameter.device for parameter in model.parameters()), image.device)
@@ -146,17 +173,23 @@ def _counts(
     return counts
 
 
-def _check(x: Tensor, y: Tensor | None, ids: Sequence[int] | None, *, alpha: float, **positive: float) -> list[int]:
+def _check(
+    x: Tensor, y: Tensor | None, ids: Sequence[int] | None, *, alpha: float, **positive: float
+) -> list[int]:
     """The images' ids, after a look at the arguments."""
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha is the probability of a wrong certificate, between 0 and 0.5; got {alpha}")
+        raise ValueError(
+            f"alpha is the probability of a wrong certificate, between 0 and 0.5; got {alpha}"
+        )
     if x.ndim != 4 or not len(x):
         raise ValueError(f"x must be a non-empty batch [B, C, H, W], not {tuple(x.shape)}")
     if not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
-        raise ValueError("x must lie in [0, 1]: pass pixels before normalisation, the model owns its mean and std")
+        raise ValueError(
+            "x must lie in [0, 1]: pass pixels before normalisation, the model owns its mean and std"
+        )
     ids = list(range(len(x))) if ids is None else [int(i) for i in ids]
     if len(ids) != len(x) or min(ids) < 0:
         raise ValueError(f"ids must be {len(x)} integers >= 0, one per image")

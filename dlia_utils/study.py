@@ -26,13 +26,20 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from . import augment, cache, datasets, files, locate, models, split, train
-from .objectives import fingerprint
+from . import files, models, train
+from .data import augment, cache, datasets, sources, split
+from .device import fingerprint
 from .run import Run, digest, for_dataset
 
 log = logging.getLogger("dlia_utils")
 
-FREE = ("max_minutes", "num_workers", "resume", "progress", "on_epoch")  # they change no weight of a training
+FREE = (
+    "max_minutes",
+    "num_workers",
+    "resume",
+    "progress",
+    "on_epoch",
+)  # they change no weight of a training
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
 
 
@@ -66,9 +73,12 @@ class Study:
         paths = self.dataset.manifest["path"]
         lengths = [(path, os.stat(self.dataset.root / path).st_size) for path in paths]
         return {
-            "data": self.run.data_name, "files": digest(lengths), "split": split.split_hash(self.dataset),
-            "size": self.cache.size, "fit": self.cache.fit,
-        }  # fmt: skip
+            "data": self.run.data_name,
+            "files": digest(lengths),
+            "split": split.split_hash(self.dataset),
+            "size": self.cache.size,
+            "fit": self.cache.fit,
+        }
 
     def rows(self, name: str) -> np.ndarray:
         """Row numbers (image ids) of a split, "train", "val" or "test"."""
@@ -85,12 +95,16 @@ class Study:
     def patients(self, rows: Sequence[int]) -> np.ndarray:
         return self.dataset.manifest["patient"].to_numpy()[rows]
 
-    def torch_set(self, name: str, *, augmented: bool | augment.A.Compose = False) -> augment.CachedImages:
+    def torch_set(
+        self, name: str, *, augmented: bool | augment.A.Compose = False
+    ) -> augment.CachedImages:
         """A split as a torch data set; only training images are ever augmented, as usual (True) or by a pipeline."""
         rows = self.rows(name)
         transform = augment.train_transform() if augmented is True else augmented or None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
-        images = augment.CachedImages(self.cache, rows, labels, transform=transform, seed=self.run.seed)
+        images = augment.CachedImages(
+            self.cache, rows, labels, transform=transform, seed=self.run.seed
+        )
         balanced = augmented and self.run.settings.get("balance") == "sampling"
         return augment.Balanced(images, seed=self.run.seed) if balanced else images
 
@@ -112,7 +126,9 @@ class Study:
         """
         if self.run.settings.get("balance") == "sampling":
             return None
-        counts = np.bincount(self.labels(self.rows("train")).cpu().numpy(), minlength=len(self.dataset.classes))
+        counts = np.bincount(
+            self.labels(self.rows("train")).cpu().numpy(), minlength=len(self.dataset.classes)
+        )
         return tuple((counts.sum() / (len(counts) * counts)).tolist())
 
 
@@ -146,7 +162,9 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
         official, drawn = set(dataset.manifest["split"]), bool(run.settings.get("test_share"))
         anew = drawn and ("" in official or "test" not in official)
         if anew and official != {""} and run.location.kind == "folder":
-            log.warning("%s has no test split: train, val and test are all drawn anew", dataset.name)
+            log.warning(
+                "%s has no test split: train, val and test are all drawn anew", dataset.name
+            )
         if anew:
             dataset = replace(dataset, manifest=dataset.manifest.assign(split=""))
         if run.settings.get("per_class"):
@@ -158,12 +176,16 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
         if saved.exists():
             dataset = split.load(dataset, saved)
         elif anew:
-            dataset = split.drawn(dataset, val_share=run.val_share, test_share=run.test_share, seed=run.seed)
+            dataset = split.drawn(
+                dataset, val_share=run.val_share, test_share=run.test_share, seed=run.seed
+            )
         elif not drawn or "val" not in official:
             dataset = split.grouped(dataset, val_share=run.val_share, seed=run.seed)
         _OPEN[name] = Study(run, dataset, decoded)
     study = _OPEN[name]
-    if study.run is not run:  # the cells were run again, perhaps with another RESUME or a model of one's own
+    if (
+        study.run is not run
+    ):  # the cells were run again, perhaps with another RESUME or a model of one's own
         study = _OPEN[name] = replace(study, run=run)
     if not (run.run_dir / "split.json").exists():
         # Only now: a split that names a file which does not decode would outlive the file's removal.
@@ -190,10 +212,14 @@ def _decode(dataset: datasets.Dataset, run: Run) -> tuple[datasets.Dataset, cach
 def _check_own(study: Study, name: str) -> None:
     """Refuse a model of the reader's own that cannot take part, before anything else is trained."""
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"run.own[{name!r}]: its name is also that of a folder; use letters, digits, _ . -")
+        raise ValueError(
+            f"run.own[{name!r}]: its name is also that of a folder; use letters, digits, _ . -"
+        )
     images = study.images(study.rows("train")[:2])
     try:
-        models.check_classifier(_own_model(study.run, name), images, classes=len(study.dataset.classes))
+        models.check_classifier(
+            _own_model(study.run, name), images, classes=len(study.dataset.classes)
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"run.own[{name!r}]: {error}") from error
 
@@ -218,9 +244,14 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
     there, the same work of another run of this notebook is taken over, finished or not: changing one setting
     repeats only what it touches. A run begun with RESUME = False takes nothing.
     """
-    folder, wanted = run.run_dir / name, json.loads(json.dumps(depends, sort_keys=True, default=str))
+    folder, wanted = (
+        run.run_dir / name,
+        json.loads(json.dumps(depends, sort_keys=True, default=str)),
+    )
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.run_dir / ".keys.lock"):  # the processes of one training ask at the same moment
+    with FileLock(
+        run.run_dir / ".keys.lock"
+    ):  # the processes of one training ask at the same moment
         kept = files.read_json(folder / "key.json")
         if kept == wanted:
             return folder
@@ -257,10 +288,12 @@ def _siblings(run: Run, pattern: str) -> list[Path]:
 
     On Kaggle also in the runs of earlier sessions that are attached as inputs.
     """
-    attached = [folder for mount in locate.mounts() for folder in (mount / "runs", mount)]
+    attached = [folder for mount in sources.mounts() for folder in (mount / "runs", mount)]
     places = [run.run_dir.parent, *(folder / run.notebook for folder in attached)]
     found = [path for place in places for path in place.glob(f"*/{pattern}")]
-    others = [path for path in found if not path.is_relative_to(run.run_dir) and ".old" not in str(path)]
+    others = [
+        path for path in found if not path.is_relative_to(run.run_dir) and ".old" not in str(path)
+    ]
     return sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -278,7 +311,9 @@ def _take_over(source: Path, target: Path) -> None:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        files.copy_tree(source, scratch, copy_function=copy, ignore=shutil.ignore_patterns(".*", "*.lock"))
+        files.copy_tree(
+            source, scratch, copy_function=copy, ignore=shutil.ignore_patterns(".*", "*.lock")
+        )
         os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -291,13 +326,19 @@ def described(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "iub":
         return hashlib.sha1(value.tobytes(), usedforsecurity=False).hexdigest()[:12]
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        return list(value.shape)  # computed numbers differ in their last digit from machine to machine
+        return list(
+            value.shape
+        )  # computed numbers differ in their last digit from machine to machine
     if isinstance(value, Mapping):
         return {str(name): described(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [described(part) for part in value]
     if isinstance(value, Dataset) or type(value).__module__.startswith("dlia_utils"):
-        parts = {name: described(part) for name, part in vars(value).items() if name not in ("epoch", "order")}
+        parts = {
+            name: described(part)
+            for name, part in vars(value).items()
+            if name not in ("epoch", "order")
+        }
         return {"kind": type(value).__name__, **parts}
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__
@@ -330,7 +371,7 @@ def build_model(run: Run, *, classes: int = 2) -> models.PixelModel:
 
 
 def starting_weights(run: Run) -> str | None:
-    """"imagenet" or None for `models.mobilenet_v2`; decided once per run, said in the log, kept for result rows.
+    """ "imagenet" or None for `models.mobilenet_v2`; decided once per run, said in the log, kept for result rows.
 
     Without internet and without a file in DLIA_WEIGHTS the run goes on from random weights, and says so.
     """
@@ -340,7 +381,9 @@ def starting_weights(run: Run) -> str | None:
         log.info("starting weights: %s", record.read_text(encoding="utf-8"))
     chosen = record.read_text(encoding="utf-8")
     if chosen.startswith("file") and not os.environ.get("DLIA_WEIGHTS"):
-        raise FileNotFoundError(f"this run started from {chosen}: set DLIA_WEIGHTS to it, or use another RUN_NAME")
+        raise FileNotFoundError(
+            f"this run started from {chosen}: set DLIA_WEIGHTS to it, or use another RUN_NAME"
+        )
     return None if chosen == "random" else "imagenet"
 
 
@@ -363,7 +406,11 @@ def _choose_weights(run: Run) -> str:
     except RuntimeError as error:
         log.warning("training starts from RANDOM weights and will be weaker: %s", error)
         return "random"
-    return f"file {Path(os.environ['DLIA_WEIGHTS']).name}" if os.environ.get("DLIA_WEIGHTS") else "imagenet"
+    return (
+        f"file {Path(os.environ['DLIA_WEIGHTS']).name}"
+        if os.environ.get("DLIA_WEIGHTS")
+        else "imagenet"
+    )
 
 
 def train_model(
@@ -395,7 +442,10 @@ def train_model(
         shape = (1, run.size, run.size) if spectral == "operator" else None
         model = models.spectral_normalize(model, kind=spectral, input_shape=shape)
     train_set = study.torch_set("train", augmented=True) if train_set is None else train_set
-    options = {"schedule": run.settings.get("schedule", "constant"), "monitor": "val_accuracy"} | overrides
+    options = {
+        "schedule": run.settings.get("schedule", "constant"),
+        "monitor": "val_accuracy",
+    } | overrides
     fitted = fit_model(study, name, model, objective, train_set, study.torch_set("val"), **options)
     if name in run.own:
         files.write_text("the reader's own", run.run_dir / name / "weights.txt")
@@ -407,11 +457,19 @@ def _keep_trained(run: Run, name: str) -> train.FitResult:
     folder = work_folder(run, name, {"own": fingerprint(run.own[name])})
     files.write_text("the reader's own", folder / "weights.txt")
     models.save(run.own[name], folder / "best.pt", meta={"epoch": 0})
-    return train.FitResult(pd.DataFrame(columns=[*train.MEASURED, "seconds"]), 0, float("nan"), "done", 0.0)
+    return train.FitResult(
+        pd.DataFrame(columns=[*train.MEASURED, "seconds"]), 0, float("nan"), "done", 0.0
+    )
 
 
 def train_head(
-    study: Study, name: str, model: models.PixelModel, objective: Callable, *, augmented: bool = False, **overrides
+    study: Study,
+    name: str,
+    model: models.PixelModel,
+    objective: Callable,
+    *,
+    augmented: bool = False,
+    **overrides,
 ) -> train.FitResult:
     """Train only the head of `model` (see `models.with_head`) under `name`; the body's features are computed once.
 
@@ -422,12 +480,19 @@ def train_head(
     options = {"schedule": run.schedule, "monitor": "val_auc"} | overrides
     if augmented:
         return fit_model(
-            study, name, model, objective, study.torch_set("train", augmented=True), study.torch_set("val"), **options
+            study,
+            name,
+            model,
+            objective,
+            study.torch_set("train", augmented=True),
+            study.torch_set("val"),
+            **options,
         )
     model = model.to(run.device)
     body = fingerprint(model)
     sets = [
-        models.cached_features(model, study.torch_set(part), batch_size=run.batch_size) for part in ("train", "val")
+        models.cached_features(model, study.torch_set(part), batch_size=run.batch_size)
+        for part in ("train", "val")
     ]
     options |= {"num_workers": 0, "depends": {"model": body}}
     fitted = fit_model(study, f"{name}_head", model.head, objective, *sets, **options)
@@ -455,19 +520,34 @@ def fit_model(
     """
     run = study.run
     options = {
-        "epochs": run.epochs, "batch_size": run.batch_size, "lr": run.lr, "patience": run.patience,
-        "max_minutes": run.max_minutes, "num_workers": run.num_workers, "seed": run.seed,
-    } | overrides  # fmt: skip
+        "epochs": run.epochs,
+        "batch_size": run.batch_size,
+        "lr": run.lr,
+        "patience": run.patience,
+        "max_minutes": run.max_minutes,
+        "num_workers": run.num_workers,
+        "seed": run.seed,
+    } | overrides
     key = {
-        **study.key, "start": _start_key(model), "train": described(train_set), "val": described(val_set),
-        "objective": getattr(objective, "settings", described(objective)), "depends": dict(depends or {}),
+        **study.key,
+        "start": _start_key(model),
+        "train": described(train_set),
+        "val": described(val_set),
+        "objective": getattr(objective, "settings", described(objective)),
+        "depends": dict(depends or {}),
         "options": {name: described(value) for name, value in options.items() if name not in FREE},
-    }  # fmt: skip
+    }
     folder = work_folder(run, name, key)
     fitted = train.fit(
-        model, objective, train_set, val_set, run_dir=folder, resume=bool(run.resume), config={"key": digest(key)},
+        model,
+        objective,
+        train_set,
+        val_set,
+        run_dir=folder,
+        resume=bool(run.resume),
+        config={"key": digest(key)},
         **options,
-    )  # fmt: skip
+    )
     if fitted.status == "interrupted":
         done = {"done": len(fitted.history), "epochs": options["epochs"]}
         raise OutOfTime(name, limit=options["max_minutes"], **done)
@@ -502,7 +582,9 @@ def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelMod
 
 
 def _where(section: str) -> str:
-    return f"run the section '{section}' first; in a notebook of your own, copy that section as well"
+    return (
+        f"run the section '{section}' first; in a notebook of your own, copy that section as well"
+    )
 
 
 def trained(study: Study, names: Sequence[str]) -> list[str]:
@@ -538,12 +620,24 @@ def stored(
         kept = files.read_json(record) or {}
         if path.exists() and all(kept.get(name) == key[name] for name in ("models", "split")):
             return pd.read_csv(path)
-        raise FileNotFoundError(f"table {name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: {_where(section)}")
+        raise FileNotFoundError(
+            f"table {name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: {_where(section)}"
+        )
     key = json.loads(json.dumps(key | {"settings": settings}, default=str))
     if not (run.resume and path.exists() and files.read_json(record) == key):
-        same = [] if run.fresh else [other for other in _siblings(run, f"tables/{record.name}") if files.read_json(other) == key]
+        same = (
+            []
+            if run.fresh
+            else [
+                other
+                for other in _siblings(run, f"tables/{record.name}")
+                if files.read_json(other) == key
+            ]
+        )
         table = pd.read_csv(same[0].with_suffix(".csv")) if same else compute()
-        record.unlink(missing_ok=True)  # between the two writes the table has no key, and counts as none
+        record.unlink(
+            missing_ok=True
+        )  # between the two writes the table has no key, and counts as none
         files.write_csv(table, path)
         files.write_json(key, record)
     return pd.read_csv(path)
@@ -556,20 +650,40 @@ def made_by(run: Run, name: str, section: str) -> Path:
     """
     path = run.run_dir / name
     if not path.exists():
-        raise FileNotFoundError(f"{name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: {_where(section)}")
+        raise FileNotFoundError(
+            f"{name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: {_where(section)}"
+        )
     return path
 
 
-SUITE_USES = ("attacks", "eps_grid", "pgd_steps", "pgd_restarts", "budgets", "expensive", "attack_batch", "seed")
+SUITE_USES = (
+    "attacks",
+    "eps_grid",
+    "pgd_steps",
+    "pgd_restarts",
+    "budgets",
+    "expensive",
+    "attack_batch",
+    "seed",
+)
 
 
 def suite_options(run: Run) -> dict:
     """The options of `attacks.evaluate.robust` that the settings hold: every image attacked by everything."""
-    chosen = {name: {k: v for k, v in getattr(run, name).items() if k in run.attacks} for name in ("budgets", "expensive")}
+    chosen = {
+        name: {k: v for k, v in getattr(run, name).items() if k in run.attacks}
+        for name in ("budgets", "expensive")
+    }
     return {
-        "attacks": run.attacks, "steps": run.pgd_steps, "restarts": run.pgd_restarts, "budgets": chosen["budgets"],
-        "at": chosen["expensive"], "batch_size": run.attack_batch, "seed": run.seed, "early_drop": False,
-    }  # fmt: skip
+        "attacks": run.attacks,
+        "steps": run.pgd_steps,
+        "restarts": run.pgd_restarts,
+        "budgets": chosen["budgets"],
+        "at": chosen["expensive"],
+        "batch_size": run.attack_batch,
+        "seed": run.seed,
+        "early_drop": False,
+    }
 
 
 def suite_folder(study: Study, name: str) -> Path:
@@ -583,7 +697,9 @@ def test_opened(study: Study, purpose: str) -> pd.DataFrame:
     """Log that the test split is read, and why; returns the log so a reader sees every opening."""
     path = study.run.run_dir / "test_log.csv"
     about = {"config": study.run.key, "split": study.key["split"]}
-    entry = pd.DataFrame([{"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose, **about}])
+    entry = pd.DataFrame(
+        [{"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose, **about}]
+    )
     log_so_far = pd.concat([pd.read_csv(path), entry]) if path.exists() else entry
     files.write_csv(log_so_far, path)
     return log_so_far.reset_index(drop=True)
@@ -593,5 +709,7 @@ def attack_subset(study: Study, per_class: int) -> np.ndarray:
     """A fixed, class-balanced sample of test rows for attacks too expensive for the whole split."""
     rng = np.random.default_rng(study.run.seed)
     test, labels = study.rows("test"), study.labels(study.rows("test")).cpu().numpy()
-    drawn = [rng.permutation(test[labels == c])[:per_class] for c in range(len(study.dataset.classes))]
+    drawn = [
+        rng.permutation(test[labels == c])[:per_class] for c in range(len(study.dataset.classes))
+    ]
     return np.sort(np.concatenate(drawn))

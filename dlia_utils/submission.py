@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from . import files
-from .datasets import NIH_CLASSES
+from .data.datasets import NIH_CLASSES
 
 CORNERS = ("x1", "y1", "x2", "y2")
 COORDINATES = ("x_min", "y_min", "x_max", "y_max")
@@ -57,9 +57,13 @@ def class_prior(boxes: pd.DataFrame, sizes: Mapping[int, Sequence[int]]) -> pd.D
     """
     _need_columns(boxes, ("image", *CORNERS, "label"), "boxes")
     if boxes.empty:
-        raise ValueError("boxes is empty: the class prior is learnt from the training images' true boxes")
+        raise ValueError(
+            "boxes is empty: the class prior is learnt from the training images' true boxes"
+        )
     frames = {image: _frame(sizes, image) for image in boxes["image"].unique()}
-    fractions = boxes[list(CORNERS)].to_numpy(float) / np.array([frames[image] for image in boxes["image"]])
+    fractions = boxes[list(CORNERS)].to_numpy(float) / np.array(
+        [frames[image] for image in boxes["image"]]
+    )
     table = pd.DataFrame(fractions, columns=list(CORNERS)).assign(label=boxes["label"].to_numpy())
     count = table["label"].value_counts()
     order = sorted(count.index, key=lambda label: (-count[label], label))
@@ -104,7 +108,9 @@ def build(
     frames = {name: _frame(sizes, row) for name, row in rows.items()}
     ranked = predictions.sort_values("score", ascending=False, kind="stable")
     ranked = ranked[["image", *CORNERS, "score", "label"]].to_numpy(float)
-    lists = {name: _clip(ranked[ranked[:, 0] == row, 1:], frames[name]) for name, row in rows.items()}
+    lists = {
+        name: _clip(ranked[ranked[:, 0] == row, 1:], frames[name]) for name, row in rows.items()
+    }
     if len(mapping) > 1 and not any(map(len, lists.values())):
         raise ValueError(
             "no image of the mapping has a usable box: rows from the prior alone would be a constant "
@@ -130,7 +136,9 @@ def leak_guard(train_names: Iterable[str], mapping: Table) -> None:
 
     >>> leak_guard(["train/a.png"], pd.DataFrame({"id": [1], "image_id": ["b.png"]}))
     """
-    trained = pd.Series([PurePosixPath(str(name).replace("\\", "/")).name for name in train_names], dtype=object)
+    trained = pd.Series(
+        [PurePosixPath(str(name).replace("\\", "/")).name for name in train_names], dtype=object
+    )
     both = trained[trained.isin(set(_mapping(mapping)["image_id"]))]
     if len(both):
         raise ValueError(
@@ -203,7 +211,9 @@ def write(
     with files.atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8")
         if not check(temporary, mapping, **options).equals(checked):
-            raise SubmissionError(f"{path}: what was written reads back as something else. Fix: write it again")
+            raise SubmissionError(
+                f"{path}: what was written reads back as something else. Fix: write it again"
+            )
     return Path(path)
 
 
@@ -239,7 +249,9 @@ def _mapping(mapping: Table) -> pd.DataFrame:
         try:
             mapping = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is not a CSV of ids and images ({error}): download it again") from error
+            raise ValueError(
+                f"{name} is not a CSV of ids and images ({error}): download it again"
+            ) from error
         for column in {"id", "ID"} & set(mapping.columns):
             mapping[column] = _as_ids(mapping[column])
     identity = [column for column in mapping.columns if column in ("id", "ID")]
@@ -272,21 +284,27 @@ def _need_file(path: str | os.PathLike) -> Path:
 
 def _need_columns(table: pd.DataFrame, needed: Sequence[str], name: str) -> None:
     if missing := [column for column in needed if column not in table.columns]:
-        raise ValueError(f"{name} lacks the columns {_listed(missing)}; it has {_listed(table.columns)}")
+        raise ValueError(
+            f"{name} lacks the columns {_listed(missing)}; it has {_listed(table.columns)}"
+        )
 
 
 def _check_predictions(predictions: pd.DataFrame, count: int) -> None:
     _need_columns(predictions, ("image", *CORNERS, "label", "score"), "predictions")
     _check_numbers(predictions, count, "predictions")
     if not predictions["score"].between(0, 1).all():
-        raise ValueError("predictions has scores that are not in [0, 1]: pass probabilities, not logits or percentages")
+        raise ValueError(
+            "predictions has scores that are not in [0, 1]: pass probabilities, not logits or percentages"
+        )
 
 
 def _check_numbers(table: pd.DataFrame, count: int, name: str) -> None:
     if not np.isfinite(table[list(CORNERS)].to_numpy(float)).all():
         raise ValueError(f"{name} holds NaN or infinite corners: whatever made them is broken")
     if not table["label"].isin(range(1, count + 1)).all():
-        raise ValueError(f"{name} has labels outside 1..{count}: 0 is the background, label k is classes[k - 1]")
+        raise ValueError(
+            f"{name} has labels outside 1..{count}: 0 is the background, label k is classes[k - 1]"
+        )
 
 
 def _image_rows(names: Mapping[int, str] | pd.Series, wanted: pd.Series) -> dict[str, int]:
@@ -301,7 +319,9 @@ def _image_rows(names: Mapping[int, str] | pd.Series, wanted: pd.Series) -> dict
         )
     if len(pairs) > len(rows):
         twice = sorted({name for name, row in pairs if rows[name] != row})
-        raise ValueError(f"names has several rows for {_listed(twice)}. Fix: pass the test images' rows only")
+        raise ValueError(
+            f"names has several rows for {_listed(twice)}. Fix: pass the test images' rows only"
+        )
     return rows
 
 
@@ -312,7 +332,9 @@ def _frame(sizes: Mapping[int, Sequence[int]], image: int) -> tuple[float, float
     except (KeyError, IndexError):
         raise ValueError(f"sizes has no (width, height) for image {image}") from None
     if not (width > 0 and height > 0):
-        raise ValueError(f"sizes gives {width:g} x {height:g} for image {image}: both must be positive")
+        raise ValueError(
+            f"sizes gives {width:g} x {height:g} for image {image}: both must be positive"
+        )
     return width, height, width, height
 
 
@@ -331,7 +353,9 @@ def _scaled(prior: pd.DataFrame | None, frame: tuple[float, float, float, float]
     return _clip(np.column_stack([corners, np.zeros(len(prior)), prior["label"]]), frame)
 
 
-def _choose(found: np.ndarray, fillers: np.ndarray, wanted: int, name: str, same_iou: float) -> np.ndarray:
+def _choose(
+    found: np.ndarray, fillers: np.ndarray, wanted: int, name: str, same_iou: float
+) -> np.ndarray:
     """The rows [wanted, 6] to send for one image: its distinct boxes, then fillers, then its best again."""
     kept: list[np.ndarray] = []
     for box in (*found, *fillers):
@@ -367,7 +391,11 @@ def _sizes(
         where = Path(images)
         if not where.is_dir():
             raise FileNotFoundError(f"no folder {where}")
-        paths = {name: Path(folder, name) for folder, _, here in os.walk(where) for name in wanted & set(here)}
+        paths = {
+            name: Path(folder, name)
+            for folder, _, here in os.walk(where)
+            for name in wanted & set(here)
+        }
         found = {name: _header_size(path) for name, path in paths.items()}
     if missing := sorted(wanted - set(found)):
         raise ValueError(
@@ -402,7 +430,11 @@ def _text(submission: Table) -> tuple[str, str, list[str]]:
         return str(path), raw.decode("utf-8"), []
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        return str(path), raw.decode("latin-1"), [f"the encoding is not UTF-8 (first at line {line}). {fix}"]
+        return (
+            str(path),
+            raw.decode("latin-1"),
+            [f"the encoding is not UTF-8 (first at line {line}). {fix}"],
+        )
 
 
 def _cells(text: str, expected: list[str], problems: list[str]) -> pd.DataFrame:
@@ -416,7 +448,9 @@ def _cells(text: str, expected: list[str], problems: list[str]) -> pd.DataFrame:
     if "," not in header:
         separator = next((sign for sign in SEPARATORS if sign in header), ",")
         if separator != ",":
-            problems.append(f"the separator is {SEPARATORS[separator]}. Fix: save with commas, to_csv(sep=',')")
+            problems.append(
+                f"the separator is {SEPARATORS[separator]}. Fix: save with commas, to_csv(sep=',')"
+            )
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         rows = [(reader.line_num, cells) for cells in reader if cells]
@@ -427,7 +461,9 @@ def _cells(text: str, expected: list[str], problems: list[str]) -> pd.DataFrame:
     _check_header(names, expected, problems)
     if not rows and set(names) & set(expected):
         problems.append("there is a header but no row. Fix: build the submission again")
-    ragged = pd.Series({line: len(cells) for line, cells in rows if len(cells) != len(names)}, dtype=object)
+    ragged = pd.Series(
+        {line: len(cells) for line, cells in rows if len(cells) != len(names)}, dtype=object
+    )
     if len(ragged):
         problems.append(
             f"other than {len(names)} cells in {_rows(ragged)}; not read further. Fix: quote a cell that contains "
@@ -435,7 +471,9 @@ def _cells(text: str, expected: list[str], problems: list[str]) -> pd.DataFrame:
         )
     kept = [(line, cells) for line, cells in rows if len(cells) == len(names)]
     data = {
-        name: [cells[names.index(name)] for _, cells in kept] for name in expected if names.count(name) == 1
+        name: [cells[names.index(name)] for _, cells in kept]
+        for name in expected
+        if names.count(name) == 1
     }
     return pd.DataFrame(data, index=[line for line, _ in kept], dtype=object)
 
@@ -448,16 +486,24 @@ def _check_header(names: list[str], expected: list[str], problems: list[str]) ->
         problems.append(f"line 1 is no header but a row. Fix: write the header first; {wanted}")
         return
     if index := [name for name in names if not name.strip() or name.startswith("Unnamed:")]:
-        problems.append(f"an index column was written ({_listed(map(repr, index))}). Fix: to_csv(index=False)")
+        problems.append(
+            f"an index column was written ({_listed(map(repr, index))}). Fix: to_csv(index=False)"
+        )
     extra = [name for name in dict.fromkeys(names) if name not in expected and name not in index]
     missing = [name for name in expected if name not in names]
     twice = [name for name in expected if names.count(name) > 1]
     if extra:
-        problems.append(f"unknown columns {_listed(map(repr, extra))} in line 1. Fix: remove or rename them; {wanted}")
+        problems.append(
+            f"unknown columns {_listed(map(repr, extra))} in line 1. Fix: remove or rename them; {wanted}"
+        )
     if missing:
-        problems.append(f"missing columns {_listed(map(repr, missing))} in line 1. Fix: add them; {wanted}")
+        problems.append(
+            f"missing columns {_listed(map(repr, missing))} in line 1. Fix: add them; {wanted}"
+        )
     if twice:
-        problems.append(f"columns written twice in line 1: {_listed(map(repr, twice))}. Fix: keep one; {wanted}")
+        problems.append(
+            f"columns written twice in line 1: {_listed(map(repr, twice))}. Fix: keep one; {wanted}"
+        )
     if not missing and not twice and [name for name in names if name in expected] != expected:
         problems.append(f"columns in the wrong order in line 1: {','.join(names)}. Fix: {wanted}")
 
@@ -474,7 +520,9 @@ def _check_ids(cells: pd.DataFrame, mapping: pd.DataFrame, problems: list[str]) 
             "the mapping, each as the mapping writes it"
         )
     if len(bad := ids[ids.duplicated() & ids.isin(owner)]):
-        problems.append(f"an {identity} a second time in {_rows(bad)}. Fix: keep one row per {identity}")
+        problems.append(
+            f"an {identity} a second time in {_rows(bad)}. Fix: keep one row per {identity}"
+        )
     if missing := [one for one in owner if one not in set(ids)]:
         problems.append(
             f"{len(missing)} of the mapping's {len(owner)} ids are missing: {_listed(missing)}. Fix: add a row "
@@ -504,16 +552,22 @@ def _numbers(cells: pd.DataFrame, problems: list[str]) -> dict[str, pd.Series]:
         texts = cells[column]
         values = pd.Series([_number(text) for text in texts], index=texts.index, dtype=object)
         empty = texts.str.strip().str.lower().isin(MISSING)
-        infinite = pd.Series([v is not None and math.isinf(v) for v in values], texts.index, dtype=bool)
+        infinite = pd.Series(
+            [v is not None and math.isinf(v) for v in values], texts.index, dtype=bool
+        )
         if empty.any():
             problems.append(
                 f"{column} is empty or NaN in {_rows(texts[empty])}. Fix: every row needs a box; for an image "
                 "without predictions the class-prior box that `build` takes"
             )
         if len(bad := texts[values.isna() & ~empty]):
-            problems.append(f"{column} is not a number in {_rows(bad)}. Fix: plain decimals with a point, e.g. 103.5")
+            problems.append(
+                f"{column} is not a number in {_rows(bad)}. Fix: plain decimals with a point, e.g. 103.5"
+            )
         if infinite.any():
-            problems.append(f"{column} is infinite in {_rows(texts[infinite])}. Fix: clip boxes to the image")
+            problems.append(
+                f"{column} is infinite in {_rows(texts[infinite])}. Fix: clip boxes to the image"
+            )
         numbers[column] = values.where(~infinite).astype("float64")
     return numbers
 
@@ -576,18 +630,28 @@ def _check_labels(cells: pd.DataFrame, classes: list[str], problems: list[str]) 
     if "label" not in cells:
         return
     labels = cells["label"]
-    misspelt = labels.eq("Infiltration") & ("Infiltrate" in classes and "Infiltration" not in classes)
+    misspelt = labels.eq("Infiltration") & (
+        "Infiltrate" in classes and "Infiltration" not in classes
+    )
     if misspelt.any():
         problems.append(
             f"`Infiltration` in {_rows(labels[misspelt], show=None)}. Fix: the competition spells it `Infiltrate`"
         )
     if len(bad := labels[~labels.isin(classes) & ~misspelt]):
-        problems.append(f"unknown label in {_rows(bad)}. Fix: one of {', '.join(classes)}, spelt exactly so")
+        problems.append(
+            f"unknown label in {_rows(bad)}. Fix: one of {', '.join(classes)}, spelt exactly so"
+        )
 
 
-def _check_constant(numbers: dict[str, pd.Series], cells: pd.DataFrame, problems: list[str]) -> None:
+def _check_constant(
+    numbers: dict[str, pd.Series], cells: pd.DataFrame, problems: list[str]
+) -> None:
     values = [*numbers.values(), *([cells["label"]] if "label" in cells else [])]
-    if len(cells) > 1 and len(values) == len(PREDICTED) and all(one.nunique(dropna=False) == 1 for one in values):
+    if (
+        len(cells) > 1
+        and len(values) == len(PREDICTED)
+        and all(one.nunique(dropna=False) == 1 for one in values)
+    ):
         problems.append(
             f"constant predictions: all {len(cells)} rows (lines {cells.index[0]} to {cells.index[-1]}) hold the "
             "same box, confidence and label. Fix: send the detector's own boxes; it may have found nothing at all"

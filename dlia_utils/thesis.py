@@ -62,7 +62,9 @@ def write(
     _check(predictions, drift, classes, method)
     start, names = _slug(flag, "flag"), _class_slugs(classes)
     if not re.fullmatch(r"(_[\w.-]*[A-Za-z0-9])?", model_suffix, re.ASCII):
-        raise ValueError(f'model_suffix must be "" or words like "_augmented", not {model_suffix!r}')
+        raise ValueError(
+            f'model_suffix must be "" or words like "_augmented", not {model_suffix!r}'
+        )
     label = predictions.drop_duplicates("image").set_index("image")["label"]
     own = drift[drift["method"].eq(method) & ~drift["corruption"].isin([FLOOR, CEILING])]
     own = own.assign(label=own["image"].map(label))
@@ -76,13 +78,18 @@ def write(
         if (of_class := own[own["label"].eq(number)]).size:
             tables[f"{start}_{name}{model_suffix}_rmses_all"] = _all(of_class)
     tables[f"{start}{model_suffix}_auc"] = _auc(predictions, classes)
-    tables |= {f"{start}{model_suffix}_drift": drift, f"{start}{model_suffix}_predictions": predictions}
+    tables |= {
+        f"{start}{model_suffix}_drift": drift,
+        f"{start}{model_suffix}_predictions": predictions,
+    }
     return [files.write_csv(table, Path(folder) / f"{name}.csv") for name, table in tables.items()]
 
 
 def _means(drift: pd.DataFrame) -> pd.DataFrame:
     """Mean RMSE, corruptions down and layers across in the order of the table."""
-    table = drift.pivot_table(index="corruption", columns="layer", values="rmse", aggfunc="mean", sort=False)
+    table = drift.pivot_table(
+        index="corruption", columns="layer", values="rmse", aggfunc="mean", sort=False
+    )
     return table.rename_axis(columns=None).reset_index()
 
 
@@ -99,19 +106,29 @@ def _auc(predictions: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     """AUC of each class against the rest: class x corruption down; clean, each severity and the drops across."""
     rows = {}
     for number in [1] if len(classes) == 2 else range(len(classes)):
-        value = {cell: _one_auc(part, number) for cell, part in predictions.groupby(CELL, sort=False)}
+        value = {
+            cell: _one_auc(part, number) for cell, part in predictions.groupby(CELL, sort=False)
+        }
         clean = value.pop(("clean", 0))
         for (corruption, severity), auc in value.items():
             row = rows.setdefault((number, corruption), {"clean": clean})
             row |= {f"sev{severity}": auc, f"delta_sev{severity}": clean - auc}
     severities = sorted(set(predictions["severity"]) - {0})
-    columns = ["clean"] + [f"{start}sev{severity}" for start in ("", "delta_") for severity in severities]
-    keys = pd.DataFrame([(classes[number], corruption) for number, corruption in rows], columns=["class", "corruption"])
+    columns = ["clean"] + [
+        f"{start}sev{severity}" for start in ("", "delta_") for severity in severities
+    ]
+    keys = pd.DataFrame(
+        [(classes[number], corruption) for number, corruption in rows],
+        columns=["class", "corruption"],
+    )
     return keys.join(pd.DataFrame(list(rows.values())).reindex(columns=columns))
 
 
 def _one_auc(part: pd.DataFrame, number: int) -> float:
-    positive, probability = part["label"].eq(number).to_numpy(int), part[f"p{number}"].to_numpy(float)
+    positive, probability = (
+        part["label"].eq(number).to_numpy(int),
+        part[f"p{number}"].to_numpy(float),
+    )
     return float(weighted_auc(positive, probability, np.ones((1, len(part))))[0])
 
 
@@ -125,28 +142,42 @@ def _slug(name: str, what: str) -> str:
 def _class_slugs(classes: Sequence[str]) -> list[str]:
     slugs = [_slug(name, "class") for name in classes]
     if len({slug.lower() for slug in slugs}) < len(slugs):  # some file systems do not tell A from a
-        raise ValueError(f"classes {list(classes)} would share files: their names {slugs} must differ")
+        raise ValueError(
+            f"classes {list(classes)} would share files: their names {slugs} must differ"
+        )
     return slugs
 
 
-def _check(predictions: pd.DataFrame, drift: pd.DataFrame, classes: Sequence[str], method: str) -> None:
+def _check(
+    predictions: pd.DataFrame, drift: pd.DataFrame, classes: Sequence[str], method: str
+) -> None:
     """Refuse tables that would give wrong files."""
     probabilities = corruption_error.check(predictions)
     if len(classes) != len(probabilities):
-        raise ValueError(f"classes must name {len(probabilities)} classes, as predictions has {probabilities}, not "
-                         f"{list(classes)}")  # fmt: skip
+        raise ValueError(
+            f"classes must name {len(probabilities)} classes, as predictions has {probabilities}, not "
+            f"{list(classes)}"
+        )
     images = {cell: set(part["image"]) for cell, part in predictions.groupby(CELL)}
     clean = images[corruption_error.CLEAN, 0]
     for (corruption, severity), seen in images.items():
         if seen != clean:
-            raise ValueError(f"{corruption} at severity {severity} has {len(seen)} images in predictions, clean "
-                             f"{len(clean)}: a drop of the AUC needs the same images")  # fmt: skip
+            raise ValueError(
+                f"{corruption} at severity {severity} has {len(seen)} images in predictions, clean "
+                f"{len(clean)}: a drop of the AUC needs the same images"
+            )
     keys = ["image", *CELL, "method", "layer"]
     _need(drift, "drift", *keys, "rmse")
     if (again := drift.duplicated(keys)).any():
-        raise ValueError(f"drift has {drift.loc[again, keys].iloc[0].to_dict()} twice: pass one model at a time, "
-                         "without the duplicates of a repeated run")  # fmt: skip
+        raise ValueError(
+            f"drift has {drift.loc[again, keys].iloc[0].to_dict()} twice: pass one model at a time, "
+            "without the duplicates of a repeated run"
+        )
     if method not in set(drift["method"]):
-        raise ValueError(f"drift has no method {method!r}, only {sorted(set(drift['method']))}: choose with method=")
+        raise ValueError(
+            f"drift has no method {method!r}, only {sorted(set(drift['method']))}: choose with method="
+        )
     if strange := sorted(set(drift["image"]) - clean):
-        raise ValueError(f"drift has images that predictions lacks, such as {strange[:3]}: their class is not known")
+        raise ValueError(
+            f"drift has images that predictions lacks, such as {strange[:3]}: their class is not known"
+        )

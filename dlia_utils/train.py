@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from dlia_utils import models
-from dlia_utils.device import pick_device
-from dlia_utils.files import atomic_path, write_csv
-from dlia_utils.objectives import Objective, evaluating
-from dlia_utils.progress import Bar
+from . import models
+from .device import evaluating, pick_device
+from .files import atomic_path, write_csv
+from .objectives import Objective
+from .progress import Bar
 
 FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -95,7 +95,10 @@ class _EpochBatches(Sampler[list[int]]):
 
     def images(self, batches: range) -> int:
         """How many images the given batches hold: only the epoch's last batch may be smaller."""
-        return sum(min(self.batch_size, self.size - start) for start in self._starts()[batches.start : batches.stop])
+        return sum(
+            min(self.batch_size, self.size - start)
+            for start in self._starts()[batches.start : batches.stop]
+        )
 
     def _starts(self) -> range:
         # Batch normalisation cannot train on one image: a last batch of one is left out (each epoch another).
@@ -167,13 +170,27 @@ def fit(
     ('done', 2)
     """
     settings = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "optimizer": optimizer,
-        "weight_decay": weight_decay, "schedule": schedule, "warmup_epochs": warmup_epochs, "lr_min": lr_min,
-        "accumulate": accumulate, "clip_norm": clip_norm, "ema": ema, "patience": patience, "monitor": monitor,
-        "seed": seed, "train_images": len(train_set), "val_images": None if val_set is None else len(val_set),
-        "objective": getattr(objective, "settings", getattr(objective, "__qualname__", "objective")),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup_epochs": warmup_epochs,
+        "lr_min": lr_min,
+        "accumulate": accumulate,
+        "clip_norm": clip_norm,
+        "ema": ema,
+        "patience": patience,
+        "monitor": monitor,
+        "seed": seed,
+        "train_images": len(train_set),
+        "val_images": None if val_set is None else len(val_set),
+        "objective": getattr(
+            objective, "settings", getattr(objective, "__qualname__", "objective")
+        ),
         "config": config or {},
-    }  # fmt: skip
+    }
     settings = json.loads(json.dumps(settings, default=str))
     _check(settings, resume)
     if val_metric is None and val_set is None and monitor not in MEASURED_IN_TRAINING:
@@ -185,7 +202,15 @@ def fit(
         raise ValueError(f"monitor={monitor!r} is not measured; there are {', '.join(MEASURED)}")
     with _random_state_kept():
         run = _Run(
-            model, objective, train_set, val_set, Path(run_dir), settings, num_workers, val_metric, collate
+            model,
+            objective,
+            train_set,
+            val_set,
+            Path(run_dir),
+            settings,
+            num_workers,
+            val_metric,
+            collate,
         )
         run.start(resume)
         status = run.train(on_epoch=on_epoch, max_minutes=max_minutes, progress=progress)
@@ -246,7 +271,11 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            old = [] if saved else [self.run_dir / name for name in ("last.pt", "best.pt", "metrics.csv")]
+            old = (
+                []
+                if saved
+                else [self.run_dir / name for name in ("last.pt", "best.pt", "metrics.csv")]
+            )
             for path in [*old, *self.run_dir.glob(".*.tmp.*")]:
                 path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -260,14 +289,19 @@ class _Run:
         for row in state.history if on_epoch else ():
             on_epoch(dict(row))
         with Bar(
-            total=total * len(self.loader), initial=min(state.epoch, total) * len(self.loader), unit="batch",
-            desc=f"train {self.run_dir.name}", disable=not (progress and self.accelerator.is_main_process),
-        ) as bar:  # fmt: skip
+            total=total * len(self.loader),
+            initial=min(state.epoch, total) * len(self.loader),
+            unit="batch",
+            desc=f"train {self.run_dir.name}",
+            disable=not (progress and self.accelerator.is_main_process),
+        ) as bar:
             if state.finished:
                 bar.mark(self._reached(state.epoch))
             while not state.finished:
                 if self._out_of_time(begun, max_minutes):
-                    log.warning("%s: stopped after epoch %d by max_minutes", self.run_dir.name, state.epoch)
+                    log.warning(
+                        "%s: stopped after epoch %d by max_minutes", self.run_dir.name, state.epoch
+                    )
                     return "interrupted"
                 self._epoch(bar)
                 if on_epoch:
@@ -292,7 +326,9 @@ class _Run:
         text, monitor = f"epoch {epoch} of {self.settings['epochs']}", self.settings["monitor"]
         for row in self.progress.history[-1:]:
             text += f", loss {row['train_loss']:.3f}"
-            if monitor != "epoch" and monitor in row:  # a forced resume may bring rows of another monitor
+            if (
+                monitor != "epoch" and monitor in row
+            ):  # a forced resume may bring rows of another monitor
                 text += f", {monitor} {row[monitor]:.3f}"
         return text
 
@@ -304,7 +340,9 @@ class _Run:
         # Every process must take the same decisions, so all take the main one's numbers.
         (row,) = broadcast_object_list([row])
         if self.settings["monitor"] not in row:
-            raise ValueError(f"monitor={self.settings['monitor']!r} is not measured; there are {sorted(row)}")
+            raise ValueError(
+                f"monitor={self.settings['monitor']!r} is not measured; there are {sorted(row)}"
+            )
         state.epoch += 1
         state.history.append(row)
         self._keep_best(row)
@@ -351,7 +389,9 @@ class _Run:
             self.optimizer.zero_grad()
         # An objective without logits (a detector's) has no right answers to count.
         right = math.nan if logits is None else (logits.detach().argmax(dim=1) == y).sum()
-        return torch.stack([torch.as_tensor(part).to(loss) for part in (loss.detach() * images, right, images)])
+        return torch.stack(
+            [torch.as_tensor(part).to(loss) for part in (loss.detach() * images, right, images)]
+        )
 
     def _share(self, step: int, images: int) -> float:
         """The weight of a batch in its step: its share of the group's images, as the last group may be smaller.
@@ -400,11 +440,17 @@ class _Run:
         """A monitor that never moved has chosen the first epoch: nothing was selected, and nobody would see it."""
         name = self.settings["monitor"]
         scores = {row[name] for row in self.progress.history}
-        if len(self.progress.history) > 1 and len(scores) == 1 and not math.isnan(self.progress.best_score):
+        if (
+            len(self.progress.history) > 1
+            and len(scores) == 1
+            and not math.isnan(self.progress.best_score)
+        ):
             log.warning(
                 "%s: %s was %g in every epoch, so the first one was kept; choose another monitor",
-                self.run_dir.name, name, scores.pop(),
-            )  # fmt: skip
+                self.run_dir.name,
+                name,
+                scores.pop(),
+            )
 
     def _is_finished(self) -> bool:
         state, patience = self.progress, self.settings["patience"]
@@ -428,11 +474,16 @@ class _Run:
             return
         scaler = self.accelerator.scaler
         content = {
-            "format": FORMAT, "settings": self.settings, "model": self.model.state_dict(),
+            "format": FORMAT,
+            "settings": self.settings,
+            "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None, "random": random_states, **vars(self.progress),
-        }  # fmt: skip
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "random": random_states,
+            **vars(self.progress),
+        }
         with atomic_path(self.run_dir / "last.pt") as temporary:
             torch.save(content, temporary)
         self._export(best=self.progress.best_epoch == self.progress.epoch)
@@ -442,8 +493,14 @@ class _Run:
         write_csv(pd.DataFrame(self.progress.history), self.run_dir / "metrics.csv")
         if best:
             state = self.progress
-            meta = {"epoch": state.best_epoch, "monitor": self.settings["monitor"], "score": state.best_score}
-            models.save(self.judged, self.run_dir / "best.pt", meta={**meta, "settings": self.settings})
+            meta = {
+                "epoch": state.best_epoch,
+                "monitor": self.settings["monitor"],
+                "score": state.best_score,
+            }
+            models.save(
+                self.judged, self.run_dir / "best.pt", meta={**meta, "settings": self.settings}
+            )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         state = self.progress
@@ -464,7 +521,12 @@ class _Run:
         rank = self.accelerator.process_index
         if rank < len(saved["random"]):
             _set_random_state(saved["random"][rank])
-        log.info("%s: resumed after epoch %d of %d", self.run_dir.name, state.epoch, self.settings["epochs"])
+        log.info(
+            "%s: resumed after epoch %d of %d",
+            self.run_dir.name,
+            state.epoch,
+            self.settings["epochs"],
+        )
 
 
 # -------------------------------------------------------------------- prediction
@@ -502,7 +564,9 @@ def log_odds(model: nn.Module, data: Dataset | Tensor, *, batch_size: int = 64) 
     """
     logits, _, _ = _logits(model, data, batch_size=batch_size)
     if logits.shape[1] != 2:
-        raise ValueError(f"log-odds need a model with two logits, not {logits.shape[1]}; use predict")
+        raise ValueError(
+            f"log-odds need a model with two logits, not {logits.shape[1]}; use predict"
+        )
     return (logits[:, 1].double() - logits[:, 0].double()).numpy()
 
 
@@ -533,7 +597,11 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
     if logits.isfinite().all() and len(labels.unique()) == logits.shape[1]:
         # Two classes by their difference: probabilities saturate, and all images would tie at 1.
-        score = (logits[:, 1] - logits[:, 0]).double() if logits.shape[1] == 2 else logits.double().softmax(dim=1)
+        score = (
+            (logits[:, 1] - logits[:, 0]).double()
+            if logits.shape[1] == 2
+            else logits.double().softmax(dim=1)
+        )
         row["val_auc"] = float(roc_auc_score(labels.numpy(), score.numpy(), multi_class="ovr"))
     return row
 
@@ -543,15 +611,27 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _check(settings: dict[str, Any], resume: bool | str) -> None:
     """Refuse unusable arguments before anything is loaded or written."""
-    for name in ("epochs", "batch_size", "accumulate", "lr", "train_images", "val_images", "clip_norm"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "lr",
+        "train_images",
+        "val_images",
+        "clip_norm",
+    ):
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
     if settings["ema"] is not None and not 0 < settings["ema"] < 1:
         raise ValueError(f"ema is a decay between 0 and 1 or None, got {settings['ema']}")
     if settings["schedule"] != "cosine" and (settings["warmup_epochs"] or settings["lr_min"]):
-        raise ValueError(f"warmup_epochs and lr_min belong to schedule='cosine', not {settings['schedule']!r}")
+        raise ValueError(
+            f"warmup_epochs and lr_min belong to schedule='cosine', not {settings['schedule']!r}"
+        )
     if not 0 <= settings["warmup_epochs"] < settings["epochs"]:
-        raise ValueError(f"warmup_epochs must be 0 or more and fewer than epochs, got {settings['warmup_epochs']}")
+        raise ValueError(
+            f"warmup_epochs must be 0 or more and fewer than epochs, got {settings['warmup_epochs']}"
+        )
     for name, known in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", SCHEDULES)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; known: {', '.join(known)}")
@@ -563,7 +643,9 @@ def _check(settings: dict[str, Any], resume: bool | str) -> None:
         raise ValueError(f'resume must be True, False or "force", got {resume!r}')
 
 
-def _check_same(saved: dict[str, Any], asked: dict[str, Any], resume: bool | str, run_dir: Path) -> None:
+def _check_same(
+    saved: dict[str, Any], asked: dict[str, Any], resume: bool | str, run_dir: Path
+) -> None:
     if saved == asked:
         return
     names = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
@@ -581,7 +663,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by this version of fit: remove it, or pass resume=False")
+        raise ValueError(
+            f"{path} was not written by this version of fit: remove it, or pass resume=False"
+        )
     return saved
 
 
@@ -593,7 +677,9 @@ def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
     # Second derivatives underflow in half precision.
     half = gpu and not getattr(objective, "second_order", False)
     # is_bf16_supported() also says yes where bf16 is emulated (T4), hence the capability.
-    precision = ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16") if half else "no"
+    precision = (
+        ("bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16") if half else "no"
+    )
     return Accelerator(
         # Without this the processes of torchrun on CPUs would ignore each other.
         cpu=not gpu,

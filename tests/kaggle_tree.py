@@ -17,12 +17,13 @@ import matplotlib.image
 import nbformat
 import pandas as pd
 
-from dlia_utils import kaggle, locate, notebooks
+from dlia_utils.data import sources
+from tools import kaggle, notebooks
 
 LAYOUTS = ("old", "new")
 
 # Python imports this module at its start. It also writes down what was tried.
-SITECUSTOMIZE = '''\
+SITECUSTOMIZE = """\
 import os
 import socket
 
@@ -48,7 +49,7 @@ def local_getaddrinfo(host, *args, **kwargs):
 
 
 socket.socket.connect, socket.getaddrinfo = local_connect, local_getaddrinfo
-'''
+"""
 
 # Runs as an extra last cell: where the package came from, and whether the repository could be seen.
 PROBE = """\
@@ -98,7 +99,12 @@ class Session:
         self.at_home(notebook).cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
         path = notebooks.write(notebook, self.working / "__notebook__.ipynb")
         return notebooks.read(
-            notebooks.execute(path, self.root.parent / "executed.ipynb", environment=self.environment, progress=False)
+            notebooks.execute(
+                path,
+                self.root.parent / "executed.ipynb",
+                environment=self.environment,
+                progress=False,
+            )
         )
 
 
@@ -108,7 +114,7 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
     for name in ("input", "working/.virtual_documents", "temp", "lib/kaggle", "usr/lib"):
         (root / name).mkdir(parents=True)
     for name in datasets:
-        source = locate.SOURCES[name]
+        source = sources.SOURCES[name]
         source.write_phantom(_mount(root, source.handle, source.slugs[0], layout))
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
     kaggle.write_wheel(ours)
@@ -129,8 +135,9 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         "KAGGLE_CONTAINER_NAME": "kaggle_none",
         "KAGGLE_TREE_NETWORK": str(folder / "network.txt"),
         "PYTHONPATH": str(site),
-        "http_proxy": nowhere, "https_proxy": nowhere,
-    }  # fmt: skip
+        "http_proxy": nowhere,
+        "https_proxy": nowhere,
+    }
     return Session(root, environment)
 
 
@@ -149,8 +156,16 @@ def _mount(root: Path, handle: str, slug: str, layout: str) -> Path:
 
 def _write_junk(folder: Path) -> None:
     """Somebody else's data set: folders with the usual names, litter, a notebook's left-overs."""
-    for name in ("train/NORMAL/1.jpeg", "test/x.txt", "__MACOSX/._train", ".DS_Store", "src/utils.py",
-                 ".ipynb_checkpoints/a.ipynb", "dlia/readme.txt", "captum/notes.txt"):  # fmt: skip
+    for name in (
+        "train/NORMAL/1.jpeg",
+        "test/x.txt",
+        "__MACOSX/._train",
+        ".DS_Store",
+        "src/utils.py",
+        ".ipynb_checkpoints/a.ipynb",
+        "dlia/readme.txt",
+        "captum/notes.txt",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"not an image")
 
@@ -166,8 +181,13 @@ def write_wheel(folder: Path, name: str, version: str, code: str, metadata: str 
     path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/__init__.py", code)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}",
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return path
 
@@ -208,7 +228,9 @@ def finished(source: Path, tmp_path_factory) -> Finished:
             executed, error = session.run(notebooks.build(source)), None
         except Exception as failure:  # kept, so that a second test does not run it all again
             executed, error = None, failure
-        _FINISHED[source] = Finished(session, layout, before, error, executed, time.perf_counter() - start)
+        _FINISHED[source] = Finished(
+            session, layout, before, error, executed, time.perf_counter() - start
+        )
     return _FINISHED[source]
 
 

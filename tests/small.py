@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dlia_utils import notebooks
+from tools import notebooks
 
 
 def linear(seed: int = 0, classes: int = 2) -> nn.Module:
@@ -22,10 +22,23 @@ def small_batch() -> tuple[Tensor, Tensor]:
     return x, torch.tensor([0, 1, 1, 0, 1, 0])
 
 
-def start_run(number: str, data: str | Path = "", name: str = "", *, profile: str = "smoke", resume=True, **changes):
+def start_run(
+    number: str,
+    data: str | Path = "",
+    name: str = "",
+    *,
+    profile: str = "smoke",
+    resume=True,
+    **changes,
+):
     """The run that notebook `number` starts, with `changes` of its settings."""
     (source,) = notebooks.pick([number])
     with contextlib.redirect_stdout(io.StringIO()):  # its banner
         return notebooks.opened(
-            source, PROFILE=profile, DATA_DIR=str(data), RUN_NAME=name, RESUME=resume, CHANGES=changes
+            source,
+            PROFILE=profile,
+            DATA_DIR=str(data),
+            RUN_NAME=name,
+            RESUME=resume,
+            CHANGES=changes,
         )

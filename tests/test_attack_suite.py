@@ -7,7 +7,7 @@ from torchvision.ops import StochasticDepth
 
 from dlia_utils import attacks
 from dlia_utils.attacks import _ball, _contract
-from dlia_utils.models.fold import fast_copy
+from dlia_utils.models.pixel import fast_copy
 
 EPS = 8 / 255
 
@@ -33,7 +33,9 @@ def boundary_distances(model: nn.Module, x, y, norm: str, *, grey: bool = False,
     for other in range(logits.shape[1]):
         difference = (weight[other] - weight[y]).view_as(x)
         if grey:
-            difference = difference.sum(1, keepdim=True) / (x.shape[1] ** 0.5 if norm == "l2" else 1)
+            difference = difference.sum(1, keepdim=True) / (
+                x.shape[1] ** 0.5 if norm == "l2" else 1
+            )
         if mask is not None:
             difference = difference * mask
         flat = difference.flatten(1)
@@ -48,7 +50,13 @@ def trained(request):
     """A small CNN of 2 or 10 classes and 40 images of 8 x 8 that it was trained on."""
     classes = request.param
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers = [
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
     model = nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(6 * 16, classes))
     y = torch.arange(40) % classes
     patterns = 0.5 + 0.15 * torch.randn(classes, 1, 8, 8)
@@ -63,9 +71,15 @@ def trained(request):
 
 BUDGET = {  # attacks inside a given ball: (call, norm)
     "apgd_ce": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=6, restarts=2, **kw), "linf"),
-    "apgd_margin": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=10, loss="margin", **kw), "linf"),
+    "apgd_margin": (
+        lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=10, loss="margin", **kw),
+        "linf",
+    ),
     "apgd_l2": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=6, norm="l2", **kw), "l2"),
-    "apgd_full": (lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=6, stop_when_fooled=False, **kw), "linf"),
+    "apgd_full": (
+        lambda m, x, y, **kw: attacks.apgd(m, x, y, steps=6, stop_when_fooled=False, **kw),
+        "linf",
+    ),
     "fgsm": (lambda m, x, y, **kw: attacks.fgsm(m, x, y, **kw), "linf"),
     "noise": (lambda m, x, y, **kw: attacks.noise(m, x, y, **kw), "linf"),
     "pgd": (lambda m, x, y, **kw: attacks.pgd(m, x, y, steps=6, **kw), "linf"),
@@ -74,14 +88,20 @@ BUDGET = {  # attacks inside a given ball: (call, norm)
     "square": (lambda m, x, y, **kw: attacks.square(m, x, y, steps=8, restarts=2, **kw), "linf"),
     "square_l2": (lambda m, x, y, **kw: attacks.square(m, x, y, norm="l2", steps=10, **kw), "l2"),
     "noise_l2": (lambda m, x, y, **kw: attacks.noise(m, x, y, norm="l2", **kw), "l2"),
-    "one_pixel": (lambda m, x, y, **kw: attacks.one_pixel(m, x, y, population=6, iterations=3, **kw), "linf"),
+    "one_pixel": (
+        lambda m, x, y, **kw: attacks.one_pixel(m, x, y, population=6, iterations=3, **kw),
+        "linf",
+    ),
 }
 SMALLEST = {  # attacks that look for the smallest change
     "fmn_linf": (lambda m, x, y, **kw: attacks.fmn(m, x, y, steps=20, **kw), "linf"),
     "fmn_l2": (lambda m, x, y, **kw: attacks.fmn(m, x, y, steps=20, norm="l2", **kw), "l2"),
     "deepfool_l2": (lambda m, x, y, **kw: attacks.deepfool(m, x, y, **kw), "l2"),
     "deepfool_linf": (lambda m, x, y, **kw: attacks.deepfool(m, x, y, norm="linf", **kw), "linf"),
-    "carlini_wagner": (lambda m, x, y, **k: attacks.carlini_wagner(m, x, y, steps=9, searches=3, **k), "l2"),
+    "carlini_wagner": (
+        lambda m, x, y, **k: attacks.carlini_wagner(m, x, y, steps=9, searches=3, **k),
+        "l2",
+    ),
 }
 ALL = BUDGET | SMALLEST
 SEEDED = (
@@ -99,7 +119,11 @@ def budget(norm: str) -> float:
 
 def corner(model, x, y, eps):
     """The point of the L-infinity ball with the highest two-class margin."""
-    return (x + eps * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()).clamp(0, 1).detach()
+    return (
+        (x + eps * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign())
+        .clamp(0, 1)
+        .detach()
+    )
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
@@ -117,7 +141,9 @@ def test_l2_attacks_reach_the_linear_optimum(attack):
     x, y = near_boundary(model, 2)
     direction = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x)
     best = 0.2 * direction.flatten(1).norm(dim=1)
-    result = attack(model, x, y, eps=0.2, norm="l2", steps=40, loss="margin", stop_when_fooled=False)
+    result = attack(
+        model, x, y, eps=0.2, norm="l2", steps=40, loss="margin", stop_when_fooled=False
+    )
     gain = _contract.margin(model(result.x_adv), y) - _contract.margin(model(x), y)
     assert (gain >= 0.97 * best).all()
     assert (result.l2 <= 0.2 + 1e-9).all()
@@ -127,7 +153,9 @@ def test_mi_fgsm_reaches_the_linear_optimum():
     model = linear_model()
     x = torch.rand(9, 1, 4, 4, dtype=torch.float64)
     y = model(x).argmax(1)
-    torch.testing.assert_close(attacks.mi_fgsm(model, x, y, eps=EPS).x_adv, corner(model, x, y, EPS))
+    torch.testing.assert_close(
+        attacks.mi_fgsm(model, x, y, eps=EPS).x_adv, corner(model, x, y, EPS)
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 10])
@@ -141,7 +169,9 @@ def test_budget_attacks_fool_exactly_what_can_be_fooled(classes):
         ("linf", lambda **kw: attacks.square(model, x, y, steps=400, **kw)),
     ]:
         distance = boundary_distances(model, x, y, norm)
-        eps = float(distance.sort().values[9:11].mean())  # between two images: half of them can be fooled
+        eps = float(
+            distance.sort().values[9:11].mean()
+        )  # between two images: half of them can be fooled
         assert torch.equal(attack(eps=eps).success, distance < eps)
 
 
@@ -343,7 +373,9 @@ def test_model_is_left_bit_equal(name, trained):
 
     def state() -> list:
         tensors = [t.clone() for t in model.state_dict().values()]
-        return tensors, [(p.requires_grad, p.grad is None, m.training) for m in model for p in m.parameters()]
+        return tensors, [
+            (p.requires_grad, p.grad is None, m.training) for m in model for p in m.parameters()
+        ]
 
     try:
         tensors, flags = state()
@@ -367,7 +399,9 @@ def test_a_change_that_is_a_little_too_long_is_cut_and_judged_again(norm):
     for image, label, distance in zip(x, y, boundary_distances(model, x, y, norm), strict=True):
         for share, falls in ((1.01, True), (0.99, False)):
             eps = share * float(distance)
-            result = attacks.deepfool(model, image[None], label[None], norm=norm, overshoot=0.1, eps=eps)
+            result = attacks.deepfool(
+                model, image[None], label[None], norm=norm, overshoot=0.1, eps=eps
+            )
             assert bool(result.success) == falls
             assert torch.equal(result.first_success_step, torch.tensor([1 if falls else -1]))
 
@@ -396,7 +430,9 @@ def test_one_run_of_fmn_answers_for_every_eps(trained):
         kept = attacks.fmn(model, x, y, eps=eps, steps=40)
         near = free.linf <= eps
         assert torch.equal(kept.x_adv[near], free.x_adv[near])
-        assert (kept.success | ~near).all()  # a little further away, an image may still fall when cut to eps
+        assert (
+            kept.success | ~near
+        ).all()  # a little further away, an image may still fall when cut to eps
         cut = kept.linf[kept.success & ~near]
         torch.testing.assert_close(cut, torch.full_like(cut, eps))
         assert torch.equal(kept.x_adv[~kept.success], x[~kept.success])
@@ -417,7 +453,9 @@ def test_carlini_wagner_walks_far_enough_within_a_small_mask():
     x, mask = torch.full((6, 1, 64, 64), 0.5), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     mask[..., 30:34, 30:34] = True
     weight = (model[1].weight[1] - model[1].weight[0]).detach().view(64, 64)
-    model[1].bias.data[1] += -(model(x)[0, 1] - model(x)[0, 0]) + 0.2 * weight[mask[0, 0]].norm()  # 0.2 from the boundary
+    model[1].bias.data[1] += (
+        -(model(x)[0, 1] - model(x)[0, 0]) + 0.2 * weight[mask[0, 0]].norm()
+    )  # 0.2 from the boundary
     found = attacks.carlini_wagner(model, x, model(x).argmax(1), mask=mask, steps=60, searches=3)
     assert found.success.all() and (found.l2 < 0.2 * 1.05).all()
 
@@ -425,7 +463,9 @@ def test_carlini_wagner_walks_far_enough_within_a_small_mask():
 def test_carlini_wagner_judges_its_last_step(trained):
     model, x, y = trained
     right = model(x).argmax(1) == y
-    found = attacks.carlini_wagner(model, x[right], y[right], steps=1, searches=1, step_size=1.0, constant=1e6)
+    found = attacks.carlini_wagner(
+        model, x[right], y[right], steps=1, searches=1, step_size=1.0, constant=1e6
+    )
     assert found.success.any(), "the only step was never looked at"
 
 
@@ -434,7 +474,9 @@ def test_carlini_wagner_finds_the_scale_of_the_model():
     model = linear_model(size=8)
     x, y = near_boundary(model, size=8)
     gaps, direction = -_contract.margin(model(x), y), model[1].weight[0] - model[1].weight[1]
-    toward = torch.where(y == 0, -1, 1) * gaps / direction.square().sum()  # along it, to the boundary itself
+    toward = (
+        torch.where(y == 0, -1, 1) * gaps / direction.square().sum()
+    )  # along it, to the boundary itself
     for left in (1.0, 1e-3):
         near = (x + (1 - left) * (toward[:, None] * direction).view_as(x)).detach()
         best = boundary_distances(model, near, y, "l2")
@@ -462,7 +504,11 @@ def test_margin_fools_a_saturated_model_where_cross_entropy_has_no_gradient(trai
     saturated = Saturated().eval()
     for attack in (attacks.apgd, attacks.mi_fgsm):
         blind = attack(saturated, x, y, eps=0.2, loss="ce", steps=10).success.float().mean()
-        assert attack(saturated, x, y, eps=0.2, loss="margin", steps=10).success.float().mean() > 0.9 > blind
+        assert (
+            attack(saturated, x, y, eps=0.2, loss="margin", steps=10).success.float().mean()
+            > 0.9
+            > blind
+        )
 
 
 def test_apgd_halves_the_step_where_the_loss_swings():
@@ -517,7 +563,9 @@ class Random(nn.Module):
     `spread`: of the margin; `tilt`: of a random direction added to the gradient, which hides the true one.
     """
 
-    def __init__(self, *, level: float = 0.0, slope: float = 0.0, spread: float = 0.0, tilt: float = 0.0):
+    def __init__(
+        self, *, level: float = 0.0, slope: float = 0.0, spread: float = 0.0, tilt: float = 0.0
+    ):
         super().__init__()
         self.level, self.slope, self.spread, self.tilt = level, slope, spread, tilt
 
@@ -559,7 +607,9 @@ def test_averaged_gradients_find_the_direction_that_one_pass_hides():
     rise = {}
     for eot in (1, 60):
         torch.manual_seed(0)
-        rise[eot] = float((attacks.fgsm(model, FLAT_X, FLAT_Y, eps=0.1, eot=eot).x_adv - 0.5).mean())
+        rise[eot] = float(
+            (attacks.fgsm(model, FLAT_X, FLAT_Y, eps=0.1, eot=eot).x_adv - 0.5).mean()
+        )
     assert rise[1] < 0.04 and rise[60] > 0.08  # 0.1: every pixel goes the right way
 
 
@@ -619,7 +669,9 @@ def test_bpda_answers_exactly_and_takes_the_gradient_of_the_surrogate():
 @pytest.mark.parametrize("squeeze", [Squeeze(), nn.Hardtanh(0.4, 0.5)])
 def test_a_fast_copy_made_inside_the_context_goes_past_the_module_too(squeeze):
     torch.manual_seed(0)
-    model = nn.Sequential(squeeze, nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 2)).eval()
+    model = nn.Sequential(
+        squeeze, nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 2)
+    ).eval()
     x = 0.6 + 0.3 * torch.rand(4, 1, 8, 8)  # above Hardtanh's range: its own gradient is zero
     with attacks.bpda(model, {"0": None}):
         copied = fast_copy(model)
@@ -636,16 +688,24 @@ def test_bpda_is_undone_after_an_error_and_when_nested():
     with attacks.bpda(model, {"0": None}):
         with pytest.raises(ZeroDivisionError), attacks.bpda(model, {"0": lambda z: 3 * z}):
             raise ZeroDivisionError
-        torch.testing.assert_close(torch.autograd.grad(model(x)[0, 0], x)[0].flatten(), model[2].weight[0])
+        torch.testing.assert_close(
+            torch.autograd.grad(model(x)[0, 0], x)[0].flatten(), model[2].weight[0]
+        )
     with pytest.raises(RuntimeError):
         model(x)
-    with pytest.raises(KeyError, match="no module 'squeeze'"), attacks.bpda(model, {"squeeze": None}):
+    with (
+        pytest.raises(KeyError, match="no module 'squeeze'"),
+        attacks.bpda(model, {"squeeze": None}),
+    ):
         pass
     with pytest.raises(KeyError, match="no module"), attacks.bpda(model, {nn.Flatten(): None}):
         pass
     with pytest.raises(TypeError, match="function or None"), attacks.bpda(model, {"0": 3}):
         pass
-    with attacks.bpda(model, {"0": lambda z: z[..., :1]}), pytest.raises(ValueError, match="surrogate of '0'"):
+    with (
+        attacks.bpda(model, {"0": lambda z: z[..., :1]}),
+        pytest.raises(ValueError, match="surrogate of '0'"),
+    ):
         model(x)
     assert "forward" not in model[0].__dict__
 
@@ -662,7 +722,11 @@ BAD = {
     "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
     "eps -0.1": ({"eps": -0.1}, ValueError, ">= 0"),
     "no bool mask": ({"mask": torch.ones(2, 1, 8, 8)}, TypeError, "mask > 0"),
-    "three masks": ({"mask": torch.ones(3, 1, 8, 8, dtype=torch.bool)}, ValueError, "one plane per image"),
+    "three masks": (
+        {"mask": torch.ones(3, 1, 8, 8, dtype=torch.bool)},
+        ValueError,
+        "one plane per image",
+    ),
     "small mask": ({"mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}, ValueError, "resize"),
     "no passes": ({"eot": 0}, ValueError, "eot"),
     "no steps": ({"steps": 0}, ValueError, "steps"),
@@ -697,7 +761,9 @@ def test_model_in_training_mode_is_refused(name, trained):
         model[5].eval()
 
 
-@pytest.mark.parametrize("layer", [nn.RReLU(), nn.FeatureAlphaDropout(), StochasticDepth(0.5, "row")])
+@pytest.mark.parametrize(
+    "layer", [nn.RReLU(), nn.FeatureAlphaDropout(), StochasticDepth(0.5, "row")]
+)
 def test_any_layer_that_is_random_in_training_is_refused(layer):
     model = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 2))
     with pytest.raises(ValueError, match=r"1 \(\w+\) is in training mode"):
@@ -713,7 +779,9 @@ class Log(nn.Module):
         return torch.stack([torch.zeros_like(rise), rise + 8], 1)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "l2" not in name and name not in ("carlini_wagner", "pgd")])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if "l2" not in name and name not in ("carlini_wagner", "pgd")]
+)
 def test_an_answer_that_is_no_number_is_no_success(name):
     model, x = Log().eval(), torch.full((4, 1, 2, 2), 0.06)
     y = model(x).argmax(1)

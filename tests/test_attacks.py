@@ -15,14 +15,22 @@ def linear_model(channels: int, classes: int, size: int = 4, seed: int = 0) -> n
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes)).double().eval()
 
 
-def batch(channels: int, model: nn.Module, n: int = 9, size: int = 4, low: float = 0.0, high: float = 1.0):
+def batch(
+    channels: int, model: nn.Module, n: int = 9, size: int = 4, low: float = 0.0, high: float = 1.0
+):
     x = low + (high - low) * torch.rand(n, channels, size, size, dtype=torch.float64)
     return x, model(x).argmax(1)
 
 
 def small_cnn(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    layers = [
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    ]
     return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(6 * 16, 2))
 
 
@@ -108,7 +116,10 @@ def test_margin_fools_a_saturated_model_where_cross_entropy_has_no_gradient(trai
     x, y, saturated = x[right], y[right], nn.Sequential(model, Scale(1e4)).eval()
     assert not attacks.pgd(saturated, x, y, eps=0.2, loss="ce", random_start=False).success.any()
     assert (
-        attacks.pgd(saturated, x, y, eps=0.2, loss="margin", random_start=False).success.float().mean() > 0.9
+        attacks.pgd(saturated, x, y, eps=0.2, loss="margin", random_start=False)
+        .success.float()
+        .mean()
+        > 0.9
     )
 
 
@@ -243,7 +254,9 @@ def state(model: nn.Module) -> list:
 
 def assert_same_state(one: list, two: list) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+    assert all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True)
+    )
     assert one[2:] == two[2:]
 
 
@@ -336,7 +349,9 @@ def test_other_errors_name_the_argument():
     with pytest.raises(ValueError, match="expand"):
         attacks.fgsm(model, GOOD_X, GOOD_Y, eps=attacks.normalised_eps(0.1, [0.2, 0.2, 0.2]))
     with pytest.raises(ValueError, match="grey"):
-        attacks.fgsm(linear_model(3, 2), torch.rand(2, 3, 4, 4).double(), GOOD_Y, eps=EPS, grey=True)
+        attacks.fgsm(
+            linear_model(3, 2), torch.rand(2, 3, 4, 4).double(), GOOD_Y, eps=EPS, grey=True
+        )
     with pytest.raises(ValueError, match="logits"):
         attacks.fgsm(nn.Flatten(0), GOOD_X, GOOD_Y, eps=EPS)
     with pytest.raises(TypeError, match="Module"):

@@ -12,9 +12,15 @@ from torch import nn
 from dlia_utils.explain.attribution import METHODS, _max_pool, explain
 from dlia_utils.models import mobilenet_v2, spectral_normalize
 
-OPTIONS = {"gradcam": {"layer": "0"}, "gradcam++": {"layer": "0"}, "occlusion": {"window": 4, "stride": 2}}
+OPTIONS = {
+    "gradcam": {"layer": "0"},
+    "gradcam++": {"layer": "0"},
+    "occlusion": {"window": 4, "stride": 2},
+}
 NO_LIMIT = float("inf")
-CAPTUM_TALKS = pytest.mark.filterwarnings("ignore:Setting forward", "ignore:Input Tensor 0 did not already")
+CAPTUM_TALKS = pytest.mark.filterwarnings(
+    "ignore:Setting forward", "ignore:Input Tensor 0 did not already"
+)
 
 
 def images(n=2, channels=1, side=12):
@@ -40,7 +46,11 @@ class Reused(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.relu, self.pool, self.head = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Linear(6, 2)
+        self.relu, self.pool, self.head = (
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+            nn.Linear(6, 2),
+        )
 
     def forward(self, x):
         x = self.pool(self.relu(self.first(x)))
@@ -82,15 +92,23 @@ def test_one_contract_for_every_method(method):
     before, pixels = copy.deepcopy(net.state_dict()), x.clone()
     table = dict(deep_lift.SUPPORTED_NON_LINEAR)
     found = explain(method, net, x, **OPTIONS.get(method, {}))
-    assert found.method == method and found.maps.shape == (3, 12, 12) and found.maps.dtype == torch.float32
+    assert (
+        found.method == method
+        and found.maps.shape == (3, 12, 12)
+        and found.maps.dtype == torch.float32
+    )
     assert torch.equal(found.target, net(x).argmax(1)) and not found.maps.requires_grad
     torch.testing.assert_close(found.score, net(x).amax(1).detach())
     heat = found.heat()
-    assert heat.amin() >= 0 and torch.equal(heat.amax((1, 2)), (~(found.maps <= 0).all(1).all(1)).float())
+    assert heat.amin() >= 0 and torch.equal(
+        heat.amax((1, 2)), (~(found.maps <= 0).all(1).all(1)).float()
+    )
     assert torch.equal(x, pixels) and deep_lift.SUPPORTED_NON_LINEAR == table
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(part.requires_grad and part.grad is None for part in net.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,7 +120,9 @@ def test_maps_do_not_depend_on_the_batch_and_frozen_models_work(method):
         alone = torch.cat([explain(method, net, one, 1, **options).maps for one in x.split(1)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-4)
     if "cam" not in method:
-        torch.testing.assert_close(explain(method, net, x, 1, batch_size=2, **options).maps, together)
+        torch.testing.assert_close(
+            explain(method, net, x, 1, batch_size=2, **options).maps, together
+        )
 
 
 @pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])
@@ -114,7 +134,9 @@ def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method
     for target, sign in ((1, 1), (0, -1)):
         found = explain(method, net, x, target, **options)
         expected = (
-            weight.abs().amax(1).expand(2, -1, -1) if method == "saliency" else sign * (weight * x).sum(1)
+            weight.abs().amax(1).expand(2, -1, -1)
+            if method == "saliency"
+            else sign * (weight * x).sum(1)
         )
         torch.testing.assert_close(found.maps, expected, atol=1e-5, rtol=1e-4)
     if found.error is not None:
@@ -123,14 +145,18 @@ def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method
 
 def test_occlusion_equals_a_loop_over_windows():
     net, x = small(), images(2)
-    found = explain("occlusion", net, x, 1, window=(5, 4), stride=(3, 2), baseline="mean", batch_size=7)
+    found = explain(
+        "occlusion", net, x, 1, window=(5, 4), stride=(3, 2), baseline="mean", batch_size=7
+    )
     total, times = torch.zeros(2, 12, 12), torch.zeros(12, 12)
     clean = net(x)[:, 1].detach()
     for top in range(0, 12 - 5 + 3, 3):
         for left in range(0, 12 - 4 + 2, 2):
             covered = x.clone()
             covered[:, :, top : top + 5, left : left + 4] = x.mean((1, 2, 3), keepdim=True)
-            total[:, top : top + 5, left : left + 4] += (clean - net(covered)[:, 1].detach())[:, None, None]
+            total[:, top : top + 5, left : left + 4] += (clean - net(covered)[:, 1].detach())[
+                :, None, None
+            ]
             times[top : top + 5, left : left + 4] += 1
     torch.testing.assert_close(found.maps, total / times, atol=1e-5, rtol=1e-4)
     assert found.baseline == "each image's mean grey" and found.error is None
@@ -140,7 +166,8 @@ def test_occlusion_equals_a_loop_over_windows():
 def test_integrated_gradients_are_complete_and_more_steps_make_them_more_so(baseline, caplog):
     net, x = small(), images()
     coarse, fine = (
-        explain("integrated_gradients", net, x, 1, steps=steps, baseline=baseline) for steps in (2, 200)
+        explain("integrated_gradients", net, x, 1, steps=steps, baseline=baseline)
+        for steps in (2, 200)
     )
     assert fine.error.max() < 0.01 and fine.error.sum() < coarse.error.sum()
     assert ("raise steps=2" in caplog.text) == bool((coarse.error > 0.05).any())
@@ -148,7 +175,15 @@ def test_integrated_gradients_are_complete_and_more_steps_make_them_more_so(base
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, lambda: nn.ReLU6(inplace=True)],
+    [
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SiLU,
+        nn.GELU,
+        nn.Hardswish,
+        nn.LeakyReLU,
+        lambda: nn.ReLU6(inplace=True),
+    ],
 )
 def test_deeplift_is_complete_with_activations_that_captum_leaves_out(activation):
     found = explain("deeplift", small(activation=activation), images(), 1, baseline=0.5)
@@ -169,7 +204,9 @@ def test_deeplift_on_mobilenet_where_captum_alone_is_wrong():
                 module.momentum = 1.0
         net(images(4, 3, 32))
         net.eval()
-        nn.init.normal_(net.backbone.classifier[1].weight, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(
+            net.backbone.classifier[1].weight, generator=torch.Generator().manual_seed(0)
+        )
         black = net(x)[:, 1] - net(0 * x)[:, 1]
     theirs = DeepLift(copy.deepcopy(net)).attribute(x, target=1).sum((1, 2, 3)).detach()
     found = explain("deeplift", net, x, 1)
@@ -216,7 +253,9 @@ def test_deeplift_refuses_what_it_cannot_repair_by_name():
 
 
 def test_a_first_layer_that_works_in_place_does_not_write_into_the_images():
-    net = nn.Sequential(nn.Threshold(0.5, 0.0, inplace=True), nn.Flatten(), nn.Linear(144, 2)).eval()
+    net = nn.Sequential(
+        nn.Threshold(0.5, 0.0, inplace=True), nn.Flatten(), nn.Linear(144, 2)
+    ).eval()
     x = images()
     before = x.clone()
     for method in ("saliency", "integrated_gradients", "occlusion"):

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from dlia_utils import augment
-from dlia_utils.cache import ImageCache
+from dlia_utils.data import augment
+from dlia_utils.data.cache import ImageCache
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +15,22 @@ def cached(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "images.npy"
     images = np.random.default_rng(0).integers(0, 256, (12, 20, 20), dtype=np.uint8)
     np.save(path, images)
-    return ImageCache(np.load(path, mmap_mode="r"), 20, "key", Path(path.parent), (), np.full((12, 2), 20), "squash")
+    return ImageCache(
+        np.load(path, mmap_mode="r"),
+        20,
+        "key",
+        Path(path.parent),
+        (),
+        np.full((12, 2), 20),
+        "squash",
+    )
 
 
 def images(cached, rows=range(12), **options):
     rows = np.asarray(rows)
-    return augment.CachedImages(cached, rows, rows % 2, transform=augment.train_transform(), **options)
+    return augment.CachedImages(
+        cached, rows, rows % 2, transform=augment.train_transform(), **options
+    )
 
 
 def pixels(dataset, epoch):
@@ -31,7 +41,12 @@ def pixels(dataset, epoch):
 def test_plain_items(cached):
     dataset = augment.CachedImages(cached, [5, 2], [1, 0])
     x, y, row = dataset[0]
-    assert len(dataset) == 2 and (y, row) == (1, 5) and x.shape == (1, 20, 20) and x.dtype == torch.float32
+    assert (
+        len(dataset) == 2
+        and (y, row) == (1, 5)
+        and x.shape == (1, 20, 20)
+        and x.dtype == torch.float32
+    )
     assert torch.equal(x, cached.batch([5])[0])
 
 
@@ -97,12 +112,18 @@ def test_targets_are_in_pixels_of_the_cached_image(films):
     image, target = items[0]
     assert image.dtype == torch.uint8 and image.shape == (1, SIDE, SIDE)
     assert target["boxes"].tolist() == [bright(image[0]).tolist()]
-    assert target["boxes"].dtype == torch.float32 and target["labels"].tolist() == [2] and int(target["image_id"]) == 4
+    assert (
+        target["boxes"].dtype == torch.float32
+        and target["labels"].tolist() == [2]
+        and int(target["image_id"]) == 4
+    )
 
 
 def test_boxes_follow_the_image(films):
     cache, boxes = films
-    items = augment.CachedBoxes(cache, range(6), boxes, transform=augment.box_transform(affine=1, rotate=0, dropout=0))
+    items = augment.CachedBoxes(
+        cache, range(6), boxes, transform=augment.box_transform(affine=1, rotate=0, dropout=0)
+    )
     moved = 0
     for epoch in range(3):
         items.set_epoch(epoch)
@@ -115,17 +136,23 @@ def test_boxes_follow_the_image(films):
 
 def test_the_box_of_a_turned_square_does_not_grow():
     image = np.zeros((200, 200), np.uint8)
-    turn = augment.box_transform(flip=0, shift=0, zoom=0, rotate=15, affine=1, exposure=0, dropout=0)
+    turn = augment.box_transform(
+        flip=0, shift=0, zoom=0, rotate=15, affine=1, exposure=0, dropout=0
+    )
     growth = []
     for seed in range(20):
         turn.set_random_seed(seed)
-        x1, y1, x2, y2 = turn(image=image, bboxes=np.array([[80, 80, 120, 120.0]]), labels=[1])["bboxes"][0]
+        x1, y1, x2, y2 = turn(image=image, bboxes=np.array([[80, 80, 120, 120.0]]), labels=[1])[
+            "bboxes"
+        ][0]
         growth.append((x2 - x1) * (y2 - y1) / 1600)
     assert max(growth) < 1.05
 
 
 def test_slivers_are_dropped_and_boxes_clipped():
-    shifted = augment.box_transform(flip=0, shift=0.5, zoom=0, rotate=0, affine=1, exposure=0, dropout=0)
+    shifted = augment.box_transform(
+        flip=0, shift=0.5, zoom=0, rotate=0, affine=1, exposure=0, dropout=0
+    )
     image, kept = np.zeros((100, 100), np.uint8), []
     for seed in range(60):
         shifted.set_random_seed(seed)
@@ -139,7 +166,9 @@ def test_slivers_are_dropped_and_boxes_clipped():
 
 
 def test_a_box_partly_outside_or_touching_the_border_is_no_error():
-    out = augment.box_transform()(image=np.zeros((64, 64), np.uint8), bboxes=np.array([[30, 30, 64.4, 64.2]]), labels=[1])
+    out = augment.box_transform()(
+        image=np.zeros((64, 64), np.uint8), bboxes=np.array([[30, 30, 64.4, 64.2]]), labels=[1]
+    )
     assert len(out["bboxes"]) == 1
 
 
@@ -147,12 +176,19 @@ def test_images_without_boxes_stay_in_the_set(films):
     cache, boxes = films
     items = augment.CachedBoxes(cache, [0], boxes.iloc[1:], transform=augment.box_transform())
     image, target = items[0]
-    assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32 and target["labels"].shape == (0,)
+    assert (
+        target["boxes"].shape == (0, 4)
+        and target["boxes"].dtype == torch.float32
+        and target["labels"].shape == (0,)
+    )
 
 
 def test_dropout_erases_but_never_most_of_a_finding():
     erase = augment.box_transform(flip=0, affine=0, exposure=0, dropout=1.0)
-    image, small = np.full((200, 200), 255, np.uint8), np.array([[50, 50, 58, 58.0], [100, 100, 180, 180]])
+    image, small = (
+        np.full((200, 200), 255, np.uint8),
+        np.array([[50, 50, 58, 58.0], [100, 100, 180, 180]]),
+    )
     erased = 0
     for seed in range(200):
         erase.set_random_seed(seed)
@@ -167,7 +203,10 @@ def test_dropout_erases_but_never_most_of_a_finding():
 @pytest.mark.parametrize(
     ("build", "wrong"),
     [
-        (augment.A.CoarseDropout, {"max_holes": 8, "max_height": 32, "max_width": 32}),  # the original study's
+        (
+            augment.A.CoarseDropout,
+            {"max_holes": 8, "max_height": 32, "max_width": 32},
+        ),  # the original study's
         (augment.A.Affine, {"shift_limit": 0.1}),
     ],
 )
@@ -184,9 +223,13 @@ def test_workers_draw_different_and_reproducible_parameters(films):
     boxes = boxes.assign(**{name: boxes[name][0] for name in ("x1", "y1", "x2", "y2")})
 
     def draw(workers, epoch):
-        items = augment.CachedBoxes(cache, range(6), boxes, transform=augment.box_transform(affine=1), seed=5)
+        items = augment.CachedBoxes(
+            cache, range(6), boxes, transform=augment.box_transform(affine=1), seed=5
+        )
         items.set_epoch(epoch)
-        loader = torch.utils.data.DataLoader(items, batch_size=1, num_workers=workers, collate_fn=augment.collate_boxes)
+        loader = torch.utils.data.DataLoader(
+            items, batch_size=1, num_workers=workers, collate_fn=augment.collate_boxes
+        )
         return [tuple(targets[0]["boxes"].flatten().tolist()) for _, targets in loader]
 
     two = draw(2, 0)
@@ -203,7 +246,9 @@ def test_label_zero_is_refused(films):
 
 def test_a_batch_is_a_stack_of_bytes_and_a_list_of_targets(films):
     cache, boxes = films
-    images, targets = augment.collate_boxes([augment.CachedBoxes(cache, [0, 1], boxes)[i] for i in range(2)])
+    images, targets = augment.collate_boxes(
+        [augment.CachedBoxes(cache, [0, 1], boxes)[i] for i in range(2)]
+    )
     assert images.shape == (2, 1, SIDE, SIDE) and images.dtype == torch.uint8 and len(targets) == 2
 
 

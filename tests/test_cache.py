@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFile
 from scipy.ndimage import gaussian_filter
 
-from dlia_utils import cache, datasets
+from dlia_utils.data import cache, datasets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,14 @@ def make(root, count=6):
     for i, path in enumerate(paths):
         picture(i).convert("RGB" if i % 2 else "L").save(root / path)
     manifest = pd.DataFrame(
-        {"path": paths, "label": 0, "class_name": "a", "patient": paths, "group": "a", "split": "train"}
+        {
+            "path": paths,
+            "label": 0,
+            "class_name": "a",
+            "patient": paths,
+            "group": "a",
+            "split": "train",
+        }
     )
     ignored = pd.DataFrame(columns=["path", "reason"])
     return datasets.Dataset("tiny", root, manifest, ("a",), ignored, True, "argument")
@@ -50,7 +57,11 @@ def build(dataset, tmp_path, size=24):
 def test_pixels_are_those_of_pillow(dataset, tmp_path):
     cached = build(dataset, tmp_path)
     assert isinstance(cached.images, np.memmap) and cached.images.dtype == np.uint8
-    assert cached.images.shape == (6, 24, 24) and not cached.images.flags.writeable and cached.truncated == ()
+    assert (
+        cached.images.shape == (6, 24, 24)
+        and not cached.images.flags.writeable
+        and cached.truncated == ()
+    )
     for row, path in enumerate(dataset.manifest["path"]):
         expected = _plain(dataset.root / path)
         # Draft decoding of JPEG may differ by a few grey levels, never by structure.
@@ -91,11 +102,15 @@ def test_changed_file_size_and_manifest_give_another_cache(dataset, tmp_path):
 def _plain(path):
     """The reference: what Pillow makes of the file, without draft decoding."""
     with Image.open(path) as image:
-        return np.asarray(image.convert("L").resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+        return np.asarray(image.convert("L").resize((24, 24), Image.Resampling.BILINEAR)).astype(
+            int
+        )
 
 
 def test_bad_files_are_listed_together_before_decoding(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_decode_all", lambda *a, **k: pytest.fail("decoded before the check"))
+    monkeypatch.setattr(
+        cache, "_decode_all", lambda *a, **k: pytest.fail("decoded before the check")
+    )
     (dataset.root / "1.jpeg").write_bytes(b"")
     (dataset.root / "4.jpeg").write_text("not an image")
     with pytest.raises(
@@ -126,9 +141,13 @@ def test_truncated_but_decodable_is_used_and_counted(dataset, tmp_path, caplog, 
 def test_truncated_beyond_use_is_refused_and_leaves_no_cache(dataset, tmp_path):
     cut(dataset.root / "1.jpeg", 0.5)
     cut(dataset.root / "3.jpeg", 0.6)
-    with pytest.raises(datasets.BadData, match=r"2 unusable(.|\n)*1.jpeg: truncated(.|\n)*3.jpeg: truncated"):
+    with pytest.raises(
+        datasets.BadData, match=r"2 unusable(.|\n)*1.jpeg: truncated(.|\n)*3.jpeg: truncated"
+    ):
         build(dataset, tmp_path)
-    assert not list((tmp_path / "cache").rglob("*.npy")) and not list((tmp_path / "cache").rglob("meta.json"))
+    assert not list((tmp_path / "cache").rglob("*.npy")) and not list(
+        (tmp_path / "cache").rglob("meta.json")
+    )
 
 
 def test_examine_lists_every_kind_of_bad_file_at_once(dataset, tmp_path):
@@ -154,8 +173,12 @@ def test_padded_images_keep_their_aspect(dataset, tmp_path):
     assert cached.shapes.tolist() == [[80, 96]] * 6
     for row, path in enumerate(dataset.manifest["path"]):
         with Image.open(dataset.root / path) as image:
-            expected = np.asarray(image.convert("L").resize((24, 20), Image.Resampling.BILINEAR), dtype=float)
-        assert np.abs(expected - cached.images[row, :20]).max() <= (0 if path.endswith("png") else 6)
+            expected = np.asarray(
+                image.convert("L").resize((24, 20), Image.Resampling.BILINEAR), dtype=float
+            )
+        assert np.abs(expected - cached.images[row, :20]).max() <= (
+            0 if path.endswith("png") else 6
+        )
         assert (cached.images[row, 20:] == 0).all()
 
 
@@ -176,7 +199,9 @@ def test_scale_finds_a_mark_again(tmp_path, fit, size):
     found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     assert found == pytest.approx([x1 * sx, y1 * sy, x2 * sx, y2 * sy], abs=1)
     assert fit == "pad" or (sx, sy) == (64 / width, 64 / height)
-    assert cached.scale([]).shape == (0, 2) and cached.scale(torch.tensor([0, 0])).dtype == np.float64
+    assert (
+        cached.scale([]).shape == (0, 2) and cached.scale(torch.tensor([0, 0])).dtype == np.float64
+    )
 
 
 def test_fit_is_part_of_the_key_and_checked(dataset, tmp_path):
@@ -185,7 +210,9 @@ def test_fit_is_part_of_the_key_and_checked(dataset, tmp_path):
     assert squashed.key != padded.key and squashed.fit == "squash"
     stats = [(path, os.stat(dataset.root / path)) for path in dataset.manifest["path"]]
     text = "1 24" + "".join(f"\n{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-    assert squashed.key == hashlib.sha256(text.encode()).hexdigest()[:20]  # As before there was a fit.
+    assert (
+        squashed.key == hashlib.sha256(text.encode()).hexdigest()[:20]
+    )  # As before there was a fit.
     with pytest.raises(ValueError, match="fit is 'crop'; it must be one of squash, pad"):
         cache.build(dataset, size=24, fit="crop", root=tmp_path / "cache")
 
@@ -207,7 +234,9 @@ def test_images_stored_on_their_side_are_turned_upright(dataset, tmp_path, fit):
     upright = picture(5, size=(96, 64))
     exif = Image.Exif()
     exif[0x0112] = 8
-    upright.transpose(Image.Transpose.ROTATE_270).save(dataset.root / "0.jpeg", exif=exif, quality=95)
+    upright.transpose(Image.Transpose.ROTATE_270).save(
+        dataset.root / "0.jpeg", exif=exif, quality=95
+    )
     upright.save(dataset.root / "1.jpeg", quality=95)
     cached = cache.build(dataset, size=48, fit=fit, root=tmp_path / "cache", progress=False)
     assert cached.shapes[:2].tolist() == [[64, 96]] * 2

@@ -36,9 +36,15 @@ def test_ece_and_mce_by_hand():
     probability = np.array([0.1, 0.1, 0.2, 0.4, 0.6, 0.7, 0.9, 1.0])
     labels = np.array([0, 0, 1, 0, 1, 0, 1, 1])
     # Bins of two: means 0.1, 0.3, 0.65, 0.95; shares of class 1: 0, 0.5, 0.5, 1.
-    found = calibration.summary(labels, probability, range(8), bins=4, draws=10).set_index("metric")["value"]
-    assert found["ece"] == pytest.approx((0.1 + 0.2 + 0.15 + 0.05) / 4) and found["mce"] == pytest.approx(0.2)
-    mirrored = calibration.summary(1 - labels, 1 - probability, range(8), bins=4, draws=10).set_index("metric")["value"]
+    found = calibration.summary(labels, probability, range(8), bins=4, draws=10).set_index(
+        "metric"
+    )["value"]
+    assert found["ece"] == pytest.approx((0.1 + 0.2 + 0.15 + 0.05) / 4) and found[
+        "mce"
+    ] == pytest.approx(0.2)
+    mirrored = calibration.summary(
+        1 - labels, 1 - probability, range(8), bins=4, draws=10
+    ).set_index("metric")["value"]
     assert mirrored.to_dict() == pytest.approx(found.to_dict())
 
 
@@ -50,7 +56,9 @@ def test_bins_of_equal_mass_are_those_of_scikit_learn():
     np.testing.assert_allclose(table["value"], share)
     np.testing.assert_allclose(table["probability"], mean)
     assert (table["high"][:-1].to_numpy() < table["low"][1:].to_numpy()).all()
-    found = calibration.summary(labels, probability, groups, bins=10, draws=10).set_index("metric")["value"]
+    found = calibration.summary(labels, probability, groups, bins=10, draws=10).set_index("metric")[
+        "value"
+    ]
     assert found["ece"] == pytest.approx(np.abs(share - mean).mean())
     assert found["mce"] == pytest.approx(np.abs(share - mean).max())
 
@@ -62,7 +70,9 @@ def test_equal_probabilities_share_a_bin_whatever_their_order():
     assert table["probability"].tolist() == [0.0, 0.5, 1.0] and table["n"].tolist() == [5, 2, 5]
     assert table["value"].tolist() == [0.2, 0.5, 1.0]
     assert table["ci_low"].iloc[2] == pytest.approx(0.025 ** (1 / 5)), "five of five is not certain"
-    found = calibration.summary(labels, probability, range(12), bins=6, draws=10).set_index("metric")["value"]
+    found = calibration.summary(labels, probability, range(12), bins=6, draws=10).set_index(
+        "metric"
+    )["value"]
     assert found["ece"] == pytest.approx(0.2 * 5 / 12), "a mean over images, not over bins"
 
 
@@ -82,9 +92,15 @@ def test_a_calibrated_model_scores_what_its_own_probabilities_promise():
 def test_patients_that_agree_promise_less():
     labels, probability, _ = calibrated(3, n=300)
     copies = [np.repeat(part, 4) for part in (labels, probability, np.arange(300))]
-    alone = calibration.summary(*copies[:2], np.arange(1200), draws=50).set_index("metric").loc["ece"]
+    alone = (
+        calibration.summary(*copies[:2], np.arange(1200), draws=50).set_index("metric").loc["ece"]
+    )
     together = calibration.summary(*copies, draws=50).set_index("metric").loc["ece"]
-    single = calibration.summary(labels, probability, np.arange(300), draws=50).set_index("metric").loc["ece"]
+    single = (
+        calibration.summary(labels, probability, np.arange(300), draws=50)
+        .set_index("metric")
+        .loc["ece"]
+    )
     assert together["value"] == pytest.approx(single["value"])
     assert together["if_calibrated"] > 1.5 * alone["if_calibrated"]
     assert together["if_calibrated"] == pytest.approx(single["if_calibrated"])
@@ -97,7 +113,11 @@ def test_the_interval_of_a_calibration_error_covers_the_truth():
         groups = np.repeat(np.arange(80), 2)
         labels = (rng.random(80) < 0.7).astype(int)[groups]
         stated = np.full(160, 0.5)
-        row = calibration.summary(labels, stated, groups, draws=300, seed=seed).set_index("metric").loc["ece"]
+        row = (
+            calibration.summary(labels, stated, groups, draws=300, seed=seed)
+            .set_index("metric")
+            .loc["ece"]
+        )
         hits += row["ci_low"] <= 0.2 <= row["ci_high"]
     assert 88 <= hits <= 100
 
@@ -108,7 +128,9 @@ def test_the_interval_of_a_calibration_error_covers_the_truth():
 def test_a_planted_temperature_is_found():
     rng = np.random.default_rng(5)
     logits = 2 * rng.standard_normal((20000, 3))
-    labels = np.array([rng.multinomial(1, np.exp(row) / np.exp(row).sum()).argmax() for row in logits])
+    labels = np.array(
+        [rng.multinomial(1, np.exp(row) / np.exp(row).sum()).argmax() for row in logits]
+    )
     assert calibration.fit_temperature(logits, labels) == pytest.approx(1.0, rel=0.04)
     found = calibration.fit_temperature(2.5 * logits, labels)
     assert found == pytest.approx(2.5 * calibration.fit_temperature(logits, labels), rel=1e-6)
@@ -122,9 +144,13 @@ def test_the_temperature_is_the_minimum_of_the_log_loss_and_repairs_calibration(
         return sk.log_loss(labels, expit(logits[:, 1] / np.exp(log_t)))
 
     found = calibration.fit_temperature(logits, labels)
-    assert np.log(found) == pytest.approx(minimize_scalar(loss, bounds=(-3, 5), method="bounded").x, abs=1e-4)
+    assert np.log(found) == pytest.approx(
+        minimize_scalar(loss, bounds=(-3, 5), method="bounded").x, abs=1e-4
+    )
     before, after = (
-        calibration.summary(labels, expit(logits[:, 1] / t), groups, draws=10).set_index("metric")["value"]
+        calibration.summary(labels, expit(logits[:, 1] / t), groups, draws=10).set_index("metric")[
+            "value"
+        ]
         for t in (1, found)
     )
     assert after["ece"] < before["ece"] / 2 and after["log_loss"] < before["log_loss"]
@@ -134,7 +160,9 @@ def test_huge_logits_of_a_distilled_model_are_no_trouble():
     labels, probability, _ = calibrated(7)
     logits = np.stack([np.zeros(300), np.log(probability / (1 - probability))], axis=1)
     one = calibration.fit_temperature(logits, labels)
-    assert calibration.fit_temperature(1000 * logits - 5e4, labels) == pytest.approx(1000 * one, rel=1e-6)
+    assert calibration.fit_temperature(1000 * logits - 5e4, labels) == pytest.approx(
+        1000 * one, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 1, 1], [1, 1, 0, 0]])
@@ -164,13 +192,21 @@ def test_bad_logits_are_named(logits, labels, message):
 def test_net_benefit_by_hand():
     labels = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
     probability = np.array([0.9, 0.6, 0.2, 0.7, 0.25, 0.1, 0.1, 0.1, 0.1, 0.1])
-    table = calibration.decision_curve(labels, probability, range(10), thresholds=[0.2, 0.5], draws=50)
+    table = calibration.decision_curve(
+        labels, probability, range(10), thresholds=[0.2, 0.5], draws=50
+    )
     value = table.set_index(["threshold", "strategy"])["value"]
-    assert value[0.2, "model"] == pytest.approx(3 / 10 - 2 / 10 * 0.25)  # 0.2 is treated at a threshold of 0.2
+    assert value[0.2, "model"] == pytest.approx(
+        3 / 10 - 2 / 10 * 0.25
+    )  # 0.2 is treated at a threshold of 0.2
     assert value[0.5, "model"] == pytest.approx(2 / 10 - 1 / 10)
     assert value[0.2, "treat all"] == pytest.approx(3 / 10 - 7 / 10 * 0.25)
-    assert value[0.5, "treat all"] == pytest.approx(3 / 10 - 7 / 10) and value[0.5, "treat none"] == 0
-    assert value[0.2, "gain"] == pytest.approx(5 / 10 * 0.25) and value[0.5, "gain"] == pytest.approx(1 / 10)
+    assert (
+        value[0.5, "treat all"] == pytest.approx(3 / 10 - 7 / 10) and value[0.5, "treat none"] == 0
+    )
+    assert value[0.2, "gain"] == pytest.approx(5 / 10 * 0.25) and value[
+        0.5, "gain"
+    ] == pytest.approx(1 / 10)
     assert table["n"].eq(10).all() and (table["ci_low"] <= table["ci_high"]).all()
 
 
@@ -181,15 +217,23 @@ def test_net_benefit_at_another_prevalence_is_that_of_a_set_with_that_prevalence
     prevalence = repeated[0].mean()
     options = {"thresholds": [0.1, 0.4, 0.8], "draws": 10}
     expected = calibration.decision_curve(*repeated, range(len(repeated[0])), **options)["value"]
-    found = calibration.decision_curve(labels, probability, range(200), prevalence=prevalence, **options)["value"]
+    found = calibration.decision_curve(
+        labels, probability, range(200), prevalence=prevalence, **options
+    )["value"]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_a_useless_model_gains_nothing_and_a_good_one_does():
     labels, probability, groups = calibrated(9, n=600, patients=200)
-    useless = calibration.decision_curve(labels, np.full(600, labels.mean()), groups, thresholds=[0.2, 0.8], draws=50)
-    assert useless.loc[useless["strategy"].eq("gain"), "value"].tolist() == pytest.approx([0.0, 0.0])
-    good = calibration.decision_curve(labels, probability, groups, thresholds=[0.4, 0.5], draws=300, interval="bca")
+    useless = calibration.decision_curve(
+        labels, np.full(600, labels.mean()), groups, thresholds=[0.2, 0.8], draws=50
+    )
+    assert useless.loc[useless["strategy"].eq("gain"), "value"].tolist() == pytest.approx(
+        [0.0, 0.0]
+    )
+    good = calibration.decision_curve(
+        labels, probability, groups, thresholds=[0.4, 0.5], draws=300, interval="bca"
+    )
     assert (good.loc[good["strategy"].eq("gain"), "ci_low"] > 0).all()
 
 
@@ -198,22 +242,32 @@ def test_a_useless_model_gains_nothing_and_a_good_one_does():
 
 def test_the_figures_show_every_model():
     labels, probability, groups = calibrated(10)
-    tables = {name: calibration.reliability(labels, p, groups, bins=5, draws=20)
-              for name, p in (("plain", probability), ("scaled", probability**2))}  # fmt: skip
-    axis = calibration.figure_reliability(tables, CONFIG).axes[0]
+    tables = {
+        name: calibration.reliability(labels, p, groups, bins=5, draws=20)
+        for name, p in (("plain", probability), ("scaled", probability**2))
+    }
+    axis = calibration.figure_reliability(tables, CONFIG.caption).axes[0]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["plain", "scaled"]
     assert "demo (SYNTHETIC), smoke profile, 48 px" in axis.get_title()
-    np.testing.assert_allclose(axis.containers[0].lines[0].get_ydata(orig=False), tables["plain"]["value"])
+    np.testing.assert_allclose(
+        axis.containers[0].lines[0].get_ydata(orig=False), tables["plain"]["value"]
+    )
     curves = {"plain": calibration.decision_curve(labels, probability, groups, draws=20)}
-    axis = calibration.figure_decision_curve(curves, CONFIG).axes[0]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["plain", "treat all", "treat none"]
+    axis = calibration.figure_decision_curve(curves, CONFIG.caption).axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "plain",
+        "treat all",
+        "treat none",
+    ]
     assert axis.get_ylim()[1] > curves["plain"]["value"].max()
     for figure in (calibration.figure_reliability, calibration.figure_decision_curve):
         with pytest.raises(ValueError, match="give at least one"):
             figure({}, CONFIG)
 
 
-@pytest.mark.parametrize("function", [calibration.summary, calibration.reliability, calibration.decision_curve])
+@pytest.mark.parametrize(
+    "function", [calibration.summary, calibration.reliability, calibration.decision_curve]
+)
 def test_logits_instead_of_probabilities_are_refused(function):
     with pytest.raises(ValueError, match="not logits"):
         function([0, 1], [-2.0, 3.0], ["a", "b"])

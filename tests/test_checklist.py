@@ -38,7 +38,11 @@ def evaluation(sound):
 
 def evaluated(model, x, y, **options):
     """The check list of an evaluation of this model, by check."""
-    options = {"attacks": ("noise", "fgsm", "pgd_ce", "pgd_margin", "square"), "budgets": SMALL, **options}
+    options = {
+        "attacks": ("noise", "fgsm", "pgd_ce", "pgd_margin", "square"),
+        "budgets": SMALL,
+        **options,
+    }
     found = evaluate.robust(model, (x, y), GRID, progress=False, **options)
     return checklist(model, x, y, found, subset=20).set_index("check")
 
@@ -188,14 +192,20 @@ def test_rows_that_cannot_be_right(sound, evaluation):
     rows = evaluation.rows
     options = dict(budgets=SHORT, subset=10)
     fine = checklist(model, x, y, rows, **options).set_index("check").verdict
-    assert fine["threat model stated"] == "WARN" and fine.drop("threat model stated").eq("PASS").all()
+    assert (
+        fine["threat model stated"] == "WARN" and fine.drop("threat model stated").eq("PASS").all()
+    )
 
     blind = ~rows.attack.isin(["clean", "worst", "noise", "fgsm", "square"]) & (rows.image >= 3)
     weak = changed(rows, blind & (rows.eps > GRID[0]), False)
     more_noise = changed(weak, weak.attack.eq("noise") & (weak.image > 30), True)
     verdict = checklist(model, x, y, more_noise, **options).set_index("check").verdict
-    for check in ("PGD fools at least what FGSM fools", "random noise is weaker than PGD",
-                  "a larger eps never fools fewer", "white box beats black box"):  # fmt: skip
+    for check in (
+        "PGD fools at least what FGSM fools",
+        "random noise is weaker than PGD",
+        "a larger eps never fools fewer",
+        "white box beats black box",
+    ):
         assert verdict[check] == "WARN", check
 
     middle = rows[rows.attack.eq("worst") & rows.eps.eq(GRID[1])].fooled.to_numpy()
@@ -222,7 +232,10 @@ def test_a_model_that_is_always_wrong_gets_its_page(sound):
     model, x, y = sound
     found = evaluate.robust(model, (x, 1 - model(x).argmax(1)), GRID[:1], progress=False)
     lines = found.report().set_index("check").verdict
-    assert len(lines) == 3 and lines["clean accuracy above always answering the largest class"] == "WARN"
+    assert (
+        len(lines) == 3
+        and lines["clean accuracy above always answering the largest class"] == "WARN"
+    )
     assert "Check list" in found.text()
 
 
@@ -231,7 +244,6 @@ def test_a_black_box_that_found_nothing_standing_was_run(sound):
     found = evaluate.robust(model, (x, y), [1.0], progress=False)
     assert not found.rows.attack.eq("square").any()
     assert found.report().set_index("check").verdict["white box beats black box"] == "PASS"
-
 
 
 def test_a_mask_leaves_out_the_ball_that_fools_all(sound):
@@ -243,10 +255,13 @@ def test_a_mask_leaves_out_the_ball_that_fools_all(sound):
 
 def test_the_worst_case_of_the_best_attack_is_not_the_worst_case():
     outcomes = {"pgd_ce": [1, 0, 0], "square": [0, 1, 0], "worst": [1, 0, 0]}
-    rows = pd.DataFrame([
-        {"attack": name, "eps": 0.1, "image": image, "fooled": bool(value)}
-        for name, values in outcomes.items() for image, value in enumerate(values)
-    ])  # fmt: skip
+    rows = pd.DataFrame(
+        [
+            {"attack": name, "eps": 0.1, "image": image, "fooled": bool(value)}
+            for name, values in outcomes.items()
+            for image, value in enumerate(values)
+        ]
+    )
     line = lists._per_image(rows, pixel_text)
     assert line[1] == "WARN" and line[3].startswith("1 outcomes")
     union = changed(rows, rows.attack.eq("worst") & rows.image.eq(1), True)

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dlia_utils import cache, datasets, locate, phantom
+from dlia_utils.data import cache, datasets, phantom, sources
 
 
 def load(name, root):
-    return datasets.load(locate.find(name, root))
+    return datasets.load(sources.find(name, root))
 
 
 def save(path, value=7, side=12):
@@ -24,7 +24,11 @@ def save(path, value=7, side=12):
 
 def need_every_file_accounted_for(dataset):
     """No file of the tree is passed over without a word, and none counts twice."""
-    found = sorted(path.relative_to(dataset.root).as_posix() for path in dataset.root.rglob("*") if path.is_file())
+    found = sorted(
+        path.relative_to(dataset.root).as_posix()
+        for path in dataset.root.rglob("*")
+        if path.is_file()
+    )
     named = [*dataset.manifest["path"], *dataset.ignored["path"], *dataset.masks["path"]]
     assert sorted(named) == found
 
@@ -60,9 +64,13 @@ def test_tuberculosis(tuberculosis_tree):
     assert dataset.classes == ("Normal", "Tuberculosis") and dataset.synthetic
     assert manifest["class_name"].value_counts().to_dict() == {"Normal": 15, "Tuberculosis": 3}
     assert (manifest["label"] == manifest["path"].str.startswith("Tuberculosis/")).all()
-    assert set(manifest["split"]) == set(manifest["group"]) == {""} and manifest["patient"].is_unique
+    assert (
+        set(manifest["split"]) == set(manifest["group"]) == {""} and manifest["patient"].is_unique
+    )
     reasons = dict(zip(dataset.ignored["path"], dataset.ignored["reason"], strict=True))
-    assert reasons["Normal.metadata.xlsx"] == reasons["README.md.txt"] == "outside the class folders"
+    assert (
+        reasons["Normal.metadata.xlsx"] == reasons["README.md.txt"] == "outside the class folders"
+    )
     assert len(reasons) == 4 and dataset.split_rule == "none published"
     need_every_file_accounted_for(dataset)
     modes = {Image.open(tuberculosis_tree / path).mode for path in manifest["path"]}
@@ -72,13 +80,13 @@ def test_tuberculosis(tuberculosis_tree):
 
 def test_tuberculosis_refuses_an_empty_class_and_names_a_missing_one(tuberculosis_tree, tmp_path):
     tree = Path(shutil.copytree(tuberculosis_tree, tmp_path / "copy"))
-    location = locate.find("tuberculosis", tree)
+    location = sources.find("tuberculosis", tree)
     for path in tree.glob("Tuberculosis/*.png"):
         path.unlink()
     with pytest.raises(datasets.BadData, match="no images in Tuberculosis. Fix: unpack"):
         datasets.load(location)
     (tree / "Tuberculosis").rmdir()
-    with pytest.raises(locate.DataNotFound, match="has no Tuberculosis"):
+    with pytest.raises(sources.DataNotFound, match="has no Tuberculosis"):
         datasets.load(location)
 
 
@@ -99,11 +107,20 @@ def test_tuberculosis_opacities_lie_high_up():
 def test_covid_by_hand(covid_by_hand):
     dataset = load("covid", covid_by_hand.parent)
     assert dataset.root == covid_by_hand and dataset.classes == ("Normal", "COVID")
-    expected = [f"{name}/images/{name}-{number}.png" for name in ("COVID", "Normal") for number in (1, 2)]
-    assert list(dataset.manifest["path"]) == expected and list(dataset.manifest["label"]) == [1, 1, 0, 0]
+    expected = [
+        f"{name}/images/{name}-{number}.png" for name in ("COVID", "Normal") for number in (1, 2)
+    ]
+    assert list(dataset.manifest["path"]) == expected and list(dataset.manifest["label"]) == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert set(dataset.manifest["split"]) == set(dataset.manifest["group"]) == {""}
     assert dataset.manifest["patient"].is_unique
-    assert dataset.masks.values.tolist() == [[k, path.replace("images", "masks")] for k, path in enumerate(expected)]
+    assert dataset.masks.values.tolist() == [
+        [k, path.replace("images", "masks")] for k, path in enumerate(expected)
+    ]
     assert dataset.masks["image"].dtype == "int64"
     assert dataset.ignored["reason"].value_counts().to_dict() == {
         "not a class of this study": 4,
@@ -121,15 +138,21 @@ def test_covid_without_masks_and_old_version(covid_by_hand, caplog):
             path.rename(covid_by_hand / name / path.name)
         (covid_by_hand / name / "images").rmdir()
     dataset = load("covid", covid_by_hand)
-    assert list(dataset.manifest["path"]) == ["COVID/COVID-1.png", "COVID/COVID-2.png", "Normal/Normal-1.png",
-                                              "Normal/Normal-2.png"]  # fmt: skip
+    assert list(dataset.manifest["path"]) == [
+        "COVID/COVID-1.png",
+        "COVID/COVID-2.png",
+        "Normal/Normal-1.png",
+        "Normal/Normal-2.png",
+    ]
     assert "masks" not in caplog.text  # No masks folder: nothing is missing from it.
 
 
 def test_covid_masks_that_do_not_match_are_counted(covid_by_hand, caplog):
     (covid_by_hand / "COVID" / "masks" / "COVID-1.png").unlink()
     save(covid_by_hand / "Normal" / "masks" / "Normal-9.png")
-    save(covid_by_hand / "Normal" / "Normal-2.png")  # Left over from an old version: the same film again.
+    save(
+        covid_by_hand / "Normal" / "Normal-2.png"
+    )  # Left over from an old version: the same film again.
     dataset = load("covid", covid_by_hand)
     assert "1 images have no mask and 1 masks have no image" in caplog.text
     assert len(dataset.manifest) == 4 and list(dataset.masks["image"]) == [1, 2, 3]
@@ -143,14 +166,19 @@ def test_masks_stay_with_their_films(covid_by_hand):
     dataset = load("covid", covid_by_hand)
     part = datasets.take(dataset, [3, 0])
     assert list(part.manifest["path"]) == ["Normal/images/Normal-2.png", "COVID/images/COVID-1.png"]
-    assert part.masks.values.tolist() == [[0, "Normal/masks/Normal-2.png"], [1, "COVID/masks/COVID-1.png"]]
+    assert part.masks.values.tolist() == [
+        [0, "Normal/masks/Normal-2.png"],
+        [1, "COVID/masks/COVID-1.png"],
+    ]
     assert datasets.take(dataset, []).masks.empty
 
 
 def test_half_a_covid_set_is_named(covid_by_hand):
     shutil.rmtree(covid_by_hand / "Normal")
-    with pytest.raises(locate.DataNotFound, match="looks like covid but is not complete: .* has no Normal"):
-        locate.find("covid", covid_by_hand)
+    with pytest.raises(
+        sources.DataNotFound, match="looks like covid but is not complete: .* has no Normal"
+    ):
+        sources.find("covid", covid_by_hand)
 
 
 # --- the phantom and its shortcut
@@ -158,16 +186,23 @@ def test_half_a_covid_set_is_named(covid_by_hand):
 
 def test_covid_phantom(covid_tree):
     dataset = load("covid", covid_tree)
-    assert len(dataset.manifest) == 60 and dataset.manifest["label"].sum() == 30 and dataset.synthetic
+    assert (
+        len(dataset.manifest) == 60 and dataset.manifest["label"].sum() == 30 and dataset.synthetic
+    )
     assert list(dataset.masks["image"]) == list(range(60))
     need_every_file_accounted_for(dataset)
     first = dataset.masks.iloc[0]
-    with Image.open(covid_tree / first["path"]) as mask, Image.open(covid_tree / dataset.manifest["path"][0]) as film:
+    with (
+        Image.open(covid_tree / first["path"]) as mask,
+        Image.open(covid_tree / dataset.manifest["path"][0]) as film,
+    ):
         assert mask.size == (41, 41) and film.size == (48, 48)
     brightness = []
     for row, path in dataset.masks.values[:20]:
         film = np.asarray(Image.open(covid_tree / dataset.manifest["path"][row]), dtype=float)
-        lungs = np.asarray(Image.open(covid_tree / path).resize((48, 48), Image.Resampling.NEAREST)) > 0
+        lungs = (
+            np.asarray(Image.open(covid_tree / path).resize((48, 48), Image.Resampling.NEAREST)) > 0
+        )
         assert 0.1 < lungs.mean() < 0.6
         brightness.append(film[lungs].mean() - film[16:, 12:36][~lungs[16:, 12:36]].mean())
     assert max(brightness) < 0  # Air is darker than what lies between and below the lungs.
@@ -182,21 +217,34 @@ def test_covid_phantom_has_the_shortcut_it_says(covid_tree):
     assert truth["marker"][labels == 0].mean() == pytest.approx(0.25, abs=0.04)
     corner = [np.asarray(Image.open(covid_tree / path))[1:5, 1].mean() for path in truth["path"]]
     assert roc_auc_score(truth["marker"], corner) == 1  # The marker is where the truth says it is,
-    assert 0.65 < roc_auc_score(labels, corner) < 0.9  # and the corner alone tells the classes apart, not wholly.
+    assert (
+        0.65 < roc_auc_score(labels, corner) < 0.9
+    )  # and the corner alone tells the classes apart, not wholly.
     bare = (truth["marker"] == 0).to_numpy()
-    assert 0.2 < roc_auc_score(labels[bare], np.array(corner)[bare]) < 0.8  # Nothing but the marker does.
+    assert (
+        0.2 < roc_auc_score(labels[bare], np.array(corner)[bare]) < 0.8
+    )  # Nothing but the marker does.
 
 
 def test_covid_phantom_has_near_duplicates(covid_tree):
-    truth = pd.read_csv(covid_tree.parent / "phantom_truth.csv", keep_default_na=False).set_index("path")
-    films = {path: np.asarray(Image.open(covid_tree / path), dtype=float).ravel() for path in truth.index}
+    truth = pd.read_csv(covid_tree.parent / "phantom_truth.csv", keep_default_na=False).set_index(
+        "path"
+    )
+    films = {
+        path: np.asarray(Image.open(covid_tree / path), dtype=float).ravel() for path in truth.index
+    }
     twins = truth.index[truth["twin_of"] != ""]
     assert len(twins) == 4
     for path in twins:
         twin = truth.loc[path, "twin_of"]
-        likeness = {other: np.corrcoef(films[path], films[other])[0, 1] for other in films if other != path}
+        likeness = {
+            other: np.corrcoef(films[path], films[other])[0, 1] for other in films if other != path
+        }
         assert max(likeness, key=likeness.get) == twin and likeness[twin] > 0.995
-        assert path.split("/")[0] == twin.split("/")[0] and truth.loc[path, "marker"] == truth.loc[twin, "marker"]
+        assert (
+            path.split("/")[0] == twin.split("/")[0]
+            and truth.loc[path, "marker"] == truth.loc[twin, "marker"]
+        )
         assert not np.array_equal(films[path], films[twin])
 
 
@@ -212,7 +260,10 @@ def test_same_seed_same_bytes(tmp_path, write, options):
     def hashes(folder, seed):
         write(tmp_path / folder, seed=seed, size=24, **options)
         paths = sorted(path for path in (tmp_path / folder).rglob("*") if path.is_file())
-        return [(p.relative_to(tmp_path / folder).as_posix(), hashlib.sha1(p.read_bytes()).hexdigest()) for p in paths]
+        return [
+            (p.relative_to(tmp_path / folder).as_posix(), hashlib.sha1(p.read_bytes()).hexdigest())
+            for p in paths
+        ]
 
     assert hashes("a", 3) == hashes("b", 3) != hashes("c", 4)
 
@@ -225,8 +276,11 @@ def test_covid_splits_phantom(tmp_path):
     dataset = load("covid", tmp_path)
     assert dataset.root == tree and dataset.masks.empty and dataset.split_rule == "official"
     counts = dataset.manifest.groupby(["split", "class_name"]).size().to_dict()
-    assert counts == {(part, name): n for part, n in (("train", 21), ("val", 5), ("test", 4))
-                      for name in ("COVID", "Normal")}  # fmt: skip
+    assert counts == {
+        (part, name): n
+        for part, n in (("train", 21), ("val", 5), ("test", 4))
+        for name in ("COVID", "Normal")
+    }
     assert (dataset.manifest["split"] == dataset.manifest["path"].str.split("/").str[0]).all()
     assert dict(dataset.ignored["reason"].value_counts()) == {"hidden file or folder": 1}
     need_every_file_accounted_for(dataset)
@@ -243,9 +297,15 @@ def test_covid_splits_in_any_case(tmp_path, spelled, splits):
     (tmp_path / "covid_xray" / "train" / "other").mkdir()
     save(tmp_path / "covid_xray" / "train" / "other" / "x.png")
     dataset = load("covid", tmp_path)
-    assert set(dataset.manifest["class_name"]) == {"Normal", "COVID"} and len(dataset.manifest) == 2 * len(splits)
-    assert (dataset.manifest["label"] == dataset.manifest["path"].str.lower().str.contains("covid/")).all()
-    assert dataset.manifest["patient"].is_unique  # The same name in two folders is not the same film.
+    assert set(dataset.manifest["class_name"]) == {"Normal", "COVID"} and len(
+        dataset.manifest
+    ) == 2 * len(splits)
+    assert (
+        dataset.manifest["label"] == dataset.manifest["path"].str.lower().str.contains("covid/")
+    ).all()
+    assert dataset.manifest[
+        "patient"
+    ].is_unique  # The same name in two folders is not the same film.
     assert list(dataset.ignored["reason"]) == ["not a class of this study"]
 
 
@@ -261,12 +321,12 @@ def test_covid_splits_refuse_an_empty_class(tmp_path):
 def test_covid_and_pneumonia_are_told_apart(tmp_path, covid_tree):
     phantom.write_pneumonia(tmp_path, images={"train": (2, 2), "test": (2, 2)}, size=16)
     trees = "COVID, Normal; or train/COVID or train/covid"
-    with pytest.raises(locate.DataNotFound, match=f"does not hold covid: .* {trees}"):
-        locate.find("covid", tmp_path)
-    with pytest.raises(locate.DataNotFound, match="does not hold pneumonia"):
-        locate.find("pneumonia", covid_tree)
-    with pytest.raises(locate.DataNotFound, match="does not hold tuberculosis"):
-        locate.find("tuberculosis", covid_tree)
+    with pytest.raises(sources.DataNotFound, match=f"does not hold covid: .* {trees}"):
+        sources.find("covid", tmp_path)
+    with pytest.raises(sources.DataNotFound, match="does not hold pneumonia"):
+        sources.find("pneumonia", covid_tree)
+    with pytest.raises(sources.DataNotFound, match="does not hold tuberculosis"):
+        sources.find("tuberculosis", covid_tree)
 
 
 # --- the real files
@@ -274,7 +334,12 @@ def test_covid_and_pneumonia_are_told_apart(tmp_path, covid_tree):
 
 def test_real_covid(real_data):
     dataset = load("covid", real_data)
-    assert dataset.manifest["class_name"].value_counts().to_dict() == {"COVID": 1000, "Normal": 1000}
+    assert dataset.manifest["class_name"].value_counts().to_dict() == {
+        "COVID": 1000,
+        "Normal": 1000,
+    }
     assert dataset.masks.empty and set(dataset.manifest["split"]) == {""} and dataset.ignored.empty
-    assert (dataset.manifest["label"] == dataset.manifest["path"].str.startswith("COVID/images/")).all()
+    assert (
+        dataset.manifest["label"] == dataset.manifest["path"].str.startswith("COVID/images/")
+    ).all()
     assert datasets.check(dataset).empty

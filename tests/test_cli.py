@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dlia_utils import __main__ as cli
-from dlia_utils import datasets, locate, notebooks
-from dlia_utils.layouts import DataNotFound
+from dlia_utils.data import datasets, sources
+from dlia_utils.data.readers import DataNotFound
+from tools import notebooks
 
 SOURCE = """\
 # %% [markdown]
@@ -99,7 +100,9 @@ def test_fresh_puts_an_older_run_aside(suite, tmp_path, monkeypatch):
     cli.main(["run", "--run-name", "mine"])
     (tmp_path / "runs" / "08_cli" / "mine" / "keep.txt").touch()
     cli.main(["run", "--run-name", "mine", "--fresh"])
-    assert [path.name for path in (tmp_path / "runs" / "08_cli").glob("mine.*.old/keep.txt")] == ["keep.txt"]
+    assert [path.name for path in (tmp_path / "runs" / "08_cli").glob("mine.*.old/keep.txt")] == [
+        "keep.txt"
+    ]
 
 
 def test_settings_are_changed_by_name_and_said(suite, tmp_path, capsys):
@@ -109,26 +112,35 @@ def test_settings_are_changed_by_name_and_said(suite, tmp_path, capsys):
     (record,) = (tmp_path / "runs" / "08_cli").glob("smoke-synthetic-*/config.json")
     assert json.loads(record.read_text())["settings"]["epochs"] == 7
     executed = notebooks.read(record.with_name("executed.ipynb"))
-    assert any("* epochs = 7" in str(cell.get("outputs")) for cell in executed.cells), "the banner of the notebook"
+    assert any("* epochs = 7" in str(cell.get("outputs")) for cell in executed.cells), (
+        "the banner of the notebook"
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["epochs"], "--set 'epochs': write name=value"), (["epoch=5"], "no such setting 'epoch'; did you mean epochs?"),
+        (["epochs"], "--set 'epochs': write name=value"),
+        (["epoch=5"], "no such setting 'epoch'; did you mean epochs?"),
         (["epochs=often"], "epochs = 'often' is a text; it must be a whole number"),
-        (["epochs=2.5"], "epochs = 2.5 is a number; it must be a whole number"), (["epochs="], "write name=value"),
-        (["epochs=-1"], "epochs = -1 is negative"), (["epochs=(1"], "is no Python value"),
+        (["epochs=2.5"], "epochs = 2.5 is a number; it must be a whole number"),
+        (["epochs="], "write name=value"),
+        (["epochs=-1"], "epochs = -1 is negative"),
+        (["epochs=(1"], "is no Python value"),
     ],
-)  # fmt: skip
-def test_a_wrong_setting_stops_before_any_data_is_looked_for(suite, capsys, monkeypatch, given, message):
-    monkeypatch.setattr(locate, "find", lambda *_, **__: pytest.fail("data was looked for"))
+)
+def test_a_wrong_setting_stops_before_any_data_is_looked_for(
+    suite, capsys, monkeypatch, given, message
+):
+    monkeypatch.setattr(sources, "find", lambda *_, **__: pytest.fail("data was looked for"))
     assert cli.main(["run", "--nb", "08", "--set", *given]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_results_without_accuracies_are_shown_as_rows(tmp_path):
-    table = pd.DataFrame({"model": ["a"], "attack": ["clean"], "metric": ["map"], "value": [0.5], "n": [3]})
+    table = pd.DataFrame(
+        {"model": ["a"], "attack": ["clean"], "metric": ["map"], "value": [0.5], "n": [3]}
+    )
     table.assign(data="x", profile="smoke", size=48).to_csv(tmp_path / "results.csv", index=False)
     assert "map" in cli.results_text(tmp_path / "results.csv")
 
@@ -148,11 +160,16 @@ def test_data_check_shows_counts_junk_and_audit(suite, capsys):
     status = cli.main(["data", "check", "pneumonia"])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "SYNTHETIC" in printed and "NORMAL" in printed and "not read:" in printed and "verdict" in printed
+    assert (
+        "SYNTHETIC" in printed
+        and "NORMAL" in printed
+        and "not read:" in printed
+        and "verdict" in printed
+    )
 
 
 def test_data_check_lists_bad_files_and_fails(suite, tmp_path, capsys):
-    spoilt = shutil.copytree(locate.find("pneumonia").root, tmp_path / "chest_xray")
+    spoilt = shutil.copytree(sources.find("pneumonia").root, tmp_path / "chest_xray")
     victim = next((spoilt / "train" / "NORMAL").glob("*.jpeg"))
     victim.write_bytes(b"")
     assert cli.main(["data", "check", "pneumonia", "--data", str(tmp_path)]) == 1
@@ -177,9 +194,18 @@ def sent(tmp_path):
 
 
 def test_submission_check_sums_up_a_good_file(sent, capsys):
-    assert cli.main(["submission", "check", str(sent / "mine.csv"), "--mapping", str(sent / "map.csv")]) == 0
+    assert (
+        cli.main(
+            ["submission", "check", str(sent / "mine.csv"), "--mapping", str(sent / "map.csv")]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "mine.csv is valid" in printed and "rows        2, ids 0 to 1" in printed and "images      2" in printed
+    assert (
+        "mine.csv is valid" in printed
+        and "rows        2, ids 0 to 1" in printed
+        and "images      2" in printed
+    )
     assert "Mass 1, Nodule 1" in printed and "0.25 to 0.5" in printed and "not checked" in printed
 
 
@@ -195,24 +221,40 @@ def test_submission_check_prints_problems_and_fails(sent, capsys):
 def test_submission_check_without_its_files(sent, missing, capsys):
     paths = {name: str(sent / name) for name in ("mine.csv", "map.csv")} | {"images": str(sent)}
     paths[missing] = str(sent / "nowhere")
-    command = ["submission", "check", paths["mine.csv"], "--mapping", paths["map.csv"], "--images", paths["images"]]
+    command = [
+        "submission",
+        "check",
+        paths["mine.csv"],
+        "--mapping",
+        paths["map.csv"],
+        "--images",
+        paths["images"],
+    ]
     assert cli.main(command) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_module_has_help():
     command = [sys.executable, "-m", "dlia_utils", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=notebooks.REPOSITORY)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=notebooks.REPOSITORY
+    )
     assert "run" in done.stdout and "notebooks" in done.stdout
 
 
-def test_of_all_notebooks_those_without_data_in_the_folder_are_left_out_by_name(suite, tmp_path, capsys, monkeypatch):
+def test_of_all_notebooks_those_without_data_in_the_folder_are_left_out_by_name(
+    suite, tmp_path, capsys, monkeypatch
+):
     (source,), execute = notebooks.pick([]), notebooks.run
     lacking = source.with_name("09_lacking.py")
 
     def run(asked, **options):
         if asked == lacking:
-            raise datasets.BadData("spoilt") if options["run_name"] == "spoilt" else DataNotFound("it does not hold them")
+            raise (
+                datasets.BadData("spoilt")
+                if options["run_name"] == "spoilt"
+                else DataNotFound("it does not hold them")
+            )
         return execute(asked, **options)
 
     monkeypatch.setattr(notebooks, "run", run)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dlia_utils import models
-from dlia_utils.models.fold import fast_copy
+from dlia_utils.models.pixel import fast_copy
 from dlia_utils.models.resnet import CifarResNet, PreActBottleneck, PreActResNet
 
 
@@ -38,7 +38,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def test_the_cnn_computes_its_layers_one_after_the_other():
-    model = randomised(models.cnn(channels=(4, 6), hidden=5, kernel=5, mean=0.4, std=0.2, num_classes=3))
+    model = randomised(
+        models.cnn(channels=(4, 6), hidden=5, kernel=5, mean=0.4, std=0.2, num_classes=3)
+    )
     x = torch.rand(2, 1, 21, 32)
     h = ((x - 0.4) / 0.2).expand(-1, 3, -1, -1)
     for block in model.backbone.blocks:
@@ -53,7 +55,11 @@ def test_dropout_batch_norm_and_default_widths_are_as_asked():
     assert [block.conv.out_channels for block in model.backbone.blocks] == [32, 64, 128]
     assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.25] * 3
     assert model.backbone.dropout.p == 0.5
-    norms = [m for m in models.cnn(batch_norm=False, dropout=0.1).modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [
+        m
+        for m in models.cnn(batch_norm=False, dropout=0.1).modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     assert not norms
     x = torch.rand(2, 1, 16, 16)
     model.train()
@@ -97,8 +103,12 @@ def test_seed_file_and_folded_copy(create, size, tmp_path):
     assert again.recipe == model.recipe and torch.equal(again(x), model(x))
     folded = fast_copy(model)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
-    assert type(folded.backbone).__name__ == "GraphModule" or "fx" in type(folded.backbone).__module__
-    before, after = (sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, folded))
+    assert (
+        type(folded.backbone).__name__ == "GraphModule" or "fx" in type(folded.backbone).__module__
+    )
+    before, after = (
+        sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, folded)
+    )
     assert after < before or not before
     assert not any(getattr(module, "inplace", False) for module in model.modules())
     runs = Counter()
@@ -115,13 +125,22 @@ def test_the_summary_has_a_row_per_layer_and_the_whole_number_of_parameters():
     model = models.with_head(models.cnn(channels=(4, 8), hidden=8), num_classes=3).train()
     table = models.summary(model, (16, 24))
     assert table.columns.tolist() == ["layer", "kind", "output", "parameters", "trainable"]
-    kinds = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 2 + ["Linear", "ReLU", "Dropout", "Identity"]
+    kinds = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 2 + [
+        "Linear",
+        "ReLU",
+        "Dropout",
+        "Identity",
+    ]
     assert table.kind.tolist() == [*kinds, "Dropout", "Linear", "total"]
     first = table.iloc[0]
     assert first.layer == "backbone.body.blocks.0.conv" and first.output == "[1, 4, 16, 24]"
     assert first.parameters == 4 * 3 * 9 and first.trainable == 0
     total = table.iloc[-1]
-    assert total.parameters == table.parameters[:-1].sum() == sum(p.numel() for p in model.parameters())
+    assert (
+        total.parameters
+        == table.parameters[:-1].sum()
+        == sum(p.numel() for p in model.parameters())
+    )
     assert total.trainable == 8 * 3 + 3 == table.trainable[:-1].sum()
     assert model.training and not model.backbone.body.training
     assert not any(module._forward_hooks for module in model.modules())
@@ -137,7 +156,9 @@ def test_a_layer_that_runs_twice_is_shown_twice_and_counted_once():
 
 
 def norm(key: str, channels: int) -> dict:
-    per_channel = {f"{key}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+    per_channel = {
+        f"{key}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")
+    }
     return per_channel | {f"{key}.num_batches_tracked": ()}
 
 
@@ -148,12 +169,18 @@ def published_keys() -> dict:
         keys |= {f"stages.{s}.blocks.0.downsample.conv.weight": (outputs, inputs, 1, 1)}
         for b in range(depth):
             block, inner = f"stages.{s}.blocks.{b}", outputs // 4
-            keys |= norm(f"{block}.norm1", inputs) | norm(f"{block}.norm2", inner) | norm(f"{block}.norm3", inner)
+            keys |= (
+                norm(f"{block}.norm1", inputs)
+                | norm(f"{block}.norm2", inner)
+                | norm(f"{block}.norm3", inner)
+            )
             keys |= {f"{block}.conv1.weight": (inner, inputs, 1, 1)}
             keys |= {f"{block}.conv2.weight": (inner, inner, 3, 3)}
             keys |= {f"{block}.conv3.weight": (outputs, inner, 1, 1)}
             inputs = outputs
-    return keys | norm("norm", 2048) | {"head.fc.weight": (1000, 2048, 1, 1), "head.fc.bias": (1000,)}
+    return (
+        keys | norm("norm", 2048) | {"head.fc.weight": (1000, 2048, 1, 1), "head.fc.bias": (1000,)}
+    )
 
 
 def test_the_keys_shapes_and_parameters_are_timms():
@@ -162,14 +189,24 @@ def test_the_keys_shapes_and_parameters_are_timms():
     ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     assert ours == published_keys() | {"head.fc.weight": (1000, 2048)}
     assert len(ours) == 300 and sum(p.numel() for p in network.parameters()) == 25_549_352
-    assert network.stages(network.stem(torch.empty(1, 3, 224, 224, device="meta"))).shape == (1, 2048, 7, 7)
+    assert network.stages(network.stem(torch.empty(1, 3, 224, 224, device="meta"))).shape == (
+        1,
+        2048,
+        7,
+        7,
+    )
 
 
 def test_a_block_activates_first_and_strides_in_its_second_convolution():
     block = randomised(PreActBottleneck(8, 16, 2, first=True))
     x = torch.rand(2, 8, 9, 9) - 0.5
     a = F.relu(block.norm1(x))
-    h = F.conv2d(F.relu(block.norm2(F.conv2d(a, block.conv1.weight))), block.conv2.weight, stride=2, padding=1)
+    h = F.conv2d(
+        F.relu(block.norm2(F.conv2d(a, block.conv1.weight))),
+        block.conv2.weight,
+        stride=2,
+        padding=1,
+    )
     h = F.conv2d(F.relu(block.norm3(h)), block.conv3.weight)
     torch.testing.assert_close(block(x), F.conv2d(a, block.downsample.conv.weight, stride=2) + h)
     block = randomised(PreActBottleneck(16, 16, 1, first=False))
@@ -204,11 +241,19 @@ def test_a_head_that_fits_is_taken_and_what_does_not_fit_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     state = public_file(classes=2)
     torch.save(state, path)
-    assert torch.equal(tiny_resnet(weights=path).backbone.head.fc.weight, state["head.fc.weight"].flatten(1))
+    assert torch.equal(
+        tiny_resnet(weights=path).backbone.head.fc.weight, state["head.fc.weight"].flatten(1)
+    )
     for content, message in [
-        ({key: value for key, value in state.items() if key != "norm.weight"}, "missing norm.weight"),
+        (
+            {key: value for key, value in state.items() if key != "norm.weight"},
+            "missing norm.weight",
+        ),
         ({**state, "extra": torch.zeros(1)}, "unknown extra"),
-        ({**state, "stem.conv.weight": torch.zeros(1)}, r"ResNet-50 V2 .*stem.conv.weight: \(1,\) in the file"),
+        (
+            {**state, "stem.conv.weight": torch.zeros(1)},
+            r"ResNet-50 V2 .*stem.conv.weight: \(1,\) in the file",
+        ),
     ]:
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ import kaggle_tree
 import nbformat
 import pytest
 
-from dlia_utils import notebooks
+from tools import notebooks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
 
@@ -34,32 +34,53 @@ def run_cells(opening, sections, folder, *, environment, cwd):
     work, results = folder / "work.json", folder / "results.json"
     work.write_text(json.dumps({"opening": opening, "sections": sections}))
     # One thread: those of OpenMP do not live on in a forked process, which would wait for them for ever.
-    environment = {**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "IPYTHONDIR": str(folder / "ipython")}
+    environment = {
+        **environment,
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
     done = subprocess.run(
-        [sys.executable, "-P", str(RUNNER), str(work), str(results)], timeout=600,
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"the opening cells failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        [sys.executable, "-P", str(RUNNER), str(work), str(results)],
+        timeout=600,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (
+        f"the opening cells failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return json.loads(results.read_text())
 
 
 def trained(run_dir):
     """The trainings of a run, with the time of their last epoch; best.pt is written anew when a run is read back."""
-    return {path.relative_to(run_dir).as_posix(): path.stat().st_mtime_ns for path in run_dir.rglob("last.pt")}
+    return {
+        path.relative_to(run_dir).as_posix(): path.stat().st_mtime_ns
+        for path in run_dir.rglob("last.pt")
+    }
 
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
 def test_every_section_runs_in_a_new_notebook(source, tmp_path, tmp_path_factory):
     run = kaggle_tree.finished(source, tmp_path_factory)
-    assert not run.error, "the run that the sections would read back failed: see test_kaggle_tree.py"
+    assert not run.error, (
+        "the run that the sections would read back failed: see test_kaggle_tree.py"
+    )
     before = trained(run.run_dir)
     environment, working = run.session.process_environment, run.session.working
     notebook = run.session.at_home(notebooks.build(source))
     done = run_sections(notebook, tmp_path, environment=environment, cwd=working)
     failed = {title: section for title, section in done.items() if section["error"]}
-    assert not failed, "\n".join(f"section {t!r}:\n{s['output'][-1500:]}\n{s['error']}" for t, s in failed.items())
-    assert len(done) > 1 and trained(run.run_dir) == before, "a section trained a finished model again"
+    assert not failed, "\n".join(
+        f"section {t!r}:\n{s['output'][-1500:]}\n{s['error']}" for t, s in failed.items()
+    )
+    assert len(done) > 1 and trained(run.run_dir) == before, (
+        "a section trained a finished model again"
+    )
     assert not run.session.network, "without internet a section must not even ask for it"
 
 
@@ -69,15 +90,35 @@ TINY = {"epochs": 1, "bootstrap_draws": 20}
 ATTACKS = {"attacks": ("fgsm", "pgd_ce", "pgd_margin"), "eps_grid": (4 / 255,), "check_films": 2}
 SEARCH = {"trials": 2, "extend": 0, "patience": 1}
 EMPTY = {  # settings that make the training sections quick
-    "01": TINY | ATTACKS | {"adversarial": ("pgd_at",), "one_pixel_per_class": 1, "certified_per_class": 1, "per_class": 24},
+    "01": TINY
+    | ATTACKS
+    | {
+        "adversarial": ("pgd_at",),
+        "one_pixel_per_class": 1,
+        "certified_per_class": 1,
+        "per_class": 24,
+    },
     "02": TINY | ATTACKS | {"zoo": (), "per_class": 30, "maps": 2},
     "03": TINY | ATTACKS | {"zoo": (), "per_class": (40, 20), "maps": 2},
-    "04": TINY | {"mobilenet_epochs": 1, "per_class": 24, "severities": (1, 5), "map_films": 4, "choose_films": 4},
+    "04": TINY
+    | {
+        "mobilenet_epochs": 1,
+        "per_class": 24,
+        "severities": (1, 5),
+        "map_films": 4,
+        "choose_films": 4,
+    },
     "05": TINY | {"epochs": 2, "images": 12, "width": 0.25, "channels": 16, "size": 64},
-    "06": TINY | SEARCH | {"search_epochs": 1, "search_patience": 1, "quick_epochs": 1, "per_class": 30},
-    "07": TINY | SEARCH | {"tuning_epochs": 1, "baseline_epochs": 1, "per_class": 30, "audit_films": 20},
-}  # fmt: skip
-ASKED = re.compile(r"run the section '(.+?)' first; in a notebook of your own, copy that section as well")
+    "06": TINY
+    | SEARCH
+    | {"search_epochs": 1, "search_patience": 1, "quick_epochs": 1, "per_class": 30},
+    "07": TINY
+    | SEARCH
+    | {"tuning_epochs": 1, "baseline_epochs": 1, "per_class": 30, "audit_films": 20},
+}
+ASKED = re.compile(
+    r"run the section '(.+?)' first; in a notebook of your own, copy that section as well"
+)
 
 
 @pytest.mark.notebook
@@ -88,14 +129,20 @@ def test_from_an_empty_run_a_section_runs_or_names_the_section_to_copy_as_well(s
     (place,) = [number for number, code in enumerate(opening) if "CHANGES = {}" in code]
     opening[place] = opening[place].replace("CHANGES = {}", f"CHANGES = {EMPTY[source.stem[:2]]}")
     # Outside the repository, with the package installed; the last section first, so that none finds what it builds on.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("DLIA_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("DLIA_")
+    }
     environment |= {"PYTHONPATH": str(notebooks.REPOSITORY), "DLIA_RUNS": str(tmp_path / "runs")}
     environment |= {"DLIA_CACHE": os.environ["DLIA_CACHE"]}
-    done = run_cells(opening, dict(reversed(sections.items())), tmp_path, environment=environment, cwd=tmp_path)
+    done = run_cells(
+        opening, dict(reversed(sections.items())), tmp_path, environment=environment, cwd=tmp_path
+    )
     alone = [title for title, section in done.items() if not section["error"]]
     for title, section in done.items():
         asked = ASKED.search(section["error"])
-        assert title in alone or (asked and asked[1] in sections), f"section {title!r}:\n{section['error'][-1500:]}"
+        assert title in alone or (asked and asked[1] in sections), (
+            f"section {title!r}:\n{section['error'][-1500:]}"
+        )
     first = next(iter(sections))
     assert first in alone, f"the first section needs nothing: {done[first]['error'][-800:]}"
     assert len(alone) >= 2, f"only {alone} run by themselves"
@@ -113,14 +160,23 @@ def tiny():
         return nbformat.v4.new_markdown_cell(f"## {title}\n\nSome prose.")
 
     parts = [
-        cell("import os", "bootstrap"), cell("N = 2", "parameters"), cell("print(N)", "start"),
+        cell("import os", "bootstrap"),
+        cell("N = 2", "parameters"),
+        cell("print(N)", "start"),
         cell("import sys\nsys.cached = []", "imports"),
-        head("fine"), cell("value = N + 1"), cell("sys.cached.append(1)\nimport colorsys\ndisplay(value)"),
-        head("again"), cell("'value' in globals(), sys.cached, 'colorsys' in sys.modules"),
-        head("needs fine"), cell("x = 1\nvalue + x"), cell("print('never')"),
-        head("dies"), cell("print('before', flush=True)\nos.kill(os.getpid(), 9)"),
-        head("leaves"), cell("sys.exit(0)"),
-    ]  # fmt: skip
+        head("fine"),
+        cell("value = N + 1"),
+        cell("sys.cached.append(1)\nimport colorsys\ndisplay(value)"),
+        head("again"),
+        cell("'value' in globals(), sys.cached, 'colorsys' in sys.modules"),
+        head("needs fine"),
+        cell("x = 1\nvalue + x"),
+        cell("print('never')"),
+        head("dies"),
+        cell("print('before', flush=True)\nos.kill(os.getpid(), 9)"),
+        head("leaves"),
+        cell("sys.exit(0)"),
+    ]
     return nbformat.v4.new_notebook(cells=parts)
 
 

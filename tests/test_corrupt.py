@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from dlia_utils import corrupt, phantom
+from dlia_utils import corrupt
+from dlia_utils.data import phantom
 
 CASES = [(name, scale) for name, one in corrupt.CORRUPTIONS.items() for scale in one.levels]
 NAMES = list(corrupt.CORRUPTIONS)
@@ -21,7 +22,9 @@ PLACED = ["motion_blur", "collimation", "marker", "grid_lines"]
 @pytest.fixture(scope="module")
 def films():
     """Four phantom chest films [4,1,224,224]."""
-    made = [phantom.chest(np.random.default_rng(i), size=224, pneumonia=i % 2 == 0)[0] for i in range(4)]
+    made = [
+        phantom.chest(np.random.default_rng(i), size=224, pneumonia=i % 2 == 0)[0] for i in range(4)
+    ]
     return torch.from_numpy(np.stack(made))[:, None]
 
 
@@ -81,7 +84,9 @@ def test_depends_on_seed_and_id_only(colour, name):
     whole = run(name, x, 3, ids=ids)
     order = [7, 0, 5]
     assert torch.equal(run(name, x[order], 3, ids=torch.tensor(ids)[order]), whole[order])
-    assert all(torch.equal(run(name, x[i : i + 1], 3, ids=[ids[i]])[0], whole[i]) for i in range(len(x)))
+    assert all(
+        torch.equal(run(name, x[i : i + 1], 3, ids=[ids[i]])[0], whole[i]) for i in range(len(x))
+    )
     assert torch.equal(colour, before) and torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
     drawn = name in RANDOM + PLACED
@@ -112,7 +117,9 @@ def test_noise_per_channel_if_asked(films, name):
 def test_any_size(name, shape):
     x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
     worst = run(name, x, 5)
-    assert worst.shape == x.shape and worst.isfinite().all() and worst.min() >= 0 and worst.max() <= 1
+    assert (
+        worst.shape == x.shape and worst.isfinite().all() and worst.min() >= 0 and worst.max() <= 1
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +142,11 @@ def test_dtype_is_kept(name):
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
         ({"ids": [1]}, ValueError, "ids must be 2 integers"),
         ({"ids": [1, -1]}, ValueError, "ids must be 2 integers >= 0"),
-        ({"images": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)}, TypeError, r"images.float\(\) / 255"),
+        (
+            {"images": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)},
+            TypeError,
+            r"images.float\(\) / 255",
+        ),
         ({"images": np.zeros((2, 1, 4, 4))}, TypeError, "tensor"),
         ({"images": torch.zeros(2, 4, 4)}, ValueError, r"\[B,1\|3,H,W\]"),
         ({"images": torch.zeros(2, 2, 4, 4)}, ValueError, r"\[B,1\|3,H,W\]"),
@@ -145,7 +156,13 @@ def test_dtype_is_kept(name):
     ],
 )
 def test_wrong_input_is_refused(change, error, message):
-    given = {"name": "contrast", "images": torch.zeros(2, 1, 4, 4), "severity": 1, "seed": 0, "ids": [0, 1]}
+    given = {
+        "name": "contrast",
+        "images": torch.zeros(2, 1, 4, 4),
+        "severity": 1,
+        "seed": 0,
+        "ids": [0, 1],
+    }
     with pytest.raises(error, match=message):
         corrupt.apply(**(given | change))
 
@@ -171,7 +188,9 @@ def test_a_severity_scales_the_same_noise():
 def test_dose_is_noisier_where_the_film_is_white():
     x = torch.tensor([0.2, 0.8]).reshape(1, 1, 2, 1).repeat(1, 1, 1, 40_000)
     noise = (run("poisson_dose", x, 1) - x)[0, 0]
-    expected = (corrupt.DENSITY * x[0, 0, :, 0]).exp().div(1600).sqrt() / corrupt.DENSITY  # first order
+    expected = (corrupt.DENSITY * x[0, 0, :, 0]).exp().div(
+        1600
+    ).sqrt() / corrupt.DENSITY  # first order
     assert torch.allclose(noise.std(1), expected, rtol=0.05) and noise.mean(1).abs().max() < 2e-3
 
 
@@ -201,7 +220,9 @@ def test_motion_blur_of_a_point():
         assert np.sort(on)[::-1] == pytest.approx(weights / weights.sum(), abs=1e-6)
         rows, columns = (found > 0).nonzero().T
         length = math.hypot(int(rows.max() - rows.min()), int(columns.max() - columns.min()))
-        assert length == pytest.approx(2 * radius, abs=1) and np.ptp(columns.numpy()) >= np.ptp(rows.numpy())
+        assert length == pytest.approx(2 * radius, abs=1) and np.ptp(columns.numpy()) >= np.ptp(
+            rows.numpy()
+        )
     assert torch.allclose(run("motion_blur", torch.full_like(x, 0.3), 5), torch.tensor(0.3))
 
 
@@ -209,14 +230,19 @@ def test_motion_blur_grows_with_the_film():
     small, large = torch.zeros(1, 1, 224, 224), torch.zeros(1, 1, 448, 448)
     small[..., 112:], large[..., 224:] = 1, 1
     found = run("motion_blur", small, 5), run("motion_blur", large, 5)
-    widths = [int(((row > 0.05) & (row < 0.95)).sum()) for row in (found[0][0, 0, 112], found[1][0, 0, 224])]
+    widths = [
+        int(((row > 0.05) & (row < 0.95)).sum())
+        for row in (found[0][0, 0, 112], found[1][0, 0, 224])
+    ]
     assert widths[1] == pytest.approx(2 * widths[0], rel=0.1)
 
 
 def test_veil_lowers_contrast_and_leaves_a_flat_film(films):
     flat = torch.full((1, 1, 40, 30), 0.4)
     assert torch.allclose(run("scatter_veil", flat, 5), flat, atol=1e-5)
-    light, veiled = (torch.exp(-corrupt.DENSITY * x) for x in (films, run("scatter_veil", films, 3)))
+    light, veiled = (
+        torch.exp(-corrupt.DENSITY * x) for x in (films, run("scatter_veil", films, 3))
+    )
     assert torch.allclose(light.mean((1, 2, 3)), veiled.mean((1, 2, 3)), rtol=0.05)
     fine = [x.diff(dim=3).abs().mean() for x in (films, run("scatter_veil", films, 3))]
     assert fine[1] < 0.7 * fine[0]
@@ -238,7 +264,11 @@ def test_marker_stands_in_an_upper_corner():
     assert set(sides.tolist()) == {True, False}
     for picture, right in zip(found, sides, strict=True):
         rows, columns = (picture > 0.5).nonzero().T
-        assert rows.min() > 2 and rows.max() < 40 and (columns.min() > 150 if right else columns.max() < 50)
+        assert (
+            rows.min() > 2
+            and rows.max() < 40
+            and (columns.min() > 150 if right else columns.max() < 50)
+        )
         assert np.ptp(rows.numpy()) + 1 == pytest.approx(0.17 * 120, abs=4) and picture.max() == 1
 
 
@@ -257,7 +287,9 @@ def test_grid_lines_have_one_frequency():
 def test_resampling_against_pil(films):
     film = films[0, 0, :220, :200]
     pixels = Image.fromarray(film.numpy())
-    stored = pixels.resize((100, 110), Image.Resampling.BOX).resize((200, 220), Image.Resampling.NEAREST)
+    stored = pixels.resize((100, 110), Image.Resampling.BOX).resize(
+        (200, 220), Image.Resampling.NEAREST
+    )
     found = run("resampling", film[None, None], 2)[0, 0]
     assert np.abs(found.numpy() - np.asarray(stored)).max() < 1e-5
 
@@ -272,7 +304,9 @@ def test_jpeg_is_pillows(films, colour):
         file, pixels = io.BytesIO(), x[0].mul(255).round().byte().permute(1, 2, 0).squeeze()
         Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=15)
         expected = np.asarray(Image.open(file)) / 255
-        assert np.allclose(run("jpeg", x, 3)[0].permute(1, 2, 0).squeeze().numpy(), expected, atol=1e-6)
+        assert np.allclose(
+            run("jpeg", x, 3)[0].permute(1, 2, 0).squeeze().numpy(), expected, atol=1e-6
+        )
 
 
 # ------------------------------------------------------------------------------------------- data sets
@@ -305,7 +339,9 @@ def test_train_augmentor_draws_the_thesis_list(data):
     clean = sum(name is None for name, _ in found) / len(found)
     assert clean == pytest.approx(5 / 30, abs=0.015)
     counts = {cell: found.count(cell) / len(found) for cell in set(found) - {(None, 0)}}
-    assert len(counts) == 25 and all(share == pytest.approx(1 / 30, abs=0.01) for share in counts.values())
+    assert len(counts) == 25 and all(
+        share == pytest.approx(1 / 30, abs=0.01) for share in counts.values()
+    )
     augmentor.set_epoch(1)
     assert [augmentor.choice(row) for row in range(100)] != found[:100] and data.epoch == 1
 
@@ -349,8 +385,13 @@ def test_augmentors_refuse_wrong_options(data):
 @pytest.mark.real
 def test_each_severity_is_worse_on_real_films(real_data):
     paths = sorted((real_data / "chest_xray" / "test").rglob("*.jp*g"))[:4]
-    films = [np.asarray(Image.open(path).convert("L").resize((224, 224)), np.float32) / 255 for path in paths]
+    films = [
+        np.asarray(Image.open(path).convert("L").resize((224, 224)), np.float32) / 255
+        for path in paths
+    ]
     x = torch.from_numpy(np.stack(films))[:, None]
     for name, scale in CASES:
-        ratios = torch.stack([psnr(x, run(name, x, s, scale=scale)) for s in corrupt.SEVERITIES]).mean(1)
+        ratios = torch.stack(
+            [psnr(x, run(name, x, s, scale=scale)) for s in corrupt.SEVERITIES]
+        ).mean(1)
         assert (ratios.diff() < 0).all(), (name, scale, ratios)

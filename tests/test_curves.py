@@ -35,17 +35,27 @@ def test_gap_unrest_and_underfitting():
     falling = np.linspace(0.7, 0.6, 8)
     assert kinds(history(falling, falling, train_accuracy=1.0, val_accuracy=0.9)) == ["overfitting"]
     assert kinds(history(falling, [0.5, 0.5, 0.5, 0.5, 0.9, 0.4, 0.9, 0.4])) == ["unrest"]
-    assert kinds(history(falling, falling, train_accuracy=0.6, val_accuracy=0.6)) == ["underfitting"]
+    assert kinds(history(falling, falling, train_accuracy=0.6, val_accuracy=0.6)) == [
+        "underfitting"
+    ]
 
 
 def test_facts_count_falls_and_find_the_best_epoch_first_of_equals():
-    row = curves.facts({"a": history([0.7, 0.5, 0.6, 0.4], [0.5] * 4, val_auc=[0.5, 0.9, 0.9, 0.8])}).iloc[0]
-    assert row["falls"] == pytest.approx(2 / 3) and row["best_epoch"] == 2 and row["val_auc_last"] == 0.8
+    row = curves.facts(
+        {"a": history([0.7, 0.5, 0.6, 0.4], [0.5] * 4, val_auc=[0.5, 0.9, 0.9, 0.8])}
+    ).iloc[0]
+    assert (
+        row["falls"] == pytest.approx(2 / 3)
+        and row["best_epoch"] == 2
+        and row["val_auc_last"] == 0.8
+    )
 
 
 def test_a_training_without_validation_and_one_epoch_work():
     read = curves.facts({"final": history([0.7, 0.4]), "one": history([0.7], [0.6])})
-    assert read.loc[0, ["best_epoch", "gap", "jumps"]].isna().all() and curves.signs(read.loc[0]) == []
+    assert (
+        read.loc[0, ["best_epoch", "gap", "jumps"]].isna().all() and curves.signs(read.loc[0]) == []
+    )
     assert read.loc[1, "epochs"] == 1 and np.isnan(read.loc[1, "falls"])
     with pytest.raises(ValueError, match="'empty' has no epoch"):
         curves.facts({"empty": history([])})
@@ -55,12 +65,15 @@ def test_the_figure_draws_training_solid_and_validation_dashed():
     class Config:
         data_name, profile, size = "films", "smoke", 48
 
-    figure = curves.figure_curves({"a": history([0.7, 0.4], [0.6, 0.5]), "final": history([0.6, 0.3])}, Config)
+    figure = curves.figure_curves(
+        {"a": history([0.7, 0.4], [0.6, 0.5]), "final": history([0.6, 0.3])},
+        "films, smoke profile, 48 px",
+    )
     styles = [[line.get_linestyle() for line in axis.lines] for axis in figure.axes]
     assert styles == [["-", "--", "-"], ["-", "--", "-"], ["--"]]
     assert figure.axes[0].lines[1].get_ydata().tolist() == [0.6, 0.5]
     assert figure.get_size_inches()[0] * 72 <= 900
-    alone = curves.figure_curves({"final": history([0.6, 0.3])}, Config)
+    alone = curves.figure_curves({"final": history([0.6, 0.3])}, "films, smoke profile, 48 px")
     assert "no validation" in alone.axes[2].texts[0].get_text()
     with pytest.raises(ValueError, match="at least one"):
-        curves.figure_curves({}, Config)
+        curves.figure_curves({}, "films, smoke profile, 48 px")

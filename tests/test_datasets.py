@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dlia_utils import datasets, locate, phantom
+from dlia_utils.data import datasets, phantom, sources
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,14 @@ def tree(written, tmp_path):
 
 
 def load(tree):
-    return datasets.load(locate.find("pneumonia", tree))
+    return datasets.load(sources.find("pneumonia", tree))
 
 
 def test_manifest_and_ignored_files(tree):
     (tree / "train" / ".ipynb_checkpoints").mkdir()
     shutil.copy(
-        next(tree.glob("train/NORMAL/*.jpeg")), tree / "train" / ".ipynb_checkpoints" / "a-checkpoint.jpeg"
+        next(tree.glob("train/NORMAL/*.jpeg")),
+        tree / "train" / ".ipynb_checkpoints" / "a-checkpoint.jpeg",
     )
     (tree / "train" / "NORMAL" / "Thumbs.db").write_bytes(b"x")
     (tree / "train" / "NORMAL" / "notes.txt").write_text("x")
@@ -38,7 +39,8 @@ def test_manifest_and_ignored_files(tree):
     assert list(dataset.manifest.index) == list(range(24)) and dataset.manifest["path"].is_unique
     assert dataset.manifest["label"].dtype == "int64" and dataset.classes == ("NORMAL", "PNEUMONIA")
     assert (
-        dataset.manifest["class_name"] == dataset.manifest["label"].map({0: "NORMAL", 1: "PNEUMONIA"})
+        dataset.manifest["class_name"]
+        == dataset.manifest["label"].map({0: "NORMAL", 1: "PNEUMONIA"})
     ).all()
     assert all((tree / path).is_file() for path in dataset.manifest["path"])
     reasons = dataset.ignored["reason"].value_counts()
@@ -59,7 +61,9 @@ def test_manifest_and_ignored_files(tree):
 def test_summary(written):
     table = datasets.summary(load(written))
     assert list(table["split"]) == ["train", "train", "val", "val", "test", "test"]
-    assert list(table["images"]) == [6, 8, 2, 2, 3, 3] and (table["patients"] <= table["images"]).all()
+    assert (
+        list(table["images"]) == [6, 8, 2, 2, 3, 3] and (table["patients"] <= table["images"]).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,13 +102,13 @@ def test_val_may_be_missing_but_not_empty(tree):
 
 
 def test_missing_and_empty_class_folders(tree):
-    location = locate.find("pneumonia", tree)
+    location = sources.find("pneumonia", tree)
     for path in tree.glob("train/PNEUMONIA/*.jpeg"):
         path.unlink()
     with pytest.raises(datasets.BadData, match="no images in train/PNEUMONIA"):
         datasets.load(location)
     shutil.rmtree(tree / "train" / "PNEUMONIA")
-    with pytest.raises(locate.DataNotFound, match="has no train/PNEUMONIA"):
+    with pytest.raises(sources.DataNotFound, match="has no train/PNEUMONIA"):
         datasets.load(location)
 
 
@@ -131,7 +135,7 @@ def test_long_lists_are_cut(written):
 
 
 def test_real_set(real_data):
-    dataset = datasets.load(locate.find("pneumonia", real_data))
+    dataset = datasets.load(sources.find("pneumonia", real_data))
     train = dataset.manifest[dataset.manifest["split"] == "train"]
     test = dataset.manifest[dataset.manifest["split"] == "test"]
     assert list(test["label"].value_counts().sort_index()) == [234, 390]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from dlia_utils import attacks, objectives, train
-from dlia_utils.objectives import fingerprint
+from dlia_utils.device import fingerprint
 
 EPS = 0.1
 
@@ -30,7 +30,9 @@ def seen_by(model) -> list:
 
 def away(model, y):
     """Sign of the step that hurts a two-class linear model most, [B, 1, 3, 3]."""
-    return (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 3, 3) * (1 - 2 * y).view(-1, 1, 1, 1)
+    return (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 3, 3) * (1 - 2 * y).view(
+        -1, 1, 1, 1
+    )
 
 
 # ------------------------------------------------------------------ fast and free
@@ -54,13 +56,18 @@ def test_fast_training_makes_one_step_of_a_quarter_more_than_the_ball(batch):
 def test_free_training_uses_each_backward_pass_for_weights_and_perturbation(batch):
     x, y = batch
     model, other = linear(), batch[0].flip(0)
-    seen, objective = seen_by(model), objectives.free_adversarial(eps=EPS, replays=3, step_size=0.07)
+    seen, objective = (
+        seen_by(model),
+        objectives.free_adversarial(eps=EPS, replays=3, step_size=0.07),
+    )
     step = away(model, y)
     for offered in (x, other, other, other[:4]):
         loss, logits = objective(model, offered, y[: len(offered)])
         loss.backward()
         assert logits is None
-    assert len(seen) == 4 and model[1].weight.grad is not None  # a pass per call, no pass for the attack
+    assert (
+        len(seen) == 4 and model[1].weight.grad is not None
+    )  # a pass per call, no pass for the attack
     torch.testing.assert_close(seen[0], x)
     torch.testing.assert_close(seen[1], x + 0.07 * step)
     torch.testing.assert_close(seen[2], x + EPS * step)  # 2 * 0.07 is cut to the ball
@@ -88,13 +95,26 @@ def test_free_training_runs_in_fit_with_one_step_a_batch(tmp_path, batch):
     model, data = linear(), TensorDataset(*batch)
     seen = seen_by(model)
     done = train.fit(
-        model, objectives.free_adversarial(eps=EPS, replays=2), data, data, run_dir=tmp_path, epochs=4, batch_size=4,
-        lr=0.01, progress=False,
-    )  # fmt: skip
-    assert done.status == "done" and "train_accuracy" not in done.history and done.history.train_loss.notna().all()
+        model,
+        objectives.free_adversarial(eps=EPS, replays=2),
+        data,
+        data,
+        run_dir=tmp_path,
+        epochs=4,
+        batch_size=4,
+        lr=0.01,
+        progress=False,
+    )
+    assert (
+        done.status == "done"
+        and "train_accuracy" not in done.history
+        and done.history.train_loss.notna().all()
+    )
     trained = [one for one in seen if not torch.equal(one, x)]  # but not in validation
     assert len(trained) == 8  # two batches an epoch, each one forward pass
-    assert (trained[0] - trained[1]).abs().max() <= EPS + 1e-6 and not torch.equal(trained[0], trained[1])
+    assert (trained[0] - trained[1]).abs().max() <= EPS + 1e-6 and not torch.equal(
+        trained[0], trained[1]
+    )
 
 
 def valley():
@@ -123,8 +143,14 @@ def test_the_monitor_tells_catastrophic_overfitting_from_robustness(caplog):
     caplog.clear()
     sure = linear()
     sure[1].bias.data[1] += 100
-    row = objectives.overfitting_monitor(torch.rand(4, 1, 3, 3), torch.ones(4, dtype=torch.long), eps=EPS)(sure)
-    assert row == {"val_single_step_accuracy": 1.0, "val_pgd_accuracy": 1.0, "val_overfitting_gap": 0.0}
+    row = objectives.overfitting_monitor(
+        torch.rand(4, 1, 3, 3), torch.ones(4, dtype=torch.long), eps=EPS
+    )(sure)
+    assert row == {
+        "val_single_step_accuracy": 1.0,
+        "val_pgd_accuracy": 1.0,
+        "val_overfitting_gap": 0.0,
+    }
     assert not caplog.text and sure[1].weight.grad is None
     with pytest.raises(ValueError, match="equally many"):
         objectives.overfitting_monitor(x, y[:3], eps=EPS)
@@ -145,7 +171,10 @@ def test_marts_parts_by_hand():
         kl = (p[i] * (p[i] / q[i]).log()).sum()
         expected.append(bce + 2.5 * kl * (1 - p[i, label]))
     torch.testing.assert_close(
-        objectives.mart_loss(clean, attacked, y, beta=2.5), torch.stack(expected).float(), rtol=1e-5, atol=1e-5
+        objectives.mart_loss(clean, attacked, y, beta=2.5),
+        torch.stack(expected).float(),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -165,8 +194,12 @@ def test_mart_and_its_class_weights(batch):
     x, y = batch
     model = linear()
     seen = seen_by(model)
-    loss, logits = objectives.mart(eps=EPS, beta=3.0, steps=1, step_size=2 * EPS, weight=[1.0, 4.0])(model, x, y)
-    torch.testing.assert_close(seen[-1], x + EPS * away(model, y))  # the corner, a linear model's worst image
+    loss, logits = objectives.mart(
+        eps=EPS, beta=3.0, steps=1, step_size=2 * EPS, weight=[1.0, 4.0]
+    )(model, x, y)
+    torch.testing.assert_close(
+        seen[-1], x + EPS * away(model, y)
+    )  # the corner, a linear model's worst image
     losses = objectives.mart_loss(model(x), model(seen[2]), y, beta=3.0)
     torch.testing.assert_close(loss, (losses * (1 + 3 * y)).sum() / (1 + 3 * y).sum())
     assert torch.equal(logits, model(x))
@@ -190,7 +223,9 @@ def test_hat_is_trades_plus_the_helpers_cross_entropy(batch):
     torch.testing.assert_close(loss, trades + 0.7 * F.cross_entropy(model(further), labels))
     assert torch.equal(logits, model(x))
     assert fingerprint(standard) == mark == hat.settings["standard"] and standard.training
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in standard.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in standard.parameters()
+    )
 
 
 def test_gairats_weights_are_the_formula_and_fall_with_the_distance():
@@ -205,7 +240,10 @@ def test_gairats_weights_are_the_formula_and_fall_with_the_distance():
 def test_gairat_counts_the_steps_an_image_stays_right():
     # One pixel, class 1 above 0.5: from x the attack walks down in steps of eps / 4 from a start within eps.
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    model[1].weight.data, model[1].bias.data = torch.tensor([[-1.0], [1.0]]), torch.tensor([0.5, -0.5])
+    model[1].weight.data, model[1].bias.data = (
+        torch.tensor([[-1.0], [1.0]]),
+        torch.tensor([0.5, -0.5]),
+    )
     x, y = torch.tensor([0.3, 0.58, 0.52, 0.9]).view(4, 1, 1, 1), torch.ones(4, dtype=torch.long)
     torch.manual_seed(1)
     start = (x + torch.empty_like(x).uniform_(-EPS, EPS)).flatten()
@@ -235,18 +273,28 @@ def test_the_margin_penalty_of_a_linear_model_is_the_squared_difference_of_its_r
     slope = (model[1].weight[1] - model[1].weight[0]).square().sum()
     torch.testing.assert_close(loss, F.cross_entropy(logits, y) + 2.0 * slope)
     three = linear(classes=3)
-    three[1].bias.data = torch.tensor([0.0, 10.0, -10.0])  # class 1 is always the best, class 0 second
+    three[1].bias.data = torch.tensor(
+        [0.0, 10.0, -10.0]
+    )  # class 1 is always the best, class 0 second
     loss, logits = objectives.margin_gradient(penalty=1.0)(three, x, y)
     slope = (three[1].weight[1] - three[1].weight[0]).square().sum()
     torch.testing.assert_close(loss, F.cross_entropy(logits, y) + slope)
     loss.backward()
-    assert three[1].weight.grad.isfinite().all() and objectives.margin_gradient(penalty=1.0).second_order
+    assert (
+        three[1].weight.grad.isfinite().all()
+        and objectives.margin_gradient(penalty=1.0).second_order
+    )
 
 
 def test_training_on_the_margins_gradient_makes_it_smaller():
     torch.manual_seed(0)
-    start = nn.Sequential(nn.Conv2d(1, 4, 3, groups=1), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(),
-                          nn.Linear(4, 2))  # fmt: skip
+    start = nn.Sequential(
+        nn.Conv2d(1, 4, 3, groups=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
     x, y = torch.rand(12, 1, 5, 5), torch.tensor([0, 1] * 6)
     x[y == 1, :, :2] += 0.5
 
@@ -293,7 +341,9 @@ MAKERS = {  # objective, forward passes in train mode
 def test_flags_gradients_and_running_statistics_are_treated_as_said(name, batch):
     x, y = batch
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4, 2)).train()
+    body = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4, 2)
+    ).train()
     body[2].eval()
     make, passes = MAKERS[name]
     before = x.clone()
@@ -369,7 +419,9 @@ def trained(objective, x, y, *, steps=100, lr=0.03):
 
 
 def pgd_accuracy(model, x, y):
-    return 1 - attacks.pgd(model, x, y, eps=EPS, steps=10, loss="margin").success.float().mean().item()
+    return (
+        1 - attacks.pgd(model, x, y, eps=EPS, steps=10, loss="margin").success.float().mean().item()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -400,8 +452,13 @@ def test_gairat_weights_are_numbers_for_any_offset():
 
 def test_the_margin_penalty_takes_string_padding_in_grouped_convolutions():
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False)
+    layers = (
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.Conv2d(4, 4, 3, padding="same", groups=4, bias=False),
+    )
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 2))
-    loss, _ = objectives.margin_gradient(penalty=0.1)(model, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0]))
+    loss, _ = objectives.margin_gradient(penalty=0.1)(
+        model, torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 0])
+    )
     loss.backward()
     assert layers[1].weight.grad.abs().sum() > 0

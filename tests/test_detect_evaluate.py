@@ -65,14 +65,26 @@ def scene(kind, seed=0):
         found = found[:0]
     elif kind == "no truth":
         truth = truth[:0]
-    elif kind == "gaps":  # class 1 without truth, class 2 without predictions, an image without either
+    elif (
+        kind == "gaps"
+    ):  # class 1 without truth, class 2 without predictions, an image without either
         truth, found = truth[truth.label != 1], found[found.label != 2]
     elif kind == "too many":
         most = 2
     return truth, found, images, classes, most
 
 
-KINDS = ["random", "tied", "grid", "one score", "crowded", "no predictions", "no truth", "gaps", "too many"]
+KINDS = [
+    "random",
+    "tied",
+    "grid",
+    "one score",
+    "crowded",
+    "no predictions",
+    "no truth",
+    "gaps",
+    "too many",
+]
 
 
 def pycoco(truth, found, images, classes, *, most=100, ious=ev.COCO_IOUS):
@@ -80,18 +92,30 @@ def pycoco(truth, found, images, classes, *, most=100, ious=ev.COCO_IOUS):
 
     def annotations(table):
         xywh = np.c_[table[["x1", "y1"]], table.x2 - table.x1, table.y2 - table.y1]
-        rows = zip(table.image, table.label, xywh, table.get("score", np.ones(len(table))), strict=True)
+        rows = zip(
+            table.image, table.label, xywh, table.get("score", np.ones(len(table))), strict=True
+        )
         return [
-            {"id": i, "image_id": int(image), "category_id": int(label), "bbox": box.tolist(), "score": score,
-             "area": box[2] * box[3], "iscrowd": 0}
+            {
+                "id": i,
+                "image_id": int(image),
+                "category_id": int(label),
+                "bbox": box.tolist(),
+                "score": score,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
             for i, (image, label, box, score) in enumerate(rows, start=1)
-        ]  # fmt: skip
+        ]
 
     def coco(table):
         result = COCO()
         names = [{"id": k} for k in range(1, classes + 1)]
-        result.dataset = {"images": [{"id": int(i)} for i in images], "categories": names,
-                          "annotations": annotations(table)}  # fmt: skip
+        result.dataset = {
+            "images": [{"id": int(i)} for i in images],
+            "categories": names,
+            "annotations": annotations(table),
+        }
         result.createIndex()
         return result
 
@@ -109,7 +133,9 @@ def pycoco(truth, found, images, classes, *, most=100, ious=ev.COCO_IOUS):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_average_precision_equals_pycocotools(kind, seed):
     truth, found, images, classes, most = scene(kind, seed)
-    result = ev.match(truth, found, images=images, classes=classes, iou=ev.COCO_IOUS, max_detections=most)
+    result = ev.match(
+        truth, found, images=images, classes=classes, iou=ev.COCO_IOUS, max_detections=most
+    )
     expected = pycoco(truth, found, images, classes, most=most)
     table = ev.average_precision(result)
     np.testing.assert_allclose(table.to_numpy(), expected, rtol=0, atol=1e-9)
@@ -123,7 +149,9 @@ def test_average_precision_equals_pycocotools(kind, seed):
 def test_equal_iou_goes_to_the_later_true_box():
     truth = pd.DataFrame([[0, 0, 0, 10, 10, 1], [0, 4, 0, 14, 10, 1]], columns=TRUTH)
     # The first prediction lies between both; only if it takes the second is the first left for the next one.
-    found = pd.DataFrame([[0, 2, 0, 12, 10, 1], [0, 0, 0, 10, 10, 1]], columns=TRUTH).assign(score=[0.9, 0.8])
+    found = pd.DataFrame([[0, 2, 0, 12, 10, 1], [0, 0, 0, 10, 10, 1]], columns=TRUTH).assign(
+        score=[0.9, 0.8]
+    )
     assert ev.match(truth, found, images=[0], classes=1).hit.tolist() == [[True, True]]
     assert ev.match(truth[::-1], found, images=[0], classes=1).hit.tolist() == [[True, False]]
     for order in (truth, truth[::-1]):
@@ -151,7 +179,8 @@ def test_mean_average_precision_equals_torchmetrics(kind):
         warnings.simplefilter("ignore")
         order = sorted(images)  # it breaks ties between images by the order in which it meets them
         metric.update(
-            [per_image(found, i, scores="score") for i in order], [per_image(truth, i) for i in order]
+            [per_image(found, i, scores="score") for i in order],
+            [per_image(truth, i) for i in order],
         )
         expected = metric.compute()
     result = ev.match(truth, found, images=images, classes=classes, iou=ev.COCO_IOUS)
@@ -165,11 +194,17 @@ def test_mean_average_precision_equals_torchmetrics(kind):
 
 def test_perfect_and_hopeless_predictions():
     truth, _, images, classes, _ = scene("random")
-    perfect = ev.match(truth, truth.assign(score=0.7), images=images, classes=classes, iou=ev.COCO_IOUS)
+    perfect = ev.match(
+        truth, truth.assign(score=0.7), images=images, classes=classes, iou=ev.COCO_IOUS
+    )
     assert ev.summary(perfect) == {"mAP50": 1.0, "mAP50_95": 1.0}
     assert ev.froc(perfect).drop(columns="label").eq(1).all(axis=None)
     best = ev.best_thresholds(perfect)
-    assert best.threshold.eq(0.7).all() and best.f1.eq(1).all() and best.label.tolist() == ["all", 1, 2, 3, 4]
+    assert (
+        best.threshold.eq(0.7).all()
+        and best.f1.eq(1).all()
+        and best.label.tolist() == ["all", 1, 2, 3, 4]
+    )
     away = truth.assign(score=0.7, x1=truth.x1 + 1000, x2=truth.x2 + 1000)
     hopeless = ev.match(truth, away, images=images, classes=classes)
     assert ev.summary(hopeless) == {"mAP50": 0.0}
@@ -181,7 +216,9 @@ def test_the_other_tables_bear_emptiness():
     for kind in ("no predictions", "no truth"):
         truth, found, images, classes, _ = scene(kind)
         result = ev.match(truth, found, images=images, classes=classes, iou=ev.COCO_IOUS)
-        assert len(ev.threshold_sweep(result)) == 8 and len(ev.best_thresholds(result)) == classes + 1
+        assert (
+            len(ev.threshold_sweep(result)) == 8 and len(ev.best_thresholds(result)) == classes + 1
+        )
         assert len(ev.bootstrap(result, images, draws=5)) == 4 + classes
         expected = [0.0] if kind == "no predictions" else [np.nan]
         np.testing.assert_array_equal(np.unique(ev.froc(result)["mean"]), expected)
@@ -224,7 +261,9 @@ def test_froc_is_the_best_sensitivity_within_each_rate(kind):
             assert table.loc[label].isna().all()
             continue
         expected = [points.recall[points.fp_per_image <= rate].max() for rate in ev.RATES]
-        np.testing.assert_allclose(table.loc[label, list(ev.RATES)].astype(float), np.nan_to_num(expected))
+        np.testing.assert_allclose(
+            table.loc[label, list(ev.RATES)].astype(float), np.nan_to_num(expected)
+        )
         assert table.loc[label, "mean"] == pytest.approx(np.mean(np.nan_to_num(expected)))
     assert table.loc["all", list(ev.RATES)].is_monotonic_increasing
 
@@ -233,7 +272,9 @@ def test_froc_at_a_loose_hit_rule():
     truth, found, images, classes, _ = scene("random")
     result = ev.match(truth, found, images=images, classes=classes, iou=(0.5, 0.1))
     loose, usual = (ev.froc(result, iou=iou)["mean"][0] for iou in (0.1, 0.5))
-    alone = ev.froc(ev.match(truth, found, images=images, classes=classes, iou=(0.1,)), iou=0.1)["mean"][0]
+    alone = ev.froc(ev.match(truth, found, images=images, classes=classes, iou=(0.1,)), iou=0.1)[
+        "mean"
+    ][0]
     assert loose > usual and loose == alone
     with pytest.raises(ValueError, match=r"IoU 0.3 was not matched, only 0.1, 0.5"):
         ev.froc(result, iou=0.3)
@@ -251,7 +292,8 @@ def test_best_thresholds_by_brute_force():
         allowed = points[points.fp_per_image <= 0.2]
         assert by_froc.loc[label, "recall"] == allowed.recall.max()
         assert (
-            by_froc.loc[label, "threshold"] == allowed.threshold[allowed.recall == allowed.recall.max()].max()
+            by_froc.loc[label, "threshold"]
+            == allowed.threshold[allowed.recall == allowed.recall.max()].max()
         )
     strict = ev.best_thresholds(result, objective="froc", fp_per_image=0)
     assert strict.threshold.isna().any() and not strict.fp_per_image.any()
@@ -275,7 +317,9 @@ def test_the_sweep_equals_evaluating_each_cut_and_mAP_only_falls(kind):
     assert table.mAP50.is_monotonic_decreasing and table.mAP50.iloc[-1] < table.mAP50.iloc[0]
     assert table.mAP50.idxmax() == 0, "what the published sweep must always choose"
     assert table.f1.idxmax() > 0
-    nothing = ev.threshold_sweep(ev.match(truth, found, images=images, classes=classes), [1.0]).iloc[0]
+    nothing = ev.threshold_sweep(
+        ev.match(truth, found, images=images, classes=classes), [1.0]
+    ).iloc[0]
     assert nothing.mAP50 == 0 and nothing.recall == 0 and np.isnan(nothing.precision)
 
 
@@ -292,7 +336,9 @@ def repeated(table, images, weight):
         )
     )
     parts = [
-        table[table.image == image].assign(image=copy) for image in sorted(images) for copy in copies[image]
+        table[table.image == image].assign(image=copy)
+        for image in sorted(images)
+        for copy in copies[image]
     ]
     return pd.concat([table[:0], *parts], ignore_index=True)
 
@@ -320,7 +366,9 @@ def test_every_draw_equals_evaluating_the_repeated_set(resampled):
         again = [repeated(table, images, weight) for table in (truth, found)]
         anew = ev.match(*again, images=range(weight.sum()), classes=classes, iou=ev.COCO_IOUS)
         assert values["mAP50", "all"][draw] == pytest.approx(ev.summary(anew)["mAP50"], abs=1e-12)
-        assert values["mAP50_95", "all"][draw] == pytest.approx(ev.summary(anew)["mAP50_95"], abs=1e-12)
+        assert values["mAP50_95", "all"][draw] == pytest.approx(
+            ev.summary(anew)["mAP50_95"], abs=1e-12
+        )
         froc = ev.froc(anew).iloc[0]
         assert values["froc_mean", "all"][draw] == pytest.approx(froc["mean"], abs=1e-12)
         assert values["sensitivity_at_1", "all"][draw] == froc[1]
@@ -337,11 +385,15 @@ def test_the_table_of_intervals(resampled):
     table = ev.bootstrap(result, groups, draws=200)
     assert list(table.columns) == ["metric", "label", "value", "ci_low", "ci_high", "n"]
     assert (
-        table.metric.tolist() == [*ev.STATISTICS[:4], *["AP50"] * classes] and table.n.eq(len(images)).all()
+        table.metric.tolist() == [*ev.STATISTICS[:4], *["AP50"] * classes]
+        and table.n.eq(len(images)).all()
     )
     assert table.label.tolist() == ["all"] * 4 + list(range(1, classes + 1))
     assert ((table.ci_low < table.value) & (table.value < table.ci_high)).all()
-    assert table.value[0] == ev.summary(result)["mAP50"] and table.value[2] == ev.froc(result)["mean"][0]
+    assert (
+        table.value[0] == ev.summary(result)["mAP50"]
+        and table.value[2] == ev.froc(result)["mean"][0]
+    )
     pd.testing.assert_frame_equal(table, ev.bootstrap(result, groups, draws=200))
     assert not table.equals(ev.bootstrap(result, groups, draws=200, seed=1))
     alone = ev.bootstrap(result, groups, draws=200, statistics=("sensitivity_at_1", "mAP50"))
@@ -369,7 +421,9 @@ def test_patients_are_drawn_whole_and_unknown_ones_stand_alone(resampled):
 
 def test_the_paired_difference_is_narrower_than_the_two_intervals(resampled):
     truth, found, images, classes, result, groups, weights = resampled
-    other = found.assign(score=(found.score + 0.2 * np.random.default_rng(1).random(len(found))).clip(0, 1))
+    other = found.assign(
+        score=(found.score + 0.2 * np.random.default_rng(1).random(len(found))).clip(0, 1)
+    )
     second = ev.match(truth, other, images=images, classes=classes, iou=ev.COCO_IOUS)
     pair = ev.paired_bootstrap(result, second, groups, draws=300)
     a, b = (ev.bootstrap(one, groups, draws=300) for one in (result, second))
@@ -379,7 +433,9 @@ def test_the_paired_difference_is_narrower_than_the_two_intervals(resampled):
     same = ev.paired_bootstrap(result, result, groups, draws=20)
     assert same[["value", "ci_low", "ci_high"]].eq(0).all(axis=None)
     with pytest.raises(ValueError, match="differ in images, classes or true boxes"):
-        ev.paired_bootstrap(result, ev.match(truth[1:], found, images=images, classes=classes), groups)
+        ev.paired_bootstrap(
+            result, ev.match(truth[1:], found, images=images, classes=classes), groups
+        )
 
 
 def test_statistics_that_the_pass_does_not_allow(resampled):
@@ -391,7 +447,10 @@ def test_statistics_that_the_pass_does_not_allow(resampled):
     with pytest.raises(ValueError, match=r"unknown statistics \['map'\]"):
         ev.bootstrap(half, groups, draws=2, statistics=["map"])
     loose = ev.match(truth, found, images=images, classes=classes, iou=(0.1,))
-    assert ev.bootstrap(loose, groups, draws=2, iou=0.1).metric.tolist() == ["froc_mean", "sensitivity_at_1"]
+    assert ev.bootstrap(loose, groups, draws=2, iou=0.1).metric.tolist() == [
+        "froc_mean",
+        "sensitivity_at_1",
+    ]
     with pytest.raises(ValueError, match="IoU 0.5 was not matched"):
         ev.summary(loose)
 

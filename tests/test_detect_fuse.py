@@ -22,8 +22,12 @@ def predictions(seed=0, *, images=12, views=3, each=14, classes=3):
             which = rng.integers(0, 5, each)
             middle = centre[which] + rng.normal(0, 12, (each, 2))
             half = side[which] * rng.uniform(0.8, 1.2, (each, 2)) / 2
-            table = pd.DataFrame(np.hstack([middle - half, middle + half]).clip(0, SIZE), columns=CORNERS)
-            parts.append(table.assign(image=image, view=view, label=rng.integers(1, classes + 1, each)))
+            table = pd.DataFrame(
+                np.hstack([middle - half, middle + half]).clip(0, SIZE), columns=CORNERS
+            )
+            parts.append(
+                table.assign(image=image, view=view, label=rng.integers(1, classes + 1, each))
+            )
     table = pd.concat(parts, ignore_index=True)
     table["score"] = rng.uniform(0.02, 0.98, len(table))
     return table[["image", *CORNERS, "label", "score", "view"]].sample(
@@ -126,7 +130,9 @@ def test_soft_nms_equals_ensemble_boxes(seed, method, code):
     rows = np.concatenate(rows)
     assert len(rows) < len(table)
     same(soft, rows[np.lexsort((-rows[:, 6], rows[:, 0]))])
-    public = theirs(table, ensemble_boxes.soft_nms, 3, method=code, iou_thr=0.4, sigma=0.3, thresh=0.05)
+    public = theirs(
+        table, ensemble_boxes.soft_nms, 3, method=code, iou_thr=0.4, sigma=0.3, thresh=0.05
+    )
     assert len(public) == len(soft)
 
 
@@ -165,7 +171,9 @@ def test_images_and_classes_do_not_meet(function):
     assert whole.image.is_monotonic_increasing
     assert whole.groupby("image").score.agg(lambda own: own.is_monotonic_decreasing).all()
     for image, own in table.groupby("image"):
-        pd.testing.assert_frame_equal(function(own), whole[whole.image == image].reset_index(drop=True))
+        pd.testing.assert_frame_equal(
+            function(own), whole[whole.image == image].reset_index(drop=True)
+        )
     one = table[table.label == 2]
     pd.testing.assert_frame_equal(function(one), whole[whole.label == 2].reset_index(drop=True))
 
@@ -183,7 +191,15 @@ def test_an_empty_table_and_the_callers_table(function):
 def test_the_truth_itself_survives_class_wise_nms():
     """Class-agnostic suppression at IoU 0.3 deletes true boxes; class-wise it does not touch different classes."""
     table = pd.DataFrame(
-        {"image": 0, "x1": 0.0, "y1": 0.0, "x2": [90.0, 95.0], "y2": 90.0, "label": [1, 2], "score": 1.0}
+        {
+            "image": 0,
+            "x1": 0.0,
+            "y1": 0.0,
+            "x2": [90.0, 95.0],
+            "y2": 90.0,
+            "label": [1, 2],
+            "score": 1.0,
+        }
     )
     assert len(fuse.nms(table, iou=0.3)) == 2
 

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 from small import start_run
 
-from dlia_utils import augment, cache, datasets, locate, models, objectives, train
+from dlia_utils import models, objectives, train
+from dlia_utils.data import augment, cache, datasets, sources
 from dlia_utils.detect import evaluate, study, views
 from dlia_utils.models.detector import LIGHT, faster_rcnn
 
@@ -20,22 +21,37 @@ def learn(model, images, rows, boxes, classes, *, transform=None, run_dir, **opt
     def score(candidate):
         found = views.predict(candidate, images, rows, progress=False)
         known = boxes[boxes["image"].isin(rows)]
-        return {"mAP50": evaluate.summary(evaluate.match(known, found, images=rows, classes=classes))["mAP50"]}
+        return {
+            "mAP50": evaluate.summary(evaluate.match(known, found, images=rows, classes=classes))[
+                "mAP50"
+            ]
+        }
 
     return train.fit(
-        model, objectives.detection(), augment.CachedBoxes(images, rows, boxes, transform=transform), None,
-        run_dir=run_dir, val_metric=score, monitor="mAP50", collate=augment.collate_boxes, optimizer="sgd",
-        schedule="cosine", progress=False, **options,
-    )  # fmt: skip
+        model,
+        objectives.detection(),
+        augment.CachedBoxes(images, rows, boxes, transform=transform),
+        None,
+        run_dir=run_dir,
+        val_metric=score,
+        monitor="mAP50",
+        collate=augment.collate_boxes,
+        optimizer="sgd",
+        schedule="cosine",
+        progress=False,
+        **options,
+    )
 
 
 @pytest.mark.real
 def test_the_light_detector_learns_the_four_real_nih_films_by_heart(real_data, tmp_path):
     """Labels, boxes and decoding are right, class 1 (Atelectasis) included: with labels from 0 it cannot be found."""
-    dataset = datasets.boxed(datasets.load(locate.find("nih", real_data), allow_missing=True))
+    dataset = datasets.boxed(datasets.load(sources.find("nih", real_data), allow_missing=True))
     assert len(dataset.manifest) == 4 and 1 in set(dataset.boxes["label"])
     images = cache.build(dataset, size=320, fit="pad")
-    model = faster_rcnn(arch=LIGHT, num_classes=8, size=320, rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32)
+    model = faster_rcnn(
+        arch=LIGHT, num_classes=8, size=320, rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32
+    )
     fitted = learn(model, images, range(4), dataset.boxes, 8, run_dir=tmp_path, **OVERFIT)
     assert fitted.best_score >= 0.95, fitted.history.tail()
     found = views.predict(models.load(tmp_path / "best.pt"), images, range(4), progress=False)

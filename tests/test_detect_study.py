@@ -12,13 +12,22 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import datasets, locate, submission
+from dlia_utils import submission
+from dlia_utils.data import datasets, sources
 from dlia_utils.detect import evaluate, job, study, views
 from dlia_utils.models.detector import faster_rcnn
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "05_nih_detection"
-TINY = {"images": 12, "epochs": 2, "size": 64, "width": 0.25, "channels": 16, "rpn_post_nms": 16, "bootstrap_draws": 20}
+TINY = {
+    "images": 12,
+    "epochs": 2,
+    "size": 64,
+    "width": 0.25,
+    "channels": 16,
+    "rpn_post_nms": 16,
+    "bootstrap_draws": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,9 @@ def opened(tmp_path_factory):
     """A tiny study on the competition's phantom, trained for two epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("study") / "runs"))
-        with pytest.MonkeyPatch.context() as hidden:  # not for the whole module: one test wants the real films
+        with (
+            pytest.MonkeyPatch.context() as hidden
+        ):  # not for the whole module: one test wants the real films
             hidden.delenv("DLIA_DATA", raising=False)
             one = study.open_detection(start_run(NOTEBOOK, **TINY))
         study.train_folds(one, devices=[])
@@ -38,7 +49,11 @@ def test_the_uses_of_images_and_their_patients_never_mix(opened):
     scored = []
     for fold in study.folds(whole):
         patients = [set(opened.patients(rows)) for rows in (fold.train, fold.select, fold.score)]
-        assert not patients[0] & patients[1] and not patients[0] & patients[2] and not patients[1] & patients[2]
+        assert (
+            not patients[0] & patients[1]
+            and not patients[0] & patients[2]
+            and not patients[1] & patients[2]
+        )
         scored += fold.score.tolist()
     labelled = np.flatnonzero((opened.dataset.manifest["label"] >= 0).to_numpy())
     assert sorted(scored) == labelled.tolist()  # every labelled film exactly once
@@ -47,14 +62,20 @@ def test_the_uses_of_images_and_their_patients_never_mix(opened):
 def test_an_official_split_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    bones = locate.find("fracatlas").root
+    bones = sources.find("fracatlas").root
     one = study.open_detection(start_run(NOTEBOOK, bones))
     (fold,) = study.folds(one)
     assert fold.name == "official" and not one.run.one_per_class
     split = one.dataset.manifest["split"]
-    assert [set(split[rows]) for rows in (fold.train, fold.select, fold.score)] == [{"train"}, {"val"}, {"test"}]
+    assert [set(split[rows]) for rows in (fold.train, fold.select, fold.score)] == [
+        {"train"},
+        {"val"},
+        {"test"},
+    ]
     (target,) = study.targets(one)
-    assert target.mapping.columns.tolist() == ["ID", "image_id"] and len(target.rows) == len(fold.score)
+    assert target.mapping.columns.tolist() == ["ID", "image_id"] and len(target.rows) == len(
+        fold.score
+    )
 
 
 def test_reading_the_best_weights_back_gives_the_logged_score(opened):
@@ -82,7 +103,10 @@ def test_views_are_looked_at_once_and_joined(opened):
     assert kept.stat().st_mtime_ns == before and set(found["view"]) <= set(range(len(views.VIEWS)))
     plain = study.join(found, method="wbf", views_used=(0,), run=opened.run)
     best = found[found["view"].eq(0)].groupby(["image", "label"])["score"].max()
-    assert plain.groupby(["image", "label"])["score"].max().equals(best) and not plain.duplicated(["image", "label"]).any()
+    assert (
+        plain.groupby(["image", "label"])["score"].max().equals(best)
+        and not plain.duplicated(["image", "label"]).any()
+    )
     with pytest.raises(ValueError, match="unknown method 'mean'"):
         study.join(found, method="mean", views_used=(0, 1), run=opened.run)
 
@@ -92,7 +116,10 @@ def test_every_recipe_is_compared_with_the_plain_view(opened):
     table = study.compare(opened, fold.score, study.look(opened, fold, "score"))
     assert table["name"].tolist() == list(study.recipes())
     first = table.iloc[0]
-    assert first["name"] == "plain" and first[["difference", "difference_low", "difference_high"]].eq(0).all()
+    assert (
+        first["name"] == "plain"
+        and first[["difference", "difference_low", "difference_high"]].eq(0).all()
+    )
     np.testing.assert_allclose(table["value"] - first["value"], table["difference"], atol=1e-9)
 
 
@@ -105,7 +132,10 @@ def test_both_editions_get_a_checked_submission(opened):
         submission.write(table, path, target.mapping, images=sizes)
         assert path.is_relative_to(opened.run.run_dir.parents[2] / "submissions")
         read = submission.check(path, target.mapping, images=target.dataset.root / "test")
-        assert read.columns[0] == id_name and read[id_name].tolist() == target.mapping[id_name].tolist()
+        assert (
+            read.columns[0] == id_name
+            and read[id_name].tolist() == target.mapping[id_name].tolist()
+        )
         again, _, _ = study.submit(opened, target, "all views, wbf")
         pd.testing.assert_frame_equal(table, again)
 
@@ -127,7 +157,9 @@ def test_thresholds_for_drawing_come_from_their_section(opened):
         study.shown_threshold(opened.run)
 
 
-def test_without_its_weights_a_detector_starts_at_random_and_says_so(opened, tmp_path, monkeypatch, caplog):
+def test_without_its_weights_a_detector_starts_at_random_and_says_so(
+    opened, tmp_path, monkeypatch, caplog
+):
     def offline(**options):
         if options.get("weights"):
             raise RuntimeError("no internet")
@@ -144,9 +176,17 @@ def test_without_its_weights_a_detector_starts_at_random_and_says_so(opened, tmp
 # ------------------------------------------------------------------ one training on two processes
 
 JOB_SETTINGS = {
-    "images": 16, "epochs": 3, "size": 64, "width": 1.0, "channels": 16, "weights": "imagenet", "freeze_bn": True,
-    "ema": None, "flip": 0.0, "lr": 0.01,
-}  # fmt: skip
+    "images": 16,
+    "epochs": 3,
+    "size": 64,
+    "width": 1.0,
+    "channels": 16,
+    "weights": "imagenet",
+    "freeze_bn": True,
+    "ema": None,
+    "flip": 0.0,
+    "lr": 0.01,
+}
 JOB = """
 import sys, torch
 torch.set_num_threads(1)
@@ -157,17 +197,27 @@ sys.exit(job.main([sys.argv[1], "fold0"]))
 """
 
 
-def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(tmp_path, monkeypatch):
+def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(
+    tmp_path, monkeypatch
+):
     from torchvision.models import mobilenet_v2
 
     torch.manual_seed(0)
-    state = {key: value for key, value in mobilenet_v2().state_dict().items() if not key.startswith("classifier")}
+    state = {
+        key: value
+        for key, value in mobilenet_v2().state_dict().items()
+        if not key.startswith("classifier")
+    }
     torch.save(state, tmp_path / "features.pth")
     (tmp_path / "job.py").write_text(JOB)
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "DLIA_WEIGHTS": str(tmp_path / "features.pth"), "DLIA_RUNS": str(tmp_path / "runs"),
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DLIA_WEIGHTS": str(tmp_path / "features.pth"),
+        "DLIA_RUNS": str(tmp_path / "runs"),
+    }
     environment.pop("DLIA_DATA", None)
     monkeypatch.setenv("DLIA_RUNS", environment["DLIA_RUNS"])
     monkeypatch.delenv("DLIA_DATA", raising=False)
@@ -176,7 +226,9 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(t
     for name, start, batch in (("one", [], 4), ("two", torchrun, 2)):
         folder = start_run(NOTEBOOK, name=name, batch_size=batch, **JOB_SETTINGS).run_dir
         command = [sys.executable, *start, str(tmp_path / "job.py"), str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         history = folder / "fold0" / "metrics.csv"
         # The file and not the exit code: gloo was seen to abort now and then after all work was done.
         assert history.exists(), done.stderr[-3000:]
@@ -188,7 +240,10 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(t
 
 def test_the_command_for_several_gpus(opened):
     command = study.torchrun_command(opened.run, "fold0", processes=2)
-    assert "--nproc-per-node=2" in command and command[command.index("dlia_utils.detect.job") - 1] == "-m"
+    assert (
+        "--nproc-per-node=2" in command
+        and command[command.index("dlia_utils.detect.job") - 1] == "-m"
+    )
     assert command[-2:] == [str(opened.run.run_dir), "fold0"]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dlia_utils import _fracatlas, cache, datasets, layouts, locate, phantom, split
+from dlia_utils.data import _fracatlas, cache, datasets, phantom, readers, sources, split
 
 HEADER = "Image Index,Finding Label,Bbox [x,y,w,h]"
 COUNTS = {"train": 24, "test": 8}
@@ -39,7 +39,9 @@ def small(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("L", (100, 80), 7).save(tmp_path / "images" / "00000001_000.png")
     Image.new("L", (60, 60), 9).save(tmp_path / "images" / "00000002_003.png")
-    write_list(tmp_path, "00000001_000.png,Mass,10,20,30,40", "00000002_003.png,Infiltration,0,0,60,60")
+    write_list(
+        tmp_path, "00000001_000.png,Mass,10,20,30,40", "00000002_003.png,Infiltration,0,0,60,60"
+    )
     return tmp_path
 
 
@@ -57,14 +59,14 @@ def write_dummies(folder, names, side=1024):
 
 
 def load(name, root, **options):
-    return datasets.load(locate.find(name, root), **options)
+    return datasets.load(sources.find(name, root), **options)
 
 
 def assert_box_table(dataset):
     boxes = dataset.boxes
     assert list(boxes.columns) == list(datasets.BOX_COLUMNS)
     assert boxes["image"].dtype == boxes["label"].dtype == "int64"
-    assert (boxes[layouts.CORNERS].dtypes == "float64").all()
+    assert (boxes[readers.CORNERS].dtypes == "float64").all()
     assert boxes["image"].between(0, len(dataset.manifest) - 1).all()
     assert [dataset.box_classes[label - 1] for label in boxes["label"]] == list(boxes["class_name"])
     assert (boxes["x1"] < boxes["x2"]).all() and (boxes["y1"] < boxes["y2"]).all()
@@ -81,10 +83,16 @@ def test_empty_boxes_have_the_types_of_full_ones(small):
 def test_nih_phantom_tree(nih_tree):
     dataset = load("nih", nih_tree)
     assert_box_table(dataset)
-    assert len(dataset.manifest) == 30 and dataset.synthetic and set(dataset.manifest["split"]) == {"train"}
+    assert (
+        len(dataset.manifest) == 30
+        and dataset.synthetic
+        and set(dataset.manifest["split"]) == {"train"}
+    )
     assert dataset.classes == dataset.box_classes == datasets.NIH_CLASSES
     assert len(dataset.boxes) == 40 and not dataset.boxes.duplicated(["image", "label"]).any()
-    assert (dataset.manifest["patient"] == dataset.manifest["path"].map(lambda p: Path(p).name[:8])).all()
+    assert (
+        dataset.manifest["patient"] == dataset.manifest["path"].map(lambda p: Path(p).name[:8])
+    ).all()
     assert list(dataset.ignored["reason"]).count("has no box") == 1
     modes = {Image.open(nih_tree / path).mode for path in dataset.manifest["path"]}
     assert modes == {"L", "RGBA"}
@@ -134,7 +142,7 @@ def test_missing_images_are_an_error_or_left_out(small, caplog):
         "00000007_000.png,Mass,10,20,30,40",
         "00000007_000.png,Nodule,10,20,30,40",
     )
-    location = locate.find("nih", small)
+    location = sources.find("nih", small)
     with pytest.raises(
         datasets.BadData, match="1 of the 2 boxed .* first: 00000007_000.png; fix: .*allow_missing"
     ):
@@ -165,7 +173,7 @@ def test_missing_images_are_an_error_or_left_out(small, caplog):
 )
 def test_unusable_rows_are_named(small, row, problem):
     write_list(small, "00000002_003.png,Mass,0,0,60,60", row)
-    location = locate.Location("nih", small, "argument", False)
+    location = sources.Location("nih", small, "argument", False)
     with pytest.raises(
         datasets.BadData, match=rf"BBox_List_2017.csv: 1 unusable rows(.|\n)*{problem}(.|\n)*Fix:"
     ):
@@ -175,7 +183,7 @@ def test_unusable_rows_are_named(small, row, problem):
 def test_a_box_a_little_outside_is_clipped(small):
     write_list(small, "00000001_000.png,Mass,-0.5,20,101,60.9")
     boxes = load("nih", small).boxes
-    assert boxes[layouts.CORNERS].values.tolist() == [[0, 20, 100, 80]]
+    assert boxes[readers.CORNERS].values.tolist() == [[0, 20, 100, 80]]
 
 
 def test_wrong_header_is_named(small):
@@ -192,9 +200,13 @@ def test_both_editions(competition, edition, key, first):
     dataset = load("dlia", competition / f"competition_edition_{edition}")
     assert_box_table(dataset)
     manifest = dataset.manifest
-    assert list(dataset.mapping.columns) == [key, "image_id"] and dataset.mapping[key].min() == first
+    assert (
+        list(dataset.mapping.columns) == [key, "image_id"] and dataset.mapping[key].min() == first
+    )
     test = manifest[manifest["split"] == "test"]
-    assert len(test) == 8 and (test["label"] == -1).all() and set(test["class_name"]) == {"unlabelled"}
+    assert (
+        len(test) == 8 and (test["label"] == -1).all() and set(test["class_name"]) == {"unlabelled"}
+    )
     assert {Path(path).name for path in test["path"]} == set(dataset.mapping["image_id"])
     assert (manifest.loc[manifest["split"] == "train", "label"] >= 0).all()
     assert set(dataset.boxes["image"]) == set(manifest.index[manifest["split"] == "train"])
@@ -212,17 +224,23 @@ def test_leaked_images_are_refused(competition, caplog):
     assert {Path(path).name for path in refused["path"]} == leaked
     assert "4 training images with 4 boxes are refused" in caplog.text
     everything = load("dlia", tree, allow_leak=True)
-    assert len(everything.manifest) == len(dataset.manifest) + 4 and "leaked" in everything.split_rule
+    assert (
+        len(everything.manifest) == len(dataset.manifest) + 4 and "leaked" in everything.split_rule
+    )
     audit = split.audit(everything).set_index("check")
     assert audit.loc["identical files in train and test", "count"] == 4
-    assert audit.loc["identical files with different labels", "count"] == 0  # Test images have no label.
+    assert (
+        audit.loc["identical files with different labels", "count"] == 0
+    )  # Test images have no label.
 
 
 def test_truth_explains_the_ids(competition):
     truth = pd.read_csv(competition / "phantom_truth.csv")
     for edition, part in truth.groupby("edition"):
         dataset = load("dlia", competition / f"competition_edition_{edition.lower()}")
-        assert sorted(part["image_id"]) == sorted(dataset.mapping["image_id"])  # An id is one hidden box.
+        assert sorted(part["image_id"]) == sorted(
+            dataset.mapping["image_id"]
+        )  # An id is one hidden box.
     repeated = truth[truth["edition"] == "A"]["image_id"].value_counts()
     assert (repeated == 2).sum() == phantom.TWO_IDS and repeated.max() == 2
     assert truth[truth["edition"] == "B"]["image_id"].is_unique
@@ -231,7 +249,9 @@ def test_truth_explains_the_ids(competition):
 def test_editions_share_training_images_only(competition):
     a, b = (load("dlia", competition / f"competition_edition_{e}", allow_leak=True) for e in "ab")
     names = {
-        (one, part): {Path(p).name for p in dataset.manifest.loc[dataset.manifest["split"] == part, "path"]}
+        (one, part): {
+            Path(p).name for p in dataset.manifest.loc[dataset.manifest["split"] == part, "path"]
+        }
         for one, dataset in (("a", a), ("b", b))
         for part in ("train", "test")
     }
@@ -247,7 +267,9 @@ def test_competition_folders_and_missing_images(competition, tmp_path, folder):
     assert len(load("dlia", tmp_path).manifest) == 32
     name = load("dlia", tmp_path).mapping["image_id"][0]
     (tree / "test" / name).unlink()
-    with pytest.raises(datasets.BadData, match=f"1 of the 32 listed images are missing, first: {name}"):
+    with pytest.raises(
+        datasets.BadData, match=f"1 of the 32 listed images are missing, first: {name}"
+    ):
         load("dlia", tmp_path)
     assert len(load("dlia", tmp_path, allow_missing=True).manifest) == 31
 
@@ -275,7 +297,9 @@ def test_fracatlas_phantom(fracatlas_tree, caplog):
     dataset = load("fracatlas", fracatlas_tree)
     assert_box_table(dataset)
     manifest = dataset.manifest
-    assert dataset.classes == ("Non_fractured", "Fractured") and dataset.box_classes == ("fracture",)
+    assert dataset.classes == ("Non_fractured", "Fractured") and dataset.box_classes == (
+        "fracture",
+    )
     assert list(manifest["split"].value_counts()[["train", "val", "test", ""]]) == [10, 1, 1, 4]
     assert (manifest["label"] == manifest["path"].str.contains("/Fractured/")).all()
     assert (
@@ -291,12 +315,19 @@ def test_fracatlas_image_on_its_side_and_cut_short(fracatlas_tree):
     cached = cache.build(dataset, size=64, fit="pad", progress=False)
     assert cached.truncated == ("images/Fractured/IMG0000003.jpg",)
     with Image.open(fracatlas_tree / dataset.manifest["path"][1]) as image:
-        assert (image.width, image.height) == tuple(cached.shapes[1]) != image.size[::-1]  # Stored turned.
+        assert (
+            (image.width, image.height) == tuple(cached.shapes[1]) != image.size[::-1]
+        )  # Stored turned.
     # The gap is darker than the bone around it, upright images and the turned one alike.
     for row in dataset.boxes.itertuples():
         film = np.asarray(cached.images[row.image], dtype=float)
         sx, sy = cached.scale([row.image])[0]
-        x1, x2, y1, y2 = int(row.x1 * sx), int(row.x2 * sx) + 1, int(row.y1 * sy), int(row.y2 * sy) + 1
+        x1, x2, y1, y2 = (
+            int(row.x1 * sx),
+            int(row.x2 * sx) + 1,
+            int(row.y1 * sy),
+            int(row.y2 * sy) + 1,
+        )
         inside, bright = film[y1:y2, x1:x2], np.percentile(film, 95)
         assert inside.max() > 0.75 * bright and np.percentile(inside, 20) < 0.75 * bright
 
@@ -321,7 +352,7 @@ def test_fracatlas_unknown_category_and_double_split(fracatlas_tree, tmp_path):
     with pytest.raises(datasets.BadData, match="IMG0000000.jpg is in another split already"):
         load("fracatlas", tree)
     (tree / _fracatlas.SPLITS["test"]).unlink()
-    with pytest.raises(locate.DataNotFound, match="Fracture Split/test.csv"):
+    with pytest.raises(sources.DataNotFound, match="Fracture Split/test.csv"):
         load("fracatlas", tree)
 
 
@@ -338,8 +369,12 @@ def need_outlines_in_boxes(dataset, *, slack=0.0):
     """Every outline lies in a box of its image and reaches that box's sides: it is drawn on the same pixels."""
     assert list(dataset.outlines.columns) == ["image", "label", "points"]
     assert dataset.outlines["image"].dtype == dataset.outlines["label"].dtype == "int64"
-    assert set(dataset.outlines["label"]) == {1} and dataset.outlines["image"].is_monotonic_increasing
-    corners = {image: part[layouts.CORNERS].to_numpy() for image, part in dataset.boxes.groupby("image")}
+    assert (
+        set(dataset.outlines["label"]) == {1} and dataset.outlines["image"].is_monotonic_increasing
+    )
+    corners = {
+        image: part[readers.CORNERS].to_numpy() for image, part in dataset.boxes.groupby("image")
+    }
     for row in dataset.outlines.itertuples():
         assert row.points.dtype == "float64" and row.points.shape[1] == 2
         span = np.concatenate([row.points.min(0), row.points.max(0)])
@@ -354,14 +389,21 @@ def area(points):
 def test_fracatlas_outlines(fracatlas_tree):
     dataset = load("fracatlas", fracatlas_tree)
     need_outlines_in_boxes(dataset)
-    assert list(dataset.outlines["image"]) == list(dataset.boxes["image"]) and len(dataset.outlines) == 12
+    assert (
+        list(dataset.outlines["image"]) == list(dataset.boxes["image"])
+        and len(dataset.outlines) == 12
+    )
     boxes = dataset.boxes[["x2", "y2"]].to_numpy() - dataset.boxes[["x1", "y1"]].to_numpy()
     shares = [area(points) for points in dataset.outlines["points"]] / boxes.prod(axis=1)
     assert (shares > 0.3).all() and (shares < 1).all()  # Tilted: not the box once more.
     part = datasets.take(dataset, [7, 0])
     assert list(part.outlines["image"]) == [0, 1]
-    expected = [dataset.outlines["points"][dataset.outlines["image"] == row].iloc[0] for row in (7, 0)]
-    assert all(np.array_equal(*pair) for pair in zip(part.outlines["points"], expected, strict=True))
+    expected = [
+        dataset.outlines["points"][dataset.outlines["image"] == row].iloc[0] for row in (7, 0)
+    ]
+    assert all(
+        np.array_equal(*pair) for pair in zip(part.outlines["points"], expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -379,11 +421,16 @@ def test_fracatlas_refuses_bad_outlines(fracatlas_tree, tmp_path, points, proble
     coco = json.loads((tree / _fracatlas.BOXES).read_text())
     coco["annotations"][3]["segmentation"].append(points)
     (tree / _fracatlas.BOXES).write_text(json.dumps(coco))
-    with pytest.raises(datasets.BadData, match=f"1 unusable outlines:\n  annotation 3: IMG0000003.jpg: {problem}\nFix"):
+    with pytest.raises(
+        datasets.BadData,
+        match=f"1 unusable outlines:\n  annotation 3: IMG0000003.jpg: {problem}\nFix",
+    ):
         load("fracatlas", tree)
 
 
-def test_fracatlas_outlines_may_be_absent_coded_or_a_little_outside(fracatlas_tree, tmp_path, caplog):
+def test_fracatlas_outlines_may_be_absent_coded_or_a_little_outside(
+    fracatlas_tree, tmp_path, caplog
+):
     tree = Path(shutil.copytree(fracatlas_tree, tmp_path / "FracAtlas"))
     coco = json.loads((tree / _fracatlas.BOXES).read_text())
     first, second, third, *rest = coco["annotations"]
@@ -393,7 +440,9 @@ def test_fracatlas_outlines_may_be_absent_coded_or_a_little_outside(fracatlas_tr
     second["segmentation"], third["segmentation"] = [[-0.5, 3, 9, 3, 9, 12]], []
     (tree / _fracatlas.BOXES).write_text(json.dumps(coco))
     dataset = load("fracatlas", tree)
-    assert "1 outlines are run-length coded and not read" in caplog.text and len(dataset.boxes) == 12
+    assert (
+        "1 outlines are run-length coded and not read" in caplog.text and len(dataset.boxes) == 12
+    )
     assert [one.tolist() for one in dataset.outlines["points"]] == [[[0, 3], [9, 3], [9, 12]]]
 
 
@@ -402,10 +451,10 @@ def test_trace_gives_the_edges_of_the_pixels():
     mask[2, 3] = True
     mask[4:9, 6:12] = True
     mask[6, 8] = False  # A hole is filled.
-    small, large = sorted(layouts.trace(mask), key=area)
+    small, large = sorted(readers.trace(mask), key=area)
     assert sorted(small.tolist()) == [[3, 2], [3, 3], [4, 2], [4, 3]]
     assert (large.min(0).tolist(), large.max(0).tolist(), area(large)) == ([6, 4], [12, 9], 30)
-    assert layouts.trace(np.zeros((4, 4), bool)) == []
+    assert readers.trace(np.zeros((4, 4), bool)) == []
 
 
 # --- FracAtlas as DatasetNinja publishes it
@@ -438,12 +487,18 @@ def test_both_layouts_of_fracatlas_say_the_same(fracatlas_tree, ninja_tree, capl
     assert_box_table(dataset)
     assert not caplog.text and (ninja_tree / "train" / "ann" / "IMG0000000.jpg.json").is_file()
     same = ["label", "class_name", "patient", "split"]
-    assert dataset.manifest[same].equals(original.manifest[same]) and set(dataset.manifest["group"]) == {""}
+    assert dataset.manifest[same].equals(original.manifest[same]) and set(
+        dataset.manifest["group"]
+    ) == {""}
     assert dataset.boxes.equals(original.boxes) and dataset.box_classes == ("fracture",)
     need_outlines_in_boxes(dataset)
     assert outlines_by_image(dataset) == outlines_by_image(original) and len(dataset.outlines) == 12
     kinds = [json.loads(p.read_text())["objects"] for p in ninja_tree.glob("*/ann/*.json")]
-    assert {one["geometryType"] for objects in kinds for one in objects} == {"rectangle", "polygon", "bitmap"}
+    assert {one["geometryType"] for objects in kinds for one in objects} == {
+        "rectangle",
+        "polygon",
+        "bitmap",
+    }
     assert dict(dataset.ignored.values) == {
         "README.md": "outside the image folders",
         "meta.json": "outside the image folders",
@@ -464,7 +519,9 @@ def test_ninja_bitmap_by_grey_values(ninja):
         note["objects"][1]["bitmap"] = {"data": data, "origin": [20, 10]}
 
     rewrite(path, change)
-    assert outlines_by_image(load("fracatlas", ninja))["IMG0000001.jpg"] == [[[21, 11], [21, 12], [23, 11], [23, 12]]]
+    assert outlines_by_image(load("fracatlas", ninja))["IMG0000001.jpg"] == [
+        [[21, 11], [21, 12], [23, 11], [23, 12]]
+    ]
 
 
 def test_ninja_images_and_annotations_must_match(ninja):
@@ -473,7 +530,10 @@ def test_ninja_images_and_annotations_must_match(ninja):
     with pytest.raises(datasets.BadData) as error:
         load("fracatlas", ninja)
     text = str(error.value)
-    assert "2 images and annotations do not match" in text and "Fix: unpack the whole archive again" in text
+    assert (
+        "2 images and annotations do not match" in text
+        and "Fix: unpack the whole archive again" in text
+    )
     assert "train/ann/IMG0000002.jpg.json names an image that is not there" in text
     assert "not fractured/ann/IMG0000012.jpg.json is missing: its image is there" in text
 
@@ -489,20 +549,30 @@ def test_ninja_litter_is_no_annotation(ninja):
 def test_ninja_image_in_two_splits(ninja):
     for kind, ending in (("img", ""), ("ann", ".json")):
         shutil.copy(ninja / "train" / kind / f"IMG0000000.jpg{ending}", ninja / "test" / kind)
-    with pytest.raises(datasets.BadData, match="1 images lie in two of the folders:\n  IMG0000000.jpg"):
+    with pytest.raises(
+        datasets.BadData, match="1 images lie in two of the folders:\n  IMG0000000.jpg"
+    ):
         load("fracatlas", ninja)
 
 
 def test_ninja_folder_against_objects(ninja, caplog):
     plain = ninja / "not fractured" / "ann" / "IMG0000012.jpg.json"
-    box = {"classTitle": "Fractured", "geometryType": "rectangle", "points": {"exterior": [[20, 30], [9, 8]]}}
+    box = {
+        "classTitle": "Fractured",
+        "geometryType": "rectangle",
+        "points": {"exterior": [[20, 30], [9, 8]]},
+    }
     rewrite(plain, lambda note: note["objects"].append(box))
     rewrite(ninja / "train" / "ann" / "IMG0000004.jpg.json", lambda note: note["objects"].clear())
     dataset = load("fracatlas", ninja)
     assert list(dataset.manifest["label"]) == [1] * 13 + [0] * 3
     assert dataset.manifest["split"][12] == ""
-    assert dataset.boxes.loc[dataset.boxes["image"] == 12, layouts.CORNERS].values.tolist() == [[9, 8, 20, 30]]
-    assert "IMG0000012.jpg lies in not fractured and has an object: taken as Fractured" in caplog.text
+    assert dataset.boxes.loc[dataset.boxes["image"] == 12, readers.CORNERS].values.tolist() == [
+        [9, 8, 20, 30]
+    ]
+    assert (
+        "IMG0000012.jpg lies in not fractured and has an object: taken as Fractured" in caplog.text
+    )
     assert "IMG0000004.jpg lies in train and has no object: taken as Fractured" in caplog.text
 
 
@@ -511,18 +581,32 @@ def test_ninja_folder_against_objects(ninja, caplog):
     [
         (lambda note: note.pop("size"), r"not in Supervisely's format \(KeyError: 'size'\)"),
         (lambda note: note["objects"][0].pop("points"), r"not in Supervisely's format"),
-        (lambda note: note["objects"][1].update(geometryType="line"), "line is none of rectangle, polygon, bitmap"),
         (
-            lambda note: note["objects"][1].update(geometryType="bitmap", bitmap={"data": "?", "origin": [0, 0]}),
+            lambda note: note["objects"][1].update(geometryType="line"),
+            "line is none of rectangle, polygon, bitmap",
+        ),
+        (
+            lambda note: note["objects"][1].update(
+                geometryType="bitmap", bitmap={"data": "?", "origin": [0, 0]}
+            ),
             "cannot be read",
         ),
-        (lambda note: note["objects"][0].update(classTitle="plate"), "IMG0000004.jpg plate .*unknown label"),
-        (lambda note: note["objects"][1].update(classTitle="plate"), "IMG0000004.jpg: unknown label plate"),
+        (
+            lambda note: note["objects"][0].update(classTitle="plate"),
+            "IMG0000004.jpg plate .*unknown label",
+        ),
+        (
+            lambda note: note["objects"][1].update(classTitle="plate"),
+            "IMG0000004.jpg: unknown label plate",
+        ),
         (
             lambda note: note["objects"][0]["points"].update(exterior=[[1, 2], [300, 9]]),
             "IMG0000004.jpg fracture .*reaches out of its image",
         ),
-        (lambda note: note["size"].update(width=500), "IMG0000004.jpg: 500 x .* in the file, .* on disk"),
+        (
+            lambda note: note["size"].update(width=500),
+            "IMG0000004.jpg: 500 x .* in the file, .* on disk",
+        ),
     ],
 )
 def test_ninja_bad_annotations_are_named(ninja, change, problem):
@@ -556,7 +640,7 @@ def test_take_renumbers_images_and_boxes(competition):
     assert list(part.manifest["path"]) == list(dataset.manifest["path"].iloc[rows])
     before = dataset.boxes.merge(dataset.manifest["path"], left_on="image", right_index=True)
     after = part.boxes.merge(part.manifest["path"], left_on="image", right_index=True)
-    columns = ["path", *layouts.CORNERS, "label"]
+    columns = ["path", *readers.CORNERS, "label"]
     expected = before[before["path"].isin(part.manifest["path"])][columns]
     assert sorted(after[columns].values.tolist()) == sorted(expected.values.tolist())
     assert datasets.take(dataset, []).boxes.empty and datasets.take(dataset, []).manifest.empty
@@ -597,14 +681,17 @@ def test_box_summary(small):
 
 
 def test_real_nih_boxes_and_folds(real_data, tmp_path):
-    source = locate.find("nih", real_data)
-    with pytest.raises(datasets.BadData, match="876 of the 880 boxed images are missing, first: 000"):
+    source = sources.find("nih", real_data)
+    with pytest.raises(
+        datasets.BadData, match="876 of the 880 boxed images are missing, first: 000"
+    ):
         datasets.load(source)
     four = datasets.load(source, allow_missing=True)
     assert len(four.manifest) == 4 and "Atelectasis" in set(four.boxes["class_name"])
     shutil.copy(source.root / "BBox_List_2017.csv", tmp_path)
     write_dummies(
-        tmp_path / "images_001" / "images", set(pd.read_csv(source.root / "BBox_List_2017.csv").iloc[:, 0])
+        tmp_path / "images_001" / "images",
+        set(pd.read_csv(source.root / "BBox_List_2017.csv").iloc[:, 0]),
     )
     dataset = load("nih", tmp_path)
     assert (len(dataset.boxes), len(dataset.manifest), dataset.manifest["patient"].nunique()) == (
@@ -619,7 +706,9 @@ def test_real_nih_boxes_and_folds(real_data, tmp_path):
     dealt = split.folds(dataset)
     assert list(dealt.manifest["fold"].value_counts()) == [176] * 5
     assert dealt.manifest.groupby("patient")["fold"].nunique().max() == 1
-    per_fold = dealt.boxes.groupby([dealt.boxes["image"].map(dealt.manifest["fold"]), "label"]).size()
+    per_fold = dealt.boxes.groupby(
+        [dealt.boxes["image"].map(dealt.manifest["fold"]), "label"]
+    ).size()
     assert len(per_fold) == 40 and per_fold.min() >= 15
 
 
@@ -628,7 +717,9 @@ def test_real_edition_a(real_data, tmp_path):
     for name in ("train.csv", "ID_to_Image_Mapping.csv"):
         shutil.copy(source / name, tmp_path)
     write_dummies(tmp_path / "train", set(pd.read_csv(source / "train.csv").iloc[:, 0]))
-    write_dummies(tmp_path / "test", set(pd.read_csv(source / "ID_to_Image_Mapping.csv")["image_id"]))
+    write_dummies(
+        tmp_path / "test", set(pd.read_csv(source / "ID_to_Image_Mapping.csv")["image_id"])
+    )
     everything = load("dlia", tmp_path, allow_leak=True)
     assert len(everything.boxes) == 836 and len(everything.mapping) == 148
     assert everything.manifest["split"].value_counts().to_dict() == {"train": 760, "test": 145}
@@ -643,8 +734,16 @@ def test_real_fracatlas(real_data, caplog):
     dataset = load("fracatlas", real_data)
     manifest = dataset.manifest
     assert_box_table(dataset)
-    assert manifest["class_name"].value_counts().to_dict() == {"Non_fractured": 1500, "Fractured": 717}
-    assert manifest["split"].value_counts().to_dict() == {"": 1500, "train": 574, "val": 82, "test": 61}
+    assert manifest["class_name"].value_counts().to_dict() == {
+        "Non_fractured": 1500,
+        "Fractured": 717,
+    }
+    assert manifest["split"].value_counts().to_dict() == {
+        "": 1500,
+        "train": 574,
+        "val": 82,
+        "test": 61,
+    }
     assert len(dataset.boxes) == 922 and dataset.boxes["image"].nunique() == 717
     assert "IMG0003298.jpg: dataset.csv says fractured=0" in caplog.text
     assert len(datasets.boxed(dataset).manifest) == 717

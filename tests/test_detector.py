@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dlia_utils import models
+from dlia_utils.device import fingerprint
 from dlia_utils.models.detector import (
     ARCHITECTURES,
     LIGHT,
@@ -14,7 +15,7 @@ from dlia_utils.models.detector import (
     faster_rcnn,
     scaled,
 )
-from dlia_utils.objectives import detection, fingerprint
+from dlia_utils.objectives import detection
 
 SMALL = {"num_classes": 2, "size": 64, "rpn_pre_nms": 50, "rpn_post_nms": 20, "roi_batch": 16}
 
@@ -25,13 +26,20 @@ def light():
 
 
 def targets(*labels):
-    return [{"boxes": torch.tensor([[8.0, 8, 40, 48]] * len(labels)).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}]
+    return [
+        {
+            "boxes": torch.tensor([[8.0, 8, 40, 48]] * len(labels)).reshape(-1, 4),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+        }
+    ]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_trains_detects_and_comes_back_from_its_file(arch, tmp_path):
     model = faster_rcnn(arch=arch, **SMALL, freeze_bn=True)
-    images = torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (1, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     loss, logits = detection()(model.train(), images, targets(1))
     loss.backward()
     assert loss.isfinite() and logits is None
@@ -45,18 +53,29 @@ def test_settings_reach_the_model(light):
     assert light.rcnn.roi_heads.nms_thresh == 0.3  # the original study said 0.3 and left 0.5
     assert light.rcnn.roi_heads.score_thresh == 0.001
     assert light.rcnn.transform.min_size == (64,) and light.rcnn.transform.max_size == 64
-    assert light.rcnn.roi_heads.box_predictor.cls_score.out_features == 3  # two findings and the background
+    assert (
+        light.rcnn.roi_heads.box_predictor.cls_score.out_features == 3
+    )  # two findings and the background
     full = faster_rcnn(arch=RESNET50, num_classes=8, size=1024)
-    assert full.rcnn.transform.min_size == (1024,) and full.rcnn.roi_heads.box_predictor.cls_score.out_features == 9
+    assert (
+        full.rcnn.transform.min_size == (1024,)
+        and full.rcnn.roi_heads.box_predictor.cls_score.out_features == 9
+    )
 
 
 def test_bytes_and_floats_are_the_same_image(light):
-    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     from_bytes, from_floats = light(images), light(images.float().div(255).expand(-1, 3, -1, -1))
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(from_bytes, from_floats, strict=True))
+    assert all(
+        torch.equal(a["boxes"], b["boxes"]) for a, b in zip(from_bytes, from_floats, strict=True)
+    )
 
 
-@pytest.mark.parametrize("images", [torch.full((1, 1, 64, 64), 1.5), torch.full((1, 3, 64, 64), -2.0)])
+@pytest.mark.parametrize(
+    "images", [torch.full((1, 1, 64, 64), 1.5), torch.full((1, 3, 64, 64), -2.0)]
+)
 def test_images_normalised_before_are_refused(light, images):
     with pytest.raises(ValueError, match=r"expected \[0, 1\]: the detector normalises"):
         light(images)
@@ -83,7 +102,9 @@ def test_frozen_batch_norm_stays_as_it_is():
     before = [layer.running_mean.clone() for layer in norms]
     detection()(model, torch.rand(2, 1, 64, 64), targets(1) + targets(2))[0].backward()
     assert norms and all(not layer.training and layer.weight.grad is None for layer in norms)
-    assert all(torch.equal(layer.running_mean, old) for layer, old in zip(norms, before, strict=True))
+    assert all(
+        torch.equal(layer.running_mean, old) for layer, old in zip(norms, before, strict=True)
+    )
 
 
 def test_trainable_stages_are_counted_from_the_end():
@@ -107,7 +128,10 @@ def test_trainable_stages_are_counted_from_the_end():
         ({"weights": "imagenet"}, "do not go with"),
         ({"arch": MOBILENET_V2, "weights": "coco"}, "do not go with"),
         ({"anchor_sizes": [(8,)]}, "levels"),
-        ({"arch": MOBILENET_V2, "anchor_sizes": [(8,), (16, 20), (32,), (64,), (128,)]}, "equally many"),
+        (
+            {"arch": MOBILENET_V2, "anchor_sizes": [(8,), (16, 20), (32,), (64,), (128,)]},
+            "equally many",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):
@@ -134,7 +158,11 @@ def test_pretrained_features_are_really_taken(tmp_path):
     from torchvision.models import mobilenet_v2
 
     torch.manual_seed(3)
-    state = {key: value for key, value in mobilenet_v2().state_dict().items() if not key.startswith("classifier")}
+    state = {
+        key: value
+        for key, value in mobilenet_v2().state_dict().items()
+        if not key.startswith("classifier")
+    }
     torch.save(state, tmp_path / "features.pth")
     model = faster_rcnn(arch=MOBILENET_V2, **SMALL, weights=tmp_path / "features.pth")
     body = model.rcnn.backbone.body.state_dict()
@@ -144,7 +172,9 @@ def test_pretrained_features_are_really_taken(tmp_path):
 def test_a_scale_reaches_the_network_and_boxes_stay_in_input_pixels(light):
     """Resizing the image beforehand does not: the model's transform makes every square input one size again."""
     seen = []
-    handle = light.rcnn.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    handle = light.rcnn.backbone.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[-1])
+    )
     for side in (58, 64, 70):
         light(torch.zeros(1, 1, side, side))
     for scale in (0.5, 1.0, 1.5):

@@ -26,7 +26,10 @@ def films(n, side=32, seed=1):
     """Grey images with one blurred spot each, at a place of its own, on a slope."""
     rng = np.random.default_rng(seed)
     down, right = np.mgrid[:side, :side] / side
-    spots = [np.exp(-((down - a) ** 2 + (right - b) ** 2) / 0.02) for a, b in rng.uniform(0.15, 0.85, (n, 2))]
+    spots = [
+        np.exp(-((down - a) ** 2 + (right - b) ** 2) / 0.02)
+        for a, b in rng.uniform(0.15, 0.85, (n, 2))
+    ]
     return torch.tensor(0.2 * down + 0.1 + 0.6 * np.stack(spots), dtype=torch.float32)[:, None]
 
 
@@ -74,7 +77,9 @@ def test_inverted_ranks_give_minus_one_and_ties_are_those_of_scipy():
     a = random_maps(1, 5, 5)
     assert drift.scores(a, 1 - a)["spearman"][0] == pytest.approx(-1)
     first, other = (np.round(4 * random_maps(6, 5, 8, seed=k)) for k in (1, 2))
-    expected = [spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(first, other, strict=True)]
+    expected = [
+        spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(first, other, strict=True)
+    ]
     np.testing.assert_allclose(drift.scores(first, other)["spearman"], expected, atol=1e-12)
 
 
@@ -96,11 +101,15 @@ def test_top10_counts_by_hand_and_shares_ties():
 
     assert top10(ranked(0, 1), ranked(1, 2)) == 0.5  # two of 20 places
     flat = np.ones((1, 4, 5))
-    assert top10(flat, flat) == pytest.approx(0.1) and top10(flat, ranked(3, 4)) == pytest.approx(0.1)
+    assert top10(flat, flat) == pytest.approx(0.1) and top10(flat, ranked(3, 4)) == pytest.approx(
+        0.1
+    )
     tied = ranked(0, 5)
     tied[0, 1, 0] = tied[0, 0, 1] = 3.0  # places 5 and 1 share what place 0 leaves
     assert top10(tied, ranked(0, 1)) == pytest.approx(0.75)
-    assert top10(ranked(0), ranked(0)) == pytest.approx((1 + 1 / 19) / 2)  # the second place is anybody's
+    assert top10(ranked(0), ranked(0)) == pytest.approx(
+        (1 + 1 / 19) / 2
+    )  # the second place is anybody's
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4), (2, 14, 23)])
@@ -133,8 +142,14 @@ def test_zero_constant_and_single_place_maps_have_the_scores_that_are_defined():
 
 def test_scores_are_symmetric_take_tensors_and_refuse_what_they_cannot_read():
     a, b = random_maps(2, 5, 6), random_maps(2, 5, 6, seed=1)
-    pd.testing.assert_frame_equal(drift.scores(a, b), drift.scores(torch.tensor(b), torch.tensor(a)))
-    for wrong, words in ((b - 1, "other_maps hold negative"), (b * np.nan, "NaN"), (b[0], r"\[N,h,w\]")):
+    pd.testing.assert_frame_equal(
+        drift.scores(a, b), drift.scores(torch.tensor(b), torch.tensor(a))
+    )
+    for wrong, words in (
+        (b - 1, "other_maps hold negative"),
+        (b * np.nan, "NaN"),
+        (b[0], r"\[N,h,w\]"),
+    ):
         with pytest.raises(ValueError, match=words):
             drift.scores(a, wrong)
     with pytest.raises(ValueError, match="differ in shape"):
@@ -147,10 +162,14 @@ def test_scores_are_symmetric_take_tensors_and_refuse_what_they_cannot_read():
 def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
     found = drift.map_layers(resnet18_cifar(width=1 / 8))
     assert list(found) == [f"layer{k}_{n}" for k in (1, 2, 3, 4) for n in (2, 1)]
-    assert found["layer3_2"] == "backbone.layer3.0.conv2" and found["layer3_1"] == "backbone.layer3.1.conv2"
+    assert (
+        found["layer3_2"] == "backbone.layer3.0.conv2"
+        and found["layer3_1"] == "backbone.layer3.1.conv2"
+    )
     mobile = mobilenet_v2(width=0.25)
     assert (
-        drift.map_layers(mobile)["block17"] == "backbone.features.17" and len(drift.map_layers(mobile)) == 8
+        drift.map_layers(mobile)["block17"] == "backbone.features.17"
+        and len(drift.map_layers(mobile)) == 8
     )
     short = drift.map_layers(mobilenet_v2(width=0.25, stages=3))
     assert short == {f"block{k:02d}": f"backbone.features.{k}" for k in range(1, 7)}
@@ -174,9 +193,13 @@ def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
             heat = found["gradcam++" if plus else "gradcam", label]
             expected = gradcam(net, x, layers[label], target=target, plus=plus).grid
             assert expected.amax() > 0 and (heat - expected).abs().max() <= 1e-6 * expected.amax()
-    pooled = nn.functional.adaptive_avg_pool2d(saliency(net, x, target=target).maps[:, None], 28)[:, 0]
+    pooled = nn.functional.adaptive_avg_pool2d(saliency(net, x, target=target).maps[:, None], 28)[
+        :, 0
+    ]
     assert (found["saliency", "input"] - pooled).abs().max() <= 1e-6 * pooled.amax()
-    small = drift.maps(net, x[..., :20, :24], target=None, methods=["saliency"])["saliency", "input"]
+    small = drift.maps(net, x[..., :20, :24], target=None, methods=["saliency"])[
+        "saliency", "input"
+    ]
     expected = saliency(net, x[..., :20, :24]).maps
     assert (small - expected).abs().max() <= 1e-6 * expected.amax()
 
@@ -217,7 +240,9 @@ class Constant(nn.Module):
 
 
 def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips():
-    x = 0.25 + 0.2 * (films(3, side=8) - 0.4)  # dark: class 1; 0.5 lighter: class 0, and nothing is clipped
+    x = 0.25 + 0.2 * (
+        films(3, side=8) - 0.4
+    )  # dark: class 1; 0.5 lighter: class 0, and nothing is clipped
     predictions, moved = drift.measure(
         seesaw(),
         x,
@@ -230,12 +255,16 @@ def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips()
         progress=False,
     )
     by = predictions.set_index(["corruption", "image"])
-    assert (by.loc["clean", "predicted"] == 1).all() and (by.loc["brightness", "predicted"] == 0).all()
+    assert (by.loc["clean", "predicted"] == 1).all() and (
+        by.loc["brightness", "predicted"] == 0
+    ).all()
     copies = moved[moved["corruption"] == "brightness"]
     assert (moved["target"] == 1).all() and (moved["layer"] == "0").all()
     np.testing.assert_allclose(copies["spearman"], 1, atol=0.01)  # the map of class 0 would give -1
     np.testing.assert_allclose(copies["rmse"], 0, atol=1e-3)
-    np.testing.assert_allclose(copies["rmse_raw"], 0.5 / 64, rtol=1e-4)  # weight 1/64 times the shift by 0.5
+    np.testing.assert_allclose(
+        copies["rmse_raw"], 0.5 / 64, rtol=1e-4
+    )  # weight 1/64 times the shift by 0.5
     assert moved["image"].unique().tolist() == [5, 2, 9]
 
 
@@ -252,7 +281,16 @@ def test_tables_have_the_agreed_columns_and_rows():
         layers={"low": "backbone.layer1.0", "high": "backbone.layer4.1"},
         progress=False,
     )
-    assert list(predictions) == ["image", "label", "corruption", "severity", "predicted", "p0", "p1", "p2"]
+    assert list(predictions) == [
+        "image",
+        "label",
+        "corruption",
+        "severity",
+        "predicted",
+        "p0",
+        "p1",
+        "p2",
+    ]
     assert list(moved) == [*KEYS, "target", *drift.SIGN, "zero"]
     assert len(predictions) == 3 * 3 and len(moved) == 3 * (2 + 2) * 5
     assert (
@@ -265,13 +303,21 @@ def test_tables_have_the_agreed_columns_and_rows():
     np.testing.assert_allclose(clean[["p0", "p1", "p2"]], expected, atol=1e-6)
     assert clean["predicted"].tolist() == expected.argmax(1).tolist()
     assert (
-        moved.groupby("image")["target"].first().loc[[4, 0, 7]].to_numpy() == clean["predicted"].to_numpy()
+        moved.groupby("image")["target"].first().loc[[4, 0, 7]].to_numpy()
+        == clean["predicted"].to_numpy()
     ).all()
     assert moved.loc[moved["method"] == "saliency", "layer"].eq("input").all()
     assert moved["zero"].dtype == bool and moved["severity"].isin([0, 2, 5]).all()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     alone, nothing = drift.measure(
-        net, x, [0, 2, 1], [4, 0, 7], names=["contrast"], severities=[2, 5], methods=(), progress=False
+        net,
+        x,
+        [0, 2, 1],
+        [4, 0, 7],
+        names=["contrast"],
+        severities=[2, 5],
+        methods=(),
+        progress=False,
     )
     pd.testing.assert_frame_equal(alone, predictions, check_exact=False, atol=1e-6)
     assert len(nothing) == 0 and list(nothing) == list(moved)
@@ -322,11 +368,15 @@ def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling()
     )
     floor = moved[moved["corruption"] == drift.FLOOR]
     assert (
-        floor["rmse"].max() < 0.1 and floor["spearman"].min() > 0.999 and floor["centre_shift"].max() < 1e-4
+        floor["rmse"].max() < 0.1
+        and floor["spearman"].min() > 0.999
+        and floor["centre_shift"].max() < 1e-4
     )
     levels = drift.reference_levels(moved)
     assert len(levels) == 17 * len(drift.SIGN) * 2 and levels["n"].eq(6).all()
-    middle = levels.pivot(index=["method", "layer", "score"], columns="reference", values="median")["ceiling"]
+    middle = levels.pivot(index=["method", "layer", "score"], columns="reference", values="median")[
+        "ceiling"
+    ]
     assert (middle.xs("rmse", level="score") > 5).all()
     own = moved[
         (moved["corruption"] == drift.CEILING)
@@ -345,7 +395,9 @@ def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling()
 
 
 def test_the_random_pair_is_another_image_explained_for_the_first_one_s_class():
-    x = torch.stack([0.9 - 0.2 * films(1, side=8)[0], 0.1 + 0.2 * films(1, side=8)[0]])  # class 0 and class 1
+    x = torch.stack(
+        [0.9 - 0.2 * films(1, side=8)[0], 0.1 + 0.2 * films(1, side=8)[0]]
+    )  # class 0 and class 1
     _, moved = drift.measure(
         seesaw(), x, [0, 1], [0, 1], names=[], methods=["gradcam"], layers=["0"], progress=False
     )
@@ -365,7 +417,11 @@ def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
     _, moved = drift.measure(
         net, films(2, side=16), [0, 1], [0, 1], names=["contrast"], severities=[1], progress=False
     )
-    assert moved["zero"].all() and moved["spearman"].isna().all() and moved["centre_shift"].isna().all()
+    assert (
+        moved["zero"].all()
+        and moved["spearman"].isna().all()
+        and moved["centre_shift"].isna().all()
+    )
     assert moved["rmse"].eq(0).all()
     levels = drift.reference_levels(moved).query("score == 'spearman'")
     assert levels["n"].eq(0).all() and levels["median"].isna().all()
@@ -375,10 +431,14 @@ def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
 @pytest.mark.parametrize("squeeze", [False, True])
 def test_one_logit_is_read_as_two_classes(squeeze):
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)
+    )
     net = net.append(nn.Flatten(0)).eval() if squeeze else net.eval()
     x = films(3, side=8)
-    predictions, moved = drift.measure(net, x, [0, 1, 1], [0, 1, 2], names=[], layers=["1"], progress=False)
+    predictions, moved = drift.measure(
+        net, x, [0, 1, 1], [0, 1, 2], names=[], layers=["1"], progress=False
+    )
     z = net(x).reshape(-1).detach()
     np.testing.assert_allclose(predictions["p1"], z.sigmoid(), atol=1e-6)
     np.testing.assert_allclose(predictions["p0"] + predictions["p1"], 1)

@@ -26,7 +26,14 @@ def oracle(image, component=0):
 
 @pytest.mark.parametrize(
     "shape, component",
-    [((40, 3, 5), 0), ((40, 3, 5), 1), ((3, 9, 8), 0), ((3, 9, 8), 2), ((6, 2, 3), 0), ((1, 4, 4), 0)],
+    [
+        ((40, 3, 5), 0),
+        ((40, 3, 5), 1),
+        ((3, 9, 8), 0),
+        ((3, 9, 8), 2),
+        ((6, 2, 3), 0),
+        ((1, 4, 4), 0),
+    ],
 )
 def test_equals_numpys_svd_for_wide_and_tall_matrices(shape, component):
     x = np.random.default_rng(1).normal(0.3, 1, (2, *shape)).astype(np.float32)
@@ -70,7 +77,9 @@ def test_constant_maps_and_missing_components_are_zeros_not_noise():
     flat = torch.tensor([0.1, 0.7, -0.3]).view(1, 3, 1, 1).expand(1, 3, 9, 9)
     assert not eigencam(flat).any() and not eigencam(flat, size=32).any()
     assert not eigencam(torch.zeros(1, 3, 4, 4)).any()
-    rank_one = torch.linspace(0.1, 1, 36).view(1, 1, 6, 6) * torch.tensor([0.3, 0.9, 0.7]).view(1, 3, 1, 1)
+    rank_one = torch.linspace(0.1, 1, 36).view(1, 1, 6, 6) * torch.tensor([0.3, 0.9, 0.7]).view(
+        1, 3, 1, 1
+    )
     assert eigencam(rank_one).any() and not eigencam(rank_one, component=1).any()
 
 
@@ -204,7 +213,9 @@ def test_energy_counts_a_pixel_once_and_stands_beside_the_area():
 
 def test_a_pixel_belongs_to_a_box_by_its_centre():
     heat = np.ones((1, 2, 4))
-    assert energy_inside(heat, [table((0.6, 0, 2.5, 1))])[0, 1] == 1 / 8  # centres 0.5, 1.5, 2.5: only 1.5
+    assert (
+        energy_inside(heat, [table((0.6, 0, 2.5, 1))])[0, 1] == 1 / 8
+    )  # centres 0.5, 1.5, 2.5: only 1.5
     assert np.isnan(energy_inside(0 * heat, [table((0, 0, 1, 1))])[0, 0])
 
 

@@ -20,7 +20,9 @@ FEW = ("noise", "fgsm", "pgd_ce", "pgd_margin")
 
 def full_rows(model, x, y, grid=GRID, attacks=FEW, **options):
     """Every attack on every image."""
-    return evaluate.robust(model, (x, y), grid, attacks=attacks, early_drop=False, progress=False, **options).rows
+    return evaluate.robust(
+        model, (x, y), grid, attacks=attacks, early_drop=False, progress=False, **options
+    ).rows
 
 
 def passed(rows):
@@ -31,7 +33,12 @@ def passed(rows):
 def study():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 2),
     ).eval()
     x = torch.rand(40, 1, 8, 8)
     model[-1].bias.data -= model(x).mean(0).detach()  # both classes, near the boundary
@@ -80,7 +87,9 @@ def test_batches_ids_and_the_copy_do_not_change_the_answer(study, rows):
 
 def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, caplog):
     model, x, y = study
-    flipped = FlipsOthers(model, x).eval()  # a copy that is wrong about every image that is not one of these
+    flipped = FlipsOthers(
+        model, x
+    ).eval()  # a copy that is wrong about every image that is not one of these
     monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
     with caplog.at_level(logging.INFO, logger="dlia_utils"):
         found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
@@ -116,8 +125,12 @@ class Whimsical(nn.Module):
 def test_a_copy_that_is_another_function_is_not_attacked(study, caplog):
     model, x, y = study
     hooked = copy.deepcopy(model)
-    hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))  # a copy by tracing loses it
-    fast, plain = (full_rows(hooked, x, y, GRID[:1], ("pgd_margin",), fast=fast) for fast in (True, False))
+    hooked.register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] * 0.5,)
+    )  # a copy by tracing loses it
+    fast, plain = (
+        full_rows(hooked, x, y, GRID[:1], ("pgd_margin",), fast=fast) for fast in (True, False)
+    )
     pd.testing.assert_frame_equal(fast, plain)
     assert "answers otherwise" in caplog.text
     torch.manual_seed(0)
@@ -171,7 +184,9 @@ def sparse():
     """A net with dead zones so wide that the two gradients lead to different images."""
     torch.manual_seed(0)
     operator = robust.MeanSparse(4)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), operator, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), operator, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    ).eval()
     x = torch.rand(12, 1, 8, 8)
     features = model[0](x).detach()
     operator.running_mean.copy_(features.mean((0, 2, 3)))
@@ -193,7 +208,9 @@ def test_a_model_with_the_operator_is_attacked_twice_without_being_asked(sparse,
     # Every number is that of the attack itself, exact or through the operator, judged on the real model.
     for loss in ("ce", "margin"):
         for suffix in ("", evaluate.BPDA):
-            found = rows[(rows.attack == f"pgd_{loss}{suffix}") & (rows.eps == GRID[1])].fooled.tolist()
+            found = rows[
+                (rows.attack == f"pgd_{loss}{suffix}") & (rows.eps == GRID[1])
+            ].fooled.tolist()
             if suffix:
                 with robust.straight_through(model):
                     direct = pgd(model, x, y, eps=GRID[1], loss=loss)
@@ -201,7 +218,9 @@ def test_a_model_with_the_operator_is_attacked_twice_without_being_asked(sparse,
                 direct = pgd(model, x, y, eps=GRID[1], loss=loss)
             assert (model(direct.x_adv).argmax(1) != y).tolist() == found
     single = rows[~rows.attack.isin(["clean", "worst"])]
-    for (eps, image), fooled in rows[rows.attack == "worst"].set_index(["eps", "image"]).fooled.items():
+    for (eps, image), fooled in (
+        rows[rows.attack == "worst"].set_index(["eps", "image"]).fooled.items()
+    ):
         assert fooled == single[(single.eps <= eps) & (single.image == image)].fooled.any()
 
 
@@ -210,7 +229,9 @@ def test_without_dead_zones_the_operator_changes_nothing(sparse):
     plain = nn.Sequential(*(m for m in model if not isinstance(m, robust.MeanSparse))).eval()
     robust.set_alpha(model, 0.0)
     try:
-        rows = [full_rows(net, x, plain(x).argmax(1), GRID[:1], fast=False) for net in (model, plain)]
+        rows = [
+            full_rows(net, x, plain(x).argmax(1), GRID[:1], fast=False) for net in (model, plain)
+        ]
     finally:
         robust.set_alpha(model, 1.6)
     pd.testing.assert_frame_equal(*rows)
@@ -260,7 +281,9 @@ def test_the_hook_of_the_suite_goes_through_an_operator_without_gradient(study, 
     inner, x, _ = study
     model = nn.Sequential(Rounded(), inner).eval()
     y = model(x).argmax(1)
-    rows = full_rows(model, x, y, attacks=["pgd_margin"], bpda=partial(bpda, surrogates={"0": None}), fast=fast)
+    rows = full_rows(
+        model, x, y, attacks=["pgd_margin"], bpda=partial(bpda, surrogates={"0": None}), fast=fast
+    )
     fooled = rows.groupby(["attack", "eps"]).fooled.mean()
     assert fooled["pgd_margin_bpda", GRID[-1]] > fooled["pgd_margin", GRID[-1]] + 0.2
     assert "bpda(surrogates={'0': None})" in evaluate._name(partial(bpda, surrogates={"0": None}))
@@ -300,7 +323,9 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_asked(study):
         "area": {"budgets": {"square": {"area": 2.0}}},
         "steps": {"budgets": {"square": {"steps": 0}}},
         "loss must be one of": {"budgets": {"apgd_ce": {"loss": "dlr"}}},
-        "training mode": {"surrogate": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2))},
+        "training mode": {
+            "surrogate": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2))
+        },
         "single logit": {"surrogate": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))},
         "shuffle=False": {"data": random, "groups": range(40)},
         "yields dicts": {"data": dicts},
@@ -326,7 +351,11 @@ def linear(channels=1, n=14):
     """A linear model of two classes, images well inside [0,1], and the weights' difference seen by each."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, 2)).double().eval()
-    x = (0.4 + 0.2 * torch.rand(n, 1, 4, 4, dtype=torch.float64)).expand(n, channels, 4, 4).contiguous()
+    x = (
+        (0.4 + 0.2 * torch.rand(n, 1, 4, 4, dtype=torch.float64))
+        .expand(n, channels, 4, 4)
+        .contiguous()
+    )
     with torch.no_grad():
         model[1].bias -= model(x).mean(0)
         logits = model(x)
@@ -357,7 +386,14 @@ def test_the_worst_case_of_a_linear_model_is_its_closed_form(case, early_drop):
     distance = gap / (flat.norm(dim=1) if case == "l2" else flat.abs().sum(1))
     grid = between(distance, 1, 4, -2)
     found = evaluate.robust(
-        model, (x, y), grid, early_drop=early_drop, budgets=SHORT, steps=20, progress=False, **options
+        model,
+        (x, y),
+        grid,
+        early_drop=early_drop,
+        budgets=SHORT,
+        steps=20,
+        progress=False,
+        **options,
     )
     for eps in grid:
         worst = found.rows[(found.rows.attack == "worst") & (found.rows.eps == eps)]
@@ -371,7 +407,10 @@ def test_the_worst_case_of_a_linear_model_is_its_closed_form(case, early_drop):
 def both(study):
     model, *data = study
     options = dict(budgets=SHORT, batch_size=16, progress=False)
-    return {drop: evaluate.robust(model, data, GRID, early_drop=drop, **options) for drop in (True, False)}
+    return {
+        drop: evaluate.robust(model, data, GRID, early_drop=drop, **options)
+        for drop in (True, False)
+    }
 
 
 def fooled_sets(found):
@@ -428,14 +467,25 @@ def test_a_dear_attack_at_some_eps_only(both, study):
     for early_drop in (True, False):
         found = evaluate.robust(model, data, GRID, at=at, early_drop=early_drop, **options)
         ran = {name: set(part.eps) for name, part in found.cost.groupby("attack")}
-        assert ran["square"] == {GRID[-1]} and ran["pgd_ce"] == set(GRID[1:]) and ran["pgd_margin"] == set(GRID)
+        assert (
+            ran["square"] == {GRID[-1]}
+            and ran["pgd_ce"] == set(GRID[1:])
+            and ran["pgd_margin"] == set(GRID)
+        )
         assert found.table().square.isna().iloc[:-1].all()
         assert set(found.cost.attack) == set(both[early_drop].cost.attack)
-        assert f"only at {found.balls('square')}" in found.threat() and found.balls("fgsm") == found.balls()
+        assert (
+            f"only at {found.balls('square')}" in found.threat()
+            and found.balls("fgsm") == found.balls()
+        )
     # In full the attacks know nothing of each other: those that ran did what they always do.
     whole, columns = both[False].rows, ["attack", "eps", "image"]
-    same = found.rows[found.rows.attack != "worst"].merge(whole, on=columns, suffixes=("", "_whole"))
-    assert len(same) == (found.rows.attack != "worst").sum() and same.fooled.equals(same.fooled_whole)
+    same = found.rows[found.rows.attack != "worst"].merge(
+        whole, on=columns, suffixes=("", "_whole")
+    )
+    assert len(same) == (found.rows.attack != "worst").sum() and same.fooled.equals(
+        same.fooled_whole
+    )
     assert found.report().check.is_unique and all(passed(found.rows).values())
     doubled = found.report().set_index("check").value["twice the steps add nothing"]
     assert any(pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
@@ -445,7 +495,9 @@ def test_attacks_that_meet_at_no_eps_are_not_compared(study):
     model, *data = study
     at = {"pgd_ce": [GRID[0]], "pgd_margin": [GRID[-1]], "fgsm": [GRID[1]]}
     attacks = ["noise", *at]
-    found = evaluate.robust(model, data, GRID, attacks=attacks, at=at, early_drop=False, progress=False)
+    found = evaluate.robust(
+        model, data, GRID, attacks=attacks, at=at, early_drop=False, progress=False
+    )
     checks = found.report().check.tolist()
     assert not [check for check in checks if "margin loss" in check or "FGSM" in check]
     assert "random noise is weaker than PGD" in checks
@@ -465,7 +517,9 @@ def test_the_passes_counted_are_those_made(study, early_drop):
     hooks = [model.register_forward_hook(forwards), model.register_full_backward_hook(backwards)]
     names = [*evaluate.SUITE, "one_pixel"]
     budgets = SHORT | {"one_pixel": {"population": 5, "iterations": 2}}
-    options = dict(attacks=names, budgets=budgets, fast=False, progress=False, early_drop=early_drop)
+    options = dict(
+        attacks=names, budgets=budgets, fast=False, progress=False, early_drop=early_drop
+    )
     try:
         found = evaluate.robust(model, (x[:12], y[:12]), GRID[:2], **options)
     finally:
@@ -508,7 +562,9 @@ def test_a_cut_off_run_goes_on_without_repeated_work(study, tmp_path):
         hook.remove()
     for found in (again, third):
         pd.testing.assert_frame_equal(found.rows, whole.rows)
-        pd.testing.assert_frame_equal(found.cost.drop(columns="seconds"), whole.cost.drop(columns="seconds"))
+        pd.testing.assert_frame_equal(
+            found.cost.drop(columns="seconds"), whole.cost.drop(columns="seconds")
+        )
         pd.testing.assert_frame_equal(found.distances, whole.distances)
 
 
@@ -527,7 +583,10 @@ def test_a_folder_of_something_else_is_refused(study, tmp_path):
     scaled = nn.Sequential(model, Times(1.0)).eval()
     with_it = options | {"folder": tmp_path / "scaled"}
     evaluate.robust(scaled, (x, y), GRID[:1], bpda=partial(unchanged, by=model), **with_it)
-    for name, net, by in (("model", nn.Sequential(model, Times(2.0)).eval(), model), ("bpda", scaled, other)):
+    for name, net, by in (
+        ("model", nn.Sequential(model, Times(2.0)).eval(), model),
+        ("bpda", scaled, other),
+    ):
         with pytest.raises(ValueError, match=rf"something else .*{name}: .*resume=False"):
             evaluate.robust(net, (x, y), GRID[:1], bpda=partial(unchanged, by=by), **with_it)
     for name, (net, data, grid, asked) in cases.items():
@@ -578,13 +637,25 @@ def test_in_full_a_changed_list_of_attacks_runs_only_what_is_new(study, tmp_path
     def times():
         return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("block_*.npz")}
 
-    evaluate.robust(model, data, GRID[:1], attacks=("noise", "pgd_margin", "fmn"), budgets={"fmn": {"steps": 5}}, **options)
+    evaluate.robust(
+        model,
+        data,
+        GRID[:1],
+        attacks=("noise", "pgd_margin", "fmn"),
+        budgets={"fmn": {"steps": 5}},
+        **options,
+    )
     before = times()
-    longer = dict(attacks=("noise", "pgd_margin", "fmn", "fgsm"), budgets={"fmn": {"steps": 5}, "noise": {"draws": 3}})
+    longer = dict(
+        attacks=("noise", "pgd_margin", "fmn", "fgsm"),
+        budgets={"fmn": {"steps": 5}, "noise": {"draws": 3}},
+    )
     found = evaluate.robust(model, data, GRID[:2], **longer, **options)
     after = times()
     kept = {name for name in before if after.get(name) == before[name]}
-    assert {name.split("_", 2)[-1] for name in set(before) - kept} == {"noise.npz"}, "its options were changed"
+    assert {name.split("_", 2)[-1] for name in set(before) - kept} == {"noise.npz"}, (
+        "its options were changed"
+    )
     assert {"block_clean.npz", "block_fmn.npz"} <= kept and len(after) == len(before) + 2 + 1 + 1
     whole = evaluate.robust(model, data, GRID[:2], **longer, **options | {"folder": None})
     pd.testing.assert_frame_equal(found.rows, whole.rows)
@@ -594,9 +665,15 @@ def test_in_full_a_changed_list_of_attacks_runs_only_what_is_new(study, tmp_path
 
 def test_batches_of_a_loader_give_the_same_rows(study):
     model, x, y = study
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(40)), batch_size=7)
-    options = dict(attacks=("pgd_margin", "square"), budgets={"square": {"steps": 9}}, progress=False)
-    tensors, batches = (evaluate.robust(model, data, GRID[:2], **options).rows for data in ((x, y), loader))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y, torch.arange(40)), batch_size=7
+    )
+    options = dict(
+        attacks=("pgd_margin", "square"), budgets={"square": {"steps": 9}}, progress=False
+    )
+    tensors, batches = (
+        evaluate.robust(model, data, GRID[:2], **options).rows for data in ((x, y), loader)
+    )
     pd.testing.assert_frame_equal(tensors, batches)
 
 
@@ -605,10 +682,22 @@ def test_a_surrogate_and_an_operator_add_their_attacks(study):
     model = nn.Sequential(Rounded(), inner).eval()
     y = model(x).argmax(1)
     found = evaluate.robust(
-        model, (x, y), GRID[1:], bpda=through_rounding, surrogate=inner, budgets=SHORT, progress=False
+        model,
+        (x, y),
+        GRID[1:],
+        bpda=through_rounding,
+        surrogate=inner,
+        budgets=SHORT,
+        progress=False,
     )
     names = [name for name in found.table() if name in evaluate.ORDER]
-    assert {"transfer", "pgd_ce_bpda", "pgd_margin_bpda", "apgd_ce_bpda", "apgd_margin_bpda"} <= set(names)
+    assert {
+        "transfer",
+        "pgd_ce_bpda",
+        "pgd_margin_bpda",
+        "apgd_ce_bpda",
+        "apgd_margin_bpda",
+    } <= set(names)
     counts = found.first_fooled().iloc[-1]
     assert counts.filter(like="bpda").sum() > 5  # exact gradients of the rounding are zero
     assert "straight through" in found.threat() and "through_rounding" in found.threat()
@@ -622,7 +711,9 @@ def test_intervals_page_and_figure(both, study):
     assert ((table.worst_low <= table.worst) & (table.worst <= table.worst_high)).all()
     assert (table.clean == 37 / 40).all() and table.attack_success.is_monotonic_increasing
     share = study[2].double().mean().item()  # of class 1
-    assert (share * table.sensitivity + (1 - share) * table.specificity).tolist() == pytest.approx(table.worst.tolist())
+    assert (share * table.sensitivity + (1 - share) * table.specificity).tolist() == pytest.approx(
+        table.worst.tolist()
+    )
     assert table.sensitivity.between(0, 1).all() and not table.sensitivity.equals(table.specificity)
     assert table.attack_success.iloc[-1] == pytest.approx(1 - table.worst.iloc[-1] / (37 / 40))
     for one in (found, *both.values()):

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dlia_utils import cache, datasets, explore, locate
+from dlia_utils.data import cache, datasets, explore, sources
 
 COLUMNS = ["path", "label", "class_name", "patient", "group", "split"]
 
@@ -35,7 +35,9 @@ def films(count=240, *, splits=("train", "val", "test"), seed=0, patients=None):
 
 def cached(images):
     images = np.asarray(images, np.uint8)
-    return cache.ImageCache(images, images.shape[1], "key", None, (), np.full((len(images), 2), 100, np.int32))
+    return cache.ImageCache(
+        images, images.shape[1], "key", None, (), np.full((len(images), 2), 100, np.int32)
+    )
 
 
 def noise(count, seed=0, low=60, high=190):
@@ -52,9 +54,16 @@ def written(folder, sizes, *, split="train", turned=()):
         if number in turned:
             exif[0x0112] = 6  # Lies on its side: shown with height and width exchanged.
         Image.new("L", (width, height), 90).save(folder / f"{number}.jpg", exif=exif)
-        rows.append((f"{number}.jpg", number % 2, ("Normal", "COVID")[number % 2], str(number), "", split))
-    manifest, ignored = pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(columns=["path", "reason"])
-    return datasets.Dataset("demo", folder, manifest, ("Normal", "COVID"), ignored, True, "argument")
+        rows.append(
+            (f"{number}.jpg", number % 2, ("Normal", "COVID")[number % 2], str(number), "", split)
+        )
+    manifest, ignored = (
+        pd.DataFrame(rows, columns=COLUMNS),
+        pd.DataFrame(columns=["path", "reason"]),
+    )
+    return datasets.Dataset(
+        "demo", folder, manifest, ("Normal", "COVID"), ignored, True, "argument"
+    )
 
 
 # ------------------------------------------------------------------------------------------- sizes and grey values
@@ -63,11 +72,20 @@ def written(folder, sizes, *, split="train", turned=()):
 def test_sizes_are_those_of_the_headers_upright(tmp_path):
     dataset = written(tmp_path, [(30, 20), (40, 40), (30, 20), (20, 50), (20, 30)], turned=(4,))
     table = explore.sizes(dataset).set_index("class_name")
-    assert table.loc["Normal", ["images", "sizes", "commonest", "share"]].tolist() == [3, 1, "30 x 20", 1.0]
-    assert table.loc["COVID", ["images", "sizes", "height_min", "height_max", "width_max"]].tolist() == [2, 2, 20, 40, 50]
+    assert table.loc["Normal", ["images", "sizes", "commonest", "share"]].tolist() == [
+        3,
+        1,
+        "30 x 20",
+        1.0,
+    ]
+    assert table.loc[
+        "COVID", ["images", "sizes", "height_min", "height_max", "width_max"]
+    ].tolist() == [2, 2, 20, 40, 50]
     assert table.loc["COVID", "aspect_max"] == 2.5
     built = cache.build(dataset, size=8, root=tmp_path / "cache", progress=False)
-    pd.testing.assert_frame_equal(explore.sizes(dataset), explore.sizes(dataset, known=built.shapes))
+    pd.testing.assert_frame_equal(
+        explore.sizes(dataset), explore.sizes(dataset, known=built.shapes)
+    )
 
 
 def test_sizes_refuse_shapes_of_other_images():
@@ -78,7 +96,9 @@ def test_sizes_refuse_shapes_of_other_images():
 def test_rows_by_split_are_complete_and_in_order():
     dataset = films(splits=("test", "train"))
     found = explore.rows_by_split(dataset)
-    assert list(found) == [(split, name) for split in ("train", "test") for name in ("all", "Normal", "COVID")]
+    assert list(found) == [
+        (split, name) for split in ("train", "test") for name in ("all", "Normal", "COVID")
+    ]
     assert sorted(np.concatenate([found["train", "all"], found["test", "all"]])) == list(range(240))
     assert set(dataset.manifest["class_name"].iloc[found["test", "COVID"]]) == {"COVID"}
     assert ("train", "all") not in explore.rows_by_split(dataset, together=False)
@@ -88,15 +108,23 @@ def test_pixel_statistics_equal_numpy():
     images = cached(np.random.default_rng(1).integers(0, 256, (600, 8, 8)))  # More than one chunk.
     rows = {"train": np.arange(0, 600, 2), ("val", "COVID"): np.array([1, 5, 599])}
     table = explore.pixel_statistics(images, rows)
-    assert table[["split", "class_name", "images"]].values.tolist() == [["train", "all", 300], ["val", "COVID", 3]]
+    assert table[["split", "class_name", "images"]].values.tolist() == [
+        ["train", "all", 300],
+        ["val", "COVID", 3],
+    ]
     for (_, row), chosen in zip(table.iterrows(), rows.values(), strict=True):
         pixels = images.images[chosen] / 255
         expected = {
-            "min": pixels.min(), "max": pixels.max(), "mean": pixels.mean(), "std": pixels.std(),
-            "contrast": pixels.std((1, 2)).mean(), "pixel_mean_min": pixels.mean(0).min(),
-            "pixel_mean_max": pixels.mean(0).max(), "pixel_std_min": pixels.std(0).min(),
+            "min": pixels.min(),
+            "max": pixels.max(),
+            "mean": pixels.mean(),
+            "std": pixels.std(),
+            "contrast": pixels.std((1, 2)).mean(),
+            "pixel_mean_min": pixels.mean(0).min(),
+            "pixel_mean_max": pixels.mean(0).max(),
+            "pixel_std_min": pixels.std(0).min(),
             "pixel_std_max": pixels.std(0).max(),
-        }  # fmt: skip
+        }
         assert row[list(expected)].to_dict() == pytest.approx(expected, abs=1e-6)
 
 
@@ -125,7 +153,10 @@ def test_a_planted_shift_of_grey_is_found_and_named():
     table = explore.uniform_split_test(dataset, cached(images)).set_index(["test", "class_name"])
     assert table.index[table["uneven"]].tolist() == [("mean grey", "COVID")]
     found = table.loc[("mean grey", "COVID")]
-    assert "unevenly divided, by a large effect" in found["meaning"] and "less than 0.1% of draws" in found["meaning"]
+    assert (
+        "unevenly divided, by a large effect" in found["meaning"]
+        and "less than 0.1% of draws" in found["meaning"]
+    )
     assert found["effect"] > 0.14
     assert "no sign of an uneven division" in table.loc[("contrast", "COVID"), "meaning"]
 
@@ -140,7 +171,9 @@ def test_uneven_class_shares_are_found_without_blaming_the_grey():
     dataset = replace(dataset, manifest=manifest[keep].reset_index(drop=True))
     table = explore.uniform_split_test(dataset, cached(images[keep]))
     assert table.loc[table["uneven"], "test"].tolist() == ["class counts"]
-    assert table["effect"].iloc[0] == pytest.approx(np.sqrt(table["statistic"].iloc[0] / keep.sum()))
+    assert table["effect"].iloc[0] == pytest.approx(
+        np.sqrt(table["statistic"].iloc[0] / keep.sum())
+    )
 
 
 def test_a_patient_counts_once():
@@ -149,12 +182,16 @@ def test_a_patient_counts_once():
     label, split = np.arange(24) % 2, np.array(["train", "train", "val", "val"] * 6)
     dataset = films(patients=patients)
     manifest = dataset.manifest.assign(
-        label=np.repeat(label, 10), class_name=np.repeat(np.array(["Normal", "COVID"])[label], 10), split=np.repeat(split, 10)
+        label=np.repeat(label, 10),
+        class_name=np.repeat(np.array(["Normal", "COVID"])[label], 10),
+        split=np.repeat(split, 10),
     )
     images = np.repeat(noise(24, 3), 10, axis=0)
     table = explore.uniform_split_test(replace(dataset, manifest=manifest), cached(images))
     once = replace(dataset, manifest=manifest.iloc[::10].reset_index(drop=True))
-    pd.testing.assert_series_equal(table["p"], explore.uniform_split_test(once, cached(images[::10]))["p"])
+    pd.testing.assert_series_equal(
+        table["p"], explore.uniform_split_test(once, cached(images[::10]))["p"]
+    )
 
 
 def test_one_split_cannot_be_compared():
@@ -165,7 +202,9 @@ def test_one_split_cannot_be_compared():
 def test_images_of_one_grey_and_single_classes_are_no_error():
     dataset = films(60)
     manifest = dataset.manifest.assign(label=0, class_name="Normal")
-    table = explore.uniform_split_test(replace(dataset, manifest=manifest), cached(np.full((60, 8, 8), 9)))
+    table = explore.uniform_split_test(
+        replace(dataset, manifest=manifest), cached(np.full((60, 8, 8), 9))
+    )
     assert table["p"].tolist() == [1.0, 1.0, 1.0] and not table["uneven"].any()
 
 
@@ -176,10 +215,14 @@ def test_a_leak_in_the_aspect_ratio_alone_is_found():
     dataset, rng = films(300), np.random.default_rng(5)
     height = rng.integers(200, 400, 300)
     aspect = np.where(dataset.manifest["label"] == 1, 1.3, 1.0) + rng.normal(0, 0.03, 300)
-    found = explore.size_shortcut(dataset, np.stack([height, np.round(height * aspect)], 1), draws=200)
+    found = explore.size_shortcut(
+        dataset, np.stack([height, np.round(height * aspect)], 1), draws=200
+    )
     found = found.set_index("features")
     assert found.loc["aspect ratio", "value"] > 0.98 and found.loc["all three", "value"] > 0.98
-    assert found.loc["aspect ratio", "finding"] == "a shortcut: tells the classes apart almost fully"
+    assert (
+        found.loc["aspect ratio", "finding"] == "a shortcut: tells the classes apart almost fully"
+    )
     assert found.loc["height", "ci_low"] < 0.5 < found.loc["height", "ci_high"]
     assert found.loc["height", "finding"].startswith("no sign")
 
@@ -206,7 +249,9 @@ def test_patients_are_not_split_between_fit_and_score():
     label, side = rng.integers(0, 2, 60)[patients], rng.permutation(60)[patients] * 7 + 200
     dataset = films(480, patients=patients)
     dataset = replace(dataset, manifest=dataset.manifest.assign(label=label))
-    found = explore.size_shortcut(dataset, np.stack([side, side], 1), draws=100, folds=3).set_index("features")
+    found = explore.size_shortcut(dataset, np.stack([side, side], 1), draws=100, folds=3).set_index(
+        "features"
+    )
     assert found.loc["height", "value"] < 0.7 and not found.loc["height", "ci_low"] > 0.5
 
 
@@ -229,7 +274,10 @@ def test_normalisations_do_what_their_names_say():
     x = images.batch(np.arange(30))
     assert torch.allclose(ways["fixed"](x), (x - 0.5) / 0.25)
     sample = ways["sample"](x)
-    assert sample.mean((1, 2, 3)).abs().max() < 1e-4 and (sample.std((1, 2, 3), correction=0) - 1).abs().max() < 1e-4
+    assert (
+        sample.mean((1, 2, 3)).abs().max() < 1e-4
+        and (sample.std((1, 2, 3), correction=0) - 1).abs().max() < 1e-4
+    )
     overall = ways["training"](x)
     assert abs(overall.mean()) < 1e-4 and abs(overall.std(correction=0) - 1) < 1e-4
     place = ways["training, each pixel"](x)
@@ -241,9 +289,13 @@ def test_normalisations_do_what_their_names_say():
 def test_normalisations_read_only_the_training_rows():
     images = noise(40)
     x = cached(images).batch([35])
-    before = {name: way(x) for name, way in explore.normalisations(cached(images), np.arange(30)).items()}
+    before = {
+        name: way(x) for name, way in explore.normalisations(cached(images), np.arange(30)).items()
+    }
     images[30:35] = 255
-    after = {name: way(x) for name, way in explore.normalisations(cached(images), np.arange(30)).items()}
+    after = {
+        name: way(x) for name, way in explore.normalisations(cached(images), np.arange(30)).items()
+    }
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -272,17 +324,29 @@ def test_figures_say_counts_and_name_synthetic_data():
     assert shown == {str(count) for count in counts}
     figure = explore.figure_mean_images(images, dataset)
     train = dataset.manifest["split"] == "train"
-    means = [images.images[(train & (dataset.manifest["label"] == label)).to_numpy()].mean(0) / 255 for label in (0, 1)]
+    means = [
+        images.images[(train & (dataset.manifest["label"] == label)).to_numpy()].mean(0) / 255
+        for label in (0, 1)
+    ]
     shown = [axis.images[0].get_array() for axis in figure.axes[:3]]
     assert np.allclose(shown[0], means[0]) and np.allclose(shown[2], means[1] - means[0])
 
 
 def test_augmentations_are_shown_singly_and_combined():
     image = np.tile(np.arange(32, dtype=np.uint8) * 4, (32, 1))
-    transforms = {"flip": A.HorizontalFlip(p=1), "never": A.HorizontalFlip(p=0), "bright": A.RandomBrightnessContrast(p=1)}
+    transforms = {
+        "flip": A.HorizontalFlip(p=1),
+        "never": A.HorizontalFlip(p=0),
+        "bright": A.RandomBrightnessContrast(p=1),
+    }
     figure = explore.figure_augmentations(image, transforms, repeats=2)
     titles = np.array([axis.get_title() for axis in figure.axes]).reshape(4, 3)
-    assert titles[:, 0].tolist() == ["original"] * 4 and titles[:, 1].tolist() == ["flip", "never, unchanged", "bright", "combined"]
+    assert titles[:, 0].tolist() == ["original"] * 4 and titles[:, 1].tolist() == [
+        "flip",
+        "never, unchanged",
+        "bright",
+        "combined",
+    ]
     pixels = [axis.images[0].get_array() for axis in figure.axes]
     assert np.array_equal(pixels[1], image[:, ::-1])
     assert not np.array_equal(pixels[10], pixels[11])  # Another draw.
@@ -299,7 +363,11 @@ def test_augmentations_are_shown_singly_and_combined():
 
 @pytest.mark.real
 def test_real_fractures_are_given_away_by_the_format_in_part(real_data):
-    dataset = datasets.load(locate.find("fracatlas", real_data))
-    found = explore.size_shortcut(dataset, explore.shapes(dataset), draws=100, folds=3).set_index("features")
+    dataset = datasets.load(sources.find("fracatlas", real_data))
+    found = explore.size_shortcut(dataset, explore.shapes(dataset), draws=100, folds=3).set_index(
+        "features"
+    )
     assert found["n"].eq(len(dataset.manifest)).all()
-    assert found.loc["all three", "value"] > 0.6 and "a shortcut" in found.loc["all three", "finding"]
+    assert (
+        found.loc["all three", "value"] > 0.6 and "a shortcut" in found.loc["all three", "finding"]
+    )

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from dlia_utils import datasets, findings, layouts, locate, phantom
+from dlia_utils.data import datasets, findings, phantom, readers, sources
 
 SIZE = 128
 FILMS = 12
@@ -18,7 +18,8 @@ FILMS = 12
 def tree_hash(root):
     files = sorted(path for path in Path(root).rglob("*") if path.is_file())
     return [
-        (path.relative_to(root).as_posix(), hashlib.sha1(path.read_bytes()).hexdigest()) for path in files
+        (path.relative_to(root).as_posix(), hashlib.sha1(path.read_bytes()).hexdigest())
+        for path in files
     ]
 
 
@@ -43,10 +44,10 @@ def drawn(name, seed):
 
 @pytest.fixture(scope="module")
 def films():
-    return {name: [drawn(name, seed) for seed in range(FILMS)] for name in layouts.NIH_CLASSES}
+    return {name: [drawn(name, seed) for seed in range(FILMS)] for name in readers.NIH_CLASSES}
 
 
-@pytest.mark.parametrize("name", layouts.NIH_CLASSES)
+@pytest.mark.parametrize("name", readers.NIH_CLASSES)
 def test_box_is_the_extent_of_the_change(films, name):
     overlaps = []
     for change, _, box in films[name]:
@@ -57,7 +58,7 @@ def test_box_is_the_extent_of_the_change(films, name):
     assert np.median(overlaps) > 0.8 and min(overlaps) > 0.6
 
 
-@pytest.mark.parametrize("name", layouts.NIH_CLASSES)
+@pytest.mark.parametrize("name", readers.NIH_CLASSES)
 def test_findings_stand_out_from_noise(films, name):
     for change, inside, _ in films[name]:
         assert np.percentile(np.abs(change[inside]), 80) > 4 * change[~inside].std()
@@ -74,8 +75,10 @@ def test_sizes_and_places(films):
     assert middles["Pneumothorax"][:, 1].max() < 0.5 < middles["Effusion"][:, 1].min()
     assert middles["Pneumonia"][:, 1].max() < 0.5 < middles["Atelectasis"][:, 1].min()
     assert (middles["Cardiomegaly"][:, 0] > 0.5).mean() > 0.5
-    both_sides = {name for name, m in middles.items() if m[:, 0].min() < 0.45 and m[:, 0].max() > 0.55}
-    assert both_sides >= set(layouts.NIH_CLASSES) - {"Cardiomegaly"}
+    both_sides = {
+        name for name, m in middles.items() if m[:, 0].min() < 0.45 and m[:, 0].max() > 0.55
+    }
+    assert both_sides >= set(readers.NIH_CLASSES) - {"Cardiomegaly"}
 
 
 def test_only_free_air_darkens(films):
@@ -93,15 +96,17 @@ def test_two_findings_lie_in_different_lungs():
 
 
 def test_every_class_has_a_painter():
-    assert tuple(findings.PAINTERS) == layouts.NIH_CLASSES
+    assert tuple(findings.PAINTERS) == readers.NIH_CLASSES
 
 
 def test_competition_plan(tmp_path):
     phantom.write_competition(tmp_path, images={"train": 30, "test": 8}, size=32)
     assert (tmp_path / phantom.MARKER).is_file()
-    first, second = locate.siblings(locate.find("dlia", tmp_path))
+    first, second = sources.siblings(sources.find("dlia", tmp_path))
     boxes = datasets.load(second).boxes
-    assert boxes.groupby("image").size().max() == 2 and not boxes.duplicated(["image", "label"]).any()
+    assert (
+        boxes.groupby("image").size().max() == 2 and not boxes.duplicated(["image", "label"]).any()
+    )
     text = (first.root / "train.csv").read_text().splitlines()
     assert text[0] == "Image Index,Finding Label,Bbox [x,y,w,h]"
     assert "view" in pd.read_csv(second.root / "train.csv").columns
@@ -148,7 +153,9 @@ def test_nih_tree_has_the_traps(tmp_path):
 
 def test_bone():
     for seed in range(8):
-        image, box, gap = phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=True)
+        image, box, gap = phantom.bone(
+            np.random.default_rng(seed), height=64, width=96, fractured=True
+        )
         x1, y1, x2, y2 = box
         assert (
             image.shape == (64, 96)
@@ -158,7 +165,9 @@ def test_bone():
         )
         rows, columns = np.nonzero(gap)
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
-        _, no_box, no_gap = phantom.bone(np.random.default_rng(seed), height=64, width=96, fractured=False)
+        _, no_box, no_gap = phantom.bone(
+            np.random.default_rng(seed), height=64, width=96, fractured=False
+        )
         assert no_box is None and not no_gap.any() and no_gap.shape == (64, 96)
 
 
@@ -169,4 +178,6 @@ def test_fracatlas_tree_has_the_traps(tmp_path):
     sizes = {Image.open(path).size for path in tree.rglob("*.jpg")}
     assert {width < height for width, height in sizes} == {True, False}
     table = pd.read_csv(tree / "dataset.csv")
-    assert len(table) == 16 and table["fractured"].sum() == 9 and table["fracture_count"].sum() == 10
+    assert (
+        len(table) == 16 and table["fractured"].sum() == 9 and table["fracture_count"].sum() == 10
+    )

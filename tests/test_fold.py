@@ -9,8 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from dlia_utils.models.fold import fast_copy
-from dlia_utils.models.wrap import PixelModel
+from dlia_utils.models.pixel import PixelModel, fast_copy
 
 
 def mobilenet(*, spectral: bool = False) -> PixelModel:
@@ -42,7 +41,9 @@ def test_same_logits_and_gradients_and_an_untouched_original(spectral):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert not any(p.requires_grad for p in folded.parameters())
 
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True)
+    )
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(model(x), expected)
 

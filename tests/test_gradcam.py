@@ -33,12 +33,14 @@ def images(n=3, side=20):
 @pytest.mark.parametrize("target", [0, 1])
 def test_equals_captum_for_two_logits(layer, target):
     net, x = network(2), images()
-    theirs = LayerGradCam(net, net.get_submodule(layer)).attribute(x, target=target, relu_attributions=True)[
-        :, 0
-    ]
+    theirs = LayerGradCam(net, net.get_submodule(layer)).attribute(
+        x, target=target, relu_attributions=True
+    )[:, 0]
     ours = gradcam(net, x, layer, target=target)
     torch.testing.assert_close(ours.grid, theirs.detach(), atol=1e-5, rtol=0)
-    resized = LayerGradCam.interpolate(theirs.detach()[:, None], (20, 20), interpolate_mode="bilinear")[:, 0]
+    resized = LayerGradCam.interpolate(
+        theirs.detach()[:, None], (20, 20), interpolate_mode="bilinear"
+    )[:, 0]
     top = resized.amax((1, 2), keepdim=True)
     torch.testing.assert_close(ours.maps, resized / top.clamp(min=1e-12), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.score, net(x)[:, target].detach())
@@ -121,7 +123,9 @@ def test_hooks_and_flags_are_put_back_after_an_error():
 def test_an_in_place_activation_after_the_layer_changes_nothing():
     plain, in_place = network(2), network(2)
     in_place[5], plain[5] = nn.ReLU(inplace=True), nn.ReLU()
-    torch.testing.assert_close(gradcam(plain, images(), "4").grid, gradcam(in_place, images(), "4").grid)
+    torch.testing.assert_close(
+        gradcam(plain, images(), "4").grid, gradcam(in_place, images(), "4").grid
+    )
 
 
 def test_bad_input_is_refused_with_the_reason():
@@ -150,7 +154,9 @@ def test_bad_input_is_refused_with_the_reason():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_eight_layers_in_one_pass_equal_one_at_a_time_and_leave_the_model_bit_equal(frozen):
     net = resnet18_cifar(width=1 / 8).eval().requires_grad_(not frozen)
-    names = [f"backbone.layer{k}.{block}.conv2" for k in (3, 1, 4, 2) for block in (1, 0)]  # in no order
+    names = [
+        f"backbone.layer{k}.{block}.conv2" for k in (3, 1, 4, 2) for block in (1, 0)
+    ]  # in no order
     x, before, runs = images(2, 16), copy.deepcopy(net.state_dict()), []
     counter = net.register_forward_hook(lambda *_: runs.append(1))
     for plus in (False, True):
@@ -185,7 +191,9 @@ def test_layers_in_parallel_branches_inside_one_another_and_before_an_in_place_a
     net, x = Branches().eval(), images(2, 8)
     names = ["right", "left", "left.0", "head.0", "left.1"]
     for name, found in gradcam_layers(net, x, names, target=0).items():
-        torch.testing.assert_close(found.grid, gradcam(net, x, name, target=0).grid, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found.grid, gradcam(net, x, name, target=0).grid, rtol=1e-6, atol=0
+        )
     assert found.grid.amax() > 0
 
 

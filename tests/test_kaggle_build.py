@@ -18,7 +18,9 @@ import pytest
 import requests
 
 from dlia_utils import __main__ as cli
-from dlia_utils import __version__, kaggle, locate, notebooks
+from dlia_utils import __version__
+from dlia_utils.data import sources
+from tools import kaggle, notebooks
 
 SOURCE = """\
 # %% [markdown]
@@ -68,7 +70,10 @@ def add_notebook(folder, stem, names="pneumonia"):
 @pytest.fixture
 def suite(tmp_path):
     """A suite of two tiny notebooks, the second of which can use several data sets."""
-    for stem, names in {"01_first": "pneumonia", "02_second_one": ("dlia", "nih", "fracatlas")}.items():
+    for stem, names in {
+        "01_first": "pneumonia",
+        "02_second_one": ("dlia", "nih", "fracatlas"),
+    }.items():
         add_notebook(tmp_path / "notebooks", stem, names)
     return tmp_path / "notebooks"
 
@@ -79,8 +84,12 @@ def write_captum(folder, version="0.9.0", license_name="licenses/LICENSE"):
     info = f"captum-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("captum/__init__.py", "LOCAL = True")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: captum\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: captum\nVersion: {version}\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
         archive.writestr(f"{info}/{license_name}", "captum's licence")
     return path
@@ -98,7 +107,11 @@ def built(suite, captum, tmp_path):
 
 def content(folder):
     """Every file below `folder`, hidden ones too, with its bytes."""
-    return {one.relative_to(folder).as_posix(): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+    return {
+        one.relative_to(folder).as_posix(): one.read_bytes()
+        for one in folder.rglob("*")
+        if one.is_file()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ the folders
@@ -152,9 +165,17 @@ def test_kernel_metadata_names_machine_internet_and_every_source(built):
 
 
 def test_notebook_to_push_has_no_outputs_and_agrees_with_its_metadata(suite, captum, tmp_path):
-    built = kaggle.build("me", out=tmp_path / "out", folder=suite, captum=captum, internet=False,
-                         competitions=["a-competition"])  # fmt: skip
-    for slug, stem, competitions in zip(built.kernels, TITLES, ([], ["a-competition"]), strict=True):
+    built = kaggle.build(
+        "me",
+        out=tmp_path / "out",
+        folder=suite,
+        captum=captum,
+        internet=False,
+        competitions=["a-competition"],
+    )
+    for slug, stem, competitions in zip(
+        built.kernels, TITLES, ([], ["a-competition"]), strict=True
+    ):
         place = built.folder / "kernels" / slug
         metadata = json.loads((place / "kernel-metadata.json").read_text())
         notebook = notebooks.read(place / metadata["code_file"])
@@ -184,7 +205,9 @@ def test_notebook_to_push_has_no_outputs_and_agrees_with_its_metadata(suite, cap
 
 def test_two_builds_are_byte_identical(built, suite, captum, tmp_path):
     first = content(built.folder)
-    other = kaggle.build("some-user", out=tmp_path / "elsewhere" / "deep", folder=suite, captum=captum)
+    other = kaggle.build(
+        "some-user", out=tmp_path / "elsewhere" / "deep", folder=suite, captum=captum
+    )
     assert content(other.folder) == first
     (suite / "src" / "01_first.py").touch()
     again = kaggle.build("some-user", out=built.folder, folder=suite, captum=captum)
@@ -197,12 +220,18 @@ def test_a_new_build_replaces_the_old_one_whole(built, suite, captum, tmp_path):
     (suite / "src" / "01_first.py").unlink()
     again = kaggle.build("other", out=built.folder, folder=suite, captum=captum)
     assert again.kernels == ("dlia-02-second-one", "dlia-03-third")
-    assert {path.split("/")[1] for path in content(built.folder) if "kernels" in path} == set(again.kernels)
-    assert all("some-user" not in one.decode(errors="ignore") for one in content(built.folder).values())
+    assert {path.split("/")[1] for path in content(built.folder) if "kernels" in path} == set(
+        again.kernels
+    )
+    assert all(
+        "some-user" not in one.decode(errors="ignore") for one in content(built.folder).values()
+    )
 
 
 @pytest.mark.parametrize("where", ["write_wheel", "_write_dataset", "files.write_json", "_swap"])
-def test_a_build_that_fails_leaves_the_old_one_and_nothing_else(built, suite, captum, tmp_path, monkeypatch, where):
+def test_a_build_that_fails_leaves_the_old_one_and_nothing_else(
+    built, suite, captum, tmp_path, monkeypatch, where
+):
     before = content(tmp_path)
 
     def fail(*arguments, **options):
@@ -210,9 +239,11 @@ def test_a_build_that_fails_leaves_the_old_one_and_nothing_else(built, suite, ca
 
     if where == "_swap":  # the second of its two renames
         rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to))
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to)
+        )
     else:
-        monkeypatch.setattr(f"dlia_utils.kaggle.{where}", fail)
+        monkeypatch.setattr(f"tools.kaggle.{where}", fail)
     with pytest.raises(OSError, match="disk full"):
         kaggle.build("some-user", out=built.folder, folder=suite, captum=captum)
     assert content(tmp_path) == before
@@ -232,15 +263,24 @@ def refused(match, tmp_path, error=ValueError, **options):
 
 @pytest.mark.parametrize("user", ["", "a", "Some-User", "two words", "me/dlia", "-me", "me-", "mé"])
 def test_bad_user_is_refused(suite, captum, tmp_path, user):
-    refused(rf"--user '{user}': give the last part", tmp_path, user=user, folder=suite, captum=captum)
+    refused(
+        rf"--user '{user}': give the last part", tmp_path, user=user, folder=suite, captum=captum
+    )
 
 
 def test_bad_competitions_are_refused(suite, captum, tmp_path):
     options = {"folder": suite, "captum": captum}
-    refused("--competition 'competitions/x': give", tmp_path, competitions=["competitions/x"], **options)
+    refused(
+        "--competition 'competitions/x': give", tmp_path, competitions=["competitions/x"], **options
+    )
     (suite / "02_second_one.ipynb").unlink()
     (suite / "src" / "02_second_one.py").unlink()
-    refused("no notebook uses a competition, leave it out", tmp_path, competitions=["real-slug"], **options)
+    refused(
+        "no notebook uses a competition, leave it out",
+        tmp_path,
+        competitions=["real-slug"],
+        **options,
+    )
 
 
 def test_missing_outdated_and_unexecuted_notebooks_are_refused(suite, captum, tmp_path):
@@ -265,7 +305,9 @@ def test_missing_outdated_and_unexecuted_notebooks_are_refused(suite, captum, tm
         ("03_" + "very_" * 9 + "long", "57 characters of at most 50: rename it to at most 45"),
     ],
 )
-def test_names_that_kaggle_or_the_suite_cannot_use_are_refused(suite, captum, tmp_path, stem, match):
+def test_names_that_kaggle_or_the_suite_cannot_use_are_refused(
+    suite, captum, tmp_path, stem, match
+):
     add_notebook(suite, stem)
     refused(match, tmp_path, folder=suite, captum=captum)
 
@@ -274,12 +316,28 @@ def test_other_peoples_folders_are_not_replaced(suite, captum, tmp_path):
     (tmp_path / "mine" / "kernels").mkdir(parents=True)
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     for out in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
-        refused("holds other things, and would be replaced", tmp_path, out=out, folder=suite, captum=captum)
+        refused(
+            "holds other things, and would be replaced",
+            tmp_path,
+            out=out,
+            folder=suite,
+            captum=captum,
+        )
 
 
 def test_files_that_are_not_captums_wheel_are_refused(suite, tmp_path):
-    refused("there is no such file", tmp_path, FileNotFoundError, folder=suite, captum=tmp_path / "captum.whl")
-    for name in ("captum-0.9.0-py3-none-any.whl", "captum-0.9.0.tar.gz", "captum-0.9.0-cp312-cp312-linux.whl"):
+    refused(
+        "there is no such file",
+        tmp_path,
+        FileNotFoundError,
+        folder=suite,
+        captum=tmp_path / "captum.whl",
+    )
+    for name in (
+        "captum-0.9.0-py3-none-any.whl",
+        "captum-0.9.0.tar.gz",
+        "captum-0.9.0-cp312-cp312-linux.whl",
+    ):
         (tmp_path / name).write_text("no archive")
         refused("is not a captum wheel", tmp_path, folder=suite, captum=tmp_path / name)
     alone = write_captum(tmp_path, "1.0", license_name="notes.txt")
@@ -315,16 +373,21 @@ def test_pip_fetches_captum(suite, index, tmp_path):
     assert (built.folder / "dataset" / "LICENSE-captum.txt").read_text() == "captum's licence"
 
 
-def test_without_network_the_build_succeeds_and_says_what_is_missing(in_suite, index, tmp_path, capsys):
+def test_without_network_the_build_succeeds_and_says_what_is_missing(
+    in_suite, index, tmp_path, capsys
+):
     assert cli.main(["kaggle", "build", "--user", "me"]) == 0
     printed = capsys.readouterr().out
     assert (
-        f"note: the data set is without captum (pip could not get {kaggle.CAPTUM}: No matching distribution" in printed
+        f"note: the data set is without captum (pip could not get {kaggle.CAPTUM}: No matching distribution"
+        in printed
     )
     assert "name a wheel with --captum FILE" in printed
     dataset = tmp_path / "build" / "kaggle" / "dataset"
     assert not list(dataset.glob("*captum*"))
-    assert "captum" not in json.loads((dataset / "dataset-metadata.json").read_text())["description"]
+    assert (
+        "captum" not in json.loads((dataset / "dataset-metadata.json").read_text())["description"]
+    )
     before = content(tmp_path)
     assert cli.main(["kaggle", "build", "--user", "you", "--strict"]) == 2
     assert "error: the data set is without captum" in capsys.readouterr().err
@@ -337,7 +400,15 @@ def printed_commands(output):
 
 
 def test_the_command_line_prints_the_commands_in_order(in_suite, captum, capsys):
-    arguments = ["--offline", "--competition", "one-slug", "--out", "two words/out", "--captum", str(captum)]
+    arguments = [
+        "--offline",
+        "--competition",
+        "one-slug",
+        "--out",
+        "two words/out",
+        "--captum",
+        str(captum),
+    ]
     assert cli.main(["kaggle", "build", "--user", "me", *arguments]) == 0
     output = capsys.readouterr().out
     assert [words[1:3] for words in printed_commands(output)] == [
@@ -347,7 +418,9 @@ def test_the_command_line_prints_the_commands_in_order(in_suite, captum, capsys)
         ["kernels", "push"],
         ["kernels", "push"],
     ]
-    assert printed_commands(output)[-1][-1] == str(Path("two words", "out", "kernels", "dlia-02-second-one"))
+    assert printed_commands(output)[-1][-1] == str(
+        Path("two words", "out", "kernels", "dlia-02-second-one")
+    )
     assert "note:" not in output
     assert cli.main(["kaggle", "build", "--user", "Me", "--captum", str(captum)]) == 2
     assert "--user 'Me'" in capsys.readouterr().err
@@ -368,28 +441,46 @@ def test_wheel_holds_the_package_and_a_true_record(wheel):
         inside = {name: archive.read(name) for name in archive.namelist()}
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     info = f"dlia_utils-{__version__}.dist-info"
-    modules = {f"dlia_utils/{one.relative_to(package).as_posix()}": one.read_bytes() for one in package.rglob("*.py")}
-    assert modules == {name: data for name, data in inside.items() if name.startswith("dlia_utils/")}
+    modules = {
+        f"dlia_utils/{one.relative_to(package).as_posix()}": one.read_bytes()
+        for one in package.rglob("*.py")
+    }
+    assert modules == {
+        name: data for name, data in inside.items() if name.startswith("dlia_utils/")
+    }
     assert list(inside)[-1] == f"{info}/RECORD"
     rows = list(csv.reader(io.StringIO(inside.pop(f"{info}/RECORD").decode())))
     assert rows.pop() == [f"{info}/RECORD", "", ""]
     assert {row[0] for row in rows} == set(inside)
     for name, digest, size in rows:
         assert int(size) == len(inside[name])
-        expected = base64.urlsafe_b64encode(hashlib.sha256(inside[name]).digest()).decode().rstrip("=")
+        expected = (
+            base64.urlsafe_b64encode(hashlib.sha256(inside[name]).digest()).decode().rstrip("=")
+        )
         assert digest == f"sha256={expected}"
 
 
 def test_wheel_leaves_out_what_lies_about(tmp_path, monkeypatch):
     package = tmp_path / "dlia_utils"
-    for name in ("__init__.py", "table.csv", "part/__init__.py", "__pycache__/a.pyc", ".ipynb_checkpoints/b.py", ".c"):
+    for name in (
+        "__init__.py",
+        "table.csv",
+        "part/__init__.py",
+        "__pycache__/a.pyc",
+        ".ipynb_checkpoints/b.py",
+        ".c",
+    ):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("x = 1")
     for name in ("pyproject.toml", "requirements.txt", "LICENSE"):
         (tmp_path / name).write_bytes((notebooks.REPOSITORY / name).read_bytes())
     monkeypatch.setattr(notebooks, "REPOSITORY", tmp_path)
     names = zipfile.ZipFile(kaggle.write_wheel(tmp_path / "out")).namelist()
-    assert names[:3] == ["dlia_utils/__init__.py", "dlia_utils/part/__init__.py", "dlia_utils/table.csv"]
+    assert names[:3] == [
+        "dlia_utils/__init__.py",
+        "dlia_utils/part/__init__.py",
+        "dlia_utils/table.csv",
+    ]
     assert all(".dist-info/" in name for name in names[3:])
 
 
@@ -409,7 +500,11 @@ print(found.version, found.metadata["License-Expression"], found.metadata["Requi
 
 def imported(place, cwd):
     done = subprocess.run(
-        [sys.executable, "-I", "-c", IMPORTS, str(place)], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", IMPORTS, str(place)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -418,7 +513,16 @@ def imported(place, cwd):
 def test_wheel_installs_with_pip_and_imports_from_there_and_as_it_lies(wheel, tmp_path):
     target = tmp_path / "target"
     options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(wheel)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        "--target",
+        str(target),
+        str(wheel),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (target / f"dlia_utils-{__version__}.dist-info" / "licenses" / "LICENSE").is_file()
@@ -434,8 +538,11 @@ def test_bootstrap_cell_finds_both_wheels_in_the_data_set(built, tmp_path):
     cell = notebooks.BOOTSTRAP.replace("/kaggle", str(tmp_path / "kaggle"))
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"{cell}\nimport captum\nprint(captum.LOCAL)"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"dlia_utils {__version__}\nTrue\n"
 
@@ -450,7 +557,9 @@ class Transport:
         self.calls, self.blobs, self.exists = [], {}, False
 
     def send(self, session, request, **settings):
-        assert request.url.startswith(("https://api.kaggle.com/v1/", "https://upload.invalid/")), request.url
+        assert request.url.startswith(("https://api.kaggle.com/v1/", "https://upload.invalid/")), (
+            request.url
+        )
         name = request.url.rsplit("/", 1)[-1]
         if request.method == "PUT":
             self.blobs[name] = request.body.read()
@@ -467,10 +576,19 @@ class Transport:
         return response
 
     def on_GetDatasetStatus(self, asked):
-        return ({"status": "ready"}, 200) if self.exists else ({"code": 404, "message": "no such data set"}, 404)
+        return (
+            ({"status": "ready"}, 200)
+            if self.exists
+            else ({"code": 404, "message": "no such data set"}, 404)
+        )
 
     def on_StartBlobUpload(self, asked):
-        return ({"token": f"token-{asked['name']}", "createUrl": f"https://upload.invalid/{asked['name']}"},)
+        return (
+            {
+                "token": f"token-{asked['name']}",
+                "createUrl": f"https://upload.invalid/{asked['name']}",
+            },
+        )
 
     def on_CreateDataset(self, asked):
         self.exists = True
@@ -480,7 +598,13 @@ class Transport:
         return ({"status": "ok", "url": "https://kaggle.invalid/dataset"},)
 
     def on_SaveKernel(self, asked):
-        return ({"versionNumber": 1, "url": f"https://kaggle.invalid/{asked['slug']}", "ref": asked["slug"]},)
+        return (
+            {
+                "versionNumber": 1,
+                "url": f"https://kaggle.invalid/{asked['slug']}",
+                "ref": asked["slug"],
+            },
+        )
 
     def sent(self, name):
         return [asked for called, asked in self.calls if called == name]
@@ -494,9 +618,13 @@ def client(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_USERNAME", "some-user")
     monkeypatch.setenv("KAGGLE_KEY", "not-a-key")
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the client notes there how far an upload is
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path)
+    )  # the client notes there how far an upload is
     transport = Transport()
-    monkeypatch.setattr(requests.Session, "send", lambda *given, **settings: transport.send(*given, **settings))
+    monkeypatch.setattr(
+        requests.Session, "send", lambda *given, **settings: transport.send(*given, **settings)
+    )
     import kaggle.cli  # logs in when imported
 
     monkeypatch.setattr(kaggle.cli.api, "_authenticated", False)
@@ -522,7 +650,9 @@ def real(tmp_path_factory):
 
 
 def test_the_client_creates_then_updates_the_data_set(client, built, capsys):
-    create, version, status = [shlex.split(command) for command, _ in kaggle.push_commands(built)][:3]
+    create, version, status = [shlex.split(command) for command, _ in kaggle.push_commands(built)][
+        :3
+    ]
     client(create)
     assert "Your private Dataset is being created" in capsys.readouterr().out
     [asked] = client.transport.sent("CreateDataset")
@@ -546,7 +676,11 @@ def test_the_client_creates_then_updates_the_data_set(client, built, capsys):
 
 @pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
 def test_the_client_pushes_every_notebook_of_the_suite(client, real, source, capsys):
-    [slug] = [slug for slug in real.kernels if (real.folder / "kernels" / slug / f"{source.stem}.ipynb").exists()]
+    [slug] = [
+        slug
+        for slug in real.kernels
+        if (real.folder / "kernels" / slug / f"{source.stem}.ipynb").exists()
+    ]
     [command] = [shlex.split(one) for one, _ in kaggle.push_commands(real) if one.endswith(slug)]
     client(command)
     output = capsys.readouterr().out
@@ -556,10 +690,18 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, real, source, cap
     assert 5 <= len(asked["newTitle"]) <= 50
     assert (asked["language"], asked["kernelType"]) == ("python", "notebook")
     assert asked["machineShape"] == "NvidiaTeslaT4" and asked["enableGpu"] is True
-    assert asked["isPrivate"] is True and asked["enableInternet"] is True and not asked.get("enableTpu")
+    assert (
+        asked["isPrivate"] is True
+        and asked["enableInternet"] is True
+        and not asked.get("enableTpu")
+    )
     names = notebooks.full_settings(source)["dataset"]
-    handles = [locate.SOURCES[name].handle for name in ([names] if isinstance(names, str) else names)]
-    assert asked["datasetDataSources"] == [handle for handle in handles if handle] + ["some-user/dlia-utils"]
+    handles = [
+        sources.SOURCES[name].handle for name in ([names] if isinstance(names, str) else names)
+    ]
+    assert asked["datasetDataSources"] == [handle for handle in handles if handle] + [
+        "some-user/dlia-utils"
+    ]
     sent = nbformat.reads(asked["text"], as_version=4)
     nbformat.validate(sent)
     assert sent.metadata.kaggle.accelerator == "nvidiaTeslaT4"

@@ -8,7 +8,9 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import device, locate, notebooks, objectives, run, train
+from dlia_utils import device, objectives, run, train
+from dlia_utils.data import sources
+from tools import notebooks
 
 TINY = """\
 # %% [markdown]
@@ -24,8 +26,8 @@ import socket
 
 from dlia_utils import locate
 
-location = locate.find("nih")
-print(location.origin, location.synthetic, location.root, locate.on_kaggle(), locate.cache_root())
+location = sources.find("nih")
+print(location.origin, location.synthetic, location.root, sources.on_kaggle(), sources.cache_root())
 
 # %%
 import captum
@@ -48,7 +50,9 @@ def need_only_the_wheel(session, notebook):
     """All of dlia_utils came from the offline data set, and no folder of the repository could be imported from."""
     seen = json.loads(printed(notebook, -1))
     wheel = next((session.root / "input").rglob("dlia_utils-*.whl"))
-    assert seen["modules"] and all(path.startswith(f"{wheel}/dlia_utils/") for path in seen["modules"].values())
+    assert seen["modules"] and all(
+        path.startswith(f"{wheel}/dlia_utils/") for path in seen["modules"].values()
+    )
     assert not {str(notebooks.REPOSITORY), str(notebooks.REPOSITORY / "tests")} & set(seen["path"])
 
 
@@ -73,19 +77,27 @@ def test_a_tiny_notebook_finds_wheel_and_data_in_both_layouts(tmp_path, layout):
 @pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
 def test_every_notebook_of_the_suite_runs_on_kaggle(source, tmp_path_factory):
     done = kaggle_tree.finished(source, tmp_path_factory)
-    assert not done.error, notebooks.failure_text(done.error) if hasattr(done.error, "traceback") else done.error
+    assert not done.error, (
+        notebooks.failure_text(done.error) if hasattr(done.error, "traceback") else done.error
+    )
     session = done.session
     kaggle_tree.need_complete(done.run_dir, done.executed, synthetic=True)
     need_only_the_wheel(session, done.executed)
-    number = [notebooks._tags(c) for c in done.executed.cells if c.cell_type == "code"].index(["start"])
+    number = [notebooks._tags(c) for c in done.executed.cells if c.cell_type == "code"].index(
+        ["start"]
+    )
     banner = printed(done.executed, number).splitlines()
     assert ("CPU ONLY" in banner[1] and "GPU T4 x2" in banner[2]) or "cuda" in banner[1]
-    assert "SMOKE  (auto: " in printed(done.executed, number) and "[found by: kaggle]" in printed(done.executed, number)
+    assert "SMOKE  (auto: " in printed(done.executed, number) and "[found by: kaggle]" in printed(
+        done.executed, number
+    )
     assert session.network == [], "without internet a smoke run must not even ask for it"
     assert session.input_state() == done.before, "inputs are read-only on Kaggle"
     assert (session.root / "temp" / "dlia").is_dir(), "decoded images belong on the scratch disk"
     if "submit" in source.read_text(encoding="utf-8"):
-        assert list(session.working.glob("*.csv")), "Kaggle offers files of the working folder as submissions"
+        assert list(session.working.glob("*.csv")), (
+            "Kaggle offers files of the working folder as submissions"
+        )
 
 
 # ------------------------------------------------------------------------------- a GPU that torch cannot use
@@ -98,7 +110,9 @@ def p100(monkeypatch):
 
     def broken(*size, device=None, **options):
         if device is not None and torch.device(device).type == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+            raise RuntimeError(
+                "CUDA error: no kernel image is available for execution on the device\nCompile with ..."
+            )
         return ones(*size, device=device, **options)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -115,7 +129,7 @@ def real_films_on_kaggle(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    for part in locate.SOURCES["pneumonia"].signature:
+    for part in sources.SOURCES["pneumonia"].signature:
         (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)
 
 
@@ -134,8 +148,8 @@ def test_no_gpu_is_said_first_too_and_how_to_get_one(real_films_on_kaggle, monke
     lines = start_run("01", profile="auto").banner().splitlines()
     assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    monkeypatch.setattr(run, "runs_root", lambda: Path(locate.kaggle_root()) / "runs")
-    elsewhere = start_run("01", locate.kaggle_root() / "input").banner()
+    monkeypatch.setattr(run, "runs_root", lambda: Path(sources.kaggle_root()) / "runs")
+    elsewhere = start_run("01", sources.kaggle_root() / "input").banner()
     assert "CPU ONLY" in elsewhere and "T4" not in elsewhere, "a laptop has no session options"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dlia_utils import models, objectives
+from dlia_utils.device import fingerprint
 from dlia_utils.models.lipschitz import (
     compare_norms,
     lipschitz_bound,
@@ -14,7 +15,6 @@ from dlia_utils.models.lipschitz import (
     spectral_like,
     spectral_normalize,
 )
-from dlia_utils.objectives import fingerprint
 
 
 def dense(layer, shape) -> torch.Tensor:
@@ -57,12 +57,16 @@ def test_the_operator_norm_is_the_largest_singular_value_of_the_dense_matrix(opt
     gain = torch.linspace(-2, 3, conv.out_channels)
     scaled = copy.deepcopy(conv)
     scaled.weight.data *= gain.view(-1, 1, 1, 1)
-    assert operator_norm(conv, shape, gain=gain) == pytest.approx(true_norm(scaled, shape), rel=1e-4)
+    assert operator_norm(conv, shape, gain=gain) == pytest.approx(
+        true_norm(scaled, shape), rel=1e-4
+    )
 
 
 def test_a_linear_layer_is_exact_and_other_layers_are_refused():
     layer = nn.Linear(5, 3)
-    assert operator_norm(layer, (5,)) == pytest.approx(torch.linalg.matrix_norm(layer.weight, ord=2).item(), rel=1e-6)
+    assert operator_norm(layer, (5,)) == pytest.approx(
+        torch.linalg.matrix_norm(layer.weight, ord=2).item(), rel=1e-6
+    )
     with pytest.raises(TypeError, match="BatchNorm2d"):
         operator_norm(nn.BatchNorm2d(3), (3, 4, 4))
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
@@ -74,14 +78,25 @@ def test_a_linear_layer_is_exact_and_other_layers_are_refused():
 def test_the_reshaped_kernel_is_the_wrong_norm_both_ways():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 96, 1), nn.Conv2d(96, 96, 3, padding=1, groups=96),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 2),
-    )  # fmt: skip
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(32, 96, 1),
+        nn.Conv2d(96, 96, 3, padding=1, groups=96),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 2),
+    )
     table = compare_norms(model.train(), (32, 12, 12))
-    assert table.kind.tolist() == ["3x3", "1x1", "depthwise 3x3", "linear"] and table.layer.tolist() == ["0", "1", "2", "5"]
+    assert table.kind.tolist() == [
+        "3x3",
+        "1x1",
+        "depthwise 3x3",
+        "linear",
+    ] and table.layer.tolist() == ["0", "1", "2", "5"]
     # After the usual spectral normalisation a full kernel still stretches by half, a depthwise one is cut too far.
     assert table.ratio.tolist() == pytest.approx([1.5, 1.0, 0.72, 1.0], abs=0.08)
-    assert table.ratio[1] == pytest.approx(1, abs=1e-5) and table.ratio[3] == pytest.approx(1, abs=1e-5)
+    assert table.ratio[1] == pytest.approx(1, abs=1e-5) and table.ratio[3] == pytest.approx(
+        1, abs=1e-5
+    )
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -91,9 +106,13 @@ def test_the_reshaped_kernel_is_the_wrong_norm_both_ways():
 def small_net():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), nn.ReLU(),
-        nn.Flatten(), nn.Linear(4 * 9, 2),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 9, 2),
+    )
 
 
 def test_training_keeps_every_operator_norm_at_the_bound():
@@ -112,7 +131,10 @@ def test_training_keeps_every_operator_norm_at_the_bound():
     net.eval()
     assert not torch.equal(net[0].parametrizations.weight.original, start)
     norms = {i: true_norm(net[i], shape) for i, shape in shapes.items()}
-    unbound = [torch.linalg.matrix_norm(net[i].parametrizations.weight.original.flatten(1), ord=2) for i in shapes]
+    unbound = [
+        torch.linalg.matrix_norm(net[i].parametrizations.weight.original.flatten(1), ord=2)
+        for i in shapes
+    ]
     assert max(norms.values()) <= 0.8 * 1.02 and max(norms.values()) >= 0.75, norms
     assert max(unbound) > 1  # what the optimiser moves is far outside
 
@@ -122,7 +144,9 @@ def test_only_what_is_above_the_bound_is_scaled_group_by_group():
     conv.weight.data = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(1))
     conv.weight.data[1] *= 0.01
     before = conv.weight.detach().clone()
-    net = spectral_normalize(nn.Sequential(conv), kind="operator", input_shape=(2, 5, 5), bound=1.0).train()
+    net = spectral_normalize(
+        nn.Sequential(conv), kind="operator", input_shape=(2, 5, 5), bound=1.0
+    ).train()
     for _ in range(30):
         net(torch.rand(1, 2, 5, 5))
     net.eval()
@@ -151,13 +175,17 @@ def test_a_state_dict_tells_how_the_model_was_parametrised(kind):
     plain = small_net()
     models.load_strictly(plain, models.bake(again).state_dict(), origin="test")
     assert torch.equal(plain(x), expected)
-    assert not nn.utils.parametrize.is_parametrized(spectral_like(small_net(), plain.state_dict())[0])
+    assert not nn.utils.parametrize.is_parametrized(
+        spectral_like(small_net(), plain.state_dict())[0]
+    )
 
 
 def test_a_weight_of_zeros_and_channels_last_do_no_harm():
     net = small_net()
     net[0].weight.data.zero_()
-    spectral_normalize(net, kind="operator", input_shape=(1, 6, 6)).to(memory_format=torch.channels_last)
+    spectral_normalize(net, kind="operator", input_shape=(1, 6, 6)).to(
+        memory_format=torch.channels_last
+    )
     net.train()(torch.rand(2, 1, 6, 6)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
     assert (net[0].parametrizations.weight[0].v.norm() - 1).abs() < 1e-5
@@ -196,7 +224,12 @@ def scaled_identity(channels, factor):
 
 
 def test_the_bound_of_a_residual_sum_is_one_plus_its_branch_and_is_reached():
-    net = nn.Sequential(Residual(scaled_identity(2, 0.5)), Residual(scaled_identity(2, 2.0)), nn.ReLU6(), nn.Flatten())
+    net = nn.Sequential(
+        Residual(scaled_identity(2, 0.5)),
+        Residual(scaled_identity(2, 2.0)),
+        nn.ReLU6(),
+        nn.Flatten(),
+    )
     assert lipschitz_bound(net, (2, 3, 3)) == pytest.approx(1.5 * 3.0)
     x, y = torch.full((1, 2, 3, 3), 0.2), torch.full((1, 2, 3, 3), 0.3)
     assert ((net(x) - net(y)).norm() / (x - y).norm()).item() == pytest.approx(4.5, rel=1e-4)
@@ -241,7 +274,9 @@ def test_no_pair_of_images_is_stretched_more_than_the_bound(make):
     model, generator = make(), torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_var.data = 0.05 + torch.rand(module.running_var.shape, generator=generator)
+            module.running_var.data = 0.05 + torch.rand(
+                module.running_var.shape, generator=generator
+            )
             module.weight.data = torch.randn(module.weight.shape, generator=generator)
     mark = fingerprint(model)
     bound = lipschitz_bound(model.train(), (1, 16, 16), iterations=20)
@@ -260,7 +295,10 @@ def test_no_pair_of_images_is_stretched_more_than_the_bound(make):
 def test_on_a_linear_network_the_bound_is_the_norm_itself():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout()).eval()
-    net[1].running_var.data, net[1].weight.data = torch.tensor([0.1, 2.0, 1.0]), torch.tensor([1.0, -2.0, 0.5])
+    net[1].running_var.data, net[1].weight.data = (
+        torch.tensor([0.1, 2.0, 1.0]),
+        torch.tensor([1.0, -2.0, 0.5]),
+    )
     assert lipschitz_bound(net, (1, 6, 6)) == pytest.approx(true_norm(net, (1, 6, 6)), rel=1e-4)
 
 
@@ -282,7 +320,11 @@ def test_what_has_no_known_bound_is_named():
         lipschitz_bound(Branching(), (1, 4, 4))
 
 
-@pytest.mark.parametrize("options", [{"kind": "operator", "input_shape": (1, 32, 32), "bound": 0.7}, {}], ids=["operator", "kernel"])
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "operator", "input_shape": (1, 32, 32), "bound": 0.7}, {}],
+    ids=["operator", "kernel"],
+)
 def test_a_saved_model_of_either_kind_loads_bit_equal(options, tmp_path):
     model = models.spectral_normalize(models.mobilenet_v2(width=0.25, stages=3), **options)
     for _ in range(2):

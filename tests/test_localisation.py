@@ -9,11 +9,11 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import nn
 
-from dlia_utils import phantom
-from dlia_utils.cache import ImageCache
+from dlia_utils.data import phantom
+from dlia_utils.data.cache import ImageCache
 from dlia_utils.explain import Attribution, attribution, energy_inside
-from dlia_utils.explain._shared import REFERENCES
 from dlia_utils.explain.attribution import METHODS, explain
+from dlia_utils.explain.base import REFERENCES
 from dlia_utils.explain.eigencam import _inside
 from dlia_utils.explain.localisation import (
     against_model,
@@ -43,16 +43,25 @@ def box(x1, y1, x2, y2):
 def findings(boxes=None, outlines=()):
     """A data set of three films, 100 x 200 (height x width) each, and its cache of 50 pixels."""
     manifest = pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"]})
-    rows = [{"image": image, "label": 1, "points": np.array(points, float)} for image, points in outlines]
+    rows = [
+        {"image": image, "label": 1, "points": np.array(points, float)}
+        for image, points in outlines
+    ]
     dataset = SimpleNamespace(
-        manifest=manifest, boxes=boxes, outlines=pd.DataFrame(rows, columns=["image", "label", "points"])
+        manifest=manifest,
+        boxes=boxes,
+        outlines=pd.DataFrame(rows, columns=["image", "label", "points"]),
     )
     shapes = np.array([[100, 200]] * 3, np.int32)
-    return dataset, {fit: ImageCache(None, 50, "", None, (), shapes, fit) for fit in ("squash", "pad")}
+    return dataset, {
+        fit: ImageCache(None, 50, "", None, (), shapes, fit) for fit in ("squash", "pad")
+    }
 
 
 def test_regions_are_the_boxes_where_the_cached_film_has_them():
-    boxes = pd.concat([box(20, 10, 60, 40), box(100, 50, 200, 100), box(82.4, 20.4, 84, 40)], ignore_index=True)
+    boxes = pd.concat(
+        [box(20, 10, 60, 40), box(100, 50, 200, 100), box(82.4, 20.4, 84, 40)], ignore_index=True
+    )
     dataset, caches = findings(boxes.assign(image=[2, 0, 2], label=1))
     corners = ["x1", "y1", "x2", "y2"]
     squashed = regions_of(dataset, [2, 0], caches["squash"])
@@ -70,9 +79,11 @@ def test_tiny_boxes_at_every_place_keep_a_pixel_and_others_stay():
     corner = rng.uniform([0, 0], [200, 100], (200, 2))
     side = rng.choice([0.5, 3.0, 9.0], (200, 2))
     dataset, caches = findings(
-        pd.DataFrame(np.hstack([corner, np.minimum(corner + side, [200, 100])]), columns=["x1", "y1", "x2", "y2"])
-        .assign(image=0)
-    )  # fmt: skip
+        pd.DataFrame(
+            np.hstack([corner, np.minimum(corner + side, [200, 100])]),
+            columns=["x1", "y1", "x2", "y2"],
+        ).assign(image=0)
+    )
     (found,) = regions_of(dataset, [0], caches["squash"])
     for (_, before), (_, after) in zip(dataset.boxes.iterrows(), found.iterrows(), strict=True):
         scaled = pd.DataFrame([before * [0.25, 0.5, 0.25, 0.5, 1]])
@@ -112,7 +123,9 @@ def test_outlines_of_one_film_add_up_and_a_circle_has_its_area():
 
 def test_images_without_a_finding_are_named():
     dataset, caches = findings(box(1, 1, 9, 9).assign(image=1), [(0, [[1, 1], [9, 1], [9, 9]])])
-    with pytest.raises(ValueError, match="2 images have no box, a.jpg, c.jpg among them: leave out"):
+    with pytest.raises(
+        ValueError, match="2 images have no box, a.jpg, c.jpg among them: leave out"
+    ):
         regions_of(dataset, [0, 1, 2], caches["pad"])
     with pytest.raises(ValueError, match="1 images have no outline, b.jpg"):
         regions_of(dataset, [1], caches["pad"], kind="outline")
@@ -130,7 +143,9 @@ def test_the_coverage_of_a_region_grows_with_the_pixels_taken():
     np.testing.assert_allclose(curve["minus_chance"], [0.45 / 2, 0.85 / 2, 0.5 / 2])
     assert coverage_curve(ramp[None], [inside])["p"].tolist() == [5, 15, 25, 50, 75, 85, 95]
     table = score_maps(np.stack([ramp, np.ones((10, 10))]), [inside] * 2, p=15)
-    assert table[["coverage", "coverage_gain"]].mean().tolist() == pytest.approx(curve.iloc[1, 1:].tolist())
+    assert table[["coverage", "coverage_gain"]].mean().tolist() == pytest.approx(
+        curve.iloc[1, 1:].tolist()
+    )
     with pytest.raises(ValueError, match="p must lie"):
         coverage_curve(ramp[None], [inside], p=(5, 101))
 
@@ -144,9 +159,9 @@ def test_a_random_map_covers_p_per_cent():
 def test_a_map_that_is_the_region_scores_full_and_its_complement_nothing():
     mask = np.zeros((20, 20), bool)
     mask[4:8, 10:15] = True
-    right, wrong = score_maps(np.stack([mask, ~mask]).astype(float), [mask, box(10, 4, 15, 8)]).to_dict(
-        "records"
-    )
+    right, wrong = score_maps(
+        np.stack([mask, ~mask]).astype(float), [mask, box(10, 4, 15, 8)]
+    ).to_dict("records")
     assert right["area"] == wrong["area"] == 0.05
     assert [right[k] for k in ("coverage", "pointing", "energy", "auprc")] == [1, 1, 1, 1]
     assert [wrong[k] for k in ("coverage", "pointing", "energy")] == [0, 0, 0]
@@ -205,7 +220,11 @@ def test_references_know_nothing_and_are_reproducible():
     masks = list(rng.random((60, 30, 30)) < 0.1)
     _, summary = localise({}, torch.rand(60, 1, 30, 30), masks, groups=range(60), draws=200)
     row = summary.query("map == 'random' and score == 'coverage_gain'").iloc[0]
-    assert abs(row["value"]) < 0.02 and row["ci_low"] < row["value"] < row["ci_high"] and row["n"] == 60
+    assert (
+        abs(row["value"]) < 0.02
+        and row["ci_low"] < row["value"] < row["ci_high"]
+        and row["n"] == 60
+    )
 
 
 def test_the_interval_draws_whole_patients():
@@ -270,7 +289,9 @@ def taught(films, masks, *, epochs, weight):
         for _ in range(epochs):
             for rows in torch.randperm(len(films)).split(16):
                 logits = head(features(films[rows]).movedim(1, -1)).movedim(-1, 1)
-                loss = nn.functional.cross_entropy(logits, truth[rows], weight=torch.tensor([1.0, weight]))
+                loss = nn.functional.cross_entropy(
+                    logits, truth[rows], weight=torch.tensor([1.0, weight])
+                )
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -279,7 +300,12 @@ def taught(films, masks, *, epochs, weight):
 
 def bones(seed, count, side=64):
     """Phantom films of long bones, every second fractured, and the masks of the gaps."""
-    drawn = [phantom.bone(np.random.default_rng([seed, k]), height=side, width=side, fractured=k % 2 == 1) for k in range(count)]
+    drawn = [
+        phantom.bone(
+            np.random.default_rng([seed, k]), height=side, width=side, fractured=k % 2 == 1
+        )
+        for k in range(count)
+    ]
     films = np.stack([film for film, _, _ in drawn])
     masks = np.stack([np.zeros((side, side), bool) if gap is None else gap for _, _, gap in drawn])
     return torch.from_numpy(films)[:, None], masks
@@ -288,7 +314,8 @@ def bones(seed, count, side=64):
 def chests(seed, count, side=48):
     """Phantom films, every second with opacities, and the masks of these."""
     drawn = [
-        phantom.chest(np.random.default_rng([seed, k]), size=side, pneumonia=k % 2 == 1) for k in range(count)
+        phantom.chest(np.random.default_rng([seed, k]), size=side, pneumonia=k % 2 == 1)
+        for k in range(count)
     ]
     films, masks = (np.stack(part) for part in zip(*drawn, strict=True))
     return torch.from_numpy(films)[:, None], masks
@@ -308,16 +335,21 @@ def lesions():
 
 def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
     films, masks = lesions
-    maps = {name: explain(name, reader, films, 1, **OPTIONS.get(name, {})).heat() for name in METHODS}
+    maps = {
+        name: explain(name, reader, films, 1, **OPTIONS.get(name, {})).heat() for name in METHODS
+    }
     rows, summary = localise(maps, films, masks, groups=range(len(films)), draws=200)
     assert len(rows) == (len(METHODS) + 3) * len(films)
     value = summary.pivot(index="map", columns="score", values="value")
     reference = value.loc[["random", "centre prior", "edges"]]
     for name in ("gradcam", "gradcam++"):
-        assert value.loc[name, "pointing"] > 0.7 and (value.loc[name] > reference.max() + 0.2).all(), name
+        assert (
+            value.loc[name, "pointing"] > 0.7 and (value.loc[name] > reference.max() + 0.2).all()
+        ), name
     for name in ("occlusion", "integrated_gradients"):
         assert (
-            value.loc[name, ["coverage_gain", "auprc"]] > reference[["coverage_gain", "auprc"]].max()
+            value.loc[name, ["coverage_gain", "auprc"]]
+            > reference[["coverage_gain", "auprc"]].max()
         ).all(), name
     lows = summary.query("score == 'coverage_gain'").set_index("map")["ci_low"]
     assert lows["gradcam"] > 0.3 and lows["random"] < 0
@@ -345,7 +377,9 @@ def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesi
             net[1].weight.zero_()[1] = torch.from_numpy(mask).float().flatten()
         options = {"window": 4, "stride": 4} if method == "occlusion" else {}
         share = 100 * mask.mean()  # a map that is the lesion covers it with as many pixels
-        row = score_maps(explain(method, net, film[None], 1, **options).heat(), [mask], p=share).iloc[0]
+        row = score_maps(
+            explain(method, net, film[None], 1, **options).heat(), [mask], p=share
+        ).iloc[0]
         # A window of occlusion reaches over the lesion's edge by its own size.
         assert row["pointing"] == 1 if method != "occlusion" else row["pointing"] > 0.4
         assert row["energy"] > (0.5 if method == "occlusion" else 0.9999)
@@ -360,16 +394,22 @@ def test_randomised_weights_destroy_the_map_of_a_faithful_method(reader, lesions
     assert table["down_to"].tolist() == ["none", "7", "3", "0", "another image"]
     assert table["spearman"][0] == pytest.approx(1) and table["ssim"][0] == pytest.approx(1)
     assert table["spearman"][1:4].max() < 0.5 and table["ssim"][1:4].max() < 0.5
-    pd.testing.assert_frame_equal(table, sanity(reader, films, "gradcam", target=1, layer="8", steps=3))
+    pd.testing.assert_frame_equal(
+        table, sanity(reader, films, "gradcam", target=1, layer="8", steps=3)
+    )
     assert all(torch.equal(value, before[key]) for key, value in reader.state_dict().items())
 
 
 def test_sanity_exposes_a_map_that_does_not_depend_on_the_weights(monkeypatch, reader, lesions):
     def edges(model, x, *, target=None):
-        return Attribution("edges", torch.from_numpy(reference_maps(x)["edges"]).float(), target, target)
+        return Attribution(
+            "edges", torch.from_numpy(reference_maps(x)["edges"]).float(), target, target
+        )
 
     monkeypatch.setitem(attribution.METHODS, "edges", edges)
-    assert sanity(reader, lesions[0], "edges", target=1, steps=2)["spearman"][:3].min() == pytest.approx(1)
+    assert sanity(reader, lesions[0], "edges", target=1, steps=2)["spearman"][
+        :3
+    ].min() == pytest.approx(1)
     with pytest.raises(ValueError, match="no layer with weights"):
         sanity(nn.Flatten().eval(), torch.rand(1, 1, 1, 2), "saliency")
     with pytest.raises(ValueError, match="steps must be"):
@@ -382,8 +422,14 @@ def test_sanity_exposes_a_map_that_does_not_depend_on_the_weights(monkeypatch, r
 def test_a_summary_can_be_made_again_from_the_table_per_image():
     films, masks = torch.rand(6, 1, 12, 12), [np.eye(12, dtype=bool)] * 6
     groups = [1, 1, 2, 3, 4, 5]
-    per_image, summary = localise({"a": np.random.default_rng(0).random((6, 12, 12))}, films, masks,
-                                               groups=groups, draws=60, seed=2)  # fmt: skip
+    per_image, summary = localise(
+        {"a": np.random.default_rng(0).random((6, 12, 12))},
+        films,
+        masks,
+        groups=groups,
+        draws=60,
+        seed=2,
+    )
     pd.testing.assert_frame_equal(summary, summarise(per_image, draws=60, seed=2))
 
 
@@ -407,10 +453,17 @@ def test_maps_of_two_models_are_compared_film_by_film(lesions):
     films, masks = lesions
     rng = np.random.default_rng(0)
     good, poor = np.stack(masks).astype(float), rng.random((len(films), *films.shape[2:]))
-    tables = [localise({"saliency": heat, "other": poor}, films, masks, groups=range(len(films)), draws=9)[0]
-              for heat in (good, poor)]  # fmt: skip
+    tables = [
+        localise(
+            {"saliency": heat, "other": poor}, films, masks, groups=range(len(films)), draws=9
+        )[0]
+        for heat in (good, poor)
+    ]
     table = against_model(*tables, draws=100).set_index(["map", "score"])
-    assert table.loc[("saliency", "auprc"), "ci_low"] > 0.5 and (table.loc["other", "value"] == 0).all()
+    assert (
+        table.loc[("saliency", "auprc"), "ci_low"] > 0.5
+        and (table.loc["other", "value"] == 0).all()
+    )
     assert set(table.index.get_level_values("map")) == {"saliency", "other"}
     with pytest.raises(ValueError, match="lacks the images"):
         against_model(tables[0], tables[1].query("image > 0"))

@@ -67,12 +67,18 @@ def test_a_file_gives_the_features_and_the_seed_gives_a_last_layer_that_does_not
 ):
     dropped = {"1000 classes": [], "none": ["weight", "bias"], "half": ["bias"]}[head]
     state = {
-        key: value for key, value in published.items() if key.removeprefix("classifier.1.") not in dropped
+        key: value
+        for key, value in published.items()
+        if key.removeprefix("classifier.1.") not in dropped
     }
     with caplog.at_level("INFO", "dlia_utils"):
         model = small(weights=written(state, tmp_path))
     backbone, fresh = model.backbone.state_dict(), small().backbone.state_dict()
-    assert all(torch.equal(backbone[key], published[key]) for key in backbone if key.startswith("features."))
+    assert all(
+        torch.equal(backbone[key], published[key])
+        for key in backbone
+        if key.startswith("features.")
+    )
     assert torch.equal(backbone["classifier.1.weight"], fresh["classifier.1.weight"])
     assert "weights.pth" in caplog.text and str(tmp_path) not in caplog.text
 
@@ -101,7 +107,9 @@ def test_a_file_that_does_not_fit_is_refused_with_the_keys(published, tmp_path):
         small(weights=tmp_path / "nowhere.pth")
 
 
-def test_imagenet_is_the_file_that_the_environment_names_or_a_download(published, tmp_path, monkeypatch):
+def test_imagenet_is_the_file_that_the_environment_names_or_a_download(
+    published, tmp_path, monkeypatch
+):
     monkeypatch.setenv("DLIA_WEIGHTS", str(written(published, tmp_path)))
     taken = small(weights="imagenet").backbone.state_dict()["features.0.0.weight"]
     assert torch.equal(taken, published["features.0.0.weight"])
@@ -129,7 +137,9 @@ def test_other_files_and_other_models_are_refused(tmp_path):
     path = models.save(nn.Linear(2, 2), tmp_path / "linear.pt", meta={})
     with pytest.raises(ValueError, match="pass build="):
         models.load(path)
-    with pytest.raises(ValueError, match=r"0 of 2 entries matched.*weight: \(2, 2\), expected \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"0 of 2 entries matched.*weight: \(2, 2\), expected \(3, 2\)"
+    ):
         models.load(path, lambda: nn.Linear(2, 3))
     with pytest.raises(ValueError, match="unknown bias"):
         models.load(path, lambda: nn.Linear(2, 2, bias=False))
@@ -150,7 +160,9 @@ def test_every_layer_has_norm_one_and_bakes_into_a_plain_model_of_equal_outputs(
         model(torch.rand(2, 1, 32, 32))
     model.eval()
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    norms = torch.stack([torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) for layer in layers])
+    norms = torch.stack(
+        [torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) for layer in layers]
+    )
     assert len(layers) == 53 and (norms - 1).abs().max() < 0.1
 
     x = torch.rand(3, 1, 32, 32)
@@ -161,7 +173,9 @@ def test_every_layer_has_norm_one_and_bakes_into_a_plain_model_of_equal_outputs(
     plain.load_state_dict(baked.state_dict(), strict=True)
     assert torch.equal(plain(x), expected)
     loaded = models.load(saved)
-    assert torch.equal(loaded(x), expected) and loaded.state_dict().keys() == plain.state_dict().keys()
+    assert (
+        torch.equal(loaded(x), expected) and loaded.state_dict().keys() == plain.state_dict().keys()
+    )
     with pytest.raises(ValueError, match="already"):
         models.spectral_normalize(model)
 

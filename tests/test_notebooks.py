@@ -15,8 +15,10 @@ import pytest
 from kaggle_tree import need_complete, write_wheel
 from PIL import Image
 
-from dlia_utils import __version__, locate, notebooks
-from dlia_utils.layouts import DataNotFound
+from dlia_utils import __version__
+from dlia_utils.data import sources
+from dlia_utils.data.readers import DataNotFound
+from tools import notebooks
 
 TINY = """\
 # %% [markdown]
@@ -147,15 +149,25 @@ def test_a_good_notebook_has_no_fault(tiny_fresh):
         ("value = 6 * 7", 'value = "cuda:0"', "use run.device"),
         ("value = 6 * 7", 'value = sys.path("/kaggle/input/x")', "absolute path '/kaggle/'"),
         ("value = 6 * 7", 'value = "/home/me/data"', "absolute path '/home/'"),
-        ("# ## 1 A section", "# Prose.\n#\n# ## 1 A section", "a section ('## ') must begin a cell of its own"),
-        ("value = 6 * 7", "value = other", "'1 A section' does not run alone after the opening cells: other"),
+        (
+            "# ## 1 A section",
+            "# Prose.\n#\n# ## 1 A section",
+            "a section ('## ') must begin a cell of its own",
+        ),
+        (
+            "value = 6 * 7",
+            "value = other",
+            "'1 A section' does not run alone after the opening cells: other",
+        ),
         ("value = 6 * 7", "value = 6 * 8", "code changed since it was executed"),
     ],
 )
 def test_faults_of_a_source_are_found(tiny_fresh, before, after, fault):
     tiny_fresh.write_text(TINY.replace(before, after))
     notebooks.write(notebooks.build(tiny_fresh), notebooks.product(tiny_fresh))
-    assert any(fault in problem for problem in notebooks.check(tiny_fresh)), notebooks.check(tiny_fresh)
+    assert any(fault in problem for problem in notebooks.check(tiny_fresh)), notebooks.check(
+        tiny_fresh
+    )
 
 
 def test_a_name_of_another_section_is_found_inside_functions_too(tiny_fresh):
@@ -163,7 +175,9 @@ def test_a_name_of_another_section_is_found_inside_functions_too(tiny_fresh):
     tiny_fresh.write_text(TINY + more)
     notebooks.write(notebooks.build(tiny_fresh), notebooks.product(tiny_fresh))
     problems = notebooks.check(tiny_fresh)
-    assert any("section '2 Next' does not run alone after the opening cells: value" in p for p in problems)
+    assert any(
+        "section '2 Next' does not run alone after the opening cells: value" in p for p in problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,12 +190,18 @@ def test_a_name_of_another_section_is_found_inside_functions_too(tiny_fresh):
         ('"kernelspec"', '"widgets": {}, "kernelspec"', "metadata 'widgets'"),
         ("output 6", "x" * 1_000_001, "is over 1 MB"),
         ("output 6", "x" * 500_001, "cell 07-tiny-008: an output of 500 kB"),
-        ("# A tiny notebook", "# ![a badge](gone.svg)", "cell 07-tiny-001: link 'gone.svg' points at nothing"),
+        (
+            "# A tiny notebook",
+            "# ![a badge](gone.svg)",
+            "cell 07-tiny-001: link 'gone.svg' points at nothing",
+        ),
     ],
 )
 def test_faults_of_a_committed_notebook_are_found(tiny_fresh, before, after, fault):
     edit(tiny_fresh, before, after)
-    assert any(fault in problem for problem in notebooks.check(tiny_fresh)), notebooks.check(tiny_fresh)
+    assert any(fault in problem for problem in notebooks.check(tiny_fresh)), notebooks.check(
+        tiny_fresh
+    )
 
 
 def test_a_stored_error_a_missing_and_an_orphan_notebook_are_found(tiny_fresh):
@@ -196,16 +216,23 @@ def test_a_stored_error_a_missing_and_an_orphan_notebook_are_found(tiny_fresh):
     assert notebooks.orphans(path.parent) == ["08_alone.ipynb has no source in src/"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "<<<<<<< HEAD", '{"cells": 3, "nbformat": 4, "metadata": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "<<<<<<< HEAD", '{"cells": 3, "nbformat": 4, "metadata": {}}']
+)
 def test_a_file_that_is_no_notebook_is_a_fault_not_a_crash(tiny_fresh, text):
     notebooks.product(tiny_fresh).write_text(text)
     (problem,) = notebooks.check(tiny_fresh)
-    assert problem.startswith("07_tiny.ipynb is not a notebook (") and "notebooks refresh" in problem
+    assert (
+        problem.startswith("07_tiny.ipynb is not a notebook (") and "notebooks refresh" in problem
+    )
 
 
 def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
     tiny_fresh.write_text(TINY + "\n# %%\n1\n")
-    assert any("first where cell 07-tiny-009 is missing" in problem for problem in notebooks.check(tiny_fresh))
+    assert any(
+        "first where cell 07-tiny-009 is missing" in problem
+        for problem in notebooks.check(tiny_fresh)
+    )
     tiny_fresh.write_text(TINY.replace("import sys", "import os"))
     assert any("first in cell 07-tiny-006" in problem for problem in notebooks.check(tiny_fresh))
 
@@ -213,9 +240,18 @@ def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("[a](other.md) [b](other.md#part-two-here) [c](#part) [d](../top.md \"title\") <me@there.org>", ""),
-        ("[![badge](https://a.b/c.svg)](https://x.org/src=https%3A//a.b/notebooks/01_here.ipynb)", ""),
-        ("```\n[a](gone)\n```\n`[a](gone)` ``[b](`gone)``\n\n    x = y[0](1)", "link '1' points at nothing"),
+        (
+            '[a](other.md) [b](other.md#part-two-here) [c](#part) [d](../top.md "title") <me@there.org>',
+            "",
+        ),
+        (
+            "[![badge](https://a.b/c.svg)](https://x.org/src=https%3A//a.b/notebooks/01_here.ipynb)",
+            "",
+        ),
+        (
+            "```\n[a](gone)\n```\n`[a](gone)` ``[b](`gone)``\n\n    x = y[0](1)",
+            "link '1' points at nothing",
+        ),
         ("an odd ` and\n\n[a](gone) `", "link 'gone' points at nothing"),
         ("[a](<gone>)", "link 'gone' points at nothing"),
         ("[a]\n\n[a]: gone.md\n\n[^1]: a note", "link 'gone.md' points at nothing"),
@@ -228,7 +264,10 @@ def test_a_changed_source_names_the_first_cell_that_differs(tiny_fresh):
         ("[a](file:///x.md)", "link 'file:///x.md' leaves the repository"),
         ("[a](http://) ", "link 'http://' is no web address"),
         ("[a](https://kaggle)", "link 'https://kaggle' is no web address"),
-        ("[a](https://x.org/blob/main/notebooks/02_gone.ipynb)", "names notebooks/02_gone.ipynb, which is not there"),
+        (
+            "[a](https://x.org/blob/main/notebooks/02_gone.ipynb)",
+            "names notebooks/02_gone.ipynb, which is not there",
+        ),
     ],
 )
 def test_links_that_lead_nowhere_are_found(tmp_path, text, fault):
@@ -236,7 +275,9 @@ def test_links_that_lead_nowhere_are_found(tmp_path, text, fault):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("# Part two: here\n")
     problems = notebooks.link_problems(text, tmp_path / "docs", tmp_path)
-    assert (problems == []) if not fault else (len(problems) == 1 and fault in problems[0]), problems
+    assert (problems == []) if not fault else (len(problems) == 1 and fault in problems[0]), (
+        problems
+    )
 
 
 def test_pages_are_found_by_themselves(tmp_path):
@@ -254,9 +295,14 @@ def test_pages_of_the_repository_have_no_dead_link():
 def test_checks_need_no_torch_and_end_in_seconds(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('the checks imported torch')")
     done = subprocess.run(
-        [sys.executable, "-m", "dlia_utils", "notebooks", "check"], cwd=notebooks.REPOSITORY, timeout=30,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "dlia_utils", "notebooks", "check"],
+        cwd=notebooks.REPOSITORY,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode in (0, 1) and not done.stderr, done.stderr  # faults have their own test
 
 
@@ -270,13 +316,22 @@ def test_clean_drops_what_depends_on_the_machine(tiny):
     notebook.cells[-1].outputs = [
         output("stream", name="stderr", text=bar),
         output("stream", name="stdout", text="\x1b[31mred\x1b[0m\n"),
-        output("stream", name="stdout", text=f"{notebooks.REPOSITORY}/runs/a and {sys.prefix}/lib\n"),
-        output("display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}),
+        output(
+            "stream", name="stdout", text=f"{notebooks.REPOSITORY}/runs/a and {sys.prefix}/lib\n"
+        ),
+        output(
+            "display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+        ),
         output("execute_result", data={"text/plain": "42"}, execution_count=1),
     ]
     cleaned = notebooks.clean(notebook)
-    assert set(cleaned.metadata) == {"kernelspec", "language_info"} and not cleaned.cells[-1].metadata
-    assert cleaned.cells[1].metadata["_kg_hide-input"] and cleaned.cells[1].metadata["jupyter"]["source_hidden"]
+    assert (
+        set(cleaned.metadata) == {"kernelspec", "language_info"} and not cleaned.cells[-1].metadata
+    )
+    assert (
+        cleaned.cells[1].metadata["_kg_hide-input"]
+        and cleaned.cells[1].metadata["jupyter"]["source_hidden"]
+    )
     texts = [one.get("text") or one.data["text/plain"] for one in cleaned.cells[-1].outputs]
     assert texts == ["red\nruns/a and <python>/lib\n", "42"]
     assert nbformat.writes(notebooks.clean(cleaned)) == nbformat.writes(cleaned)
@@ -289,7 +344,9 @@ def test_clean_gives_pictures_a_palette_that_looks_the_same(tiny):
     Image.fromarray(film).save(buffer, "PNG")
     notebook = notebooks.build(tiny)
     picture = base64.b64encode(buffer.getvalue()).decode()
-    notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", data={"image/png": picture})]
+    notebook.cells[-1].outputs = [
+        nbformat.v4.new_output("display_data", data={"image/png": picture})
+    ]
     cleaned = notebooks.clean(notebook)
     small = cleaned.cells[-1].outputs[0].data["image/png"]
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB")).astype(int)
@@ -310,7 +367,9 @@ def test_an_edited_notebook_becomes_its_source_again(tiny):
     assert notebooks.back(elsewhere, folder=tiny.parents[1]) == tiny
     assert tiny.read_text() == before.replace("6 * 7", "6 * 8")
     with pytest.raises(ValueError, match="08_tiny.ipynb has no source"):
-        notebooks.back(elsewhere.rename(elsewhere.with_name("08_tiny.ipynb")), folder=tiny.parents[1])
+        notebooks.back(
+            elsewhere.rename(elsewhere.with_name("08_tiny.ipynb")), folder=tiny.parents[1]
+        )
 
 
 # ------------------------------------------------------------------------------------------------- execution
@@ -322,7 +381,10 @@ def test_refresh_executes_cleans_and_passes_its_own_checks(tiny, monkeypatch):
     assert notebooks.check(tiny) == []
     cells = notebooks.read(path).cells
     assert cells[1].outputs[0].text == "dlia_utils tiny\n"
-    assert [one.get("text") or one.data["text/plain"] for one in cells[-1].outputs] == ["done\n", "42"]
+    assert [one.get("text") or one.data["text/plain"] for one in cells[-1].outputs] == [
+        "done\n",
+        "42",
+    ]
     assert "papermill" not in path.read_text()
 
 
@@ -347,11 +409,17 @@ def test_execute_passes_parameters_and_tells_the_failing_cell(tiny, tmp_path, mo
     notebooks.write(notebooks.build(tiny), notebooks.product(tiny))
     with pytest.raises(PapermillExecutionError) as failure:
         parameters = {"PROFILE": "cpu", "CHANGES": {"lr": 3e-4, "grid": (1, 2)}}
-        notebooks.execute(notebooks.product(tiny), "out/x.ipynb", parameters=parameters, progress=False)
+        notebooks.execute(
+            notebooks.product(tiny), "out/x.ipynb", parameters=parameters, progress=False
+        )
     text = notebooks.failure_text(failure.value)
     assert "value = 6 / 0" in text and "ZeroDivisionError" in text and "\x1b" not in text
-    started = next(c for c in notebooks.read("out/x.ipynb").cells if "start" in c.metadata.get("tags", []))
-    assert started.outputs[0].text.startswith(f"cpu {tmp_path / 'relative'} True {{'lr': 0.0003, 'grid': [1, 2]}}")
+    started = next(
+        c for c in notebooks.read("out/x.ipynb").cells if "start" in c.metadata.get("tags", [])
+    )
+    assert started.outputs[0].text.startswith(
+        f"cpu {tmp_path / 'relative'} True {{'lr': 0.0003, 'grid': [1, 2]}}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- bootstrap
@@ -361,15 +429,21 @@ def run_bootstrap(kaggle, cwd, after=""):
     """The bootstrap cell in a Python without any installed package: exit status, last line of its output."""
     cell = notebooks.BOOTSTRAP.replace("/kaggle", str(kaggle))
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"{cell}\n{after}"], capture_output=True, text=True, check=False, cwd=cwd,
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-c", f"{cell}\n{after}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("layout", ["input/{}", "input/datasets/me/{}"])
 def test_bootstrap_finds_both_wheels_in_a_data_set_on_kaggle(tmp_path, layout):
     mount = tmp_path / "kaggle" / layout.format("dlia-utils")
-    (tmp_path / "kaggle" / "input" / "other" / "dlia_utils").mkdir(parents=True)  # a folder, but no package
+    (tmp_path / "kaggle" / "input" / "other" / "dlia_utils").mkdir(
+        parents=True
+    )  # a folder, but no package
     for version in ("0.3", "0.4"):
         write_wheel(mount, "dlia_utils", version, f"__version__ = '{version}'")
     write_wheel(mount, "captum", "0.9", "LOCAL = True")
@@ -382,7 +456,9 @@ def test_bootstrap_prefers_the_repository_and_takes_captum_from_its_wheel(tmp_pa
     (tmp_path / "clone" / "dlia_utils").mkdir(parents=True)
     (tmp_path / "clone" / "dlia_utils" / "__init__.py").write_text("__version__ = '9'")
     (tmp_path / "clone" / "notebooks").mkdir()
-    write_wheel(tmp_path / "kaggle" / "input" / "wheels", "dlia_utils", "0.3", "__version__ = '0.3'")
+    write_wheel(
+        tmp_path / "kaggle" / "input" / "wheels", "dlia_utils", "0.3", "__version__ = '0.3'"
+    )
     write_wheel(tmp_path / "kaggle" / "input" / "wheels", "captum", "0.9", "LOCAL = True")
     found = run_bootstrap(tmp_path / "kaggle", tmp_path / cwd, "import captum; print(captum.LOCAL)")
     assert found == (0, "dlia_utils 9\nTrue\n")
@@ -395,9 +471,14 @@ def test_without_the_package_the_failing_line_says_what_to_do(tmp_path):
 
 
 def test_bootstrap_is_short_folded_and_finds_this_repository():
-    assert len(notebooks.BOOTSTRAP.splitlines()) <= 9 and max(map(len, notebooks.BOOTSTRAP.splitlines())) <= 110
+    assert (
+        len(notebooks.BOOTSTRAP.splitlines()) <= 9
+        and max(map(len, notebooks.BOOTSTRAP.splitlines())) <= 110
+    )
     for folder in ("tests", "notebooks", "."):
-        code, said = run_bootstrap(notebooks.REPOSITORY / "no-kaggle", notebooks.REPOSITORY / folder)
+        code, said = run_bootstrap(
+            notebooks.REPOSITORY / "no-kaggle", notebooks.REPOSITORY / folder
+        )
         assert (code, said) == (0, f"dlia_utils {__version__}\n")
 
 
@@ -419,21 +500,33 @@ def test_suite_notebook_gives_its_source_back(source):
 def test_another_data_set_is_taken_only_by_a_notebook_that_can(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    asks, own = (next(s for s in notebooks.find() if s.stem.startswith(number)) for number in ("04", "03"))
-    with pytest.raises(ValueError, match="dataset = 'covid', but this notebook has a data set of its own: tuberculosis"):
+    asks, own = (
+        next(s for s in notebooks.find() if s.stem.startswith(number)) for number in ("04", "03")
+    )
+    with pytest.raises(
+        ValueError,
+        match="dataset = 'covid', but this notebook has a data set of its own: tuberculosis",
+    ):
         notebooks.run(own, changes={"dataset": "covid"}, progress=False)
     with pytest.raises(ValueError, match="nowhere"):
         notebooks.run(asks, changes={"dataset": "nowhere"}, progress=False)
     seen = {}
-    monkeypatch.setattr(notebooks, "execute", lambda path, out, *, parameters, progress: seen.update(parameters))
+    monkeypatch.setattr(
+        notebooks, "execute", lambda path, out, *, parameters, progress: seen.update(parameters)
+    )
     done = notebooks.run(asks, changes={"dataset": "breastmnist"}, progress=False)
-    assert seen["CHANGES"] == {"dataset": "breastmnist"} and done.folder.name == "smoke-breastmnist-synthetic"
+    assert (
+        seen["CHANGES"] == {"dataset": "breastmnist"}
+        and done.folder.name == "smoke-breastmnist-synthetic"
+    )
 
 
 @SUITE
 def test_no_smoke_run_has_a_time_limit(source):
     names = notebooks._executed(source, ("parameters", "settings"), {})
-    assert names["SMOKE"]["max_minutes"] is None and set(names["SMOKE"]) | set(names["CPU"]) <= set(names["FULL"])
+    assert names["SMOKE"]["max_minutes"] is None and set(names["SMOKE"]) | set(names["CPU"]) <= set(
+        names["FULL"]
+    )
 
 
 def test_suite_has_no_notebook_without_source():
@@ -442,13 +535,15 @@ def test_suite_has_no_notebook_without_source():
 
 @SUITE
 def test_suite_notebook_shows_synthetic_outputs(source):
-    assert "SYNTHETIC" in notebooks.product(source).read_text(), "outputs must come from synthetic images"
+    assert "SYNTHETIC" in notebooks.product(source).read_text(), (
+        "outputs must come from synthetic images"
+    )
 
 
 def lacks(dataset, folder):
     """Whether there is no copy of the data set in `folder`."""
     try:
-        locate.find(dataset, folder)
+        sources.find(dataset, folder)
     except DataNotFound:
         return True
     return False

@@ -9,7 +9,7 @@ from small import linear, small_batch
 from torch import nn
 
 from dlia_utils import models, objectives
-from dlia_utils.objectives import evaluating, fingerprint
+from dlia_utils.device import evaluating, fingerprint
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_the_lipschitz_objective_makes_one_forward_pass_and_asks_for_float32(bat
     model.register_forward_hook(lambda *_: calls.append(1))
     objective = objectives.lipschitz()
     objective(model, x, y)
-    assert len(calls) == 1 and objective.second_order and not objectives.cross_entropy().second_order
+    assert (
+        len(calls) == 1 and objective.second_order and not objectives.cross_entropy().second_order
+    )
 
 
 def test_adversarial_training_meets_the_linear_optimum(batch):
@@ -95,7 +97,9 @@ def test_adversarial_training_meets_the_linear_optimum(batch):
     model, eps = linear(), 8 / 255
     # One step of 2 eps crosses the ball from any random start: the optimum is a corner, whatever the start.
     loss, logits = objectives.pgd_adversarial(eps=eps, steps=1, step_size=2 * eps)(model, x, y)
-    away = (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 3, 3) * (1 - 2 * y).view(-1, 1, 1, 1)
+    away = (model[1].weight[1] - model[1].weight[0]).sign().view(1, 1, 3, 3) * (1 - 2 * y).view(
+        -1, 1, 1, 1
+    )
     torch.testing.assert_close(logits, model(x + eps * away))
     assert loss > F.cross_entropy(model(x), y)
 
@@ -114,7 +118,11 @@ def test_the_attack_stays_in_the_ball_and_in_the_image_range(adversarial):
 
 def test_trades_is_clean_cross_entropy_plus_beta_times_the_divergence_of_its_attack():
     torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(6, 1, 4, 4), torch.tensor([0, 1] * 3)
+    model, x, y = (
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 2)),
+        torch.rand(6, 1, 4, 4),
+        torch.tensor([0, 1] * 3),
+    )
     clean, logits = objectives.cross_entropy()(model, x, y)
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -130,9 +138,15 @@ def test_trades_is_clean_cross_entropy_plus_beta_times_the_divergence_of_its_att
 
 
 def test_trades_with_beta_zero_is_plain_training_and_bad_numbers_are_refused():
-    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
+    model, x, y = (
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 2)),
+        torch.rand(4, 1, 4, 4),
+        torch.tensor([0, 1, 0, 1]),
+    )
     plain = objectives.cross_entropy(weight=(1.0, 2.0))(model, x, y)[0]
-    assert objectives.trades(eps=0.1, beta=0.0, weight=(1.0, 2.0))(model, x, y)[0].item() == pytest.approx(plain.item())
+    assert objectives.trades(eps=0.1, beta=0.0, weight=(1.0, 2.0))(model, x, y)[
+        0
+    ].item() == pytest.approx(plain.item())
     for wrong in ({"eps": 4}, {"eps": 0.1, "steps": 0}, {"eps": 0.1, "beta": -1}):
         with pytest.raises(ValueError, match=next(reversed(wrong))):
             objectives.trades(**wrong)
@@ -140,7 +154,9 @@ def test_trades_with_beta_zero_is_plain_training_and_bad_numbers_are_refused():
 
 def test_the_attack_sees_eval_mode_and_the_training_flags_come_back(batch):
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4, 2))
+    body = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(4, 2)
+    )
     body[2].eval()
     seen = []
     body.register_forward_pre_hook(lambda module, _: seen.append(module.training))
@@ -179,5 +195,7 @@ def test_unusable_numbers_are_refused(make, message):
 
 def test_the_fingerprint_does_not_see_the_memory_layout():
     model = models.mobilenet_v2(width=0.25)
-    assert fingerprint(model) == fingerprint(copy.deepcopy(model).to(memory_format=torch.channels_last))
+    assert fingerprint(model) == fingerprint(
+        copy.deepcopy(model).to(memory_format=torch.channels_last)
+    )
     assert fingerprint(model) != fingerprint(models.mobilenet_v2(width=0.25, seed=1))

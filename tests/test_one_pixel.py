@@ -75,7 +75,9 @@ def test_batch_size_and_company_do_not_matter(pixels):
 
 def test_small_eps_and_grey_bound_the_pixel():
     x, y = torch.rand(4, 1, 8, 8).expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64)
-    result = one_pixel(Trigger(needed=100).eval(), x, y, eps=0.1, grey=True, population=6, iterations=3)
+    result = one_pixel(
+        Trigger(needed=100).eval(), x, y, eps=0.1, grey=True, population=6, iterations=3
+    )
     change = result.x_adv - x
     assert change.abs().max() <= 0.1 + 1e-6
     assert torch.equal(change[:, :1].expand_as(change), change)
@@ -87,11 +89,15 @@ def test_mask_confines_the_search():
     row = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     row[:, :, 3] = True
     found = one_pixel(Trigger().eval(), x, y, mask=row, population=30, iterations=30)
-    hopeless = one_pixel(Trigger().eval(), x, y, mask=row.roll(-3, dims=2), population=10, iterations=5)
+    hopeless = one_pixel(
+        Trigger().eval(), x, y, mask=row.roll(-3, dims=2), population=10, iterations=5
+    )
     assert found.success.all() and not hopeless.success.any()
     for result, height in ((found, 3), (hopeless, 0)):
         places = (result.x_adv != x).nonzero()
-        assert len(places) == len(x) and (places[:, 2] == height).all()  # each image changed, inside its mask
+        assert (
+            len(places) == len(x) and (places[:, 2] == height).all()
+        )  # each image changed, inside its mask
 
 
 def test_first_population_is_checked():

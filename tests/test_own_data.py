@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from dlia_utils import __main__ as cli
-from dlia_utils import cache, datasets, locate, phantom, split
-from dlia_utils.layouts import BadData, DataNotFound
+from dlia_utils.data import cache, datasets, phantom, sources, split
+from dlia_utils.data.readers import BadData, DataNotFound
 
 FLAT = ["a.png", "b.png", "c.png", "d.png"]
 CLASSES = ["flu/1.png", "flu/2.png", "normal/1.png", "normal/2.png"]
@@ -46,8 +46,17 @@ def column(dataset, name):
 
 def test_class_folders_at_any_depth_and_of_every_type(root, caplog):
     caplog.set_level("INFO", logger="dlia_utils")
-    names = ["Flu/a.png", "Flu/deep/er/a.JPG", "Flu/a.tif", "Normal/a.bmp", "Normal/b.webp", "Normal/c.jpeg"]
-    draw(root, [*names, "Normal/d.TIFF", "loose.png", "Flu/notes.txt", "Flu/._a.png", ".cache/x.png"])
+    names = [
+        "Flu/a.png",
+        "Flu/deep/er/a.JPG",
+        "Flu/a.tif",
+        "Normal/a.bmp",
+        "Normal/b.webp",
+        "Normal/c.jpeg",
+    ]
+    draw(
+        root, [*names, "Normal/d.TIFF", "loose.png", "Flu/notes.txt", "Flu/._a.png", ".cache/x.png"]
+    )
     dataset = datasets.from_folder(root)
     assert dataset.name == "mine" and dataset.root == root and not dataset.synthetic
     assert list(dataset.manifest.columns) == list(datasets.COLUMNS)
@@ -90,9 +99,16 @@ def test_csv_of_flat_images(root, place, head):
     draw(root, [*FLAT, "e.png"])
     text = " File ;LABEL;Patient;Split\n./a.png;flu;0012;train\nb.png;flu;12;Valid\n\n"
     file = root.parent / place
-    file.write_text(f"{head}{text}{root}/c.png;normal;7;train\nd.png;normal;8;val\n", encoding="utf-8")
+    file.write_text(
+        f"{head}{text}{root}/c.png;normal;7;train\nd.png;normal;8;val\n", encoding="utf-8"
+    )
     dataset = datasets.from_folder(root)
-    assert list(dataset.manifest["path"]) == FLAT and list(dataset.manifest["label"]) == [1, 1, 0, 0]
+    assert list(dataset.manifest["path"]) == FLAT and list(dataset.manifest["label"]) == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert list(dataset.manifest["patient"]) == ["0012", "12", "7", "8"]
     assert list(dataset.manifest["split"]) == ["train", "val", "train", "val"]
     assert dataset.split_rule == f"given by {file.name}"
@@ -104,7 +120,10 @@ def test_csv_beside_class_folders_names_patients_by_file_name(root, caplog):
     (root / "info.csv").write_text("file,patient\n1.png,p\nflu\\2.png,q\n3.png,r\n4.png,s\n")
     (root / "other.csv").write_text("name,age\nx,3\n")
     dataset = datasets.from_folder(root)
-    assert column(dataset, "patient")["normal/sub/3.png"] == "r" and dataset.classes == ("normal", "flu")
+    assert column(dataset, "patient")["normal/sub/3.png"] == "r" and dataset.classes == (
+        "normal",
+        "flu",
+    )
     assert "other.csv" in caplog.text and "no patients" not in caplog.text
     assert dataset.split_rule == "none"
 
@@ -152,7 +171,11 @@ def test_links_are_followed_or_named(root, tmp_path):
 
 
 def test_names_and_synthetic(tmp_path):
-    for name, known in (("covid", "covid-folder"), ("pathmnist", "pathmnist-folder"), ("lungs", "lungs")):
+    for name, known in (
+        ("covid", "covid-folder"),
+        ("pathmnist", "pathmnist-folder"),
+        ("lungs", "lungs"),
+    ):
         dataset = datasets.from_folder(draw(tmp_path / "x" / name, CLASSES))
         assert dataset.name == known and not dataset.synthetic
     (tmp_path / "x" / "lungs" / phantom.MARKER).touch()
@@ -161,61 +184,220 @@ def test_names_and_synthetic(tmp_path):
 
 BAD = {
     "not there": ([], {}, "nowhere", {}, r"nowhere is not a folder; name the folder"),
-    "empty": ([], {}, "", {}, r"mine has no class folder \(0 images.*Fix: make a folder for each class"),
+    "empty": (
+        [],
+        {},
+        "",
+        {},
+        r"mine has no class folder \(0 images.*Fix: make a folder for each class",
+    ),
     "flat": (FLAT, {}, "", {}, r"no class folder \(4 images lie in it\).*columns file and label"),
     "no image": (
-        [*CLASSES, "x/1.dcm", "y/n.txt"], {}, "",
-        {}, r"2 class folders have no image \(\.jpg.*\n  x \(files: \.dcm\)\n  y \(files: \.txt\)\nFix: put",
+        [*CLASSES, "x/1.dcm", "y/n.txt"],
+        {},
+        "",
+        {},
+        r"2 class folders have no image \(\.jpg.*\n  x \(files: \.dcm\)\n  y \(files: \.txt\)\nFix: put",
     ),
-    "case": ([*CLASSES, "Flu/1.png"], {}, "", {}, r"differ by case only:\n  Flu and flu\nFix: write"),
+    "case": (
+        [*CLASSES, "Flu/1.png"],
+        {},
+        "",
+        {},
+        r"differ by case only:\n  Flu and flu\nFix: write",
+    ),
     "case, split": ([*SPLIT[:3], "test/NORMAL/1.png"], {}, "", {}, r"  NORMAL and normal"),
-    "one class": (["flu/1.png"], {}, "", {}, r"one class only, flu: .*another class; if .*mine/flu holds"),
+    "one class": (
+        ["flu/1.png"],
+        {},
+        "",
+        {},
+        r"one class only, flu: .*another class; if .*mine/flu holds",
+    ),
     "one label": (FLAT, {"l.csv": LABELS.replace("normal", "flu")}, "", {}, "one class only, flu"),
-    "class in one split": (SPLIT[:3], {}, "", {}, r"no image in a split:\n  normal in test\nFix: put"),
-    "empty split": ([*SPLIT, "val/x.txt"], {}, "", {}, r"1 class folders have no image.*\n  val \(files"),
-    "train only": (SPLIT[:2], {}, "", {}, "are train only. Fix: train is needed, with test, val or both"),
-    "no train": ([n.replace("train", "val") for n in SPLIT], {}, "", {}, "are test, val only. Fix: train"),
-    "beside splits": ([*SPLIT, "more/1.png"], {}, "", {}, r"beside the folders of the s.*\n  more/1.png\nFix"),
-    "two CSV": (CLASSES, {"a.csv": "file\n", "b.csv": "file\n"}, "", {}, r"a\.csv and .*b\.csv.*Fix: keep one"),
-    "missing": (FLAT[:2], {"l.csv": LABELS}, "", {}, r"2 rows name.*\n  line 4: c.png is not there\n  line 5: d"),
-    "case of name": (["A.png", *FLAT[1:]], {"l.csv": LABELS}, "", {}, "a.png is not there, but A.png is"),
+    "class in one split": (
+        SPLIT[:3],
+        {},
+        "",
+        {},
+        r"no image in a split:\n  normal in test\nFix: put",
+    ),
+    "empty split": (
+        [*SPLIT, "val/x.txt"],
+        {},
+        "",
+        {},
+        r"1 class folders have no image.*\n  val \(files",
+    ),
+    "train only": (
+        SPLIT[:2],
+        {},
+        "",
+        {},
+        "are train only. Fix: train is needed, with test, val or both",
+    ),
+    "no train": (
+        [n.replace("train", "val") for n in SPLIT],
+        {},
+        "",
+        {},
+        "are test, val only. Fix: train",
+    ),
+    "beside splits": (
+        [*SPLIT, "more/1.png"],
+        {},
+        "",
+        {},
+        r"beside the folders of the s.*\n  more/1.png\nFix",
+    ),
+    "two CSV": (
+        CLASSES,
+        {"a.csv": "file\n", "b.csv": "file\n"},
+        "",
+        {},
+        r"a\.csv and .*b\.csv.*Fix: keep one",
+    ),
+    "missing": (
+        FLAT[:2],
+        {"l.csv": LABELS},
+        "",
+        {},
+        r"2 rows name.*\n  line 4: c.png is not there\n  line 5: d",
+    ),
+    "case of name": (
+        ["A.png", *FLAT[1:]],
+        {"l.csv": LABELS},
+        "",
+        {},
+        "a.png is not there, but A.png is",
+    ),
     "twice": (
-        FLAT, {"l.csv": LABELS + "./a.png,flu\n"}, "",
-        {}, r"1 files are named twice:\n  line 6: a.png stands above already\nFix: keep one row",
+        FLAT,
+        {"l.csv": LABELS + "./a.png,flu\n"},
+        "",
+        {},
+        r"1 files are named twice:\n  line 6: a.png stands above already\nFix: keep one row",
     ),
-    "ambiguous": (CLASSES, {"l.csv": "file\n1.png"}, "", {}, "not there, but flu/1.png and normal/1.png is"),
-    "outside": (FLAT, {"l.csv": LABELS + "../e.png,flu\n"}, "", {}, "line 6: ../e.png lies outside the folder"),
-    "type": (FLAT, {"l.csv": LABELS + "e.dcm,flu\n"}, "", {}, r"line 6: e.dcm is not of a type .*\.webp"),
+    "ambiguous": (
+        CLASSES,
+        {"l.csv": "file\n1.png"},
+        "",
+        {},
+        "not there, but flu/1.png and normal/1.png is",
+    ),
+    "outside": (
+        FLAT,
+        {"l.csv": LABELS + "../e.png,flu\n"},
+        "",
+        {},
+        "line 6: ../e.png lies outside the folder",
+    ),
+    "type": (
+        FLAT,
+        {"l.csv": LABELS + "e.dcm,flu\n"},
+        "",
+        {},
+        r"line 6: e.dcm is not of a type .*\.webp",
+    ),
     "no name": (FLAT, {"l.csv": LABELS + ",flu\n"}, "", {}, "line 6:  names no file"),
-    "blank label": (FLAT, {"l.csv": LABELS.replace("b.png,flu", "b.png,")}, "", {}, "1 rows have no label:\n  line 3: b"),
-    "blank patient": (
-        CLASSES[:1] + CLASSES[2:3], {"l.csv": "file,patient\nflu/1.png,\nnormal/1.png,x"}, "",
-        {}, r"no patient:\n  line 2: flu/1.png\nFix: fill the column patient in each row",
+    "blank label": (
+        FLAT,
+        {"l.csv": LABELS.replace("b.png,flu", "b.png,")},
+        "",
+        {},
+        "1 rows have no label:\n  line 3: b",
     ),
-    "blank split": (FLAT, {"l.csv": "file,label,split\na.png,x,train\nb.png,y,\n"}, "", {}, "no split:\n  line 3: b"),
+    "blank patient": (
+        CLASSES[:1] + CLASSES[2:3],
+        {"l.csv": "file,patient\nflu/1.png,\nnormal/1.png,x"},
+        "",
+        {},
+        r"no patient:\n  line 2: flu/1.png\nFix: fill the column patient in each row",
+    ),
+    "blank split": (
+        FLAT,
+        {"l.csv": "file,label,split\na.png,x,train\nb.png,y,\n"},
+        "",
+        {},
+        "no split:\n  line 3: b",
+    ),
     "unknown split": (
-        FLAT, {"l.csv": "file,label,split\na.png,x,train\nb.png,y,dev\n"}, "",
-        {}, "unknown split:\n  line 3: b.png: dev\nFix: write train, val or test",
+        FLAT,
+        {"l.csv": "file,label,split\na.png,x,train\nb.png,y,dev\n"},
+        "",
+        {},
+        "unknown split:\n  line 3: b.png: dev\nFix: write train, val or test",
     ),
     "contradiction": (
-        SPLIT, {"l.csv": "file,split\n" + "".join(f"{one},{'test' if '/f' in one else 'train'}\n" for one in SPLIT)}, "",
-        {}, "another split's folder:\n  line 2: train/flu/1.png: test\n  line 5: .*\nFix: correct the column split",
+        SPLIT,
+        {
+            "l.csv": "file,split\n"
+            + "".join(f"{one},{'test' if '/f' in one else 'train'}\n" for one in SPLIT)
+        },
+        "",
+        {},
+        "another split's folder:\n  line 2: train/flu/1.png: test\n  line 5: .*\nFix: correct the column split",
     ),
-    "unlisted class": (CLASSES, {"l.csv": "file\nflu/1.png"}, "", {}, r"no image listed in l.csv:\n  normal"),
-    "listed but loose": ([*CLASSES, "x.png"], {"l.csv": "file\nx.png"}, "", {}, r"no class folder:\n  line 2: x.png"),
+    "unlisted class": (
+        CLASSES,
+        {"l.csv": "file\nflu/1.png"},
+        "",
+        {},
+        r"no image listed in l.csv:\n  normal",
+    ),
+    "listed but loose": (
+        [*CLASSES, "x.png"],
+        {"l.csv": "file\nx.png"},
+        "",
+        {},
+        r"no class folder:\n  line 2: x.png",
+    ),
     "cells": (FLAT, {"l.csv": LABELS + "a.png,flu,more\n"}, "", {}, r"line 6: 3 cells\nFix: put"),
     "no rows": (FLAT, {"l.csv": "file,label\n"}, "", {}, "l.csv has no rows. Fix"),
     "columns": (FLAT, {"l.csv": "file,label,label\na.png,1,2"}, "", {}, "two columns label. Fix"),
-    "not UTF-8": (FLAT, {"l.csv": LABELS.encode() + b"\xff"}, "", {}, "l.csv cannot be read .*save it as CSV in UTF-8"),
-    "pattern": (CLASSES, {}, "", {"patient_pattern": "(flu)"}, r"patient_pattern = '\(flu\)' finds no patient in 2 of 4"),
-    "regex": (CLASSES, {}, "", {"patient_pattern": "("}, r"patient_pattern = '\(' is no regular expression"),
-    "no group": (CLASSES, {}, "", {"patient_pattern": "flu"}, "patient_pattern = 'flu' has no group: put"),
-    "both": (
-        CLASSES[1:3], {"l.csv": "file,patient\nflu/2.png,1\nnormal/1.png,2"}, "",
-        {"patient_pattern": "(.)"}, "patient_pattern is set, and .*l.csv names the patients: leave one out",
+    "not UTF-8": (
+        FLAT,
+        {"l.csv": LABELS.encode() + b"\xff"},
+        "",
+        {},
+        "l.csv cannot be read .*save it as CSV in UTF-8",
     ),
-    "classes": (CLASSES, {}, "", {"classes": ["flu", "cold"]}, "must name each of the data's classes once: flu, normal"),
-}  # fmt: skip
+    "pattern": (
+        CLASSES,
+        {},
+        "",
+        {"patient_pattern": "(flu)"},
+        r"patient_pattern = '\(flu\)' finds no patient in 2 of 4",
+    ),
+    "regex": (
+        CLASSES,
+        {},
+        "",
+        {"patient_pattern": "("},
+        r"patient_pattern = '\(' is no regular expression",
+    ),
+    "no group": (
+        CLASSES,
+        {},
+        "",
+        {"patient_pattern": "flu"},
+        "patient_pattern = 'flu' has no group: put",
+    ),
+    "both": (
+        CLASSES[1:3],
+        {"l.csv": "file,patient\nflu/2.png,1\nnormal/1.png,2"},
+        "",
+        {"patient_pattern": "(.)"},
+        "patient_pattern is set, and .*l.csv names the patients: leave one out",
+    ),
+    "classes": (
+        CLASSES,
+        {},
+        "",
+        {"classes": ["flu", "cold"]},
+        "must name each of the data's classes once: flu, normal",
+    ),
+}
 
 
 @pytest.mark.parametrize("names, tables, below, options, message", BAD.values(), ids=BAD)
@@ -237,7 +419,9 @@ def test_tiff_with_pages_or_turned_is_named(root):
     image.save(root / "normal/2.tif", save_all=True, append_images=[image])
     problems = dict(datasets.check(datasets.from_folder(root)).itertuples(index=False))
     assert list(problems) == ["flu/2.tif", "normal/2.tif"]
-    assert "save it upright" in problems["flu/2.tif"] and "holds 2 images" in problems["normal/2.tif"]
+    assert (
+        "save it upright" in problems["flu/2.tif"] and "holds 2 images" in problems["normal/2.tif"]
+    )
 
 
 # --- boxes
@@ -257,7 +441,12 @@ def coco_of(text):
         for row in images.itertuples()
     ]
     boxes = [
-        {"id": n, "image_id": ids[r.file], "category_id": kinds.index(r.label), "bbox": [r.x1, r.y1, r.x2 - r.x1, r.y2 - r.y1]}
+        {
+            "id": n,
+            "image_id": ids[r.file],
+            "category_id": kinds.index(r.label),
+            "bbox": [r.x1, r.y1, r.x2 - r.x1, r.y2 - r.y1],
+        }
         for n, r in enumerate(table.dropna(subset="label").itertuples())
     ]
     kinds = [{"id": number, "name": name} for number, name in enumerate(kinds)]
@@ -267,51 +456,108 @@ def coco_of(text):
 @pytest.mark.parametrize("more", ["", ",patient,split"])
 def test_boxes_from_csv_and_coco_are_the_same(root, more):
     draw(root, [*FLAT, "unlisted.png"])
-    rows = ["a.png,Mass,1,2,9.5,8", "b.png,Nodule,0,0,24,16", "a.png,Nodule,3,3,5,6", "c.png,Mass,1,1,2,2", "d.png,,,,,"]
+    rows = [
+        "a.png,Mass,1,2,9.5,8",
+        "b.png,Nodule,0,0,24,16",
+        "a.png,Nodule,3,3,5,6",
+        "c.png,Mass,1,1,2,2",
+        "d.png,,,,,",
+    ]
     splits = {"a": ",01,train", "b": ",2,val", "c": ",3,test", "d": ",4,train"}
-    text = BOXES.strip() + more + "\n" + "".join(row + (splits[row[0]] if more else "") + "\n" for row in rows)
+    text = (
+        BOXES.strip()
+        + more
+        + "\n"
+        + "".join(row + (splits[row[0]] if more else "") + "\n" for row in rows)
+    )
     (root / "boxes.csv").write_text(text.replace("x1,y1,x2,y2", "xmin,ymin,xmax,ymax"))
     (root.parent / "coco.json").write_text(json.dumps(coco_of(text)))
-    one, other = (datasets.from_boxes(file, root) for file in (root / "boxes.csv", root.parent / "coco.json"))
+    one, other = (
+        datasets.from_boxes(file, root) for file in (root / "boxes.csv", root.parent / "coco.json")
+    )
     pd.testing.assert_frame_equal(one.boxes, other.boxes)
     pd.testing.assert_frame_equal(one.manifest, other.manifest)
-    assert one.box_classes == other.box_classes == one.classes == ("Mass", "Nodule") and one.name == "mine"
+    assert (
+        one.box_classes == other.box_classes == one.classes == ("Mass", "Nodule")
+        and one.name == "mine"
+    )
     assert one.boxes.values.tolist()[0] == [0, 1.0, 2.0, 9.5, 8.0, 1, "Mass"]
     assert list(one.boxes.columns) == list(datasets.BOX_COLUMNS)
     assert list(one.manifest["class_name"]) == ["Mass", "Nodule", "Mass", "unlabelled"]
     assert list(one.manifest["label"]) == [0, 1, 0, -1] and len(datasets.boxed(one).manifest) == 3
-    assert list(one.manifest["split"]) == (["train", "val", "test", "train"] if more else ["train"] * 4)
-    assert one.split_rule == ("given by boxes.csv" if more else "none given: every image is in train")
+    assert list(one.manifest["split"]) == (
+        ["train", "val", "test", "train"] if more else ["train"] * 4
+    )
+    assert one.split_rule == (
+        "given by boxes.csv" if more else "none given: every image is in train"
+    )
     assert one.ignored.values.tolist() == [["unlisted.png", "not in boxes.csv"]]
     assert not more or list(one.manifest["patient"]) == ["01", "2", "3", "4"]
     assert datasets.box_summary(one)["boxes"].tolist() == [2, 2]
-    found = locate.find_own(root, kind="boxes")
-    assert (found.dataset, found.kind, found.options) == ("mine", "boxes", {"annotations": root / "boxes.csv"})
+    found = sources.find_own(root, kind="boxes")
+    assert (found.dataset, found.kind, found.options) == (
+        "mine",
+        "boxes",
+        {"annotations": root / "boxes.csv"},
+    )
     pd.testing.assert_frame_equal(datasets.load(found).boxes, one.boxes)
 
 
 BAD_BOXES = {
-    "columns": ("file,label,x,y,w,h\na.png,M,1,1,2,2", r"no column x1, y1, x2, y2; it has file, .*h. Fix: name the col"),
+    "columns": (
+        "file,label,x,y,w,h\na.png,M,1,1,2,2",
+        r"no column x1, y1, x2, y2; it has file, .*h. Fix: name the col",
+    ),
     "missing": (BOXES + "z.png,M,1,1,2,2", "line 2: z.png is not there\nFix: correct these names"),
-    "width": (BOXES + "a.png,M,9,9,4,4", r"line 2: a.png \[9, 9, 4, 4\]\nFix: are these x, y, width, height\? corners are n"),
+    "width": (
+        BOXES + "a.png,M,9,9,4,4",
+        r"line 2: a.png \[9, 9, 4, 4\]\nFix: are these x, y, width, height\? corners are n",
+    ),
     "outside": (BOXES + "a.png,M,1,1,30,9", "line 2: a.png M .*reaches out of its image"),
     "shares": (BOXES + "a.png,M,0.1,0.1,0.3,0.9", "are these shares"),
     "number": (BOXES + "a.png,M,1,1,x,9", "line 2: .*a coordinate is not a number"),
     "no label": (BOXES + "a.png,M,1,1,3,9\nb.png,,1,1,3,9", "line 3: b.png .*unknown label"),
     "no box": (BOXES + "a.png,,,,,", "holds no box"),
     "case": (BOXES + "a.png,M,1,1,3,9\nb.png,m,1,1,3,9", "  M and m"),
-    "patients": (BOXES.strip() + ",patient\na.png,M,1,1,3,9,p\na.png,M,1,2,3,9,q", "more than one patient:\n  line 2: a.png: p"),
-}  # fmt: skip
+    "patients": (
+        BOXES.strip() + ",patient\na.png,M,1,1,3,9,p\na.png,M,1,2,3,9,q",
+        "more than one patient:\n  line 2: a.png: p",
+    ),
+}
 BAD_COCO = {
-    "two ids": (lambda coco: coco["images"].append({"id": 1, "file_name": "./a.png"}), r"1 files have more than one id:\n  image 7: a"),
-    "one id": (lambda coco: coco["images"].append({"id": 7, "file_name": "b.png"}), r"1 ids are .*\n  image 7: a.png\n  image 7: b"),
-    "absent": (lambda coco: coco["images"].append({"id": 1, "file_name": "z.png"}), "image 1: z.png is not there"),
-    "unknown": (lambda coco: coco["annotations"][0].update(image_id=99), "annotation 0: image_id 99, .*\nFix: image_id and"),
-    "bbox": (lambda coco: coco["annotations"][0].update(bbox=[1, 2]), r"annotation 0: .*bbox \[1, 2\]"),
-    "list": (lambda coco: coco.pop("categories"), "lacks 'categories'. Fix: export it again as COCO"),
-    "size": (lambda coco: coco["images"][0].update(width=48, height=32), "a.png: 48 x 32 in the file, 24 x 16 on disk"),
-    "flat": (lambda coco: coco["annotations"][0].update(bbox=[5, 5, 0, 3]), "annotation 0: a.png M .*no width or no height"),
-}  # fmt: skip
+    "two ids": (
+        lambda coco: coco["images"].append({"id": 1, "file_name": "./a.png"}),
+        r"1 files have more than one id:\n  image 7: a",
+    ),
+    "one id": (
+        lambda coco: coco["images"].append({"id": 7, "file_name": "b.png"}),
+        r"1 ids are .*\n  image 7: a.png\n  image 7: b",
+    ),
+    "absent": (
+        lambda coco: coco["images"].append({"id": 1, "file_name": "z.png"}),
+        "image 1: z.png is not there",
+    ),
+    "unknown": (
+        lambda coco: coco["annotations"][0].update(image_id=99),
+        "annotation 0: image_id 99, .*\nFix: image_id and",
+    ),
+    "bbox": (
+        lambda coco: coco["annotations"][0].update(bbox=[1, 2]),
+        r"annotation 0: .*bbox \[1, 2\]",
+    ),
+    "list": (
+        lambda coco: coco.pop("categories"),
+        "lacks 'categories'. Fix: export it again as COCO",
+    ),
+    "size": (
+        lambda coco: coco["images"][0].update(width=48, height=32),
+        "a.png: 48 x 32 in the file, 24 x 16 on disk",
+    ),
+    "flat": (
+        lambda coco: coco["annotations"][0].update(bbox=[5, 5, 0, 3]),
+        "annotation 0: a.png M .*no width or no height",
+    ),
+}
 
 
 @pytest.mark.parametrize("text, message", BAD_BOXES.values(), ids=BAD_BOXES)
@@ -344,9 +590,13 @@ def test_files_of_boxes_that_are_none(root):
 
 
 def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, monkeypatch):
-    assert locate.find_own(None) is None and locate.find_own(root / "nowhere") is None and locate.find_own(root) is None
+    assert (
+        sources.find_own(None) is None
+        and sources.find_own(root / "nowhere") is None
+        and sources.find_own(root) is None
+    )
     draw(root, [*CLASSES, "cold/x.dcm"])
-    location = locate.find_own(root, options={"patient_pattern": "(.)"})
+    location = sources.find_own(root, options={"patient_pattern": "(.)"})
     assert (location.dataset, location.root, location.origin) == ("mine", root, "argument")
     assert location.kind == "folder" and hash(location) and not location.synthetic
     with pytest.raises(BadData, match="cold"):
@@ -354,19 +604,21 @@ def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, m
     with pytest.raises(ValueError, match="allow_leak are for published"):
         datasets.load(location, allow_leak=True)
     with pytest.raises(ValueError, match="must be 'folder' or 'boxes'"):
-        locate.find_own(root, kind="mask")
+        sources.find_own(root, kind="mask")
     monkeypatch.chdir(root)
-    assert locate.find_own(".").root == root
-    assert "folder of class folders works in notebooks 01" in str(pytest.raises(DataNotFound, locate.find, "nih", root).value)
+    assert sources.find_own(".").root == root
+    assert "folder of class folders works in notebooks 01" in str(
+        pytest.raises(DataNotFound, sources.find, "nih", root).value
+    )
 
 
-@pytest.mark.parametrize("name", [*locate.SOURCES, "breastmnist"])
+@pytest.mark.parametrize("name", [*sources.SOURCES, "breastmnist"])
 def test_find_own_is_not_fooled_by_published_sets(tmp_path, monkeypatch, name):
     monkeypatch.delenv("DLIA_DATA", raising=False)  # with it no phantom would be written
-    tree = locate.find(name, phantom_dir=tmp_path / "parent" / "tree").root
+    tree = sources.find(name, phantom_dir=tmp_path / "parent" / "tree").root
     draw(tree, CLASSES)
     for folder in (tree, tmp_path / "parent"):
-        assert [locate.find_own(folder, kind=kind) for kind in ("folder", "boxes")] == [None, None]
+        assert [sources.find_own(folder, kind=kind) for kind in ("folder", "boxes")] == [None, None]
 
 
 # --- data check
@@ -383,16 +635,24 @@ def test_data_check_draws_a_split_and_names_near_duplicates(root, capsys, caplog
     assert "near-duplicates: 1 groups" in printed and "flu/0.png = flu/copy.png" in printed
     assert "near-duplicates in train and test" in printed and "no patients are known" in caplog.text
     (root / "flu/0.png").write_bytes(b"")
-    assert cli.main(["data", "check", str(root)]) == 1 and "flu/0.png: empty file" in capsys.readouterr().out
+    assert (
+        cli.main(["data", "check", str(root)]) == 1
+        and "flu/0.png: empty file" in capsys.readouterr().out
+    )
 
 
 def test_data_check_fails_on_a_leak_in_a_given_split(root, capsys, monkeypatch):
     draw(root, SPLIT)
-    (root / "labels.csv").write_text("file,patient\n" + "".join(f"{one},{one.split('/')[1]}\n" for one in SPLIT))
+    (root / "labels.csv").write_text(
+        "file,patient\n" + "".join(f"{one},{one.split('/')[1]}\n" for one in SPLIT)
+    )
     monkeypatch.chdir(root.parent)
     assert cli.main(["data", "check", "mine"]) == 1
     printed = capsys.readouterr().out
-    assert "split that is given by the folders" in printed and "by number      2    leak flu, normal" in printed
+    assert (
+        "split that is given by the folders" in printed
+        and "by number      2    leak flu, normal" in printed
+    )
 
 
 def test_data_check_of_boxes_and_of_bad_folders(root, tmp_path, capsys):
@@ -402,7 +662,11 @@ def test_data_check_of_boxes_and_of_bad_folders(root, tmp_path, capsys):
     assert "side_median" in capsys.readouterr().out
     phantom.write_pneumonia(tmp_path / "p", images={"train": (2, 2), "test": (2, 2)}, size=24)
     for path, options, message in (
-        (tmp_path / "p", [], "holds the published pneumonia: python -m dlia_utils data check pneumonia --data"),
+        (
+            tmp_path / "p",
+            [],
+            "holds the published pneumonia: python -m dlia_utils data check pneumonia --data",
+        ),
         (root / "images", [], "has no class folder (12 images lie in it)"),
         (root / "nowhere", [], "is not a folder"),
         (root, ["--data", "x"], "leave --data out"),

@@ -35,7 +35,12 @@ def homemade(channels=3, outputs=2):
     """A flat chain for 32 px images alone."""
     torch.manual_seed(1)
     body = [nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
-    body += [nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    body += [
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    ]
     return nn.Sequential(*body, nn.Flatten(), nn.Dropout(0.5), nn.Linear(12 * 8 * 8, outputs))
 
 
@@ -104,7 +109,10 @@ def test_numbers_that_make_no_sense_are_refused_and_what_is_no_bare_network():
     ]:
         with pytest.raises(ValueError, match=message):
             models.wrap(homemade(), mean=mean, std=std)
-    for net, kind, message in [(homemade, TypeError, "not function"), (models.cnn(), ValueError, "already")]:
+    for net, kind, message in [
+        (homemade, TypeError, "not function"),
+        (models.cnn(), ValueError, "already"),
+    ]:
         with pytest.raises(kind, match=message):
             models.wrap(net, **HALF)
 
@@ -113,7 +121,11 @@ def test_answers_that_are_not_a_row_of_logits_an_image_are_refused():
     for answer, kind, message in [
         (lambda x: x.mean((1, 2, 3)), ValueError, r"nn.Linear\(n, 2\).*models.TwoLogits"),
         (lambda x: x.mean((2, 3)), ValueError, r"nn.Linear\(n, 2\).*models.TwoLogits"),
-        (lambda x: x.new_zeros(len(x), 1000), ValueError, "1000 logits but .* 2 classes.*with_head"),
+        (
+            lambda x: x.new_zeros(len(x), 1000),
+            ValueError,
+            "1000 logits but .* 2 classes.*with_head",
+        ),
         (lambda x: x.new_full((len(x), 2), torch.nan), ValueError, "NaN or infinite"),
         (lambda x: x.new_full((len(x), 2), 0.5), ValueError, "take the softmax off"),
         (lambda x: {"logits": x}, TypeError, r"returns a dict.*\['logits'\]"),
@@ -134,7 +146,10 @@ def test_the_door_names_the_device_the_channels_and_the_normalisation():
     ]:
         with pytest.raises(ValueError, match=message):
             models.check_classifier(model, images, classes=2)
-    refused(r"models.wrap\(net, mean=, std=\)", lambda: attacks.fgsm(net.eval(), 4 * x - 2, Y, eps=1 / 255))
+    refused(
+        r"models.wrap\(net, mean=, std=\)",
+        lambda: attacks.fgsm(net.eval(), 4 * x - 2, Y, eps=1 / 255),
+    )
 
 
 def test_a_good_model_passes_and_stays_as_it_was_and_one_logit_becomes_two():
@@ -165,11 +180,15 @@ def test_pretrained_takes_torchvisions_weights_and_a_head_of_its_own(monkeypatch
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: published)
     model = models.backbone("resnet18", num_classes=3, pretrained=True, seed=1)
     state = model.backbone.state_dict()
-    assert all(torch.equal(state[key], published[key]) for key in state if not key.startswith("fc."))
+    assert all(
+        torch.equal(state[key], published[key]) for key in state if not key.startswith("fc.")
+    )
     assert state["fc.weight"].shape == (3, 512) and torch.equal(
         model.mean.flatten(), torch.tensor(IMAGENET_MEAN)
     )
-    assert equal(kept(models.backbone("resnet18", num_classes=3, pretrained=True, seed=1)), kept(model))
+    assert equal(
+        kept(models.backbone("resnet18", num_classes=3, pretrained=True, seed=1)), kept(model)
+    )
     offline = unittest.mock.Mock(side_effect=OSError("no route"))
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
     message = "resnet18 could not be downloaded.*checkpoints.*pretrained=False"
@@ -191,13 +210,19 @@ def test_timm_is_asked_for_what_torchvision_does_not_know(monkeypatch, tmp_path)
         net.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
         return net
 
-    calls = {"is_model": "tiny_net".__eq__, "list_models": lambda: ["tiny_net"], "create_model": create_model}
+    calls = {
+        "is_model": "tiny_net".__eq__,
+        "list_models": lambda: ["tiny_net"],
+        "create_model": create_model,
+    }
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(**calls))
     model = models.backbone("tiny_net.in1k", num_classes=3).eval()
     again = models.load(models.save(model, tmp_path / "model.pt", meta={}))
     assert equal(kept(again), kept(model)) and again.mean.flatten().tolist() == [0.5] * 3
     refused(
-        "timm could not .*LookupError", lambda: models.backbone("tiny_net", pretrained=True), RuntimeError
+        "timm could not .*LookupError",
+        lambda: models.backbone("tiny_net", pretrained=True),
+        RuntimeError,
     )
     refused("near: tiny_net$", lambda: models.backbone("tiny_ned"))
 
@@ -216,7 +241,9 @@ def test_layers_are_found_and_the_model_stays_as_it_was(named):
     assert 7 <= len(maps) <= drift.POSITIONS and list(maps)[-1] == ("gradcam", last)
     assert sides == sorted(sides, reverse=True) and sides[-1] > 1
     heat = gradcam(model, X)
-    assert torch.equal(heat.grid, gradcam(model, X, f"backbone.{last}").grid) and not heat.zero.all()
+    assert (
+        torch.equal(heat.grid, gradcam(model, X, f"backbone.{last}").grid) and not heat.zero.all()
+    )
 
 
 def test_a_new_head_learns_on_a_frozen_body_and_comes_back_from_a_file(named, tmp_path):
@@ -227,7 +254,9 @@ def test_a_new_head_learns_on_a_frozen_body_and_comes_back_from_a_file(named, tm
     body, ends = dict(made.backbone.body.named_parameters()), ("features.norm5.", "classifier.")
     for count in (1, 2, FAMILIES[name][0]):
         models.unfreeze(made, count)
-        last = [f"{block.removeprefix('backbone.body.')}." for block in models.blocks(made)[-count:]]
+        last = [
+            f"{block.removeprefix('backbone.body.')}." for block in models.blocks(made)[-count:]
+        ]
         expected = {key for key in body if key.startswith((*last, *ends))}
         assert {key for key, p in body.items() if p.requires_grad} == expected
     statistics = kept(models.unfreeze(made, 0).backbone.body)
@@ -246,10 +275,14 @@ def test_a_new_head_learns_on_a_frozen_body_and_comes_back_from_a_file(named, tm
 
 def test_a_flat_chain_of_one_size_has_its_convolutions_for_blocks_and_the_map_before_the_pooling():
     net, model = homemade().eval(), models.wrap(homemade(), **HALF)
-    assert models.blocks(model) == ["backbone.0", "backbone.3"] and models.last_map_layer(net) == "5"
+    assert (
+        models.blocks(model) == ["backbone.0", "backbone.3"] and models.last_map_layer(net) == "5"
+    )
     made = models.with_head(model, unfrozen=1).eval()
     assert models.last_map_layer(made) == "backbone.body.5" and made.recipe is None
-    trains = {key.split(".")[0] for key, p in made.backbone.body.named_parameters() if p.requires_grad}
+    trains = {
+        key.split(".")[0] for key, p in made.backbone.body.named_parameters() if p.requires_grad
+    }
     assert trains == {"3", "4"} and made.features(X[..., :32, :32]).shape == (3, 12 * 8 * 8)
     assert gradcam(net, X[:, [0, 0, 0], :32, :32]).grid.shape == (3, 16, 16)
     refused(r"models.wrap\(net, mean=, std=\) makes one", lambda: models.with_head(net))

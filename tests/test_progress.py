@@ -8,8 +8,9 @@ import threading
 import nbformat
 import pytest
 
-from dlia_utils import notebooks, progress
+from dlia_utils import progress
 from dlia_utils.progress import Bar
+from tools import notebooks
 
 
 class Terminal(io.StringIO):
@@ -129,10 +130,13 @@ def executed(tmp_path_factory):
     folder, terminal = tmp_path_factory.mktemp("bars"), Terminal()
     v4 = nbformat.v4
     cells = [
-        v4.new_markdown_cell("# Title"), v4.new_markdown_cell("## 2 Training\nwith text"),
-        v4.new_code_cell(THREE_BARS), v4.new_markdown_cell("## 3 Failing"), v4.new_code_cell(FAILS),
+        v4.new_markdown_cell("# Title"),
+        v4.new_markdown_cell("## 2 Training\nwith text"),
+        v4.new_code_cell(THREE_BARS),
+        v4.new_markdown_cell("## 3 Failing"),
+        v4.new_code_cell(FAILS),
         v4.new_code_cell("1"),
-    ]  # fmt: skip
+    ]
     notebooks.write(v4.new_notebook(cells=cells), folder / "in.ipynb")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as caught:
         patch.setattr("sys.stderr", terminal)
@@ -176,7 +180,9 @@ def test_a_log_of_a_run_gets_a_line_for_each_stage(monkeypatch, tmp_path):
     log, status, over = io.StringIO(), tmp_path / "status", threading.Event()
     cells = [nbformat.v4.new_markdown_cell("## 2 Training"), nbformat.v4.new_code_cell("fit()")]
     at = {"cells": cells, "number": 2}
-    texts = iter(["", *(f"a: epoch {epoch} of 2 [00:01]" for epoch in "11"), "\n", "a: epoch 2 of 2 [00:03]"])
+    texts = iter(
+        ["", *(f"a: epoch {epoch} of 2 [00:01]" for epoch in "11"), "\n", "a: epoch 2 of 2 [00:03]"]
+    )
 
     def next_status(seconds):
         text = next(texts, None)

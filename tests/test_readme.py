@@ -5,13 +5,13 @@ import re
 import pandas as pd
 import pytest
 
-from dlia_utils import notebooks, published
+from tools import notebooks, published
 
 PAGE = published.PAGE.read_text(encoding="utf-8")
 
 
 def test_tables_come_from_the_committed_results():
-    assert published.fill(PAGE, published.blocks()) == PAGE, "run: python -m dlia_utils.published"
+    assert published.fill(PAGE, published.blocks()) == PAGE, "run: python -m tools.published"
 
 
 def test_committed_results_are_real_and_complete():
@@ -26,7 +26,9 @@ def test_committed_results_are_real_and_complete():
 def test_committed_detection_results_say_what_is_synthetic():
     results = pd.read_csv(published.REPOSITORY / "results" / "05_detection.csv")
     planted = results.model.eq("planted findings, 5 folds")
-    assert (results.data.str.contains("SYNTHETIC") == planted).all() and (results[~planted].n == 61).all()
+    assert (results.data.str.contains("SYNTHETIC") == planted).all() and (
+        results[~planted].n == 61
+    ).all()
     assert not results.duplicated(["model", "metric"]).any()
 
 
@@ -37,7 +39,9 @@ def test_committed_fracture_results_are_real_paired_and_complete():
     for attack in ("clean", "worst"):
         assert (results[results.attack.eq(attack) & results.metric.eq("accuracy")].n == 222).all()
     worst = results[results.attack.eq("worst") & results.metric.eq("accuracy")].sort_values("eps")
-    assert worst.groupby("model")["value"].apply(lambda values: values.is_monotonic_decreasing).all()
+    assert (
+        worst.groupby("model")["value"].apply(lambda values: values.is_monotonic_decreasing).all()
+    )
     maps = results[results.attack.str.startswith("map ")]
     assert (maps.n == 72).all() and maps.groupby("model")["attack"].nunique().eq(8).all()
 

@@ -22,7 +22,10 @@ class Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(1, dtype=weight.dtype))
+        self.weight, self.bias = (
+            nn.Parameter(weight),
+            nn.Parameter(torch.zeros(1, dtype=weight.dtype)),
+        )
 
     def forward(self, x):
         rise = (x * self.weight).flatten(1).sum(1) + self.bias
@@ -78,7 +81,11 @@ BALL = {
     "pgd": ("linf", 1.001, lambda *a, **kw: attacks.pgd(*a, loss="margin", **kw)),
     "pgd_l2": ("l2", 1.05, lambda *a, **kw: attacks.pgd(*a, norm="l2", steps=20, **kw)),
     "apgd": ("linf", 1.001, lambda *a, **kw: attacks.apgd(*a, steps=20, **kw)),
-    "apgd_l2": ("l2", 1.01, lambda *a, **kw: attacks.apgd(*a, norm="l2", steps=30, loss="margin", **kw)),
+    "apgd_l2": (
+        "l2",
+        1.01,
+        lambda *a, **kw: attacks.apgd(*a, norm="l2", steps=30, loss="margin", **kw),
+    ),
     "mi_fgsm": ("linf", 1.001, lambda *a, **kw: attacks.mi_fgsm(*a, **kw)),
 }
 SMALLEST = {
@@ -118,18 +125,28 @@ def test_smallest_change_is_the_closed_form(name, grey, masked):
 def test_square_comes_near_the_optimum_without_gradients(norm, share, grey, masked):
     """Share of the highest margin in the ball, after 400 squares: of 108 free values, or 16 (grey, masked)."""
     model, x, y, mask, distance = linear_case(norm, grey=grey, masked=masked)
-    result = attacks.square(model, x, y, eps=0.9 * distance, norm=norm, steps=400, grey=grey, mask=mask)
+    result = attacks.square(
+        model, x, y, eps=0.9 * distance, norm=norm, steps=400, grey=grey, mask=mask
+    )
     gain = margin(model(result.x_adv), y) - margin(model(x), y)
     assert not result.success.any()
     assert (gain <= 0.9 * GAP * (1 + 1e-9)).all()
     assert (gain >= share[masked] * 0.9 * GAP).all(), gain.min()
-    blind = attacks.noise(model, x, y, eps=0.9 * distance, norm=norm, draws=50, grey=grey, mask=mask)
+    blind = attacks.noise(
+        model, x, y, eps=0.9 * distance, norm=norm, draws=50, grey=grey, mask=mask
+    )
     assert (margin(model(blind.x_adv), y) - margin(model(x), y)).mean() < 0.8 * gain.mean()
 
 
 @pytest.mark.parametrize(
     ("name", "excess"),
-    [("pgd_l2", 1.05), ("apgd_l2", 1.01), ("fmn_l2", 1.02), ("carlini_wagner", 1.03), ("deepfool_l2", 1.09)],
+    [
+        ("pgd_l2", 1.05),
+        ("apgd_l2", 1.01),
+        ("fmn_l2", 1.02),
+        ("carlini_wagner", 1.03),
+        ("deepfool_l2", 1.09),
+    ],
 )
 def test_curved_boundary(name, excess):
     """Inside a ball of radius 1, 0.9 from its centre: 0.1 to go, in a direction that differs by image."""
@@ -156,7 +173,9 @@ def test_one_pixel_finds_what_trying_every_pixel_finds(masked):
         gain = torch.where(mask[:, 0], gain, -torch.inf)
     with torch.no_grad():
         best = model(x)[:, 1] + gain.flatten(1).max(1).values
-        model.bias -= best.sort().values[IMAGES // 2 - 1 : IMAGES // 2 + 1].mean()  # half can be fooled
+        model.bias -= (
+            best.sort().values[IMAGES // 2 - 1 : IMAGES // 2 + 1].mean()
+        )  # half can be fooled
         y = model(x).argmax(1)
     assert not y.any()
     result = attacks.one_pixel(model, x, y, grey=True, mask=mask, population=60, iterations=60)

@@ -24,7 +24,9 @@ def burn(seconds):
 
 def test_memory_that_comes_and_goes_inside_a_block_shows_in_its_peak():
     with resources.track("allocation") as row:
-        memory = mmap.mmap(-1, 200 * resources.MIB)  # given back for certain when closed, unlike an array
+        memory = mmap.mmap(
+            -1, 200 * resources.MIB
+        )  # given back for certain when closed, unlike an array
         pages = np.frombuffer(memory, np.uint8)
         pages[::4096] = 1
         latest = time.monotonic() + 30  # a busy machine may keep the watcher waiting
@@ -47,7 +49,9 @@ def test_a_busy_block_uses_cpu_and_a_sleeping_one_does_not():
     assert row["cpu_s"] <= 0.15 and row["wall_s"] >= 0.4
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="child times are counted on Linux only")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="child times are counted on Linux only"
+)
 def test_child_processes_count():
     code = "import time\nwhile time.process_time() < 0.3: pass"
     with resources.track("child") as row:
@@ -56,14 +60,21 @@ def test_child_processes_count():
 
 
 def test_the_log_has_one_line_and_the_file_one_row_that_reads_back(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="dlia_utils"), resources.track("drift, plain", folder=tmp_path / "run") as row:
+    with (
+        caplog.at_level(logging.INFO, logger="dlia_utils"),
+        resources.track("drift, plain", folder=tmp_path / "run") as row,
+    ):
         pass
     (record,) = caplog.records
     said = r"drift, plain: \d+\.\d s, CPU \d+\.\d s, memory \d+ MiB at first and \d+ MiB at most"
     assert record.levelname == "INFO" and re.fullmatch(said, record.getMessage())
     table = resources.table(tmp_path / "run")
     assert list(table.columns) == list(resources.COLUMNS) == list(table.loc[0].index)
-    assert table.loc[0, "label"] == "drift, plain" and table.loc[0, "failed"] == "" and table["gpu_peak_mib"].isna().all()
+    assert (
+        table.loc[0, "label"] == "drift, plain"
+        and table.loc[0, "failed"] == ""
+        and table["gpu_peak_mib"].isna().all()
+    )
     for column in ("wall_s", "cpu_s", "rss_start_mib", "rss_peak_mib"):
         assert table.loc[0, column] == pytest.approx(row[column], abs=6e-4)
 
@@ -89,7 +100,9 @@ def test_a_block_that_fails_leaves_its_row_and_the_error_goes_on(tmp_path, caplo
     row = resources.table(tmp_path).loc[0]
     assert row["failed"] == error.__name__ and row["cpu_s"] > 0
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and record.getMessage().endswith(f"ended by {error.__name__}")
+    assert record.levelname == "WARNING" and record.getMessage().endswith(
+        f"ended by {error.__name__}"
+    )
 
 
 def test_no_watcher_is_left_behind():
@@ -108,9 +121,13 @@ def test_blocks_inside_one_another_have_gpu_peaks_of_their_own(monkeypatch, capl
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used["peak"] if device == 1 else 0)
     monkeypatch.setattr(
-        torch.cuda, "reset_peak_memory_stats", lambda device: used.update(peak=used["now"]) if device == 1 else None
+        torch.cuda, "max_memory_allocated", lambda device: used["peak"] if device == 1 else 0
+    )
+    monkeypatch.setattr(
+        torch.cuda,
+        "reset_peak_memory_stats",
+        lambda device: used.update(peak=used["now"]) if device == 1 else None,
     )
     use(900)
     use(0)  # before the blocks, so in none of them
@@ -124,8 +141,10 @@ def test_blocks_inside_one_another_have_gpu_peaks_of_their_own(monkeypatch, capl
         use(5)
     peaks = [row["gpu_peak_mib"] for row in (small, large, outer)]
     assert peaks == [20, 700, 700]
-    assert [record.getMessage().endswith(f"GPU at most {peak} MiB") for record, peak in
-            zip(caplog.records, (20, 700, 700), strict=True)] == [True] * 3  # fmt: skip
+    assert [
+        record.getMessage().endswith(f"GPU at most {peak} MiB")
+        for record, peak in zip(caplog.records, (20, 700, 700), strict=True)
+    ] == [True] * 3
 
 
 def test_what_cannot_be_told_or_read_is_refused(tmp_path):

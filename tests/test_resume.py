@@ -34,7 +34,9 @@ def kaggle(tmp_path, monkeypatch):
 
 def train(**options):
     opened = study.open_study(start_run(NOTEBOOK, **TINY))
-    return study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False, **options)
+    return study.train_model(
+        opened, "baseline", objectives.cross_entropy(), progress=False, **options
+    )
 
 
 # The first session: killed from outside, as at the end of Kaggle's twelve hours, in the middle of an epoch.
@@ -58,7 +60,9 @@ study.train_model(opened, "baseline", objective, progress=False)
 def killed_session(kaggle, call):
     code = SESSION.format(notebook=NOTEBOOK, tiny=TINY)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(call)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(call)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     return kaggle / "working" / "runs"
 
@@ -88,7 +92,9 @@ def test_a_session_that_was_cut_off_loses_at_most_one_epoch(kaggle, layout, capl
     study._OPEN.clear()
     straight = train()
     columns = ["train_loss", "val_loss"]
-    pd.testing.assert_frame_equal(result.history[columns], straight.history[columns], check_exact=True)
+    pd.testing.assert_frame_equal(
+        result.history[columns], straight.history[columns], check_exact=True
+    )
 
 
 def test_of_several_earlier_sessions_the_furthest_is_taken(kaggle):
@@ -110,7 +116,10 @@ def test_a_run_of_other_settings_is_not_continued(kaggle, caplog):
     run_dir = start_run(NOTEBOOK, **TINY | {"epochs": 5}).run_dir
     assert not (run_dir / "baseline").exists()
     named = start_run(NOTEBOOK, name=attached_name(kaggle), **TINY | {"epochs": 5}).run_dir
-    assert "has other settings: it is not continued" in caplog.text and not (named / "baseline").exists()
+    assert (
+        "has other settings: it is not continued" in caplog.text
+        and not (named / "baseline").exists()
+    )
 
 
 def attached_name(kaggle):

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlia_utils import attacks, models
+from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.models import robust
-from dlia_utils.models.fold import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
+from dlia_utils.models.pixel import fast_copy
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 NAMES = sorted(robust.SOURCES)
@@ -31,7 +32,9 @@ def tiny(name: str, **options) -> robust.RobustModel:
 
 
 def norm(key: str, channels: int) -> dict:
-    per_channel = {f"{key}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+    per_channel = {
+        f"{key}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")
+    }
     return per_channel | {f"{key}.num_batches_tracked": ()}
 
 
@@ -103,11 +106,17 @@ def ra_resnet_keys() -> dict:
         for i in range(depth):
             block = f"stages.stage{k}.stage{k}-block{i}"
             keys |= {f"{block}.F.a.0.weight": (inner, inputs, 1, 1)}
-            keys |= {f"{block}.F.b.0.weight": (inner, group_width, 3, 3)} | norm(f"{block}.F.b.1", inner)
+            keys |= {f"{block}.F.b.0.weight": (inner, group_width, 3, 3)} | norm(
+                f"{block}.F.b.1", inner
+            )
             keys |= excitation(f"{block}.F.se", inner, round(inputs / 4))
-            keys |= {f"{block}.F.c.0.weight": (outputs, inner, 1, 1)} | norm(f"{block}.F.c.1", outputs)
+            keys |= {f"{block}.F.c.0.weight": (outputs, inner, 1, 1)} | norm(
+                f"{block}.F.c.1", outputs
+            )
             if i == 0:
-                keys |= {f"{block}.proj.0.weight": (outputs, inputs, 1, 1)} | norm(f"{block}.proj.1", outputs)
+                keys |= {f"{block}.proj.0.weight": (outputs, inputs, 1, 1)} | norm(
+                    f"{block}.proj.1", outputs
+                )
             inputs = outputs
     return keys | {"fc.weight": (1000, 2160), "fc.bias": (1000,)}
 
@@ -126,13 +135,23 @@ PUBLISHED = {
     "rebuffi2021_wrn_70_16": (266_796_506, 407, deepmind_keys(16, even(16), (11,) * 3), 38.8, 32),
     "standard_wrn_28_10": (36_479_194, 155, trades_keys(4, 10), 256.9, 224),
     "meansparse_wrn_94_16": (
-        365_915_610, 1231, deepmind_keys(16, even(16), (15,) * 3, sparse=True), None, 0,
+        365_915_610,
+        1231,
+        deepmind_keys(16, even(16), (15,) * 3, sparse=True),
+        None,
+        0,
     ),
     "ra_wrn_70_16": (267_240_802, 1147, deepmind_keys(**RA), 241.9, 64),
     "ra_resnet_50": (26_143_228, 491, ra_resnet_keys(), 6.17, 224),
-    "bartoldson2024_wrn_94_16": (365_915_610, 551, deepmind_keys(16, even(16), (15,) * 3), 213.0, 64),
+    "bartoldson2024_wrn_94_16": (
+        365_915_610,
+        551,
+        deepmind_keys(16, even(16), (15,) * 3),
+        213.0,
+        64,
+    ),
     "meansparse_ra_wrn_70_16": (267_240_802, 2217, deepmind_keys(**RA, sparse=True), None, 0),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -151,12 +170,16 @@ def test_parameters_entries_keys_and_shapes_are_the_published_ones(name):
     parameters, entries, keys, *_ = PUBLISHED[name]
     model = full_size(name)
     state = model.state_dict()
-    assert sum(p.numel() for p in model.parameters()) == parameters == robust.SOURCES[name].parameters
+    assert (
+        sum(p.numel() for p in model.parameters()) == parameters == robust.SOURCES[name].parameters
+    )
     assert {key: tuple(value.shape) for key, value in state.items()} == keys
     assert len(state) == entries
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(SPARSE)))  # these have their bases' convolutions
+@pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - set(SPARSE))
+)  # these have their bases' convolutions
 def test_multiply_adds_and_so_strides_and_groups_are_the_published_ones(name):
     *_, expected, size = PUBLISHED[name]
     model, total = full_size(name), []
@@ -182,8 +205,14 @@ def test_gairats_file_carries_its_first_block_twice():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"ra_resnet_50", "bartoldson2024_wrn_94_16"}))
 def test_the_published_file_size_is_that_of_the_weights_or_of_weights_and_optimiser(name):
-    size = sum(value.numel() * value.element_size() for value in full_size(name).state_dict().values()) / 1e6
-    nested = {"standard_wrn_28_10": 146, "gairat_wrn_28_10": 159}  # the optimiser repeats every parameter
+    size = (
+        sum(value.numel() * value.element_size() for value in full_size(name).state_dict().values())
+        / 1e6
+    )
+    nested = {
+        "standard_wrn_28_10": 146,
+        "gairat_wrn_28_10": 159,
+    }  # the optimiser repeats every parameter
     assert robust.SOURCES[name].megabytes == pytest.approx(size + nested.get(name, 0), abs=1)
 
 
@@ -234,14 +263,18 @@ def test_any_size_gives_one_row_per_image_and_the_pooled_mean(name):
 
 def test_stride_two_pads_right_and_below_and_the_odd_size_on_all_sides():
     block = robust.nets.DeepMindBlock(1, 1, 2, first=True, sparse=False, squeeze=False).eval()
-    block.batchnorm_0, block.relu_0, block.batchnorm_1, block.relu_1 = (nn.Identity() for _ in range(4))
+    block.batchnorm_0, block.relu_0, block.batchnorm_1, block.relu_1 = (
+        nn.Identity() for _ in range(4)
+    )
     kernel = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
     block.conv_0.weight.data.copy_(kernel)
     nn.init.zeros_(block.shortcut.weight)
     block.conv_1.weight.data.copy_(F.pad(torch.ones(1, 1, 1, 1), (1, 1, 1, 1)))  # the identity
     corner = torch.zeros(1, 1, 4, 4)
     corner[0, 0, 0, 0] = 1.0
-    assert block(corner)[0, 0, 0, 0] == kernel[0, 0, 0, 0]  # symmetric padding would show the centre, 5
+    assert (
+        block(corner)[0, 0, 0, 0] == kernel[0, 0, 0, 0]
+    )  # symmetric padding would show the centre, 5
     assert F.conv2d(corner, kernel, stride=2, padding=1)[0, 0, 0, 0] == 5
     far = torch.zeros(1, 1, 4, 4)
     far[0, 0, 3, 3] = 1.0
@@ -340,11 +373,19 @@ def test_the_list_tells_papers_ids_licences_and_addresses():
     assert (table[["paper", "licence", "urls", "dataset"]] != "").all(axis=None)
     assert table.loc["rebuffi2021_wrn_70_16", "licence"] == "Apache-2.0"
     assert "1-IbKAGtp79tAEm59N0i8QMvMZ3nxSD2-" in table.loc["chen2024_wrn_34_20", "urls"]
-    assert table.loc["ra_wrn_70_16", "urls"].startswith("https://huggingface.co/poloclub/robust-principles/")
-    bases = {"meansparse_wrn_94_16": "bartoldson2024_wrn_94_16", "meansparse_ra_wrn_70_16": "ra_wrn_70_16"}
+    assert table.loc["ra_wrn_70_16", "urls"].startswith(
+        "https://huggingface.co/poloclub/robust-principles/"
+    )
+    bases = {
+        "meansparse_wrn_94_16": "bartoldson2024_wrn_94_16",
+        "meansparse_ra_wrn_70_16": "ra_wrn_70_16",
+    }
     for sparse, base in bases.items():  # what the adaptive attack showed
         assert table.loc[sparse, "adaptive"] < table.loc[base, "robust"] < 100
-    assert not table.loc["chen2024_wrn_34_20", "normalises"] and table.loc["hat_wrn_34_10", "normalises"]
+    assert (
+        not table.loc["chen2024_wrn_34_20", "normalises"]
+        and table.loc["hat_wrn_34_10", "normalises"]
+    )
 
 
 @pytest.mark.parametrize("name", ["ra_resnet_50", *SPARSE[:1]])
@@ -362,9 +403,13 @@ def test_a_saved_model_comes_back_with_alpha_and_a_folded_copy_agrees(name, tmp_
 def published(name: str, classes: int | None = None) -> dict:
     """A synthetic public state dict, narrow as the tests' models."""
     source = robust.SOURCES[name]
-    state = randomised(tiny(name, num_classes=classes or source.classes, seed=7)).backbone.state_dict()
+    state = randomised(
+        tiny(name, num_classes=classes or source.classes, seed=7)
+    ).backbone.state_dict()
     if name == "gairat_wrn_28_10":
-        state |= {f"sub_{key}": value + 1 for key, value in state.items() if key.startswith("block1.")}
+        state |= {
+            f"sub_{key}": value + 1 for key, value in state.items() if key.startswith("block1.")
+        }
     if name == "ra_resnet_50":
         state |= {
             "normalization.mean": torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1),
@@ -385,8 +430,12 @@ def test_every_entry_but_the_head_is_loaded(name, tmp_path, caplog):
         model = load(name, state, tmp_path)
     own, report = model.backbone.state_dict(), model.load_report
     head = [key for key in own if key.startswith(("fc.", "logits."))]
-    assert len(head) == 2 and all(torch.equal(own[key], state[key]) for key in own if key not in head)
-    assert own[head[0]].shape[0] == 2 and not any(value.is_meta for value in model.state_dict().values())
+    assert len(head) == 2 and all(
+        torch.equal(own[key], state[key]) for key in own if key not in head
+    )
+    assert own[head[0]].shape[0] == 2 and not any(
+        value.is_meta for value in model.state_dict().values()
+    )
     assert all(p.requires_grad for p in model.parameters())
     assert report.matched == report.entries == len(own) - 2
     assert report.head == "drawn anew" and report.container == "bare" and report.prefix == ""
@@ -394,7 +443,9 @@ def test_every_entry_but_the_head_is_loaded(name, tmp_path, caplog):
     assert report.normalisation == (2 if name == "ra_resnet_50" else 0)
     assert report.bytes == (tmp_path / "public.pt").stat().st_size
     assert report.sha256 == hashlib.sha256((tmp_path / "public.pt").read_bytes()).hexdigest()
-    assert f"{report.matched} of {report.entries}" in caplog.text and str(tmp_path) not in caplog.text
+    assert (
+        f"{report.matched} of {report.entries}" in caplog.text and str(tmp_path) not in caplog.text
+    )
     if name == "ra_resnet_50":
         assert len(state) == 493  # as published
 
@@ -421,7 +472,8 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize(
-    "name, style", [*(("gairat_wrn_28_10", style) for style in CONTAINERS), ("ra_resnet_50", "optimiser")]
+    "name, style",
+    [*(("gairat_wrn_28_10", style) for style in CONTAINERS), ("ra_resnet_50", "optimiser")],
 )
 def test_containers_prefixes_and_payloads_are_unwrapped(name, style, tmp_path):
     state = published(name)
@@ -429,7 +481,9 @@ def test_containers_prefixes_and_payloads_are_unwrapped(name, style, tmp_path):
     own = model.backbone.state_dict()
     assert all(torch.equal(own[key], state[key]) for key in own if not key.startswith("fc."))
     report = model.load_report
-    assert report.container == {"optimiser": "state_dict"}.get(style, style if "." not in style else "bare")
+    assert report.container == {"optimiser": "state_dict"}.get(
+        style, style if "." not in style else "bare"
+    )
     assert report.prefix == {"optimiser": "module."}.get(style, style if "." in style else "")
     assert report.payload == (("epoch", "best_prec1", "optimizer") if style == "optimiser" else ())
 
@@ -454,14 +508,18 @@ def test_batch_counters_may_be_missing(tmp_path):
     less = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     model = load("standard_wrn_28_10", less, tmp_path)
     assert model.load_report.counters == 25 == len(state) - len(less)
-    assert model.load_report.matched == 155 - 2 - 25 and "25 batch counters missing" in str(model.load_report)
+    assert model.load_report.matched == 155 - 2 - 25 and "25 batch counters missing" in str(
+        model.load_report
+    )
     assert torch.equal(model.backbone.bn1.num_batches_tracked, torch.tensor(0))
 
 
 def test_the_block_that_gairat_never_runs_changes_nothing(tmp_path):
     state, x = published("gairat_wrn_28_10"), torch.rand(2, 3, 32, 32)
     before = load("gairat_wrn_28_10", state, tmp_path)(x)
-    state |= {k: torch.rand(v.shape) for k, v in state.items() if "sub" in k and v.is_floating_point()}
+    state |= {
+        k: torch.rand(v.shape) for k, v in state.items() if "sub" in k and v.is_floating_point()
+    }
     assert torch.equal(load("gairat_wrn_28_10", state, tmp_path)(x), before)
 
 
@@ -476,7 +534,9 @@ def test_what_does_not_fit_is_refused_with_the_keys(tmp_path):
     state = published(name)
     broken = state["bn1.weight"].clone()
     broken[0] = float("nan")
-    ones = {key: torch.ones_like(value) for key, value in state.items() if key.endswith("running_var")}
+    ones = {
+        key: torch.ones_like(value) for key, value in state.items() if key.endswith("running_var")
+    }
     half = {f"module.{k}" if i % 2 else k: v for i, (k, v) in enumerate(state.items())}
     for content, message in [
         (changed(state, **{first: None}), f"152 of 153 entries matched.: missing {first}"),
@@ -492,7 +552,10 @@ def test_what_does_not_fit_is_refused_with_the_keys(tmp_path):
         ({"state_dict": state, "last": state}, "several sets of weights"),
         ({"weights": list(state.values())}, "holds no state dict"),
         (list(state.values()), "holds no state dict"),
-        ({"state_dict": state, "model": SimpleNamespace()}, "weights_only=True .it holds a types.Simple"),
+        (
+            {"state_dict": state, "model": SimpleNamespace()},
+            "weights_only=True .it holds a types.Simple",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             load(name, content, tmp_path)
@@ -564,7 +627,11 @@ def test_a_file_on_google_drive_is_fetched_once_by_its_id(given, gdown, monkeypa
     assert gdown == ["https://drive.google.com/uc?id=1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC"]
     assert model.load_report.entries == 153
     (file,) = (tmp_path / "cache" / "checkpoints").iterdir()
-    assert file.name == "standard_wrn_28_10-1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC.pt" == model.load_report.file
+    assert (
+        file.name
+        == "standard_wrn_28_10-1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC.pt"
+        == model.load_report.file
+    )
 
 
 def test_a_short_file_is_not_kept(gdown, tmp_path):
@@ -573,7 +640,9 @@ def test_a_short_file_is_not_kept(gdown, tmp_path):
     assert not list((tmp_path / "files").iterdir())
 
 
-def test_hugging_face_comes_first_and_the_next_place_is_tried(monkeypatch, offered, gdown, tmp_path):
+def test_hugging_face_comes_first_and_the_next_place_is_tried(
+    monkeypatch, offered, gdown, tmp_path
+):
     asked = []
 
     def hub(*, repo_id, filename, revision):
@@ -586,7 +655,9 @@ def test_hugging_face_comes_first_and_the_next_place_is_tried(monkeypatch, offer
     narrow(monkeypatch, "ra_wrn_70_16", megabytes=None)
     assert robust.download("ra_wrn_70_16", folder=tmp_path) == offered and not gdown
     file = "ra_wrn70_16_cifar10.pt"
-    assert asked == [(f"poloclub/{repo}", file, "main") for repo in ("robust-principles", "Ra-Principles")]
+    assert asked == [
+        (f"poloclub/{repo}", file, "main") for repo in ("robust-principles", "Ra-Principles")
+    ]
     url = "https://huggingface.co/someone/else/blob/v1/cifar10/a.pt"
     assert robust.download("ra_wrn_70_16", url=url) == offered
     assert asked[-1] == ("someone/else", "cifar10/a.pt", "v1")
@@ -597,13 +668,20 @@ def test_without_clients_or_network_the_message_says_what_to_do(monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(RuntimeError) as caught:
         robust.create("ra_wrn_70_16", pretrained="public")
-    for part in ("needs gdown: python -m pip install gdown", "needs huggingface_hub", "pretrained="):
+    for part in (
+        "needs gdown: python -m pip install gdown",
+        "needs huggingface_hub",
+        "pretrained=",
+    ):
         assert part in str(caught.value)
 
     def offline(**_):
         raise ConnectionError("no route to host")
 
-    for give, reason in [(offline, "ConnectionError: no route"), (lambda **_: None, "Google Drive gave no")]:
+    for give, reason in [
+        (offline, "ConnectionError: no route"),
+        (lambda **_: None, "Google Drive gave no"),
+    ]:
         monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=give))
         with pytest.raises(RuntimeError, match=f"{reason}.*internet"):
             robust.download("chen2024_wrn_34_20", folder=tmp_path)
@@ -623,7 +701,9 @@ def sparse(alpha: float, mean=(0.0, 1.0), variance=(1.0, 4.0)) -> robust.MeanSpa
 
 def test_values_near_the_mean_become_it_strictly_and_alpha_zero_is_the_identity():
     x = torch.tensor([[-0.5, -0.4, 0.0, 0.5, 0.6], [0.0, 0.1, 1.5, 2.0, -3.0]]).view(1, 2, 1, 5)
-    expected = torch.tensor([[-0.5, 0.0, 0.0, 0.5, 0.6], [0.0, 1.0, 1.0, 2.0, -3.0]]).view(1, 2, 1, 5)
+    expected = torch.tensor([[-0.5, 0.0, 0.0, 0.5, 0.6], [0.0, 1.0, 1.0, 2.0, -3.0]]).view(
+        1, 2, 1, 5
+    )
     assert torch.equal(sparse(0.5)(x), expected)
     assert torch.equal(sparse(0.0)(x), x)
     assert sparse(0.5)(x.half()).dtype == torch.half
@@ -645,7 +725,9 @@ def test_the_exact_gradient_is_zero_inside_and_straight_through_it_is_one():
 
 
 def test_an_attack_through_the_operator_sees_more_than_one_with_exact_gradients():
-    model = robust.set_alpha(randomised(tiny("meansparse_wrn_94_16")), 100.0)  # everything becomes the mean
+    model = robust.set_alpha(
+        randomised(tiny("meansparse_wrn_94_16")), 100.0
+    )  # everything becomes the mean
     x, y = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
     x_in = x.clone().requires_grad_()
     (exact,) = torch.autograd.grad(model(x_in)[:, 0].sum(), x_in)
@@ -691,7 +773,10 @@ def test_statistics_are_those_of_the_images_before_any_operator(pooled):
 
 
 def test_a_pass_that_fails_leaves_the_model_as_it_was():
-    for batches, message in [([], "holds no images"), ([torch.full((1, 2, 2, 2), float("nan"))], "not finite")]:
+    for batches, message in [
+        ([], "holds no images"),
+        ([torch.full((1, 2, 2, 2), float("nan"))], "not finite"),
+    ]:
         model = Two()
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=message):
@@ -736,7 +821,9 @@ def separable(n: int = 24) -> tuple:
         convolution.weight.fill_(1.0)
         convolution.bias.zero_()
         model[-1].weight.copy_(torch.tensor([[-1.0] * 4, [1.0] * 4]))
-        model[-1].bias.copy_(torch.tensor([2.0, -2.0]))  # zero at grey 0.5, midway between the classes
+        model[-1].bias.copy_(
+            torch.tensor([2.0, -2.0])
+        )  # zero at grey 0.5, midway between the classes
     return model, x, y
 
 
@@ -744,7 +831,7 @@ def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_a
     model, x, y = separable()
     train_images = x + 0.01
     options = dict(eps=8 / 255, steps=5, progress=False)
-    table = robust.select_alpha(model, [train_images], x, y, grid=(0.3, 1.0, 8.0), **options)
+    table = select_alpha(model, [train_images], x, y, grid=(0.3, 1.0, 8.0), **options)
     mean, variance = train_images.mean(), train_images.var()
     torch.testing.assert_close(model[1].running_mean[0], mean)  # of the training images, not of x
     torch.testing.assert_close(model[1].running_var[0], variance)
@@ -757,7 +844,9 @@ def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_a
     (chosen,) = table.index[table.chosen]
     assert chosen in allowed.index and table.robust[chosen] == allowed.robust.max()
     assert chosen == allowed.index[allowed.robust == allowed.robust.max()][0]
-    assert model[1].threshold == pytest.approx(table.alpha[chosen]) and not model[1].straight_through
+    assert (
+        model[1].threshold == pytest.approx(table.alpha[chosen]) and not model[1].straight_through
+    )
     # Each number again, by the attack itself.
     for row in table.itertuples():
         robust.set_alpha(model, row.alpha)
@@ -774,9 +863,11 @@ def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_a
 def test_a_wide_limit_lets_a_blind_model_win_so_the_limit_matters():
     model, x, y = separable()
     options = dict(eps=40 / 255, steps=5, grid=(8.0,), progress=False)
-    table = robust.select_alpha(model, [x], x, y, max_clean_drop=1.0, **options)
-    assert table.chosen.tolist() == [False, True] and model[1].threshold == 8  # robust, because constant
-    table = robust.select_alpha(model, [x], x, y, max_clean_drop=0.01, **options)
+    table = select_alpha(model, [x], x, y, max_clean_drop=1.0, **options)
+    assert (
+        table.chosen.tolist() == [False, True] and model[1].threshold == 8
+    )  # robust, because constant
+    table = select_alpha(model, [x], x, y, max_clean_drop=0.01, **options)
     assert table.chosen.tolist() == [True, False] and model[1].threshold == 0
 
 
@@ -794,7 +885,7 @@ def test_alpha_is_not_chosen_without_operators_images_or_a_grid(monkeypatch):
     ]:
         call = dict(model=model, train_batches=[x], x_val=x, y_val=y, **options) | other
         with pytest.raises(ValueError, match=message):
-            robust.select_alpha(**call)
+            select_alpha(**call)
         assert model[1].threshold == pytest.approx(0.2)
 
     def broken(*_, **__):
@@ -802,5 +893,5 @@ def test_alpha_is_not_chosen_without_operators_images_or_a_grid(monkeypatch):
 
     monkeypatch.setattr("dlia_utils.attacks.evaluate.robust", broken)
     with pytest.raises(KeyboardInterrupt):
-        robust.select_alpha(model, [x], x, y, **options)
+        select_alpha(model, [x], x, y, **options)
     assert model[1].threshold == pytest.approx(0.2)

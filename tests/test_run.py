@@ -6,13 +6,27 @@ import pickle
 import pytest
 from PIL import Image
 
-from dlia_utils import datasets, locate, run
-from dlia_utils.layouts import BadData, DataNotFound
+from dlia_utils import run
+from dlia_utils.data import datasets, sources
+from dlia_utils.data.readers import BadData, DataNotFound
 from dlia_utils.run import start
 
 NOTEBOOK = "01_pneumonia_robustness"
-FULL = {"dataset": "pneumonia", "seed": 0, "size": 224, "epochs": 25, "lr": 1e-3, "patience": None, "pretrained": True}
-FULL |= {"eps_grid": (1 / 255, 4 / 255), "attacks": ("fgsm", "pgd_ce"), "budgets": {"fmn": {"steps": 5}}, "fit": "squash"}
+FULL = {
+    "dataset": "pneumonia",
+    "seed": 0,
+    "size": 224,
+    "epochs": 25,
+    "lr": 1e-3,
+    "patience": None,
+    "pretrained": True,
+}
+FULL |= {
+    "eps_grid": (1 / 255, 4 / 255),
+    "attacks": ("fgsm", "pgd_ce"),
+    "budgets": {"fmn": {"steps": 5}},
+    "fit": "squash",
+}
 FULL |= {"test_share": None, "classes": None, "patient_pattern": ""}
 LAYERS = {"cpu": {"size": 112}, "smoke": {"size": 48, "per_class": None}}
 LAYERS["smoke"].pop("per_class")
@@ -26,9 +40,12 @@ def elsewhere(tmp_path, monkeypatch):
     real = tmp_path / "real"
     real.mkdir()
     monkeypatch.setattr(
-        locate, "find",
-        lambda dataset, data_dir=None, **_: locate.Location(dataset, real, "argument", synthetic=not data_dir),
-    )  # fmt: skip
+        sources,
+        "find",
+        lambda dataset, data_dir=None, **_: sources.Location(
+            dataset, real, "argument", synthetic=not data_dir
+        ),
+    )
     monkeypatch.setattr(run, "pick_device", lambda: ("cpu", "no GPU"))
 
 
@@ -74,12 +91,16 @@ def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own()
     one = begin(changes={"epochs": 5, "eps_grid": [2 / 255]})
     assert one.epochs == 5 and one.eps_grid == (2 / 255,) and one.changed == ["epochs", "eps_grid"]
     text = str(one)
-    assert "* epochs = 5  (in this profile: 25)" in text and "*epochs=5" in text and "(2/255)" in text
+    assert (
+        "* epochs = 5  (in this profile: 25)" in text and "*epochs=5" in text and "(2/255)" in text
+    )
     assert one.run_dir.name.startswith("smoke-synthetic-") and one.run_dir != begin().run_dir
     kept = json.loads((one.run_dir / "config.json").read_text())
     assert kept["settings"]["epochs"] == 5 and kept["changed"] == ["epochs", "eps_grid"]
     again = begin(changes={"epochs": 5, "eps_grid": (2 / 255,)})
-    assert again.run_dir == one.run_dir and again.key == one.key, "a list is the same setting as a tuple"
+    assert again.run_dir == one.run_dir and again.key == one.key, (
+        "a list is the same setting as a tuple"
+    )
 
 
 def test_a_change_to_what_is_set_already_changes_nothing():
@@ -89,17 +110,24 @@ def test_a_change_to_what_is_set_already_changes_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epoch": 5}, "CHANGES: no such setting 'epoch'; did you mean epochs"), ({"zzz": 1}, "there are: dataset, seed"),
-        ({"epochs": "5"}, "is a text; it must be a whole number, such as 25"), ({"epochs": 2.5}, "is a number"),
-        ({"epochs": True}, "truth value"), ({"lr": float("nan")}, "not a finite number"), ({"lr": -1.0}, "is negative"),
-        ({"pretrained": 1}, "must be a truth value"), ({"patience": "often"}, "is a text"),
-        ({"attacks": "fgsm"}, "is a text; it must be a list"), ({"attacks": ("fgms",)}, "names 'fgms'; did you mean fgsm"),
-        ({"eps_grid": ("1/255",)}, "eps_grid holds '1/255'"), ({"budgets": 3}, "must be a dictionary"),
+        ({"epoch": 5}, "CHANGES: no such setting 'epoch'; did you mean epochs"),
+        ({"zzz": 1}, "there are: dataset, seed"),
+        ({"epochs": "5"}, "is a text; it must be a whole number, such as 25"),
+        ({"epochs": 2.5}, "is a number"),
+        ({"epochs": True}, "truth value"),
+        ({"lr": float("nan")}, "not a finite number"),
+        ({"lr": -1.0}, "is negative"),
+        ({"pretrained": 1}, "must be a truth value"),
+        ({"patience": "often"}, "is a text"),
+        ({"attacks": "fgsm"}, "is a text; it must be a list"),
+        ({"attacks": ("fgms",)}, "names 'fgms'; did you mean fgsm"),
+        ({"eps_grid": ("1/255",)}, "eps_grid holds '1/255'"),
+        ({"budgets": 3}, "must be a dictionary"),
         ({"dataset": "covid"}, "has a data set of its own: pneumonia"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_change_is_named_before_any_data_is_read(change, message, monkeypatch):
-    monkeypatch.setattr(locate, "find", lambda *_, **__: pytest.fail("data was looked for"))
+    monkeypatch.setattr(sources, "find", lambda *_, **__: pytest.fail("data was looked for"))
     with pytest.raises(ValueError, match=message):
         begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})
 
@@ -110,14 +138,18 @@ def test_none_is_taken_where_it_means_without():
     assert begin(changes={"lr": None}, allowed={"lr": (None,)}).lr is None
 
 
-@pytest.mark.parametrize("change", [{"lr": 1}, {"patience": 3}, {"attacks": ("fmn",)}, {"epochs": 1}, {"patience": None}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 1}, {"patience": 3}, {"attacks": ("fmn",)}, {"epochs": 1}, {"patience": None}]
+)
 def test_what_fits_is_taken(change):
     one = begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})
     assert one.pick(*change) == change
 
 
 def test_a_profile_that_names_an_unknown_setting_is_a_fault_of_the_notebook():
-    with pytest.raises(ValueError, match="profiles and by_data: no such setting 'sise'; did you mean size"):
+    with pytest.raises(
+        ValueError, match="profiles and by_data: no such setting 'sise'; did you mean size"
+    ):
         begin(cpu={"sise": 3})
 
 
@@ -125,7 +157,9 @@ def test_settings_cannot_be_changed_behind_the_runs_back():
     one = begin()
     one.settings["epochs"], one.budgets["fmn"]["steps"] = 2, 99
     assert one.epochs == 25 and one.budgets["fmn"]["steps"] == 5
-    with pytest.raises(AttributeError, match=r"fixed once a run has started: write CHANGES = \{'epochs': ...\}"):
+    with pytest.raises(
+        AttributeError, match=r"fixed once a run has started: write CHANGES = \{'epochs': ...\}"
+    ):
         one.epochs = 2
     with pytest.raises(AttributeError, match="no setting 'sise'; did you mean size"):
         _ = one.sise
@@ -136,7 +170,12 @@ def test_a_run_survives_pickling_and_is_opened_again_from_its_folder():
     one = begin(changes={"epochs": 3})
     assert pickle.loads(pickle.dumps(one)).settings == one.settings
     again = run.reopen(one.run_dir)
-    assert (again.key, again.settings, again.run_dir, again.location) == (one.key, one.settings, one.run_dir, one.location)
+    assert (again.key, again.settings, again.run_dir, again.location) == (
+        one.key,
+        one.settings,
+        one.run_dir,
+        one.location,
+    )
     with pytest.raises(ValueError, match="is no run folder"):
         run.reopen(one.run_dir / "figures")
 
@@ -156,29 +195,42 @@ def test_run_folder_refuses_other_settings_unless_forced_or_put_aside():
     first = begin(run_name="mine")
     (first.run_dir / "keep.txt").write_text("old")
     assert begin(run_name="mine").key == first.key
-    with pytest.raises(ValueError, match=r"other settings \(size: 48 -> 112\): choose another RUN_NAME"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(size: 48 -> 112\): choose another RUN_NAME"
+    ):
         begin("cpu", run_name="mine")
     assert (begin("cpu", run_name="mine", resume="force").run_dir / "keep.txt").exists()
     fresh = begin("cpu", run_name="mine", resume=False)
     assert not (fresh.run_dir / "keep.txt").exists() and fresh.fresh
-    assert list(fresh.run_dir.parent.glob("mine.*.old/keep.txt")), "the old run is put aside, not deleted"
-    assert begin("cpu", run_name="mine").fresh, "gone on with, it still takes nothing from other runs"
+    assert list(fresh.run_dir.parent.glob("mine.*.old/keep.txt")), (
+        "the old run is put aside, not deleted"
+    )
+    assert begin("cpu", run_name="mine").fresh, (
+        "gone on with, it still takes nothing from other runs"
+    )
 
 
 def test_settings_changed_in_their_own_cell_go_to_another_folder_instead_of_an_error(caplog):
     first = begin()
     edited = start(NOTEBOOK, FULL | {"epochs": 3}, **LAYERS, profile="smoke")
     assert edited.run_dir != first.run_dir and "holds a run of other settings" in caplog.text
-    assert start(NOTEBOOK, FULL | {"epochs": 3}, **LAYERS, profile="smoke").run_dir == edited.run_dir
+    assert (
+        start(NOTEBOOK, FULL | {"epochs": 3}, **LAYERS, profile="smoke").run_dir == edited.run_dir
+    )
 
 
 def test_run_folder_records_config_and_environment():
     one = begin()
-    assert json.loads((one.run_dir / "config.json").read_text())["settings"] == json.loads(json.dumps(one.settings))
+    assert json.loads((one.run_dir / "config.json").read_text())["settings"] == json.loads(
+        json.dumps(one.settings)
+    )
     assert json.loads((one.run_dir / "env.json").read_text())["torch"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"profile": "fast"}, "is not one of"), ({"resume": "yes"}, "RESUME")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"profile": "fast"}, "is not one of"), ({"resume": "yes"}, "RESUME")],
+)
 def test_bad_parameters_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         begin(**arguments)
@@ -203,7 +255,11 @@ def shapes(tmp_path, monkeypatch):
 
 def test_a_folder_of_class_folders_is_the_data_under_its_own_name(shapes, monkeypatch):
     one = begin(data_dir=shapes, own_classes=2, by_data={"*": {"test_share": 0.2}})
-    assert (one.data_name, one.synthetic, one.run_dir.name) == ("shapes", False, "smoke-shapes-real")
+    assert (one.data_name, one.synthetic, one.run_dir.name) == (
+        "shapes",
+        False,
+        "smoke-shapes-real",
+    )
     assert one.test_share == 0.2 and "real images of 'shapes'" in one.banner()
     ordered = begin(data_dir=shapes, own_classes=2, changes={"classes": ("square", "circle")})
     assert datasets.load(ordered.location).classes == ("square", "circle")
@@ -213,7 +269,9 @@ def test_a_folder_of_class_folders_is_the_data_under_its_own_name(shapes, monkey
 
 
 def test_a_folder_is_refused_in_words_where_it_cannot_be_used(shapes):
-    with pytest.raises(DataNotFound, match="does not hold pneumonia.*works in notebooks 01, 04, 06, 07"):
+    with pytest.raises(
+        DataNotFound, match="does not hold pneumonia.*works in notebooks 01, 04, 06, 07"
+    ):
         begin(data_dir=shapes)
     with pytest.raises(BadData, match="2 classes .circle, square.; this notebook compares 3"):
         begin(data_dir=shapes, own_classes=3)
@@ -223,6 +281,6 @@ def test_a_folder_is_refused_in_words_where_it_cannot_be_used(shapes):
 
 
 def test_a_folder_that_holds_another_published_set_is_told_by_name(shapes, tmp_path):
-    location = locate.find("tuberculosis", phantom_dir=tmp_path / "tb")
+    location = sources.find("tuberculosis", phantom_dir=tmp_path / "tb")
     with pytest.raises(DataNotFound, match="holds tuberculosis: .*dataset=tuberculosis"):
         begin(data_dir=location.root, own_classes=2)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from dlia_utils import cache, datasets, report, shortcuts
-from dlia_utils.layouts import BadData
+from dlia_utils import report, shortcuts
+from dlia_utils.data import cache, datasets
+from dlia_utils.data.readers import BadData
 from dlia_utils.shortcuts import REGIONS, Films
 
 SIDE = 32
@@ -27,6 +28,7 @@ class FakeConfig:
     profile: str = "smoke"
     size: int = SIDE
     data_name: str = "covid (SYNTHETIC)"
+    caption: str = "covid (SYNTHETIC), smoke profile, 48 px"
 
 
 class Reads(nn.Module):
@@ -64,7 +66,9 @@ def planted(where, *, count=160, seed=0, strength=0.25):
 
 def audit(where, model=None, **options):
     parts = planted(where, seed=1), planted(where, seed=2)
-    return shortcuts.region_accuracy(shortcuts.linear_probe(), *parts, model=model, draws=200, **options)
+    return shortcuts.region_accuracy(
+        shortcuts.linear_probe(), *parts, model=model, draws=200, **options
+    )
 
 
 def auc(rows, how):
@@ -100,7 +104,9 @@ def test_a_label_in_the_lungs_is_found_in_the_lungs():
             assert found.loc[region, "ci_low"] <= 0.5 <= found.loc[region, "ci_high"], (how, region)
     assert auc(rows, "retrained").loc["lungs_blanked", "ci_low"] <= 0.5
     text = shortcuts.conclude(rows)
-    assert text.startswith("**No sign of a shortcut outside the lungs:** the lungs alone tell the classes apart")
+    assert text.startswith(
+        "**No sign of a shortcut outside the lungs:** the lungs alone tell the classes apart"
+    )
 
 
 def test_a_shortcut_that_the_model_does_not_use_is_told_from_one_that_it_uses():
@@ -117,7 +123,9 @@ def test_a_shortcut_that_the_model_does_not_use_is_told_from_one_that_it_uses():
 
 def test_without_a_label_anywhere_no_region_tells():
     rows = audit("nowhere")
-    assert set(rows["how"]) == {"retrained"} and rows["region"].drop_duplicates().tolist() == list(REGIONS)
+    assert set(rows["how"]) == {"retrained"} and rows["region"].drop_duplicates().tolist() == list(
+        REGIONS
+    )
     assert shortcuts.conclude(rows).startswith("**No region tells the classes apart,**")
     assert rows["n"].eq(160).all() and set(rows["metric"]) == set(shortcuts.AUDITED)
 
@@ -137,7 +145,9 @@ def test_the_pipeline_never_sees_test_labels_and_fill_is_the_training_mean():
     for x, films in ((x_train, train_films), (x_test, test_films)):
         outside = x[:, 0][~torch.from_numpy(films.masks)]
         assert torch.equal(outside, torch.full_like(outside, mean))
-        assert torch.equal(x[:, 0][torch.from_numpy(films.masks)], films.x[:, 0][torch.from_numpy(films.masks)])
+        assert torch.equal(
+            x[:, 0][torch.from_numpy(films.masks)], films.x[:, 0][torch.from_numpy(films.masks)]
+        )
 
 
 def test_frozen_features_feed_the_probe():
@@ -145,7 +155,9 @@ def test_frozen_features_feed_the_probe():
     probe = shortcuts.linear_probe(lambda x: x[:, :, :3, :3].mean((2, 3)), batch_size=7)
     blind = shortcuts.linear_probe(lambda x: x[:, :, 20:, 20:].mean((2, 3)))
     right = (probe(films.x, films.y, films.x) > 0.5) == films.y
-    assert right.mean() > 0.97 and ((blind(films.x, films.y, films.x) > 0.5) == films.y).mean() < 0.7
+    assert (
+        right.mean() > 0.97 and ((blind(films.x, films.y, films.x) > 0.5) == films.y).mean() < 0.7
+    )
 
 
 def test_the_audit_leaves_model_and_films_as_they_were():
@@ -211,7 +223,9 @@ def masked(tmp_path):
             mask[shapes[number]] = 255
             Image.fromarray(mask).convert("RGB").save(tmp_path / f"mask{number}.png")
             masks.append((number, f"mask{number}.png"))
-    manifest = pd.DataFrame(rows, columns=["path", "label", "class_name", "patient", "group", "split"])
+    manifest = pd.DataFrame(
+        rows, columns=["path", "label", "class_name", "patient", "group", "split"]
+    )
     ignored = pd.DataFrame(columns=["path", "reason"])
     dataset = datasets.Dataset("demo", tmp_path, manifest, ("a", "b"), ignored, True, "argument")
     return replace(dataset, masks=pd.DataFrame(masks, columns=["image", "path"]))
@@ -231,7 +245,9 @@ def test_masks_lie_where_the_cached_film_lies(masked):
 
 
 def test_two_masks_of_a_film_are_joined(masked, tmp_path):
-    both = replace(masked, masks=pd.DataFrame({"image": [0, 0], "path": ["mask0.png", "mask1.png"]}))
+    both = replace(
+        masked, masks=pd.DataFrame({"image": [0, 0], "path": ["mask0.png", "mask1.png"]})
+    )
     mask = shortcuts.load_masks(both, [0], 24)[0]
     assert mask[:, :12].all() and mask[12:].all() and not mask[:12, 12:].any()
 
@@ -255,7 +271,9 @@ def test_missing_and_broken_masks_are_named(masked, tmp_path):
     (tmp_path / "mask1.png").unlink()
     with pytest.raises(BadData, match="2 unusable files") as error:
         shortcuts.load_masks(masked, [0, 1], 24)
-    assert "mask0.png: cannot be read as a mask" in str(error.value) and "mask1.png" in str(error.value)
+    assert "mask0.png: cannot be read as a mask" in str(error.value) and "mask1.png" in str(
+        error.value
+    )
 
 
 # ------------------------------------------------------------------------------------------- marker, energy, sources
@@ -263,11 +281,19 @@ def test_missing_and_broken_masks_are_named(masked, tmp_path):
 
 def test_a_marker_moves_only_the_model_that_reads_that_corner():
     films = planted("corner")
-    table = shortcuts.marker_test(Reads(CORNER, 0.525), films.x, films.y, groups=films.patients, draws=100)
+    table = shortcuts.marker_test(
+        Reads(CORNER, 0.525), films.x, films.y, groups=films.patients, draws=100
+    )
     found = table.set_index(["place", "metric"])["value"].unstack()
-    assert found.loc["upper left", "flips_to_1"] > 0.45 and found.loc["upper left", "flips_to_0"] == 0
-    assert found.loc["upper left", "change"] == pytest.approx(found.loc["upper left", "size_of_change"])
-    assert found.loc["upper left", "accuracy_change"] == pytest.approx(-found.loc["upper left", "flips"], abs=0.05)
+    assert (
+        found.loc["upper left", "flips_to_1"] > 0.45 and found.loc["upper left", "flips_to_0"] == 0
+    )
+    assert found.loc["upper left", "change"] == pytest.approx(
+        found.loc["upper left", "size_of_change"]
+    )
+    assert found.loc["upper left", "accuracy_change"] == pytest.approx(
+        -found.loc["upper left", "flips"], abs=0.05
+    )
     others = found.drop(index="upper left")
     assert (others == 0).all(axis=None) and len(others) == 4
     flips = table[(table["metric"] == "flips") & (table["place"] == "middle")].iloc[0]
@@ -278,9 +304,17 @@ def test_a_marker_moves_only_the_model_that_reads_that_corner():
 
 def test_a_marker_lies_where_it_should():
     x = torch.zeros(1, 1, 20, 20)
-    rows = {place: shortcuts.with_marker(x, place, size=0.1, margin=0.05)[0, 0].nonzero() for place in shortcuts.CORNERS}
+    rows = {
+        place: shortcuts.with_marker(x, place, size=0.1, margin=0.05)[0, 0].nonzero()
+        for place in shortcuts.CORNERS
+    }
     corners = {place: spots.min(0).values.tolist() for place, spots in rows.items()}
-    assert corners == {"upper left": [1, 1], "upper right": [1, 17], "lower left": [17, 1], "lower right": [17, 17]}
+    assert corners == {
+        "upper left": [1, 1],
+        "upper right": [1, 17],
+        "lower left": [17, 1],
+        "lower right": [17, 17],
+    }
     assert all(len(spots) == 4 for spots in rows.values())
     assert shortcuts.with_marker(x, "middle", size=0.1).nonzero()[0].tolist() == [0, 0, 9, 9]
     with pytest.raises(ValueError, match="place is 'top'"):
@@ -293,32 +327,45 @@ def test_energy_of_known_maps():
     masks = lungs(np.random.default_rng(0), 12)
     flat = np.ones(masks.shape)
     table = shortcuts.inside_energy(flat, masks, groups=range(12), draws=50).set_index("metric")
-    assert table.loc["gain", "value"] == pytest.approx(0) and table.loc["energy", "value"] == pytest.approx(masks.mean())
+    assert table.loc["gain", "value"] == pytest.approx(0) and table.loc[
+        "energy", "value"
+    ] == pytest.approx(masks.mean())
     inside = masks.astype(float)
     inside[:3] = 0  # Zero maps count as flat.
-    table = shortcuts.inside_energy(torch.from_numpy(inside), masks, groups=range(12), draws=50).set_index("metric")
+    table = shortcuts.inside_energy(
+        torch.from_numpy(inside), masks, groups=range(12), draws=50
+    ).set_index("metric")
     assert table.loc["energy", "value"] == pytest.approx((9 + 3 * masks[0].mean()) / 12)
     assert table["zero_maps"].eq(3).all()
     text = shortcuts.conclude(audit("nowhere"), energy=table.reset_index())
     assert "more than a map that knows nothing has (3 zero maps count as flat)" in text
     outside = shortcuts.inside_energy(1.0 - masks, masks, groups=range(12), draws=50)
-    assert "0.0% of the attribution lies inside the lungs" in shortcuts.conclude(audit("nowhere"), energy=outside)
+    assert "0.0% of the attribution lies inside the lungs" in shortcuts.conclude(
+        audit("nowhere"), energy=outside
+    )
     with pytest.raises(ValueError, match=r"images \[4\] cover no pixel"):
-        shortcuts.inside_energy(flat, np.where(np.arange(12)[:, None, None] == 4, False, masks), groups=range(12))
+        shortcuts.inside_energy(
+            flat, np.where(np.arange(12)[:, None, None] == 4, False, masks), groups=range(12)
+        )
     with pytest.raises(ValueError, match="negative"):
         shortcuts.inside_energy(-flat, masks, groups=range(12))
 
 
 def test_errors_by_source(masked):
-    predictions = pd.DataFrame({"image": [3, 0, 1, 2], "probability": [0.9, 0.2, 0.1, 0.8]})  # 1 and 2 are wrong.
+    predictions = pd.DataFrame(
+        {"image": [3, 0, 1, 2], "probability": [0.9, 0.2, 0.1, 0.8]}
+    )  # 1 and 2 are wrong.
     unknown = shortcuts.source_bias(masked, predictions, draws=20)
     assert set(unknown["note"]) == {"sources are not known in this copy"}
     assert unknown.set_index("class_name")["value"].to_dict() == {"a": 0.5, "b": 0.5}
     manifest = masked.manifest.assign(group=["east", "west", "west", "north"])
     known = shortcuts.source_bias(replace(masked, manifest=manifest), predictions, draws=20)
     assert known.set_index(["source", "class_name"])["value"].to_dict() == {
-        ("east", "a"): 0.0, ("north", "b"): 0.0, ("west", "a"): 1.0, ("west", "b"): 1.0,
-    }  # fmt: skip
+        ("east", "a"): 0.0,
+        ("north", "b"): 0.0,
+        ("west", "a"): 1.0,
+        ("west", "b"): 1.0,
+    }
     notes = known.groupby("source")["note"].first()
     assert notes["west"] == "" and "source and class cannot be told apart" in notes["east"]
     with pytest.raises(ValueError, match="probability"):
@@ -331,21 +378,46 @@ def test_errors_by_source(masked):
 def test_words_follow_the_numbers():
     def rows(how, **regions):
         return [
-            {"how": how, "region": region, "metric": "auc", "value": (low + high) / 2, "ci_low": low, "ci_high": high,
-             "n": 9, "lungs": shortcuts.CRUDE_BOX}
+            {
+                "how": how,
+                "region": region,
+                "metric": "auc",
+                "value": (low + high) / 2,
+                "ci_low": low,
+                "ci_high": high,
+                "n": 9,
+                "lungs": shortcuts.CRUDE_BOX,
+            }
             for region, (low, high) in regions.items()
-        ]  # fmt: skip
+        ]
 
-    table = rows("tested", whole=(0.9, 0.9), lungs_only=(0.8, 0.9), lungs_blanked=(0.6, 0.8), border_only=(0.2, 0.4))
+    table = rows(
+        "tested",
+        whole=(0.9, 0.9),
+        lungs_only=(0.8, 0.9),
+        lungs_blanked=(0.6, 0.8),
+        border_only=(0.2, 0.4),
+    )
     text = shortcuts.conclude(pd.DataFrame(table), synthetic=True)
     assert text.startswith("**The model reads more than the lungs:**")
-    assert "lungs blanked: AUC 0.700 [0.600, 0.800], 50% of the whole film's lead over chance." in text
+    assert (
+        "lungs blanked: AUC 0.700 [0.600, 0.800], 50% of the whole film's lead over chance." in text
+    )
     assert "border alone: AUC 0.300 [0.200, 0.400], worse than chance" in text
     assert f"Lungs are {shortcuts.CRUDE_BOX}." in text and "not a finding" in text
     # Blanked lungs that tell no more than their outline does are no shortcut outside the lungs.
-    table = rows("retrained", whole=(0.9, 0.9), lungs_only=(0.8, 0.9), lungs_blanked=(0.6, 0.7), lung_shape=(0.6, 0.7))
+    table = rows(
+        "retrained",
+        whole=(0.9, 0.9),
+        lungs_only=(0.8, 0.9),
+        lungs_blanked=(0.6, 0.7),
+        lung_shape=(0.6, 0.7),
+    )
     text = shortcuts.conclude(pd.DataFrame(table))
-    assert text.startswith("**No sign of a shortcut outside") and "an AUC above 0.70 can be excluded" in text
+    assert (
+        text.startswith("**No sign of a shortcut outside")
+        and "an AUC above 0.70 can be excluded" in text
+    )
     assert "Their outline alone tells the classes apart" in text
     with pytest.raises(ValueError, match="no auc"):
         shortcuts.conclude(pd.DataFrame(table).assign(metric="accuracy"))
@@ -362,17 +434,22 @@ def test_rows_fit_the_results_file(tmp_path):
 
     rows = audit("nowhere", regions=["whole"])
     rows = rows.assign(attack="audit: " + rows["region"] + ", " + rows["how"])
-    kept = report.update_results(report.result_rows(rows.filter(report.RESULT_COLUMNS), Config(tmp_path), model="probe"), tmp_path / "results.csv")
+    kept = report.update_results(
+        report.result_rows(rows.filter(report.RESULT_COLUMNS), Config(tmp_path), model="probe"),
+        tmp_path / "results.csv",
+    )
     assert kept["attack"].eq("audit: whole, retrained").all() and len(kept) == 3
 
 
 def test_figures_show_every_region():
     films, rows = planted("corner", count=4), audit("corner", Reads(CORNER, 0.5))
-    figure = shortcuts.figure_regions(films.x, films.masks, FakeConfig(), fill=0.4, titles=list("abcd"))
+    figure = shortcuts.figure_regions(
+        films.x, films.masks, FakeConfig().caption, fill=0.4, titles=list("abcd")
+    )
     assert isinstance(figure, Figure) and len(figure.axes) == 4 * len(REGIONS)
     last = figure.axes[4 * len(REGIONS) - 2].images[0].get_array()
     assert np.allclose(last[films.masks[3]], 0.4) and np.allclose(last[0], films.x[3, 0, 0])
-    figure = shortcuts.figure_audit(rows, FakeConfig())
+    figure = shortcuts.figure_audit(rows, FakeConfig().caption)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [region.replace("_", " ") for region in REGIONS]
     assert len(figure.axes[0].containers) == 2

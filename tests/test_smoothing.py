@@ -35,12 +35,15 @@ def images(n, seed=1):
 def test_the_radius_stays_below_the_true_one_as_often_as_promised(model):
     x, alpha = images(200), 0.1
     truth = distance(model, x)
-    table = certify(model, x, torch.from_numpy(truth > 0).long(), sigma=SIGMA, n0=20, n=100, alpha=alpha)
+    table = certify(
+        model, x, torch.from_numpy(truth > 0).long(), sigma=SIGMA, n0=20, n=100, alpha=alpha
+    )
     answered = table.predicted != ABSTAIN
     # A certificate is wrong when its class is, or when its radius reaches past the border.
     wrong = answered & (~table.correct | (table.radius > np.abs(truth)))
     assert 0 < wrong.mean() <= alpha + 3 * (alpha * (1 - alpha) / 200) ** 0.5
     assert answered.mean() > 0.7 and (table.radius[~answered] == 0).all()
+
 
 def test_with_many_copies_the_radius_comes_near_the_true_one(model):
     x = images(8)
@@ -54,7 +57,9 @@ def test_with_many_copies_the_radius_comes_near_the_true_one(model):
 def test_on_the_border_it_abstains_and_far_from_it_the_radius_is_the_largest_possible(model):
     grey = torch.full((5, 1, 4, 4), 0.5)
     table = certify(model, grey, torch.ones(5, dtype=torch.long), sigma=SIGMA, n=200, ids=range(5))
-    assert (table.predicted == ABSTAIN).all() and (table.radius == 0).all() and not table.correct.any()
+    assert (
+        (table.predicted == ABSTAIN).all() and (table.radius == 0).all() and not table.correct.any()
+    )
     assert (predict(model, grey, sigma=SIGMA, n=200) == ABSTAIN).all()
     model[1].bias.data[1] += 100
     table = certify(model, grey, sigma=SIGMA, n=200, alpha=0.01)
@@ -66,7 +71,9 @@ def test_an_answer_is_the_smoothed_class_and_agrees_with_the_certificate(model):
     x = images(40, seed=2)
     answers = predict(model, x, sigma=SIGMA, n=300, alpha=0.01)
     sure = answers != ABSTAIN
-    assert sure.sum() > 25 and torch.equal(answers[sure], torch.from_numpy(distance(model, x) > 0).long()[sure])
+    assert sure.sum() > 25 and torch.equal(
+        answers[sure], torch.from_numpy(distance(model, x) > 0).long()[sure]
+    )
     certified = torch.tensor(certify(model, x, sigma=SIGMA, n=300, alpha=0.01).predicted.tolist())
     both = sure & (certified != ABSTAIN)
     assert torch.equal(certified[both], answers[both])
@@ -75,7 +82,9 @@ def test_an_answer_is_the_smoothed_class_and_agrees_with_the_certificate(model):
 def test_the_draws_depend_on_seed_and_id_only(model):
     x = images(6)
     first = certify(model, x, sigma=SIGMA, n0=10, n=101, alpha=0.05)
-    pd.testing.assert_frame_equal(certify(model, x, sigma=SIGMA, n0=10, n=101, alpha=0.05, batch_size=7), first)
+    pd.testing.assert_frame_equal(
+        certify(model, x, sigma=SIGMA, n0=10, n=101, alpha=0.05, batch_size=7), first
+    )
     order = [4, 1]
     again = certify(model, x[order], sigma=SIGMA, n0=10, n=101, alpha=0.05, ids=order)
     pd.testing.assert_frame_equal(again, first.iloc[order].reset_index(drop=True))
@@ -86,7 +95,8 @@ def test_the_draws_depend_on_seed_and_id_only(model):
     table = certify(model, torch.full((40, 1, 4, 4), 0.5), sigma=SIGMA, n0=101, n=101)
     assert table.k.nunique() > 5 and 0.25 < (table.k > 50).mean() < 0.75
     assert torch.equal(
-        predict(model, x, sigma=SIGMA, n=50, batch_size=3), predict(model, x, sigma=SIGMA, n=50, batch_size=50)
+        predict(model, x, sigma=SIGMA, n=50, batch_size=3),
+        predict(model, x, sigma=SIGMA, n=50, batch_size=50),
     )
 
 
@@ -97,7 +107,9 @@ def test_model_and_random_stream_are_left_as_they_were(model):
     certify(model, images(2), sigma=SIGMA, n=20)
     predict(model, images(2), sigma=SIGMA, n=20)
     assert torch.equal(torch.get_rng_state(), state) and model.training and not model[2].training
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_the_lower_bound_is_clopper_and_pearsons():
@@ -108,7 +120,11 @@ def test_the_lower_bound_is_clopper_and_pearsons():
 
 def test_certified_accuracy_counts_what_is_right_and_far_enough():
     table = pd.DataFrame(
-        {"correct": [True, True, True, False, False], "radius": [0.5, 0.25, 0.0, 0.9, 0.0], "predicted": [1, 0, 1, 0, -1]}
+        {
+            "correct": [True, True, True, False, False],
+            "radius": [0.5, 0.25, 0.0, 0.9, 0.0],
+            "predicted": [1, 0, 1, 0, -1],
+        }
     )
     result = certified_accuracy(table, [0.0, 0.25, 0.3, 1.0], groups="abcde", draws=200)
     assert result.value.tolist() == [0.6, 0.4, 0.2, 0.0] and (result.n == 5).all()

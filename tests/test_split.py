@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dlia_utils import datasets, locate, split
+from dlia_utils.data import datasets, sources, split
 
 
 def make(root, rows):
@@ -39,7 +39,13 @@ def dataset(tmp_path):
         for film in range(rng.integers(1, 5)):
             official = "val" if patient < 6 else "train"
             rows.append(
-                (f"{official}/{label}/p{patient}-{film}.jpeg", label, f"person-{patient}", group, official)
+                (
+                    f"{official}/{label}/p{patient}-{film}.jpeg",
+                    label,
+                    f"person-{patient}",
+                    group,
+                    official,
+                )
             )
     for patient in range(40):
         label = int(patient % 2)
@@ -72,7 +78,10 @@ def test_grouped_is_reproducible_and_seeded(dataset):
 
 def test_identical_files_stay_together(dataset):
     paths = dataset.manifest.loc[dataset.manifest["split"] == "train", "path"]
-    source, copies = dataset.root / paths.iloc[0], [dataset.root / paths.iloc[i] for i in range(30, 300, 30)]
+    source, copies = (
+        dataset.root / paths.iloc[0],
+        [dataset.root / paths.iloc[i] for i in range(30, 300, 30)],
+    )
     for copy in copies:
         shutil.copyfile(source, copy)
     for seed in range(3):
@@ -121,7 +130,9 @@ def test_audit_verdicts(dataset):
     audit = split.audit(split.grouped(dataset)).set_index("check")
     assert list(audit.columns) == ["count", "verdict", "detail"]
     assert audit.loc["patients in train and val, by number", "verdict"] == "ok"
-    numbers = audit.loc[["patients in train and test, by number", "patients in val and test, by number"]]
+    numbers = audit.loc[
+        ["patients in train and test, by number", "patients in val and test, by number"]
+    ]
     assert numbers["count"].sum() == 6 and "warning" in set(numbers["verdict"])
     assert audit.loc["patients in train and test, by number and kind", "verdict"] == "ok"
     assert set(audit["verdict"]) <= {"ok", "warning", "leak"}
@@ -156,7 +167,14 @@ def test_subset(dataset):
 def with_boxes(dataset):
     """The same data set with one box in every image, whose x1 is the image's number."""
     count = len(dataset.manifest)
-    rows = {"image": range(count), "x1": np.arange(count) * 1.0, "y1": 0.0, "x2": 1e6, "y2": 1.0, "label": 1}
+    rows = {
+        "image": range(count),
+        "x1": np.arange(count) * 1.0,
+        "y1": 0.0,
+        "x2": 1e6,
+        "y2": 1.0,
+        "label": 1,
+    }
     boxes = pd.DataFrame({**rows, "class_name": "finding"})
     return replace(dataset, boxes=boxes, box_classes=("finding",))
 
@@ -187,7 +205,10 @@ def test_folds(dataset, n):
     used = dealt.manifest[~out]
     assert used.groupby("patient")["fold"].nunique().max() == 1
     share = used.groupby("fold")["label"].mean()
-    assert share.max() - share.min() < 0.05 and used["fold"].value_counts(normalize=True).max() < 1.2 / n
+    assert (
+        share.max() - share.min() < 0.05
+        and used["fold"].value_counts(normalize=True).max() < 1.2 / n
+    )
     assert "fold" not in dataset.manifest and f"{n} folds by patient" in dealt.split_rule
 
 
@@ -213,7 +234,9 @@ def test_folds_errors_and_rare_classes(tmp_path, caplog):
 def test_folds_are_saved_and_hashed(dataset, tmp_path):
     plain, dealt = split.split_hash(dataset), split.folds(dataset, seed=2)
     assert split.save(dealt, tmp_path / "split.json") == split.split_hash(dealt) != plain
-    pd.testing.assert_frame_equal(split.load(dataset, tmp_path / "split.json").manifest, dealt.manifest)
+    pd.testing.assert_frame_equal(
+        split.load(dataset, tmp_path / "split.json").manifest, dealt.manifest
+    )
     split.save(dataset, tmp_path / "plain.json")
     assert "fold" not in split.load(dealt, tmp_path / "plain.json").manifest
     saved = json.loads((tmp_path / "split.json").read_text())
@@ -240,12 +263,14 @@ def test_audit_of_one_group_and_of_unlabelled_images(tmp_path):
 
 
 def test_real_set(real_data):
-    dataset = split.grouped(datasets.load(locate.find("pneumonia", real_data)))
+    dataset = split.grouped(datasets.load(sources.find("pneumonia", real_data)))
     audit = split.audit(dataset).set_index("check")
     assert "leak" not in set(audit["verdict"])
     counts = audit["count"]
     assert (
-        counts["patients in train and test, by number"] + counts["patients in val and test, by number"] == 170
+        counts["patients in train and test, by number"]
+        + counts["patients in val and test, by number"]
+        == 170
     )
     assert counts["identical files with different labels"] == 0
 
@@ -283,23 +308,36 @@ def films(count, seed=0):
     """Unlike each other: smooth random fields."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 255, (count, 8, 8)).astype(np.uint8)
-    return np.stack([np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC)) for one in coarse])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC))
+            for one in coarse
+        ]
+    )
 
 
-def test_looks_find_the_same_film_in_another_exposure_size_and_compression_and_nothing_else(tmp_path):
+def test_looks_find_the_same_film_in_another_exposure_size_and_compression_and_nothing_else(
+    tmp_path,
+):
     first = films(30)
     Image.fromarray(first[1]).save(tmp_path / "again.jpeg", quality=30)
     darker = (first[0] * 0.7 + 10).astype(np.uint8)
     smaller = np.asarray(Image.fromarray(first[2]).resize((40, 40)).resize((64, 64)))
-    found = split.looks(np.stack([*first, darker, np.asarray(Image.open(tmp_path / "again.jpeg")), smaller]))
+    found = split.looks(
+        np.stack([*first, darker, np.asarray(Image.open(tmp_path / "again.jpeg")), smaller])
+    )
     assert found[30] == found[0] and found[31] == found[1] and found[32] == found[2]
     assert len(np.unique(found)) == 30
-    assert (split.looks(np.concatenate([films(700), films(700)]))[:700] == split.looks(films(700))).all(), "across blocks"
+    assert (
+        split.looks(np.concatenate([films(700), films(700)]))[:700] == split.looks(films(700))
+    ).all(), "across blocks"
 
 
 def test_images_of_one_look_stay_on_one_side_and_the_audit_shows_it(dataset):
     looks = np.arange(len(dataset.manifest))
-    train, test = (np.flatnonzero((dataset.manifest["split"] == name).to_numpy()) for name in ("train", "test"))
+    train, test = (
+        np.flatnonzero((dataset.manifest["split"] == name).to_numpy()) for name in ("train", "test")
+    )
     looks[train[:30]] = looks[test[:30]]
     linked = replace(dataset, manifest=dataset.manifest.assign(look=looks))
     row = split.audit(linked).set_index("check").loc["near-duplicates in train and test"]
@@ -308,8 +346,13 @@ def test_images_of_one_look_stay_on_one_side_and_the_audit_shows_it(dataset):
     assert (healed.filter(like="near-duplicates in", axis=0)["count"] == 0).all()
     other = np.arange(len(looks))
     other[test[:2]] = -1  # one look, labels 0 and 1
-    mixed = split.audit(replace(dataset, manifest=dataset.manifest.assign(look=other))).set_index("check")
-    assert mixed.loc["near-duplicates with different labels", ["count", "verdict"]].tolist() == [2, "warning"]
+    mixed = split.audit(replace(dataset, manifest=dataset.manifest.assign(look=other))).set_index(
+        "check"
+    )
+    assert mixed.loc["near-duplicates with different labels", ["count", "verdict"]].tolist() == [
+        2,
+        "warning",
+    ]
 
 
 def test_looks_need_an_image_for_every_row(dataset):

@@ -10,7 +10,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from small import start_run
 
-from dlia_utils import datasets, locate, models, objectives, study
+from dlia_utils import device, models, objectives, study
+from dlia_utils.data import datasets, sources
 
 NOTEBOOK = "01_pneumonia_robustness"
 TINY = {"epochs": 1, "per_class": 12}
@@ -45,8 +46,12 @@ def test_only_training_images_are_augmented(opened):
 
 def test_a_finished_model_is_read_back_and_loads(opened):
     weights = opened.class_weights()
-    first = study.train_model(opened, "baseline", objectives.cross_entropy(weight=weights), progress=False)
-    again = study.train_model(opened, "baseline", objectives.cross_entropy(weight=weights), progress=False)
+    first = study.train_model(
+        opened, "baseline", objectives.cross_entropy(weight=weights), progress=False
+    )
+    again = study.train_model(
+        opened, "baseline", objectives.cross_entropy(weight=weights), progress=False
+    )
     assert first.status == again.status == "done"
     pd.testing.assert_frame_equal(first.history, again.history)
     model = study.load_models(opened, ["baseline"])["baseline"]
@@ -55,13 +60,19 @@ def test_a_finished_model_is_read_back_and_loads(opened):
 
 def test_a_training_out_of_time_stops_with_words_and_goes_on(opened):
     objective = objectives.cross_entropy()
-    with pytest.raises(study.OutOfTime, match="stopped after 1 of 2 epochs: .*run again to go on.*--set max_minutes=4e-06 .*CHANGES = "):
+    with pytest.raises(
+        study.OutOfTime,
+        match="stopped after 1 of 2 epochs: .*run again to go on.*--set max_minutes=4e-06 .*CHANGES = ",
+    ):
         study.train_model(opened, "slow", objective, epochs=2, max_minutes=1e-6, progress=False)
     assert len(study.train_model(opened, "slow", objective, epochs=2, progress=False).history) == 2
 
 
 def test_a_model_that_was_not_trained_names_the_section(opened):
-    with pytest.raises(FileNotFoundError, match="nobody.*run the section '2 Training' first; in a notebook of your own, copy that section as well"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="nobody.*run the section '2 Training' first; in a notebook of your own, copy that section as well",
+    ):
         study.load_models(opened, ["nobody"])
 
 
@@ -95,25 +106,35 @@ def test_a_table_is_kept_for_the_weights_and_the_settings_that_it_depends_on(ope
     with pytest.raises(FileNotFoundError, match="robust_baseline is not in .*'5 The suite'"):
         study.stored(opened, "robust_baseline", model="baseline", section="5 The suite")
     assert table(opened, **given) == 4, "other weights"
-    assert study.stored(opened, "robust_baseline", model="baseline", section="")["value"].item() == 4
-    assert table(opened, name="all") == 5 and table(opened.variant(bootstrap_draws=7), name="all") == 6, "all settings"
+    assert (
+        study.stored(opened, "robust_baseline", model="baseline", section="")["value"].item() == 4
+    )
+    assert (
+        table(opened, name="all") == 5 and table(opened.variant(bootstrap_draws=7), name="all") == 6
+    ), "all settings"
 
 
 def test_what_a_change_does_not_touch_is_taken_over_from_the_run_beside(opened, caplog):
     fit(opened)
-    study.stored(opened, "t", lambda: pd.DataFrame({"value": [1]}), model="baseline", uses=["pgd_steps"])
+    study.stored(
+        opened, "t", lambda: pd.DataFrame({"value": [1]}), model="baseline", uses=["pgd_steps"]
+    )
     other = study.open_study(start_run(NOTEBOOK, **TINY, bootstrap_draws=99))
     assert other.run.run_dir != opened.run.run_dir and not (other.run.run_dir / "baseline").exists()
     caplog.set_level("INFO")
     fit(other)
     assert "baseline is taken over from the run smoke-synthetic" in caplog.text
     assert made_at(other) == made_at(opened), "nothing was trained"
-    found = study.stored(other, "t", lambda: pytest.fail("computed"), model="baseline", uses=["pgd_steps"])
+    found = study.stored(
+        other, "t", lambda: pytest.fail("computed"), model="baseline", uses=["pgd_steps"]
+    )
     assert found["value"].item() == 1
     slower = study.open_study(start_run(NOTEBOOK, **TINY, lr=1e-4))
     fit(slower)
     assert made_at(slower) != made_at(opened)
-    computed = study.stored(slower, "t", lambda: pd.DataFrame({"value": [2]}), model="baseline", uses=["pgd_steps"])
+    computed = study.stored(
+        slower, "t", lambda: pd.DataFrame({"value": [2]}), model="baseline", uses=["pgd_steps"]
+    )
     assert computed["value"].item() == 2, "the model is another one"
 
 
@@ -133,14 +154,21 @@ def test_force_goes_on_in_a_folder_but_never_with_a_stale_model_or_table(opened,
     fit(first)
     fit(first, "pgd_at")
     study.stored(first, "t_at", lambda: pd.DataFrame({"value": [1]}), model="pgd_at", uses=["lr"])
-    forced = study.open_study(start_run(NOTEBOOK, name="mine", resume="force", **TINY | {"lr": 1e-4}))
-    before = objectives.fingerprint(study.load_models(first, ["baseline"])["baseline"])
+    forced = study.open_study(
+        start_run(NOTEBOOK, name="mine", resume="force", **TINY | {"lr": 1e-4})
+    )
+    before = device.fingerprint(study.load_models(first, ["baseline"])["baseline"])
     fit(forced)
-    assert "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside" in caplog.text
-    assert objectives.fingerprint(study.load_models(forced, ["baseline"])["baseline"]) != before
+    assert (
+        "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside"
+        in caplog.text
+    )
+    assert device.fingerprint(study.load_models(forced, ["baseline"])["baseline"]) != before
     assert list(forced.run.run_dir.glob("baseline.*.old/best.pt")), "nothing is lost"
     assert made_at(forced, "pgd_at"), "another model is left alone"
-    again = study.stored(forced, "t_at", lambda: pd.DataFrame({"value": [2]}), model="pgd_at", uses=["lr"])
+    again = study.stored(
+        forced, "t_at", lambda: pd.DataFrame({"value": [2]}), model="pgd_at", uses=["lr"]
+    )
     assert again["value"].item() == 2
 
 
@@ -155,7 +183,9 @@ def test_a_training_depends_on_what_it_is_given_and_not_on_how_long_it_may_take(
     assert key != study.described(plain) and "0x" not in str(key)
     narrow = study.augment.CachedImages(opened.cache, plain.rows[:8], plain.labels[:8])
     assert study.described(narrow) != study.described(plain)
-    corrupted = [study_corrupted(plain, names) for names in (("contrast",), ("contrast", "brightness"))]
+    corrupted = [
+        study_corrupted(plain, names) for names in (("contrast",), ("contrast", "brightness"))
+    ]
     assert study.described(corrupted[0]) != study.described(corrupted[1])
 
 
@@ -169,7 +199,9 @@ def test_a_changed_file_is_other_data(opened):
     key = dict(opened.key)
     copied = opened.run.run_dir / "copy"
     shutil.copytree(opened.dataset.root, copied)
-    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key == key, "a copy is the same data"
+    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key == key, (
+        "a copy is the same data"
+    )
     path = copied / opened.dataset.manifest["path"][0]
     path.write_bytes(path.read_bytes() + b"x")
     assert replace(opened, dataset=replace(opened.dataset, root=copied)).key != key
@@ -180,9 +212,12 @@ def test_a_changed_file_is_other_data(opened):
 
 def tiny_net(classes=2):
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, 4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Conv2d(3, 4, 3, 4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
         torch.nn.Linear(4, classes),
-    )  # fmt: skip
+    )
 
 
 def own_study(**own):
@@ -207,9 +242,11 @@ def test_a_network_of_ones_own_is_trained_kept_and_read_back_without_a_registry(
 def test_a_trained_network_is_taken_as_it_is(opened):
     net = models.wrap(tiny_net(), mean=0.5, std=0.25).eval()
     one = own_study(ready=net)
-    assert fit(one, "ready").status == "done" and not (one.run.run_dir / "ready" / "last.pt").exists()
+    assert (
+        fit(one, "ready").status == "done" and not (one.run.run_dir / "ready" / "last.pt").exists()
+    )
     loaded = study.load_models(one, ["ready"])["ready"]
-    assert objectives.fingerprint(loaded) == objectives.fingerprint(net)
+    assert device.fingerprint(loaded) == device.fingerprint(net)
     assert study.weights_key(one.run, "ready")
 
 
@@ -217,9 +254,10 @@ def test_a_trained_network_is_taken_as_it_is(opened):
     ("own", "message"),
     [
         ({"mine": lambda: models.wrap(tiny_net(1))}, r"run.own\['mine'\]: .*one logit"),
-        ({"mine": lambda: models.wrap(tiny_net(3))}, r"run.own\['mine'\]: .*3"), ({"a/b": tiny_net}, "its name is also that of"),
+        ({"mine": lambda: models.wrap(tiny_net(3))}, r"run.own\['mine'\]: .*3"),
+        ({"a/b": tiny_net}, "its name is also that of"),
     ],
-)  # fmt: skip
+)
 def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, own, message):
     with pytest.raises(ValueError, match=message):
         own_study(**own)
@@ -228,9 +266,11 @@ def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, 
 def test_a_training_goes_on_from_another_model_and_leaves_it_as_it_was(opened):
     study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
     before = study.load_models(opened, ["baseline"])["baseline"]
-    study.train_model(opened, "further", objectives.cross_entropy(), start="baseline", lr=1e-9, progress=False)
+    study.train_model(
+        opened, "further", objectives.cross_entropy(), start="baseline", lr=1e-9, progress=False
+    )
     models_now = study.load_models(opened, ["baseline", "further"])
-    assert objectives.fingerprint(models_now["baseline"]) == objectives.fingerprint(before)
+    assert device.fingerprint(models_now["baseline"]) == device.fingerprint(before)
     for one, other in zip(before.parameters(), models_now["further"].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
@@ -239,7 +279,9 @@ def test_spectral_bounds_hold_while_training_and_plain_layers_come_back(opened):
     for kind in ("kernel", "operator"):
         study.train_model(opened, kind, objectives.cross_entropy(), spectral=kind, progress=False)
         model = study.load_models(opened, [kind])[kind]
-        assert not any(torch.nn.utils.parametrize.is_parametrized(module) for module in model.modules())
+        assert not any(
+            torch.nn.utils.parametrize.is_parametrized(module) for module in model.modules()
+        )
         norms = models.compare_norms(model.backbone, (3, 48, 48))
         assert norms[{"kernel": "reshaped_norm", "operator": "operator_norm"}[kind]].max() < 1.1
 
@@ -294,7 +336,10 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
         study.starting_weights(run)
     (run.run_dir / "one").mkdir()
     (run.run_dir / "one" / "weights.txt").write_text("public")
-    assert (study.weights_label(run, "one"), study.weights_label(run, "two")) == ("public", "file some.pth")
+    assert (study.weights_label(run, "one"), study.weights_label(run, "two")) == (
+        "public",
+        "file some.pth",
+    )
 
 
 # --------------------------------------------------------------- splits drawn anew, unusable files, heads, variants
@@ -308,7 +353,7 @@ def fractures(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     # Without this the films found, and spoilt below, would be the real ones.
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    location = locate.find("fracatlas", phantom_dir=tmp_path / "phantom")
+    location = sources.find("fracatlas", phantom_dir=tmp_path / "phantom")
     assert location.synthetic and tmp_path in location.root.parents
     return location.root
 
@@ -335,11 +380,16 @@ def test_an_official_split_of_all_images_is_kept(fractures, monkeypatch):
 
     monkeypatch.setattr(study.datasets, "load", complete)
     opened = open_fractures(fractures, "official")
-    assert opened.dataset.manifest["split"].tolist() == complete(opened.run.location).manifest["split"].tolist()
+    assert (
+        opened.dataset.manifest["split"].tolist()
+        == complete(opened.run.location).manifest["split"].tolist()
+    )
     assert "look" in opened.dataset.manifest
 
 
-def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(fractures, monkeypatch, caplog):
+def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(
+    fractures, monkeypatch, caplog
+):
     healthy = sorted((fractures / "images" / "Non_fractured").glob("*.jpg"))
     healthy[0].write_bytes(healthy[0].read_bytes()[:900])
     opened = open_fractures(fractures, "one-lost")
@@ -362,14 +412,20 @@ def test_a_head_is_trained_on_features_kept_whole_and_read_back(fractures):
     opened = open_fractures(fractures, "head")
     made = models.with_head(study.build_model(opened.run), seed=1)
     body = made.backbone.body.state_dict()
-    fitted = study.train_head(opened, "probe", made, objectives.cross_entropy(), epochs=3, progress=False)
+    fitted = study.train_head(
+        opened, "probe", made, objectives.cross_entropy(), epochs=3, progress=False
+    )
     loaded = study.load_models(opened, ["probe"])["probe"]
     x = opened.images(opened.rows("val"))
     assert len(fitted.history) == 3 and torch.equal(loaded(x), made.eval()(x))
-    assert all(torch.equal(value, loaded.backbone.body.state_dict()[key]) for key, value in body.items())
+    assert all(
+        torch.equal(value, loaded.backbone.body.state_dict()[key]) for key, value in body.items()
+    )
     auc = fitted.history.set_index("epoch")["val_auc"][fitted.best_epoch]
     labels = opened.labels(opened.rows("val")).numpy()
-    assert roc_auc_score(labels, loaded(x).detach().softmax(1)[:, 1]) == pytest.approx(auc, abs=1e-6)
+    assert roc_auc_score(labels, loaded(x).detach().softmax(1)[:, 1]) == pytest.approx(
+        auc, abs=1e-6
+    )
     assert study.trained(opened, ["nobody", "probe"]) == ["probe"]
 
 

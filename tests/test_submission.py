@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dlia_utils import submission
-from dlia_utils.datasets import NIH_CLASSES
+from dlia_utils.data.datasets import NIH_CLASSES
 
 PREDICTED = "x_min,y_min,x_max,y_max,confidence,label"
 SIZES = {"a.png": (100, 80), "b.png": (100, 80), "c.png": (60, 60)}
@@ -52,10 +52,22 @@ MALFORMED = {
     "blank file": ("\n \n", ["the file is empty"]),
     "header only": (text(GOOD[:1]), ["a header but no row"]),
     "no header": (text(GOOD[1:]), ["line 1 is no header but a row ... id,image_id,x_min"]),
-    "missing column": (spoilt(1, ",label", ",class"), ["unknown columns 'class' in line 1", "missing columns 'label' in line 1"]),
-    "other edition's id": (spoilt(1, "id,", "ID,"), ["unknown columns 'ID' in line 1", "missing columns 'id' in line 1"]),
-    "space in the header": (spoilt(1, ",y_min", ", y_min"), ["unknown columns ' y_min'", "missing columns 'y_min'"]),
-    "column twice": (spoilt(1, "x_max", "x_min"), ["missing columns 'x_max'", "written twice in line 1: 'x_min'"]),
+    "missing column": (
+        spoilt(1, ",label", ",class"),
+        ["unknown columns 'class' in line 1", "missing columns 'label' in line 1"],
+    ),
+    "other edition's id": (
+        spoilt(1, "id,", "ID,"),
+        ["unknown columns 'ID' in line 1", "missing columns 'id' in line 1"],
+    ),
+    "space in the header": (
+        spoilt(1, ",y_min", ", y_min"),
+        ["unknown columns ' y_min'", "missing columns 'y_min'"],
+    ),
+    "column twice": (
+        spoilt(1, "x_max", "x_min"),
+        ["missing columns 'x_max'", "written twice in line 1: 'x_min'"],
+    ),
     "wrong order": (
         text(",".join((*line.split(",")[:2], *line.split(",")[:1:-1])) for line in GOOD),
         ["columns in the wrong order in line 1: id,image_id,label,confidence"],
@@ -69,9 +81,15 @@ MALFORMED = {
         ["an index column was written ('Unnamed: 0')"],
     ),
     "missing id": (text(GOOD[:3] + GOOD[4:]), ["1 of the mapping's 4 ids are missing: 3. Fix"]),
-    "unknown id": (text([*GOOD, "9" + GOOD[4][1:]]), ["an id that the mapping does not have in 1 row: line 6 ('9')"]),
+    "unknown id": (
+        text([*GOOD, "9" + GOOD[4][1:]]),
+        ["an id that the mapping does not have in 1 row: line 6 ('9')"],
+    ),
     "id as a float": (spoilt(4, "3,", "3.0,"), ["line 4 ('3.0')", "ids are missing: 3"]),
-    "empty id": (spoilt(4, "3,", ","), ["does not have in 1 row: line 4 ('')", "are missing: 3. Fix"]),
+    "empty id": (
+        spoilt(4, "3,", ","),
+        ["does not have in 1 row: line 4 ('')", "are missing: 3. Fix"],
+    ),
     "duplicate id": (text([*GOOD, GOOD[2]]), ["an id a second time in 1 row: line 6 ('2')"]),
     "image of another id": (
         spoilt(4, "c.png", "a.png"),
@@ -83,29 +101,69 @@ MALFORMED = {
     "NaN": (spoilt(5, "1.0", "NaN"), ["confidence is empty or NaN in 1 row: line 5 ('NaN')"]),
     "infinite": (spoilt(2, "30.25", "inf"), ["x_max is infinite in 1 row: line 2 ('inf')"]),
     "infinite below": (spoilt(2, "1.5", "-Infinity"), ["x_min is infinite in 1 row: line 2"]),
-    "text for a number": (spoilt(2, "30.25", "wide"), ["x_max is not a number in 1 row: line 2 ('wide')"]),
-    "digits with underscore": (spoilt(5, "1.0", "1_0"), ["confidence is not a number in 1 row: line 5 ('1_0')"]),
-    "corners swapped": (spoilt(3, "10,20,90,80", "90,20,10,80"), ["x_min >= x_max in 1 row: line 3 (90 >= 10)"]),
-    "no width": (spoilt(3, "10,20,90,80", "10,20,10,80"), ["x_min >= x_max in 1 row: line 3 (10 >= 10)"]),
-    "width and height": (spoilt(3, "10,20,90,80", "10,20,60,15"), ["y_min >= y_max in 1 row: line 3 (20 >= 15)"]),
+    "text for a number": (
+        spoilt(2, "30.25", "wide"),
+        ["x_max is not a number in 1 row: line 2 ('wide')"],
+    ),
+    "digits with underscore": (
+        spoilt(5, "1.0", "1_0"),
+        ["confidence is not a number in 1 row: line 5 ('1_0')"],
+    ),
+    "corners swapped": (
+        spoilt(3, "10,20,90,80", "90,20,10,80"),
+        ["x_min >= x_max in 1 row: line 3 (90 >= 10)"],
+    ),
+    "no width": (
+        spoilt(3, "10,20,90,80", "10,20,10,80"),
+        ["x_min >= x_max in 1 row: line 3 (10 >= 10)"],
+    ),
+    "width and height": (
+        spoilt(3, "10,20,90,80", "10,20,60,15"),
+        ["y_min >= y_max in 1 row: line 3 (20 >= 15)"],
+    ),
     "negative": (spoilt(5, ",5,5", ",5,-0.5"), ["y_min is negative in 1 row: line 5 ('-0.5')"]),
-    "confidence above 1": (spoilt(2, "0.9", "90"), ["confidence outside [0, 1] in 1 row: line 2 ('90')"]),
-    "confidence below 0": (spoilt(2, "0.9", "-0.1"), ["confidence outside [0, 1] in 1 row: line 2 ('-0.1')"]),
-    "Infiltration": (spoilt(4, "trate", "tration"), ["`Infiltration` in 1 row: line 4. Fix ... spells it `Infiltrate`"]),
-    "unknown label": (spoilt(2, "Mass", "No Finding"), ["unknown label in 1 row: line 2 ('No Finding') ... Nodule"]),
+    "confidence above 1": (
+        spoilt(2, "0.9", "90"),
+        ["confidence outside [0, 1] in 1 row: line 2 ('90')"],
+    ),
+    "confidence below 0": (
+        spoilt(2, "0.9", "-0.1"),
+        ["confidence outside [0, 1] in 1 row: line 2 ('-0.1')"],
+    ),
+    "Infiltration": (
+        spoilt(4, "trate", "tration"),
+        ["`Infiltration` in 1 row: line 4. Fix ... spells it `Infiltrate`"],
+    ),
+    "unknown label": (
+        spoilt(2, "Mass", "No Finding"),
+        ["unknown label in 1 row: line 2 ('No Finding') ... Nodule"],
+    ),
     "label in lower case": (spoilt(2, "Mass", "mass"), ["unknown label in 1 row: line 2 ('mass')"]),
     "label number": (spoilt(3, "Atelectasis", "1"), ["unknown label in 1 row: line 3 ('1')"]),
-    "space around a label": (spoilt(2, "Mass", " Mass"), ["unknown label in 1 row: line 2 (' Mass')"]),
+    "space around a label": (
+        spoilt(2, "Mass", " Mass"),
+        ["unknown label in 1 row: line 2 (' Mass')"],
+    ),
     "constant": (
         text([GOOD[0], *(line[:7] + ",0,0,1.5,1,0.01,Atelectasis" for line in GOOD[1:])]),
         ["constant predictions: all 4 rows (lines 2 to 5)"],
     ),
     "constant in other words": (
-        text([GOOD[0], *(f"{line[:7]},0,{zero},9,9,.5,Mass" for line, zero in zip(GOOD[1:], "0 0.0 0e1 -0".split(), strict=True))]),
+        text(
+            [
+                GOOD[0],
+                *(
+                    f"{line[:7]},0,{zero},9,9,.5,Mass"
+                    for line, zero in zip(GOOD[1:], "0 0.0 0e1 -0".split(), strict=True)
+                ),
+            ]
+        ),
         ["constant predictions: all 4 rows"],
     ),
     "fractions": (
-        text([GOOD[0], *(f"{line[:7]},.1,.2,.3,.{n + 3},.5,Mass" for n, line in enumerate(GOOD[1:]))]),
+        text(
+            [GOOD[0], *(f"{line[:7]},.1,.2,.3,.{n + 3},.5,Mass" for n, line in enumerate(GOOD[1:]))]
+        ),
         ["fractions of the image"],
     ),
     "semicolons": (text(GOOD).replace(",", ";"), ["the separator is a semicolon"]),
@@ -114,13 +172,25 @@ MALFORMED = {
         ["the separator is a semicolon", "x_max is not a number in 1 row: line 2 ('30,25')"],
     ),
     "tabs": (text(GOOD).replace(",", "\t"), ["the separator is a tab"]),
-    "decimal commas": (spoilt(2, "30.25", "30,25"), ["other than 8 cells in 1 row: line 2 (9)", "missing: 1"]),
-    "short row": (spoilt(3, ",Atelectasis", ""), ["other than 8 cells in 1 row: line 3 (7); not read", "missing: 2"]),
+    "decimal commas": (
+        spoilt(2, "30.25", "30,25"),
+        ["other than 8 cells in 1 row: line 2 (9)", "missing: 1"],
+    ),
+    "short row": (
+        spoilt(3, ",Atelectasis", ""),
+        ["other than 8 cells in 1 row: line 3 (7); not read", "missing: 2"],
+    ),
     "byte order mark": (b"\xef\xbb\xbf" + text(GOOD).encode(), ["a byte order mark (BOM)"]),
     "UTF-16": (text(GOOD).encode("utf-16"), ["the encoding is UTF-16"]),
-    "Latin-1": (spoilt(3, "Atelectasis", "Atélectasie").encode("latin-1"), ["not UTF-8 (first at line 3)", "'Atélectasie'"]),
-    "no text at all": (b"PK\x03\x04\x9c\x00\x00", ["not UTF-8 (first at line 1)", "unknown columns 'PK", "missing columns 'id'"]),
-}  # fmt: skip
+    "Latin-1": (
+        spoilt(3, "Atelectasis", "Atélectasie").encode("latin-1"),
+        ["not UTF-8 (first at line 3)", "'Atélectasie'"],
+    ),
+    "no text at all": (
+        b"PK\x03\x04\x9c\x00\x00",
+        ["not UTF-8 (first at line 1)", "unknown columns 'PK", "missing columns 'id'"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -133,23 +203,46 @@ def test_malformed_file_is_named_with_row_and_fix(case, tmp_path):
 
 
 def test_all_kinds_of_problems_are_listed_at_once(tmp_path):
-    lines = [GOOD[0], "1,c.png,9,2,3,4,x,Mass", GOOD[2], GOOD[2], "4,a.png,-5,5,20,30,2,Infiltration"]
+    lines = [
+        GOOD[0],
+        "1,c.png,9,2,3,4,x,Mass",
+        GOOD[2],
+        GOOD[2],
+        "4,a.png,-5,5,20,30,2,Infiltration",
+    ]
     message = problems(text(lines), tmp_path, images=SIZES)
-    assert "bad.csv: 8 problems (line numbers are those of the CSV file; its header is line 1)" in message
-    for kind in ("second time", "missing: 3", "not belong", "not a number", "x_min >= x_max", "negative", "outside [0"):
+    assert (
+        "bad.csv: 8 problems (line numbers are those of the CSV file; its header is line 1)"
+        in message
+    )
+    for kind in (
+        "second time",
+        "missing: 3",
+        "not belong",
+        "not a number",
+        "x_min >= x_max",
+        "negative",
+        "outside [0",
+    ):
         assert kind in message
     assert message.splitlines()[-1].startswith("  8. `Infiltration` in 1 row: line 5")
 
 
 def test_long_lists_are_cut(tmp_path):
     mapping = pd.DataFrame({"id": range(30), "image_id": [f"{n}.png" for n in range(30)]})
-    table = mapping.assign(x_min=0, y_min=0, x_max=range(1, 31), y_max=9, confidence=0.5, label="mass")
-    with pytest.raises(submission.SubmissionError, match=r"30 rows: line 2 .* line 11 \('mass'\), ... and 20 more"):
+    table = mapping.assign(
+        x_min=0, y_min=0, x_max=range(1, 31), y_max=9, confidence=0.5, label="mass"
+    )
+    with pytest.raises(
+        submission.SubmissionError, match=r"30 rows: line 2 .* line 11 \('mass'\), ... and 20 more"
+    ):
         submission.check(table, mapping)
 
 
 @pytest.mark.parametrize("line", range(2, 6))
-@pytest.mark.parametrize("cell, fragment", [("y_max", "y_max beyond its height"), ("x_max", "x_max beyond its width")])
+@pytest.mark.parametrize(
+    "cell, fragment", [("y_max", "y_max beyond its height"), ("x_max", "x_max beyond its width")]
+)
 def test_box_outside_its_own_image(line, cell, fragment, tmp_path):
     cells = GOOD[line - 1].split(",")
     number = GOOD[0].split(",").index(cell)
@@ -157,7 +250,10 @@ def test_box_outside_its_own_image(line, cell, fragment, tmp_path):
     cells[number] = f"{limit}.25"
     lines = [*GOOD[: line - 1], ",".join(cells), *GOOD[line:]]
     message = problems(text(lines), tmp_path, images=SIZES)
-    assert f"the box is outside the image: {fragment} in 1 row: line {line} ({limit}.25 > {limit})" in message
+    assert (
+        f"the box is outside the image: {fragment} in 1 row: line {line} ({limit}.25 > {limit})"
+        in message
+    )
     assert message.count("\n") == 1
     (tmp_path / "good.csv").write_text(text(lines))
     submission.check(tmp_path / "good.csv", EDITIONS["A"])  # Without images no frame is assumed.
@@ -181,23 +277,50 @@ def test_true_sizes_are_read_from_a_folder_of_images(tmp_path):
         submission.check(tmp_path / "bad.csv", EDITIONS["A"], images=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [
-    text(GOOD), text(GOOD).replace("\n", "\r\n"), text(GOOD).rstrip(), text(GOOD) + "\n",
-    text([GOOD[0], *GOOD[:0:-1]]), text(GOOD).replace("a.png", '"a.png"'), spoilt(5, "1.0", "1e-3"),
-], ids=["plain", "windows", "no last newline", "blank last line", "rows in any order", "quotes", "exponent"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        text(GOOD),
+        text(GOOD).replace("\n", "\r\n"),
+        text(GOOD).rstrip(),
+        text(GOOD) + "\n",
+        text([GOOD[0], *GOOD[:0:-1]]),
+        text(GOOD).replace("a.png", '"a.png"'),
+        spoilt(5, "1.0", "1e-3"),
+    ],
+    ids=[
+        "plain",
+        "windows",
+        "no last newline",
+        "blank last line",
+        "rows in any order",
+        "quotes",
+        "exponent",
+    ],
+)
 def test_good_files_pass(content, tmp_path):
     path = tmp_path / "good.csv"
     path.write_bytes(content.encode())
     table = submission.check(path, EDITIONS["A"], images=SIZES)
     assert list(table.columns) == GOOD[0].split(",") and len(table) == 4
     row = table.set_index("id").loc[2]
-    assert row["confidence"] == 0.123456789012345678 and row["x_max"] == 90.0 and row["label"] == "Atelectasis"
+    assert (
+        row["confidence"] == 0.123456789012345678
+        and row["x_max"] == 90.0
+        and row["label"] == "Atelectasis"
+    )
     path.with_name("map.csv").write_text("id,image_id\n1,b.png\n2,a.png\n3,c.png\n4,a.png\n")
-    pd.testing.assert_frame_equal(submission.check(str(path), path.with_name("map.csv"), images=SIZES), table)
+    pd.testing.assert_frame_equal(
+        submission.check(str(path), path.with_name("map.csv"), images=SIZES), table
+    )
 
 
 def test_one_row_is_not_constant():
-    table = EDITIONS["B"].head(1).assign(x_min=1, y_min=1, x_max=9, y_max=9, confidence=0.5, label="Mass")
+    table = (
+        EDITIONS["B"]
+        .head(1)
+        .assign(x_min=1, y_min=1, x_max=9, y_max=9, confidence=0.5, label="Mass")
+    )
     assert submission.check(table, EDITIONS["B"].head(1))["ID"].tolist() == [0]
 
 
@@ -215,14 +338,20 @@ def test_other_classes(tmp_path):
     assert len(submission.check(tmp_path / "mine.csv", EDITIONS["A"], classes=classes)) == 4
 
 
-@pytest.mark.parametrize("mapping, message", [
-    (pd.DataFrame({"Id": [1], "image_id": ["a.png"]}), "has the columns Id, image_id; it needs `id` or `ID`"),
-    (pd.DataFrame({"id": [1], "ID": [1], "image_id": ["a.png"]}), "it needs `id` or `ID`"),
-    (pd.DataFrame({"id": [1, 1], "image_id": ["a.png", "b.png"]}), "whole ids, each once"),
-    (pd.DataFrame({"id": [1.0, 2.0], "image_id": ["a.png", "b.png"]}), "whole ids, each once"),
-    (pd.DataFrame({"id": [1, 2], "image_id": ["a.png", None]}), "empty cells"),
-    (pd.DataFrame({"id": [], "image_id": []}), "is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mapping, message",
+    [
+        (
+            pd.DataFrame({"Id": [1], "image_id": ["a.png"]}),
+            "has the columns Id, image_id; it needs `id` or `ID`",
+        ),
+        (pd.DataFrame({"id": [1], "ID": [1], "image_id": ["a.png"]}), "it needs `id` or `ID`"),
+        (pd.DataFrame({"id": [1, 1], "image_id": ["a.png", "b.png"]}), "whole ids, each once"),
+        (pd.DataFrame({"id": [1.0, 2.0], "image_id": ["a.png", "b.png"]}), "whole ids, each once"),
+        (pd.DataFrame({"id": [1, 2], "image_id": ["a.png", None]}), "empty cells"),
+        (pd.DataFrame({"id": [], "image_id": []}), "is empty"),
+    ],
+)
 def test_bad_mapping(mapping, message):
     with pytest.raises(ValueError, match=message):
         submission.columns(mapping)
@@ -265,58 +394,101 @@ def test_prior_is_the_median_box_of_the_most_frequent_class_first():
 
 
 def test_nth_best_distinct_box_for_the_nth_id_of_an_image():
-    table = build(found(
-        (10, 5, 5, 40, 40, 1, 0.3), (10, 50, 5, 70, 40, 2, 0.8), (10, 50, 5, 70, 40.1, 2, 0.7),
-        (11, 1, 1, 9, 9, 8, 0.001), (12, 0, 0, 5, 5, 4, 0.5), (13, 0, 0, 9, 9, 5, 1.0),
-    ))  # fmt: skip
+    table = build(
+        found(
+            (10, 5, 5, 40, 40, 1, 0.3),
+            (10, 50, 5, 70, 40, 2, 0.8),
+            (10, 50, 5, 70, 40.1, 2, 0.7),
+            (11, 1, 1, 9, 9, 8, 0.001),
+            (12, 0, 0, 5, 5, 4, 0.5),
+            (13, 0, 0, 9, 9, 5, 1.0),
+        )
+    )
     assert table["id"].tolist() == [1, 2, 3, 4]
     assert table["label"].tolist() == ["Pneumothorax", "Cardiomegaly", "Infiltrate", "Atelectasis"]
     assert table["confidence"].tolist() == [0.001, 0.8, 0.5, 0.3]
 
 
 def test_the_same_box_under_another_label_is_distinct():
-    table = build(found((10, 5, 5, 40, 40, 1, 0.3), (10, 5, 5, 40, 40, 2, 0.8), (10, 5, 5, 90, 40, 2, 0.7)))
+    table = build(
+        found((10, 5, 5, 40, 40, 1, 0.3), (10, 5, 5, 40, 40, 2, 0.8), (10, 5, 5, 90, 40, 2, 0.7))
+    )
     assert table["label"].tolist()[1::2] == ["Cardiomegaly", "Cardiomegaly"]
-    once = build(found((10, 5, 5, 40, 40, 1, 0.3), (10, 5, 5, 40, 40, 2, 0.8), (10, 5, 5, 90, 40, 2, 0.7)), same_iou=0)
+    once = build(
+        found((10, 5, 5, 40, 40, 1, 0.3), (10, 5, 5, 40, 40, 2, 0.8), (10, 5, 5, 90, 40, 2, 0.7)),
+        same_iou=0,
+    )
     assert once["label"].tolist()[1::2] == ["Cardiomegaly", "Atelectasis"]
 
 
 def test_prior_fills_empty_lists_and_missing_second_boxes_with_confidence_zero():
     table = build(found((10, 5, 5, 40, 40, 1, 0.3))).set_index("id")
     assert table["confidence"].to_dict() == {1: 0, 2: 0.3, 3: 0, 4: 0}
-    assert table.loc[1, list(submission.COORDINATES)].tolist() == [20, 8, 50, 40]  # b.png is 100 x 80
-    assert table.loc[3, list(submission.COORDINATES)].tolist() == [12, 6, 30, 30]  # c.png is 60 x 60
+    assert table.loc[1, list(submission.COORDINATES)].tolist() == [
+        20,
+        8,
+        50,
+        40,
+    ]  # b.png is 100 x 80
+    assert table.loc[3, list(submission.COORDINATES)].tolist() == [
+        12,
+        6,
+        30,
+        30,
+    ]  # c.png is 60 x 60
     assert set(table.loc[[1, 3, 4], "label"]) == {"Effusion"}
-    same = build(found((10, 20, 8, 50, 40, 3, 0.3))).set_index("id")  # is the prior's first box already
+    same = build(found((10, 20, 8, 50, 40, 3, 0.3))).set_index(
+        "id"
+    )  # is the prior's first box already
     assert same["label"].tolist()[1::2] == ["Effusion", "Atelectasis"]
     last = build(found((10, 20, 8, 50, 40, 3, 0.3)), prior=PRIOR.head(1)).set_index("id")
-    assert last["label"].tolist()[1::2] == ["Effusion", "Effusion"] and last.loc[4, "confidence"] == 0
+    assert (
+        last["label"].tolist()[1::2] == ["Effusion", "Effusion"] and last.loc[4, "confidence"] == 0
+    )
 
 
 def test_boxes_are_clipped_and_slivers_dropped_before_ranking():
-    table = build(found(
-        (10, 120, 5, 140, 40, 1, 0.9), (10, -20, -5, 40, 300, 2, 0.5), (10, 99.9999, 0, 120, 50, 3, 0.8),
-        (11, 30, 30, 20, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1),
-    ), "B")  # fmt: skip
+    table = build(
+        found(
+            (10, 120, 5, 140, 40, 1, 0.9),
+            (10, -20, -5, 40, 300, 2, 0.5),
+            (10, 99.9999, 0, 120, 50, 3, 0.8),
+            (11, 30, 30, 20, 50, 5, 0.9),
+            (11, 0, 0, 100, 80, 6, 0.1),
+        ),
+        "B",
+    )
     assert table.iloc[0, 2:].tolist() == [0, 0, 40, 80, 0.5, "Cardiomegaly"]
     assert table.iloc[1, 2:].tolist() == [0, 0, 100, 80, 0.1, "Nodule"]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"names": {10: "a.png", 12: "c.png"}}, "1 images of the mapping are not in names: b.png"),
-    ({"names": {**NAMES, 14: "a.png"}}, "several rows for a.png"),
-    ({"sizes": {10: (100, 80)}}, "no .width, height. for image 11"),
-    ({"sizes": {**FRAMES, 11: (0, 80)}}, "0 x 80 for image 11"),
-    ({"prior": None}, "a.png has 1 distinct boxes for 2 ids. Fix: pass prior"),
-    ({"prior": PRIOR.assign(label=0)}, "prior has labels outside 1..8"),
-    ({"predictions": found((10, 1, 1, 9, 9, 0, 0.5))}, "predictions has labels outside 1..8: 0 is the background"),
-    ({"predictions": found((10, 1, 1, 9, 9, 9, 0.5))}, "labels outside 1..8"),
-    ({"predictions": found((10, 1, 1, 9, np.nan, 1, 0.5))}, "NaN or infinite corners"),
-    ({"predictions": found((10, 1, 1, 9, 9, 1, np.nan))}, "scores that are not in"),
-    ({"predictions": found((10, 1, 1, 9, 9, 1, 50))}, "scores that are not in"),
-    ({"predictions": found((10, 1, 1, 9, 9, 1, 0.5)).drop(columns="score")}, "predictions lacks the columns score"),
-    ({"predictions": found((13, 1, 1, 9, 9, 1, 0.5))}, "no image of the mapping has a usable box"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"names": {10: "a.png", 12: "c.png"}}, "1 images of the mapping are not in names: b.png"),
+        ({"names": {**NAMES, 14: "a.png"}}, "several rows for a.png"),
+        ({"sizes": {10: (100, 80)}}, "no .width, height. for image 11"),
+        ({"sizes": {**FRAMES, 11: (0, 80)}}, "0 x 80 for image 11"),
+        ({"prior": None}, "a.png has 1 distinct boxes for 2 ids. Fix: pass prior"),
+        ({"prior": PRIOR.assign(label=0)}, "prior has labels outside 1..8"),
+        (
+            {"predictions": found((10, 1, 1, 9, 9, 0, 0.5))},
+            "predictions has labels outside 1..8: 0 is the background",
+        ),
+        ({"predictions": found((10, 1, 1, 9, 9, 9, 0.5))}, "labels outside 1..8"),
+        ({"predictions": found((10, 1, 1, 9, np.nan, 1, 0.5))}, "NaN or infinite corners"),
+        ({"predictions": found((10, 1, 1, 9, 9, 1, np.nan))}, "scores that are not in"),
+        ({"predictions": found((10, 1, 1, 9, 9, 1, 50))}, "scores that are not in"),
+        (
+            {"predictions": found((10, 1, 1, 9, 9, 1, 0.5)).drop(columns="score")},
+            "predictions lacks the columns score",
+        ),
+        (
+            {"predictions": found((13, 1, 1, 9, 9, 1, 0.5))},
+            "no image of the mapping has a usable box",
+        ),
+    ],
+)
 def test_build_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         build(**{"predictions": found((10, 1, 1, 9, 9, 1, 0.5))} | change)
@@ -351,7 +523,9 @@ def test_whatever_is_predicted_the_built_file_is_valid(edition, tmp_path):
         rng = np.random.default_rng(seed)
         table = build(drawn(rng, list(NAMES), FRAMES, mean=rng.choice([0, 0.3, 5])), edition)
         pd.testing.assert_frame_equal(table[list(EDITIONS[edition])], EDITIONS[edition])
-        path = submission.write(table, tmp_path / "deep" / "mine.csv", EDITIONS[edition], images=SIZES)
+        path = submission.write(
+            table, tmp_path / "deep" / "mine.csv", EDITIONS[edition], images=SIZES
+        )
         back = submission.check(path, EDITIONS[edition], images=SIZES)
         pd.testing.assert_frame_equal(back, table, check_exact=True, check_dtype=False)
         other = pd.read_csv(path)  # a reader that may round in the last digit
@@ -371,10 +545,16 @@ def test_a_file_that_reads_back_differently_never_appears(tmp_path, monkeypatch)
     to_csv = pd.DataFrame.to_csv
     rounded = {"float_format": "%.1f"}
     monkeypatch.setattr(
-        pd.DataFrame, "to_csv", lambda self, path=None, **options: to_csv(self, path, **options, **rounded if path else {})
+        pd.DataFrame,
+        "to_csv",
+        lambda self, path=None, **options: to_csv(self, path, **options, **rounded if path else {}),
     )
-    with pytest.raises(submission.SubmissionError, match="mine.csv: what was written reads back as something else"):
-        submission.write(build(found((10, 5, 5, 40, 40, 1, 0.33))), tmp_path / "mine.csv", EDITIONS["A"])
+    with pytest.raises(
+        submission.SubmissionError, match="mine.csv: what was written reads back as something else"
+    ):
+        submission.write(
+            build(found((10, 5, 5, 40, 40, 1, 0.33))), tmp_path / "mine.csv", EDITIONS["A"]
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -395,7 +575,9 @@ def test_a_table_is_checked_as_the_csv_it_becomes():
 
 def test_leak_guard_counts_and_names_the_images():
     train = ["train/z.png", "train/a.png", "train\\a.png", "c.png"]
-    with pytest.raises(ValueError, match=r"2 training images \(3 rows\) stand in .*: a.png, c.png. Fix: remove"):
+    with pytest.raises(
+        ValueError, match=r"2 training images \(3 rows\) stand in .*: a.png, c.png. Fix: remove"
+    ):
         submission.leak_guard(train, EDITIONS["A"])
     submission.leak_guard(["train/z.png", "A.png"], EDITIONS["A"])
 
@@ -409,14 +591,22 @@ def test_the_real_mapping_of_edition_a(real_data, tmp_path):
     sizes = dict.fromkeys(names, (1024, 1024))
     train = pd.read_csv(folder / "train.csv")
     train.columns = ["name", "class", "x", "y", "w", "h"]
-    truth = pd.DataFrame({
-        "image": train["name"].factorize()[0], "x1": train.x, "y1": train.y, "x2": train.x + train.w,
-        "y2": train.y + train.h, "label": [NIH_CLASSES.index(one) + 1 for one in train["class"]],
-    })  # fmt: skip
+    truth = pd.DataFrame(
+        {
+            "image": train["name"].factorize()[0],
+            "x1": train.x,
+            "y1": train.y,
+            "x2": train.x + train.w,
+            "y2": train.y + train.h,
+            "label": [NIH_CLASSES.index(one) + 1 for one in train["class"]],
+        }
+    )
     prior = submission.class_prior(truth, dict.fromkeys(truth["image"], (1024, 1024)))
     assert prior["label"].iloc[0] == 1 and len(prior) == 8  # Atelectasis has the most boxes
     predictions = drawn(np.random.default_rng(0), list(names), sizes, mean=2)
-    table = submission.build(predictions, mapping, names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior)
+    table = submission.build(
+        predictions, mapping, names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior
+    )
     frame = dict.fromkeys(names.values(), (1024, 1024))
     path = submission.write(table, tmp_path / "edition_a.csv", mapping, images=frame)
     assert len(submission.check(path, folder / "ID_to_Image_Mapping.csv", images=frame)) == 148

@@ -61,7 +61,9 @@ def run(run_dir, *, model=None, train_set=None, objective=None, epochs=3, **opti
     model = linear() if model is None else model
     train_set = Shifted() if train_set is None else train_set
     objective = objective or objectives.cross_entropy()
-    return fit(model, objective, train_set, Shifted(seed=1), run_dir=run_dir, epochs=epochs, **options)
+    return fit(
+        model, objective, train_set, Shifted(seed=1), run_dir=run_dir, epochs=epochs, **options
+    )
 
 
 def same(a, b) -> bool:
@@ -165,7 +167,9 @@ def killed_runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((folder / "report.json").read_text())
     assert report.pop("straight") == [0], done.stderr
@@ -176,7 +180,8 @@ def killed_runs(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_and_resumed_is_the_same_as_never_killed(killed_runs, name):
     straight, resumed = (
-        torch.load(killed_runs / run_name / "last.pt", weights_only=True) for run_name in ("straight", name)
+        torch.load(killed_runs / run_name / "last.pt", weights_only=True)
+        for run_name in ("straight", name)
     )
     for saved in (straight, resumed):
         for row in saved["history"]:
@@ -186,13 +191,17 @@ def test_killed_and_resumed_is_the_same_as_never_killed(killed_runs, name):
         assert same(straight[part], resumed[part]), part
 
     files = ["best.pt", "last.pt", "metrics.csv"]
-    assert sorted(path.name for path in (killed_runs / name).iterdir()) == files  # and no temporary file
+    assert (
+        sorted(path.name for path in (killed_runs / name).iterdir()) == files
+    )  # and no temporary file
     tables = [
         pd.read_csv(killed_runs / run_name / "metrics.csv").drop(columns="seconds")
         for run_name in ("straight", name)
     ]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    best = [models.load(killed_runs / run_name / "best.pt", build) for run_name in ("straight", name)]
+    best = [
+        models.load(killed_runs / run_name / "best.pt", build) for run_name in ("straight", name)
+    ]
     assert same(*(model.state_dict() for model in best))
 
 
@@ -287,8 +296,12 @@ def test_order_depends_on_seed_and_epoch_only_and_each_image_comes_once(tmp_path
 def test_accumulation_equals_the_large_batch_and_steps_the_last_incomplete_group(tmp_path):
     together, apart = linear(), linear()
     options = {"epochs": 2, "optimizer": "sgd", "lr": 0.1}
-    run(tmp_path / "a", model=together, batch_size=8, monitor="epoch", **options)  # batches of 8, 8, 4
-    run(tmp_path / "b", model=apart, batch_size=4, accumulate=2, monitor="epoch", **options)  # 4+4, 4+4, 4
+    run(
+        tmp_path / "a", model=together, batch_size=8, monitor="epoch", **options
+    )  # batches of 8, 8, 4
+    run(
+        tmp_path / "b", model=apart, batch_size=4, accumulate=2, monitor="epoch", **options
+    )  # 4+4, 4+4, 4
     torch.testing.assert_close(together.state_dict(), apart.state_dict())
     steps = torch.load(tmp_path / "b" / "last.pt", weights_only=True)["scheduler"]["last_epoch"]
     assert steps == 6
@@ -335,7 +348,13 @@ def test_cosine_after_a_warm_up_over_the_real_number_of_steps(tmp_path, monkeypa
 def test_every_image_of_a_step_weighs_the_same_also_in_a_smaller_last_batch(tmp_path):
     """22 images in batches of 8: the last group is 6 images; with a mean of batch means 8 + 6 would not be one step."""
     together, apart = linear(), linear()
-    options = {"epochs": 2, "optimizer": "sgd", "lr": 0.1, "monitor": "epoch", "train_set": Shifted(size=22)}
+    options = {
+        "epochs": 2,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "monitor": "epoch",
+        "train_set": Shifted(size=22),
+    }
     run(tmp_path / "a", model=together, batch_size=16, **options)
     run(tmp_path / "b", model=apart, batch_size=8, accumulate=2, **options)
     torch.testing.assert_close(together.state_dict(), apart.state_dict())
@@ -352,7 +371,9 @@ def test_gradients_are_clipped_after_they_were_accumulated(tmp_path):
         return torch.cat([step.detach().flatten() for step in steps])
 
     assert moved(clipped).norm() == pytest.approx(1e-3, rel=1e-3) and moved(free).norm() > 1e-2
-    torch.testing.assert_close(moved(clipped) / 1e-3, moved(free) / moved(free).norm(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        moved(clipped) / 1e-3, moved(free) / moved(free).norm(), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
@@ -366,7 +387,15 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
         judged.append(torch.cat([p.detach().flatten().clone() for p in net.parameters()]))
         return {"val_epoch": float(len(judged))}
 
-    run(tmp_path, model=model, objective=objective, val_metric=metric, monitor="val_epoch", ema=0.5, lr=0.1)
+    run(
+        tmp_path,
+        model=model,
+        objective=objective,
+        val_metric=metric,
+        monitor="val_epoch",
+        ema=0.5,
+        lr=0.1,
+    )
     after = [*seen[1:], None]  # the weights after each step; three steps an epoch
     average = after[0]
     for steps, weights in enumerate(after[1:8], 1):
@@ -383,7 +412,15 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
 def test_a_validation_set_may_be_left_out_but_not_all_that_chooses(tmp_path):
     options = {"run_dir": tmp_path, "epochs": 2, "progress": False}
     metric = scripted([0.1, 0.2])
-    done = fit(linear(), objectives.cross_entropy(), Shifted(), None, val_metric=metric, monitor="val_robust", **options)
+    done = fit(
+        linear(),
+        objectives.cross_entropy(),
+        Shifted(),
+        None,
+        val_metric=metric,
+        monitor="val_robust",
+        **options,
+    )
     assert done.best_epoch == 2 and "val_loss" not in done.history
     with pytest.raises(ValueError, match="give a val_set, a val_metric"):
         fit(linear(), objectives.cross_entropy(), Shifted(), None, **options)
@@ -398,11 +435,20 @@ def test_a_known_number_of_epochs_without_validation_keeps_the_last_weights(tmp_
         return objectives.cross_entropy()(model, x, y)
 
     done = fit(
-        alone, watched, Shifted(), None, run_dir=tmp_path / "a", monitor="epoch", patience=1, **options
+        alone,
+        watched,
+        Shifted(),
+        None,
+        run_dir=tmp_path / "a",
+        monitor="epoch",
+        patience=1,
+        **options,
     )
     assert (done.best_epoch, done.status, len(done.history)) == (3, "done", 3)
     assert list(done.history) == ["epoch", "lr", "train_loss", "train_accuracy", "seconds"]
-    assert not any(torch.equal(alone[1].weight, earlier) for earlier in weights)  # not those before the last step
+    assert not any(
+        torch.equal(alone[1].weight, earlier) for earlier in weights
+    )  # not those before the last step
     # A validation set would have changed nothing but what is measured.
     run(tmp_path / "b", model=beside, monitor="epoch")
     assert same(alone.state_dict(), beside.state_dict())
@@ -419,14 +465,21 @@ def test_every_saved_epoch_is_told_and_what_the_listener_raises_ends_the_call(tm
     run(tmp_path / "straight", model=straight, epochs=4)
 
     def stop_at_two(row):
-        assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == row["epoch"]  # saved before it is told
+        assert (
+            len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == row["epoch"]
+        )  # saved before it is told
         if row["epoch"] == 2:
             raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
         run(tmp_path / "run", model=linear(), epochs=4, on_epoch=stop_at_two)
     result = run(tmp_path / "run", model=resumed, epochs=4, on_epoch=told.append)
-    assert told == result.history.to_dict("records") and [row["epoch"] for row in told] == [1, 2, 3, 4]
+    assert told == result.history.to_dict("records") and [row["epoch"] for row in told] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert same(straight.state_dict(), resumed.state_dict())
     run(tmp_path / "run", epochs=4, on_epoch=told.append)  # a finished run tells its story again
     assert told[4:] == told[:4]
@@ -446,7 +499,9 @@ def test_the_best_epoch_wins_a_nan_never_and_patience_stops(tmp_path):
         snapshots.append({key: value.clone() for key, value in model.state_dict().items()})
         return scores(model)
 
-    result = run(tmp_path, model=model, epochs=9, monitor="val_robust", val_metric=metric, patience=3)
+    result = run(
+        tmp_path, model=model, epochs=9, monitor="val_robust", val_metric=metric, patience=3
+    )
     assert (result.best_epoch, result.best_score, len(result.history)) == (2, 0.6, 5)
     assert same(model.state_dict(), snapshots[1]) and not same(snapshots[1], snapshots[4])
     assert same(models.load(tmp_path / "best.pt", linear).state_dict(), snapshots[1])
@@ -468,7 +523,11 @@ def test_a_loss_is_better_when_smaller_and_without_any_score_the_last_weights_ar
     assert result.best_score == result.history["val_loss"].min()
     metric = scripted([math.nan] * 3)
     result = run(tmp_path / "b", monitor="val_robust", val_metric=metric)
-    assert result.best_epoch == 3 and math.isnan(result.best_score) and (tmp_path / "b" / "best.pt").exists()
+    assert (
+        result.best_epoch == 3
+        and math.isnan(result.best_score)
+        and (tmp_path / "b" / "best.pt").exists()
+    )
 
 
 def test_a_loss_that_is_no_number_stops_and_the_last_whole_epoch_stays(tmp_path):
@@ -487,7 +546,9 @@ def test_a_loss_that_is_no_number_stops_and_the_last_whole_epoch_stays(tmp_path)
 def test_the_model_learns_what_there_is_to_learn(tmp_path):
     result = run(tmp_path, epochs=30, lr=0.01)
     loss = result.history["train_loss"]
-    assert loss.iloc[-1] < loss.iloc[0] and result.best_score == result.history["val_auc"].max() > 0.9
+    assert (
+        loss.iloc[-1] < loss.iloc[0] and result.best_score == result.history["val_auc"].max() > 0.9
+    )
     expected = "epoch lr train_loss train_accuracy val_loss val_accuracy val_auc seconds".split()
     assert list(result.history) == expected
 
@@ -561,19 +622,33 @@ if get_rank() == 0:
 
 def test_two_processes_train_one_model(tmp_path):
     (tmp_path / "script.py").write_text(DDP)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     # The file and not the exit code: gloo was seen to abort now and then after all work was done.
     assert (tmp_path / "passed").exists(), done.stderr[-3000:]
     for name in ("adversarial", "lipschitz"):
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"best.pt", "last.pt", "metrics.csv"}
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "best.pt",
+            "last.pt",
+            "metrics.csv",
+        }
 
 
 def test_log_odds_do_not_saturate_and_ask_for_two_classes():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    model[1].weight.data, model[1].bias.data = torch.tensor([[0.0] * 4, [100.0] * 4]), torch.zeros(2)
+    model[1].weight.data, model[1].bias.data = (
+        torch.tensor([[0.0] * 4, [100.0] * 4]),
+        torch.zeros(2),
+    )
     x = torch.tensor([0.5, 0.7, 0.9])[:, None, None, None].expand(3, 1, 2, 2)
     assert log_odds(model, x).tolist() == pytest.approx([200, 280, 360])
     assert (predict(model, x)[0][:, 1] == 1).all()

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from dlia_utils import attacks, models, objectives, train
 from dlia_utils.explain import gradcam
 from dlia_utils.models import robust
-from dlia_utils.models.fold import fast_copy
+from dlia_utils.models.pixel import fast_copy
 
 FAMILIES = {
     "mobilenet_v2": lambda: models.mobilenet_v2(width=0.25, stages=4),
@@ -24,7 +24,9 @@ FAMILIES = {
         for name in ("standard_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10", "ra_resnet_50")
     },
     # All others are these networks with more blocks.
-    "meansparse_wrn_94_16": lambda: robust.set_alpha(robust.create("meansparse_wrn_94_16", width=1 / 16), 0.1),
+    "meansparse_wrn_94_16": lambda: robust.set_alpha(
+        robust.create("meansparse_wrn_94_16", width=1 / 16), 0.1
+    ),
 }
 # name: number of blocks, parameters outside the blocks that train with the last one, layer of the last map
 EXPECTED = {
@@ -99,7 +101,10 @@ def test_the_body_is_the_models_own_under_its_own_door(name):
     if name == "cnn":
         grid = F.relu(model.backbone.hidden(grid))
     torch.testing.assert_close(features, grid)
-    assert torch.equal(transferred(X), transferred.head(features)) and transferred(X).shape == (4, 3)
+    assert torch.equal(transferred(X), transferred.head(features)) and transferred(X).shape == (
+        4,
+        3,
+    )
     nn.init.ones_(next(transferred.backbone.body.parameters()))
     assert equal(kept(model), before) and all(p.requires_grad for p in model.parameters())
 
@@ -136,7 +141,9 @@ def test_the_last_blocks_train_and_what_is_before_them_does_not(name):
     for count in (1, 2, blocks):
         assert models.unfreeze(model, count) is model
         body = dict(model.backbone.body.named_parameters())
-        chosen = [f"{block.removeprefix('backbone.body.')}." for block in models.blocks(model)[-count:]]
+        chosen = [
+            f"{block.removeprefix('backbone.body.')}." for block in models.blocks(model)[-count:]
+        ]
         expected = {key for key in body if key.startswith(tuple(chosen))} | set(tail)
         assert {key for key, p in body.items() if p.requires_grad} == expected
     if name != "cnn":  # which has no stem before its first block
@@ -149,7 +156,10 @@ def test_the_last_blocks_train_and_what_is_before_them_does_not(name):
     step(model)
     now = kept(model.backbone.body)
     moved = {key for key in now if not torch.equal(now[key], before[key])}
-    live = (f"{models.blocks(model)[-1].removeprefix('backbone.body.')}.", *(key.split(".")[0] for key in tail))
+    live = (
+        f"{models.blocks(model)[-1].removeprefix('backbone.body.')}.",
+        *(key.split(".")[0] for key in tail),
+    )
     assert all(key.startswith(live) for key in moved)
     assert any("running_mean" in key for key in moved)
     assert {key for key, p in body.items() if p.requires_grad} <= moved
@@ -195,14 +205,18 @@ def test_a_head_is_trained_on_attacked_images_through_the_frozen_body(tmp_path):
     before = kept(model.backbone.body), kept(model.head)
     data = TensorDataset(X, Y)
     objective = objectives.pgd_adversarial(eps=4 / 255)
-    train.fit(model, objective, data, data, run_dir=tmp_path, epochs=1, batch_size=2, progress=False)
+    train.fit(
+        model, objective, data, data, run_dir=tmp_path, epochs=1, batch_size=2, progress=False
+    )
     assert equal(kept(model.backbone.body), before[0]) and not equal(kept(model.head), before[1])
     assert equal(kept(models.load(tmp_path / "best.pt")), kept(model))
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet_v2", "ra_resnet_50", "resnet50_v2"])
 def test_a_saved_model_comes_back_with_its_frozen_parts(name, tmp_path):
-    model = models.with_head(base(name), head="mlp", hidden=8, num_classes=3, dropout=0.2, unfrozen=1).eval()
+    model = models.with_head(
+        base(name), head="mlp", hidden=8, num_classes=3, dropout=0.2, unfrozen=1
+    ).eval()
     path = models.save(model, tmp_path / "model.pt", meta={})
     again = models.load(path)
     assert equal(kept(again), kept(model)) and again.recipe == model.recipe
@@ -240,7 +254,9 @@ def test_the_seed_decides_the_head_and_the_callers_random_stream_stays():
 def test_a_new_head_on_a_transferred_body_replaces_the_old_one():
     first = models.with_head(base("hat_wrn_34_10"), head="mlp", hidden=8, unfrozen=2)
     second = models.with_head(first, num_classes=5).eval()
-    assert second(X).shape == (4, 5) and not any(p.requires_grad for p in second.backbone.body.parameters())
+    assert second(X).shape == (4, 5) and not any(
+        p.requires_grad for p in second.backbone.body.parameters()
+    )
     assert torch.equal(second.features(X), first.eval().features(X))
     assert second.recipe["body"]["name"] == "hat_wrn_34_10" and first.recipe["unfrozen"] == 2
 
@@ -280,7 +296,9 @@ def test_a_head_trained_on_cached_features_is_the_models_head(tmp_path):
     body = kept(model.backbone.body)
     features = models.cached_features(model, TensorDataset(x, y), progress=False)
     objective = objectives.cross_entropy()
-    options = dict(run_dir=tmp_path, epochs=6, batch_size=8, lr=0.05, monitor="val_accuracy", progress=False)
+    options = dict(
+        run_dir=tmp_path, epochs=6, batch_size=8, lr=0.05, monitor="val_accuracy", progress=False
+    )
     train.fit(model.head, objective, features, features, **options)
     model.eval()
     assert (model(x).argmax(1) == y).float().mean() > 0.95
@@ -314,7 +332,10 @@ def test_what_makes_no_sense_is_refused():
             function(flat)
         with pytest.raises(ValueError):
             function(nn.Linear(2, 2))
-    for function in (lambda m: models.unfreeze(m, 1), lambda m: models.cached_features(m, TensorDataset(X))):
+    for function in (
+        lambda m: models.unfreeze(m, 1),
+        lambda m: models.cached_features(m, TensorDataset(X)),
+    ):
         with pytest.raises(ValueError, match="made by with_head"):
             function(model)
 
@@ -324,4 +345,6 @@ def test_features_are_not_cached_while_the_body_trains():
     with pytest.raises(ValueError, match=r"unfreeze\(model, 0\)"):
         models.cached_features(model, TensorDataset(X, Y), progress=False)
     with pytest.raises(ValueError, match="empty"):
-        models.cached_features(models.unfreeze(model, 0), TensorDataset(X[:0], Y[:0]), progress=False)
+        models.cached_features(
+            models.unfreeze(model, 0), TensorDataset(X[:0], Y[:0]), progress=False
+        )

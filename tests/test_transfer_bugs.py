@@ -93,11 +93,20 @@ def test_an_epoch_leaves_the_frozen_bodys_statistics_bit_equal(name, tmp_path):
     statistics, weights = buffers_of(body), [p.clone() for p in head.parameters()]
     data = TensorDataset(films(32, 8), torch.arange(8) % 2)
     train.fit(
-        model, objectives.cross_entropy(), data, data, run_dir=tmp_path, epochs=1, batch_size=4, lr=0.1
+        model,
+        objectives.cross_entropy(),
+        data,
+        data,
+        run_dir=tmp_path,
+        epochs=1,
+        batch_size=4,
+        lr=0.1,
     )
     assert any("running_mean" in key for key in statistics)
     assert drifted(statistics, body) == []
-    assert all(not torch.equal(old, new) for old, new in zip(weights, head.parameters(), strict=True))
+    assert all(
+        not torch.equal(old, new) for old, new in zip(weights, head.parameters(), strict=True)
+    )
 
 
 def test_a_body_that_is_only_told_not_to_learn_does_drift():

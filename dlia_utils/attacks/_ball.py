@@ -70,7 +70,10 @@ class Ball:
         self.x, self.eps, self.norm, self.grey, self.mask = x, eps, norm, grey, mask
         self.lower, self.upper = c.ball(x, eps if norm == "linf" and eps is not None else 1.0)
         if mask is not None:
-            self.lower, self.upper = torch.where(mask, self.lower, x), torch.where(mask, self.upper, x)
+            self.lower, self.upper = (
+                torch.where(mask, self.lower, x),
+                torch.where(mask, self.upper, x),
+            )
 
     def of(self, rows: Tensor) -> Ball:
         """The ball of some of the images."""

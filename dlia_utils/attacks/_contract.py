@@ -13,10 +13,39 @@ from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
 HARMLESS = (  # modules of torch that do the same in training mode; containers of the caller are looked into
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear),
-    *(nn.modules.conv._ConvNd, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softmax),
-    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
-    *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.padding._ReflectionPadNd, nn.LayerNorm, nn.GroupNorm),
+    *(
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.Identity,
+        nn.Flatten,
+        nn.Unflatten,
+        nn.Linear,
+        nn.Bilinear,
+    ),
+    *(
+        nn.modules.conv._ConvNd,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.ELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Tanh,
+        nn.Softmax,
+    ),
+    *(
+        nn.modules.pooling._MaxPoolNd,
+        nn.modules.pooling._AvgPoolNd,
+        nn.modules.pooling._AdaptiveAvgPoolNd,
+    ),
+    *(
+        nn.modules.pooling._AdaptiveMaxPoolNd,
+        nn.modules.padding._ReflectionPadNd,
+        nn.LayerNorm,
+        nn.GroupNorm,
+    ),
 )
 NORMS = ("linf", "l2")
 
@@ -79,9 +108,13 @@ def check_inputs(
     if mask is not None:
         _check_mask(mask, x)
     if grey and x.shape[1] > 1 and not bool((x == x[:, :1]).all()):
-        raise ValueError("grey=True needs grey images, but the channels of x differ; pass grey=False")
+        raise ValueError(
+            "grey=True needs grey images, but the channels of x differ; pass grey=False"
+        )
     if eot < 1:
-        raise ValueError(f"eot must be >= 1 (the passes of a random model that are averaged), not {eot}")
+        raise ValueError(
+            f"eot must be >= 1 (the passes of a random model that are averaged), not {eot}"
+        )
     ids = [int(i) for i in ids] if ids is not None else list(range(len(x)))
     if len(ids) != len(x) or min(ids) < 0:
         raise ValueError(f"ids must be {len(x)} integers >= 0, one per image")
@@ -94,7 +127,9 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module.training and _changes_in_training(module):
             where = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(f"{where} is in training mode and would be random or change; call model.eval()")
+            raise ValueError(
+                f"{where} is in training mode and would be random or change; call model.eval()"
+            )
 
 
 def _changes_in_training(module: nn.Module) -> bool:
@@ -104,12 +139,16 @@ def _changes_in_training(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     # Any other layer may drop paths, draw slopes or update statistics: only what is known not to is let through.
-    return not isinstance(module, HARMLESS) and (not any(module.children()) or type(module).__module__.startswith("torch"))
+    return not isinstance(module, HARMLESS) and (
+        not any(module.children()) or type(module).__module__.startswith("torch")
+    )
 
 
 def _check_images(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError("x must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255")
+        raise TypeError(
+            "x must be a floating-point tensor in [0,1]; for uint8 use images.float() / 255"
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"x must be float32 or float64, not {x.dtype}: half precision rounds a change out of its ball; use x.float(), "
@@ -144,17 +183,23 @@ def _check_eps(eps: float | Tensor, x: Tensor, norm: str, grey: bool) -> None:
         raise ValueError(f"eps must be >= 0, not {eps}")
     if norm == "l2":
         if values.ndim or not bool(values.isfinite()):
-            raise ValueError(f"eps of an L2 ball must be one finite number, not {eps}; give a float")
+            raise ValueError(
+                f"eps of an L2 ball must be one finite number, not {eps}; give a float"
+            )
         return
     if bool((values > 1).any()):
-        raise ValueError(f"eps={eps} is larger than the pixel range [0,1]: give pixel units, such as 8/255")
+        raise ValueError(
+            f"eps={eps} is larger than the pixel range [0,1]: give pixel units, such as 8/255"
+        )
     if values.ndim and values.shape != (x.shape[1], 1, 1):
         raise ValueError(
             f"eps per channel must have shape [{x.shape[1]},1,1] for x with {x.shape[1]} channel(s), not "
             f"{list(values.shape)}; expand grey images first with x.expand(-1, 3, -1, -1)"
         )
     if grey and values.numel() > 1 and bool((values != values.flatten()[0]).any()):
-        raise ValueError("grey=True shares one perturbation over the channels: give one eps for all")
+        raise ValueError(
+            "grey=True shares one perturbation over the channels: give one eps for all"
+        )
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
@@ -166,20 +211,26 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
             f"all, not {list(mask.shape)}; resize or reshape it"
         )
     if mask.device != x.device:
-        raise ValueError(f"x is on {x.device} but mask on {mask.device}; move mask with mask.to(x.device)")
+        raise ValueError(
+            f"x is on {x.device} but mask on {mask.device}; move mask with mask.to(x.device)"
+        )
 
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Return the logits [B,K] when they fit the labels; ValueError otherwise."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the model must return a tensor of logits [B,K], not {type(logits).__name__}: wrap it so that it does")
+        raise TypeError(
+            f"the model must return a tensor of logits [B,K], not {type(logits).__name__}: wrap it so that it does"
+        )
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"the model must return logits [B,K] with K >= 2 classes, not {tuple(logits.shape)}; a single logit z of "
             "class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if int(y.max()) >= logits.shape[1]:
-        raise ValueError(f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}")
+        raise ValueError(
+            f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}"
+        )
     if not bool(logits.isfinite().all()):
         raise ValueError("the model returns NaN or infinite logits on these images")
     return logits
@@ -338,7 +389,9 @@ class Ledger:
         self.queries = torch.zeros_like(y)
         self.backwards = 0
 
-    def record(self, rows: Tensor, points: Tensor, wrong: Tensor, value: Tensor, step: int) -> Tensor:
+    def record(
+        self, rows: Tensor, points: Tensor, wrong: Tensor, value: Tensor, step: int
+    ) -> Tensor:
         """Note how often the model was wrong on `points` of the images `rows`; returns who is fooled [n]."""
         value = value.detach().float()
         fooled = wrong == 1
@@ -347,7 +400,9 @@ class Ledger:
         self.x_adv[rows[better]] = points.detach()[better]
         self.value[rows] = torch.where(better, value, held_value)
         self.held_step[rows] = torch.where(better, step, self.held_step[rows])
-        self.first_step[rows] = torch.where(fooled & (self.first_step[rows] < 0), step, self.first_step[rows])
+        self.first_step[rows] = torch.where(
+            fooled & (self.first_step[rows] < 0), step, self.first_step[rows]
+        )
         self.fooled[rows] = held_fooled | fooled
         self.queries[rows] += self.eot
         return fooled

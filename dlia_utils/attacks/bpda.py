@@ -42,7 +42,9 @@ def bpda(model: nn.Module, surrogates: Mapping[str | nn.Module, Surrogate]) -> I
         if module not in names:
             raise KeyError(f"the model has no module {key!r}; its modules: {list(named)[:20]}")
         if surrogate is not None and not callable(surrogate):
-            raise TypeError(f"the surrogate of {names[module]!r} must be a function or None, not {surrogate!r}")
+            raise TypeError(
+                f"the surrogate of {names[module]!r} must be a function or None, not {surrogate!r}"
+            )
         chosen[module] = surrogate
     before = {module: module.__dict__.get("forward") for module in chosen}
     try:

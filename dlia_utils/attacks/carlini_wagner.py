@@ -96,26 +96,24 @@ def _search(
 
 def _scales(ledger: c.Ledger, rows: Tensor, ball: Ball, steps: int) -> tuple[Tensor, Tensor]:
     """First constant and learning rate [n] from the linearised model; without a gradient the usual ones."""
-    _, value, gradient = c.gradient_at(ledger.model, ball.x, ledger.y[rows], c.margin, eot=ledger.eot)
+    _, value, gradient = c.gradient_at(
+        ledger.model, ball.x, ledger.y[rows], c.margin, eot=ledger.eot
+    )
     ledger.queries[rows] += ledger.eot
     ledger.backwards += ledger.eot * len(rows)
     gap, rise = value.abs().to(ball.x), size(ball.allowed(gradient), "l2")
     distance = gap / rise.clamp_min(TINY)
     usable = (rise > 0) & (gap > 0)
     free = torch.ones_like(ball.x) if ball.mask is None else ball.mask.expand_as(ball.x).to(ball.x)
-    pixels = free.flatten(1).sum(1).clamp_min(1).sqrt()  # Adam moves every free pixel by about the learning rate
+    pixels = (
+        free.flatten(1).sum(1).clamp_min(1).sqrt()
+    )  # Adam moves every free pixel by about the learning rate
     weight = torch.where(usable, 4 * distance / rise.clamp_min(TINY), CONSTANT)
     return weight, torch.where(usable, 9 * distance / steps / pixels, STEP_SIZE)
 
 
 def _descend(
-    ledger: c.Ledger,
-    rows: Tensor,
-    ball: Ball,
-    weight: Tensor,
-    pace: Tensor,
-    steps: int,
-    first: int,
+    ledger: c.Ledger, rows: Tensor, ball: Ball, weight: Tensor, pace: Tensor, steps: int, first: int
 ) -> Tensor:
     """One search at the weights [n] with Adam at the learning rates [n]; returns who fell at some step [n]."""
     y, mean, square = ledger.y[rows], torch.zeros_like(ball.x), torch.zeros_like(ball.x)
@@ -134,7 +132,11 @@ def _descend(
         downhill = 2 * (points - ball.x) - ball.allowed(gradient)
         mean = DECAYS[0] * mean + (1 - DECAYS[0]) * downhill
         square = DECAYS[1] * square + (1 - DECAYS[1]) * downhill.square()
-        direction = (mean / (1 - DECAYS[0] ** step)) / ((square / (1 - DECAYS[1] ** step)).sqrt() + FLOOR)
+        direction = (mean / (1 - DECAYS[0] ** step)) / (
+            (square / (1 - DECAYS[1] ** step)).sqrt() + FLOOR
+        )
         points = ball.project(points - rate * per_image(pace) * direction)
-    wrong, _ = c.answer(ledger.model, points, y, c.margin, eot=ledger.eot)  # the last step counts, too
+    wrong, _ = c.answer(
+        ledger.model, points, y, c.margin, eot=ledger.eot
+    )  # the last step counts, too
     return ever | record_smallest(ledger, rows, points, wrong, norm="l2", step=first + steps + 1)

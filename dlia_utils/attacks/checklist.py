@@ -88,7 +88,9 @@ def checklist(
     rows = evidence.rows if known else evidence
     call = {**evidence.call} if known else {"ids": np.arange(len(images)), **options}
     if known and options:
-        raise TypeError(f"options {sorted(options)} are those of the evaluation itself; give them to robust")
+        raise TypeError(
+            f"options {sorted(options)} are those of the evaluation itself; give them to robust"
+        )
     if set(rows.image) != set(np.asarray(call["ids"]).tolist()):
         raise ValueError(
             f"the rows name {rows.image.nunique()} images, not these {len(images)}: pass the same ids"
@@ -96,7 +98,11 @@ def checklist(
     again = _Again(model, images, labels, call, progress)
     eps_text = pixel_text if call.get("norm", "linf") == "linf" else "{:g}".format
     right = np.flatnonzero(~_fooled(rows, "clean", 0.0, call["ids"]))
-    stated = [_threat(evidence if known else None), _clean(labels, right), _range(model, images, labels, subset)]
+    stated = [
+        _threat(evidence if known else None),
+        _clean(labels, right),
+        _range(model, images, labels, subset),
+    ]
     if not len(right):  # there is nothing to attack, which the second line says
         return pd.DataFrame(stated, columns=COLUMNS)
     full, note = rows, ""
@@ -124,9 +130,20 @@ class _Again:
     """`robust` once more on some of the images, with the options of the evaluation, or others."""
 
     def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, call: Mapping[str, Any], progress: bool
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        call: Mapping[str, Any],
+        progress: bool,
     ) -> None:
-        self.model, self.images, self.labels, self.call, self.progress = model, images, labels, call, progress
+        self.model, self.images, self.labels, self.call, self.progress = (
+            model,
+            images,
+            labels,
+            call,
+            progress,
+        )
 
     def __call__(self, positions: np.ndarray, eps_grid: list[float], **changes) -> Evaluation:
         options = {**self.call, **changes, "ids": np.asarray(self.call["ids"])[positions]}
@@ -155,9 +172,7 @@ def _fooled(rows: pd.DataFrame, attack: str, eps: float, ids) -> np.ndarray:
     """Bool [N] in the order of the images."""
     part = rows[rows.attack.eq(attack) & rows.eps.eq(eps)].set_index("image").fooled
     if part.empty:
-        raise ValueError(
-            f"the rows lack {attack!r} at eps {eps:g}: take them as robust gives them"
-        )
+        raise ValueError(f"the rows lack {attack!r} at eps {eps:g}: take them as robust gives them")
     return part.loc[np.asarray(ids)].to_numpy(bool)
 
 
@@ -203,7 +218,9 @@ def _clean(labels: Tensor, right: np.ndarray) -> tuple[str, str, str, str]:
 
 
 @torch.no_grad()
-def _range(model: nn.Module, images: Tensor, labels: Tensor, subset: int) -> tuple[str, str, str, str]:
+def _range(
+    model: nn.Module, images: Tensor, labels: Tensor, subset: int
+) -> tuple[str, str, str, str]:
     """Whether the model wants another range of pixels, and the images fill theirs: else eps means nothing."""
     some = torch.from_numpy(_spread(np.arange(len(images)), subset))
     device = device_of(model, images)
@@ -211,7 +228,9 @@ def _range(model: nn.Module, images: Tensor, labels: Tensor, subset: int) -> tup
     ranges = {"[0,255]": x * 255, "[-1,1]": x * 2 - 1, "standardised": (x - 0.45) / 0.225}
     own, accuracy = _balanced(model(x).argmax(1), y), dict.fromkeys(ranges, 0.0)
     for name, z in ranges.items():
-        with suppress(Exception):  # a model that refuses other pixels, as those of `models.robust`, answers as it should
+        with suppress(
+            Exception
+        ):  # a model that refuses other pixels, as those of `models.robust`, answers as it should
             accuracy[name] = _balanced(model(z).argmax(1), y)
     best = max(accuracy, key=accuracy.get)
     flat = x.flatten(1)
@@ -252,20 +271,34 @@ def _black_box(
     blind = [name for name in tables if e.kind(name).blind]
     grid = sorted({eps for table in tables.values() for eps in table})
     tables = {name: table.reindex(columns=grid, fill_value=False) for name, table in tables.items()}
-    white = sum((table for name, table in tables.items() if name not in blind), 0 * next(iter(tables.values())))
+    white = sum(
+        (table for name, table in tables.items() if name not in blind),
+        0 * next(iter(tables.values())),
+    )
     alone = {}
     for name in blind:
         found = tables[name] & ~white.astype(bool).cummax(axis=1)
-        alone |= {(image, name): eps for eps in reversed(found.columns) for image in found.index[found[eps]]}
-    if full is not rows:  # fooled images were dropped: what these fooled had withstood every gradient
-        blind += [name for name in LATE if name in call["attacks"]]  # also one that found no image standing
+        alone |= {
+            (image, name): eps
+            for eps in reversed(found.columns)
+            for image in found.index[found[eps]]
+        }
+    if (
+        full is not rows
+    ):  # fooled images were dropped: what these fooled had withstood every gradient
+        blind += [
+            name for name in LATE if name in call["attacks"]
+        ]  # also one that found no image standing
         late = rows[rows.attack.isin(LATE) & rows.fooled].sort_values("eps", ascending=False)
         alone |= {(line.image, line.attack): line.eps for line in late.itertuples()}
         note = ""
     images = {image for image, _ in alone}
     check, shown = (
         "white box beats black box",
-        [f"image {image} by {name} at {eps_text(eps)}" for (image, name), eps in sorted(alone.items())],
+        [
+            f"image {image} by {name} at {eps_text(eps)}"
+            for (image, name), eps in sorted(alone.items())
+        ],
     )
     if not set(blind) & set(LATE):
         remedy = "Add square to the attacks: only an attack without gradients can show that they are masked"
@@ -274,7 +307,8 @@ def _black_box(
     return _line(
         check,
         len(images) <= ALONE * rows.image.nunique(),
-        f"{len(images)} image(s) fooled by {' or '.join(blind)} alone{note}" + (listed if shown else ""),
+        f"{len(images)} image(s) fooled by {' or '.join(blind)} alone{note}"
+        + (listed if shown else ""),
         "Whatever was fooled without gradients was fooled with them too",
         "An attack that sees less did more, so the gradients are masked or the gradient attacks too short: "
         "attack past the masking operator (bpda=), raise steps and restarts",
@@ -292,7 +326,9 @@ def _rising(rows: pd.DataFrame, eps_text: Callable) -> tuple[str, str, str, str]
     return _line(
         "a larger eps fools more",
         not flat,
-        "; ".join(f"{eps_text(eps)}: {share:.1%} fooled" for eps, share in zip(grid, shares, strict=True)),
+        "; ".join(
+            f"{eps_text(eps)}: {share:.1%} fooled" for eps, share in zip(grid, shares, strict=True)
+        ),
         "Every larger ball fools further images, until all have fallen",
         f"Not one image more from {', '.join(flat)}: the steps of the grid are too small for so few images, "
         "or the attacks are stuck. Take more images or wider steps; if it stays, look for masked gradients",
@@ -309,9 +345,21 @@ def _everything(
     some = _spread(np.flatnonzero(~_fooled(rows, "worst", last, again.call["ids"])), subset)
     left, value = np.zeros(0, dtype=bool), f"all fooled at {eps_text(last)}"
     if len(some):
-        whole = 1.0 if again.call.get("norm", "linf") == "linf" else float(np.sqrt(again.images[0].numel()))
+        whole = (
+            1.0
+            if again.call.get("norm", "linf") == "linf"
+            else float(np.sqrt(again.images[0].numel()))
+        )
         far = [eps for eps in (0.5 * whole, whole) if eps > last] or [last]
-        found = again(some, far, attacks=["pgd_ce", "pgd_margin"], budgets=None, at=None, steps=20, surrogate=None)
+        found = again(
+            some,
+            far,
+            attacks=["pgd_ce", "pgd_margin"],
+            budgets=None,
+            at=None,
+            steps=20,
+            surrogate=None,
+        )
         left = ~_fooled(found.rows, "worst", far[-1], found.call["ids"])
         stand = f"of {len(some)} images that stand at {eps_text(last)}"
         value = f"{stand}, {left.sum()} still stand at {eps_text(far[-1])}"
@@ -334,12 +382,19 @@ def _converged(
     An eps at which a dear attack was not run is not converged and was not meant to be: another one is taken.
     """
     check, call = "twice the steps add nothing", again.call
-    names = [name for name in call.get("attacks", rows.attack.unique()) if name in e.TWICE] or ["pgd_margin"]
+    names = [name for name in call.get("attacks", rows.attack.unique()) if name in e.TWICE] or [
+        "pgd_margin"
+    ]
     at = call.get("at") or {}
     ran = [eps for eps in _grid(rows) if all(eps in at.get(name, [eps]) for name in names)]
     unfinished = [eps for eps in ran or _grid(rows) if _share(rows, eps) < 1]
     if not unfinished:
-        return check, PASS, "no image stands at any eps", "There is nothing left that more steps could fool"
+        return (
+            check,
+            PASS,
+            "no image stands at any eps",
+            "There is nothing left that more steps could fool",
+        )
     eps = min(unfinished, key=lambda eps: abs(_share(rows, eps) - 0.5))
     standing = np.flatnonzero(~_fooled(rows, "worst", eps, call["ids"]))
     some = _spread(standing, subset)
@@ -397,7 +452,9 @@ def _random(model: nn.Module, images: Tensor, call: Mapping[str, Any]) -> tuple[
         "the model answers alike each time",
         spread <= SAME * max(1.0, float(logits.abs().max())) or eot >= AVERAGED,
         f"{PASSES} passes differ by up to {spread:.2g}; the answer changes on {flips} of {len(x)} images",
-        "One pass tells what an attack achieved" if eot == 1 else f"{eot} passes are averaged per look",
+        "One pass tells what an attack achieved"
+        if eot == 1
+        else f"{eot} passes are averaged per look",
         "The model is random (dropout left on, noise at test time): a gradient of one pass misleads, and an "
         "image fooled once may be right the next time. Switch it off if it is a mistake, otherwise average "
         f"over passes: eot={AVERAGED} or more (it was {eot})",
@@ -412,7 +469,9 @@ def _per_image(rows: pd.DataFrame, eps_text: Callable) -> tuple[str, str, str, s
     images, eps = (worst.index.get_level_values(level) for level in ("image", "eps"))
     union = eps >= images.map(first).fillna(np.inf)
     missed = int((worst.to_numpy() != union).sum())
-    shown = "; ".join(f"{eps_text(eps)}: {share:.1%}" for eps, share in worst.groupby("eps").mean().items())
+    shown = "; ".join(
+        f"{eps_text(eps)}: {share:.1%}" for eps, share in worst.groupby("eps").mean().items()
+    )
     return _line(
         "the worst case is taken per image",
         len(worst) > 0 and not missed,

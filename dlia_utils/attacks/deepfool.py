@@ -87,11 +87,17 @@ def _boundaries(
                 break
             if order is None:
                 others = logits.detach().scatter(1, true[:, None], -torch.inf)
-                order = others.argsort(1, descending=True)[:, : min(candidates, logits.shape[1] - 1)].T
+                order = others.argsort(1, descending=True)[
+                    :, : min(candidates, logits.shape[1] - 1)
+                ].T
                 gaps, gradients = [0.0] * len(order), [0.0] * len(order)
             for k, other in enumerate(order):
-                gap = (logits.gather(1, other[:, None]) - logits.gather(1, true[:, None]))[:, 0] / ledger.eot
-                gradients[k] = gradients[k] + torch.autograd.grad(gap.sum(), points, retain_graph=True)[0]
+                gap = (logits.gather(1, other[:, None]) - logits.gather(1, true[:, None]))[
+                    :, 0
+                ] / ledger.eot
+                gradients[k] = (
+                    gradients[k] + torch.autograd.grad(gap.sum(), points, retain_graph=True)[0]
+                )
                 gaps[k] = gaps[k] + gap.detach()
             ledger.backwards += len(order) * len(rows)
     return votes / ledger.eot, gaps, gradients

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from .. import files, metrics
-from ..models.fold import fast_copy
+from ..device import fingerprint
+from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
-from ..objectives import fingerprint
 from ..progress import Bar
 from ..units import pixel_text
 from . import _contract as c
@@ -41,7 +41,6 @@ from .square import square
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..run import Run
 
 log = logging.getLogger("dlia_utils")
 
@@ -53,7 +52,10 @@ COLUMNS = ["attack", "eps", "image", "label", "fooled", "first_success_step", "q
 FORMAT = 2  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
 PASSES = 5  # that a model must answer alike
-PROBE, ALIKE = 16, 1e-3  # images that a folded copy is compared on; share of the logits by which it may differ
+PROBE, ALIKE = (
+    16,
+    1e-3,
+)  # images that a folded copy is compared on; share of the logits by which it may differ
 LEAD = 0.05  # share of the images by which one loss, or one kind of gradient, may beat another
 
 
@@ -64,7 +66,9 @@ class Kind:
     attack: Callable[..., c.AttackResult]
     options: Mapping[str, Any]
     blind: bool = False  # sees no gradient of the model
-    smallest: bool = False  # looks for the smallest change: run once, it counts at every eps from there on
+    smallest: bool = (
+        False  # looks for the smallest change: run once, it counts at every eps from there on
+    )
     norm: str = "linf"  # the only one, where the attack has no choice
 
 
@@ -82,14 +86,29 @@ KINDS = {
     "one_pixel": Kind(one_pixel, {"population": 20, "iterations": 20}, blind=True),
     "square": Kind(square, {"steps": 500, "restarts": 1}, blind=True),
 }
-TWICE = ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin")  # run straight through an operator as well
+TWICE = (
+    "pgd_ce",
+    "pgd_margin",
+    "apgd_ce",
+    "apgd_margin",
+)  # run straight through an operator as well
 ORDER = (  # cheap ones first; the black boxes last, to show what no gradient found
     *("noise", "fgsm", "deepfool", "pgd_ce", "pgd_margin", f"pgd_ce{BPDA}", f"pgd_margin{BPDA}"),
     *("apgd_ce", "apgd_margin", f"apgd_ce{BPDA}", f"apgd_margin{BPDA}", "fmn", "carlini_wagner"),
     *("transfer", "one_pixel", "square"),
 )
 LINF = tuple(name for name, own in KINDS.items() if own.norm == "linf" and name != "transfer")
-SUITE = ("noise", "fgsm", "pgd_ce", "pgd_margin", "deepfool", "apgd_ce", "apgd_margin", "fmn", "square")
+SUITE = (
+    "noise",
+    "fgsm",
+    "pgd_ce",
+    "pgd_margin",
+    "deepfool",
+    "apgd_ce",
+    "apgd_margin",
+    "fmn",
+    "square",
+)
 
 
 def suite(norm: str = "linf") -> tuple[str, ...]:
@@ -168,12 +187,19 @@ def robust(
     (['8/255', '255/255'], True)
     """
     if isinstance(eps_grid, (int, float)):
-        raise ValueError(f"eps_grid must be a sequence such as [{eps_grid}], not the number {eps_grid}")
+        raise ValueError(
+            f"eps_grid must be a sequence such as [{eps_grid}], not the number {eps_grid}"
+        )
     if batch_size < 1 or seed < 0:
         raise ValueError(f"batch_size must be >= 1 and seed >= 0, not {batch_size} and {seed}")
-    images, labels = _tensors(data, ordered=any(given is not None for given in (groups, ids, mask, folder)))
+    images, labels = _tensors(
+        data, ordered=any(given is not None for given in (groups, ids, mask, folder))
+    )
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
-    names = [*(suite(norm) if attacks is None else attacks), *(["transfer"] if surrogate is not None else [])]
+    names = [
+        *(suite(norm) if attacks is None else attacks),
+        *(["transfer"] if surrogate is not None else []),
+    ]
     unknown = sorted(set(names) - set(KINDS))
     if unknown or not names or not grid:
         raise ValueError(
@@ -183,13 +209,26 @@ def robust(
     if len(np.unique(ids)) < len(ids):
         raise ValueError("ids names an image twice; give every image an id of its own")
     c.check_inputs(model, images[:1], labels[:1], eps=grid[0], norm=norm)
-    c.check_inputs(model, images, labels, eps=grid[-1], norm=norm, grey=grey, mask=mask, eot=eot, ids=ids)
+    c.check_inputs(
+        model, images, labels, eps=grid[-1], norm=norm, grey=grey, mask=mask, eot=eot, ids=ids
+    )
     if groups is not None and len(groups) != len(images):
-        raise ValueError(f"groups holds {len(groups)} patients for {len(images)} images; give one per image")
+        raise ValueError(
+            f"groups holds {len(groups)} patients for {len(images)} images; give one per image"
+        )
     if "transfer" in names and surrogate is None:
         raise ValueError('the attack "transfer" needs surrogate=, the model that it is crafted on')
-    shared = {"norm": norm, "steps": steps, "restarts": restarts, "seed": seed, "grey": grey, "eot": eot}
-    options = {name: _options(name, shared, budgets or {}) for name in sorted(set(names), key=ORDER.index)}
+    shared = {
+        "norm": norm,
+        "steps": steps,
+        "restarts": restarts,
+        "seed": seed,
+        "grey": grey,
+        "eot": eot,
+    }
+    options = {
+        name: _options(name, shared, budgets or {}) for name in sorted(set(names), key=ORDER.index)
+    }
     _check_names("budgets", budgets or {}, options)
     at = _chosen_eps(at or {}, options, grid)
     _rehearse(options, images[:1], None if mask is None else mask[:1], grid[-1])
@@ -199,24 +238,53 @@ def robust(
             c.check_logits(surrogate(images[:1].to(c.device_of(surrogate, images))), labels[:1])
     bpda = bpda or _known_bpda(model)
     settings = {
-        "norm": norm, "eps_grid": grid, "attacks": options, "at": at, "eot": eot, "seed": seed, "grey": grey,
-        "fast": fast, "early_drop": early_drop, "bpda": None if bpda is None else _name(bpda),
-    }  # fmt: skip
+        "norm": norm,
+        "eps_grid": grid,
+        "attacks": options,
+        "at": at,
+        "eot": eot,
+        "seed": seed,
+        "grey": grey,
+        "fast": fast,
+        "early_drop": early_drop,
+        "bpda": None if bpda is None else _name(bpda),
+    }
     store = None
     if folder is not None:
-        content = {"model": _model_hash(model), "images": _hash(images), "labels": _hash(labels),
-                   "ids": _hash(torch.as_tensor(ids)), "mask": mask is not None and _hash(mask),
-                   "surrogate": surrogate is not None and _model_hash(surrogate)}  # fmt: skip
+        content = {
+            "model": _model_hash(model),
+            "images": _hash(images),
+            "labels": _hash(labels),
+            "ids": _hash(torch.as_tensor(ids)),
+            "mask": mask is not None and _hash(mask),
+            "surrogate": surrogate is not None and _model_hash(surrogate),
+        }
         store = _open_store(Path(folder), settings | content, resume)
     device = c.device_of(model, images)
     data = _Images(images, labels, ids, mask, device, batch_size, norm, eot)
-    runs = _runs(model, options, at, bpda, surrogate, images[:PROBE].to(device), fast=fast and eot == 1)
-    blocks = _attack_all(model, data, grid, runs, early_drop=early_drop, store=store, progress=progress)
+    runs = _runs(
+        model, options, at, bpda, surrogate, images[:PROBE].to(device), fast=fast and eot == 1
+    )
+    blocks = _attack_all(
+        model, data, grid, runs, early_drop=early_drop, store=store, progress=progress
+    )
     call = {
-        "attacks": list(options), "norm": norm, "steps": steps, "restarts": restarts, "budgets": budgets,
-        "at": at, "batch_size": batch_size, "seed": seed, "eot": eot, "ids": ids, "grey": grey, "mask": mask,
-        "fast": fast, "bpda": bpda, "surrogate": surrogate,
-    }  # fmt: skip
+        "attacks": list(options),
+        "norm": norm,
+        "steps": steps,
+        "restarts": restarts,
+        "budgets": budgets,
+        "at": at,
+        "batch_size": batch_size,
+        "seed": seed,
+        "eot": eot,
+        "ids": ids,
+        "grey": grey,
+        "mask": mask,
+        "fast": fast,
+        "bpda": bpda,
+        "surrogate": surrogate,
+    }
     return Evaluation(
         rows=_rows(blocks, data, grid, early_drop=early_drop),
         cost=pd.DataFrame([block.cost() for block in blocks]),
@@ -274,12 +342,20 @@ class Evaluation:
         units = np.arange(len(clean)) if self.groups is None else self.groups
         for eps in self.settings["eps_grid"]:
             worst = right["worst", eps]
-            line = {"eps": eps, "ball": self._ball(eps), "images": len(clean), "clean": clean.mean()}
+            line = {
+                "eps": eps,
+                "ball": self._ball(eps),
+                "images": len(clean),
+                "clean": clean.mean(),
+            }
             for name in self._attacks():
                 line[name] = right[name, eps].mean() if (name, eps) in right else np.nan
             line["worst"] = worst.mean()
             if set(labels) == {0, 1}:
-                line |= {"sensitivity": worst[labels == 1].mean(), "specificity": worst[labels == 0].mean()}
+                line |= {
+                    "sensitivity": worst[labels == 1].mean(),
+                    "specificity": worst[labels == 0].mean(),
+                }
             line["attack_success"] = 1 - worst[clean].mean() if clean.any() else np.nan
             for name, flags in (("clean", clean), ("worst", worst)):
                 interval = metrics.share(flags, units, draws=draws)
@@ -314,9 +390,13 @@ class Evaluation:
     def threat(self) -> str:
         """The threat model in words."""
         said = self.settings
-        classes = "any wrong class (of two classes, the other one: targeted and untargeted are the same)"
+        classes = (
+            "any wrong class (of two classes, the other one: targeted and untargeted are the same)"
+        )
         blind = [name for name in said["attacks"] if KINDS[name].blind]
-        unit = "largest change of a pixel" if said["norm"] == "linf" else "length of the whole change"
+        unit = (
+            "largest change of a pixel" if said["norm"] == "linf" else "length of the whole change"
+        )
         limits = [
             text
             for text, holds in {
@@ -331,7 +411,9 @@ class Evaluation:
             "limits": "; ".join(limits) or "none besides: every pixel and channel may change",
             "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
             "attacks": "; ".join(self._budget(name) for name in said["attacks"]),
-            "operators": f"also straight through ({said['bpda']})" if said["bpda"] else "exact gradients",
+            "operators": f"also straight through ({said['bpda']})"
+            if said["bpda"]
+            else "exact gradients",
             "draws": f"seed {said['seed']}, {said['eot']} pass(es) of the model per look",
         }
         return "\n".join(f"  {name:10}{line}" for name, line in lines.items())
@@ -361,20 +443,26 @@ class Evaluation:
             parts.append("\n".join([f"Check list: {counts.PASS} PASS, {counts.WARN} WARN", *lines]))
         return "\n\n".join(parts) + "\n"
 
-    def figure(self, config: Run | None = None) -> Figure:
+    def figure(self, caption: str = "") -> Figure:
         """Accuracy against eps (worst case with its band), and which attack fooled the images first."""
-        from ..report import COLORS, _axes, _note, _style  # not at the top: the report imports this module
+        from ..plots import (
+            COLORS,
+            line_style,
+            panels,
+        )  # not at the top: the report imports this module
 
         table, scale = self.table(), 255 if self.settings["norm"] == "linf" else 1
-        figure, axes = _axes(2, width=5.6, height=3.9)
+        figure, axes = panels(2, width=5.6, height=3.9)
         left, right = axes[0]
         x, worst = np.r_[0, table.eps * scale], np.r_[table.clean[0], table.worst]
         if not self.settings["early_drop"]:
             for number, name in enumerate(self._attacks()):
-                style = _style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
+                style = line_style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
                 left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
         left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
-        low, high = (np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high"))
+        low, high = (
+            np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")
+        )
         left.fill_between(x, low, high, color="0.2", alpha=0.12, lw=0)
         unit = "k/255, pixel units" if scale == 255 else "L2 length, pixel units"
         left.set(xlabel=f"eps ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -390,7 +478,7 @@ class Evaluation:
         right.set(xlabel="eps", ylabel="share of the images", title="fooled first by", ylim=(0, 1))
         right.tick_params(axis="x", labelsize=7)
         right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        note = "" if config is None else f"\n{_note(config)}"
+        note = f"\n{caption}" if caption else ""
         left.set_title(f"Worst case over the suite{note}", fontsize=9)
         right.title.set_fontsize(9)
         figure.tight_layout()
@@ -458,7 +546,9 @@ def _knows(name: str, norm: str) -> bool:
     return "norm" in _parameters(name) or KINDS[name].norm == norm
 
 
-def _options(name: str, shared: Mapping[str, Any], budgets: Mapping[str, Mapping]) -> dict[str, Any]:
+def _options(
+    name: str, shared: Mapping[str, Any], budgets: Mapping[str, Mapping]
+) -> dict[str, Any]:
     """What an attack is called with besides the images: the shared options, its own, those of the caller."""
     if not _knows(name, shared["norm"]):
         raise ValueError(
@@ -466,17 +556,36 @@ def _options(name: str, shared: Mapping[str, Any], budgets: Mapping[str, Mapping
             "attacks out"
         )
     known, own = _parameters(name), dict(budgets.get(name, {}))
-    fixed = {"model", "x", "y", "eps", "ids", "mask", "surrogate", "progress", "norm", "seed", "grey", "eot"}
+    fixed = {
+        "model",
+        "x",
+        "y",
+        "eps",
+        "ids",
+        "mask",
+        "surrogate",
+        "progress",
+        "norm",
+        "seed",
+        "grey",
+        "eot",
+    }
     odd = sorted(set(own) - (set(known) - fixed))
     if odd:
         raise ValueError(f"budgets[{name!r}] holds {odd}; it may set {sorted(set(known) - fixed)}")
-    return {key: value for key, value in shared.items() if key in known} | dict(KINDS[name].options) | own
+    return (
+        {key: value for key, value in shared.items() if key in known}
+        | dict(KINDS[name].options)
+        | own
+    )
 
 
 def _check_names(argument: str, given: Mapping[str, Any], options: Mapping[str, Mapping]) -> None:
     strange = sorted(set(given) - set(options))
     if strange:
-        raise ValueError(f"{argument} speaks of {strange}, which are not among the attacks run: {list(options)}")
+        raise ValueError(
+            f"{argument} speaks of {strange}, which are not among the attacks run: {list(options)}"
+        )
 
 
 def _chosen_eps(
@@ -488,9 +597,13 @@ def _chosen_eps(
     for name, wanted in ((name, list(eps)) for name, eps in at.items()):
         chosen[name] = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
         if KINDS[name].smallest:
-            raise ValueError(f"at[{name!r}]: this attack is run once and counts at every eps; leave it out of at")
+            raise ValueError(
+                f"at[{name!r}]: this attack is run once and counts at every eps; leave it out of at"
+            )
         if len(chosen[name]) < len(set(wanted)) or not chosen[name]:
-            raise ValueError(f"at[{name!r}] must be eps of the grid {grid}, at least one; got {wanted}")
+            raise ValueError(
+                f"at[{name!r}] must be eps of the grid {grid}, at least one; got {wanted}"
+            )
     return chosen
 
 
@@ -526,13 +639,18 @@ def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     Tracing keeps one way through the code and loses hooks of the whole model: a random or a hooked model would be
     attacked as something that it is not.
     """
-    copied = fast_copy(model)  # with gradients on: what goes straight through an operator would be traced away
+    copied = fast_copy(
+        model
+    )  # with gradients on: what goes straight through an operator would be traced away
     with torch.no_grad():
         answers = torch.stack([model(probe).float() for _ in range(PASSES)])
         gap = float((torch.cat([answers, copied(probe).float()[None]]) - answers[0]).abs().max())
     if gap <= ALIKE * max(1.0, float(answers.abs().max())):
         return copied
-    log.warning("a folded copy of the model answers otherwise (logits differ by %.2g): the model itself is attacked", gap)
+    log.warning(
+        "a folded copy of the model answers otherwise (logits differ by %.2g): the model itself is attacked",
+        gap,
+    )
     return model
 
 
@@ -544,13 +662,17 @@ class _Undecided(nn.Module):
         return torch.cat([nothing, nothing - 1], dim=1)
 
 
-def _rehearse(options: Mapping[str, Mapping[str, Any]], image: Tensor, mask: Tensor | None, eps: float) -> None:
+def _rehearse(
+    options: Mapping[str, Mapping[str, Any]], image: Tensor, mask: Tensor | None, eps: float
+) -> None:
     """Call each attack once, on a model that costs nothing: what it refuses is refused before any work."""
     stand_in, y = _Undecided().eval(), torch.ones(1, dtype=torch.int64, device=image.device)
     for name, own in options.items():
         extra = {"surrogate": stand_in} if name == "transfer" else {}
         extra |= {} if mask is None else {"mask": mask.to(image.device)}
-        KINDS[name].attack(stand_in, image, y, eps=None if KINDS[name].smallest else eps, **own, **extra)
+        KINDS[name].attack(
+            stand_in, image, y, eps=None if KINDS[name].smallest else eps, **own, **extra
+        )
 
 
 # ------------------------------------------------------------------------------------------- running it
@@ -601,7 +723,9 @@ class _Block:
     @classmethod
     def of(cls, attack: str, eps: float, positions: np.ndarray) -> _Block:
         n = len(positions)
-        return cls(attack, eps, positions, np.full(n, -1), np.ones(n, dtype=np.int64), np.full(n, np.inf))
+        return cls(
+            attack, eps, positions, np.full(n, -1), np.ones(n, dtype=np.int64), np.full(n, np.inf)
+        )
 
     def inside(self, eps: float) -> _Block:
         """A search for the smallest change, as an attack of the ball of this eps."""
@@ -637,9 +761,13 @@ def _attack_all(
     clean = _kept(store, "clean", np.arange(total), lambda: _judge_clean(model, data))
     fooled = clean.step == 0
     attackable, blocks, known = np.flatnonzero(~fooled), [clean], {}
-    with Bar(total=total * len(grid) * len(runs), desc="attacks", unit="image", disable=not progress) as bar:
+    with Bar(
+        total=total * len(grid) * len(runs), desc="attacks", unit="image", disable=not progress
+    ) as bar:
         for eps in grid:
-            for name in sorted(runs, key=lambda name: name not in known):  # what costs nothing comes first
+            for name in sorted(
+                runs, key=lambda name: name not in known
+            ):  # what costs nothing comes first
                 if runs[name].at is not None and eps not in runs[name].at:
                     bar.update(total)
                     continue
@@ -688,7 +816,10 @@ def _strike(
                 more.pop("ids")
             with run.context(model):
                 result = run.attack(target, x, y, eps=None if run.smallest else eps, **more)
-            success, claimed = _wrong(model, result.x_adv, y, data.eot), result.success.cpu().numpy()
+            success, claimed = (
+                _wrong(model, result.x_adv, y, data.eot),
+                result.success.cpu().numpy(),
+            )
             hit = rows[success]
             block.step[hit] = np.maximum(result.first_success_step.cpu().numpy(), 1)[success]
             if run.smallest:
@@ -726,7 +857,9 @@ def _rows(
                 continue
             if block.attack != "clean" and not early_drop:
                 block = _over_all(block, wrong)
-            tables.append(_table(data, block.attack, eps, block.positions, block.step, block.queries))
+            tables.append(
+                _table(data, block.attack, eps, block.positions, block.step, block.queries)
+            )
             if eps:
                 held = block.positions[block.step >= 0]
                 best[held] = np.minimum(best[held], block.step[block.step >= 0])
@@ -746,7 +879,12 @@ def _over_all(block: _Block, wrong: np.ndarray) -> _Block:
 
 
 def _table(
-    data: _Images, attack: str, eps: float, positions: np.ndarray, step: np.ndarray, queries: np.ndarray
+    data: _Images,
+    attack: str,
+    eps: float,
+    positions: np.ndarray,
+    step: np.ndarray,
+    queries: np.ndarray,
 ) -> pd.DataFrame:
     about = {"image": data.ids[positions], "label": data.labels.cpu().numpy()[positions]}
     outcome = {"fooled": step >= 0, "first_success_step": step, "queries": queries}
@@ -759,7 +897,11 @@ def _distances(blocks: Sequence[_Block], data: _Images) -> pd.DataFrame:
     for block in blocks:
         if block.attack != "clean" and kind(block.attack).smallest:
             searched.setdefault(block.attack, block)
-    parts = [pd.DataFrame({"attack": [], "image": [], "label": [], "distance": []})] if not searched else []
+    parts = (
+        [pd.DataFrame({"attack": [], "image": [], "label": [], "distance": []})]
+        if not searched
+        else []
+    )
     for name, block in searched.items():
         distance = np.where(np.isfinite(block.distance), block.distance, np.nan)
         labels = data.labels.cpu().numpy()[block.positions]
@@ -773,13 +915,21 @@ def _distances(blocks: Sequence[_Block], data: _Images) -> pd.DataFrame:
 
 def _tensors(data: Data, *, ordered: bool) -> tuple[Tensor, Tensor]:
     """Images and labels, of a pair of tensors or of batches; `ordered`: something else is given image by image."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+    if (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and all(isinstance(part, Tensor) for part in data)
+    ):
         return data[0], data[1]
     if ordered and isinstance(getattr(data, "sampler", None), RandomSampler):
-        raise ValueError("the loader shuffles, so groups, ids, mask and folder would belong to other images: shuffle=False")
+        raise ValueError(
+            "the loader shuffles, so groups, ids, mask and folder would belong to other images: shuffle=False"
+        )
     batches = list(data)
     if any(isinstance(batch, Mapping) for batch in batches):
-        raise ValueError("data yields dicts; it must yield batches (x, y, ...), such as ((b['x'], b['y']) for b in loader)")
+        raise ValueError(
+            "data yields dicts; it must yield batches (x, y, ...), such as ((b['x'], b['y']) for b in loader)"
+        )
     batches = [(batch[0], batch[1]) for batch in batches]
     if not batches or not all(isinstance(part, Tensor) for batch in batches for part in batch):
         raise ValueError(
@@ -800,33 +950,48 @@ def _open_store(folder: Path, settings: dict[str, Any], resume: bool) -> Path:
     if resume and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         free = () if asked["early_drop"] else ("at", "attacks", "eps_grid")
-        names = [name for name in {**kept, **asked} if name not in free and kept.get(name) != asked.get(name)]
+        names = [
+            name
+            for name in {**kept, **asked}
+            if name not in free and kept.get(name) != asked.get(name)
+        ]
         if names:
-            changes = "; ".join(f"{name}: {kept.get(name)!r} -> {asked.get(name)!r}" for name in names)
+            changes = "; ".join(
+                f"{name}: {kept.get(name)!r} -> {asked.get(name)!r}" for name in names
+            )
             raise ValueError(
                 f"{folder} holds an evaluation of something else ({changes}): take another folder, or "
                 "resume=False to start anew"
             )
-        stale = [name for name, own in asked["attacks"].items() if kept["attacks"].get(name, own) != own]
+        stale = [
+            name for name, own in asked["attacks"].items() if kept["attacks"].get(name, own) != own
+        ]
         asked["attacks"] = kept["attacks"] | asked["attacks"]
     else:
         stale = ["*"]
     for name in stale:
-        for block in (*folder.glob(f"block_{name}.npz"), *folder.glob(f"block_*_{name}.npz"),
-                      *folder.glob(f"block_*_{name}{BPDA}.npz")):  # fmt: skip
+        for block in (
+            *folder.glob(f"block_{name}.npz"),
+            *folder.glob(f"block_*_{name}.npz"),
+            *folder.glob(f"block_*_{name}{BPDA}.npz"),
+        ):
             block.unlink(missing_ok=True)
     files.write_json(asked, path)
     return folder
 
 
-def _kept(store: Path | None, name: str, positions: np.ndarray, compute: Callable[[], _Block]) -> _Block:
+def _kept(
+    store: Path | None, name: str, positions: np.ndarray, compute: Callable[[], _Block]
+) -> _Block:
     """The block as it was kept, or computed now and kept."""
     if store is None:
         return compute()
     path = store / f"block_{name}.npz"
     if path.exists():
         with np.load(path) as kept:
-            block = _Block(**{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept})
+            block = _Block(
+                **{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
+            )
         if not np.array_equal(block.positions, positions):
             raise ValueError(
                 f"{path} does not fit the other files of its folder; pass resume=False to start anew"
@@ -860,7 +1025,10 @@ def _model_hash(model: nn.Module) -> str:
 def _name(given: Any) -> str:
     """A context for the settings: its name and, of a partial, what it was given."""
     if isinstance(given, partial):
-        inside = [*map(_name, given.args), *(f"{key}={_name(value)}" for key, value in given.keywords.items())]
+        inside = [
+            *map(_name, given.args),
+            *(f"{key}={_name(value)}" for key, value in given.keywords.items()),
+        ]
         return f"{_name(given.func)}({', '.join(inside)})"
     if isinstance(given, nn.Module):
         return f"{type(given).__name__} {_model_hash(given)}"
@@ -911,7 +1079,9 @@ def row_checks(
     """
     fooled = outcomes(rows)
     through = [name for name in fooled if name.endswith(BPDA)]
-    iterated = [name for name in fooled if name in ORDER and not kind(name).blind and name != "fgsm"]
+    iterated = [
+        name for name in fooled if name in ORDER and not kind(name).blind and name != "fgsm"
+    ]
     lead = partial(_lead, fooled, eps_text=eps_text)
 
     def share_an_eps(strong: list[str], weak: str) -> bool:  # `at` may keep two attacks apart
@@ -920,9 +1090,13 @@ def row_checks(
 
     checks = {}
     if share_an_eps(iterated, "fgsm"):
-        checks["iterated"] = _beats("PGD fools at least what FGSM fools", fooled, iterated, "fgsm", eps_text)
+        checks["iterated"] = _beats(
+            "PGD fools at least what FGSM fools", fooled, iterated, "fgsm", eps_text
+        )
     if share_an_eps(iterated, "noise"):
-        checks["noise"] = _beats("random noise is weaker than PGD", fooled, iterated, "noise", eps_text)
+        checks["noise"] = _beats(
+            "random noise is weaker than PGD", fooled, iterated, "noise", eps_text
+        )
     if share_an_eps(["pgd_margin"], "pgd_ce"):
         found = lead(strong="pgd_margin", weak="pgd_ce", what="the margin loss")
         checks["loss"] = ("cross-entropy finds what the margin loss finds (no masking)", *found)
@@ -980,7 +1154,9 @@ def _lead(
     With two classes cross-entropy and margin point the same way, and so do exact gradients and those straight
     through an operator that hides none.
     """
-    lead = (fooled[strong].mean() - fooled[weak].mean()).dropna()  # at the eps that both were run at
+    lead = (
+        fooled[strong].mean() - fooled[weak].mean()
+    ).dropna()  # at the eps that both were run at
     worst = lead.idxmax()
     detail = f"largest lead of {what}: {lead[worst]:.1%} of the images at {eps_text(worst)}"
     return bool(lead[worst] <= LEAD), detail
@@ -990,7 +1166,9 @@ def _monotone(fooled: dict[str, pd.DataFrame], eps_text: Callable) -> tuple[str,
     falls = []
     for name, table in fooled.items():
         counts = table.sum()
-        for (low, few), (high, many) in zip(list(counts.items())[:-1], list(counts.items())[1:], strict=True):
+        for (low, few), (high, many) in zip(
+            list(counts.items())[:-1], list(counts.items())[1:], strict=True
+        ):
             if many < few:
                 falls.append(f"{name} {eps_text(low)} -> {eps_text(high)}: {few} -> {many}")
     return "a larger eps never fools fewer", not falls, "; ".join(falls) or "holds for every attack"

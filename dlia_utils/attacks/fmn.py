@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from . import _contract as c
-from ._ball import TINY, Ball, dual_size, look_smallest, per_image, record_smallest, size, smallest_result
+from ._ball import (
+    TINY,
+    Ball,
+    dual_size,
+    look_smallest,
+    per_image,
+    record_smallest,
+    size,
+    smallest_result,
+)
 
 BEYOND = 1.02  # aims a little past the boundary: exactly on it rounding decides, at every step anew
 
@@ -65,12 +74,7 @@ def fmn(
 
 
 def _search(
-    ledger: c.Ledger,
-    rows: Tensor,
-    ball: Ball,
-    steps: int,
-    step_size: float,
-    gamma: float,
+    ledger: c.Ledger, rows: Tensor, ball: Ball, steps: int, step_size: float, gamma: float
 ) -> None:
     """Search for the images `rows`; every point goes into the ledger, which keeps the smallest that fools."""
     y, points = ledger.y[rows], ball.x
@@ -88,7 +92,9 @@ def _search(
         length = size(points - ball.x, ball.norm)
         ever, smallest = ledger.fooled[rows], -ledger.value[rows].to(ball.x)
         rise = dual_size(gradient, ball.norm)
-        estimate = torch.where(rise > 0, length + BEYOND * value.abs() / rise.clamp_min(TINY), torch.inf)
+        estimate = torch.where(
+            rise > 0, length + BEYOND * value.abs() / rise.clamp_min(TINY), torch.inf
+        )
         shrunk = torch.minimum(radius * (1 - gamma * decay), smallest)
         grown = torch.where(ever, radius * (1 + gamma * decay), estimate)
         radius = torch.where(fooled, shrunk, grown)

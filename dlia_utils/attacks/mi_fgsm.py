@@ -57,12 +57,16 @@ def mi_fgsm(
         ledger.look(c.margin)
         points, momentum = x, torch.zeros_like(x)
         for step in range(steps):
-            _, _, gradient = c.gradient_at(surrogate, points, y, objective, eot=eot, check=step == 0)
+            _, _, gradient = c.gradient_at(
+                surrogate, points, y, objective, eot=eot, check=step == 0
+            )
             if surrogate is model:
                 ledger.queries += eot
             ledger.backwards += eot * len(x)
             gradient = ball.allowed(gradient)
-            momentum = decay * momentum + gradient / per_image(dual_size(gradient, "linf").clamp_min(TINY))
+            momentum = decay * momentum + gradient / per_image(
+                dual_size(gradient, "linf").clamp_min(TINY)
+            )
             points = ball.project(points + step_size * momentum.sign())
         ledger.ask(ledger.everyone(), points, c.margin, steps)
         return ledger.result(eps=eps, seed=None)

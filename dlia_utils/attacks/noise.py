@@ -54,7 +54,9 @@ def noise(
             if not len(rows):
                 break
             ball = whole.of(rows)
-            unit = c.uniform(ball.x, [ids[i] for i in rows.tolist()], seed=seed, stream=draw, grey=grey)
+            unit = c.uniform(
+                ball.x, [ids[i] for i in rows.tolist()], seed=seed, stream=draw, grey=grey
+            )
             if draw % 2 == 0:
                 unit = unit.sign()
             ledger.ask(rows, ball.at(unit), c.margin, draw)

@@ -55,7 +55,15 @@ def one_pixel(
     _check_search(pixels, population, iterations, f, cr, batch_size)
     with c.frozen(model), torch.no_grad():
         search = _Search(
-            model, Ball(x, float(eps), grey=grey, mask=mask), y, pixels, population, eot, batch_size, seed, ids
+            model,
+            Ball(x, float(eps), grey=grey, mask=mask),
+            y,
+            pixels,
+            population,
+            eot,
+            batch_size,
+            seed,
+            ids,
         )
         search.first_population()
         bar = Bar(range(iterations), desc=f"{pixels}-pixel", disable=not progress)
@@ -120,7 +128,9 @@ class _Search:
 
     def evolve(self, step: int, f: float, cr: float) -> None:
         size = self.x.shape[2:]
-        trials = [_trials(self.rngs[i], self.genes[i], f, cr, size, self.free[i]) for i in self.standing]
+        trials = [
+            _trials(self.rngs[i], self.genes[i], f, cr, size, self.free[i]) for i in self.standing
+        ]
         self._select(np.stack(trials), step)
 
     def result(self, eps: float, seed: int) -> c.AttackResult:
@@ -149,7 +159,9 @@ class _Search:
         for part, labels in zip(
             self.x_adv.split(self.batch_size), self.y.split(self.batch_size), strict=True
         ):
-            wrong.append(c.answer(self.model, part, labels, c.margin, eot=self.eot, check=True)[0] > 0.5)
+            wrong.append(
+                c.answer(self.model, part, labels, c.margin, eot=self.eot, check=True)[0] > 0.5
+            )
         self.queries += self.eot
         return torch.cat(wrong).cpu().numpy()
 
@@ -237,7 +249,9 @@ def _trials(
     mutant[..., 2:] = mutant[..., 2:].clip(0, 1)
     flat = genes[0].size
     crossed = rng.random((len(genes), flat)) < cr
-    crossed[np.arange(len(genes)), rng.integers(0, flat, len(genes))] = True  # at least one gene changes
+    crossed[np.arange(len(genes)), rng.integers(0, flat, len(genes))] = (
+        True  # at least one gene changes
+    )
     trials = np.where(crossed.reshape(genes.shape), mutant, genes)
     if free is not None:
         allowed = np.zeros(size, dtype=bool)

@@ -54,7 +54,9 @@ def pgd(
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
     if restarts > 1 and not random_start:
-        raise ValueError("restarts > 1 without random_start repeats the same attack; set random_start=True")
+        raise ValueError(
+            "restarts > 1 without random_start repeats the same attack; set random_start=True"
+        )
     eps = c.on_device(eps, x)
     whole = Ball(x, eps, norm=norm, grey=grey, mask=mask)
     step_size = 2.5 * eps / steps if step_size is None else c.on_device(step_size, x)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from . import _contract as c
 from ._ball import TINY, Ball, free_pixels, per_image
 
-Player = tuple[np.random.Generator, np.ndarray | None]  # an image's draws and the pixels that may change
+Player = tuple[
+    np.random.Generator, np.ndarray | None
+]  # an image's draws and the pixels that may change
 
 SMALLEST = 3  # side of a square that still holds a pair of bumps
 # Shares of all steps after which the squares get half the area (the paper's places of 10 000).
@@ -98,8 +100,15 @@ def _search(
         if bool(fooled.all()) or step == steps:
             return
         if bool(fooled.any()):
-            rows, best, best_value, ball = rows[~fooled], best[~fooled], best_value[~fooled], ball.of(~fooled)
-            players = [player for player, gone in zip(players, fooled.tolist(), strict=True) if not gone]
+            rows, best, best_value, ball = (
+                rows[~fooled],
+                best[~fooled],
+                best_value[~fooled],
+                ball.of(~fooled),
+            )
+            players = [
+                player for player, gone in zip(players, fooled.tolist(), strict=True) if not gone
+            ]
         trial = move(ball, best, players, _side(area, step / steps, *ball.x.shape[2:]))
 
 
@@ -128,7 +137,9 @@ def _grid(ball: Ball, rngs: list[np.random.Generator]) -> Tensor:
     """Bumps of random sign and orientation in a grid of about 5 x 5 tiles, together of the length eps."""
     shape = ball.x.shape[2:]
     tile = min(max(min(shape) // 5, SMALLEST), *shape)
-    tops, lefts = ([start + (n % tile) // 2 for start in range(0, n - tile + 1, tile)] for n in shape)
+    tops, lefts = (
+        [start + (n % tile) // 2 for start in range(0, n - tile + 1, tile)] for n in shape
+    )
     start = np.zeros((len(rngs), _planes(ball), *shape))
     for plane, rng in zip(start, rngs, strict=True):
         for top in tops:
@@ -142,12 +153,18 @@ def _bumps(ball: Ball, best: Tensor, players: list[Player], side: int) -> Tensor
     """One window is cleared; another gets bumps and the length that both windows had, and what is unused."""
     planes, shape = _planes(ball), ball.x.shape[2:]
     side = min(max(side, SMALLEST) | 1, (min(shape) - 1) | 1)  # odd: a bump then has a middle
-    corners = np.stack([[_corner(rng, side, shape, free) for _ in range(2)] for rng, free in players])
+    corners = np.stack(
+        [[_corner(rng, side, shape, free) for _ in range(2)] for rng, free in players]
+    )
     draw = np.zeros((len(players), planes, *shape), dtype=np.float32)
     for plane, (rng, _), ((top, left), _) in zip(draw, players, corners, strict=True):
-        plane[:, top : top + side, left : left + side] = _pair(rng, side) * _signs(rng, (planes, 1, 1))
+        plane[:, top : top + side, left : left + side] = _pair(rng, side) * _signs(
+            rng, (planes, 1, 1)
+        )
     target, cleared = (_inside(corners[:, k], side, ball.x) for k in range(2))
-    change = (best - ball.x)[:, :planes]  # grey: one plane stands for all, with its share of the length
+    change = (best - ball.x)[
+        :, :planes
+    ]  # grey: one plane stands for all, with its share of the length
     radius = ball.eps / math.sqrt(ball.x.shape[1] / planes)
     unused = (radius**2 - change.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
     new = _unit(torch.from_numpy(draw).to(ball.x)) + _unit(change * target)

@@ -16,6 +16,19 @@ from .evaluate import (
 from .fuse import nms, one_per_class, soft_nms, wbf
 
 __all__ = [
-    "COCO_IOUS", "Matches", "average_precision", "best_thresholds", "bootstrap", "curve", "froc", "match",
-    "nms", "one_per_class", "paired_bootstrap", "soft_nms", "summary", "threshold_sweep", "wbf",
-]  # fmt: skip
+    "COCO_IOUS",
+    "Matches",
+    "average_precision",
+    "best_thresholds",
+    "bootstrap",
+    "curve",
+    "froc",
+    "match",
+    "nms",
+    "one_per_class",
+    "paired_bootstrap",
+    "soft_nms",
+    "summary",
+    "threshold_sweep",
+    "wbf",
+]

@@ -78,7 +78,9 @@ def match(
     best_first = np.lexsort((-found.score, found.group))
     best_first = best_first[_rank(found.group[best_first]) < max_detections]
     found, known = found.take(best_first), known.take(np.argsort(known.group, kind="stable"))
-    hit = _greedy(known, found, np.minimum(iou, 1 - 1e-10))  # pycocotools' cap: IoU 1 can be reached
+    hit = _greedy(
+        known, found, np.minimum(iou, 1 - 1e-10)
+    )  # pycocotools' cap: IoU 1 can be reached
 
     classwise = np.lexsort((-found.score, found.group // len(images)))
     cells = order[known.group % len(images)] * len(labels) + known.group // len(images)
@@ -86,7 +88,9 @@ def match(
         images=images,
         labels=labels,
         iou=iou,
-        truths=np.bincount(cells, minlength=len(images) * len(labels)).reshape(len(images), len(labels)),
+        truths=np.bincount(cells, minlength=len(images) * len(labels)).reshape(
+            len(images), len(labels)
+        ),
         score=found.score[classwise],
         place=order[found.group[classwise] % len(images)],
         hit=hit[:, classwise],
@@ -104,7 +108,9 @@ def average_precision(matches: Matches) -> pd.DataFrame:
     >>> average_precision(match(truth, empty, images=[0], classes=2))[0.5].tolist()
     [nan, 0.0]
     """
-    values = _weighted_ap(matches, np.ones((1, len(matches.images))), range(len(matches.iou)))[:, :, 0]
+    values = _weighted_ap(matches, np.ones((1, len(matches.images))), range(len(matches.iou)))[
+        :, :, 0
+    ]
     columns = pd.Index([round(t, 6) for t in matches.iou], name="iou")
     return pd.DataFrame(values.T, index=pd.Index(matches.labels, name="label"), columns=columns)
 
@@ -185,9 +191,17 @@ def best_thresholds(
     for label in (None, *matches.labels):
         table = curve(matches, label, iou=iou)
         value = (
-            table["f1"] if objective == "f1" else table["recall"].where(table["fp_per_image"] <= fp_per_image)
+            table["f1"]
+            if objective == "f1"
+            else table["recall"].where(table["fp_per_image"] <= fp_per_image)
         )
-        nothing = {"threshold": np.nan, "precision": np.nan, "recall": 0.0, "f1": 0.0, "fp_per_image": 0.0}
+        nothing = {
+            "threshold": np.nan,
+            "precision": np.nan,
+            "recall": 0.0,
+            "f1": 0.0,
+            "fp_per_image": 0.0,
+        }
         if not _truths(matches, label).sum():
             nothing |= {"recall": np.nan, "f1": np.nan}
         chosen = table.loc[value.idxmax()] if value.gt(0).any() else nothing
@@ -260,7 +274,9 @@ def paired_bootstrap(
 
     Errors: ValueError when the two were not evaluated on the same images, classes and true boxes.
     """
-    same = np.array_equal(matches_a.images, matches_b.images) and matches_a.labels == matches_b.labels
+    same = (
+        np.array_equal(matches_a.images, matches_b.images) and matches_a.labels == matches_b.labels
+    )
     if not same or not np.array_equal(matches_a.truths, matches_b.truths):
         raise ValueError(
             "matches_a and matches_b differ in images, classes or true boxes: call match with the same truth, "
@@ -275,7 +291,9 @@ def _draw(matches: Matches, groups: Sequence, draws: int, seed: int) -> np.ndarr
     """[1 + draws, N]: how often each image counts; first row: once each, for the value itself."""
     codes, _ = pd.factorize(np.asarray(groups, dtype=object))
     if len(codes) != len(matches.images):
-        raise ValueError(f"groups has {len(codes)} entries, but {len(matches.images)} images were evaluated")
+        raise ValueError(
+            f"groups has {len(codes)} entries, but {len(matches.images)} images were evaluated"
+        )
     unknown = np.flatnonzero(codes < 0)
     codes[unknown] = codes.max(initial=-1) + 1 + np.arange(len(unknown))
     return np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
@@ -342,7 +360,9 @@ def _mean_of_classes(ap: np.ndarray) -> np.ndarray:
         return np.where(there, per_class, 0).sum(0) / there.sum(0)
 
 
-def _intervals(values: dict[tuple[str, str | int], np.ndarray], n: int, level: float) -> pd.DataFrame:
+def _intervals(
+    values: dict[tuple[str, str | int], np.ndarray], n: int, level: float
+) -> pd.DataFrame:
     rows = []
     for (metric, label), drawn in values.items():
         row = _row(metric, drawn, n, level)
@@ -420,7 +440,9 @@ def _sensitivity(
 ) -> np.ndarray:
     """Sensitivity [B,R] at each number of false positives per image."""
     if min(rates, default=0) < 0:
-        raise ValueError(f"rates {tuple(rates)} hold a negative number of false positives per image")
+        raise ValueError(
+            f"rates {tuple(rates)} hold a negative number of false positives per image"
+        )
     _, tp, fp = _counts(matches, label, iou, weights)
     # Counts are whole numbers: the small term only undoes the rounding of rate x images.
     most = weights.sum(1)[:, None] * np.asarray(rates, float) + 1e-9
@@ -438,14 +460,18 @@ def _rates(
     truth = _truths(matches, label).sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = tp / (tp + fp)
-        recall, f1 = (tp / truth, 2 * tp / (tp + fp + truth)) if truth else (tp * np.nan, tp * np.nan)
+        recall, f1 = (
+            (tp / truth, 2 * tp / (tp + fp + truth)) if truth else (tp * np.nan, tp * np.nan)
+        )
     columns = {"threshold": threshold, "precision": precision, "recall": recall, "f1": f1}
     return pd.DataFrame(columns | {"fp_per_image": fp / len(matches.images)})
 
 
 def _truths(matches: Matches, label: int | None) -> np.ndarray:
     """Number of true boxes [N] of one class, or of all."""
-    return matches.truths.sum(1) if label is None else matches.truths[:, _class_number(matches, label)]
+    return (
+        matches.truths.sum(1) if label is None else matches.truths[:, _class_number(matches, label)]
+    )
 
 
 def _name(label: int | None) -> int | str:
@@ -454,7 +480,9 @@ def _name(label: int | None) -> int | str:
 
 def _class_number(matches: Matches, label: int) -> int:
     if label not in matches.labels:
-        raise ValueError(f"label {label!r} is not one of the classes {matches.labels}; None pools them")
+        raise ValueError(
+            f"label {label!r} is not one of the classes {matches.labels}; None pools them"
+        )
     return matches.labels.index(label)
 
 
@@ -463,7 +491,9 @@ def _number(matches: Matches, iou: float) -> int:
     near = np.flatnonzero(np.isclose(matches.iou, iou, atol=1e-9))
     if not len(near):
         known = ", ".join(f"{t:g}" for t in matches.iou)
-        raise ValueError(f"IoU {iou:g} was not matched, only {known}: call match(..., iou=(..., {iou:g}))")
+        raise ValueError(
+            f"IoU {iou:g} was not matched, only {known}: call match(..., iou=(..., {iou:g}))"
+        )
     return int(near[0])
 
 
@@ -493,7 +523,11 @@ class _Boxes:
         label, image = values["label"], values["image"]
         known = np.array(labels)
         number = np.searchsorted(known, label).clip(max=len(known) - 1)
-        allowed = f"the classes are {labels}" if len(labels) <= 20 else f"the labels go up to {labels[-1]}"
+        allowed = (
+            f"the classes are {labels}"
+            if len(labels) <= 20
+            else f"the labels go up to {labels[-1]}"
+        )
         refuse(known[number] != label, name, f"a label that is no class ({allowed})", label)
         place = np.searchsorted(images, image).clip(max=len(images) - 1)
         refuse(
@@ -507,7 +541,9 @@ class _Boxes:
 
     def take(self, rows: np.ndarray) -> _Boxes:
         corners = tuple(corner[rows] for corner in self.corners)
-        return _Boxes(self.group[rows], corners, self.score[rows] if len(self.score) else self.score)
+        return _Boxes(
+            self.group[rows], corners, self.score[rows] if len(self.score) else self.score
+        )
 
 
 def read_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> list[np.ndarray]:
@@ -533,11 +569,11 @@ def read_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> list
             values[column],
         )
     label = values["label"]
-    refuse(label < 1, name, "a label below 1: 0 is the background, so classes are numbered 1..K", label)
+    refuse(
+        label < 1, name, "a label below 1: 0 is the background, so classes are numbered 1..K", label
+    )
     for low, high in (("x1", "x2"), ("y1", "y2")):
-        problem = (
-            f"{low} >= {high}; corners are x1 < x2 and y1 < y2: drop boxes without area, or xywh was given"
-        )
+        problem = f"{low} >= {high}; corners are x1 < x2 and y1 < y2: drop boxes without area, or xywh was given"
         refuse(values[low] >= values[high], name, problem, values[low])
     if "score" in values:
         score = values["score"]
@@ -562,7 +598,9 @@ def refuse(wrong: np.ndarray, name: str, problem: str, values: np.ndarray) -> No
 def _images(images: Sequence[int] | np.ndarray) -> np.ndarray:
     ids = np.asarray(images)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise ValueError("images must be the ids (whole numbers) of all evaluated images, at least one")
+        raise ValueError(
+            "images must be the ids (whole numbers) of all evaluated images, at least one"
+        )
     if len(np.unique(ids)) < len(ids):
         raise ValueError("images holds an id twice: every evaluated image is named once")
     return ids.astype(np.int64)
@@ -619,13 +657,17 @@ def _greedy(known: _Boxes, found: _Boxes, iou: np.ndarray) -> np.ndarray:
     return hit
 
 
-def _pairs(known: _Boxes, found: _Boxes, *, lowest: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pairs(
+    known: _Boxes, found: _Boxes, *, lowest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All pairs (found, known) of one group with IoU >= `lowest`, and their IoU."""
     first = np.searchsorted(known.group, found.group, side="left")
     count = np.searchsorted(known.group, found.group, side="right") - first
     box = np.repeat(np.arange(len(found.group)), count)
     true = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(box))
-    overlap = pair_iou([corner[box] for corner in found.corners], [corner[true] for corner in known.corners])
+    overlap = pair_iou(
+        [corner[box] for corner in found.corners], [corner[true] for corner in known.corners]
+    )
     near = overlap >= lowest
     return box[near], true[near], overlap[near]
 

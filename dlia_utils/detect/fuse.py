@@ -125,7 +125,13 @@ def wbf(
     score = score[used] * weight
     # A box's cluster has the number of the box that founded it: room for all without knowing how many will be.
     order = np.lexsort((-score, label, image))
-    image, label, view, weight, score = image[order], label[order], view[order], weight[order], score[order]
+    image, label, view, weight, score = (
+        image[order],
+        label[order],
+        view[order],
+        weight[order],
+        score[order],
+    )
     rank = _rank(_group(image, label))
     cluster = _cluster(corners[:, order], score, rank, iou)
 
@@ -175,7 +181,9 @@ def _heads(group: np.ndarray, score: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(rank == 0)
     size = np.diff(np.r_[starts, len(group)])
     highest = np.repeat(np.maximum.reduceat(score, starts), size)
-    first = np.minimum.reduceat(np.where(score == highest, np.arange(len(group)), len(group)), starts)
+    first = np.minimum.reduceat(
+        np.where(score == highest, np.arange(len(group)), len(group)), starts
+    )
     return np.repeat(first, size)
 
 
@@ -196,7 +204,9 @@ def _cluster(corners: np.ndarray, score: np.ndarray, rank: np.ndarray, iou: floa
         box = by_rank[first:stop]
         base = start[box]
         slot = (
-            np.full(len(box), -1) if first == 0 else _nearest(corners[:, box], fused, base, number[base], iou)
+            np.full(len(box), -1)
+            if first == 0
+            else _nearest(corners[:, box], fused, base, number[base], iou)
         )
         founds = slot < 0
         slot[founds] = base[founds] + number[base[founds]]
@@ -253,18 +263,33 @@ def _views(
     predictions: pd.DataFrame, views: int | None, weights: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The view of each box, and the weight of each view."""
-    view = predictions["view"].to_numpy(dtype=float) if "view" in predictions else np.zeros(len(predictions))
+    view = (
+        predictions["view"].to_numpy(dtype=float)
+        if "view" in predictions
+        else np.zeros(len(predictions))
+    )
     if views is None:
         if view.any():
-            raise ValueError("predictions have a column 'view': say how many views there are, views=V")
+            raise ValueError(
+                "predictions have a column 'view': say how many views there are, views=V"
+            )
         views = 1
     elif views > 1 and "view" not in predictions:
-        raise ValueError(f"views is {views}, but predictions lack the column 'view' (0..{views - 1})")
+        raise ValueError(
+            f"views is {views}, but predictions lack the column 'view' (0..{views - 1})"
+        )
     wrong = ~((view >= 0) & (view < views) & (view % 1 == 0))
-    refuse(wrong, "predictions", f"a view outside 0..{views - 1}; views must be the number of views", view)
+    refuse(
+        wrong,
+        "predictions",
+        f"a view outside 0..{views - 1}; views must be the number of views",
+        view,
+    )
     weights = np.ones(views) if weights is None else np.asarray(weights, dtype=float)
     if weights.shape != (views,) or not (np.isfinite(weights) & (weights > 0)).all():
-        raise ValueError(f"weights is {weights.tolist()}: give {views} numbers above 0, one per view")
+        raise ValueError(
+            f"weights is {weights.tolist()}: give {views} numbers above 0, one per view"
+        )
     return view.astype(np.int64), weights
 
 

@@ -16,15 +16,16 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train the named fold; exit status 2: wrong argument or data, 3: the time budget ended (start again to go on)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_folder", metavar="RUN_FOLDER")
     parser.add_argument("fold", metavar="FOLD")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    from dlia_utils.run import reopen
-    from dlia_utils.study import OutOfTime
-
+    from ..run import reopen
+    from ..study import OutOfTime
     from . import study
 
     try:

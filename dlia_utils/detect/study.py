@@ -17,24 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dlia_utils import (
-    augment,
-    cache,
-    datasets,
-    files,
-    launch,
-    locate,
-    models,
-    objectives,
-    report,
-    split,
-    submission,
-    train,
-)
-from dlia_utils.models import faster_rcnn
-from dlia_utils.run import Run, submissions_root
-from dlia_utils.study import Study, fit_model, load_models, made_by, stored
-
+from .. import files, launch, models, objectives, report, submission, train
+from ..data import augment, cache, datasets, sources, split
+from ..models import faster_rcnn
+from ..run import Run, submissions_root
+from ..study import Study, fit_model, load_models, made_by, stored
 from . import evaluate, figures, fuse, views
 from .views import View
 
@@ -93,7 +80,10 @@ def folds(study: Study) -> list[Fold]:
     """The folds of this run: one named "official", or the first `run.run_folds` of `run.folds`."""
     manifest, run = study.dataset.manifest, study.run
     if _official(study.dataset):
-        rows = {name: _some(study.rows(name), study, i) for i, name in enumerate(("train", "val", "test"))}
+        rows = {
+            name: _some(study.rows(name), study, i)
+            for i, name in enumerate(("train", "val", "test"))
+        }
         return [Fold("official", rows["train"], rows["val"], rows["test"])]
     number = manifest["fold"].to_numpy()
     result = []
@@ -113,7 +103,9 @@ def _some(rows: np.ndarray, study: Study, salt: int) -> np.ndarray:
     """At most `run.images` of `rows`, the same ones whenever asked."""
     if study.run.images is None or len(rows) <= study.run.images:
         return rows
-    return np.sort(np.random.default_rng([study.run.seed, salt]).permutation(rows)[: study.run.images])
+    return np.sort(
+        np.random.default_rng([study.run.seed, salt]).permutation(rows)[: study.run.images]
+    )
 
 
 def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
@@ -129,12 +121,22 @@ def build_detector(run: Run, num_classes: int) -> models.Detector:
     """A fresh detector of the profile; without its starting weights at hand it goes on from random ones, and says so."""
     record = run.run_dir / "weights.txt"
     options = dict(
-        arch=run.arch, num_classes=num_classes, size=run.size, trainable_layers=run.trainable_layers,
-        nms=run.nms, rpn_pre_nms=run.rpn_pre_nms, rpn_post_nms=run.rpn_post_nms,
-        roi_batch=run.roi_batch, anchor_sizes=run.anchor_sizes, channels=run.channels,
-        width=run.width, seed=run.seed,
-    )  # fmt: skip
-    if run.weights is not None and not (record.exists() and record.read_text(encoding="utf-8") == "random"):
+        arch=run.arch,
+        num_classes=num_classes,
+        size=run.size,
+        trainable_layers=run.trainable_layers,
+        nms=run.nms,
+        rpn_pre_nms=run.rpn_pre_nms,
+        rpn_post_nms=run.rpn_post_nms,
+        roi_batch=run.roi_batch,
+        anchor_sizes=run.anchor_sizes,
+        channels=run.channels,
+        width=run.width,
+        seed=run.seed,
+    )
+    if run.weights is not None and not (
+        record.exists() and record.read_text(encoding="utf-8") == "random"
+    ):
         try:
             model = faster_rcnn(**options, freeze_bn=run.freeze_bn, weights=run.weights)
         except RuntimeError as error:
@@ -157,20 +159,37 @@ def train_fold(study: Study, fold: Fold) -> train.FitResult:
     model = build_detector(run, len(dataset.box_classes))
     boxes = truth(study, fold.train)
     transform = augment.box_transform(flip=run.flip)
-    train_set = augment.CachedBoxes(study.cache, fold.train, boxes, transform=transform, seed=run.seed)
+    train_set = augment.CachedBoxes(
+        study.cache, fold.train, boxes, transform=transform, seed=run.seed
+    )
     known, classes = truth(study, fold.select), len(dataset.box_classes)
 
     def select_by(candidate: models.Detector) -> dict[str, float]:
-        found = views.predict(candidate, study.cache, fold.select, batch_size=run.batch_size, progress=False)
+        found = views.predict(
+            candidate, study.cache, fold.select, batch_size=run.batch_size, progress=False
+        )
         matches = evaluate.match(known, found, images=fold.select, classes=classes)
         return {"val_mAP50": evaluate.summary(matches)["mAP50"]}
 
     return fit_model(
-        study, fold.name, model, objectives.detection(), train_set, None, val_metric=select_by,
-        monitor="val_mAP50", collate=augment.collate_boxes, optimizer="sgd", schedule="cosine",
-        weight_decay=run.weight_decay, warmup_epochs=run.warmup_epochs, lr_min=run.lr_min,
-        accumulate=run.accumulate, clip_norm=run.clip_norm, ema=run.ema,
-    )  # fmt: skip
+        study,
+        fold.name,
+        model,
+        objectives.detection(),
+        train_set,
+        None,
+        val_metric=select_by,
+        monitor="val_mAP50",
+        collate=augment.collate_boxes,
+        optimizer="sgd",
+        schedule="cosine",
+        weight_decay=run.weight_decay,
+        warmup_epochs=run.warmup_epochs,
+        lr_min=run.lr_min,
+        accumulate=run.accumulate,
+        clip_norm=run.clip_norm,
+        ema=run.ema,
+    )
 
 
 def train_folds(study: Study, *, devices: Sequence[str] | None = None) -> pd.DataFrame:
@@ -182,9 +201,16 @@ def train_folds(study: Study, *, devices: Sequence[str] | None = None) -> pd.Dat
 
     def job(name: str) -> dict[str, float | str]:
         fold, fitted = chosen[name], train_fold(study, chosen[name])
-        return {"fold": name, "train": len(fold.train), "select": len(fold.select), "score": len(fold.score),
-                "epochs": len(fitted.history), "best_epoch": fitted.best_epoch, "best mAP50": fitted.best_score,
-                "minutes": fitted.seconds / 60}  # fmt: skip
+        return {
+            "fold": name,
+            "train": len(fold.train),
+            "select": len(fold.select),
+            "score": len(fold.score),
+            "epochs": len(fitted.history),
+            "best_epoch": fitted.best_epoch,
+            "best mAP50": fitted.best_score,
+            "minutes": fitted.seconds / 60,
+        }
 
     rows = launch.each(job, list(chosen), log_dir=study.run.run_dir / "logs", devices=devices)
     return pd.DataFrame(rows.values())
@@ -196,9 +222,16 @@ def torchrun_command(run: Run, fold: str, *, processes: int) -> list[str]:
     Several machines: the same with --nnodes, --node-rank and --rdzv-endpoint in place of --standalone.
     """
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "-m", "dlia_utils.detect.job", str(run.run_dir), fold,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "dlia_utils.detect.job",
+        str(run.run_dir),
+        fold,
+    ]
 
 
 def load_fold(study: Study, fold: Fold) -> models.Detector:
@@ -209,7 +242,9 @@ def load_fold(study: Study, fold: Fold) -> models.Detector:
 # -------------------------------------------------------------------- predictions
 
 
-def look(study: Study, fold: Fold, which: str, *, looks: Sequence[View] = views.VIEWS) -> pd.DataFrame:
+def look(
+    study: Study, fold: Fold, which: str, *, looks: Sequence[View] = views.VIEWS
+) -> pd.DataFrame:
     """Boxes of a fold's model on its "select" or "score" images under every view; kept in the run folder."""
     rows = getattr(fold, which)
 
@@ -228,7 +263,9 @@ def join(found: pd.DataFrame, *, method: str, views_used: Sequence[int], run: Ru
     """
     table = found[found["view"].isin(views_used)]
     if len(views_used) > 1:
-        renumbered = table.assign(view=table["view"].map({view: i for i, view in enumerate(views_used)}))
+        renumbered = table.assign(
+            view=table["view"].map({view: i for i, view in enumerate(views_used)})
+        )
         joiners: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
             "wbf": lambda t: fuse.wbf(t, iou=run.wbf_iou, views=len(views_used)),
             "nms": lambda t: fuse.nms(t, iou=run.nms),
@@ -249,8 +286,12 @@ def recipes(looks: Sequence[View] = views.VIEWS) -> dict[str, tuple[str, tuple[i
     """
     everything = tuple(range(len(looks)))
     known = {"plain": ("wbf", (0,))}
-    known |= {f"plain + {view.name}": ("wbf", (0, number)) for number, view in enumerate(looks) if number}
-    return known | {f"all views, {method}": (method, everything) for method in ("nms", "soft_nms", "wbf")}
+    known |= {
+        f"plain + {view.name}": ("wbf", (0, number)) for number, view in enumerate(looks) if number
+    }
+    return known | {
+        f"all views, {method}": (method, everything) for method in ("nms", "soft_nms", "wbf")
+    }
 
 
 def matches(study: Study, rows: Sequence[int], found: pd.DataFrame, **options) -> evaluate.Matches:
@@ -271,10 +312,19 @@ def compare(study: Study, rows: Sequence[int], found: pd.DataFrame) -> pd.DataFr
         own = matches(study, rows, join(found, method=method, views_used=used, run=run))
         plain = plain or own
         value = evaluate.bootstrap(own, patients, draws=draws, statistics=("mAP50",)).iloc[0]
-        change = evaluate.paired_bootstrap(own, plain, patients, draws=draws, statistics=("mAP50",)).iloc[0]
-        table.append({"name": name, **value[["value", "ci_low", "ci_high"]], "difference": change["value"],
-                      "difference_low": change["ci_low"], "difference_high": change["ci_high"],
-                      "n": len(rows)})  # fmt: skip
+        change = evaluate.paired_bootstrap(
+            own, plain, patients, draws=draws, statistics=("mAP50",)
+        ).iloc[0]
+        table.append(
+            {
+                "name": name,
+                **value[["value", "ci_low", "ci_high"]],
+                "difference": change["value"],
+                "difference_low": change["ci_low"],
+                "difference_high": change["ci_high"],
+                "n": len(rows),
+            }
+        )
     return pd.DataFrame(table)
 
 
@@ -283,7 +333,10 @@ def record(study: Study, table: pd.DataFrame, *, model: str) -> pd.DataFrame:
 
     A class's row is named after it, e.g. "AP50 Nodule"; label 0 or "all" stands for all classes.
     """
-    names = ["" if label in (0, "all") else f" {study.dataset.box_classes[int(label) - 1]}" for label in table["label"]]
+    names = [
+        "" if label in (0, "all") else f" {study.dataset.box_classes[int(label) - 1]}"
+        for label in table["label"]
+    ]
     named = table.assign(metric=table["metric"] + names).drop(columns="label")
     path = study.run.run_dir / "results.csv"
     return report.update_results(report.result_rows(named, study.run, model=model), path)
@@ -293,7 +346,9 @@ def shown_threshold(run: Run) -> float:
     """The score from which boxes are drawn: the best F1 over all classes of section "Thresholds", else 0.5."""
     path = made_by(run, "thresholds.csv", "4 Thresholds")
     table = pd.read_csv(path)
-    best = table.loc[table["objective"].eq("best F1") & table["label"].eq("all"), "threshold"].item()
+    best = table.loc[
+        table["objective"].eq("best F1") & table["label"].eq("all"), "threshold"
+    ].item()
     return 0.5 if np.isnan(best) else float(best)
 
 
@@ -324,7 +379,7 @@ def targets(study: Study) -> list[Target]:
     used = np.unique(np.concatenate([np.concatenate([fold.train, fold.select]) for fold in chosen]))
     seen = [Path(path).name for path in dataset.manifest["path"].to_numpy()[used]]
     result = []
-    for location in locate.siblings(study.run.location):
+    for location in sources.siblings(study.run.location):
         edition = dataset if location.root == dataset.root else datasets.load(location)
         submission.leak_guard(seen, edition.mapping)
         rows = np.flatnonzero((edition.manifest["split"] == "test").to_numpy())
@@ -350,14 +405,25 @@ def submit(
     images = cache.build(target.dataset, size=run.size, fit="pad")
     parts = []
     for number, fold in enumerate(target.folds):
-        found = views.predict(load_fold(study, fold), images, target.rows, views=looks, batch_size=run.batch_size)
+        found = views.predict(
+            load_fold(study, fold), images, target.rows, views=looks, batch_size=run.batch_size
+        )
         parts.append(found.assign(view=found["view"] + number * len(looks)))
-    together = join(pd.concat(parts), method=method, views_used=range(len(looks) * len(parts)), run=run)
+    together = join(
+        pd.concat(parts), method=method, views_used=range(len(looks) * len(parts)), run=run
+    )
     names = {row: Path(target.dataset.manifest["path"][row]).name for row in target.rows.tolist()}
     sizes = {row: tuple(images.shapes[row][::-1].tolist()) for row in target.rows.tolist()}
     learnt = truth(study, np.unique(np.concatenate([fold.train for fold in target.folds])))
-    prior = submission.class_prior(learnt, {row: study.cache.shapes[row][::-1] for row in learnt["image"].unique()})
+    prior = submission.class_prior(
+        learnt, {row: study.cache.shapes[row][::-1] for row in learnt["image"].unique()}
+    )
     table = submission.build(
-        together, target.mapping, names=names, classes=study.dataset.box_classes, sizes=sizes, prior=prior
+        together,
+        target.mapping,
+        names=names,
+        classes=study.dataset.box_classes,
+        sizes=sizes,
+        prior=prior,
     )
     return table, together, {names[row]: sizes[row] for row in sizes}

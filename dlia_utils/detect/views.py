@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dlia_utils.cache import ImageCache
-from dlia_utils.models.detector import Detector, scaled
-from dlia_utils.objectives import evaluating
-from dlia_utils.progress import Bar
+from ..data.cache import ImageCache
+from ..device import evaluating
+from ..models.detector import Detector, scaled
+from ..progress import Bar
 
 COLUMNS = ("image", "x1", "y1", "x2", "y2", "label", "score", "view")
 
@@ -79,28 +79,42 @@ def predict(
         raise ValueError("views is empty; views=(PLAIN,) is the image as it is")
     rows = np.asarray(rows, dtype=np.int64)
     parts = []
-    jobs = [(number, start) for number in range(len(views)) for start in range(0, len(rows), batch_size)]
+    jobs = [
+        (number, start) for number in range(len(views)) for start in range(0, len(rows), batch_size)
+    ]
     for number, start in Bar(jobs, desc="detecting", disable=not progress, delay=2):
         chunk = rows[start : start + batch_size]
         parts.append(_look(model, cache, chunk, views[number]).assign(view=number))
-    table = pd.concat(parts, ignore_index=True) if parts else _table([], np.zeros((0, 4)), [], []).assign(view=0)
-    return _to_original(table, cache).sort_values(["image", "view", "score"], ascending=[True, True, False], ignore_index=True)
+    table = (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else _table([], np.zeros((0, 4)), [], []).assign(view=0)
+    )
+    return _to_original(table, cache).sort_values(
+        ["image", "view", "score"], ascending=[True, True, False], ignore_index=True
+    )
 
 
 @torch.inference_mode()
 def _look(model: Detector, cache: ImageCache, rows: np.ndarray, view: View) -> pd.DataFrame:
     """One batch in one view, in pixels of the cache."""
     device = next(model.parameters()).device
-    bytes_ = torch.from_numpy(np.asarray(cache.images[rows])).unsqueeze(1).to(device, non_blocking=True)
+    bytes_ = (
+        torch.from_numpy(np.asarray(cache.images[rows])).unsqueeze(1).to(device, non_blocking=True)
+    )
     with evaluating(model), scaled(model, view.scale):
         found = model(view.show(bytes_))
     boxes = torch.cat([view.back(one["boxes"], cache.size) for one in found]).double().cpu().numpy()
     images = np.repeat(rows, [len(one["boxes"]) for one in found])
-    labels, scores = (torch.cat([one[key] for one in found]).cpu().numpy() for key in ("labels", "scores"))
+    labels, scores = (
+        torch.cat([one[key] for one in found]).cpu().numpy() for key in ("labels", "scores")
+    )
     return _table(images, boxes, labels, scores)
 
 
-def _table(images: Sequence[int], boxes: np.ndarray, labels: Sequence[int], scores: Sequence[float]) -> pd.DataFrame:
+def _table(
+    images: Sequence[int], boxes: np.ndarray, labels: Sequence[int], scores: Sequence[float]
+) -> pd.DataFrame:
     corners = dict(zip(("x1", "y1", "x2", "y2"), boxes.T, strict=True))
     columns = {"image": images, **corners, "label": labels, "score": scores}
     return pd.DataFrame(columns).astype({"image": "int64", "label": "int64", "score": "float64"})

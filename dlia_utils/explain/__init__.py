@@ -4,7 +4,7 @@
 so is `figures`, which brings matplotlib.
 """
 
-from ._shared import Attribution
+from .base import Attribution
 from .eigencam import activations, eigencam, energy_inside
 from .gradcam import gradcam
 

@@ -22,24 +22,44 @@ from captum.attr import DeepLift, IntegratedGradients, Occlusion, Saliency
 from captum.attr._core import deep_lift
 from torch import Tensor, fx, nn
 
-from dlia_utils.attacks import frozen
-from dlia_utils.models.fold import fast_copy
-
-from . import _shared as s
+from ..attacks import frozen
+from ..models.pixel import fast_copy
+from . import base as s
 from .gradcam import gradcam
 
 # One output for one input: the rescale rule, difference of outputs over difference of inputs, holds for each.
 ELEMENTWISE = (
-    nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Mish, nn.Hardsigmoid, nn.Hardtanh, nn.SELU, nn.CELU,
-    nn.Softsign, nn.LogSigmoid, nn.PReLU,
-)  # fmt: skip
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.GELU,
+    nn.Mish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.SELU,
+    nn.CELU,
+    nn.Softsign,
+    nn.LogSigmoid,
+    nn.PReLU,
+)
 AS_MODULES: dict[object, type[nn.Module]] = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
-    F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid,
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6,
+    F.silu: nn.SiLU,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
     F.mish: nn.Mish,
-    torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
-    torch.tanh: nn.Tanh, F.tanh: nn.Tanh, "tanh": nn.Tanh,
-}  # fmt: skip
+    torch.sigmoid: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+}
 PRODUCTS = {
     operator.mul,
     torch.mul,
@@ -51,9 +71,18 @@ PRODUCTS = {
     "mul",
 }
 UNSUPPORTED = (
-    nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm, nn.MultiheadAttention, nn.Bilinear,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.LPPool2d, nn.Softmax2d, nn.LogSoftmax,
-)  # fmt: skip
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.LocalResponseNorm,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.LPPool2d,
+    nn.Softmax2d,
+    nn.LogSoftmax,
+)
 
 log = logging.getLogger("dlia_utils")
 
@@ -128,13 +157,19 @@ def integrated_gradients(
     method = IntegratedGradients(quick)
     with torch.enable_grad():  # one image at a time: its map does not depend on its neighbours
         parts = [
-            method.attribute(image, below, target=one, n_steps=steps, internal_batch_size=batch_size)
+            method.attribute(
+                image, below, target=one, n_steps=steps, internal_batch_size=batch_size
+            )
             for image, below, one in zip(x.split(1), base.split(1), chosen.split(1), strict=True)
         ]
     maps = torch.cat(parts).detach().sum(1).float()
     error = _error(quick, maps, x, base, chosen, batch_size)
     if bool((error > 0.05).any()):
-        log.warning("integrated gradients: completeness error up to %.2g; raise steps=%d", error.max(), steps)
+        log.warning(
+            "integrated gradients: completeness error up to %.2g; raise steps=%d",
+            error.max(),
+            steps,
+        )
     return s.Attribution("integrated_gradients", maps, chosen, score, error, words)
 
 
@@ -181,7 +216,9 @@ def deeplift(
     maps = torch.cat(parts).sum(1).float()
     error = _error(scored, maps, x, base, chosen, batch_size)
     if not bool((error <= tolerance).all()):
-        names = ", ".join(culprits[:5]) or "nothing known by name (an activation called as a function?)"
+        names = (
+            ", ".join(culprits[:5]) or "nothing known by name (an activation called as a function?)"
+        )
         raise ValueError(
             f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > tolerance={tolerance}. "
             f"Without a rule for: {names}. Use integrated_gradients, or tolerance=float('inf') to see the map"
@@ -213,11 +250,17 @@ def occlusion(
     """
     x, chosen, score = _start(model, x, target, batch_size)
     window = _pair(window, "window")
-    stride = tuple(max(1, side // 2) for side in window) if stride is None else _pair(stride, "stride")
+    stride = (
+        tuple(max(1, side // 2) for side in window) if stride is None else _pair(stride, "stride")
+    )
     if stride[0] > window[0] or stride[1] > window[1]:
-        raise ValueError(f"stride {stride} leaves pixels between the windows {window}: make it <= window")
+        raise ValueError(
+            f"stride {stride} leaves pixels between the windows {window}: make it <= window"
+        )
     if window[0] > x.shape[2] or window[1] > x.shape[3]:
-        raise ValueError(f"window {window} is larger than the images {tuple(x.shape[2:])}: make it smaller")
+        raise ValueError(
+            f"window {window} is larger than the images {tuple(x.shape[2:])}: make it smaller"
+        )
     base, words = _baseline(x, baseline)
     method = Occlusion(s.TwoLogits(fast_copy(model)))
     with torch.no_grad():
@@ -236,7 +279,9 @@ def occlusion(
     return s.Attribution("occlusion", torch.cat(parts)[:, 0].float(), chosen, score, None, words)
 
 
-def _gradcam_plus(model: nn.Module, x: Tensor, *, layer: nn.Module | str, target=None) -> s.Attribution:
+def _gradcam_plus(
+    model: nn.Module, x: Tensor, *, layer: nn.Module | str, target=None
+) -> s.Attribution:
     return gradcam(model, x, layer, target=target, plus=True)
 
 
@@ -298,7 +343,9 @@ def _baseline(x: Tensor, baseline: float | Tensor | str) -> tuple[Tensor, str]:
 def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(number, int) and number >= 1 for number in pair):
-        raise ValueError(f"{name} must be whole pixels >= 1, one number or (down, across), not {value!r}")
+        raise ValueError(
+            f"{name} must be whole pixels >= 1, one number or (down, across), not {value!r}"
+        )
     return pair
 
 
@@ -342,7 +389,9 @@ def _max_pool(
     image, below = outputs.chunk(2)
     top = torch.maximum(image, below)
     # The vector-Jacobian product adds up the shares of overlapping windows; unpooling would keep one.
-    (share,) = torch.autograd.grad(pooled, leaf, grad_output * torch.cat([top - below, image - top]))
+    (share,) = torch.autograd.grad(
+        pooled, leaf, grad_output * torch.cat([top - below, image - top])
+    )
     difference = torch.sub(*inputs.chunk(2))
     multiplier = torch.where(difference.abs() < eps, 0.0, sum(share.chunk(2)) / difference)
     return torch.cat([multiplier, multiplier])
@@ -362,7 +411,9 @@ def _repair(copied: nn.Module) -> list[str]:
         if getattr(module, "inplace", False):
             module.inplace = False
         if _has_rule(module):  # a tensor of its own: see the note on two hooks at the top
-            module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.clone() for tensor in inputs))
+            module.register_forward_pre_hook(
+                lambda _, inputs: tuple(tensor.clone() for tensor in inputs)
+            )
     return culprits
 
 

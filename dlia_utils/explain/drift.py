@@ -19,13 +19,12 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from dlia_utils import corrupt
-from dlia_utils.corruption_error import CLEAN
-from dlia_utils.models.resnet import BasicBlock
-from dlia_utils.models.transfer import blocks, last_map_layer
-from dlia_utils.progress import Bar
-
-from . import _shared as s
+from .. import corrupt
+from ..corruption_error import CLEAN
+from ..models.resnet import BasicBlock
+from ..models.transfer import blocks, last_map_layer
+from ..progress import Bar
+from . import base as s
 from .eigencam import _find
 from .gradcam import _grid, _one_pass
 
@@ -71,7 +70,10 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     places = np.linspace(0, len(names) - 1, min(POSITIONS, len(names))).round().astype(int)
     if inverted:
         return {f"block{place + 1:02d}": names[place] for place in places}
-    return {names[place].removeprefix("backbone.").removeprefix("body."): names[place] for place in places}
+    return {
+        names[place].removeprefix("backbone.").removeprefix("body."): names[place]
+        for place in places
+    }
 
 
 def _thesis_label(block: str) -> str:
@@ -157,7 +159,9 @@ def _probability(output: Tensor) -> np.ndarray:
 
 
 def _check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    wrong = [methods] if isinstance(methods, str) else [name for name in methods if name not in METHODS]
+    wrong = (
+        [methods] if isinstance(methods, str) else [name for name in methods if name not in METHODS]
+    )
     if wrong or len(set(methods)) < len(methods):
         raise ValueError(f"methods must be a list of some of {', '.join(METHODS)}, not {methods!r}")
     return tuple(methods)
@@ -172,7 +176,9 @@ def _check_layers(
     if layers is None:
         return map_layers(model)
     if isinstance(layers, str) or not len(layers):
-        raise ValueError(f"layers must map labels to module names, or list module names, not {layers!r}")
+        raise ValueError(
+            f"layers must map labels to module names, or list module names, not {layers!r}"
+        )
     named = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
     if len(set(named.values())) < len(layers):
         raise ValueError(f"layers names a module twice: {layers!r}")
@@ -213,7 +219,9 @@ def scores(clean_maps: Tensor | np.ndarray, other_maps: Tensor | np.ndarray) -> 
     """
     first, other = _as_array(clean_maps, "clean_maps"), _as_array(other_maps, "other_maps")
     if first.shape != other.shape:
-        raise ValueError(f"clean_maps {list(first.shape)} and other_maps {list(other.shape)} differ in shape")
+        raise ValueError(
+            f"clean_maps {list(first.shape)} and other_maps {list(other.shape)} differ in shape"
+        )
     return pd.DataFrame(_compared(_Prepared.of(first), _Prepared.of(other)))
 
 
@@ -222,7 +230,9 @@ def _as_array(stack: Tensor | np.ndarray, name: str) -> np.ndarray:
     if array.ndim != 3 or not array.size:
         raise ValueError(f"{name} must be maps [N,h,w], not {list(array.shape)}")
     if not np.isfinite(array).all() or array.min() < 0:
-        raise ValueError(f"{name} hold negative, NaN or infinite values: pass Attribution.grid or .heat()")
+        raise ValueError(
+            f"{name} hold negative, NaN or infinite values: pass Attribution.grid or .heat()"
+        )
     return array
 
 
@@ -268,7 +278,10 @@ def _compared(a: _Prepared, b: _Prepared) -> dict[str, np.ndarray]:
         "centre_shift": np.hypot(*(a.centre - b.centre).T) / np.hypot(height, width),
     }
     if height * width == 1:
-        columns = {name: v if name == "rmse_raw" else np.full(len(v), np.nan) for name, v in columns.items()}
+        columns = {
+            name: v if name == "rmse_raw" else np.full(len(v), np.nan)
+            for name, v in columns.items()
+        }
     return columns | {"zero": a.zero | b.zero}
 
 
@@ -360,12 +373,16 @@ def measure(
     for name in names:
         corrupt.apply(name, images[:1], 0, seed=seed, ids=ids.min(keepdims=True), scale=scale)
     partners = _partners(len(images), seed)
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), images.device)
+    device = next(
+        (tensor.device for tensor in [*model.parameters(), *model.buffers()]), images.device
+    )
     # The same numbers but for rounding, and the maps cost a fifth less than in the usual layout.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     predictions, drift = [], []
     copies = [(name, severity) for name in names for severity in severities]
-    with Bar(total=len(images) * (1 + len(copies)), desc="drift", unit="image", disable=not progress) as bar:
+    with Bar(
+        total=len(images) * (1 + len(copies)), desc="drift", unit="image", disable=not progress
+    ) as bar:
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, min(start + batch_size, len(images)))
             x, who = images[rows].to(device), {"image": ids[rows]}
@@ -375,7 +392,9 @@ def measure(
             predictions.append(_predicted(known, CLEAN, 0, clean))
             if methods:
                 partner = images[partners[rows]].to(device)
-                for which, found in _references(model, x, partner, clean.target, methods, layers).items():
+                for which, found in _references(
+                    model, x, partner, clean.target, methods, layers
+                ).items():
                     drift += _drifted(who, which, 0, clean.target, prepared, found)
             bar.update(len(rows))
             for name, severity in copies:
@@ -419,10 +438,16 @@ def _numpy(heat: Tensor) -> np.ndarray:
     return heat.cpu().double().numpy()
 
 
-def _predicted(known: dict, corruption: str, severity: int, seen: _Reading) -> dict[str, np.ndarray]:
+def _predicted(
+    known: dict, corruption: str, severity: int, seen: _Reading
+) -> dict[str, np.ndarray]:
     """Rows of the predictions of one batch."""
     probability = {f"p{k}": column for k, column in enumerate(seen.probability.T)}
-    where = {"corruption": corruption, "severity": severity, "predicted": seen.probability.argmax(1)}
+    where = {
+        "corruption": corruption,
+        "severity": severity,
+        "predicted": seen.probability.argmax(1),
+    }
     return known | where | probability
 
 
@@ -444,14 +469,18 @@ def _drifted(
     ]
 
 
-def _table(parts: list[dict], ids: np.ndarray, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def _table(
+    parts: list[dict], ids: np.ndarray, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
     """One table of all parts, image by image in the order of `ids`."""
     if not parts:
         return pd.DataFrame(columns=columns)
     sizes = [len(part["image"]) for part in parts]
     table = pd.DataFrame(
         {
-            name: np.concatenate([np.broadcast_to(p[name], n) for p, n in zip(parts, sizes, strict=True)])
+            name: np.concatenate(
+                [np.broadcast_to(p[name], n) for p, n in zip(parts, sizes, strict=True)]
+            )
             for name in columns or parts[0]
         }
     )
@@ -466,7 +495,9 @@ def _check_grid(names: Sequence[str], severities: Sequence[int]) -> tuple[list[s
         raise ValueError(f"names must be a list of corruptions, each once, not {names!r}")
     once = set(severities)
     if not once or not once <= set(corrupt.SEVERITIES) or len(once) < len(severities):
-        raise ValueError(f"severities must be whole numbers from 1 to 5, each once, not {list(severities)}")
+        raise ValueError(
+            f"severities must be whole numbers from 1 to 5, each once, not {list(severities)}"
+        )
     return list(names), [int(severity) for severity in severities]
 
 
@@ -479,7 +510,9 @@ def _check_set(
     for values, name in ((labels, "labels"), (ids, "ids")):
         array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
         if array.shape != (len(images),) or array.dtype.kind not in "iu" or array.min() < 0:
-            raise ValueError(f"{name} must be {len(images)} integers >= 0, one per image, not {values!r:.80}")
+            raise ValueError(
+                f"{name} must be {len(images)} integers >= 0, one per image, not {values!r:.80}"
+            )
         columns.append(array.astype(np.int64))
     labels, ids = columns
     if len(np.unique(ids)) < len(ids):
@@ -510,7 +543,9 @@ def reference_levels(drift: pd.DataFrame) -> pd.DataFrame:
             for reference, which in (("floor", FLOOR), ("ceiling", CEILING)):
                 pairs = part.loc[part["corruption"] == which, score]
                 if not len(pairs):
-                    raise ValueError(f"no rows {which!r} for {method}, {layer}: pass measure's whole table")
+                    raise ValueError(
+                        f"no rows {which!r} for {method}, {layer}: pass measure's whole table"
+                    )
                 values = pairs.dropna()
                 low, middle, high = values.quantile([0.25, 0.5, 0.75])
                 keys = {"method": method, "layer": layer, "score": score, "reference": reference}

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from .. import corrupt
 from ..corruption_error import CLEAN
-from ..detect.figures import _need, _style
-from ..report import COLORS, _axes, _note
-from ..run import Run
-from . import _shared as s
+from ..detect.figures import _need
+from ..plots import COLORS, line_style, panels
+from . import base as s
 from .drift import CEILING, FLOOR, INPUT, SIGN
 from .figures import HEAT, _films
 
@@ -48,7 +47,7 @@ SCORES = {  # those of drift.SIGN, as axes call them
 
 def figure_corruptions(
     image: Tensor,
-    config: Run,
+    caption: str,
     *,
     names: Sequence[str] = corrupt.THESIS,
     severities: Sequence[int] = corrupt.SEVERITIES,
@@ -62,7 +61,9 @@ def figure_corruptions(
     `corrupt.apply`, whose errors it raises.
     """
     if image.ndim != 3:
-        raise ValueError(f"image must be one film [1|3,H,W], not {list(image.shape)}: pass images[i]")
+        raise ValueError(
+            f"image must be one film [1|3,H,W], not {list(image.shape)}: pass images[i]"
+        )
     columns = 1 + len(severities)
     figure, axes = _picture_grid(len(names), columns, image.shape[1:])
     for line, name in zip(axes, names, strict=True):
@@ -72,13 +73,13 @@ def figure_corruptions(
             axis.imshow(_films(film)[0], cmap="gray", vmin=0, vmax=1)
     for axis, severity in zip(axes[0], (0, *severities), strict=True):
         axis.set_title(f"severity {severity}" if severity else "clean", fontsize=9)
-    return _finish_pictures(figure, config, f"scale {scale}")
+    return _finish_pictures(figure, caption, f"scale {scale}")
 
 
 def figure_maps(
     images: Mapping[str, Tensor | np.ndarray],
     maps: Mapping[str, Mapping[str, Tensor | np.ndarray]],
-    config: Run,
+    caption: str,
     *,
     answers: Mapping[str, tuple[str, float]] | None = None,
     scores: pd.DataFrame | None = None,
@@ -96,10 +97,14 @@ def figure_maps(
     """
     names = list(images)
     if not names or list(maps) != names:
-        raise ValueError(f"maps has the lines {list(maps)}, images {names}: give one entry of each per line")
+        raise ValueError(
+            f"maps has the lines {list(maps)}, images {names}: give one entry of each per line"
+        )
     layers = list(maps[names[0]])
     if odd := [name for name in names if list(maps[name]) != layers]:
-        raise ValueError(f"the maps of {odd} have other layers than those of {names[0]!r}: {layers}")
+        raise ValueError(
+            f"the maps of {odd} have other layers than those of {names[0]!r}: {layers}"
+        )
     films = {name: _film(image) for name, image in images.items()}
     figure, axes = _picture_grid(len(names), 1 + len(layers), next(iter(films.values())).shape)
     for line, (name, film) in zip(axes, films.items(), strict=True):
@@ -112,14 +117,16 @@ def figure_maps(
             height, width = film.shape
             # The corner pixels of a coarse map reach to the edges of the film.
             place = (-0.5, width - 0.5, height - 0.5, -0.5)
-            axis.imshow(heat, cmap=HEAT, vmin=0, vmax=1, alpha=alpha, extent=place, interpolation="bilinear")
+            axis.imshow(
+                heat, cmap=HEAT, vmin=0, vmax=1, alpha=alpha, extent=place, interpolation="bilinear"
+            )
             if scores is not None and name in scores.index and layer in scores.columns:
                 _corner(axis, f"{scores.loc[name, layer]:.3g}", 0.04)
             if remark:
                 _corner(axis, remark, 0.8)
     for axis, title in zip(axes[0], ["film", *map(_words, layers)], strict=True):
         axis.set_title(title, fontsize=8)
-    return _finish_pictures(figure, config, told)
+    return _finish_pictures(figure, caption, told)
 
 
 # ------------------------------------------------------------------------------------------- drift
@@ -127,7 +134,7 @@ def figure_maps(
 
 def figure_rmse_lines(
     drift: pd.DataFrame,
-    config: Run,
+    caption: str,
     *,
     by: str = "layer",
     score: str = "rmse",
@@ -151,17 +158,21 @@ def figure_rmse_lines(
         parts = {}
         for name, own in drift.groupby("method", sort=False):
             layer = own["layer"].unique()[-1]
-            parts[name if layer == INPUT else f"{name}, {_words(layer)}"] = own[own["layer"].eq(layer)]
+            parts[name if layer == INPUT else f"{name}, {_words(layer)}"] = own[
+                own["layer"].eq(layer)
+            ]
     columns = min(4, len(parts))
     rows = -(-len(parts) // columns)
-    figure, axes = _axes(columns, rows=rows, width=WIDTH / columns, height=1.9 if rows > 1 else 2.4)
+    figure, axes = panels(
+        columns, rows=rows, width=WIDTH / columns, height=1.9 if rows > 1 else 2.4
+    )
     names = _corruptions(drift)
     for axis, (title, part) in zip(axes.flat, parts.items(), strict=False):
         _reference_lines(axis, part, score)
         means = _means(part, score)
         for number, name in enumerate(names):
             line = means[means["corruption"].eq(name)].sort_values("severity")
-            axis.plot(line["severity"], line[score], ms=3.5, lw=1.2, **_style(number))
+            axis.plot(line["severity"], line[score], ms=3.5, lw=1.2, **line_style(number))
         axis.set_title(title)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
@@ -171,14 +182,17 @@ def figure_rmse_lines(
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel(_wrapped(SCORES[score], 20), fontsize=8)
-    handles = [Line2D([], [], ms=3.5, lw=1.2, label=_words(name), **_style(n)) for n, name in enumerate(names)]
+    handles = [
+        Line2D([], [], ms=3.5, lw=1.2, label=_words(name), **line_style(n))
+        for n, name in enumerate(names)
+    ]
     told = told or (method if by == "layer" else "")
-    return _finish_panels(figure, config, told, "severity", handles + _reference_handles(drift))
+    return _finish_panels(figure, caption, told, "severity", handles + _reference_handles(drift))
 
 
 def figure_layers(
     drift: Mapping[str, pd.DataFrame],
-    config: Run,
+    caption: str,
     *,
     severity: int = 5,
     score: str = "rmse",
@@ -193,7 +207,7 @@ def figure_layers(
     for name, table in drift.items():
         _check_drift(table, f"drift[{name!r}]", score)
         tables[name] = _of(table, f"drift[{name!r}]", method=method)
-    figure, axes = _axes(len(tables), width=WIDTH / max(len(tables), 1.5), height=3.2)
+    figure, axes = panels(len(tables), width=WIDTH / max(len(tables), 1.5), height=3.2)
     names = _union(_corruptions(table) for table in tables.values())
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         layers = list(table["layer"].unique())
@@ -204,21 +218,28 @@ def figure_layers(
         at = _of(table, f"drift[{title!r}]", severity=severity)
         for number, name in enumerate(names):
             own = at[at["corruption"].eq(name)].groupby("layer")[score].mean()
-            axis.plot(range(len(layers)), own.reindex(layers), ms=4, lw=1.3, **_style(number))
-        axis.set_xticks(range(len(layers)), map(_words, layers), rotation=40, ha="right", fontsize=8)
+            axis.plot(range(len(layers)), own.reindex(layers), ms=4, lw=1.3, **line_style(number))
+        axis.set_xticks(
+            range(len(layers)), map(_words, layers), rotation=40, ha="right", fontsize=8
+        )
         axis.set_title(title)
         axis.grid(alpha=0.25)
     _share(axes[0], "y")
     axes[0, 0].set_ylabel(SCORES[score], fontsize=9)
-    handles = [Line2D([], [], ms=4, lw=1.3, label=_words(name), **_style(n)) for n, name in enumerate(names)]
+    handles = [
+        Line2D([], [], ms=4, lw=1.3, label=_words(name), **line_style(n))
+        for n, name in enumerate(names)
+    ]
     handles += _reference_handles(pd.concat(tables.values()), band=False)
-    return _finish_panels(figure, config, f"{method}, severity {severity}", "layer, from shallow to deep", handles)
+    return _finish_panels(
+        figure, caption, f"{method}, severity {severity}", "layer, from shallow to deep", handles
+    )
 
 
 def figure_scatter(
     grid: Mapping[str, pd.DataFrame],
     drift: Mapping[str, pd.DataFrame],
-    config: Run,
+    caption: str,
     *,
     metric: str = "auc",
     score: str = "rmse",
@@ -234,36 +255,56 @@ def figure_scatter(
     metrics or different trainings.
     """
     _same_trainings(grid, drift)
-    figure, axes = _axes(len(drift), width=WIDTH / max(len(drift), 1.5), height=3.6)
+    figure, axes = panels(len(drift), width=WIDTH / max(len(drift), 1.5), height=3.6)
     names = _union(_corruptions(table) for table in drift.values())
     for axis, name in zip(axes[0], drift, strict=True):
         cells = _cells(grid[name], drift[name], name, metric, score, method, layer)
         for number, corruption in enumerate(names):
             own = cells[cells["corruption"].eq(corruption)].sort_values("severity")
-            look = _style(number)
+            look = line_style(number)
             axis.plot(own[score], own["drop"], color=look["color"], lw=0.7, alpha=0.5)
             sizes = 12 + 14 * own["severity"]
-            axis.scatter(own[score], own["drop"], s=sizes, color=look["color"], marker=look["marker"], alpha=0.85, lw=0)
+            axis.scatter(
+                own[score],
+                own["drop"],
+                s=sizes,
+                color=look["color"],
+                marker=look["marker"],
+                alpha=0.85,
+                lw=0,
+            )
         axis.axhline(0, color="0.6", lw=0.8)
         axis.set_title(f"{name}: {_correlation(cells[score], cells['drop'])}")
         axis.set_xlabel(f"mean {SCORES[score]}", fontsize=9)
         axis.grid(alpha=0.25)
     _share(axes[0], "y")
     axes[0, 0].set_ylabel(f"drop of {_called(metric)}, clean minus corrupted", fontsize=9)
-    looks = [_style(number) for number in range(len(names))]
-    handles = [Line2D([], [], ls="", ms=6, label=_words(name), color=look["color"], marker=look["marker"])
-               for name, look in zip(names, looks, strict=True)]  # fmt: skip
+    looks = [line_style(number) for number in range(len(names))]
+    handles = [
+        Line2D([], [], ls="", ms=6, label=_words(name), color=look["color"], marker=look["marker"])
+        for name, look in zip(names, looks, strict=True)
+    ]
     levels = sorted({level for table in drift.values() for level in table["severity"]} - {0})
     ends = dict.fromkeys([levels[0], levels[-1]])
-    handles += [Line2D([], [], ls="", marker="o", color="0.6", ms=math.sqrt(12 + 14 * level), label=f"severity {level}")
-                for level in ends]  # fmt: skip
-    return _finish_panels(figure, config, _named(method, layer), "", handles)
+    handles += [
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="o",
+            color="0.6",
+            ms=math.sqrt(12 + 14 * level),
+            label=f"severity {level}",
+        )
+        for level in ends
+    ]
+    return _finish_panels(figure, caption, _named(method, layer), "", handles)
 
 
 def figure_box(
     grid: pd.DataFrame,
     drift: pd.DataFrame,
-    config: Run,
+    caption: str,
     *,
     by: str = "severity",
     metric: str = "auc",
@@ -289,7 +330,7 @@ def figure_box(
     # A rotated name needs 0.2 inches.
     columns = min(5, len(panels), max(1, int(WIDTH / (0.6 + 0.2 * len(inside)))))
     lines = -(-len(panels) // columns)
-    figure, axes = _axes(columns, rows=2 * lines, width=WIDTH / columns, height=1.8)
+    figure, axes = panels(columns, rows=2 * lines, width=WIDTH / columns, height=1.8)
     for axis in axes.flat:
         axis.axis("off")
     for number, panel in enumerate(panels):
@@ -301,7 +342,9 @@ def figure_box(
         for place, key in enumerate(inside):
             cell = (key, panel) if by == "severity" else (panel, key)
             color = COLORS[names.index(cell[0]) % len(COLORS)]
-            own = values[values["corruption"].eq(cell[0]) & values["severity"].eq(cell[1])][score].dropna()
+            own = values[values["corruption"].eq(cell[0]) & values["severity"].eq(cell[1])][
+                score
+            ].dropna()
             if len(own):
                 _box(above, own, place, color)
             if cell in drops.index:
@@ -326,13 +369,15 @@ def figure_box(
         axes[2 * line + 1, 0].set_ylabel(f"drop of {_called(metric)}", fontsize=8)
     told = ", ".join(part for part in (told, _named(method, layer)) if part)
     below = "boxes: images (quartiles; whiskers 5 to 95 %); points: drop with its interval"
-    return _finish_panels(figure, config, told, f"{'severity; ' if by == 'corruption' else ''}{below}", [])
+    return _finish_panels(
+        figure, caption, told, f"{'severity; ' if by == 'corruption' else ''}{below}", []
+    )
 
 
 def figure_kept_flipped(
     predictions: pd.DataFrame,
     drift: pd.DataFrame,
-    config: Run,
+    caption: str,
     *,
     score: str = "rmse",
     method: str = "gradcam++",
@@ -358,11 +403,13 @@ def figure_kept_flipped(
     values = values.assign(clean=values["image"].map(clean))
     if values[["clean", "predicted"]].isna().any(axis=None):
         lost = values[values[["clean", "predicted"]].isna().any(axis=1)].iloc[0]
-        raise ValueError(f"predictions lacks image {lost['image']}, clean or under {lost['corruption']} at severity "
-                         f"{lost['severity']}, which drift has")  # fmt: skip
+        raise ValueError(
+            f"predictions lacks image {lost['image']}, clean or under {lost['corruption']} at severity "
+            f"{lost['severity']}, which drift has"
+        )
     values = values.assign(flipped=values["predicted"].ne(values["clean"]))
     names = [*_corruptions(values), "all"]
-    figure, axes = _axes(1, width=WIDTH, height=3.3)
+    figure, axes = panels(1, width=WIDTH, height=3.3)
     axis, counts = axes[0, 0], []
     for place, name in enumerate(names):
         part = values if name == "all" else values[values["corruption"].eq(name)]
@@ -374,22 +421,32 @@ def figure_kept_flipped(
                 _box(axis, own, place + shift, color, width=0.32)
         counts.append(f"{_words(name)}\n{' | '.join(numbers)}")
     many = len(names) > 8
-    axis.set_xticks(range(len(names)), counts, rotation=35 if many else 0, ha="right" if many else "center", fontsize=8)
+    axis.set_xticks(
+        range(len(names)),
+        counts,
+        rotation=35 if many else 0,
+        ha="right" if many else "center",
+        fontsize=8,
+    )
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.axvline(len(names) - 1.5, color="0.8", lw=0.8)
     axis.set_ylabel(SCORES[score], fontsize=9)
     axis.grid(axis="y", alpha=0.25)
-    handles = [Patch(color=color, alpha=0.55, label=f"prediction {word}")
-               for color, word in ((COLORS[0], "kept"), (COLORS[1], "flipped"))]  # fmt: skip
+    handles = [
+        Patch(color=color, alpha=0.55, label=f"prediction {word}")
+        for color, word in ((COLORS[0], "kept"), (COLORS[1], "flipped"))
+    ]
     at = "" if severity is None else f"severity {severity}"
     told = ", ".join(part for part in (told, _named(method, layer), at) if part)
-    return _finish_panels(figure, config, told, "images with a prediction kept | flipped", handles)
+    return _finish_panels(figure, caption, told, "images with a prediction kept | flipped", handles)
 
 
 # ------------------------------------------------------------------------------------------- answers
 
 
-def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Run, *, metric: str = "auc") -> Figure:
+def figure_auc_lines(
+    grid: Mapping[str, pd.DataFrame], caption: str, *, metric: str = "auc"
+) -> Figure:
     """A metric over severity, a panel per corruption, one line a training with its interval as a band.
 
     grid: name of the training -> table with columns corruption, severity, metric, value, ci_low, ci_high. The
@@ -397,16 +454,27 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Run, *, metric: s
     """
     tables = {}
     for name, table in grid.items():
-        _need(table, f"grid[{name!r}]", "corruption", "severity", "metric", "value", "ci_low", "ci_high")
+        _need(
+            table,
+            f"grid[{name!r}]",
+            "corruption",
+            "severity",
+            "metric",
+            "value",
+            "ci_low",
+            "ci_high",
+        )
         tables[name] = _of(table, f"grid[{name!r}]", metric=metric)
     names = _union(_corruptions(table) for table in tables.values())
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _axes(columns, rows=rows, width=WIDTH / columns, height=1.9 if rows > 1 else 2.4)
+    figure, axes = panels(
+        columns, rows=rows, width=WIDTH / columns, height=1.9 if rows > 1 else 2.4
+    )
     for axis, corruption in zip(axes.flat, names, strict=False):
         for number, table in enumerate(tables.values()):
             line = table[table["corruption"].isin([CLEAN, corruption])].sort_values("severity")
-            look = _style(number)
+            look = line_style(number)
             axis.plot(line["severity"], line["value"], ms=3.5, lw=1.3, **look)
             band = line["ci_low"].to_numpy(float), line["ci_high"].to_numpy(float)
             axis.fill_between(line["severity"], *band, color=look["color"], alpha=0.15, lw=0)
@@ -418,12 +486,18 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], config: Run, *, metric: s
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel(_called(metric), fontsize=9)
-    handles = [Line2D([], [], ms=3.5, lw=1.3, label=name, **_style(n)) for n, name in enumerate(tables)]
-    return _finish_panels(figure, config, "", "severity (0: clean); bands: intervals", handles)
+    handles = [
+        Line2D([], [], ms=3.5, lw=1.3, label=name, **line_style(n)) for n, name in enumerate(tables)
+    ]
+    return _finish_panels(figure, caption, "", "severity (0: clean); bands: intervals", handles)
 
 
 def figure_warning(
-    tables: Mapping[str, pd.DataFrame], config: Run, *, outcome: str = "error", metric: str = "auroc"
+    tables: Mapping[str, pd.DataFrame],
+    caption: str,
+    *,
+    outcome: str = "error",
+    metric: str = "auroc",
 ) -> Figure:
     """How well each score tells which answers go wrong, with intervals: a panel per reading, one mark a training.
 
@@ -434,15 +508,31 @@ def figure_warning(
     """
     parts = {}
     for name, table in tables.items():
-        _need(table, f"tables[{name!r}]", "predictor", "outcome", "reading", "metric", "value", "ci_low", "ci_high",
-              "n", "copies", "events")  # fmt: skip
-        parts[name] = _of(_of(table, f"tables[{name!r}]", outcome=outcome), f"tables[{name!r}]", metric=metric)
+        _need(
+            table,
+            f"tables[{name!r}]",
+            "predictor",
+            "outcome",
+            "reading",
+            "metric",
+            "value",
+            "ci_low",
+            "ci_high",
+            "n",
+            "copies",
+            "events",
+        )
+        parts[name] = _of(
+            _of(table, f"tables[{name!r}]", outcome=outcome), f"tables[{name!r}]", metric=metric
+        )
     readings = _union(part["reading"] for part in parts.values())
     predictors = _union(part["predictor"] for part in parts.values())
-    figure, axes = _axes(len(readings), width=WIDTH / len(readings), height=1.4 + 0.3 * len(predictors))
+    figure, axes = panels(
+        len(readings), width=WIDTH / len(readings), height=1.4 + 0.3 * len(predictors)
+    )
     for axis, reading in zip(axes[0], readings, strict=True):
         for number, part in enumerate(parts.values()):
-            own, look = part[part["reading"].eq(reading)], _style(number) | {"ls": ""}
+            own, look = part[part["reading"].eq(reading)], line_style(number) | {"ls": ""}
             for _, row in own.iterrows():
                 place = predictors.index(row["predictor"]) + 0.26 * (number - (len(parts) - 1) / 2)
                 axis.plot([row["ci_low"], row["ci_high"]], [place] * 2, color=look["color"], lw=1.6)
@@ -463,8 +553,8 @@ def figure_warning(
     for number, (name, part) in enumerate(parts.items()):
         events, copies = part[["events", "copies"]].iloc[0]
         label = f"{name}: {events} of {copies} copies"
-        handles.append(Line2D([], [], ms=5, label=label, **_style(number) | {"ls": "-"}))
-    return _finish_panels(figure, config, "", below, handles)
+        handles.append(Line2D([], [], ms=5, label=label, **line_style(number) | {"ls": "-"}))
+    return _finish_panels(figure, caption, "", below, handles)
 
 
 # ------------------------------------------------------------------------------------------- numbers
@@ -492,7 +582,9 @@ def _drops(grid: pd.DataFrame, name: str, metric: str) -> pd.DataFrame:
     return own[own["corruption"].ne(CLEAN)]
 
 
-def _per_image(drift: pd.DataFrame, name: str, score: str, method: str, layer: str | None) -> pd.DataFrame:
+def _per_image(
+    drift: pd.DataFrame, name: str, score: str, method: str, layer: str | None
+) -> pd.DataFrame:
     """One row per image, corruption and severity: the score at `layer`, or its mean over the layers."""
     _check_drift(drift, name, score)
     own = _of(drift, name, method=method)
@@ -505,14 +597,22 @@ def _means(drift: pd.DataFrame, score: str) -> pd.DataFrame:
 
 
 def _cells(
-    grid: pd.DataFrame, drift: pd.DataFrame, name: str, metric: str, score: str, method: str, layer: str | None
+    grid: pd.DataFrame,
+    drift: pd.DataFrame,
+    name: str,
+    metric: str,
+    score: str,
+    method: str,
+    layer: str | None,
 ) -> pd.DataFrame:
     """Mean drift and drop of every (corruption, severity) that both tables have."""
     means = _means(_per_image(drift, f"drift[{name!r}]", score, method, layer), score)
     drops = _drops(grid, f"grid[{name!r}]", metric)[["corruption", "severity", "drop"]]
     cells = means.merge(drops, on=["corruption", "severity"])
     if cells.empty:
-        raise ValueError(f"drift and grid of {name!r} share no corruption and severity: take both from one run")
+        raise ValueError(
+            f"drift and grid of {name!r} share no corruption and severity: take both from one run"
+        )
     return cells
 
 
@@ -534,7 +634,9 @@ def _union(lists) -> list:
 
 def _same_trainings(grid: Mapping, drift: Mapping) -> None:
     if list(grid) != list(drift) or not drift:
-        raise ValueError(f"grid has the trainings {list(grid)}, drift {list(drift)}: give one table of each")
+        raise ValueError(
+            f"grid has the trainings {list(grid)}, drift {list(drift)}: give one table of each"
+        )
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -575,7 +677,9 @@ def _scaled(heat: Tensor | np.ndarray) -> tuple[np.ndarray, str]:
 
 def _reference_lines(axis: Axes, part: pd.DataFrame, score: str) -> None:
     """Floor and ceiling in grey, the ceiling with the middle half of its pairs."""
-    floor, ceiling = (part.loc[part["corruption"].eq(name), score].dropna() for name in (FLOOR, CEILING))
+    floor, ceiling = (
+        part.loc[part["corruption"].eq(name), score].dropna() for name in (FLOOR, CEILING)
+    )
     if len(floor):
         axis.axhline(floor.mean(), color="0.5", ls=":", lw=1.2)
     if len(ceiling):
@@ -585,16 +689,26 @@ def _reference_lines(axis: Axes, part: pd.DataFrame, score: str) -> None:
 
 def _reference_handles(drift: pd.DataFrame, *, band: bool = True) -> list:
     had = set(drift["corruption"])
-    handles = [Line2D([], [], color="0.5", ls=":", lw=1.2, label="floor: same image")] * (FLOOR in had)
+    handles = [Line2D([], [], color="0.5", ls=":", lw=1.2, label="floor: same image")] * (
+        FLOOR in had
+    )
     ceiling = [Line2D([], [], color="0.5", ls="--", lw=1.2, label="ceiling: random pairs")]
     ceiling += [Patch(color="0.5", alpha=0.15, lw=0, label="their middle half")] * band
     return handles + ceiling * (CEILING in had)
 
 
 def _box(axis: Axes, values: pd.Series, place: float, color: str, *, width: float = 0.6) -> None:
-    axis.boxplot(values.to_numpy(), positions=[place], widths=width, whis=(5, 95), showfliers=False,
-                 patch_artist=True, manage_ticks=False, boxprops={"facecolor": color, "alpha": 0.55, "lw": 0.8},
-                 medianprops={"color": "black", "lw": 1.4})  # fmt: skip
+    axis.boxplot(
+        values.to_numpy(),
+        positions=[place],
+        widths=width,
+        whis=(5, 95),
+        showfliers=False,
+        patch_artist=True,
+        manage_ticks=False,
+        boxprops={"facecolor": color, "alpha": 0.55, "lw": 0.8},
+        medianprops={"color": "black", "lw": 1.4},
+    )
 
 
 def _share(axes: Sequence[Axes], which: str) -> None:
@@ -606,7 +720,9 @@ def _share(axes: Sequence[Axes], which: str) -> None:
 
 def _row_label(axis: Axes, text: str) -> None:
     lines = [one for part in text.split("\n") for one in (textwrap.wrap(part, 14) or [""])]
-    axis.text(-0.06, 0.5, "\n".join(lines), transform=axis.transAxes, ha="right", va="center", fontsize=8)
+    axis.text(
+        -0.06, 0.5, "\n".join(lines), transform=axis.transAxes, ha="right", va="center", fontsize=8
+    )
 
 
 def _corner(axis: Axes, text: str, height: float) -> None:
@@ -620,36 +736,53 @@ def _picture_grid(rows: int, columns: int, shape: Sequence[int]) -> tuple[Figure
     side = min(1.3, (WIDTH - left) / columns - gap)
     tall = side * shape[0] / shape[1]
     width, height = left + columns * (side + gap), head + rows * (tall + gap) + foot
-    figure, axes = _axes(columns, rows=rows)
+    figure, axes = panels(columns, rows=rows)
     figure.set_size_inches(width, height)
-    figure.subplots_adjust(left=left / width, right=1 - gap / width, bottom=foot / height, top=1 - head / height,
-                           wspace=gap / side, hspace=gap / tall)  # fmt: skip
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - gap / width,
+        bottom=foot / height,
+        top=1 - head / height,
+        wspace=gap / side,
+        hspace=gap / tall,
+    )
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
 
 
-def _finish_pictures(figure: Figure, config: Run, told: str) -> Figure:
-    figure.suptitle(", ".join(part for part in (told, _note(config)) if part), fontsize=9, y=0.995, va="top")
+def _finish_pictures(figure: Figure, caption: str, told: str) -> Figure:
+    figure.suptitle(
+        ", ".join(part for part in (told, caption) if part), fontsize=9, y=0.995, va="top"
+    )
     return figure
 
 
-def _finish_panels(figure: Figure, config: Run, told: str, below: str, handles: Sequence) -> Figure:
+def _finish_panels(
+    figure: Figure, caption: str, told: str, below: str, handles: Sequence
+) -> Figure:
     """Small titles, heading, remark and legend under the panels; then the layout."""
     for axis in figure.axes:
         axis.title.set_fontsize(9)
         axis.tick_params(labelsize=8)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    figure.suptitle(", ".join(part for part in (told, _note(config)) if part), fontsize=9)
+    figure.suptitle(", ".join(part for part in (told, caption) if part), fontsize=9)
     a_line = int(figure.get_figwidth() / ENTRY)
     legend = 0.1 + 0.2 * -(-len(handles) // a_line) if handles else 0.03  # inches
     foot = legend + 0.2 * bool(below)
     tall = figure.get_figheight() + foot  # the panels keep their height
     figure.set_figheight(tall)
     if handles:
-        figure.legend(handles=handles, ncols=min(a_line, len(handles)), fontsize=8, frameon=False,
-                      loc="lower center", handlelength=3, columnspacing=1.2)  # fmt: skip
+        figure.legend(
+            handles=handles,
+            ncols=min(a_line, len(handles)),
+            fontsize=8,
+            frameon=False,
+            loc="lower center",
+            handlelength=3,
+            columnspacing=1.2,
+        )
     if below:
         figure.text(0.5, legend / tall, below, ha="center", va="bottom", fontsize=8)
     # Not tight_layout: it would open all gaps as wide as the widest, that of long names askew.

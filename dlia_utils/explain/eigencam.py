@@ -13,7 +13,9 @@ from torch import Tensor, nn
 CORNERS = ["x1", "y1", "x2", "y2"]
 
 
-def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None, component: int = 0) -> Tensor:
+def eigencam(
+    activations: Tensor, *, size: int | tuple[int, int] | None = None, component: int = 0
+) -> Tensor:
     """Saliency maps [B,H,W] in [0,1]: the activations projected on their principal component.
 
     Source: Muhammad and Yeasin, arXiv 2008.00299. Each image's activations are a matrix A [H*W, C] = U S V^T,
@@ -38,7 +40,9 @@ def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None, 
         )
     rank = min(activations.shape[1], activations.shape[2] * activations.shape[3])
     if not 0 <= component < rank:
-        raise ValueError(f"component must lie in 0..{rank - 1} for activations {list(activations.shape)}")
+        raise ValueError(
+            f"component must lie in 0..{rank - 1} for activations {list(activations.shape)}"
+        )
     if not bool(activations.isfinite().all()):
         raise ValueError("activations contain NaN or infinite values: the model's output is broken")
     # One image at a time: a batch in float64 could fill a GPU, and the batch size would change the rounding.
@@ -53,7 +57,9 @@ def _map(image: Tensor, size: int | tuple[int, int] | None, component: int) -> T
     values, vectors = torch.linalg.eigh(matrix @ matrix.T if tall else matrix.T @ matrix)
     vector = vectors[:, -1 - component]
     projected = vector @ (matrix if tall else matrix.T @ matrix)
-    if not values[-1 - component] > 1e-12 * values[-1]:  # squared singular values; also true for all zeros
+    if (
+        not values[-1 - component] > 1e-12 * values[-1]
+    ):  # squared singular values; also true for all zeros
         projected = torch.zeros_like(projected)
     if projected @ matrix.norm(dim=0) < 0:
         projected = -projected
@@ -69,7 +75,11 @@ def _map(image: Tensor, size: int | tuple[int, int] | None, component: int) -> T
 
 
 def activations(
-    model: nn.Module, x: Tensor | Sequence[Tensor], layer: nn.Module | str, *, level: str | None = None
+    model: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    layer: nn.Module | str,
+    *,
+    level: str | None = None,
 ) -> Tensor:
     """What `layer` returns while `model` reads `x`: a detached copy [B,C,H,W].
 
@@ -98,7 +108,9 @@ def activations(
     finally:
         handle.remove()
     if len(seen) != 1:
-        raise ValueError(f"{name} ran {len(seen)} times on this input: choose a layer that runs once")
+        raise ValueError(
+            f"{name} ran {len(seen)} times on this input: choose a layer that runs once"
+        )
     return seen[0]
 
 
@@ -134,7 +146,9 @@ def _pick(output: object, level: str | None, name: str) -> Tensor:
         )
     if not isinstance(output, Tensor) or output.ndim != 4:
         what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"{name} returns {what}, not feature maps [B,C,H,W]: choose a convolutional layer")
+        raise ValueError(
+            f"{name} returns {what}, not feature maps [B,C,H,W]: choose a convolutional layer"
+        )
     return output
 
 
@@ -159,7 +173,9 @@ def energy_inside(maps: Tensor | np.ndarray, boxes_by_image: Sequence[pd.DataFra
             f"maps {list(maps.shape)} must be [N,H,W] with one table of boxes each ({len(boxes_by_image)})"
         )
     if not (maps >= 0).all():
-        raise ValueError("maps hold negative or NaN values: a share of their sum would mean nothing")
+        raise ValueError(
+            "maps hold negative or NaN values: a share of their sum would mean nothing"
+        )
     shares = np.full((len(maps), 2), np.nan)
     for row, (heat, boxes) in enumerate(zip(maps, boxes_by_image, strict=True)):
         inside = _inside(boxes, heat.shape)

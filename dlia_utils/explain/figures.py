@@ -16,17 +16,19 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..detect.figures import TRUTH, _draw, _finish, _need
-from ..report import COLORS, _axes, _note
-from ..run import Run
-from . import _shared as s
+from ..plots import COLORS, panels
+from . import base as s
 
 HEAT, SIGNED = "plasma", "RdBu_r"
 WIDTH = 12.4  # inches; 900 pixels of a notebook
 PAIRS = 3  # methods beside one film; more of them go to a line of their own
 SCALE = (HEAT, 0, "0 to each map's own maximum")  # colour map, its lower end, what it says
 GROUPS = (  # name, label, class read
-    ("true positive", 1, 1), ("true negative", 0, 0), ("false positive", 0, 1), ("false negative", 1, 0),
-)  # fmt: skip
+    ("true positive", 1, 1),
+    ("true negative", 0, 0),
+    ("false positive", 0, 1),
+    ("false negative", 1, 0),
+)
 PANELS = {
     "coverage_gain": "coverage of the finding, minus chance",
     "pointing": "highest pixel on the finding",
@@ -40,7 +42,7 @@ def figure_overlays(
     maps: Mapping[str, Tensor | np.ndarray],
     *,
     captions: Sequence[str],
-    config: Run,
+    caption: str,
     boxes: Sequence[pd.DataFrame | np.ndarray | None] | None = None,
     alpha: float = 0.4,
     signed: Sequence[str] = (),
@@ -57,13 +59,17 @@ def figure_overlays(
     boxes = [None] * len(films) if boxes is None else boxes
     _same_length(films, captions=captions, boxes=boxes)
     if unknown := set(signed) - set(maps):
-        raise ValueError(f"signed names {', '.join(sorted(unknown))}, not among the maps: {', '.join(maps)}")
+        raise ValueError(
+            f"signed names {', '.join(sorted(unknown))}, not among the maps: {', '.join(maps)}"
+        )
     if not maps:
         raise ValueError("there is no map to show: give at least one")
-    arrays = {name: _maps(these, films, name=name, signed=name in signed) for name, these in maps.items()}
+    arrays = {
+        name: _maps(these, films, name=name, signed=name in signed) for name, these in maps.items()
+    }
     lines = -(-len(arrays) // PAIRS)
     pairs = -(-len(arrays) // lines)
-    figure, axes = _axes(1 + 2 * pairs, rows=lines * len(films))
+    figure, axes = panels(1 + 2 * pairs, rows=lines * len(films))
     for axis in axes.flat:
         axis.axis("off")
     for row, film in enumerate(films):
@@ -81,7 +87,7 @@ def figure_overlays(
             over.imshow(heats[row], alpha=alpha, **look)
     bars = [SCALE] if len(set(signed)) < len(maps) else []
     bars += [(SIGNED, -1, "against the class, and for it")] if signed else []
-    _lay_out(figure, config, films.shape[1:], bars)
+    _lay_out(figure, caption, films.shape[1:], bars)
     return figure
 
 
@@ -91,7 +97,7 @@ def figure_groups(
     labels: Sequence[int] | np.ndarray,
     probabilities: Sequence[float] | np.ndarray,
     classes: Sequence[str],
-    config: Run,
+    caption: str,
     *,
     per_group: int = 4,
     threshold: float = 0.5,
@@ -110,7 +116,9 @@ def figure_groups(
     heats = _maps(maps, films, name="these", signed=False)
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, float)
     if len(classes) != 2 or not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"the four groups need two classes and labels 0 or 1, not {len(classes)} classes")
+        raise ValueError(
+            f"the four groups need two classes and labels 0 or 1, not {len(classes)} classes"
+        )
     if not ((probabilities >= 0) & (probabilities <= 1)).all() or per_group < 1:
         raise ValueError("probabilities must lie in [0,1] (of class 1), and per_group be >= 1")
     error, read = np.abs(probabilities - labels), probabilities > threshold
@@ -124,21 +132,23 @@ def figure_groups(
             found.append((f"{head}, {len(chosen)} of {len(members)} shown", chosen))
         else:
             empty.append(f"no {head}")
-    figure, axes = _axes(per_group, rows=len(found))
+    figure, axes = panels(per_group, rows=len(found))
     for line, (head, chosen) in zip(axes, found, strict=True):
         for axis, row in zip(line, chosen, strict=False):
             _show(axis, films[row])
             axis.imshow(heats[row], alpha=alpha, **_look(False))
             text = f"p({classes[1]}) {probabilities[row]:.3f}, error {error[row]:.3f}"
             # The group's name runs over the films beside it, so it stands at the left and is not wrapped.
-            axis.set_title(f"{head if row == chosen[0] else ''}\n{_titled(text, heats[row])}", loc="left")
+            axis.set_title(
+                f"{head if row == chosen[0] else ''}\n{_titled(text, heats[row])}", loc="left"
+            )
         for axis in line[len(chosen) :]:
             axis.axis("off")
-    _lay_out(figure, config, films.shape[1:], [SCALE], notes=empty)
+    _lay_out(figure, caption, films.shape[1:], [SCALE], notes=empty)
     return figure
 
 
-def figure_localisation(summary: pd.DataFrame, config: Run) -> Figure:
+def figure_localisation(summary: pd.DataFrame, caption: str) -> Figure:
     """How well the maps find the finding: every score of `localise`'s summary with its interval.
 
     Maps that no model made are grey and come last. A dotted line stands at the random map's value: what lies
@@ -148,7 +158,9 @@ def figure_localisation(summary: pd.DataFrame, config: Run) -> Figure:
     names = [name for name in dict.fromkeys(summary["map"]) if name not in s.REFERENCES]
     references = [name for name in s.REFERENCES if name in set(summary["map"])]
     zero = summary.groupby("map")["zero_maps"].first()
-    figure, axes = _axes(len(PANELS), width=WIDTH / len(PANELS), height=1.3 + 0.3 * len(names + references))
+    figure, axes = panels(
+        len(PANELS), width=WIDTH / len(PANELS), height=1.3 + 0.3 * len(names + references)
+    )
     for axis, (score, title) in zip(axes[0], PANELS.items(), strict=True):
         table = summary[summary["score"].eq(score)].set_index("map")
         for place, name in enumerate(names + references):
@@ -163,15 +175,19 @@ def figure_localisation(summary: pd.DataFrame, config: Run) -> Figure:
         axis.grid(axis="x", alpha=0.25)
         axis.set_ylim(len(names + references) - 0.5, -0.5)
         axis.set_yticks(range(len(names + references)), [])
-    labels = [f"{name}\n({zero[name]} zero maps)" if zero[name] else name for name in names + references]
+    labels = [
+        f"{name}\n({zero[name]} zero maps)" if zero[name] else name for name in names + references
+    ]
     axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=8)
     counts = sorted(set(summary["n"]))
     films = " or ".join(str(count) for count in counts)
-    figure.supxlabel(f"{films} films with a finding; bars: intervals; grey: maps of no model", fontsize=8)
-    return _finish(figure, config)
+    figure.supxlabel(
+        f"{films} films with a finding; bars: intervals; grey: maps of no model", fontsize=8
+    )
+    return _finish(figure, caption)
 
 
-def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Run) -> Figure:
+def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Likeness to the intact model's map while layers lose their weights, from the output down.
 
     tables: method -> `localisation.sanity`'s table. A dotted line of the method's colour: how alike its maps
@@ -179,7 +195,7 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Run) -> Fig
     """
     if not tables:
         raise ValueError("there is no table to show: give at least one method's")
-    figure, axes = _axes(2, width=4.9, height=3.2)
+    figure, axes = panels(2, width=4.9, height=3.2)
     titles = {"spearman": "rank correlation", "ssim": "structural similarity"}
     for number, (name, table) in enumerate(tables.items()):
         _need(table, f"tables[{name!r}]", "layers", "down_to", "spearman", "ssim", "zero")
@@ -189,7 +205,9 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Run) -> Fig
         label = f"{name}\n(up to {steps['zero'].max()} zero maps)" if steps["zero"].any() else name
         for axis, score in zip(axes[0], titles, strict=True):
             marker = "osD^vPX*"[number % 8]
-            axis.plot(steps["layers"], steps[score], line, marker=marker, ms=4, color=color, label=label)
+            axis.plot(
+                steps["layers"], steps[score], line, marker=marker, ms=4, color=color, label=label
+            )
             if other.any():
                 axis.axhline(table.loc[other, score].iloc[0], color=color, ls=":", lw=1.2)
     for axis, title in zip(axes[0], titles.values(), strict=True):
@@ -198,8 +216,10 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], config: Run) -> Fig
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_ylim(top=1.05)
         axis.grid(alpha=0.25)
-    axes[0, 1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3)
-    return _finish(figure, config)
+    axes[0, 1].legend(
+        fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3
+    )
+    return _finish(figure, caption)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -253,16 +273,20 @@ def _show(axis: Axes, film: np.ndarray, region=None, *, width: float = TRUTH["lw
     if isinstance(region, pd.DataFrame):
         _draw([(axis, region.assign(text=""), TRUTH | {"lw": width})])
     elif region is not None and np.any(region):
-        mask = np.pad(np.asarray(region, float), 1)  # so that the line closes at the border of the film
+        mask = np.pad(
+            np.asarray(region, float), 1
+        )  # so that the line closes at the border of the film
         place = [np.arange(side) - 1 for side in mask.shape]
         line = axis.contour(*place[::-1], mask, [0.5], colors=TRUTH["color"], linewidths=width)
-        line.set_path_effects([patheffects.withStroke(linewidth=width + 1.4, foreground="black", alpha=0.55)])
+        line.set_path_effects(
+            [patheffects.withStroke(linewidth=width + 1.4, foreground="black", alpha=0.55)]
+        )
         axis.set(xlim=(-0.5, film.shape[1] - 0.5), ylim=(film.shape[0] - 0.5, -0.5))
 
 
 def _lay_out(
     figure: Figure,
-    config: Run,
+    caption: str,
     shape: tuple[int, int],
     bars: Sequence[tuple[str, int, str]],
     notes: Sequence[str] = (),
@@ -288,7 +312,7 @@ def _lay_out(
         wspace=gap / side,
         hspace=titles / tall,
     )
-    figure.suptitle("\n".join([_note(config), *notes]), fontsize=9, y=1 - 0.08 / height, va="top")
+    figure.suptitle("\n".join([caption, *notes]), fontsize=9, y=1 - 0.08 / height, va="top")
     for number, (name, low, text) in enumerate(bars):
         place = ((number + 0.25) / len(bars), 0.36 / height, 0.5 / len(bars), 0.08 / height)
         axis = figure.add_axes(place)

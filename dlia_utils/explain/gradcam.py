@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dlia_utils.attacks import frozen
-from dlia_utils.models.transfer import last_map_layer
-
-from . import _shared as s
+from ..attacks import frozen
+from ..models.transfer import last_map_layer
+from . import base as s
 from .eigencam import _find, _pick
 
 
@@ -80,7 +79,11 @@ def gradcam_layers(
 
 
 def _check_names(layers: Sequence[str]) -> list[str]:
-    if isinstance(layers, str) or not len(layers) or not all(isinstance(name, str) for name in layers):
+    if (
+        isinstance(layers, str)
+        or not len(layers)
+        or not all(isinstance(name, str) for name in layers)
+    ):
         raise ValueError(f"layers must be a list of one or more module names, not {layers!r}")
     if len(set(layers)) < len(layers):
         raise ValueError(f"layers holds a name twice: {list(layers)}")
@@ -99,7 +102,9 @@ def _cams(
     results = []
     for kept, gradient in zip(once.kept, once.gradients, strict=True):
         grid = _grid(kept, gradient, plus=plus)
-        resized = nn.functional.interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)
+        resized = nn.functional.interpolate(
+            grid[:, None], x.shape[2:], mode="bilinear", align_corners=False
+        )
         results.append(
             s.Attribution(
                 method="gradcam++" if plus else "gradcam",
@@ -163,7 +168,9 @@ def _one_pass(
             handle.remove()
     for (_, name), gradient in zip(found, gradients, strict=False):
         if gradient is None:
-            raise ValueError(f"the output does not depend on {name}: choose a layer before the head")
+            raise ValueError(
+                f"the output does not depend on {name}: choose a layer before the head"
+            )
     if to_input and gradients[-1] is None:
         raise ValueError("the output does not depend on the images: there is nothing to explain")
     return _Pass(

@@ -13,11 +13,10 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from dlia_utils.cache import ImageCache
-from dlia_utils.datasets import Dataset
-from dlia_utils.metrics import patient_weights, share
-
-from . import _shared as s
+from ..data.cache import ImageCache
+from ..data.datasets import Dataset
+from ..metrics import patient_weights, share
+from . import base as s
 from .attribution import explain
 from .eigencam import CORNERS, _find, _inside
 
@@ -53,13 +52,18 @@ def regions_of(
         )
     scale = cache.scale(rows)
     if kind == "box":
-        from dlia_utils.detect.figures import boxes_by_image  # here, because it brings the figures' imports
+        from ..detect.figures import boxes_by_image  # here, because it brings the figures' imports
 
-        return [_at_least_a_pixel(boxes, cache.size) for boxes in boxes_by_image(table, rows, scale=scale)]
+        return [
+            _at_least_a_pixel(boxes, cache.size)
+            for boxes in boxes_by_image(table, rows, scale=scale)
+        ]
     polygons = dict(list(table.groupby("image")["points"]))
     shape = (cache.size, cache.size)
     return [
-        np.logical_or.reduce([_filled(np.asarray(points, float) * by, shape) for points in polygons[row]])
+        np.logical_or.reduce(
+            [_filled(np.asarray(points, float) * by, shape) for points in polygons[row]]
+        )
         for row, by in zip(rows.tolist(), scale, strict=True)
     ]
 
@@ -171,7 +175,9 @@ def localise(
     """
     references = reference_maps(images, seed=seed)
     if taken := set(maps) & set(references):
-        raise ValueError(f"{', '.join(sorted(taken))} is the name of a reference map: give yours another")
+        raise ValueError(
+            f"{', '.join(sorted(taken))} is the name of a reference map: give yours another"
+        )
     if not len(groups) == len(images) == len(regions):
         raise ValueError(
             f"images ({len(images)}), regions ({len(regions)}) and groups ({len(groups)}) must have "
@@ -194,7 +200,9 @@ def localise(
     return per_image, summarise(per_image, draws=draws, level=level, seed=seed)
 
 
-def summarise(per_image: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def summarise(
+    per_image: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
     """`localise`'s summary from its table per image: map, score, value, ci_low, ci_high, n, zero_maps.
 
     The intervals come from resampling whole patients (the column group).
@@ -236,7 +244,12 @@ def against_references(
 
 
 def against_model(
-    per_image: pd.DataFrame, other: pd.DataFrame, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+    per_image: pd.DataFrame,
+    other: pd.DataFrame,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Do the maps of one model beat those of another? Paired differences of two tables per image of `localise`.
 
@@ -252,20 +265,27 @@ def against_model(
     """
     missing = set(per_image["image"]) - set(other["image"])
     if missing:
-        raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score both models on the same films")
+        raise ValueError(
+            f"the other table lacks the images {sorted(missing)[:5]}: score both models on the same films"
+        )
     ours, theirs = (dict(iter(table.groupby("map", sort=False))) for table in (per_image, other))
     rows = []
     for name in (name for name in ours if name in theirs and name not in s.REFERENCES):
         weights = patient_weights(ours[name]["group"], draws=draws, seed=seed)
         rows += [
-            {"map": name, "score": score} | _gain(ours[name], theirs[name], score, weights, level) for score in SCORES
+            {"map": name, "score": score} | _gain(ours[name], theirs[name], score, weights, level)
+            for score in SCORES
         ]
     return pd.DataFrame(rows)
 
 
-def _gain(table: pd.DataFrame, other: pd.DataFrame, score: str, weights: np.ndarray, level: float) -> dict:
+def _gain(
+    table: pd.DataFrame, other: pd.DataFrame, score: str, weights: np.ndarray, level: float
+) -> dict:
     """Mean of this score minus the other's on the same images, with its interval over the weights of resampled patients."""
-    gain = table[score].to_numpy(float) - other.set_index("image")[score].reindex(table["image"]).to_numpy(float)
+    gain = table[score].to_numpy(float) - other.set_index("image")[score].reindex(
+        table["image"]
+    ).to_numpy(float)
     low, high = np.quantile(weights @ gain / weights.sum(1), [(1 - level) / 2, (1 + level) / 2])
     return {"value": gain.mean(), "ci_low": low, "ci_high": high, "n": len(gain)}
 
@@ -320,7 +340,9 @@ def sanity(
         raise ValueError(f"steps must be >= 1, not {steps}")
     if isinstance(options.get("layer"), nn.Module):  # its twin in the copy is found by name
         module = options["layer"]
-        options["layer"] = next((name for name, part in model.named_modules() if part is module), "")
+        options["layer"] = next(
+            (name for name, part in model.named_modules() if part is module), ""
+        )
         if not options["layer"]:
             _find(model, module)
     intact = explain(method, model, x, target, **options)
@@ -338,7 +360,9 @@ def sanity(
         heat = explain(method, copied, x, intact.target, **options).heat().cpu().numpy()
         rows.append({"layers": mark, "down_to": names[mark - 1]} | _likeness(first, heat))
     if len(x) > 1:
-        rows.append({"layers": 0, "down_to": "another image"} | _likeness(first, np.roll(first, 1, 0)))
+        rows.append(
+            {"layers": 0, "down_to": "another image"} | _likeness(first, np.roll(first, 1, 0))
+        )
     return pd.DataFrame(rows)
 
 
@@ -359,7 +383,9 @@ def _filled(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     across, down = np.arange(shape[1]) + 0.5, np.arange(shape[0]) + 0.5
     inside = np.zeros(shape, bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0), strict=True):
-        crossed = np.flatnonzero((down >= min(y1, y2)) & (down < max(y1, y2)))  # none for a level edge
+        crossed = np.flatnonzero(
+            (down >= min(y1, y2)) & (down < max(y1, y2))
+        )  # none for a level edge
         place = x1 + (x2 - x1) * (down[crossed] - y1) / ((y2 - y1) or 1)
         inside[crossed] ^= across < place[:, None]
     if not inside.any():
@@ -380,21 +406,27 @@ def _as_array(maps: Tensor | np.ndarray) -> np.ndarray:
     return array
 
 
-def _masks(regions: Sequence[pd.DataFrame | np.ndarray], shape: tuple[int, ...]) -> list[np.ndarray]:
+def _masks(
+    regions: Sequence[pd.DataFrame | np.ndarray], shape: tuple[int, ...]
+) -> list[np.ndarray]:
     """One mask [H,W] per map."""
     if len(regions) != shape[0]:
         raise ValueError(f"{len(regions)} regions for {shape[0]} maps: give each its boxes or mask")
     masks = []
     for row, region in enumerate(regions):
         mask = (
-            _inside(region, shape[1:]) if isinstance(region, pd.DataFrame) else np.asarray(region, dtype=bool)
+            _inside(region, shape[1:])
+            if isinstance(region, pd.DataFrame)
+            else np.asarray(region, dtype=bool)
         )
         if mask.shape != shape[1:]:
             raise ValueError(
                 f"the mask of image {row} is {list(mask.shape)}, not {list(shape[1:])}: resize it"
             )
         if not mask.any():
-            raise ValueError(f"the region of image {row} covers no pixel: leave out images without a finding")
+            raise ValueError(
+                f"the region of image {row} covers no pixel: leave out images without a finding"
+            )
         masks.append(mask)
     return masks
 
@@ -416,9 +448,13 @@ def _coverage(heat: np.ndarray, inside: np.ndarray, p: float) -> tuple[float, fl
     return float(covered / inside.sum()), count / heat.size
 
 
-def _interval(values: np.ndarray, groups: Sequence, weights: np.ndarray, level: float, seed: int) -> dict:
+def _interval(
+    values: np.ndarray, groups: Sequence, weights: np.ndarray, level: float, seed: int
+) -> dict:
     """Mean and its patient-bootstrap interval."""
-    if np.isin(values, (0, 1)).all():  # hits and misses: the interval does not collapse when all agree
+    if np.isin(
+        values, (0, 1)
+    ).all():  # hits and misses: the interval does not collapse when all agree
         row = share(values, groups, draws=len(weights), level=level, seed=seed)
         return {name: row[name] for name in ("value", "ci_low", "ci_high")}
     means = weights @ values / weights.sum(1)
@@ -477,7 +513,9 @@ def _likeness(first: np.ndarray, other: np.ndarray) -> dict[str, float]:
 def _pooled(maps: np.ndarray) -> np.ndarray:
     """Maps averaged to at most 14 x 14 and flattened: ranks of single pixels are mostly ties and noise."""
     size = [min(side, 14) for side in maps.shape[1:]]
-    return nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps)[:, None], size).flatten(1).numpy()
+    return (
+        nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps)[:, None], size).flatten(1).numpy()
+    )
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -490,4 +528,12 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     mean_a, mean_b = s.window(a), s.window(b)
-    return float(s.likeness(mean_a, mean_b, s.window(a * a) - mean_a**2, s.window(b * b) - mean_b**2, s.window(a * b)))
+    return float(
+        s.likeness(
+            mean_a,
+            mean_b,
+            s.window(a * a) - mean_a**2,
+            s.window(b * b) - mean_b**2,
+            s.window(a * b),
+        )
+    )

@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from dlia_utils.corruption_error import ALL_SEVERITIES, CLEAN, KEY, check, patients_of
-from dlia_utils.metrics import patient_weights
-
+from ..corruption_error import ALL_SEVERITIES, CLEAN, KEY, check, patients_of
+from ..metrics import patient_weights
 from .drift import SIGN
 
 OUTCOMES = ("error", "flip", "new_error")
@@ -29,7 +28,11 @@ WHERE = {
 }
 COMPETITORS = ("uncertainty", "p_shift", "severity")
 ENOUGH_PATIENTS = 10  # with an event, and without: below, the verdict says that there are too few
-CALLED = {"error": "wrong answers", "flip": "changed answers", "new_error": "answers that became wrong"}
+CALLED = {
+    "error": "wrong answers",
+    "flip": "changed answers",
+    "new_error": "answers that became wrong",
+}
 
 Predictor = tuple[str, str, str]  # method, layer, score
 
@@ -118,19 +121,28 @@ def warning(
     >>> table.set_index(["predictor", "metric"])["value"].loc["gradcam layer4_1 rmse"].to_dict()
     {'auroc': 0.75, 'spearman': 0.4472135954999579, 'auroc_over_uncertainty': 0.25}
     """
-    for given, known, what in ((events, OUTCOMES, "events"), (readings, READINGS, "readings"),
-                               (against, COMPETITORS[:2], "against")):  # fmt: skip
+    for given, known, what in (
+        (events, OUTCOMES, "events"),
+        (readings, READINGS, "readings"),
+        (against, COMPETITORS[:2], "against"),
+    ):
         if isinstance(given, str) or (unknown := [one for one in given if one not in known]):
             raise ValueError(
                 f"{what} must be a list of {', '.join(known)}, not {given if isinstance(given, str) else unknown}"
             )
     copies, scores = _copies(predictions, drift, predictors)
     groups = pd.factorize(patients_of(copies["image"].to_numpy(), patients))[0]
-    weights = np.vstack([np.ones(groups.max() + 1), patient_weights(np.arange(groups.max() + 1), draws=draws,
-                                                                     seed=seed)]).T  # fmt: skip
+    weights = np.vstack(
+        [
+            np.ones(groups.max() + 1),
+            patient_weights(np.arange(groups.max() + 1), draws=draws, seed=seed),
+        ]
+    ).T
     rows = []
     for event in events:
-        asked = copies["clean_right"].to_numpy() if event == "new_error" else np.ones(len(copies), bool)
+        asked = (
+            copies["clean_right"].to_numpy() if event == "new_error" else np.ones(len(copies), bool)
+        )
         for reading in readings:
             design = _design(copies[asked], groups[asked], event, reading, weights)
             drawn: dict[str, np.ndarray] = {}
@@ -145,7 +157,9 @@ def warning(
                 for name in against:
                     values[f"auroc_over_{name}"] = values["auroc"] - drawn[name]
                 undefined = int(np.isnan(score[asked]).sum())
-                rows += _rows(design, event, reading, " ".join(predictor), predictor, values, undefined, level)
+                rows += _rows(
+                    design, event, reading, " ".join(predictor), predictor, values, undefined, level
+                )
     return pd.DataFrame(rows)
 
 
@@ -168,9 +182,14 @@ def select(
     """
     images = predictions["image"].unique()
     table = warning(
-        predictions, drift, dict(zip(images, images, strict=True)), predictors=predictors, events=[outcome],
-        readings=[reading], draws=0,
-    )  # fmt: skip
+        predictions,
+        drift,
+        dict(zip(images, images, strict=True)),
+        predictors=predictors,
+        events=[outcome],
+        readings=[reading],
+        draws=0,
+    )
     table = table[table["metric"].eq("auroc") & table["method"].ne("")]
     if table["value"].isna().any():
         raise ValueError(
@@ -194,7 +213,9 @@ def verdict(table: pd.DataFrame, *, outcome: str = "error", reading: str = "with
     >>> verdict(warning(predictions, drift, {k: k for k in range(4)}, draws=20)).split(":")[0]
     'Too few wrong answers to judge gradcam layer4_1 rmse'
     """
-    own = table[table["outcome"].eq(outcome) & table["reading"].eq(reading) & table["method"].ne("")]
+    own = table[
+        table["outcome"].eq(outcome) & table["reading"].eq(reading) & table["method"].ne("")
+    ]
     if own["predictor"].nunique() != 1:
         raise ValueError(
             f"table holds {own['predictor'].nunique()} drift predictors of {outcome!r} ({reading}), not one: "
@@ -255,21 +276,27 @@ def _copies(
 ) -> tuple[pd.DataFrame, dict[Predictor, np.ndarray]]:
     """`outcomes` of the copies in `drift`, and every predictor's scores in their order, turned to grow with drift."""
     if missing := [c for c in (*KEY, "method", "layer") if c not in drift.columns]:
-        raise ValueError(f"drift lacks the columns {missing}: it needs {', '.join(KEY)}, method, layer and scores")
+        raise ValueError(
+            f"drift lacks the columns {missing}: it needs {', '.join(KEY)}, method, layer and scores"
+        )
     drift = drift[drift["severity"].ne(0)]
     tables = dict(list(drift.groupby(["method", "layer"], sort=False)))
     known = [(*key, score) for key in tables for score in SIGN if score in drift.columns]
     chosen = known if predictors is None else [tuple(one) for one in predictors]
     if not chosen or (unknown := [one for one in chosen if one not in known]):
         raise ValueError(
-            f"drift has no predictor {unknown[0]}" if chosen else "drift has no corrupted copy or no score: "
+            f"drift has no predictor {unknown[0]}"
+            if chosen
+            else "drift has no corrupted copy or no score: "
             f"it needs severities above 0 and columns of {', '.join(SIGN)}"
         )
     copies = outcomes(predictions)
     wanted = drift[KEY].drop_duplicates()
     copies = wanted.merge(copies, on=KEY, how="left", indicator=True)
     if (lost := copies["_merge"].ne("both")).any():
-        raise ValueError(f"predictions lacks {int(lost.sum())} copies that drift has, such as {_named(copies[lost])}")
+        raise ValueError(
+            f"predictions lacks {int(lost.sum())} copies that drift has, such as {_named(copies[lost])}"
+        )
     copies = copies.drop(columns="_merge")
     copies = copies.astype({name: bool for name in (*OUTCOMES, "clean_right")})
     place = copies[KEY].assign(_copy=np.arange(len(copies)))
@@ -282,7 +309,9 @@ def _copies(
                 f"{_named(table[repeated])}: pass one model at a time, without the duplicates of a repeated run"
             )
         if len(table) != len(copies):
-            lacking = wanted.merge(table[KEY], on=KEY, how="left", indicator=True).query("_merge == 'left_only'")
+            lacking = wanted.merge(table[KEY], on=KEY, how="left", indicator=True).query(
+                "_merge == 'left_only'"
+            )
             raise ValueError(
                 f"drift lacks {len(lacking)} copies for {method} {layer} that it has for other maps, such as "
                 f"{_named(lacking)}: compute every map on the same copies"
@@ -300,19 +329,35 @@ def _named(row: pd.DataFrame) -> str:
     return f"image {image}, {corruption} at severity {severity}"
 
 
-def _rows(design: _Design, event: str, reading: str, name: str, predictor: Predictor,
-          values: dict[str, np.ndarray], undefined: int, level: float) -> list[dict]:  # fmt: skip
+def _rows(
+    design: _Design,
+    event: str,
+    reading: str,
+    name: str,
+    predictor: Predictor,
+    values: dict[str, np.ndarray],
+    undefined: int,
+    level: float,
+) -> list[dict]:
     tail = (1 - level) / 2
     made = []
     for metric, drawn in values.items():
         resampled = drawn[1:][np.isfinite(drawn[1:])]
         low, high = np.quantile(resampled, [tail, 1 - tail]) if len(resampled) else (np.nan, np.nan)
-        made.append({
-            "reading": reading, "outcome": event, "predictor": name,
-            **dict(zip(("method", "layer", "score"), predictor, strict=True)),
-            "metric": metric, "value": float(drawn[0]), "ci_low": float(low), "ci_high": float(high),
-            **design.counts, "undefined": undefined,
-        })  # fmt: skip
+        made.append(
+            {
+                "reading": reading,
+                "outcome": event,
+                "predictor": name,
+                **dict(zip(("method", "layer", "score"), predictor, strict=True)),
+                "metric": metric,
+                "value": float(drawn[0]),
+                "ci_low": float(low),
+                "ci_high": float(high),
+                **design.counts,
+                "undefined": undefined,
+            }
+        )
     return made
 
 
@@ -323,11 +368,25 @@ def _number(row: pd.Series, sign: str = "") -> str:
 
 def _example() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Four films, clean and blurred: two go wrong (films 2 and 3), with drift 3 and 1 beside 0 and 2."""
-    clean = pd.DataFrame({"image": range(4), "label": 0, "corruption": CLEAN, "severity": 0, "predicted": 0,
-                          "p0": .9, "p1": .1})  # fmt: skip
-    blurred = clean.assign(corruption="blur", severity=1, predicted=[0, 0, 1, 1], p0=[.6, .6, .4, .4],
-                           p1=[.4, .4, .6, .6])  # fmt: skip
-    drift = blurred[KEY].assign(method="gradcam", layer="layer4_1", rmse=[0., 2., 3., 1.])
+    clean = pd.DataFrame(
+        {
+            "image": range(4),
+            "label": 0,
+            "corruption": CLEAN,
+            "severity": 0,
+            "predicted": 0,
+            "p0": 0.9,
+            "p1": 0.1,
+        }
+    )
+    blurred = clean.assign(
+        corruption="blur",
+        severity=1,
+        predicted=[0, 0, 1, 1],
+        p0=[0.6, 0.6, 0.4, 0.4],
+        p1=[0.4, 0.4, 0.6, 0.6],
+    )
+    drift = blurred[KEY].assign(method="gradcam", layer="layer4_1", rmse=[0.0, 2.0, 3.0, 1.0])
     return pd.concat([clean, blurred], ignore_index=True), drift
 
 
@@ -354,7 +413,9 @@ class _Design:
     negative: np.ndarray
     counts: dict[str, int]
 
-    def total(self, of: np.ndarray, weights: np.ndarray | None = None, power: int = 1) -> np.ndarray:
+    def total(
+        self, of: np.ndarray, weights: np.ndarray | None = None, power: int = 1
+    ) -> np.ndarray:
         """Weight of the copies in the mask `of` by stratum and draw [strata,draws]; each to a power."""
         units = len(self.weights)
         cell = self.stratum[of] * units + self.unit[of]
@@ -362,7 +423,9 @@ class _Design:
         return by_unit.reshape(self.strata, units) @ (self.weights if weights is None else weights)
 
 
-def _design(copies: pd.DataFrame, unit: np.ndarray, event: str, reading: str, weights: np.ndarray) -> _Design:
+def _design(
+    copies: pd.DataFrame, unit: np.ndarray, event: str, reading: str, weights: np.ndarray
+) -> _Design:
     happened = copies[event].to_numpy()
     image, names = pd.factorize(copies["image"])
     if reading != "mixed":
@@ -373,7 +436,9 @@ def _design(copies: pd.DataFrame, unit: np.ndarray, event: str, reading: str, we
         stratum = np.zeros(len(copies), dtype=int)
         mass = 1 / np.bincount(image)[image] if len(image) else np.ones(0)
     strata = int(stratum.max()) + 1 if len(stratum) else 1
-    both = np.isin(np.arange(strata), stratum[happened]) & np.isin(np.arange(strata), stratum[~happened])
+    both = np.isin(np.arange(strata), stratum[happened]) & np.isin(
+        np.arange(strata), stratum[~happened]
+    )
     counts = {
         "n": len(names),
         "copies": len(copies),
@@ -384,9 +449,21 @@ def _design(copies: pd.DataFrame, unit: np.ndarray, event: str, reading: str, we
     }
     empty = np.zeros((0, 0))
     bare = _Design(
-        happened, stratum, strata, unit, image, mass, weights, reading == "mixed", empty, empty, counts
+        happened,
+        stratum,
+        strata,
+        unit,
+        image,
+        mass,
+        weights,
+        reading == "mixed",
+        empty,
+        empty,
+        counts,
     )
-    return _Design(**(vars(bare) | {"positive": bare.total(happened), "negative": bare.total(~happened)}))
+    return _Design(
+        **(vars(bare) | {"positive": bare.total(happened), "negative": bare.total(~happened)})
+    )
 
 
 def _association(design: _Design, score: np.ndarray) -> dict[str, np.ndarray]:
@@ -408,13 +485,23 @@ def _association(design: _Design, score: np.ndarray) -> dict[str, np.ndarray]:
         # The variance of the ranks, over that of ranks without ties.
         spread = ((total - d.total(~defined)) / total) ** 3 - _ties(d, score, defined) / total**3
         rank = (above / pairs - 0.5) * np.sqrt(12 * d.positive * d.negative / spread) / total
-        rank = np.where((pairs > 0) & (spread > 1e-12), rank, 0.0)  # ranks that never differ say nothing
+        rank = np.where(
+            (pairs > 0) & (spread > 1e-12), rank, 0.0
+        )  # ranks that never differ say nothing
         spearman = (pairs * rank).sum(0) / pairs.sum(0)
     return {"auroc": auroc, "spearman": spearman}
 
 
-def _above(event: np.ndarray, score: np.ndarray, defined: np.ndarray, stratum: np.ndarray, strata: int,
-           unit: np.ndarray, mass: np.ndarray, weights: np.ndarray) -> np.ndarray:  # fmt: skip
+def _above(
+    event: np.ndarray,
+    score: np.ndarray,
+    defined: np.ndarray,
+    stratum: np.ndarray,
+    strata: int,
+    unit: np.ndarray,
+    mass: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
     """Weight of the pairs in which the event has the higher score [strata,draws]; ties count one half.
 
     The others are counted between one score of an event and the next, by patient, before they meet the draws:
@@ -432,7 +519,9 @@ def _above(event: np.ndarray, score: np.ndarray, defined: np.ndarray, stratum: n
     before, upto = (np.searchsorted(steps, key[~event], side) for side in ("left", "right"))
     half = mass[~event] / 2
     shape = (len(steps) + 1, len(weights))
-    met = csr_matrix((np.r_[half, half], (np.r_[before, upto], np.tile(unit[~event], 2))), shape=shape)
+    met = csr_matrix(
+        (np.r_[half, half], (np.r_[before, upto], np.tile(unit[~event], 2))), shape=shape
+    )
     own = csr_matrix((mass[event], (step, unit[event])), shape=shape)
     here = steps // len(values)  # stratum of each step
     starts = np.flatnonzero(np.r_[True, np.diff(here) > 0])
@@ -448,7 +537,9 @@ def _above(event: np.ndarray, score: np.ndarray, defined: np.ndarray, stratum: n
     return above
 
 
-def _same_image(design: _Design, score: np.ndarray, defined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _same_image(
+    design: _Design, score: np.ndarray, defined: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of an image with itself by patient [units], to take away: those the event wins, and all."""
     d, images = design, int(design.image.max()) + 1 if len(design.image) else 0
     units = len(d.weights)
@@ -456,7 +547,10 @@ def _same_image(design: _Design, score: np.ndarray, defined: np.ndarray) -> tupl
     won = _above(d.event, score, defined, d.image, images, d.unit, d.mass, once)[:, 0]
 
     def pairs(of: np.ndarray) -> np.ndarray:
-        counted = (np.bincount(d.image[of & side], d.mass[of & side], minlength=images) for side in (d.event, ~d.event))
+        counted = (
+            np.bincount(d.image[of & side], d.mass[of & side], minlength=images)
+            for side in (d.event, ~d.event)
+        )
         return np.prod(list(counted), axis=0)
 
     every = pairs(np.ones(len(score), bool))
@@ -483,7 +577,9 @@ def _ties(design: _Design, score: np.ndarray, defined: np.ndarray) -> np.ndarray
         here = groups[tied] // len(values)
         starts = np.flatnonzero(np.r_[True, np.diff(here) > 0])
         for part in _parts(d.weights.shape[1], len(tied)):
-            cubes[here[starts], part] += np.add.reduceat((weight @ d.weights[:, part]) ** 3, starts, axis=0)
+            cubes[here[starts], part] += np.add.reduceat(
+                (weight @ d.weights[:, part]) ** 3, starts, axis=0
+            )
     return cubes
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dlia_utils.files import atomic_path
-from dlia_utils.models import robust
-from dlia_utils.models.cnn import cnn, summary
-from dlia_utils.models.detector import Detector, faster_rcnn
-from dlia_utils.models.lipschitz import (
+from ..files import atomic_path
+from . import robust
+from .cnn import cnn, summary
+from .detector import Detector, faster_rcnn
+from .lipschitz import (
     bake,
     compare_norms,
     lipschitz_bound,
@@ -22,18 +22,11 @@ from dlia_utils.models.lipschitz import (
     spectral_like,
     spectral_normalize,
 )
-from dlia_utils.models.mobilenet import mobilenet_v2
-from dlia_utils.models.named import backbone, from_timm, from_torchvision
-from dlia_utils.models.resnet import resnet18_cifar, resnet50_v2
-from dlia_utils.models.transfer import (
-    TransferModel,
-    blocks,
-    cached_features,
-    last_map_layer,
-    unfreeze,
-    with_head,
-)
-from dlia_utils.models.wrap import PixelModel, TwoLogits, check_classifier, wrap
+from .mobilenet import mobilenet_v2
+from .named import backbone, from_timm, from_torchvision
+from .pixel import PixelModel, TwoLogits, check_classifier, wrap
+from .resnet import resnet18_cifar, resnet50_v2
+from .transfer import TransferModel, blocks, cached_features, last_map_layer, unfreeze, with_head
 
 __all__ = [
     "Detector",
@@ -112,7 +105,12 @@ def save(model: nn.Module, path: str | Path, *, meta: dict) -> Path:
     'mobilenet_v2'
     """
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    content = {"format": FORMAT, "recipe": getattr(model, "recipe", None), "meta": meta, "state_dict": state}
+    content = {
+        "format": FORMAT,
+        "recipe": getattr(model, "recipe", None),
+        "meta": meta,
+        "state_dict": state,
+    }
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
     return Path(path)
@@ -143,7 +141,9 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
     model = build() if build is not None else create(**content["recipe"])
     spectral_like(model, content["state_dict"])
     load_strictly(model, content["state_dict"], origin=path.name)
-    log.info("%s: all %d entries loaded, %s", path.name, len(content["state_dict"]), content["meta"])
+    log.info(
+        "%s: all %d entries loaded, %s", path.name, len(content["state_dict"]), content["meta"]
+    )
     return bake(model).eval()
 
 
@@ -159,11 +159,15 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], *, origin: str) ->
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unknown {key}" for key in state if key not in own]
     problems += [
-        f"{key}: {theirs}, expected {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours
+        f"{key}: {theirs}, expected {ours}"
+        for key, (theirs, ours) in shapes.items()
+        if theirs != ours
     ]
     if problems:
         matched = sum(theirs == ours for theirs, ours in shapes.values())
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        shown = "; ".join(problems[:10]) + (
+            f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        )
         raise ValueError(
             f"{origin} does not fit the model ({matched} of {len(own)} entries matched): {shown}"
         )

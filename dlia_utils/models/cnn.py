@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlia_utils.models.backbone import Backbone
-from dlia_utils.models.layers import untouched
-from dlia_utils.models.wrap import PixelModel
+from .layers import untouched
+from .pixel import Backbone, PixelModel
 
 GRID = 4  # side of the pooled map
 
@@ -48,7 +47,10 @@ class ConvNet(Backbone):
         super().__init__()
         inputs = (3, *channels[:-1])
         self.blocks = nn.Sequential(
-            *(ConvBlock(i, o, kernel, batch_norm=batch_norm) for i, o in zip(inputs, channels, strict=True))
+            *(
+                ConvBlock(i, o, kernel, batch_norm=batch_norm)
+                for i, o in zip(inputs, channels, strict=True)
+            )
         )
         self.hidden = nn.Linear(channels[-1] * GRID * GRID, hidden)
         self.relu = nn.ReLU()
@@ -100,9 +102,13 @@ def cnn(
         torch.manual_seed(seed)
         backbone = ConvNet(num_classes, channels, **options)
     recipe = {
-        "name": "cnn", "num_classes": num_classes, "channels": list(channels), **options,
-        "mean": float(mean), "std": float(std),
-    }  # fmt: skip
+        "name": "cnn",
+        "num_classes": num_classes,
+        "channels": list(channels),
+        **options,
+        "mean": float(mean),
+        "std": float(std),
+    }
     return PixelModel(backbone, [float(mean)] * 3, [float(std)] * 3, recipe=recipe)
 
 
@@ -129,7 +135,9 @@ def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
             {
                 "layer": names[module],
                 "kind": type(module).__name__,
-                "output": str(list(output.shape)) if isinstance(output, Tensor) else type(output).__name__,
+                "output": str(list(output.shape))
+                if isinstance(output, Tensor)
+                else type(output).__name__,
                 "parameters": sum(p.numel() for p in fresh),
                 "trainable": sum(p.numel() for p in fresh if p.requires_grad),
             }
@@ -143,7 +151,10 @@ def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
         for handle in handles:
             handle.remove()
     total = {
-        "layer": "", "kind": "total", "output": "", "parameters": sum(p.numel() for p in model.parameters()),
+        "layer": "",
+        "kind": "total",
+        "output": "",
+        "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }  # fmt: skip
+    }
     return pd.DataFrame([*rows, total])

@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
-from dlia_utils.models.mobilenet import STAGES, load_weights, read_weights
+from .mobilenet import STAGES, load_weights, read_weights
 
 RESNET50 = "fasterrcnn_resnet50_fpn_v2"
 LIGHT = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -43,7 +43,9 @@ class Detector(nn.Module):
     (0 is the background: such a class could never be found).
     """
 
-    def __init__(self, rcnn: FasterRCNN, *, freeze_bn: bool = False, recipe: dict | None = None) -> None:
+    def __init__(
+        self, rcnn: FasterRCNN, *, freeze_bn: bool = False, recipe: dict | None = None
+    ) -> None:
         super().__init__()
         self.rcnn, self.freeze_bn, self.recipe = rcnn, freeze_bn, recipe
         if freeze_bn:
@@ -119,11 +121,18 @@ def faster_rcnn(
     """
     _check_arguments(arch, num_classes, trainable_layers, weights)
     options = {
-        "min_size": size, "max_size": size, "box_nms_thresh": nms, "box_score_thresh": score_floor,
-        "box_detections_per_img": detections, "box_batch_size_per_image": roi_batch, "rpn_score_thresh": 0.0,
-        "rpn_pre_nms_top_n_train": rpn_pre_nms, "rpn_pre_nms_top_n_test": rpn_pre_nms,
-        "rpn_post_nms_top_n_train": rpn_post_nms, "rpn_post_nms_top_n_test": rpn_post_nms,
-    }  # fmt: skip
+        "min_size": size,
+        "max_size": size,
+        "box_nms_thresh": nms,
+        "box_score_thresh": score_floor,
+        "box_detections_per_img": detections,
+        "box_batch_size_per_image": roi_batch,
+        "rpn_score_thresh": 0.0,
+        "rpn_pre_nms_top_n_train": rpn_pre_nms,
+        "rpn_pre_nms_top_n_test": rpn_pre_nms,
+        "rpn_post_nms_top_n_train": rpn_post_nms,
+        "rpn_post_nms_top_n_test": rpn_post_nms,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == MOBILENET_V2:
@@ -132,12 +141,22 @@ def faster_rcnn(
             rcnn = _torchvision(arch, num_classes, anchor_sizes, weights, options)
     _freeze_stages(rcnn.backbone.body, BACKBONE_STAGES - trainable_layers)
     recipe = {
-        "name": "faster_rcnn", "arch": arch, "num_classes": num_classes, "size": size, "freeze_bn": freeze_bn,
-        "trainable_layers": trainable_layers, "nms": nms, "score_floor": score_floor, "detections": detections,
-        "rpn_pre_nms": rpn_pre_nms, "rpn_post_nms": rpn_post_nms, "roi_batch": roi_batch,
-        "anchor_sizes": anchor_sizes and [list(level) for level in anchor_sizes], "channels": channels,
+        "name": "faster_rcnn",
+        "arch": arch,
+        "num_classes": num_classes,
+        "size": size,
+        "freeze_bn": freeze_bn,
+        "trainable_layers": trainable_layers,
+        "nms": nms,
+        "score_floor": score_floor,
+        "detections": detections,
+        "rpn_pre_nms": rpn_pre_nms,
+        "rpn_post_nms": rpn_post_nms,
+        "roi_batch": roi_batch,
+        "anchor_sizes": anchor_sizes and [list(level) for level in anchor_sizes],
+        "channels": channels,
         "width": width,
-    }  # fmt: skip
+    }
     return Detector(rcnn, freeze_bn=freeze_bn, recipe=recipe)
 
 
@@ -170,13 +189,19 @@ def scaled(model: Detector, scale: float) -> Iterator[Detector]:
 # -------------------------------------------------------------------- parts
 
 
-def _check_arguments(arch: str, num_classes: int, trainable_layers: int, weights: str | Path | None) -> None:
+def _check_arguments(
+    arch: str, num_classes: int, trainable_layers: int, weights: str | Path | None
+) -> None:
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHITECTURES)}")
     if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; count the findings, without the background")
+        raise ValueError(
+            f"num_classes is {num_classes}; count the findings, without the background"
+        )
     if not 0 <= trainable_layers <= BACKBONE_STAGES:
-        raise ValueError(f"trainable_layers is {trainable_layers}; it must be 0 to {BACKBONE_STAGES}")
+        raise ValueError(
+            f"trainable_layers is {trainable_layers}; it must be 0 to {BACKBONE_STAGES}"
+        )
     if weights is not None and (arch == MOBILENET_V2) == (str(weights) == "coco"):
         known = "a file or 'imagenet'" if arch == MOBILENET_V2 else "'coco'"
         raise ValueError(f"weights={str(weights)!r} do not go with {arch}; known: None, {known}")
@@ -186,7 +211,9 @@ def _check_labels(targets: Sequence[dict[str, Tensor]]) -> None:
     for target in targets:
         labels = target["labels"]
         if len(labels) and labels.min() < 1:
-            raise ValueError(f"label {int(labels.min())}: labels start at 1, for 0 is the background")
+            raise ValueError(
+                f"label {int(labels.min())}: labels start at 1, for 0 is the background"
+            )
 
 
 def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
@@ -206,7 +233,9 @@ def _torchvision(arch, num_classes, anchor_sizes, weights, options) -> FasterRCN
         levels = len(rcnn.rpn.anchor_generator.sizes)
         if len(anchor_sizes) != levels:
             raise ValueError(f"anchor_sizes has {len(anchor_sizes)} levels, {arch} has {levels}")
-        rcnn.rpn.anchor_generator, rcnn.rpn.head = _anchors(anchor_sizes, rcnn.backbone.out_channels)
+        rcnn.rpn.anchor_generator, rcnn.rpn.head = _anchors(
+            anchor_sizes, rcnn.backbone.out_channels
+        )
     return rcnn
 
 
@@ -246,7 +275,9 @@ def _mobilenet_v2_fpn(num_classes, channels, width, anchor_sizes, weights, optio
     backbone = BackboneWithFPN(features, ends, depths, channels)
     sizes = anchor_sizes or tuple((4.0 * stride, 5.7 * stride) for stride in (4, 8, 16, 32, 64))
     if len(sizes) != len(ends) + 1:
-        raise ValueError(f"anchor_sizes has {len(sizes)} levels, {MOBILENET_V2} has {len(ends) + 1}")
+        raise ValueError(
+            f"anchor_sizes has {len(sizes)} levels, {MOBILENET_V2} has {len(ends) + 1}"
+        )
     generator, head = _anchors(sizes, channels)
     return FasterRCNN(
         backbone, num_classes + 1, rpn_anchor_generator=generator, rpn_head=head, **options

@@ -17,16 +17,25 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
 
-from dlia_utils.models.wrap import PixelModel
+from .pixel import PixelModel
 
 KINDS = ("kernel", "operator")
 TINY = 1e-12
 
 # Largest slopes of the activations; anything piecewise linear with slopes of 1 at most stands in NON_EXPANSIVE.
 NON_EXPANSIVE = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Identity, nn.Flatten,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.ZeroPad2d,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Tanh,
+    nn.Softplus,
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.ZeroPad2d,
+)
 SLOPES = {nn.Sigmoid: 0.25, nn.SiLU: 1.1, nn.GELU: 1.13, nn.Hardswish: 1.5}
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
@@ -70,7 +79,9 @@ def spectral_normalize(
     if kind == "kernel" and (input_shape is not None or bound != 1.0):
         raise ValueError('input_shape and bound belong to kind="operator"')
     if kind == "operator" and input_shape is None:
-        raise ValueError('kind="operator" needs input_shape=(C, H, W): the norm of a convolution depends on its input')
+        raise ValueError(
+            'kind="operator" needs input_shape=(C, H, W): the norm of a convolution depends on its input'
+        )
     if bound <= 0:
         raise ValueError(f"bound must be positive, got {bound}")
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -85,7 +96,12 @@ def spectral_normalize(
         return model
     for name, shape in _input_shapes(model, input_shape).items():
         layer = model.get_submodule(name)
-        v = _iterate(_start(shape, layer.weight, seed), _as_kernel(layer.weight.detach()), _geometry(layer), 100)
+        v = _iterate(
+            _start(shape, layer.weight, seed),
+            _as_kernel(layer.weight.detach()),
+            _geometry(layer),
+            100,
+        )
         _register_operator(layer, v, bound, n_power_iterations)
     return model
 
@@ -134,8 +150,12 @@ class _OperatorNorm(nn.Module):
         return (weight.reshape(groups, -1) * scale[:, None]).view_as(weight)
 
 
-def _register_operator(layer: nn.Conv2d | nn.Linear, v: Tensor, bound: float, iterations: int) -> None:
-    part = _OperatorNorm(v.to(layer.weight), _geometry(layer), bound, iterations).to(layer.weight.device)
+def _register_operator(
+    layer: nn.Conv2d | nn.Linear, v: Tensor, bound: float, iterations: int
+) -> None:
+    part = _OperatorNorm(v.to(layer.weight), _geometry(layer), bound, iterations).to(
+        layer.weight.device
+    )
     # Without `unsafe` the weight would be read, and one more iteration made, to compare shapes.
     parametrize.register_parametrization(layer, "weight", part.train(layer.training), unsafe=True)
 
@@ -192,13 +212,23 @@ def operator_norm(
     groups = geometry[3]
     with torch.no_grad():
         weight = layer.weight.detach()
-        weight = weight.float() if gain is None else weight.float() * gain.view(-1, *[1] * (weight.ndim - 1))
+        weight = (
+            weight.float()
+            if gain is None
+            else weight.float() * gain.view(-1, *[1] * (weight.ndim - 1))
+        )
         kernel = _as_kernel(weight)
         channels = kernel.shape[1] * groups
         if input_shape[0] != channels or (isinstance(layer, nn.Conv2d) and len(input_shape) != 3):
-            raise ValueError(f"input_shape must be ({channels}, H, W) for this layer, got {tuple(input_shape)}")
+            raise ValueError(
+                f"input_shape must be ({channels}, H, W) for this layer, got {tuple(input_shape)}"
+            )
         if kernel.shape[2:] == (1, 1) and geometry[1] == [0, 0]:
-            return torch.linalg.matrix_norm(kernel.reshape(groups, -1, kernel.shape[1]), ord=2).max().item()
+            return (
+                torch.linalg.matrix_norm(kernel.reshape(groups, -1, kernel.shape[1]), ord=2)
+                .max()
+                .item()
+            )
         return _largest(_start(input_shape, kernel, seed), kernel, geometry, iterations)
 
 
@@ -222,8 +252,15 @@ def compare_norms(
         reshaped = torch.linalg.matrix_norm(layer.weight.detach().float().flatten(1), ord=2).item()
         true = operator_norm(layer, shape, iterations=iterations, seed=seed)
         ratio = true / reshaped if reshaped else math.nan
-        rows.append({"layer": name, "kind": _kind(layer), "reshaped_norm": reshaped, "operator_norm": true,
-                     "ratio": ratio})  # fmt: skip
+        rows.append(
+            {
+                "layer": name,
+                "kind": _kind(layer),
+                "reshaped_norm": reshaped,
+                "operator_norm": true,
+                "ratio": ratio,
+            }
+        )
     return pd.DataFrame(rows, columns=["layer", "kind", "reshaped_norm", "operator_norm", "ratio"])
 
 
@@ -254,9 +291,13 @@ def lipschitz_bound(
     try:
         # In a coat, so that a network that is itself one torch layer is a node and not taken apart.
         graph = symbolic_trace(nn.Sequential(network))
-    except Exception as error:  # torch.fx raises many types, its own and whatever the traced code raises
+    except (
+        Exception
+    ) as error:  # torch.fx raises many types, its own and whatever the traced code raises
         name = type(network).__name__
-        raise ValueError(f"torch.fx cannot trace {name} ({error}): bound its parts one by one") from error
+        raise ValueError(
+            f"torch.fx cannot trace {name} ({error}): bound its parts one by one"
+        ) from error
     ShapeProp(graph).propagate(torch.zeros(1, *shape, device=_device(model)))
     return _walk(graph, at_door, iterations, seed)
 
@@ -276,15 +317,23 @@ def _walk(graph: GraphModule, at_door: float, iterations: int, seed: int) -> flo
             continue  # a constant: no image in it
         elif _is_sum(node):
             # A constant summand adds nothing; x + x counts twice.
-            bounds[node] = sum(bounds[one] for one in node.args if isinstance(one, Node) and one in bounds)
+            bounds[node] = sum(
+                bounds[one] for one in node.args if isinstance(one, Node) and one in bounds
+            )
         elif node.target is torch.cat:
             bounds[node] = math.hypot(*(bounds[one] for one in node.args[0]))
-        elif node.op == "call_module" and isinstance(graph.get_submodule(node.target), nn.Conv2d | nn.Linear):
+        elif node.op == "call_module" and isinstance(
+            graph.get_submodule(node.target), nn.Conv2d | nn.Linear
+        ):
             layer, gain, after = graph.get_submodule(node.target), None, node
             users = list(node.users)
             if len(users) == 1 and isinstance(norm := _module(graph, users[0]), nn.BatchNorm2d):
                 gain, after = _gain(norm), users[0]
-            shape = inputs[0].meta["tensor_meta"].shape[1:] if isinstance(layer, nn.Conv2d) else (layer.in_features,)
+            shape = (
+                inputs[0].meta["tensor_meta"].shape[1:]
+                if isinstance(layer, nn.Conv2d)
+                else (layer.in_features,)
+            )
             factor = operator_norm(layer, shape, gain=gain, iterations=iterations, seed=seed)
             bounds[node] = bounds[after] = bounds[inputs[0]] * factor
         else:
@@ -307,11 +356,25 @@ def _factor(graph: GraphModule, node: Node, inputs: list[Node]) -> float:
     if isinstance(module, nn.MaxPool2d):
         # One value may be the largest of this many windows: taps of a window lie `dilation` apart, windows `stride`.
         sides = zip(*map(_pair, (module.kernel_size, module.stride, module.dilation)), strict=True)
-        return math.sqrt(math.prod(math.ceil(size * math.gcd(stride, gap) / stride) for size, stride, gap in sides))
+        return math.sqrt(
+            math.prod(
+                math.ceil(size * math.gcd(stride, gap) / stride) for size, stride, gap in sides
+            )
+        )
     if isinstance(module, AVERAGES):
         return _average_norm(module, meta.shape)
     if len(inputs) == 1 and module is None:
-        if name in ("relu", "relu_", "relu6", "flatten", "view", "reshape", "dropout", "contiguous", "squeeze"):
+        if name in (
+            "relu",
+            "relu_",
+            "relu6",
+            "flatten",
+            "view",
+            "reshape",
+            "dropout",
+            "contiguous",
+            "squeeze",
+        ):
             return 1.0
         if name == "silu":
             return SLOPES[nn.SiLU]
@@ -321,8 +384,14 @@ def _factor(graph: GraphModule, node: Node, inputs: list[Node]) -> float:
             rest, options = node.args[1:], node.kwargs
             call = getattr(Tensor, name) if name == "mean" else node.target
             return _average_norm(lambda z: call(z, *rest, **options), meta.shape)
-    what = f"module {node.target} ({type(module).__name__})" if module is not None else f"operation {name}"
-    raise ValueError(f"no bound is known for the {what}; bound the parts before and after it one by one")
+    what = (
+        f"module {node.target} ({type(module).__name__})"
+        if module is not None
+        else f"operation {name}"
+    )
+    raise ValueError(
+        f"no bound is known for the {what}; bound the parts before and after it one by one"
+    )
 
 
 def _average_norm(average: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
@@ -335,7 +404,9 @@ def _average_norm(average: Callable[[Tensor], Tensor], shape: Sequence[int]) -> 
 
 
 def _is_sum(node: Node) -> bool:
-    return node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and not node.kwargs
+    return (
+        node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and not node.kwargs
+    )
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -349,7 +420,9 @@ def _module(graph: GraphModule, node: Node) -> nn.Module | None:
 def _gain(norm: nn.BatchNorm2d) -> Tensor:
     """|gamma| / sqrt(var + eps) per channel, what a batch norm multiplies by in eval mode."""
     if norm.running_var is None:
-        raise ValueError("a batch norm without running statistics has no gain of its own; use track_running_stats=True")
+        raise ValueError(
+            "a batch norm without running statistics has no gain of its own; use track_running_stats=True"
+        )
     gain = (norm.running_var.detach() + norm.eps).rsqrt()
     return gain if norm.weight is None else gain * norm.weight.detach().abs()
 
@@ -360,7 +433,11 @@ def _kind(layer: nn.Conv2d | nn.Linear) -> str:
     size = "x".join(map(str, layer.kernel_size))
     if layer.groups == 1:
         return size
-    return f"depthwise {size}" if layer.groups == layer.in_channels else f"{size} in {layer.groups} groups"
+    return (
+        f"depthwise {size}"
+        if layer.groups == layer.in_channels
+        else f"{size} in {layer.groups} groups"
+    )
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -380,7 +457,11 @@ def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tup
 
         return note
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers]
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -390,8 +471,11 @@ def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tup
             handle.remove()
         for module, training in flags:
             module.training = training
-    return {name: shapes[name] if isinstance(layer, nn.Conv2d) else (layer.in_features,)
-            for name, layer in layers if name in shapes}  # fmt: skip
+    return {
+        name: shapes[name] if isinstance(layer, nn.Conv2d) else (layer.in_features,)
+        for name, layer in layers
+        if name in shapes
+    }
 
 
 # ------------------------------------------------------------------ power iteration
@@ -408,7 +492,9 @@ def _geometry(layer: nn.Conv2d | nn.Linear) -> list:
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         padding = "uneven" if any(r % 2 for r in reach) else [r // 2 for r in reach]
     if padding == "uneven" or layer.padding_mode != "zeros":
-        raise ValueError("operator norms are known for zero padding, equal on both sides; pad with F.pad before")
+        raise ValueError(
+            "operator norms are known for zero padding, equal on both sides; pad with F.pad before"
+        )
     padding = [0, 0] if padding == "valid" else list(padding)
     return [list(layer.stride), padding, list(layer.dilation), layer.groups]
 
@@ -467,7 +553,9 @@ def _largest(v: Tensor, kernel: Tensor, geometry: list, iterations: int) -> floa
 
 
 def _transpose_times(v: Tensor, kernel: Tensor, geometry: list) -> Tensor:
-    return _convolution_backward(_convolve(v, kernel, geometry), v, kernel, geometry, (True, False))[0]
+    return _convolution_backward(
+        _convolve(v, kernel, geometry), v, kernel, geometry, (True, False)
+    )[0]
 
 
 def _unit(v: Tensor, groups: int) -> Tensor:
@@ -499,7 +587,13 @@ class quick_input_gradient(TorchFunctionMode):  # noqa: N801 (used as a context 
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.conv2d and len(args) == 7 and args[2] is None and args[6] > 1 and not isinstance(args[4], str):
+        if (
+            function is F.conv2d
+            and len(args) == 7
+            and args[2] is None
+            and args[6] > 1
+            and not isinstance(args[4], str)
+        ):
             x, weight, _, *geometry = args
             return _GroupedConv.apply(x, weight, geometry)
         return function(*args, **(kwargs or {}))
@@ -515,9 +609,14 @@ class _GroupedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the pass with create_graph=True: the input's gradient alone is wanted
+        if (
+            torch.is_grad_enabled()
+        ):  # the pass with create_graph=True: the input's gradient alone is wanted
             return _InputGradient.apply(upstream, x.detach(), weight, ctx.geometry), None, None
-        return (*_convolution_backward(upstream, x, weight, ctx.geometry, ctx.needs_input_grad[:2]), None)
+        return (
+            *_convolution_backward(upstream, x, weight, ctx.geometry, ctx.needs_input_grad[:2]),
+            None,
+        )
 
 
 class _InputGradient(torch.autograd.Function):
@@ -532,12 +631,24 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, direction: Tensor):
         upstream, weight = ctx.saved_tensors
-        by_weight = _convolution_backward(upstream, direction, weight, ctx.geometry, (False, True))[1]
+        by_weight = _convolution_backward(upstream, direction, weight, ctx.geometry, (False, True))[
+            1
+        ]
         return F.conv2d(direction, weight, None, *ctx.geometry), None, by_weight, None
 
 
 def _convolution_backward(upstream, x, weight, geometry, wanted: tuple[bool, bool]) -> tuple:
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
-        upstream, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
+        upstream,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [*wanted, False],
     )[:2]

@@ -12,14 +12,20 @@ from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
-from dlia_utils.models.wrap import PixelModel
+from .pixel import PixelModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HEAD = ("classifier.1.weight", "classifier.1.bias")
 STAGES = (  # the paper's table 2: expansion, channels, blocks, first stride
-    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
-)  # fmt: skip
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 log = logging.getLogger("dlia_utils")
 
@@ -78,13 +84,17 @@ def read_weights(
         return (download or _download)()
     path = Path(os.environ[variable] if str(weights) == "imagenet" else weights)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}: correct `weights=` or {variable}, or use weights=None")
+        raise FileNotFoundError(
+            f"no weights file {path}: correct `weights=` or {variable}, or use weights=None"
+        )
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file  # comes with accelerate; needed for such files only
 
         return load_file(path), f"file {path.name}"
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise ValueError(
             f"{path.name} is not a plain state dict; a file of this suite is read by models.load"
         )
@@ -113,16 +123,32 @@ def load_weights(
 ) -> None:
     """Load all but a last layer that is absent or of another width; refuse every other difference."""
     own = backbone.state_dict()
-    fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    fits = {
+        key: value for key, value in state.items() if key in own and value.shape == own[key].shape
+    }
     fresh = sorted(key for key in head if key not in fits)
     problems = [f"missing {key}" for key in own if key not in state and key not in head]
     problems += [f"unknown {key}" for key in state if key not in own]
     problems += [
         f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own if key in state and key not in fits and key not in head
-    ]  # fmt: skip
+        for key in own
+        if key in state and key not in fits and key not in head
+    ]
     if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(f"{origin} does not fit {name} ({len(problems)} of {len(own)} entries): {shown}")
-    backbone.load_state_dict({**own, **{key: fits[key] for key in fits if not fresh or key not in head}})
-    log.info("%s: %s, %d of %d entries; drawn anew: %s", name, origin, len(fits), len(own), fresh or "none")
+        shown = "; ".join(problems[:10]) + (
+            f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        )
+        raise ValueError(
+            f"{origin} does not fit {name} ({len(problems)} of {len(own)} entries): {shown}"
+        )
+    backbone.load_state_dict(
+        {**own, **{key: fits[key] for key in fits if not fresh or key not in head}}
+    )
+    log.info(
+        "%s: %s, %d of %d entries; drawn anew: %s",
+        name,
+        origin,
+        len(fits),
+        len(own),
+        fresh or "none",
+    )

@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from dlia_utils.models import layers
-from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD, mobilenet_v2
-from dlia_utils.models.resnet import resnet50_v2
-from dlia_utils.models.wrap import PixelModel, wrap
+from . import layers
+from .mobilenet import IMAGENET_MEAN, IMAGENET_STD, mobilenet_v2
+from .pixel import PixelModel, wrap
+from .resnet import resnet50_v2
 
 OWN = {"mobilenet_v2": mobilenet_v2, "resnet50_v2": resnet50_v2}
 # One answer and the same inputs with and without weights; torchvision's defaults depend on them.

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dlia_utils.models.backbone import Backbone, pooled, scaled
-from dlia_utils.models.mobilenet import load_weights, read_weights
-from dlia_utils.models.wrap import PixelModel
+from .mobilenet import load_weights, read_weights
+from .pixel import Backbone, PixelModel, pooled, scaled
 
 TIMM_NAME = "resnetv2_50.a1h_in1k"
 TIMM_MEAN = TIMM_STD = (0.5, 0.5, 0.5)  # what those weights were trained with
@@ -71,9 +70,12 @@ class PreActResNet(Backbone):
         )
         self.stages = nn.Sequential()
         for k, depth in enumerate(depths):
-            blocks = [PreActBottleneck(channels[k], channels[k + 1], 1 if k == 0 else 2, first=True)]
+            blocks = [
+                PreActBottleneck(channels[k], channels[k + 1], 1 if k == 0 else 2, first=True)
+            ]
             blocks += [
-                PreActBottleneck(channels[k + 1], channels[k + 1], 1, first=False) for _ in range(depth - 1)
+                PreActBottleneck(channels[k + 1], channels[k + 1], 1, first=False)
+                for _ in range(depth - 1)
             ]
             self.stages.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks))))
         self.norm = nn.BatchNorm2d(channels[len(depths)])
@@ -124,7 +126,12 @@ def resnet50_v2(
         if HEAD[0] in state:  # timm's last layer is a 1 x 1 convolution
             state = {**state, HEAD[0]: state[HEAD[0]].flatten(1)}
         load_weights(backbone, state, origin, head=HEAD, name="ResNet-50 V2")
-    recipe = {"name": "resnet50_v2", "num_classes": num_classes, "width": width, "depths": list(depths)}
+    recipe = {
+        "name": "resnet50_v2",
+        "num_classes": num_classes,
+        "width": width,
+        "depths": list(depths),
+    }
     return PixelModel(backbone, TIMM_MEAN, TIMM_STD, recipe=recipe)
 
 
@@ -136,7 +143,9 @@ def _from_timm() -> tuple[dict[str, Tensor], str]:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise RuntimeError(f"the ImageNet weights come through timm (pip install timm); or {advice}") from error
+        raise RuntimeError(
+            f"the ImageNet weights come through timm (pip install timm); or {advice}"
+        ) from error
     try:
         model = timm.create_model(TIMM_NAME, pretrained=True)
     except Exception as error:  # the hub's client raises types of its own
@@ -213,9 +222,12 @@ def resnet18_cifar(
         torch.manual_seed(seed)
         backbone = CifarResNet(num_classes, width)
     recipe = {
-        "name": "resnet18_cifar", "num_classes": num_classes, "width": width, "mean": float(mean),
+        "name": "resnet18_cifar",
+        "num_classes": num_classes,
+        "width": width,
+        "mean": float(mean),
         "std": float(std),
-    }  # fmt: skip
+    }
     return PixelModel(backbone, [float(mean)] * 3, [float(std)] * 3, recipe=recipe)
 
 

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import MobileNetV2
 
-from dlia_utils.models import layers
-from dlia_utils.models.backbone import Backbone
-from dlia_utils.models.fold import fast_copy
-from dlia_utils.models.robust.meansparse import MeanSparse
-from dlia_utils.models.robust.zoo import RobustModel, check_pixels
-from dlia_utils.models.wrap import PixelModel
-from dlia_utils.progress import Bar
+from ..progress import Bar
+from . import layers
+from .pixel import Backbone, PixelModel, fast_copy
+from .robust.meansparse import MeanSparse
+from .robust.zoo import RobustModel, check_pixels
 
 HEADS = ("linear", "mlp")
 OURS = (Backbone, MobileNetV2)  # networks whose blocks and last map are known
@@ -117,7 +115,9 @@ def with_head(
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, not {head!r}")
     if num_classes < 1 or hidden < 1:
-        raise ValueError(f"num_classes and hidden must be at least 1, not {num_classes} and {hidden}")
+        raise ValueError(
+            f"num_classes and hidden must be at least 1, not {num_classes} and {hidden}"
+        )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     body, channels = _body(model)
@@ -129,11 +129,17 @@ def with_head(
     if model.recipe is not None:
         inner = model.recipe["body"] if isinstance(model, TransferModel) else model.recipe
         recipe = {
-            "name": "transfer", "body": inner, "head": head, "num_classes": num_classes, "hidden": hidden,
+            "name": "transfer",
+            "body": inner,
+            "head": head,
+            "num_classes": num_classes,
+            "hidden": hidden,
             "dropout": dropout,
-        }  # fmt: skip
+        }
     checked = model.checked if isinstance(model, TransferModel) else isinstance(model, RobustModel)
-    made = TransferModel(HeadOnBody(body, top), *_normalisation(model), recipe=recipe, checked=checked)
+    made = TransferModel(
+        HeadOnBody(body, top), *_normalisation(model), recipe=recipe, checked=checked
+    )
     return unfreeze(made.to(model.mean.device), unfrozen)
 
 
@@ -156,7 +162,9 @@ def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
         raise ValueError(f"unfreeze takes a model made by with_head, not a {type(model).__name__}")
     body = model.backbone.body
     parts, names = _parts(body, model.mean.shape[1])
-    count = isinstance(unfrozen, int) and not isinstance(unfrozen, bool) and 0 <= unfrozen <= len(names)
+    count = (
+        isinstance(unfrozen, int) and not isinstance(unfrozen, bool) and 0 <= unfrozen <= len(names)
+    )
     if not count and unfrozen != "all":
         raise ValueError(f"unfrozen must be 0 to {len(names)} blocks or 'all', not {unfrozen!r}")
     if unfrozen == "all":
@@ -201,7 +209,9 @@ def cached_features(
     torch.Size([1280])
     """
     if not isinstance(model, TransferModel):
-        raise ValueError(f"cached_features takes a model made by with_head, not a {type(model).__name__}")
+        raise ValueError(
+            f"cached_features takes a model made by with_head, not a {type(model).__name__}"
+        )
     if any(parameter.requires_grad for parameter in model.backbone.body.parameters()):
         raise ValueError(
             "part of the body trains, so its features change with every step: freeze it by "
@@ -291,7 +301,9 @@ def _parts(network: nn.Module, channels: int | None = None) -> tuple[list[str], 
     if isinstance(network, OURS):  # registered in the order of the forward pass
         names = [name for name, module in network.named_modules() if not any(module.children())]
         if isinstance(network, MobileNetV2):
-            return names, [f"features.{i}" for i in range(1, len(network.features))]  # 0 is the stem
+            return names, [
+                f"features.{i}" for i in range(1, len(network.features))
+            ]  # 0 is the stem
         return names, network.block_names()
     found = layers.trace(network, channels=channels)
     order = {call.name: number for number, call in reversed([*enumerate(found.begun)])}
@@ -301,9 +313,10 @@ def _parts(network: nn.Module, channels: int | None = None) -> tuple[list[str], 
         return order[name] if name in order else place(name.rpartition(".")[0])
 
     own = [
-        name for name, module in network.named_modules()
+        name
+        for name, module in network.named_modules()
         if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
-    ]  # fmt: skip
+    ]
     return sorted(own, key=place), layers.block_names(found)
 
 

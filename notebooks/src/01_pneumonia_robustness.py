@@ -34,7 +34,9 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, five hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray, or your own: two class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -57,19 +59,39 @@ FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pa
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 25, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
 # Lipschitz models, margin penalty, distillation
-FULL |= {"lipschitz_penalty": 0.05, "gradient_penalty": 3e-3, "temperatures": (35.0, 50.0), "alpha": 0.9}
+FULL |= {
+    "lipschitz_penalty": 0.05,
+    "gradient_penalty": 3e-3,
+    "temperatures": (35.0, 50.0),
+    "alpha": 0.9,
+}
 # Adversarial training: which, on what ball; a "free" epoch replays every batch, gairat goes on from pgd_at
 FULL |= {"adversarial": ("pgd_at", "fast_at", "free_at", "trades", "mart", "hat", "gairat")}
-FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1.5 / 255, "free_replays": 4, "free_epochs": 60}
+FULL |= {
+    "at_eps": 4 / 255,
+    "at_steps": 7,
+    "at_step_size": 1.5 / 255,
+    "free_replays": 4,
+    "free_epochs": 60,
+}
 FULL |= {"gairat_epochs": 10, "gairat_steps": 10}
 # Noise, and the certificate that it allows
 FULL |= {"sigma": 0.12, "certified_per_class": 100, "certificate_draws": 1000}
 
 # %% tags=["settings"]
 # The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
-FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
+FULL |= {
+    "attacks": evaluate.SUITE,
+    "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8),
+    "headline_eps": 4 / 255,
+}
 FULL |= {"published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1)}  # of FGSM, in normalised units
-FULL |= {"pgd_steps": 20, "pgd_restarts": 2, "attack_batch": 128, "budgets": {"square": {"steps": 2000}}}
+FULL |= {
+    "pgd_steps": 20,
+    "pgd_restarts": 2,
+    "attack_batch": 128,
+    "budgets": {"square": {"steps": 2000}},
+}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
 # One-Pixel: (pixels, population, iterations, F, CR) of the study that is redone here
 FULL |= {"one_pixel": ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))}
@@ -77,29 +99,67 @@ FULL |= {"one_pixel_per_class": 100, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
-SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {
+    "square": {"steps": 200}
+}
 CPU = {"size": 112, "epochs": 5, "num_workers": 0, "at_steps": 2, "at_step_size": 2.8 / 255}
 CPU |= {"free_epochs": 12, "gairat_epochs": 2, "gairat_steps": 5, "certified_per_class": 40}
-CPU |= {"eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "pgd_steps": 10, "pgd_restarts": 1, "budgets": SHORT}
+CPU |= {
+    "eps_grid": pixel_eps(0.5, 1, 2, 4, 8),
+    "pgd_steps": 10,
+    "pgd_restarts": 1,
+    "budgets": SHORT,
+}
 CPU |= {"expensive": EXPENSIVE, "check_films": 24, "one_pixel_per_class": 8}
 
-TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
+TINY = {
+    "apgd_ce": {"steps": 4},
+    "apgd_margin": {"steps": 4},
+    "fmn": {"steps": 5},
+    "square": {"steps": 10},
+}
 SMOKE = {"size": 48, "per_class": 96, "width": 0.5, "stages": 3, "pretrained": False, "epochs": 12}
-SMOKE |= {"batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None, "temperatures": (50.0,)}
+SMOKE |= {
+    "batch_size": 16,
+    "lr": 3e-3,
+    "num_workers": 0,
+    "max_minutes": None,
+    "temperatures": (50.0,),
+}
 SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255, "gradient_penalty": 1e-3}
 SMOKE |= {"adversarial": ("pgd_at", "trades"), "sigma": 0.05, "eps_grid": pixel_eps(1, 4)}
 SMOKE |= {"published_eps_grid": (0.01, 0.1), "pgd_steps": 3, "pgd_restarts": 1, "budgets": TINY}
-SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "certified_per_class": 4, "certificate_draws": 200}
+SMOKE |= {
+    "expensive": EXPENSIVE,
+    "check_films": 4,
+    "certified_per_class": 4,
+    "certificate_draws": 200,
+}
 SMOKE |= {"one_pixel": ((1, 10, 3, 0.5, 0.9), (1, 20, 3, 0.7, 1.0), (3, 10, 3, 0.5, 1.0))}
 SMOKE |= {"one_pixel_per_class": 4, "bootstrap_draws": 200}
-OTHER = {"test_share": 0.15, "unusable_share": 0.01}  # any other data: a test split is drawn where there is none
+OTHER = {
+    "test_share": 0.15,
+    "unusable_share": 0.01,
+}  # any other data: a test split is drawn where there is none
 
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("01_pneumonia_robustness", FULL, cpu=CPU, smoke=SMOKE, by_data={"pneumonia": {}, "*": OTHER},
-            changes=CHANGES, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes=2,
-            allowed={"attacks": evaluate.LINF, "adversarial": FULL["adversarial"]}, trains="2 Training")
+run = start(
+    "01_pneumonia_robustness",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    by_data={"pneumonia": {}, "*": OTHER},
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    own_classes=2,
+    allowed={"attacks": evaluate.LINF, "adversarial": FULL["adversarial"]},
+    trains="2 Training",
+)
 print(run)
 
 # %% tags=["imports"]
@@ -111,11 +171,14 @@ import torch
 from IPython.display import Markdown, display
 from scipy.special import expit
 
-from dlia_utils import calibration, comparison, datasets, files, launch, metrics, models, objectives
-from dlia_utils import report, smoothing, split, train
+from dlia_utils import plots
+from dlia_utils import calibration, comparison, files, launch, metrics, models, objectives
+from dlia_utils.data import datasets
+from dlia_utils import report, smoothing, train
+from dlia_utils.data import split
 from dlia_utils.attacks import evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.attacks.checklist import checklist
-from dlia_utils.models.fold import fast_copy
+from dlia_utils.models.pixel import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
 from dlia_utils.study import SUITE_USES, attack_subset, load_models, made_by, open_study, stored
 from dlia_utils.study import suite_folder, suite_options, test_opened, train_model, weights_label
@@ -171,7 +234,7 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, ["class_name", "patient"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+figure = plots.figure_samples(study.images(shown).cpu().numpy(), titles, run.caption)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -270,7 +333,9 @@ def train_gaussian_noise(study):
         return {"val_noisy_accuracy": float((called == (y.cpu().numpy() == 1)).mean())}
 
     noisy = objectives.gaussian_noise(sigma=run.sigma, weight=study.class_weights())
-    return train_model(study, "gaussian_noise", noisy, val_metric=under_noise, monitor="val_noisy_accuracy")
+    return train_model(
+        study, "gaussian_noise", noisy, val_metric=under_noise, monitor="val_noisy_accuracy"
+    )
 
 
 # %% [markdown]
@@ -294,8 +359,15 @@ def under_attack(study):
     films = held_out(study)
 
     def robust_accuracy(model):
-        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=run.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(
+            model,
+            films,
+            [run.at_eps],
+            attacks=["pgd_margin"],
+            steps=5,
+            batch_size=run.attack_batch,
+            progress=False,
+        )
         return {"val_robust": 1 - found.rows.query("attack == 'worst'").fooled.mean()}
 
     return {"val_metric": robust_accuracy, "monitor": "val_robust"}
@@ -308,8 +380,13 @@ def train_adversarial(study, name):
     steps = {**ball, "steps": run.at_steps, "step_size": run.at_step_size}
     if name == "fast_at":
         monitor = objectives.overfitting_monitor(*held_out(study), eps=run.at_eps)
-        return train_model(study, name, objectives.fast_adversarial(**ball), val_metric=monitor,
-                           monitor="val_pgd_accuracy")  # fmt: skip
+        return train_model(
+            study,
+            name,
+            objectives.fast_adversarial(**ball),
+            val_metric=monitor,
+            monitor="val_pgd_accuracy",
+        )
     options = under_attack(study)
     if name == "pgd_at":
         objective = objectives.pgd_adversarial(**steps)
@@ -320,7 +397,10 @@ def train_adversarial(study, name):
     elif name == "hat":
         objective = objectives.hat(load_models(study, ["baseline"])["baseline"], **steps)
     elif name == "free_at":
-        objective, options["epochs"] = objectives.free_adversarial(**ball, replays=run.free_replays), run.free_epochs
+        objective, options["epochs"] = (
+            objectives.free_adversarial(**ball, replays=run.free_replays),
+            run.free_epochs,
+        )
     elif name == "gairat":
         count = run.gairat_steps
         objective = objectives.gairat(**ball, steps=count, step_size=2 * run.at_eps / count)
@@ -347,18 +427,37 @@ def train_own(study, name):
 study = open_study(run)
 print("starting weights:", weights_label(run))
 jobs = {"baseline": train_baseline, "papernot_teacher": train_papernot_teacher}
-jobs |= {"lipschitz": partial(train_lipschitz, name="lipschitz", kind="kernel"),
-         "lipschitz_operator": partial(train_lipschitz, name="lipschitz_operator", kind="operator"),
-         "margin_gradient": train_margin_gradient, "gaussian_noise": train_gaussian_noise}  # fmt: skip
+jobs |= {
+    "lipschitz": partial(train_lipschitz, name="lipschitz", kind="kernel"),
+    "lipschitz_operator": partial(train_lipschitz, name="lipschitz_operator", kind="operator"),
+    "margin_gradient": train_margin_gradient,
+    "gaussian_noise": train_gaussian_noise,
+}
 jobs |= {name: partial(train_adversarial, name=name) for name in run.adversarial}
 jobs |= {f"distilled_T{t:g}": partial(train_distilled, temperature=t) for t in run.temperatures}
 jobs |= {"papernot": train_papernot} | {name: partial(train_own, name=name) for name in run.own}
-later = {"papernot", "hat", "gairat", *(f"distilled_T{t:g}" for t in run.temperatures)}  # they need another model
+later = {
+    "papernot",
+    "hat",
+    "gairat",
+    *(f"distilled_T{t:g}" for t in run.temperatures),
+}  # they need another model
 rows = []
-for wave in (sorted(set(jobs) - later, key=list(jobs).index), [name for name in jobs if name in later]):
+for wave in (
+    sorted(set(jobs) - later, key=list(jobs).index),
+    [name for name in jobs if name in later],
+):
     fitted = launch.each(lambda name: jobs[name](study), wave, log_dir=run.run_dir / "logs")
-    rows += [{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch,
-              "best score": one.best_score, "minutes": one.seconds / 60} for name, one in fitted.items()]  # fmt: skip
+    rows += [
+        {
+            "model": name,
+            "epochs": len(one.history),
+            "best epoch": one.best_epoch,
+            "best score": one.best_score,
+            "minutes": one.seconds / 60,
+        }
+        for name, one in fitted.items()
+    ]
 pd.DataFrame(rows).round(3)
 
 # %% [markdown]
@@ -366,9 +465,12 @@ pd.DataFrame(rows).round(3)
 # AUC is comparable on the right (an adversarially trained model answers clean films here, too).
 
 # %%
-histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in MODELS
-             if (run.run_dir / name / "metrics.csv").exists()}  # fmt: skip
-figure = report.figure_history(histories, run)
+histories = {
+    name: pd.read_csv(run.run_dir / name / "metrics.csv")
+    for name in MODELS
+    if (run.run_dir / name / "metrics.csv").exists()
+}
+figure = plots.figure_history(histories, run.caption)
 report.save_figure(figure, run, "training")
 figure
 
@@ -384,9 +486,15 @@ shape, rows = (1, run.size, run.size), []
 for name, model in load_models(study, ["baseline", "lipschitz", "lipschitz_operator"]).items():
     norms = models.compare_norms(model.backbone, (3, *shape[1:]))
     convolutions = norms[norms["kind"].ne("linear")]
-    rows.append({"model": name, "largest reshaped norm": convolutions["reshaped_norm"].max(),
-                 "largest operator norm": convolutions["operator_norm"].max(), "largest ratio": convolutions["ratio"].max(),
-                 "bound of the whole network": f"{models.lipschitz_bound(model, shape):.1e}"})  # fmt: skip
+    rows.append(
+        {
+            "model": name,
+            "largest reshaped norm": convolutions["reshaped_norm"].max(),
+            "largest operator norm": convolutions["operator_norm"].max(),
+            "largest ratio": convolutions["ratio"].max(),
+            "bound of the whole network": f"{models.lipschitz_bound(model, shape):.1e}",
+        }
+    )
 pd.DataFrame(rows).round(2)
 
 # %% [markdown]
@@ -404,13 +512,17 @@ labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 scores = {name: train.log_odds(model, study.torch_set("test")) for name, model in trained.items()}
 clean = pd.concat(
     report.result_rows(
-        metrics.classification(labels, score, patients, threshold=0, draws=run.bootstrap_draws), run, model=name
+        metrics.classification(labels, score, patients, threshold=0, draws=run.bootstrap_draws),
+        run,
+        model=name,
     )
     for name, score in scores.items()
 )
 report.update_results(clean, RESULTS)
 table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()])
-table.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dict.fromkeys(table.metric))]
+table.pivot(index="model", columns="metric", values="cell").loc[
+    MODELS, list(dict.fromkeys(table.metric))
+]
 
 # %% [markdown]
 # Precision, recall and F1 are macro averages over both classes, as in the original study. Sensitivity is the
@@ -421,20 +533,25 @@ table.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dic
 # Does a defence cost AUC? DeLong's test, on the same films and by patient; p with Holm's adjustment.
 
 # %%
-predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**{n: expit(s) for n, s in scores.items()})
+predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(
+    **{n: expit(s) for n, s in scores.items()}
+)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
-tests = {name: comparison.delong_test(labels, scores[name], scores["baseline"], patients) for name in MODELS[1:]}
+tests = {
+    name: comparison.delong_test(labels, scores[name], scores["baseline"], patients)
+    for name in MODELS[1:]
+}
 tests = pd.DataFrame(tests).T.rename(columns={"value": "AUC minus the baseline's"})
 tests["p (Holm)"] = comparison.holm(tests["p"])
 files.write_csv(tests.rename_axis("model").reset_index(), run.run_dir / "auc_tests.csv")
 display(tests[["AUC minus the baseline's", "ci_low", "ci_high", "p (Holm)"]].astype(float).round(4))
-figure = report.figure_roc(labels, scores, run)
+figure = plots.figure_roc(labels, scores, run.caption)
 report.save_figure(figure, run, "roc")
 figure
 
 # %%
 predicted = {name: (score > 0).astype(int) for name, score in scores.items()}
-figure = report.figure_confusion(labels, predicted, study.dataset.classes, run)
+figure = plots.figure_confusion(labels, predicted, study.dataset.classes, run.caption)
 report.save_figure(figure, run, "confusion")
 figure
 
@@ -453,20 +570,27 @@ test_opened(study, "calibration")
 calibrated, table, fixed = {}, [], []
 for name, model in load_models(study, MODELS).items():
     on_val, on_test = (train.log_odds(model, study.torch_set(part)) for part in ("val", "test"))
-    temperature = calibration.fit_temperature(np.stack([np.zeros_like(on_val), on_val], axis=1), val_labels)
+    temperature = calibration.fit_temperature(
+        np.stack([np.zeros_like(on_val), on_val], axis=1), val_labels
+    )
     calibrated[name] = expit(on_test / temperature)
     for when, p in (("clean", expit(on_test)), ("clean, temperature", calibrated[name])):
         found = calibration.summary(labels, p, patients, draws=run.bootstrap_draws)
         table.append(found.assign(model=name, attack=when, temperature=temperature))
-    found = metrics.sensitivity_at_specificity((val_labels, on_val), labels, on_test, patients,
-                                               draws=run.bootstrap_draws)  # fmt: skip
+    found = metrics.sensitivity_at_specificity(
+        (val_labels, on_val), labels, on_test, patients, draws=run.bootstrap_draws
+    )
     fixed.append(report.result_rows(found.filter(report.RESULT_COLUMNS), run, model=name))
 fixed, table = pd.concat(fixed), pd.concat(table)
 report.update_results(fixed, RESULTS)
 report.update_results(report.result_rows(table.filter(report.RESULT_COLUMNS), run), RESULTS)
-shown = table[table.metric.isin(["ece", "brier"])].assign(cell=lambda t: [report.with_interval(row) for _, row in t.iterrows()])
+shown = table[table.metric.isin(["ece", "brier"])].assign(
+    cell=lambda t: [report.with_interval(row) for _, row in t.iterrows()]
+)
 shown["what"] = shown.metric + shown.attack.str.removeprefix("clean").str.replace(",", " after")
-alone = table[table.metric.eq("ece") & table.attack.eq("clean")].set_index("model")[["temperature", "if_calibrated"]]
+alone = table[table.metric.eq("ece") & table.attack.eq("clean")].set_index("model")[
+    ["temperature", "if_calibrated"]
+]
 alone.round(3).join(shown.pivot(index="model", columns="what", values="cell")).loc[MODELS]
 
 # %% [markdown]
@@ -476,7 +600,9 @@ alone.round(3).join(shown.pivot(index="model", columns="what", values="cell")).l
 
 # %%
 fixed["cell"] = [report.with_interval(row) for _, row in fixed.iterrows()]
-fixed.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dict.fromkeys(fixed.metric))]
+fixed.pivot(index="model", columns="metric", values="cell").loc[
+    MODELS, list(dict.fromkeys(fixed.metric))
+]
 
 # %% [markdown]
 # First, what the calibrated probabilities are worth, bin by bin. Then the *net benefit* of treating by them
@@ -487,12 +613,16 @@ fixed.pivot(index="model", columns="metric", values="cell").loc[MODELS, list(dic
 # %%
 some = {name: calibrated[name] for name in ("baseline", "papernot", run.adversarial[0])}
 draws = min(500, run.bootstrap_draws)
-curves = {name: calibration.reliability(labels, p, patients, draws=draws) for name, p in some.items()}
-figure = calibration.figure_reliability(curves, run)
+curves = {
+    name: calibration.reliability(labels, p, patients, draws=draws) for name, p in some.items()
+}
+figure = calibration.figure_reliability(curves, run.caption)
 report.save_figure(figure, run, "reliability")
 display(figure)
-curves = {name: calibration.decision_curve(labels, p, patients, draws=draws) for name, p in some.items()}
-figure = calibration.figure_decision_curve(curves, run)
+curves = {
+    name: calibration.decision_curve(labels, p, patients, draws=draws) for name, p in some.items()
+}
+figure = calibration.figure_decision_curve(curves, run.caption)
 report.save_figure(figure, run, "decision_curve")
 figure
 
@@ -514,7 +644,9 @@ def fgsm_normalised(model, study, rows):
         for chunk in np.array_split(rows, -(-len(rows) // run.attack_batch)):
             x, y = study.images(chunk).expand(-1, 3, -1, -1), study.labels(chunk)
             result = fgsm(model, x, y, eps=normalised_eps(eps, std).to(x.device))
-            tables.append(pd.DataFrame({"eps": eps, "image": chunk, "fooled": result.success.cpu()}))
+            tables.append(
+                pd.DataFrame({"eps": eps, "image": chunk, "fooled": result.success.cpu()})
+            )
     return pd.concat(tables).assign(attack="fgsm_normalised")
 
 
@@ -523,12 +655,22 @@ study = open_study(run)
 trained, rows = load_models(study, MODELS), study.rows("test")
 test_opened(study, "FGSM in normalised units")
 for name, model in trained.items():
-    per_image = stored(study, f"fgsm_normalised_{name}", lambda m=model: fgsm_normalised(m, study, rows),
-                       model=name, uses=["published_eps_grid"])  # fmt: skip
+    per_image = stored(
+        study,
+        f"fgsm_normalised_{name}",
+        lambda m=model: fgsm_normalised(m, study, rows),
+        model=name,
+        uses=["published_eps_grid"],
+    )
     accuracy = report.accuracy_rows(per_image, study, model=name, eps_unit="normalised")
     results = report.update_results(accuracy, RESULTS)
-figure = report.figure_accuracy_vs_eps(results, run, attack="fgsm_normalised", unit="normalised",
-                                       note="FGSM as in the original study")  # fmt: skip
+figure = plots.figure_accuracy_vs_eps(
+    results,
+    run.caption,
+    attack="fgsm_normalised",
+    unit="normalised",
+    note="FGSM as in the original study",
+)
 report.save_figure(figure, run, "fgsm_normalised")
 figure
 
@@ -564,17 +706,28 @@ def suite(study, name):
     """The whole evaluation of one trained model; finished parts are read back."""
     rows = study.rows("test")
     images, labels, model = study.images(rows), study.labels(rows), load_models(study, [name])[name]
-    return evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
-                           groups=study.patients(rows), folder=suite_folder(study, name),
-                           resume=bool(run.resume))  # fmt: skip
+    return evaluate.robust(
+        model,
+        (images, labels),
+        run.eps_grid,
+        **suite_options(run),
+        ids=rows,
+        groups=study.patients(rows),
+        folder=suite_folder(study, name),
+        resume=bool(run.resume),
+    )
 
 
 def evaluated(name):
     found = suite(open_study(run), name)
     stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
-    stored(study, f"checks_{name}", lambda: checklist(found.model, found.images, found.labels, found,
-                                                      subset=run.check_films),
-           model=name, uses=(*SUITE_USES, "check_films"))  # fmt: skip
+    stored(
+        study,
+        f"checks_{name}",
+        lambda: checklist(found.model, found.images, found.labels, found, subset=run.check_films),
+        model=name,
+        uses=(*SUITE_USES, "check_films"),
+    )
     return found.cost.assign(model=name)
 
 
@@ -585,8 +738,10 @@ cost = pd.concat(launch.each(evaluated, MODELS, log_dir=run.run_dir / "logs").va
 files.write_csv(cost, run.run_dir / "suite_cost.csv")
 for name in MODELS:
     per_image = stored(study, f"robust_{name}", model=name, section="5 The suite")
-    rows = [report.accuracy_rows(per_image, study, model=name),
-            report.direction_rows(per_image, study, model=name, eps=run.headline_eps)]  # fmt: skip
+    rows = [
+        report.accuracy_rows(per_image, study, model=name),
+        report.direction_rows(per_image, study, model=name, eps=run.headline_eps),
+    ]
     results = report.update_results(pd.concat(rows), RESULTS)
 worst = results[results.attack.isin(["clean", "worst"])]
 report.results_table(worst)
@@ -596,7 +751,9 @@ report.results_table(worst)
 # below the dashed share of the larger class would do better by always answering "pneumonia".
 
 # %%
-figure = report.figure_accuracy_vs_eps(results, run, attack="worst", note="Worst case over the suite")
+figure = plots.figure_accuracy_vs_eps(
+    results, run.caption, attack="worst", note="Worst case over the suite"
+)
 majority = np.bincount(study.labels(study.rows("test")).cpu()).max() / len(study.rows("test"))
 figure.axes[0].axhline(majority, color="0.5", ls="--", lw=1)
 report.save_figure(figure, run, "worst_case")
@@ -608,15 +765,23 @@ figure
 # wrong with the attack, not right with the model.
 
 # %%
-near = results[np.isclose(results.eps, run.headline_eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
-near.pivot(index="model", columns="attack", values="value").reindex(MODELS, columns=[*run.attacks, "worst"]).round(3)
+near = results[
+    np.isclose(results.eps, run.headline_eps)
+    & results.eps_unit.eq("pixel")
+    & results.metric.eq("accuracy")
+]
+near.pivot(index="model", columns="attack", values="value").reindex(
+    MODELS, columns=[*run.attacks, "worst"]
+).round(3)
 
 # %% [markdown]
 # **In which direction does it fall?** A missed pneumonia and a false alarm are not the same mistake: the worst case, split
 # into the share of pneumonias still found (sensitivity) and of healthy chests still left alone (specificity).
 
 # %%
-directions = results[results.attack.eq("worst") & results.metric.isin(["sensitivity", "specificity"])]
+directions = results[
+    results.attack.eq("worst") & results.metric.isin(["sensitivity", "specificity"])
+]
 directions = directions.assign(cell=[report.with_interval(row) for _, row in directions.iterrows()])
 display(directions.pivot(index="model", columns="metric", values="cell").reindex(MODELS))
 cost = pd.read_csv(run.run_dir / "suite_cost.csv")
@@ -630,7 +795,7 @@ cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().as
 study = open_study(run)
 found = suite(study, (run.adversarial or MODELS)[0])
 print(found.text(checks=False))
-figure = found.figure(run)
+figure = found.figure(run.caption)
 report.save_figure(figure, run, "one_page")
 figure
 
@@ -649,16 +814,26 @@ test_opened(study, "share of zero gradients")
 images, labels = study.images(rows), study.labels(rows)
 shares = {}
 for name, model in trained.items():
-    table = stored(study, f"zero_gradients_{name}", lambda m=model: pd.DataFrame(
-        {"share": [evaluate.zero_gradient_share(m, images, labels, batch_size=run.attack_batch)]}
-    ), model=name, uses=["attack_batch"])  # fmt: skip
+    table = stored(
+        study,
+        f"zero_gradients_{name}",
+        lambda m=model: pd.DataFrame(
+            {
+                "share": [
+                    evaluate.zero_gradient_share(m, images, labels, batch_size=run.attack_batch)
+                ]
+            }
+        ),
+        model=name,
+        uses=["attack_batch"],
+    )
     shares[name] = table["share"].item()
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
 masking = report.masking_table(results, eps=run.headline_eps)
 masking.round(3)
 
 # %%
-figure = report.figure_masking(masking, run)
+figure = plots.figure_masking(masking, run.caption, eps=run.headline_eps)
 report.save_figure(figure, run, "masking")
 figure
 
@@ -668,12 +843,16 @@ figure
 # overview stand the warnings with their numbers.
 
 # %%
-checks = {name: stored(study, f"checks_{name}", model=name, section="5 The suite") for name in MODELS}
+checks = {
+    name: stored(study, f"checks_{name}", model=name, section="5 The suite") for name in MODELS
+}
 checks = pd.concat(checks, names=["model"]).reset_index("model").reset_index(drop=True)
 order = list(dict.fromkeys(checks["check"]))
 display(checks.pivot(index="check", columns="model", values="verdict").loc[order, MODELS])
 with pd.option_context("display.max_colwidth", 300):
-    display(checks.loc[checks["verdict"].eq("WARN"), ["model", "check", "value"]].reset_index(drop=True))
+    display(
+        checks.loc[checks["verdict"].eq("WARN"), ["model", "check", "value"]].reset_index(drop=True)
+    )
 
 # %% [markdown]
 # ## 7 A certificate
@@ -689,21 +868,42 @@ study = open_study(run)
 rows = attack_subset(study, run.certified_per_class)
 test_opened(study, f"a certificate for {len(rows)} images")
 model = load_models(study, ["gaussian_noise"])["gaussian_noise"]
-certified = stored(study, "certificate_gaussian_noise", lambda: smoothing.certify(
-    fast_copy(model), study.images(rows), study.labels(rows), sigma=run.sigma, n=run.certificate_draws,
-    ids=rows, seed=run.seed), model="gaussian_noise",
-    uses=["certified_per_class", "sigma", "certificate_draws", "seed"])  # fmt: skip
+certified = stored(
+    study,
+    "certificate_gaussian_noise",
+    lambda: smoothing.certify(
+        fast_copy(model),
+        study.images(rows),
+        study.labels(rows),
+        sigma=run.sigma,
+        n=run.certificate_draws,
+        ids=rows,
+        seed=run.seed,
+    ),
+    model="gaussian_noise",
+    uses=["certified_per_class", "sigma", "certificate_draws", "seed"],
+)
 radii = np.array([0, 0.5, 1, 1.5, 2, 2.4]) * run.sigma  # 1,000 draws can show 2.46 sigma at most
-table = smoothing.certified_accuracy(certified, radii, study.patients(rows), draws=run.bootstrap_draws)
+table = smoothing.certified_accuracy(
+    certified, radii, study.patients(rows), draws=run.bootstrap_draws
+)
 table = table.rename(columns={"radius": "eps"}).filter(report.RESULT_COLUMNS)
-table = report.result_rows(table, run, model="gaussian_noise, smoothed",
-                           attack="any, certified", eps_unit="L2 length")  # fmt: skip
+table = report.result_rows(
+    table, run, model="gaussian_noise, smoothed", attack="any, certified", eps_unit="L2 length"
+)
 report.update_results(table, RESULTS)
 whole = run.headline_eps * run.size
-print(f"every pixel moved by {eps_text(run.headline_eps)} is a change of L2 length {whole:.2f}; "
-      f"no answer for {(certified['predicted'] == smoothing.ABSTAIN).mean():.0%} of the films")  # fmt: skip
-pd.DataFrame({"L2 radius": table["eps"].round(3), "certified accuracy": [report.with_interval(r) for _, r in table.iterrows()],
-              "films": table["n"]})  # fmt: skip
+print(
+    f"every pixel moved by {eps_text(run.headline_eps)} is a change of L2 length {whole:.2f}; "
+    f"no answer for {(certified['predicted'] == smoothing.ABSTAIN).mean():.0%} of the films"
+)
+pd.DataFrame(
+    {
+        "L2 radius": table["eps"].round(3),
+        "certified accuracy": [report.with_interval(r) for _, r in table.iterrows()],
+        "films": table["n"],
+    }
+)
 
 
 # %% [markdown]
@@ -719,22 +919,46 @@ pd.DataFrame({"L2 radius": table["eps"].round(3), "certified accuracy": [report.
 def attack_one_pixel(model, study, rows, setting):
     pixels, population, iterations, f, cr = setting
     x, y = study.images(rows).expand(-1, 3, -1, -1), study.labels(rows)
-    result = one_pixel(fast_copy(model), x, y, pixels=pixels, population=population, iterations=iterations,
-                       f=f, cr=cr, seed=run.seed, ids=rows)  # fmt: skip
+    result = one_pixel(
+        fast_copy(model),
+        x,
+        y,
+        pixels=pixels,
+        population=population,
+        iterations=iterations,
+        f=f,
+        cr=cr,
+        seed=run.seed,
+        ids=rows,
+    )
     before, after = (train.predict(model, images)[0][:, 1] for images in (x, result.x_adv))
-    return pd.DataFrame({"image": rows, "label": y.cpu(), "clean_probability": before, "probability": after,
-                         "queries": result.queries.cpu()})  # fmt: skip
+    return pd.DataFrame(
+        {
+            "image": rows,
+            "label": y.cpu(),
+            "clean_probability": before,
+            "probability": after,
+            "queries": result.queries.cpu(),
+        }
+    )
 
 
 # %%
 study = open_study(run)
-trained, rows = load_models(study, ["baseline", "lipschitz"]), attack_subset(study, run.one_pixel_per_class)
+trained, rows = (
+    load_models(study, ["baseline", "lipschitz"]),
+    attack_subset(study, run.one_pixel_per_class),
+)
 test_opened(study, f"One-Pixel on {len(rows)} images")
 for name, model in trained.items():
     for number, setting in enumerate(run.one_pixel, start=1):
-        table = stored(study, f"one_pixel_{number}_{name}",
-                       lambda m=model, s=setting: attack_one_pixel(m, study, rows, s), model=name,
-                       uses=["one_pixel", "one_pixel_per_class", "seed"])  # fmt: skip
+        table = stored(
+            study,
+            f"one_pixel_{number}_{name}",
+            lambda m=model, s=setting: attack_one_pixel(m, study, rows, s),
+            model=name,
+            uses=["one_pixel", "one_pixel_per_class", "seed"],
+        )
         outcome = report.one_pixel_rows(table, study, model=name, setting=setting)
         results = report.update_results(outcome, RESULTS)
 report.one_pixel_table(results)
@@ -758,12 +982,20 @@ rows = attack_subset(study, 1)
 x, y = study.images(rows), study.labels(rows)
 attacked, captions = {}, [{"clean": study.dataset.classes[label]} for label in y.tolist()]
 for name, model in trained.items():
-    adversarial = pgd(model, x, y, eps=run.headline_eps, steps=run.pgd_steps, loss="margin",
-                      stop_when_fooled=False, ids=rows).x_adv  # fmt: skip
+    adversarial = pgd(
+        model,
+        x,
+        y,
+        eps=run.headline_eps,
+        steps=run.pgd_steps,
+        loss="margin",
+        stop_when_fooled=False,
+        ids=rows,
+    ).x_adv
     attacked[name] = adversarial.cpu().numpy()
     for caption, p in zip(captions, train.predict(model, adversarial)[0], strict=True):
         caption[name] = f"{name}: {study.dataset.classes[p.argmax()]} {p.max():.2f}"
-figure = report.figure_adversarial(x.cpu().numpy(), attacked, captions, run)
+figure = plots.figure_adversarial(x.cpu().numpy(), attacked, captions, run.caption)
 report.save_figure(figure, run, "adversarial")
 figure
 
@@ -775,7 +1007,9 @@ figure
 
 # %%
 study = open_study(run)
-per_image = {name: stored(study, f"robust_{name}", model=name, section="5 The suite") for name in MODELS}
+per_image = {
+    name: stored(study, f"robust_{name}", model=name, section="5 The suite") for name in MODELS
+}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="baseline")
 files.write_csv(paired, run.run_dir / "paired_tests.csv")
 paired.round(4)
@@ -797,8 +1031,12 @@ Markdown(report.verdict(results, masking, paired, run))
 
 # %%
 headline = pd.read_csv(made_by(run, "results.csv", "5 The suite"))
-keep = headline.attack.isin(["clean", "worst"]) & (headline.eps.eq(0) | np.isclose(headline.eps, run.headline_eps))
+keep = headline.attack.isin(["clean", "worst"]) & (
+    headline.eps.eq(0) | np.isclose(headline.eps, run.headline_eps)
+)
 display(report.results_table(headline[keep]))
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

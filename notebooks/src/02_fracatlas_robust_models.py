@@ -28,10 +28,14 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
+PROFILE = (
+    "auto"  # "smoke" (two minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
+)
 DATA_DIR = ""  # empty: find the data set; else the folder that holds FracAtlas
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -48,35 +52,95 @@ FULL = {"dataset": "fracatlas", "seed": 0, "size": 224, "fit": "pad", "per_class
 FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1}
 # MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
-FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2, "balance": "weights"}
+FULL |= {
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": 90.0,
+    "num_workers": 2,
+    "balance": "weights",
+}
 # Adversarial training, and the head ("linear", or "mlp", the original study's)
-FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0, "head": "linear"}
+FULL |= {
+    "at_eps": 4 / 255,
+    "at_steps": 7,
+    "at_step_size": 1 / 255,
+    "trades_beta": 6.0,
+    "head": "linear",
+}
 # Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
-ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16", "ra_resnet_50")
+ZOO += (
+    "rebuffi2021_wrn_70_16",
+    "standard_wrn_28_10",
+    "meansparse_wrn_94_16",
+    "ra_wrn_70_16",
+    "ra_resnet_50",
+)
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
-FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}  # maps of the first so many
+FULL |= {
+    "zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "zoo_maps": None,
+}  # maps of the first so many
 
 # %% tags=["settings"]
 # The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
-FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64, "budgets": {"square": {"steps": 2000}}}
+FULL |= {
+    "pgd_steps": 10,
+    "pgd_restarts": 1,
+    "attack_batch": 64,
+    "budgets": {"square": {"steps": 2000}},
+}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
-SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
-CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2, "at_step_size": 1.4 / 255}
-CPU |= {"zoo": (), "occlusion_window": 20, "integrated_steps": 16}  # the zoo's networks are no work for a laptop
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {
+    "square": {"steps": 200}
+}
+CPU = {
+    "size": 160,
+    "epochs": 10,
+    "num_workers": 0,
+    "at_eps": 2 / 255,
+    "at_steps": 2,
+    "at_step_size": 1.4 / 255,
+}
+CPU |= {
+    "zoo": (),
+    "occlusion_window": 20,
+    "integrated_steps": 16,
+}  # the zoo's networks are no work for a laptop
 CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
 
-TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
-SMOKE = {"size": 48, "per_class": 80, "val_share": 0.15, "test_share": 0.2, "width": 0.5, "stages": 3}
-SMOKE |= {"pretrained": False, "epochs": 6, "batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None}
+TINY = {
+    "apgd_ce": {"steps": 4},
+    "apgd_margin": {"steps": 4},
+    "fmn": {"steps": 5},
+    "square": {"steps": 10},
+}
+SMOKE = {
+    "size": 48,
+    "per_class": 80,
+    "val_share": 0.15,
+    "test_share": 0.2,
+    "width": 0.5,
+    "stages": 3,
+}
+SMOKE |= {
+    "pretrained": False,
+    "epochs": 6,
+    "batch_size": 16,
+    "lr": 3e-3,
+    "num_workers": 0,
+    "max_minutes": None,
+}
 SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255}
-SMOKE |= {"zoo": ("hat_wrn_34_10", "gairat_wrn_28_10", "huang2021_wrn_34_r", "meansparse_wrn_94_16")}  # one of each family
+SMOKE |= {
+    "zoo": ("hat_wrn_34_10", "gairat_wrn_28_10", "huang2021_wrn_34_r", "meansparse_wrn_94_16")
+}  # one of each family
 SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
 SMOKE |= {"zoo_alphas": (0.0, 0.2), "eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
 SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "maps": 6, "occlusion_window": 8}
@@ -85,9 +149,19 @@ SMOKE |= {"integrated_steps": 8, "bootstrap_draws": 200}
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("02_fracatlas_robust_models", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, trains="2 Training MobileNetV2, three ways",
-            allowed={"attacks": evaluate.LINF, "zoo": ZOO})
+run = start(
+    "02_fracatlas_robust_models",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    trains="2 Training MobileNetV2, three ways",
+    allowed={"attacks": evaluate.LINF, "zoo": ZOO},
+)
 print(run)
 
 # %% tags=["imports"]
@@ -100,9 +174,11 @@ from IPython.display import Markdown, display
 from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
-from dlia_utils import datasets, explore, files, launch, metrics, models, objectives, report, split, train
+from dlia_utils import files, launch, metrics, models, objectives, plots, report, train
 from dlia_utils.attacks import evaluate
+from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.attacks.checklist import checklist
+from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
 from dlia_utils.models import robust
@@ -135,9 +211,7 @@ RESULTS = run.run_dir / "results.csv"
 def study_of(name):
     """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
     study = open_study(run)
-    return study if name in MODELS else study.variant(
-        size=run.zoo_size, epochs=run.zoo_epochs
-    )  # fmt: skip
+    return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
 
 
 # %% [markdown]
@@ -154,7 +228,9 @@ def study_of(name):
 study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
-study.dataset.manifest.groupby("look").size().value_counts().rename("groups").rename_axis("films that look alike").to_frame()
+study.dataset.manifest.groupby("look").size().value_counts().rename("groups").rename_axis(
+    "films that look alike"
+).to_frame()
 
 # %%
 pd.set_option("display.max_colwidth", 100)
@@ -164,7 +240,7 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, ["class_name", "group"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+figure = plots.figure_samples(study.images(shown).cpu().numpy(), titles, run.caption)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -197,11 +273,23 @@ def rotated(film, rng):
 
 rng = np.random.default_rng(run.seed)
 rows = rng.permutation(study.rows("train"))[:400]
-films, chosen = np.maximum(study.cache.images[rows], 1), study.dataset.manifest["label"].to_numpy()[rows]
+films, chosen = (
+    np.maximum(study.cache.images[rows], 1),
+    study.dataset.manifest["label"].to_numpy()[rows],
+)
 alike = [black_corners(rotated(film, rng)) for film in films]
-by_label = [black_corners(rotated(film, rng) if label == 1 else film) for film, label in zip(films, chosen, strict=True)]
-pd.DataFrame({"augmentation": ["the same for both classes", "of one class only, as published"],
-              "AUC of counting black corner pixels": [roc_auc_score(chosen, s) for s in (alike, by_label)]}).round(3)  # fmt: skip
+by_label = [
+    black_corners(rotated(film, rng) if label == 1 else film)
+    for film, label in zip(films, chosen, strict=True)
+]
+pd.DataFrame(
+    {
+        "augmentation": ["the same for both classes", "of one class only, as published"],
+        "AUC of counting black corner pixels": [
+            roc_auc_score(chosen, s) for s in (alike, by_label)
+        ],
+    }
+).round(3)
 
 
 # %% [markdown]
@@ -224,8 +312,15 @@ def under_attack(study):
     films = study.images(rows), study.labels(rows)
 
     def balanced(model):
-        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=run.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(
+            model,
+            films,
+            [run.at_eps],
+            attacks=["pgd_margin"],
+            steps=5,
+            batch_size=run.attack_batch,
+            progress=False,
+        )
         worst = found.rows[found.rows["attack"].eq("worst")]
         return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
 
@@ -233,7 +328,9 @@ def under_attack(study):
 
 
 def train_standard(study):
-    return train_model(study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc")
+    return train_model(
+        study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc"
+    )
 
 
 def train_pgd_at(study):
@@ -244,8 +341,13 @@ def train_pgd_at(study):
 
 
 def train_trades(study):
-    loss = objectives.trades(eps=run.at_eps, beta=run.trades_beta, steps=run.at_steps,
-                             step_size=run.at_step_size, weight=study.class_weights())  # fmt: skip
+    loss = objectives.trades(
+        eps=run.at_eps,
+        beta=run.trades_beta,
+        steps=run.at_steps,
+        step_size=run.at_step_size,
+        weight=study.class_weights(),
+    )
     return train_model(study, "trades", loss, **under_attack(study))
 
 
@@ -259,7 +361,9 @@ def train_trades(study):
 # %%
 def train_linear_probe(study):
     model = models.with_head(build_model(run), head=run.head, seed=run.seed)
-    return train_head(study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights()))
+    return train_head(
+        study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights())
+    )
 
 
 def train_robust_probe(study):
@@ -268,7 +372,9 @@ def train_robust_probe(study):
         eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
     epochs = max(1, run.epochs // 3)  # a head alone is learnt soon
-    return train_head(study, "robust_probe", model, loss, augmented=True, epochs=epochs, **under_attack(study))
+    return train_head(
+        study, "robust_probe", model, loss, augmented=True, epochs=epochs, **under_attack(study)
+    )
 
 
 # %% [markdown]
@@ -277,15 +383,33 @@ def train_robust_probe(study):
 # %%
 study = open_study(run)
 print("starting weights:", weights_label(run))
-makers = {"pgd_at": train_pgd_at, "trades": train_trades, "standard": train_standard,
-          "robust_probe": train_robust_probe, "linear_probe": train_linear_probe}  # fmt: skip
+makers = {
+    "pgd_at": train_pgd_at,
+    "trades": train_trades,
+    "standard": train_standard,
+    "robust_probe": train_robust_probe,
+    "linear_probe": train_linear_probe,
+}
 fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=run.run_dir / "logs")
-pd.DataFrame([{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch, "best score": one.best_score,
-               "minutes": one.seconds / 60} for name, one in fitted.items()]).round(3)  # fmt: skip
+pd.DataFrame(
+    [
+        {
+            "model": name,
+            "epochs": len(one.history),
+            "best epoch": one.best_epoch,
+            "best score": one.best_score,
+            "minutes": one.seconds / 60,
+        }
+        for name, one in fitted.items()
+    ]
+).round(3)
 
 # %%
-histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at", "trades")}
-figure = report.figure_history(histories, run)
+histories = {
+    name: pd.read_csv(run.run_dir / name / "metrics.csv")
+    for name in ("standard", "pgd_at", "trades")
+}
+figure = plots.figure_history(histories, run.caption)
 report.save_figure(figure, run, "training")
 figure
 
@@ -298,7 +422,16 @@ figure
 
 # %%
 registry = robust.list()
-columns = ["title", "parameters", "megabytes", "clean", "robust", "adaptive", "normalises", "licence"]
+columns = [
+    "title",
+    "parameters",
+    "megabytes",
+    "clean",
+    "robust",
+    "adaptive",
+    "normalises",
+    "licence",
+]
 registry[columns]
 
 # %% [markdown]
@@ -313,8 +446,22 @@ registry[columns]
 # of the exact and the straight-through attack.
 
 # %%
-ZOO_USES = ("zoo_weights", "zoo_width", "zoo_epochs", "zoo_alphas", "head", "headline_eps", "pgd_steps", "seed",
-            "batch_size", "lr", "schedule", "patience", "balance", "attack_batch")  # fmt: skip
+ZOO_USES = (
+    "zoo_weights",
+    "zoo_width",
+    "zoo_epochs",
+    "zoo_alphas",
+    "head",
+    "headline_eps",
+    "pgd_steps",
+    "seed",
+    "batch_size",
+    "lr",
+    "schedule",
+    "patience",
+    "balance",
+    "attack_batch",
+)
 
 
 def train_robust_model(name):
@@ -328,26 +475,45 @@ def train_robust_model(name):
         return f"left out: {error}"
     model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
     rows, val = study.rows("train"), study.rows("val")
-    batches = [rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)]
+    batches = [
+        rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)
+    ]
     sparse = "meansparse" in name
     if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
-        table = robust.select_alpha(
-            model, map(study.images, batches), study.images(val), study.labels(val), grid=run.zoo_alphas,
-            eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)  # fmt: skip
+        table = select_alpha(
+            model,
+            map(study.images, batches),
+            study.images(val),
+            study.labels(val),
+            grid=run.zoo_alphas,
+            eps=run.headline_eps,
+            steps=run.pgd_steps,
+            seed=run.seed,
+        )
         files.write_csv(table, folder / "alpha.csv")
-        models.save(model, folder / "best.pt", meta={"alpha": float(table.loc[table.chosen, "alpha"].item())})
-    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # what result rows will say
+        models.save(
+            model,
+            folder / "best.pt",
+            meta={"alpha": float(table.loc[table.chosen, "alpha"].item())},
+        )
+    files.write_text(
+        run.zoo_weights or "random", folder / "weights.txt"
+    )  # what result rows will say
     files.write_text(str(body.load_report or "random weights"), folder / "checkpoint.txt")
     return (folder / "checkpoint.txt").read_text(encoding="utf-8")
 
 
 # %%
 if not run.zoo:
-    print("None in this profile: 5 to 60 billion multiplications an image are no work for a laptop. On Kaggle, with")
-    print("internet and a GPU, PROFILE = 'full' downloads them all; one checkpoint: robust.create(name, pretrained=FILE).")
+    print(
+        "None in this profile: 5 to 60 billion multiplications an image are no work for a laptop. On Kaggle, with"
+    )
+    print(
+        "internet and a GPU, PROFILE = 'full' downloads them all; one checkpoint: robust.create(name, pretrained=FILE)."
+    )
 else:
     study_of(run.zoo[0])  # decode once, before processes share the films
 loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
@@ -371,13 +537,19 @@ names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
-print(f'always answering "not fractured" is right on {1 - labels.mean():.1%} of the {len(labels)} test films')
+print(
+    f'always answering "not fractured" is right on {1 - labels.mean():.1%} of the {len(labels)} test films'
+)
 scores, clean = {}, []
 for name in names:
     own = study_of(name)
     model = load_models(own, [name])[name]
-    scores[name] = train.log_odds(model, own.torch_set("test"))  # does not saturate, as a probability would
-    outcome = metrics.classification(labels, scores[name], patients, threshold=0, draws=run.bootstrap_draws)
+    scores[name] = train.log_odds(
+        model, own.torch_set("test")
+    )  # does not saturate, as a probability would
+    outcome = metrics.classification(
+        labels, scores[name], patients, threshold=0, draws=run.bootstrap_draws
+    )
     clean.append(report.result_rows(outcome, own.run, model=name))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
@@ -385,9 +557,11 @@ table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrow
 table.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False)
 
 # %%
-predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**{n: expit(s) for n, s in scores.items()})
+predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(
+    **{n: expit(s) for n, s in scores.items()}
+)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
-figure = report.figure_roc(labels, {name: scores[name] for name in names[:7]}, run)
+figure = plots.figure_roc(labels, {name: scores[name] for name in names[:7]}, run.caption)
 report.save_figure(figure, run, "roc")
 figure
 
@@ -411,11 +585,23 @@ def attacked(name):
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
-                            groups=own.patients(rows), folder=suite_folder(own, name),
-                            resume=bool(run.resume))  # fmt: skip
-    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=run.check_films), model=name,
-           uses=(*SUITE_USES, "check_films"))  # fmt: skip
+    found = evaluate.robust(
+        model,
+        (images, labels),
+        run.eps_grid,
+        **suite_options(run),
+        ids=rows,
+        groups=own.patients(rows),
+        folder=suite_folder(own, name),
+        resume=bool(run.resume),
+    )
+    stored(
+        own,
+        f"checks_{name}",
+        lambda: checklist(model, images, labels, found, subset=run.check_films),
+        model=name,
+        uses=(*SUITE_USES, "check_films"),
+    )
     return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
 
@@ -435,7 +621,9 @@ report.results_table(results[results.attack.isin(["clean", "worst"])])
 report.attack_table(results, eps=run.headline_eps)
 
 # %%
-figure = report.figure_accuracy_vs_eps(results, run, attack="worst", note="Worst case over all attacks")
+figure = plots.figure_accuracy_vs_eps(
+    results, run.caption, attack="worst", note="Worst case over all attacks"
+)
 majority = np.bincount(study.labels(study.rows("test")).cpu()).max() / len(study.rows("test"))
 figure.axes[0].axhline(majority, color="0.5", ls="--", lw=1)
 report.save_figure(figure, run, "worst_case")
@@ -446,16 +634,28 @@ figure
 # holds best.
 
 # %%
-per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
-answers = {name: report.attacked_predictions(per_image[name], attack="pgd_ce", eps=run.headline_eps) for name in MODELS}
+per_image = {
+    name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
+    for name in names
+}
+answers = {
+    name: report.attacked_predictions(per_image[name], attack="pgd_ce", eps=run.headline_eps)
+    for name in MODELS
+}
 truth = answers["standard"]["label"].to_numpy()
-figure = report.figure_confusion(truth, {name: a["predicted"] for name, a in answers.items()}, study.dataset.classes, run)
+figure = plots.figure_confusion(
+    truth, {name: a["predicted"] for name, a in answers.items()}, study.dataset.classes, run.caption
+)
 report.save_figure(figure, run, "confusion_attacked")
 display(figure)
 held = {name: (a["label"] == a["predicted"]).mean() for name, a in answers.items()}
 best = max(held, key=held.get)
 print(f"{best}, PGD at {eps_text(run.headline_eps)}")
-print(classification_report(truth, answers[best]["predicted"], target_names=study.dataset.classes, zero_division=0))
+print(
+    classification_report(
+        truth, answers[best]["predicted"], target_names=study.dataset.classes, zero_division=0
+    )
+)
 
 # %% [markdown]
 # ## 6 Masked gradients
@@ -471,9 +671,21 @@ shares, checks = {}, []
 for name in names:
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
-    table = stored(own, f"zero_gradients_{name}", lambda m=model, o=own, r=rows: pd.DataFrame(
-        {"share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=run.attack_batch)]}),
-        model=name, uses=["attack_batch"])  # fmt: skip
+    table = stored(
+        own,
+        f"zero_gradients_{name}",
+        lambda m=model, o=own, r=rows: pd.DataFrame(
+            {
+                "share": [
+                    evaluate.zero_gradient_share(
+                        m, o.images(r), o.labels(r), batch_size=run.attack_batch
+                    )
+                ]
+            }
+        ),
+        model=name,
+        uses=["attack_batch"],
+    )
     shares[name] = table["share"].item()
     checks.append(stored(own, f"checks_{name}", model=name, section="5 Attacks").assign(model=name))
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
@@ -510,10 +722,12 @@ def explained(study, name, rows):
     """Maps [N,S,S] in [0,1] of every method that works for the model, and what each said about itself."""
     model, x = load_models(study, [name])[name], study.images(rows)
     options = {
-        "saliency": {}, "integrated_gradients": {"steps": run.integrated_steps}, "deeplift": {},
+        "saliency": {},
+        "integrated_gradients": {"steps": run.integrated_steps},
+        "deeplift": {},
         "occlusion": {"window": max(4, run.occlusion_window * study.run.size // run.size)},
         "gradcam": {"layer": models.last_map_layer(model)},
-    }  # fmt: skip
+    }
     maps, notes = {}, []
     for method, extra in options.items():
         try:
@@ -523,7 +737,14 @@ def explained(study, name, rows):
             continue
         maps[method] = found.heat().cpu().numpy()
         worst = np.nan if found.error is None else found.error.max().item()
-        notes.append({"model": name, "map": method, "zero maps": int(found.zero.sum()), "completeness error": worst})
+        notes.append(
+            {
+                "model": name,
+                "map": method,
+                "zero maps": int(found.zero.sum()),
+                "completeness error": worst,
+            }
+        )
     return maps, pd.DataFrame(notes)
 
 
@@ -540,8 +761,12 @@ for name in ("standard", "pgd_at"):
     maps, notes = explained(study, name, rows)
     display(notes.round(4))
     figure = figures.figure_overlays(
-        study.images(rows).cpu().numpy(), maps, captions=[f"{name}: {study.dataset.manifest.path[r][-14:]}" for r in rows],
-        config=run, boxes=localisation.regions_of(study.dataset, rows, study.cache))  # fmt: skip
+        study.images(rows).cpu().numpy(),
+        maps,
+        captions=[f"{name}: {study.dataset.manifest.path[r][-14:]}" for r in rows],
+        caption=run.caption,
+        boxes=localisation.regions_of(study.dataset, rows, study.cache),
+    )
     report.save_figure(figure, run, f"overlays_{name}")
     display(figure)
 
@@ -572,7 +797,9 @@ def scored(name):
     for kind in ("box", "outline"):
         regions = localisation.regions_of(study.dataset, rows, study.cache, kind=kind)
         films = study.images(rows).cpu()
-        per_film, _ = localisation.localise(maps, films, regions, groups=study.patients(rows), draws=2)
+        per_film, _ = localisation.localise(
+            maps, films, regions, groups=study.patients(rows), draws=2
+        )
         tables.append(per_film.assign(region=kind))
     return pd.concat(tables), notes
 
@@ -580,11 +807,16 @@ def scored(name):
 scores, differences = [], []
 for name in looked:
     own = study_of(name)
-    given = {"model": name, "uses": ["maps", "occlusion_window", "integrated_steps", "seed", "size"]}
+    given = {
+        "model": name,
+        "uses": ["maps", "occlusion_window", "integrated_steps", "seed", "size"],
+    }
     per_film = stored(own, f"maps_{name}", lambda n=name: scored(n)[0], **given)
     stored(own, f"remarks_{name}", lambda n=name: scored(n)[1], **given)
     for kind, part in per_film.groupby("region"):
-        summary = localisation.summarise(part, draws=run.bootstrap_draws).assign(region=kind, model=name)
+        summary = localisation.summarise(part, draws=run.bootstrap_draws).assign(
+            region=kind, model=name
+        )
         report.update_results(report.map_rows(summary, own, model=name), RESULTS)
         paired = localisation.against_references(part, draws=run.bootstrap_draws)
         scores.append(summary)
@@ -600,11 +832,17 @@ report.map_table(scores[scores.region.eq("box")])
 
 # %%
 study = open_study(run)
-per_film = {name: stored(study_of(name), f"maps_{name}", model=name, section="7 Where do they look?").query("region == 'box'")
-            for name in ["standard", "pgd_at", "trades", *trained(study, run.zoo[: run.zoo_maps])]}  # fmt: skip
+per_film = {
+    name: stored(study_of(name), f"maps_{name}", model=name, section="7 Where do they look?").query(
+        "region == 'box'"
+    )
+    for name in ["standard", "pgd_at", "trades", *trained(study, run.zoo[: run.zoo_maps])]
+}
 better = []
 for name in list(per_film)[1:]:
-    gained = localisation.against_model(per_film[name], per_film["standard"], draws=run.bootstrap_draws)
+    gained = localisation.against_model(
+        per_film[name], per_film["standard"], draws=run.bootstrap_draws
+    )
     gained = gained.assign(model=name, region="box, minus standard")
     report.update_results(report.map_rows(gained, study_of(name), model=name), RESULTS)
     better.append(gained)
@@ -613,7 +851,7 @@ report.map_table(pd.concat(better))
 # %%
 for name in looked[:3]:
     part = scores[scores.model.eq(name) & scores.region.eq("box")]
-    figure = figures.figure_localisation(part, run)
+    figure = figures.figure_localisation(part, run.caption)
     figure.suptitle(f"{name}; {len(rows)} fractured test films; {run.data_name}", fontsize=9)
     report.save_figure(figure, run, f"localisation_{name}")
     display(figure)
@@ -623,7 +861,9 @@ for name in looked[:3]:
 
 # %%
 where = "7 Where do they look?"
-remarks = pd.concat([stored(study_of(name), f"remarks_{name}", model=name, section=where) for name in looked])
+remarks = pd.concat(
+    [stored(study_of(name), f"remarks_{name}", model=name, section=where) for name in looked]
+)
 remarks.round(4).fillna("")
 
 # %% [markdown]
@@ -636,12 +876,21 @@ study = open_study(run)
 model = load_models(study, ["standard"])["standard"]
 x = study.images(boxed_rows(study, 8))
 randomised = {}
-for method, extra in {"saliency": {}, "gradcam": {"layer": models.last_map_layer(model)},
-                      "occlusion": {"window": run.occlusion_window}}.items():  # fmt: skip
-    randomised[method] = stored(study, f"randomised_{method}_standard", lambda m=method, e=extra: localisation.sanity(
-        model, x, m, target=1, steps=6, seed=run.seed, **e), model="standard",
-        uses=["maps", "occlusion_window", "seed"])  # fmt: skip
-figure = figures.figure_randomisation(randomised, run)
+for method, extra in {
+    "saliency": {},
+    "gradcam": {"layer": models.last_map_layer(model)},
+    "occlusion": {"window": run.occlusion_window},
+}.items():
+    randomised[method] = stored(
+        study,
+        f"randomised_{method}_standard",
+        lambda m=method, e=extra: localisation.sanity(
+            model, x, m, target=1, steps=6, seed=run.seed, **e
+        ),
+        model="standard",
+        uses=["maps", "occlusion_window", "seed"],
+    )
+figure = figures.figure_randomisation(randomised, run.caption)
 report.save_figure(figure, run, "randomised")
 figure
 
@@ -655,7 +904,10 @@ figure
 # %%
 study = open_study(run)
 names = [*MODELS, *trained(study, run.zoo)]
-per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
+per_image = {
+    name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
+    for name in names
+}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
 files.write_csv(paired, run.run_dir / "paired_tests.csv")
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
@@ -669,8 +921,12 @@ Markdown(report.map_verdict(differences[differences.region.eq("box")]))
 
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
-keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, run.headline_eps))
+keep = results.attack.isin(["clean", "worst"]) & (
+    results.eps.eq(0) | np.isclose(results.eps, run.headline_eps)
+)
 display(report.results_table(results[keep]))
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

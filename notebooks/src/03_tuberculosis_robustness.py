@@ -29,10 +29,14 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, one to two hours), "full" (GPU), or "auto"
+PROFILE = (
+    "auto"  # "smoke" (two minutes), "cpu" (a laptop, one to two hours), "full" (GPU), or "auto"
+)
 DATA_DIR = ""  # empty: find the data set; else the folder that holds Normal and Tuberculosis
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -49,33 +53,91 @@ FULL = {"dataset": "tuberculosis", "seed": 0, "size": 224, "fit": "pad", "per_cl
 FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1, "sensitivity": 0.95}
 # MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
-FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2, "balance": "weights"}
+FULL |= {
+    "schedule": "onecycle",
+    "patience": None,
+    "max_minutes": 90.0,
+    "num_workers": 2,
+    "balance": "weights",
+}
 # Adversarial training, and the head ("linear", or "mlp", the original study's)
-FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0, "head": "linear"}
+FULL |= {
+    "at_eps": 4 / 255,
+    "at_steps": 7,
+    "at_step_size": 1 / 255,
+    "trades_beta": 6.0,
+    "head": "linear",
+}
 # Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
-ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16", "ra_resnet_50")
+ZOO += (
+    "rebuffi2021_wrn_70_16",
+    "standard_wrn_28_10",
+    "meansparse_wrn_94_16",
+    "ra_wrn_70_16",
+    "ra_resnet_50",
+)
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
-FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}  # maps of the first so many
+FULL |= {
+    "zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "zoo_maps": None,
+}  # maps of the first so many
 
 # %% tags=["settings"]
 # The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
-FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64, "budgets": {"square": {"steps": 2000}}}
+FULL |= {
+    "pgd_steps": 10,
+    "pgd_restarts": 1,
+    "attack_batch": 64,
+    "budgets": {"square": {"steps": 2000}},
+}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
-SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {"square": {"steps": 200}}
-CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2, "at_step_size": 1.4 / 255}
-CPU |= {"zoo": (), "occlusion_window": 20, "integrated_steps": 16}  # the zoo's networks are no work for a laptop
+SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")} | {
+    "square": {"steps": 200}
+}
+CPU = {
+    "size": 160,
+    "epochs": 10,
+    "num_workers": 0,
+    "at_eps": 2 / 255,
+    "at_steps": 2,
+    "at_step_size": 1.4 / 255,
+}
+CPU |= {
+    "zoo": (),
+    "occlusion_window": 20,
+    "integrated_steps": 16,
+}  # the zoo's networks are no work for a laptop
 CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
 
-TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}, "square": {"steps": 10}}
-SMOKE = {"size": 48, "per_class": (160, 40), "val_share": 0.15, "test_share": 0.2, "width": 0.5, "stages": 3}
-SMOKE |= {"pretrained": False, "epochs": 15, "batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None}
+TINY = {
+    "apgd_ce": {"steps": 4},
+    "apgd_margin": {"steps": 4},
+    "fmn": {"steps": 5},
+    "square": {"steps": 10},
+}
+SMOKE = {
+    "size": 48,
+    "per_class": (160, 40),
+    "val_share": 0.15,
+    "test_share": 0.2,
+    "width": 0.5,
+    "stages": 3,
+}
+SMOKE |= {
+    "pretrained": False,
+    "epochs": 15,
+    "batch_size": 16,
+    "lr": 3e-3,
+    "num_workers": 0,
+    "max_minutes": None,
+}
 SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255}
 SMOKE |= {"zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16")}  # one of two families
 SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
@@ -86,9 +148,19 @@ SMOKE |= {"integrated_steps": 32, "bootstrap_draws": 200}
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("03_tuberculosis_robustness", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, trains="3 Training",
-            allowed={"attacks": evaluate.LINF, "zoo": ZOO})
+run = start(
+    "03_tuberculosis_robustness",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    trains="3 Training",
+    allowed={"attacks": evaluate.LINF, "zoo": ZOO},
+)
 print(run)
 
 # %% tags=["imports"]
@@ -102,15 +174,35 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dlia_utils import datasets, explore, files, launch, metrics, models, objectives, report
-from dlia_utils import shortcuts, split, train
+from dlia_utils.data import datasets, explore
+from dlia_utils import plots
+from dlia_utils import files, launch, metrics, models, objectives, report
+from dlia_utils import shortcuts, train
+from dlia_utils.data import split
 from dlia_utils.attacks import evaluate
 from dlia_utils.attacks.checklist import checklist
 from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
+from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.models import robust
-from dlia_utils.study import SUITE_USES, build_model, load_models, made_by, open_study, stored, suite_folder
-from dlia_utils.study import suite_options, test_opened, train_head, train_model, trained, weights_label, work_folder
+from dlia_utils.study import (
+    SUITE_USES,
+    build_model,
+    load_models,
+    made_by,
+    open_study,
+    stored,
+    suite_folder,
+)
+from dlia_utils.study import (
+    suite_options,
+    test_opened,
+    train_head,
+    train_model,
+    trained,
+    weights_label,
+    work_folder,
+)
 from dlia_utils.units import eps_text
 
 MODELS = ["standard", "pgd_at", "linear_probe"]
@@ -120,9 +212,7 @@ RESULTS = run.run_dir / "results.csv"
 def study_of(name):
     """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
     study = open_study(run)
-    return study if name in MODELS else study.variant(
-        size=run.zoo_size, epochs=run.zoo_epochs
-    )  # fmt: skip
+    return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
 
 
 # %% [markdown]
@@ -148,7 +238,7 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, "class_name"]
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+figure = plots.figure_samples(study.images(shown).cpu().numpy(), titles, run.caption)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -161,15 +251,25 @@ figure
 
 # %%
 study = open_study(run)
-display(explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3))
+display(
+    explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3)
+)
 rng = np.random.default_rng(run.seed)
-train_films, val_films = (shortcuts.films(study, rng.permutation(study.rows(part))[:800]) for part in ("train", "val"))
+train_films, val_films = (
+    shortcuts.films(study, rng.permutation(study.rows(part))[:800]) for part in ("train", "val")
+)
 regions = shortcuts.region_accuracy(
-    shortcuts.linear_probe(), train_films, val_films, regions=("whole", "centre_only", "border_only", "corners_only"),
-    draws=run.bootstrap_draws)  # fmt: skip
+    shortcuts.linear_probe(),
+    train_films,
+    val_films,
+    regions=("whole", "centre_only", "border_only", "corners_only"),
+    draws=run.bootstrap_draws,
+)
 files.write_csv(regions, run.run_dir / "tables" / "regions.csv")
 cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
-cells.pivot(index="region", columns="metric", values="cell").loc[list(dict.fromkeys(regions.region))]
+cells.pivot(index="region", columns="metric", values="cell").loc[
+    list(dict.fromkeys(regions.region))
+]
 
 
 # %% [markdown]
@@ -201,16 +301,25 @@ study = open_study(run)
 rows = study.rows("train")[:4]
 four, truth, found = F.interpolate(study.images(rows), (80, 80)), study.labels(rows), []
 for name in ("standard_wrn_28_10", "hat_wrn_34_10", "huang2021_wrn_34_r"):
-    model = robust.create(name, width=1 / 16).to(run.device).eval()  # random weights: the bug is in the shapes
+    model = (
+        robust.create(name, width=1 / 16).to(run.device).eval()
+    )  # random weights: the bug is in the shapes
     maps = activations(model, four, models.last_map_layer(model))
     logits = model.head(scrambled(maps, 8))
     try:
         complaint = F.cross_entropy(logits, truth)
     except ValueError as error:
         complaint = error
-    found.append({"model": name, "map": "{} channels, {} x {} places".format(*maps.shape[1:]),
-                  "films": len(four), "rows, published": len(logits), "rows, pooled": len(model(four)),
-                  "cross_entropy": complaint})  # fmt: skip
+    found.append(
+        {
+            "model": name,
+            "map": "{} channels, {} x {} places".format(*maps.shape[1:]),
+            "films": len(four),
+            "rows, published": len(logits),
+            "rows, pooled": len(model(four)),
+            "cross_entropy": complaint,
+        }
+    )
 pd.DataFrame(found)
 
 
@@ -236,7 +345,9 @@ def read(network, films, fold=False):
 
 
 def fresh_probe():
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000))
+    return make_pipeline(
+        StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)
+    )
 
 
 def compared(study):
@@ -246,21 +357,37 @@ def compared(study):
     labels = {part: study.labels(rows[part]).cpu().numpy() for part in rows}
     tables, features = [], {}
     for kind, fold in (("pooled", False), ("scrambled, folded", True)):
-        features[kind] = {part: read(model.backbone, model.normalize(study.images(rows[part])), fold) for part in rows}
+        features[kind] = {
+            part: read(model.backbone, model.normalize(study.images(rows[part])), fold)
+            for part in rows
+        }
         probe = fresh_probe().fit(features[kind]["train"], labels["train"])
         score = probe.predict_proba(features[kind]["val"])[:, 1]
-        outcome = metrics.classification(labels["val"], score, study.patients(rows["val"]), draws=run.bootstrap_draws)
+        outcome = metrics.classification(
+            labels["val"], score, study.patients(rows["val"]), draws=run.bootstrap_draws
+        )
         tables.append(outcome.assign(features=kind))
     right, wrong = (StandardScaler().fit_transform(one["train"]) for one in features.values())
-    likeness = (right * wrong).mean(0)[right.std(0) > 0]  # a channel that never answers resembles nothing
-    return pd.concat(tables).assign(median_r=np.median(likeness), kept=(likeness > 0.9).mean(), channels=len(likeness))
+    likeness = (right * wrong).mean(0)[
+        right.std(0) > 0
+    ]  # a channel that never answers resembles nothing
+    return pd.concat(tables).assign(
+        median_r=np.median(likeness), kept=(likeness > 0.9).mean(), channels=len(likeness)
+    )
 
 
 study = open_study(run)
-probes = stored(study, "scrambled", lambda: compared(study), uses=["width", "stages", "pretrained", "seed", "bootstrap_draws"])
+probes = stored(
+    study,
+    "scrambled",
+    lambda: compared(study),
+    uses=["width", "stages", "pretrained", "seed", "bootstrap_draws"],
+)
 first = probes.iloc[0]
-print(f"of {first.channels:.0f} features, {first.kept:.1%} still resemble their own (r > 0.9);",
-      f"median r = {first.median_r:.2f}")  # fmt: skip
+print(
+    f"of {first.channels:.0f} features, {first.kept:.1%} still resemble their own (r > 0.9);",
+    f"median r = {first.median_r:.2f}",
+)
 probes = probes[probes.metric.isin(["auc", "balanced_accuracy", "sensitivity", "specificity"])]
 probes = probes.assign(cell=[report.with_interval(row) for _, row in probes.iterrows()])
 probes.pivot_table(index="features", columns="metric", values="cell", aggfunc="first", sort=False)
@@ -280,13 +407,17 @@ probes.pivot_table(index="features", columns="metric", values="cell", aggfunc="f
 def standardised(films, like=None):
     """Films [N,1,S,S] by their own mean and deviation, or all by those of the film `like` [1,S,S]."""
     by = films if like is None else like[None]
-    return (films - by.mean((1, 2, 3), keepdim=True)) / by.std((1, 2, 3), keepdim=True).clamp(min=1 / 255)
+    return (films - by.mean((1, 2, 3), keepdim=True)) / by.std((1, 2, 3), keepdim=True).clamp(
+        min=1 / 255
+    )
 
 
 def one_film_statistics(study):
     """Validation scores of one probe, by the film whose statistics the validation films got."""
     network, rng = build_model(run).eval().backbone, np.random.default_rng(run.seed)
-    rows = {part: rng.permutation(study.rows(part))[:n] for part, n in (("train", 600), ("val", 200))}
+    rows = {
+        part: rng.permutation(study.rows(part))[:n] for part, n in (("train", 600), ("val", 200))
+    }
     labels = {part: study.labels(rows[part]).cpu().numpy() for part in rows}
     films = {part: study.images(rows[part]) for part in rows}
     probe = fresh_probe().fit(read(network, standardised(films["train"])), labels["train"])
@@ -295,17 +426,29 @@ def one_film_statistics(study):
         seen = standardised(films["val"], None if drawn is None else films["train"][drawn])
         score = probe.predict_proba(read(network, seen))[:, 1]
         outcome = metrics.classification(labels["val"], score, study.patients(rows["val"]), draws=2)
-        table.append(outcome.set_index("metric")["value"].rename("own" if drawn is None else f"film {drawn}"))
+        table.append(
+            outcome.set_index("metric")["value"].rename("own" if drawn is None else f"film {drawn}")
+        )
     return pd.DataFrame(table).rename_axis("statistics").reset_index()
 
 
 study = open_study(run)
-swing = stored(study, "one_film_statistics", lambda: one_film_statistics(study),
-               uses=["width", "stages", "pretrained", "seed"]).set_index("statistics")  # fmt: skip
+swing = stored(
+    study,
+    "one_film_statistics",
+    lambda: one_film_statistics(study),
+    uses=["width", "stages", "pretrained", "seed"],
+).set_index("statistics")
 swing = swing[["accuracy", "sensitivity", "specificity", "auc"]]
 one = swing.drop(index="own")
-pd.DataFrame({"each film's own, as in training": swing.loc["own"], "one film's: lowest of 12": one.min(),
-              "median": one.median(), "highest": one.max()}).round(3)  # fmt: skip
+pd.DataFrame(
+    {
+        "each film's own, as in training": swing.loc["own"],
+        "one film's: lowest of 12": one.min(),
+        "median": one.median(),
+        "highest": one.max(),
+    }
+).round(3)
 
 
 # %% [markdown]
@@ -332,8 +475,15 @@ def under_attack(study):
     films = study.images(rows), study.labels(rows)
 
     def balanced(model):
-        found = evaluate.robust(model, films, [run.at_eps], attacks=["pgd_margin"], steps=5,
-                                batch_size=run.attack_batch, progress=False)  # fmt: skip
+        found = evaluate.robust(
+            model,
+            films,
+            [run.at_eps],
+            attacks=["pgd_margin"],
+            steps=5,
+            batch_size=run.attack_batch,
+            progress=False,
+        )
         worst = found.rows[found.rows["attack"].eq("worst")]
         return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
 
@@ -341,7 +491,9 @@ def under_attack(study):
 
 
 def train_standard(study):
-    return train_model(study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc")
+    return train_model(
+        study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc"
+    )
 
 
 def train_pgd_at(study):
@@ -353,7 +505,9 @@ def train_pgd_at(study):
 
 def train_linear_probe(study):
     model = models.with_head(build_model(run), head=run.head, seed=run.seed)
-    return train_head(study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights()))
+    return train_head(
+        study, "linear_probe", model, objectives.cross_entropy(weight=study.class_weights())
+    )
 
 
 # %%
@@ -361,11 +515,21 @@ study = open_study(run)
 print("starting weights:", weights_label(run))
 makers = {"pgd_at": train_pgd_at, "standard": train_standard, "linear_probe": train_linear_probe}
 fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=run.run_dir / "logs")
-done = [{"model": name, "epochs": len(one.history), "best epoch": one.best_epoch, "best score": one.best_score,
-         "minutes": one.seconds / 60} for name, one in fitted.items()]  # fmt: skip
+done = [
+    {
+        "model": name,
+        "epochs": len(one.history),
+        "best epoch": one.best_epoch,
+        "best score": one.best_score,
+        "minutes": one.seconds / 60,
+    }
+    for name, one in fitted.items()
+]
 display(pd.DataFrame(done).round(3))
-histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at")}
-figure = report.figure_history(histories, run)
+histories = {
+    name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in ("standard", "pgd_at")
+}
+figure = plots.figure_history(histories, run.caption)
 report.save_figure(figure, run, "training")
 figure
 
@@ -375,8 +539,22 @@ figure
 # and the width of its dead zone on validation films.
 
 # %%
-ZOO_USES = ("zoo_weights", "zoo_width", "zoo_epochs", "zoo_alphas", "head", "headline_eps", "pgd_steps", "seed",
-            "batch_size", "lr", "schedule", "patience", "balance", "attack_batch")  # fmt: skip
+ZOO_USES = (
+    "zoo_weights",
+    "zoo_width",
+    "zoo_epochs",
+    "zoo_alphas",
+    "head",
+    "headline_eps",
+    "pgd_steps",
+    "seed",
+    "batch_size",
+    "lr",
+    "schedule",
+    "patience",
+    "balance",
+    "attack_batch",
+)
 
 
 def train_robust_model(name):
@@ -390,24 +568,41 @@ def train_robust_model(name):
         return f"left out: {error}"
     model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
     rows, val = study.rows("train"), study.rows("val")
-    batches = [rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)]
+    batches = [
+        rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)
+    ]
     sparse = "meansparse" in name
     if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
-        table = robust.select_alpha(
-            model, map(study.images, batches), study.images(val), study.labels(val), grid=run.zoo_alphas,
-            eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)  # fmt: skip
+        table = select_alpha(
+            model,
+            map(study.images, batches),
+            study.images(val),
+            study.labels(val),
+            grid=run.zoo_alphas,
+            eps=run.headline_eps,
+            steps=run.pgd_steps,
+            seed=run.seed,
+        )
         files.write_csv(table, folder / "alpha.csv")
-        models.save(model, folder / "best.pt", meta={"alpha": float(table.loc[table.chosen, "alpha"].item())})
-    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # what result rows will say
+        models.save(
+            model,
+            folder / "best.pt",
+            meta={"alpha": float(table.loc[table.chosen, "alpha"].item())},
+        )
+    files.write_text(
+        run.zoo_weights or "random", folder / "weights.txt"
+    )  # what result rows will say
     files.write_text(str(body.load_report or "random weights"), folder / "checkpoint.txt")
     return (folder / "checkpoint.txt").read_text(encoding="utf-8")
 
 
 if not run.zoo:
-    print("None in this profile: they are no work for a laptop. On Kaggle, with internet and a GPU, PROFILE = 'full'.")
+    print(
+        "None in this profile: they are no work for a laptop. On Kaggle, with internet and a GPU, PROFILE = 'full'."
+    )
 else:
     study_of(run.zoo[0])  # decode once, before processes share the films
 loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
@@ -426,19 +621,42 @@ def operating_point(study, name):
     """The highest threshold on P(TB) that finds the wanted share of the validation split's TB films."""
     rows = study.rows("val")
     model = load_models(study, [name])[name]
-    labels, score = study.labels(rows).cpu().numpy(), train.predict(model, study.torch_set("val"))[0][:, 1]
+    labels, score = (
+        study.labels(rows).cpu().numpy(),
+        train.predict(model, study.torch_set("val"))[0][:, 1],
+    )
     sick = np.sort(score[labels == 1])[::-1]
-    last = sick[int(np.ceil(run.sensitivity * len(sick))) - 1]  # the least suspicious film that must be found
-    threshold = (last + score[score < last].max(initial=0.0)) / 2  # half-way to the next film below it
+    last = sick[
+        int(np.ceil(run.sensitivity * len(sick))) - 1
+    ]  # the least suspicious film that must be found
+    threshold = (
+        last + score[score < last].max(initial=0.0)
+    ) / 2  # half-way to the next film below it
     called = score > threshold
-    return pd.DataFrame([{"threshold": threshold, "sensitivity": called[labels == 1].mean(),
-                          "specificity": 1 - called[labels == 0].mean(), "TB films": len(sick)}])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "threshold": threshold,
+                "sensitivity": called[labels == 1].mean(),
+                "specificity": 1 - called[labels == 0].mean(),
+                "TB films": len(sick),
+            }
+        ]
+    )
 
 
 study = open_study(run)
 names = [*MODELS, *trained(study, run.zoo)]
-points = {name: stored(study_of(name), f"operating_{name}", lambda n=name: operating_point(study_of(n), n), model=name,
-                       uses=["sensitivity"]) for name in names}  # fmt: skip
+points = {
+    name: stored(
+        study_of(name),
+        f"operating_{name}",
+        lambda n=name: operating_point(study_of(n), n),
+        model=name,
+        uses=["sensitivity"],
+    )
+    for name in names
+}
 print(f"thresholds for a sensitivity of {run.sensitivity:g}, on validation films")
 pd.concat(points).droplevel(1).rename_axis("model").round(4)
 
@@ -456,7 +674,9 @@ for name in names:
     own = study_of(name)
     model = load_models(own, [name])[name]
     probabilities[name] = train.predict(model, own.torch_set("test"))[0][:, 1]
-    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")["threshold"].item()
+    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")[
+        "threshold"
+    ].item()
     for at, attack in ((0.5, "clean"), (chosen, "clean, chosen threshold")):
         outcome = metrics.classification(
             labels, probabilities[name], patients, threshold=at, draws=run.bootstrap_draws
@@ -466,10 +686,13 @@ clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
 predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(**probabilities)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
-table = clean.assign(cell=[report.with_interval(row) for _, row in clean.iterrows()],
-                     threshold=np.where(clean.attack.eq("clean"), "0.5", "chosen"))  # fmt: skip
-table.pivot_table(index=["model", "threshold"], columns="metric", values="cell", aggfunc="first", sort=False)[
-    ["sensitivity", "specificity", "balanced_accuracy", "accuracy", "auc"]]  # fmt: skip
+table = clean.assign(
+    cell=[report.with_interval(row) for _, row in clean.iterrows()],
+    threshold=np.where(clean.attack.eq("clean"), "0.5", "chosen"),
+)
+table.pivot_table(
+    index=["model", "threshold"], columns="metric", values="cell", aggfunc="first", sort=False
+)[["sensitivity", "specificity", "balanced_accuracy", "accuracy", "auc"]]
 
 # %% [markdown]
 # **What a positive answer is worth.** An AUC does not know how rare the disease is. The precision-recall curve does:
@@ -481,25 +704,48 @@ table.pivot_table(index=["model", "threshold"], columns="metric", values="cell",
 study = open_study(run)
 predictions = pd.read_csv(made_by(run, "predictions.csv", "4 Sensitivity first"))
 labels, share = predictions["label"].to_numpy(), predictions["label"].mean()
-weights = metrics.patient_weights(study.patients(study.rows("test")), draws=min(run.bootstrap_draws, 500))
+weights = metrics.patient_weights(
+    study.patients(study.rows("test")), draws=min(run.bootstrap_draws, 500)
+)
 results, worth = pd.read_csv(made_by(run, "results.csv", "4 Sensitivity first")), []
 curves = {}
 for name in predictions.columns[2:]:
     score = predictions[name].to_numpy()
-    drawn = [average_precision_score(labels, score, sample_weight=w) for w in weights if w[labels == 1].any()]
+    drawn = [
+        average_precision_score(labels, score, sample_weight=w)
+        for w in weights
+        if w[labels == 1].any()
+    ]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    area = {"metric": "auprc", "value": average_precision_score(labels, score), "ci_low": low, "ci_high": high,
-            "n": len(labels)}  # fmt: skip
-    report.update_results(report.result_rows(pd.DataFrame([area]), study_of(name).run, model=name), RESULTS)
-    own = results[results.model.eq(name) & results.attack.eq("clean, chosen threshold")].set_index("metric")["value"]
+    area = {
+        "metric": "auprc",
+        "value": average_precision_score(labels, score),
+        "ci_low": low,
+        "ci_high": high,
+        "n": len(labels),
+    }
+    report.update_results(
+        report.result_rows(pd.DataFrame([area]), study_of(name).run, model=name), RESULTS
+    )
+    own = results[results.model.eq(name) & results.attack.eq("clean, chosen threshold")].set_index(
+        "metric"
+    )["value"]
     hit, alarm = own["sensitivity"], 1 - own["specificity"]
     precision = {at: hit * at / (hit * at + alarm * (1 - at)) for at in (share, 0.01)}
-    worth.append({"model": name, "AUPRC": report.with_interval(area), f"precision at {share:.0%} TB": precision[share],
-                  "precision at 1 % TB": precision[0.01]})  # fmt: skip
+    worth.append(
+        {
+            "model": name,
+            "AUPRC": report.with_interval(area),
+            f"precision at {share:.0%} TB": precision[share],
+            "precision at 1 % TB": precision[0.01],
+        }
+    )
     found, recall, threshold = precision_recall_curve(labels, score)
     curve = pd.DataFrame({"threshold": threshold, "precision": found[:-1], "recall": recall[:-1]})
-    curves[name] = curve.assign(f1=2 * curve.precision * curve.recall / (curve.precision + curve.recall))
-figure = figure_pr(curves, run)
+    curves[name] = curve.assign(
+        f1=2 * curve.precision * curve.recall / (curve.precision + curve.recall)
+    )
+figure = figure_pr(curves, run.caption)
 figure.axes[0].axhline(share, color="0.4", ls=":")  # what guessing gives
 report.save_figure(figure, run, "precision_recall")
 display(pd.DataFrame(worth).set_index("model").round(3))
@@ -523,11 +769,23 @@ def attacked(name):
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
     images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(model, (images, labels), run.eps_grid, **suite_options(run), ids=rows,
-                            groups=own.patients(rows), folder=suite_folder(own, name),
-                            resume=bool(run.resume))  # fmt: skip
-    stored(own, f"checks_{name}", lambda: checklist(model, images, labels, found, subset=run.check_films), model=name,
-           uses=(*SUITE_USES, "check_films"))  # fmt: skip
+    found = evaluate.robust(
+        model,
+        (images, labels),
+        run.eps_grid,
+        **suite_options(run),
+        ids=rows,
+        groups=own.patients(rows),
+        folder=suite_folder(own, name),
+        resume=bool(run.resume),
+    )
+    stored(
+        own,
+        f"checks_{name}",
+        lambda: checklist(model, images, labels, found, subset=run.check_films),
+        model=name,
+        uses=(*SUITE_USES, "check_films"),
+    )
     return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
 
@@ -545,7 +803,9 @@ report.attack_table(results, eps=run.headline_eps)
 # with the specificity in the table.
 
 # %%
-figure = report.figure_accuracy_vs_eps(pd.concat(found), run, attack="worst", note="Films with TB only, worst case")
+figure = plots.figure_accuracy_vs_eps(
+    pd.concat(found), run.caption, attack="worst", note="Films with TB only, worst case"
+)
 figure.axes[0].set_ylabel("sensitivity")
 report.save_figure(figure, run, "sensitivity_vs_eps")
 figure
@@ -572,24 +832,51 @@ test_opened(study, "films with TB attacked at the chosen threshold")
 
 def hidden(name):
     own = study_of(name)
-    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")["threshold"].item()
+    chosen = stored(own, f"operating_{name}", model=name, section="4 Sensitivity first")[
+        "threshold"
+    ].item()
     rows = own.rows("test")[own.labels(own.rows("test")).cpu().numpy() == 1]
     model = at_threshold(load_models(own, [name])[name], chosen)
     options = suite_options(run) | {"at": None}  # at its only eps every attack is run
-    return stored(own, f"hidden_{name}", lambda: evaluate.robust(
-        model, (own.images(rows), own.labels(rows)), [run.headline_eps], **options, ids=rows).rows, model=name,
-        uses=(*SUITE_USES, "headline_eps", "sensitivity"))  # fmt: skip
+    return stored(
+        own,
+        f"hidden_{name}",
+        lambda: (
+            evaluate.robust(
+                model, (own.images(rows), own.labels(rows)), [run.headline_eps], **options, ids=rows
+            ).rows
+        ),
+        model=name,
+        uses=(*SUITE_USES, "headline_eps", "sensitivity"),
+    )
 
 
 missed = []
 for name, per_image in launch.each(hidden, names, log_dir=run.run_dir / "logs").items():
-    found = report.accuracy_rows(per_image, study_of(name), model=name).set_index("attack")  # of TB films: sensitivity
-    rows = found.loc[["worst"]].reset_index().assign(metric="sensitivity", attack="worst, chosen threshold")
+    found = report.accuracy_rows(per_image, study_of(name), model=name).set_index(
+        "attack"
+    )  # of TB films: sensitivity
+    rows = (
+        found.loc[["worst"]]
+        .reset_index()
+        .assign(metric="sensitivity", attack="worst, chosen threshold")
+    )
     report.update_results(rows, RESULTS)
-    count = per_image[per_image.fooled.astype(bool)].groupby("attack").size().reindex(["clean", "worst"], fill_value=0)
-    missed.append({"model": name, "TB films": int(found.loc["worst", "n"]), "missed, clean": count["clean"],
-                   f"missed, worst case {eps_text(run.headline_eps)}": count["worst"],
-                   "sensitivity, worst case": report.with_interval(found.loc["worst"])})  # fmt: skip
+    count = (
+        per_image[per_image.fooled.astype(bool)]
+        .groupby("attack")
+        .size()
+        .reindex(["clean", "worst"], fill_value=0)
+    )
+    missed.append(
+        {
+            "model": name,
+            "TB films": int(found.loc["worst", "n"]),
+            "missed, clean": count["clean"],
+            f"missed, worst case {eps_text(run.headline_eps)}": count["worst"],
+            "sensitivity, worst case": report.with_interval(found.loc["worst"]),
+        }
+    )
 pd.DataFrame(missed).set_index("model")
 
 # %% [markdown]
@@ -603,9 +890,21 @@ shares, checks = {}, []
 for name in names:
     own = study_of(name)
     model, rows = load_models(own, [name])[name], own.rows("test")
-    table = stored(own, f"zero_gradients_{name}", lambda m=model, o=own, r=rows: pd.DataFrame({
-        "share": [evaluate.zero_gradient_share(m, o.images(r), o.labels(r), batch_size=run.attack_batch)]
-    }), model=name, uses=["attack_batch"])  # fmt: skip
+    table = stored(
+        own,
+        f"zero_gradients_{name}",
+        lambda m=model, o=own, r=rows: pd.DataFrame(
+            {
+                "share": [
+                    evaluate.zero_gradient_share(
+                        m, o.images(r), o.labels(r), batch_size=run.attack_batch
+                    )
+                ]
+            }
+        ),
+        model=name,
+        uses=["attack_batch"],
+    )
     shares[name] = table["share"].item()
     checks.append(stored(own, f"checks_{name}", model=name, section="5 Attacks").assign(model=name))
 results = report.update_results(report.zero_gradient_rows(shares, study), RESULTS)
@@ -630,14 +929,25 @@ test_opened(study, "maps of TB films")
 rows = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:3]
 for name in ["standard", "pgd_at"]:
     model, x = load_models(study, [name])[name], study.images(rows)
-    options = {"saliency": {}, "integrated_gradients": {"steps": run.integrated_steps},
-               "gradcam": {"layer": models.last_map_layer(model)}}  # fmt: skip
-    found = {method: attribution.explain(method, model, x, 1, **extra) for method, extra in options.items()}
-    print(f"{name}: completeness error of integrated gradients, at most {found['integrated_gradients'].error.max():.4f}")
+    options = {
+        "saliency": {},
+        "integrated_gradients": {"steps": run.integrated_steps},
+        "gradcam": {"layer": models.last_map_layer(model)},
+    }
+    found = {
+        method: attribution.explain(method, model, x, 1, **extra)
+        for method, extra in options.items()
+    }
+    print(
+        f"{name}: completeness error of integrated gradients, at most {found['integrated_gradients'].error.max():.4f}"
+    )
     score = train.predict(model, x)[0][:, 1]
     figure = figures.figure_overlays(
-        x.cpu().numpy(), {method: one.heat().cpu().numpy() for method, one in found.items()},
-        captions=[f"{name}\nP(TB) {p:.2f}" for p in score], config=run)  # fmt: skip
+        x.cpu().numpy(),
+        {method: one.heat().cpu().numpy() for method, one in found.items()},
+        captions=[f"{name}\nP(TB) {p:.2f}" for p in score],
+        caption=run.caption,
+    )
     report.save_figure(figure, run, f"overlays_{name}")
     display(figure)
 
@@ -651,10 +961,16 @@ model = load_models(study, ["standard"])["standard"]
 x = study.images(study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:6])
 randomised = {}
 for method, extra in {"saliency": {}, "gradcam": {"layer": models.last_map_layer(model)}}.items():
-    randomised[method] = stored(study, f"randomised_{method}_standard", lambda m=method, e=extra: localisation.sanity(
-        model, x, m, target=1, steps=4, seed=run.seed, **e), model="standard",
-        uses=["maps", "occlusion_window", "seed"])  # fmt: skip
-figure = figures.figure_randomisation(randomised, run)
+    randomised[method] = stored(
+        study,
+        f"randomised_{method}_standard",
+        lambda m=method, e=extra: localisation.sanity(
+            model, x, m, target=1, steps=4, seed=run.seed, **e
+        ),
+        model="standard",
+        uses=["maps", "occlusion_window", "seed"],
+    )
+figure = figures.figure_randomisation(randomised, run.caption)
 report.save_figure(figure, run, "randomised")
 figure
 
@@ -667,7 +983,10 @@ figure
 # %%
 study = open_study(run)
 names = [*MODELS, *trained(study, run.zoo)]
-per_image = {name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks") for name in names}
+per_image = {
+    name: stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
+    for name in names
+}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
 files.write_csv(paired, run.run_dir / "paired_tests.csv")
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
@@ -676,14 +995,22 @@ display(Markdown(report.verdict(results, masking, paired, run, reference="standa
 lines = [f"At thresholds chosen for a sensitivity of {run.sensitivity:g} on validation films:\n"]
 for name in names:
     # Without rows of one key: pandas 2 gives a table for a key as soon as any other occurs twice.
-    own = results[results.model.eq(name)].drop_duplicates(["attack", "metric"]).set_index(["attack", "metric"])
-    hit, spared = (own.loc[("clean, chosen threshold", metric)] for metric in ("sensitivity", "specificity"))
+    own = (
+        results[results.model.eq(name)]
+        .drop_duplicates(["attack", "metric"])
+        .set_index(["attack", "metric"])
+    )
+    hit, spared = (
+        own.loc[("clean, chosen threshold", metric)] for metric in ("sensitivity", "specificity")
+    )
     held = own.loc[("worst, chosen threshold", "sensitivity")]
     blind = (hit["value"] + spared["value"]) / 2 < 0.6
     remark = " Hardly better than guessing: neither number means anything." if blind else ""
-    lines.append(f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with TB, with false "
-                 f"alarms on {1 - spared['value']:.1%} of the healthy; under attack at "
-                 f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}.{remark}")  # fmt: skip
+    lines.append(
+        f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with TB, with false "
+        f"alarms on {1 - spared['value']:.1%} of the healthy; under attack at "
+        f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}.{remark}"
+    )
 Markdown("\n".join(lines))
 
 # %% [markdown]
@@ -691,8 +1018,12 @@ Markdown("\n".join(lines))
 
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
-keep = results.attack.isin(["clean", "worst"]) & (results.eps.eq(0) | np.isclose(results.eps, run.headline_eps))
+keep = results.attack.isin(["clean", "worst"]) & (
+    results.eps.eq(0) | np.isclose(results.eps, run.headline_eps)
+)
 display(report.results_table(results[keep]))
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "suite/"))))

@@ -28,9 +28,13 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
+DATA_DIR = (
+    ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
+)
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"dataset": "covid"} or {"epochs": 5}
 
 # %% [markdown]
@@ -44,10 +48,23 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"dataset": 
 
 # %% tags=["settings"]
 # The data; size is that of the CIFAR-style ResNet-18, whose maps end at an eighth of it
-FULL = {"dataset": "pneumonia", "seed": 0, "size": 128, "fit": "squash", "per_class": None, "val_share": 0.15}
+FULL = {
+    "dataset": "pneumonia",
+    "seed": 0,
+    "size": 128,
+    "fit": "squash",
+    "per_class": None,
+    "val_share": 0.15,
+}
 FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pattern": ""}
 # The two networks: the ResNet starts from scratch, as in the thesis, MobileNetV2 from ImageNet if pretrained
-FULL |= {"width": 1.0, "mobilenet_size": 224, "mobilenet_width": 1.0, "stages": 7, "pretrained": True}
+FULL |= {
+    "width": 1.0,
+    "mobilenet_size": 224,
+    "mobilenet_width": 1.0,
+    "stages": 7,
+    "pretrained": True,
+}
 # The recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"epochs": 30, "mobilenet_epochs": 15, "batch_size": 64, "lr": 1e-3, "schedule": "onecycle"}
 FULL |= {"patience": None, "max_minutes": 120.0, "num_workers": 2}
@@ -61,23 +78,61 @@ FULL |= {"mapped": THESIS + ("poisson_dose", "scatter_veil", "collimation")}
 FULL |= {"choose_films": 200, "map_films": None, "map_batch": 32, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
-CPU = {"size": 64, "width": 0.5, "mobilenet_size": 112, "epochs": 8, "mobilenet_epochs": 5, "batch_size": 32}
+CPU = {
+    "size": 64,
+    "width": 0.5,
+    "mobilenet_size": 112,
+    "epochs": 8,
+    "mobilenet_epochs": 5,
+    "batch_size": 32,
+}
 CPU |= {"num_workers": 0, "mapped": THESIS + ("poisson_dose",), "choose_films": 150}
 
 # width: not 1/8, for with 8 channels, channels-last, torch 2.14 crashes in the backward pass on some CPUs
 SMOKE = {"size": 48, "per_class": 96, "width": 0.1875, "mobilenet_size": 48, "mobilenet_width": 0.5}
-SMOKE |= {"stages": 3, "pretrained": False, "epochs": 12, "mobilenet_epochs": 12, "batch_size": 16, "lr": 3e-3}
-SMOKE |= {"num_workers": 0, "max_minutes": None, "corruptions": THESIS + ("poisson_dose", "collimation")}
-SMOKE |= {"mapped": THESIS, "severities": (1, 3, 5), "choose_films": 16, "map_films": 24, "bootstrap_draws": 200}
-OTHER = {"test_share": 0.15, "unusable_share": 0.01}  # any other data: a test split is drawn where there is none
+SMOKE |= {
+    "stages": 3,
+    "pretrained": False,
+    "epochs": 12,
+    "mobilenet_epochs": 12,
+    "batch_size": 16,
+    "lr": 3e-3,
+}
+SMOKE |= {
+    "num_workers": 0,
+    "max_minutes": None,
+    "corruptions": THESIS + ("poisson_dose", "collimation"),
+}
+SMOKE |= {
+    "mapped": THESIS,
+    "severities": (1, 3, 5),
+    "choose_films": 16,
+    "map_films": 24,
+    "bootstrap_draws": 200,
+}
+OTHER = {
+    "test_share": 0.15,
+    "unusable_share": 0.01,
+}  # any other data: a test split is drawn where there is none
 
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("04_perturbation_saliency", FULL, cpu=CPU, smoke=SMOKE, by_data={"pneumonia": {}, "*": OTHER},
-            changes=CHANGES, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME,
-            allowed={name: FULL["corruptions"] for name in ("corruptions", "mapped", "trained_on")},
-            own_classes="any", trains="2 Training, with and without spoilt films")
+run = start(
+    "04_perturbation_saliency",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    by_data={"pneumonia": {}, "*": OTHER},
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    allowed={name: FULL["corruptions"] for name in ("corruptions", "mapped", "trained_on")},
+    own_classes="any",
+    trains="2 Training, with and without spoilt films",
+)
 print(run)
 
 # %% tags=["imports"]
@@ -85,10 +140,21 @@ import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
 import pandas as pd
 from IPython.display import Markdown, display
 
-from dlia_utils import augment, corrupt, corruption_error, datasets, files, models, objectives, report, resources
-from dlia_utils import split, thesis
+from dlia_utils.data import augment, datasets
+from dlia_utils import plots
+from dlia_utils import corrupt, corruption_error, files, models, objectives, report, resources
+from dlia_utils.data import split
+from dlia_utils import thesis
 from dlia_utils.explain import drift, drift_figures, warning
-from dlia_utils.study import fit_model, load_models, made_by, open_study, starting_weights, stored, test_opened
+from dlia_utils.study import (
+    fit_model,
+    load_models,
+    made_by,
+    open_study,
+    starting_weights,
+    stored,
+    test_opened,
+)
 from dlia_utils.study import train_model
 
 RESULTS = run.run_dir / "results.csv"
@@ -101,7 +167,9 @@ RESULTS = run.run_dir / "results.csv"
 # %% tags=["yours"]
 # run.own["resnet34"] = lambda: models.backbone("resnet34", num_classes=2)
 # run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-PAIRS = {name: f"{name}_augmented" for name in ("resnet18", "mobilenet_v2", *run.own)}  # plain, and on spoilt films
+PAIRS = {
+    name: f"{name}_augmented" for name in ("resnet18", "mobilenet_v2", *run.own)
+}  # plain, and on spoilt films
 run.own.update({PAIRS[name]: own for name, own in list(run.own.items()) if name in PAIRS})
 MODELS = [name for pair in PAIRS.items() for name in pair]
 
@@ -128,20 +196,32 @@ def measured(name, study, part, rows, **options):
             with resources.track(f"{part} {name}", folder=run.run_dir):
                 films = own.images(rows), own.labels(rows), rows
                 seen, moved = drift.measure(model, *films, batch_size=run.map_batch, **grid)
-            found.extend([seen, moved.astype(dict.fromkeys(drift.SIGN, "float32"))])  # half the digits
+            found.extend(
+                [seen, moved.astype(dict.fromkeys(drift.SIGN, "float32"))]
+            )  # half the digits
         return found[number]
 
     kinds = ["predictions", "drift"] if options.get("methods") != () else ["predictions"]
-    more = {"test": ["corruptions"], "maps_test": ["mapped", "map_films"], "maps_val": ["mapped", "choose_films"]}
+    more = {
+        "test": ["corruptions"],
+        "maps_test": ["mapped", "map_films"],
+        "maps_val": ["mapped", "choose_films"],
+    }
     given = {"model": name, "uses": ["severities", "seed", "scale", *more[part]]}
     own = study_of(name, study)
-    return [stored(own, f"{part}_{kind}_{name}", lambda n=n: table(n), **given) for n, kind in enumerate(kinds)]
+    return [
+        stored(own, f"{part}_{kind}_{name}", lambda n=n: table(n), **given)
+        for n, kind in enumerate(kinds)
+    ]
 
 
 def maps_of(name, study, part="test"):
     """The predictions and the drift that section 4 has measured."""
     own, section = study_of(name, study), "4 How far do the maps move?"
-    return [stored(own, f"maps_{part}_{kind}_{name}", model=name, section=section) for kind in ("predictions", "drift")]
+    return [
+        stored(own, f"maps_{part}_{kind}_{name}", model=name, section=section)
+        for kind in ("predictions", "drift")
+    ]
 
 
 def some_films(study, part, count):
@@ -179,9 +259,14 @@ split.audit(study.dataset)
 study = open_study(run)
 film = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
 figure = drift_figures.figure_corruptions(
-    study_of("mobilenet_v2", study).images([film])[0], study_of("mobilenet_v2", study).run, row=int(film),
-    names=run.corruptions, severities=run.severities, seed=run.seed, scale=run.scale,
-)  # fmt: skip
+    study_of("mobilenet_v2", study).images([film])[0],
+    study_of("mobilenet_v2", study).run.caption,
+    row=int(film),
+    names=run.corruptions,
+    severities=run.severities,
+    seed=run.seed,
+    scale=run.scale,
+)
 report.save_figure(figure, run, "corruptions")
 figure
 
@@ -209,7 +294,9 @@ def build(name, study):
     """A fresh network, the same start for both trainings."""
     count = len(study.dataset.classes)
     if name.startswith("resnet18"):
-        return models.resnet18_cifar(num_classes=count, width=run.width, seed=run.seed).to(run.device)
+        return models.resnet18_cifar(num_classes=count, width=run.width, seed=run.seed).to(
+            run.device
+        )
     start = {"stages": run.stages, "weights": starting_weights(run), "seed": run.seed}
     return models.mobilenet_v2(num_classes=count, width=run.mobilenet_width, **start).to(run.device)
 
@@ -227,8 +314,16 @@ def fit(name, study):
     loss = objectives.cross_entropy(weight=own.class_weights())
     if name in run.own:
         return train_model(own, name, loss, train_set=train_set_of(name, own), monitor="val_auc")
-    fitted = fit_model(own, name, build(name, own), loss, train_set_of(name, own), own.torch_set("val"),
-                       schedule=run.schedule, monitor="val_auc")  # fmt: skip
+    fitted = fit_model(
+        own,
+        name,
+        build(name, own),
+        loss,
+        train_set_of(name, own),
+        own.torch_set("val"),
+        schedule=run.schedule,
+        monitor="val_auc",
+    )
     if name.startswith("resnet18"):
         files.write_text("random", run.run_dir / name / "weights.txt")  # what result rows will say
     return fitted
@@ -241,15 +336,26 @@ for name in MODELS:
     with resources.track(f"training {name}", folder=run.run_dir):
         fitted = fit(name, study)
     best = fitted.history.set_index("epoch").reindex([fitted.best_epoch]).iloc[0]
-    rows.append({"model": name, "size": study_of(name, study).run.size, "epochs": len(fitted.history),
-                 "best epoch": fitted.best_epoch, "val AUC": best["val_auc"], "val accuracy": best["val_accuracy"],
-                 "minutes": fitted.seconds / 60})  # fmt: skip
+    rows.append(
+        {
+            "model": name,
+            "size": study_of(name, study).run.size,
+            "epochs": len(fitted.history),
+            "best epoch": fitted.best_epoch,
+            "val AUC": best["val_auc"],
+            "val accuracy": best["val_accuracy"],
+            "minutes": fitted.seconds / 60,
+        }
+    )
 pd.DataFrame(rows).round(3)
 
 # %%
-histories = {name: pd.read_csv(run.run_dir / name / "metrics.csv") for name in MODELS
-             if (run.run_dir / name / "metrics.csv").exists()}  # fmt: skip
-figure = report.figure_history(histories, run)
+histories = {
+    name: pd.read_csv(run.run_dir / name / "metrics.csv")
+    for name in MODELS
+    if (run.run_dir / name / "metrics.csv").exists()
+}
+figure = plots.figure_history(histories, run.caption)
 report.save_figure(figure, run, "training")
 figure
 
@@ -271,15 +377,26 @@ study = open_study(run)
 test_opened(study, "predictions under corruption")
 rows = study.rows("test")
 patients = pd.Series(study.patients(rows), index=rows)
-predictions = {name: measured(name, study, "test", rows, names=run.corruptions, methods=())[0] for name in MODELS}
-grids = {name: corruption_error.grid(table, patients, draws=run.bootstrap_draws) for name, table in predictions.items()}
+predictions = {
+    name: measured(name, study, "test", rows, names=run.corruptions, methods=())[0]
+    for name in MODELS
+}
+grids = {
+    name: corruption_error.grid(table, patients, draws=run.bootstrap_draws)
+    for name, table in predictions.items()
+}
 for name, grid in grids.items():
     made = report.result_rows(corruption_error.rows(grid), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
 clean = {name: report.with_interval(grid.iloc[0]) for name, grid in grids.items()}
 worst = {name: grid.loc[grid["value"].idxmin()] for name, grid in grids.items()}
-pd.DataFrame({"clean AUC": clean, "lowest AUC": {name: report.with_interval(row) for name, row in worst.items()},
-              "under": {name: f"{row['corruption']} {row['severity']}" for name, row in worst.items()}})  # fmt: skip
+pd.DataFrame(
+    {
+        "clean AUC": clean,
+        "lowest AUC": {name: report.with_interval(row) for name, row in worst.items()},
+        "under": {name: f"{row['corruption']} {row['severity']}" for name, row in worst.items()},
+    }
+)
 
 # %% [markdown]
 # The same in one picture: a panel for each corruption, severity to the right. Where the two lines of a network lie apart,
@@ -288,7 +405,7 @@ pd.DataFrame({"clean AUC": clean, "lowest AUC": {name: report.with_interval(row)
 # %%
 for plain, augmented in PAIRS.items():
     pair = {name: grids[name] for name in (plain, augmented)}
-    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).run)
+    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).run.caption)
     report.save_figure(figure, run, f"auc_{plain}")
     display(figure)
 
@@ -299,20 +416,38 @@ for plain, augmented in PAIRS.items():
 
 # %%
 seen = [name for name in run.corruptions if name in run.trained_on]
-kinds = {"seen in training": seen, "not seen": [name for name in run.corruptions if name not in seen]}
+kinds = {
+    "seen in training": seen,
+    "not seen": [name for name in run.corruptions if name not in seen],
+}
 words = {"error": "error (1 - balanced accuracy)", "ce": "mCE", "relative_ce": "relative mCE"}
 cells = []
 for plain, augmented in PAIRS.items():
     for kind, names in kinds.items():
         both = {name: predictions[name] for name in (plain, augmented)}
-        wanted = {name: table[table["corruption"].isin(["clean", *names])] for name, table in both.items()}
+        wanted = {
+            name: table[table["corruption"].isin(["clean", *names])] for name, table in both.items()
+        }
         for name, table in wanted.items():
-            error = corruption_error.corruption_error(table, wanted[plain], patients, draws=run.bootstrap_draws)
-            mean = error[error["corruption"].eq("mean")].replace({"corruption": {"mean": f"mean of those {kind}"}})
-            made = report.result_rows(corruption_error.rows(mean), study_of(name, study).run, model=name)
+            error = corruption_error.corruption_error(
+                table, wanted[plain], patients, draws=run.bootstrap_draws
+            )
+            mean = error[error["corruption"].eq("mean")].replace(
+                {"corruption": {"mean": f"mean of those {kind}"}}
+            )
+            made = report.result_rows(
+                corruption_error.rows(mean), study_of(name, study).run, model=name
+            )
             report.update_results(made, RESULTS)
-            cells += [{"model": name, "corruptions": kind, "what": words[row["metric"]], "cell": report.with_interval(row)}
-                      for _, row in mean[mean["metric"].isin(words)].iterrows()]  # fmt: skip
+            cells += [
+                {
+                    "model": name,
+                    "corruptions": kind,
+                    "what": words[row["metric"]],
+                    "cell": report.with_interval(row),
+                }
+                for _, row in mean[mean["metric"].isin(words)].iterrows()
+            ]
 pd.DataFrame(cells).pivot(index=["corruptions", "model"], columns="what", values="cell")
 
 # %% [markdown]
@@ -341,17 +476,26 @@ film = some_films(study, "test", None)[:1]
 own, model = study_of(name, study), load_models(study, [name])[name]
 shown = {"clean": own.images(film)}
 for kind in run.trained_on:
-    shown[kind] = corrupt.apply(kind, shown["clean"], severity, seed=run.seed, ids=film, scale=run.scale)
+    shown[kind] = corrupt.apply(
+        kind, shown["clean"], severity, seed=run.seed, ids=film, scale=run.scale
+    )
 test_opened(study, "maps of one film")
 answer, cams, target = {}, {}, None
 for kind, x in shown.items():
     p = model(x).softmax(1)[0].detach().cpu().numpy()
-    target = int(p.argmax()) if target is None else target  # the class of the clean film, which comes first
+    target = (
+        int(p.argmax()) if target is None else target
+    )  # the class of the clean film, which comes first
     answer[kind] = (study.dataset.classes[p.argmax()], p.max())
     found = drift.maps(model, x, target=target, methods=["gradcam++"])
     cams[kind] = {layer: heat[0].cpu() for (_, layer), heat in found.items()}
-figure = drift_figures.figure_maps({kind: x[0].cpu() for kind, x in shown.items()}, cams, own.run, answers=answer,
-                                   told=f"{name}, severity {severity}")  # fmt: skip
+figure = drift_figures.figure_maps(
+    {kind: x[0].cpu() for kind, x in shown.items()},
+    cams,
+    own.run.caption,
+    answers=answer,
+    told=f"{name}, severity {severity}",
+)
 report.save_figure(figure, run, "maps_of_one_film")
 figure
 
@@ -362,7 +506,10 @@ figure
 # %%
 study = open_study(run)
 test_opened(study, "drift of the maps")
-films = {"test": some_films(study, "test", run.map_films), "val": some_films(study, "val", run.choose_films)}
+films = {
+    "test": some_films(study, "test", run.map_films),
+    "val": some_films(study, "val", run.choose_films),
+}
 moved = {}
 for name in MODELS:
     for part, rows in films.items():
@@ -370,16 +517,18 @@ for name in MODELS:
         moved[part, name] = table
         zero = table.groupby(["method", "layer"])["zero"].mean()
         most = " ".join(zero.idxmax())
-        print(f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most {zero.max():.1%} ({most})")
+        print(
+            f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most {zero.max():.1%} ({most})"
+        )
 
 # %%
 for plain, augmented in PAIRS.items():
     own = study_of(plain, study).run
-    figure = drift_figures.figure_rmse_lines(moved["test", plain], own, told=plain)
+    figure = drift_figures.figure_rmse_lines(moved["test", plain], own.caption, told=plain)
     report.save_figure(figure, run, f"rmse_{plain}")
     display(figure)
     pair = {name: moved["test", name] for name in (plain, augmented)}
-    figure = drift_figures.figure_layers(pair, own, severity=max(run.severities))
+    figure = drift_figures.figure_layers(pair, own.caption, severity=max(run.severities))
     report.save_figure(figure, run, f"layers_{plain}")
     display(figure)
 
@@ -413,16 +562,21 @@ study = open_study(run)
 seen, moved = ({name: maps_of(name, study)[part] for name in MODELS} for part in (0, 1))
 films = seen[MODELS[0]]["image"].unique()
 patients = pd.Series(study.patients(films), index=films)
-grids = {name: corruption_error.grid(table, patients, draws=run.bootstrap_draws) for name, table in seen.items()}
+grids = {
+    name: corruption_error.grid(table, patients, draws=run.bootstrap_draws)
+    for name, table in seen.items()
+}
 for plain, augmented in PAIRS.items():
     two = [{name: tables[name] for name in (plain, augmented)} for tables in (grids, moved)]
-    figure = drift_figures.figure_scatter(*two, study_of(plain, study).run)
+    figure = drift_figures.figure_scatter(*two, study_of(plain, study).run.caption)
     report.save_figure(figure, run, f"scatter_{plain}")
     display(figure)
 
 # %%
 for name in PAIRS:
-    figure = drift_figures.figure_box(grids[name], moved[name], study_of(name, study).run, by="corruption", told=name)
+    figure = drift_figures.figure_box(
+        grids[name], moved[name], study_of(name, study).run.caption, by="corruption", told=name
+    )
     report.save_figure(figure, run, f"box_{name}")
     display(figure)
 
@@ -458,11 +612,16 @@ for name in MODELS:
     chosen[name] = warning.select(*read["val"])
     films = read["test"][0]["image"].unique()
     patients = pd.Series(study.patients(films), index=films)
-    tables[name] = warning.warning(*read["test"], patients, predictors=[chosen[name]],
-                                   against=["uncertainty", "p_shift"], draws=run.bootstrap_draws)  # fmt: skip
+    tables[name] = warning.warning(
+        *read["test"],
+        patients,
+        predictors=[chosen[name]],
+        against=["uncertainty", "p_shift"],
+        draws=run.bootstrap_draws,
+    )
     made = report.result_rows(warning.rows(tables[name]), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
-figure = drift_figures.figure_warning(tables, run)
+figure = drift_figures.figure_warning(tables, run.caption)
 report.save_figure(figure, run, "warning")
 figure
 
@@ -482,7 +641,9 @@ Markdown("\n".join(lines))
 cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
 cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
 cells = cells.assign(cell=[report.with_interval(row) for _, row in cells.iterrows()])
-cells.pivot_table(index=["model", "predictor"], columns="reading", values="cell", aggfunc="first", sort=False).fillna("")
+cells.pivot_table(
+    index=["model", "predictor"], columns="reading", values="cell", aggfunc="first", sort=False
+).fillna("")
 
 # %% [markdown]
 # The same split by hand, without any statistic: the drift of films whose answer was kept, and of films whose answer was
@@ -492,7 +653,9 @@ cells.pivot_table(index=["model", "predictor"], columns="reading", values="cell"
 # %%
 name = "resnet18"
 method, layer, score = chosen[name]
-figure = drift_figures.figure_kept_flipped(*maps_of(name, study), run, score=score, method=method, layer=layer, told=name)
+figure = drift_figures.figure_kept_flipped(
+    *maps_of(name, study), run.caption, score=score, method=method, layer=layer, told=name
+)
 report.save_figure(figure, run, "kept_flipped")
 figure
 
@@ -506,8 +669,16 @@ figure
 study = open_study(run)
 folder, flag = run.run_dir / "thesis", run.location.dataset
 for name in MODELS:
-    network, suffix = (name.removesuffix("_augmented"), "_augmented") if name not in PAIRS else (name, "")
-    written = thesis.write(folder / network, *maps_of(name, study), flag=flag, classes=study.dataset.classes, model_suffix=suffix)
+    network, suffix = (
+        (name.removesuffix("_augmented"), "_augmented") if name not in PAIRS else (name, "")
+    )
+    written = thesis.write(
+        folder / network,
+        *maps_of(name, study),
+        flag=flag,
+        classes=study.dataset.classes,
+        model_suffix=suffix,
+    )
     print(f"{len(written)} files in thesis/{network}, {written[0].name} among them")
 pd.read_csv(folder / "resnet18" / f"{flag}_sev{max(run.severities)}_rmses.csv").round(1)
 
@@ -516,6 +687,8 @@ results = pd.read_csv(made_by(run, "results.csv", "3 How far does accuracy fall?
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
 display(clean[["model", "metric", "value", "ci_low", "ci_high", "n"]].round(3))
 display(resources.table(run.run_dir).round(1))
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if not name.startswith(("tables/", "thesis/"))))

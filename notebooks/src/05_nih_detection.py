@@ -33,7 +33,9 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, an hour), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else empty: find a data set; else that of the competition, NIH or FracAtlas, or your own: images and a file of boxes
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -49,22 +51,67 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5
 FULL = {"dataset": ("dlia", "nih", "fracatlas"), "seed": 0, "size": 1024, "images": None}
 FULL |= {"one_per_class": True, "patient_pattern": ""}  # NIH: no image has two boxes of one label
 # Faster R-CNN
-FULL |= {"arch": "fasterrcnn_resnet50_fpn_v2", "weights": "coco", "trainable_layers": 5, "freeze_bn": True}
-FULL |= {"nms": 0.3, "rpn_pre_nms": 1000, "rpn_post_nms": 1000, "roi_batch": 512, "anchor_sizes": None}
+FULL |= {
+    "arch": "fasterrcnn_resnet50_fpn_v2",
+    "weights": "coco",
+    "trainable_layers": 5,
+    "freeze_bn": True,
+}
+FULL |= {
+    "nms": 0.3,
+    "rpn_pre_nms": 1000,
+    "rpn_post_nms": 1000,
+    "roi_batch": 512,
+    "anchor_sizes": None,
+}
 FULL |= {"channels": 256, "width": 1.0}
 # The recipe of every training; max_minutes is for one fold, None is no limit
-FULL |= {"folds": 5, "run_folds": 5, "flip": 0.5, "epochs": 60, "batch_size": 4, "accumulate": 4, "lr": 5e-3}
+FULL |= {
+    "folds": 5,
+    "run_folds": 5,
+    "flip": 0.5,
+    "epochs": 60,
+    "batch_size": 4,
+    "accumulate": 4,
+    "lr": 5e-3,
+}
 FULL |= {"weight_decay": 1e-4, "warmup_epochs": 5, "lr_min": 1e-6, "clip_norm": 1.0, "ema": 0.998}
 FULL |= {"patience": 15, "max_minutes": 240.0, "num_workers": 2}
 FULL |= {"wbf_iou": 0.5, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
-LIGHT = {"arch": "fasterrcnn_mobilenet_v2_fpn", "run_folds": 1, "accumulate": 1, "lr": 0.02, "patience": None}
+LIGHT = {
+    "arch": "fasterrcnn_mobilenet_v2_fpn",
+    "run_folds": 1,
+    "accumulate": 1,
+    "lr": 0.02,
+    "patience": None,
+}
 LIGHT |= {"warmup_epochs": 1, "clip_norm": 5.0, "num_workers": 0}
-CPU = LIGHT | {"size": 384, "weights": "imagenet", "channels": 128, "rpn_pre_nms": 500, "rpn_post_nms": 200}
+CPU = LIGHT | {
+    "size": 384,
+    "weights": "imagenet",
+    "channels": 128,
+    "rpn_pre_nms": 500,
+    "rpn_post_nms": 200,
+}
 CPU |= {"roi_batch": 64, "epochs": 14, "batch_size": 8, "ema": 0.995}
-SMOKE = LIGHT | {"size": 128, "images": 96, "weights": None, "freeze_bn": False, "width": 0.5, "channels": 64}
-SMOKE |= {"rpn_pre_nms": 200, "rpn_post_nms": 64, "roi_batch": 32, "folds": 3, "epochs": 11, "ema": 0.95}
+SMOKE = LIGHT | {
+    "size": 128,
+    "images": 96,
+    "weights": None,
+    "freeze_bn": False,
+    "width": 0.5,
+    "channels": 64,
+}
+SMOKE |= {
+    "rpn_pre_nms": 200,
+    "rpn_post_nms": 64,
+    "roi_batch": 32,
+    "folds": 3,
+    "epochs": 11,
+    "ema": 0.95,
+}
 SMOKE |= {"max_minutes": None, "bootstrap_draws": 200}
 # Fractures are many in an image, and small; in boxes of your own any number of one label may be there
 BY_DATA = {"dlia": {}, "nih": {}, "fracatlas": {"one_per_class": False, "size": 800}}
@@ -73,9 +120,21 @@ BY_DATA |= {"*": {"one_per_class": False}}
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("05_nih_detection", FULL, cpu=CPU, smoke=SMOKE, by_data=BY_DATA, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_boxes=True, trains="2 Training",
-            allowed={"ema": (None,), "clip_norm": (None,)})
+run = start(
+    "05_nih_detection",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    by_data=BY_DATA,
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    own_boxes=True,
+    trains="2 Training",
+    allowed={"ema": (None,), "clip_norm": (None,)},
+)
 print(run)
 
 # %% tags=["imports"]
@@ -85,7 +144,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from dlia_utils import datasets, files, report, split, submission
+from dlia_utils import files, report, submission
+from dlia_utils.data import datasets, split
 from dlia_utils.detect import evaluate, figures
 from dlia_utils.detect.study import (
     compare,
@@ -129,12 +189,12 @@ study.dataset.ignored["reason"].value_counts().rename("not used").to_frame()
 # Sizes decide how hard a class is. A nodule covers half a per cent of a film, an enlarged heart thirty times as much.
 
 # %%
-figure = figures.figure_classes(study.dataset.boxes, study.dataset.box_classes, run)
+figure = figures.figure_classes(study.dataset.boxes, study.dataset.box_classes, run.caption)
 report.save_figure(figure, run, "classes")
 figure
 
 # %%
-figure = figures.figure_patients(study.dataset.manifest, run)
+figure = figures.figure_patients(study.dataset.manifest, run.caption)
 report.save_figure(figure, run, "patients")
 figure
 
@@ -145,7 +205,10 @@ figure
 # So no film is scored by a model that saw its patient or was chosen by it.
 
 # %%
-uses = [{"fold": f.name, "train": len(f.train), "select": len(f.select), "score": len(f.score)} for f in folds(study)]
+uses = [
+    {"fold": f.name, "train": len(f.train), "select": len(f.select), "score": len(f.score)}
+    for f in folds(study)
+]
 display(pd.DataFrame(uses))
 pd.set_option("display.max_colwidth", 110)
 split.audit(study.dataset)
@@ -156,7 +219,9 @@ split.audit(study.dataset)
 # %%
 shown = folds(study)[0].train[:3]
 known = truth(study, shown)
-figure = figures.figure_boxes(*on_film(study, shown, known, known.iloc[:0]), study.dataset.box_classes, run)
+figure = figures.figure_boxes(
+    *on_film(study, shown, known, known.iloc[:0]), study.dataset.box_classes, run.caption
+)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -183,8 +248,11 @@ fitted = train_folds(study)
 fitted.round(3)
 
 # %%
-histories = {fold.name: pd.read_csv(made_by(run, f"{fold.name}/metrics.csv", "2 Training")) for fold in folds(study)}
-figure = figures.figure_training(next(iter(histories.values())), run)
+histories = {
+    fold.name: pd.read_csv(made_by(run, f"{fold.name}/metrics.csv", "2 Training"))
+    for fold in folds(study)
+}
+figure = figures.figure_training(next(iter(histories.values())), run.caption)
 report.save_figure(figure, run, "training")
 figure
 
@@ -208,7 +276,9 @@ views_found = pd.concat([look(study, fold, "score") for fold in folds(study)])
 found = join(views_found, method="wbf", views_used=(0,), run=run)
 own = matches(study, scored, found, iou=evaluate.COCO_IOUS)
 asked = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1")
-headline = evaluate.bootstrap(own, study.patients(scored), draws=run.bootstrap_draws, statistics=asked)
+headline = evaluate.bootstrap(
+    own, study.patients(scored), draws=run.bootstrap_draws, statistics=asked
+)
 record(study, headline, model="plain")
 report.interval_table(headline)
 
@@ -218,7 +288,9 @@ report.interval_table(headline)
 # wide as the scale; do not rank classes by it.
 
 # %%
-per_class = evaluate.bootstrap(own, study.patients(scored), draws=run.bootstrap_draws, statistics=("AP50",))
+per_class = evaluate.bootstrap(
+    own, study.patients(scored), draws=run.bootstrap_draws, statistics=("AP50",)
+)
 record(study, per_class, model="plain")
 best = evaluate.best_thresholds(own, objective="f1")
 figures.per_class_table(per_class, best, truth(study, scored), classes)
@@ -229,14 +301,18 @@ figures.per_class_table(per_class, best, truth(study, scored), classes)
 
 # %%
 curves = {"all classes": evaluate.curve(own)}
-curves |= {name: evaluate.curve(own, label=label) for label, name in enumerate(classes, 1) if len(classes) > 1}
+curves |= {
+    name: evaluate.curve(own, label=label)
+    for label, name in enumerate(classes, 1)
+    if len(classes) > 1
+}
 froc = {name: curve.rename(columns={"recall": "sensitivity"}) for name, curve in curves.items()}
-figure = figures.figure_froc(froc, run)
+figure = figures.figure_froc(froc, run.caption)
 report.save_figure(figure, run, "froc")
 figure
 
 # %%
-figure = figures.figure_pr(curves, run)
+figure = figures.figure_pr(curves, run.caption)
 report.save_figure(figure, run, "precision_recall")
 figure
 
@@ -252,11 +328,16 @@ figure
 study = open_detection(run)
 classes = study.dataset.box_classes
 chosen_on = np.concatenate([fold.select for fold in folds(study)])
-found = join(pd.concat([look(study, f, "select") for f in folds(study)]), method="wbf", views_used=(0,), run=run)
+found = join(
+    pd.concat([look(study, f, "select") for f in folds(study)]),
+    method="wbf",
+    views_used=(0,),
+    run=run,
+)
 selecting = matches(study, chosen_on, found)
 sweep = evaluate.threshold_sweep(selecting)
 best = evaluate.best_thresholds(selecting, objective="f1")
-figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], run)
+figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], run.caption)
 report.save_figure(figure, run, "thresholds")
 display(sweep.round(4))
 figure
@@ -266,7 +347,9 @@ figure
 
 # %%
 by_marks = evaluate.best_thresholds(selecting, objective="froc", fp_per_image=1.0)
-table = pd.concat({"best F1": best, "1 false mark per film": by_marks}, names=["objective"]).reset_index("objective")
+table = pd.concat(
+    {"best F1": best, "1 false mark per film": by_marks}, names=["objective"]
+).reset_index("objective")
 files.write_csv(table, run.run_dir / "thresholds.csv")
 table.assign(label=[x if x == "all" else classes[int(x) - 1] for x in table["label"]]).round(3)
 
@@ -282,7 +365,7 @@ classes, fold = study.dataset.box_classes, folds(study)[0]
 found = join(look(study, fold, "score"), method="wbf", views_used=(0,), run=run)
 shown = np.random.default_rng(run.seed).permutation(fold.score)[:4]
 films = on_film(study, shown, truth(study, fold.score), found)
-figure = figures.figure_boxes(*films, classes, run, threshold=threshold)
+figure = figures.figure_boxes(*films, classes, run.caption, threshold=threshold)
 report.save_figure(figure, run, "grid")
 figure
 
@@ -291,7 +374,7 @@ figure
 
 # %%
 films = on_film(study, shown[1:2], truth(study, fold.score), found)
-figure = figures.figure_boxes(*films, classes, run, threshold=threshold, beside=True)
+figure = figures.figure_boxes(*films, classes, run.caption, threshold=threshold, beside=True)
 report.save_figure(figure, run, "beside")
 figure
 
@@ -300,12 +383,12 @@ figure
 
 # %%
 own = matches(study, fold.score, found)
-figure = figures.figure_confidence(pd.DataFrame({"score": own.score}), run, hits=own.hit[0])
+figure = figures.figure_confidence(pd.DataFrame({"score": own.score}), run.caption, hits=own.hit[0])
 report.save_figure(figure, run, "confidence")
 figure
 
 # %%
-figure = figures.figure_per_image(found, fold.score, run, threshold=threshold)
+figure = figures.figure_per_image(found, fold.score, run.caption, threshold=threshold)
 report.save_figure(figure, run, "per_image")
 figure
 
@@ -343,10 +426,16 @@ scored = np.concatenate([fold.score for fold in folds(study)])
 views_found = pd.concat([look(study, fold, "score") for fold in folds(study)])
 on_score = compare(study, scored, views_found)
 for row in on_score.itertuples():
-    gain = dict(metric="mAP50_gain", value=row.difference, ci_low=row.difference_low, ci_high=row.difference_high, n=row.n)
+    gain = dict(
+        metric="mAP50_gain",
+        value=row.difference,
+        ci_low=row.difference_low,
+        ci_high=row.difference_high,
+        n=row.n,
+    )
     value = dict(metric="mAP50", value=row.value, ci_low=row.ci_low, ci_high=row.ci_high, n=row.n)
     record(study, pd.DataFrame([value, gain]).assign(label=0), model=row.name)
-figure = figures.figure_tta(on_score, run)
+figure = figures.figure_tta(on_score, run.caption)
 report.save_figure(figure, run, "tta")
 figure
 
@@ -355,10 +444,17 @@ figure
 
 # %%
 every_view = range(on_score["name"].str.startswith("plain").sum())
-fused = {how: matches(study, scored, join(views_found, method=how, views_used=every_view, run=run))
-         for how in ("wbf", "nms")}  # fmt: skip
-change = evaluate.paired_bootstrap(fused["wbf"], fused["nms"], study.patients(scored), statistics=("mAP50",),
-                                   draws=run.bootstrap_draws).assign(metric="mAP50_wbf_less_nms")  # fmt: skip
+fused = {
+    how: matches(study, scored, join(views_found, method=how, views_used=every_view, run=run))
+    for how in ("wbf", "nms")
+}
+change = evaluate.paired_bootstrap(
+    fused["wbf"],
+    fused["nms"],
+    study.patients(scored),
+    statistics=("mAP50",),
+    draws=run.bootstrap_draws,
+).assign(metric="mAP50_wbf_less_nms")
 record(study, change, model="all views, wbf")
 report.interval_table(change)
 
@@ -383,7 +479,9 @@ for target in targets(study):
     path = submission_path(study, target)
     submission.write(table, path, target.mapping, images=sizes, classes=study.dataset.box_classes)
     written[target.name] = path
-    print(f"{target.name}: {len(table)} rows for {table['image_id'].nunique()} films -> {path.name}")
+    print(
+        f"{target.name}: {len(table)} rows for {table['image_id'].nunique()} films -> {path.name}"
+    )
 display(table.head())
 
 # %% [markdown]
@@ -418,8 +516,16 @@ x = study.images(shown)
 maps = eigencam(activations(model, x, "rcnn.backbone", level="0"), size=run.size)
 found = join(look(study, fold, "score"), method="wbf", views_used=(0,), run=run)
 films, known, boxes, titles = on_film(study, shown, truth(study, shown), found)
-figure = figures.figure_localisation(films, maps.cpu().numpy(), known, boxes, classes, run, titles=titles,
-                                     threshold=threshold)  # fmt: skip
+figure = figures.figure_localisation(
+    films,
+    maps.cpu().numpy(),
+    known,
+    boxes,
+    classes,
+    run.caption,
+    titles=titles,
+    threshold=threshold,
+)
 report.save_figure(figure, run, "eigencam")
 figure
 
@@ -427,7 +533,9 @@ figure
 rows = fold.score[:64]
 maps = eigencam(activations(model, study.images(rows), "rcnn.backbone", level="0"), size=run.size)
 _, known, _, _ = on_film(study, rows, truth(study, rows), found)
-inside = pd.DataFrame(energy_inside(maps, known), columns=["map inside the boxes", "area of the boxes"])
+inside = pd.DataFrame(
+    energy_inside(maps, known), columns=["map inside the boxes", "area of the boxes"]
+)
 inside.describe().loc[["mean", "std"]].round(3)
 
 # %% [markdown]
@@ -437,6 +545,8 @@ inside.describe().loc[["mean", "std"]].round(3)
 results = pd.read_csv(made_by(run, "results.csv", "3 Evaluation"))
 cells = results.assign(cell=[report.with_interval(row) for _, row in results.iterrows()])
 display(cells[["model", "metric", "cell", "n"]])
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if "tables/" not in name))

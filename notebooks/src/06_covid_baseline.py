@@ -31,9 +31,13 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, twenty minutes), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
+DATA_DIR = (
+    ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
+)
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"trials": 12}
 
 # %% [markdown]
@@ -47,34 +51,91 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"trials": 1
 
 # %% tags=["settings"]
 # The data; unusable_share: at most so many files may fail to decode
-FULL = {"dataset": "covid", "seed": 0, "size": 128, "fit": "squash", "per_class": None, "unusable_share": 0.01}
+FULL = {
+    "dataset": "covid",
+    "seed": 0,
+    "size": 128,
+    "fit": "squash",
+    "per_class": None,
+    "unusable_share": 0.01,
+}
 FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
 # The network: width is that of its first block, every further block has twice as many channels
 FULL |= {"blocks": 4, "width": 16, "hidden": 128, "dropout": 0.3}
 # The recipe; max_minutes is for one training, None is no limit
-FULL |= {"epochs": 30, "batch_size": 32, "lr": 1e-3, "patience": 8, "max_minutes": 120.0, "num_workers": 2}
+FULL |= {
+    "epochs": 30,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "patience": 8,
+    "max_minutes": 120.0,
+    "num_workers": 2,
+}
 # Quick comparisons of sizes and normalisations
 FULL |= {"quick_films": 2000, "quick_epochs": 5}
 # The search; of batch and width: (values beyond, values, values beyond)
-FULL |= {"trials": 30, "extend": 3, "search_epochs": 15, "search_patience": 5, "search_lr": (3e-4, 1e-2)}
+FULL |= {
+    "trials": 30,
+    "extend": 3,
+    "search_epochs": 15,
+    "search_patience": 5,
+    "search_lr": (3e-4, 1e-2),
+}
 FULL |= {"search_dropout": (0.1, 0.6), "search_batch": ((8,), (16, 32, 64), (128,))}
 FULL |= {"search_width": ((4,), (8, 16, 32), (64,)), "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
-CPU = {"size": 96, "epochs": 15, "patience": 4, "num_workers": 0, "quick_epochs": 3, "trials": 10, "extend": 2}
+CPU = {
+    "size": 96,
+    "epochs": 15,
+    "patience": 4,
+    "num_workers": 0,
+    "quick_epochs": 3,
+    "trials": 10,
+    "extend": 2,
+}
 CPU |= {"search_epochs": 6, "search_patience": 3, "search_width": ((4,), (8, 16), (32,))}
 
-SMOKE = {"size": 48, "per_class": 90, "blocks": 3, "width": 8, "hidden": 32, "epochs": 10, "batch_size": 16}
-SMOKE |= {"lr": 2e-3, "patience": 4, "max_minutes": None, "num_workers": 0, "quick_epochs": 3, "trials": 4}
+SMOKE = {
+    "size": 48,
+    "per_class": 90,
+    "blocks": 3,
+    "width": 8,
+    "hidden": 32,
+    "epochs": 10,
+    "batch_size": 16,
+}
+SMOKE |= {
+    "lr": 2e-3,
+    "patience": 4,
+    "max_minutes": None,
+    "num_workers": 0,
+    "quick_epochs": 3,
+    "trials": 4,
+}
 SMOKE |= {"extend": 1, "search_epochs": 4, "search_patience": 4, "search_lr": (5e-4, 4e-3)}
-SMOKE |= {"search_batch": ((4,), (8, 16), (32,)), "search_width": ((4,), (8, 16), (32,)), "bootstrap_draws": 200}
+SMOKE |= {
+    "search_batch": ((4,), (8, 16), (32,)),
+    "search_width": ((4,), (8, 16), (32,)),
+    "bootstrap_draws": 200,
+}
 
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("06_covid_baseline", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes="any",
-            trains="7 The final baseline")
+run = start(
+    "06_covid_baseline",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    own_classes="any",
+    trains="7 The final baseline",
+)
 print(run)
 
 # %% tags=["imports"]
@@ -88,8 +149,10 @@ from IPython.display import Markdown, display
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dlia_utils import augment, curves, explore, files, launch, metrics, models, once, report, search, split
-from dlia_utils.objectives import cross_entropy, fingerprint
+from dlia_utils import curves, files, launch, metrics, models, once, plots, report, search
+from dlia_utils.data import augment, explore, split
+from dlia_utils.device import fingerprint
+from dlia_utils.objectives import cross_entropy
 from dlia_utils.study import fit_model, load_models, made_by, open_study, test_opened, work_folder
 from dlia_utils.train import predict
 
@@ -106,8 +169,15 @@ def network(study, *, width, dropout):
     """A fresh network that normalises by mean and deviation of all pixels of the TRAINING films."""
     mean, spread = explore.mean_and_spread(study.cache, study.rows("train"))
     std = np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
-    return models.cnn(num_classes=len(study.dataset.classes), channels=channels(width), hidden=run.hidden,
-                      dropout=dropout, mean=mean.mean(), std=std, seed=run.seed)  # fmt: skip
+    return models.cnn(
+        num_classes=len(study.dataset.classes),
+        channels=channels(width),
+        hidden=run.hidden,
+        dropout=dropout,
+        mean=mean.mean(),
+        std=std,
+        seed=run.seed,
+    )
 
 
 def score_of(probability):
@@ -146,7 +216,7 @@ rng = np.random.default_rng(run.seed)
 parts = explore.rows_by_split(study.dataset, together=False)
 shown = np.concatenate([rng.permutation(rows)[:2] for rows in parts.values()])
 titles = study.dataset.manifest.loc[shown, ["split", "class_name"]].agg("\n".join, axis=1)
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run, columns=4)
+figure = plots.figure_samples(study.images(shown).cpu().numpy(), titles, run.caption, columns=4)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -183,7 +253,9 @@ tests[["test", "class_name", "p_holm", "effect", "meaning"]].round(3)
 audit = split.audit(study.dataset)
 files.write_csv(audit, TABLES / "audit.csv")
 copies = study.dataset.manifest.groupby("look").size()
-print(f"{(copies > 1).sum()} groups of films that look the same, {copies[copies > 1].sum()} films in all")
+print(
+    f"{(copies > 1).sum()} groups of films that look the same, {copies[copies > 1].sum()} films in all"
+)
 audit
 
 
@@ -197,9 +269,12 @@ audit
 def quality(films):
     """Brightness, contrast, sharpness and share of black pixels of films [N,1,S,S]."""
     soft = F.avg_pool2d(films, 3, stride=1, padding=1, count_include_pad=False)
-    measured = {"mean grey": films.mean((1, 2, 3)), "contrast": films.std((1, 2, 3)),
-                "sharpness": (films - soft).std((1, 2, 3)),
-                "black pixels": (films == 0).float().mean((1, 2, 3))}  # fmt: skip
+    measured = {
+        "mean grey": films.mean((1, 2, 3)),
+        "contrast": films.std((1, 2, 3)),
+        "sharpness": (films - soft).std((1, 2, 3)),
+        "black pixels": (films == 0).float().mean((1, 2, 3)),
+    }
     return pd.DataFrame({name: values.numpy() for name, values in measured.items()})
 
 
@@ -207,11 +282,21 @@ rows = study.rows("train")
 labels = study.labels(rows).cpu().numpy()
 measured = quality(study.images(rows).cpu())
 table = []
-asked = {"": 1} if len(study.dataset.classes) == 2 else {f", {c}": k for k, c in enumerate(study.dataset.classes)}
+asked = (
+    {"": 1}
+    if len(study.dataset.classes) == 2
+    else {f", {c}": k for k, c in enumerate(study.dataset.classes)}
+)
 for (name, values), (which, label) in itertools.product(measured.items(), asked.items()):
-    outcome = metrics.classification(labels == label, values, study.patients(rows), draws=run.bootstrap_draws)
-    medians = {f"median, {c}": values[labels == k].median() for k, c in enumerate(study.dataset.classes)}
-    table.append({"measure": name + which} | medians | outcome[outcome.metric.eq("auc")].iloc[0].to_dict())
+    outcome = metrics.classification(
+        labels == label, values, study.patients(rows), draws=run.bootstrap_draws
+    )
+    medians = {
+        f"median, {c}": values[labels == k].median() for k, c in enumerate(study.dataset.classes)
+    }
+    table.append(
+        {"measure": name + which} | medians | outcome[outcome.metric.eq("auc")].iloc[0].to_dict()
+    )
 table = pd.DataFrame(table).drop(columns="metric")
 files.write_csv(table, TABLES / "quality.csv")
 formats = explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws)
@@ -236,25 +321,60 @@ study = open_study(run)
 strategies = explore.normalisations(study.cache, study.rows("train"))
 sample = study.images(study.rows("val")[:16])
 made = {name: normalise(sample) for name, normalise in strategies.items()}
-pd.DataFrame([{"normalisation": name, "mean": x.mean().item(), "deviation": x.std().item(),
-               "lowest": x.min().item(), "highest": x.max().item()} for name, x in made.items()]).round(2)  # fmt: skip
+pd.DataFrame(
+    [
+        {
+            "normalisation": name,
+            "mean": x.mean().item(),
+            "deviation": x.std().item(),
+            "lowest": x.min().item(),
+            "highest": x.max().item(),
+        }
+        for name, x in made.items()
+    ]
+).round(2)
 
 
 # %%
 def quick_training(study, name, prepare, *, shrink=1):
     """Validation AUC and seconds an epoch of a short training on films that `prepare` made ready."""
     chosen = np.random.default_rng(run.seed).permutation(study.rows("train"))[: run.quick_films]
-    ready = [TensorDataset(F.avg_pool2d(prepare(study.images(rows)), shrink).cpu(), study.labels(rows).cpu())
-             for rows in (chosen, study.rows("val"))]  # fmt: skip
-    model = models.cnn(num_classes=len(study.dataset.classes), channels=channels(run.width), hidden=run.hidden,
-                       dropout=run.dropout, mean=0.0, std=1.0, seed=run.seed)  # fmt: skip
+    ready = [
+        TensorDataset(
+            F.avg_pool2d(prepare(study.images(rows)), shrink).cpu(), study.labels(rows).cpu()
+        )
+        for rows in (chosen, study.rows("val"))
+    ]
+    model = models.cnn(
+        num_classes=len(study.dataset.classes),
+        channels=channels(run.width),
+        hidden=run.hidden,
+        dropout=run.dropout,
+        mean=0.0,
+        std=1.0,
+        seed=run.seed,
+    )
     loss = cross_entropy(weight=study.class_weights())
-    fitted = fit_model(study, f"quick/{name}", model, loss, *ready, epochs=run.quick_epochs, patience=None,
-                       monitor="epoch", num_workers=0, progress=False)  # fmt: skip
+    fitted = fit_model(
+        study,
+        f"quick/{name}",
+        model,
+        loss,
+        *ready,
+        epochs=run.quick_epochs,
+        patience=None,
+        monitor="epoch",
+        num_workers=0,
+        progress=False,
+    )
     probability, labels, _ = predict(model, ready[1])
     patients = study.patients(study.rows("val"))
-    outcome = metrics.classification(labels, score_of(probability), patients, draws=run.bootstrap_draws)
-    return outcome[outcome.metric.eq("auc")].iloc[0].to_dict() | {"seconds": fitted.history["seconds"].median()}
+    outcome = metrics.classification(
+        labels, score_of(probability), patients, draws=run.bootstrap_draws
+    )
+    return outcome[outcome.metric.eq("auc")].iloc[0].to_dict() | {
+        "seconds": fitted.history["seconds"].median()
+    }
 
 
 quick = []
@@ -263,7 +383,9 @@ for name, normalise in strategies.items():
     quick.append({"compared": "normalisation", "name": name, "size": run.size} | found)
 for shrink in (1, 2, 4):
     size = run.size // shrink
-    name = "training" if shrink == 1 else f"size_{size}"  # at full size it is the training from above
+    name = (
+        "training" if shrink == 1 else f"size_{size}"
+    )  # at full size it is the training from above
     found = quick_training(study, name, strategies["training"], shrink=shrink)
     quick.append({"compared": "resolution", "name": f"{size} px", "size": size} | found)
 quick = pd.DataFrame(quick).drop(columns="metric")
@@ -300,9 +422,26 @@ figure
 # %%
 given = []
 for part, augmented in (("train", True), ("val", False)):
-    films, raw = study.torch_set(part, augmented=augmented), study.images(study.rows(part)[:32]).cpu()
-    changed = (torch.stack([films[k][0] for k in range(len(raw))]) != raw).flatten(1).any(1).float().mean().item()
-    given.append({"split": part, "films": len(films), "augmented": augmented, "share of films that changed": changed})
+    films, raw = (
+        study.torch_set(part, augmented=augmented),
+        study.images(study.rows(part)[:32]).cpu(),
+    )
+    changed = (
+        (torch.stack([films[k][0] for k in range(len(raw))]) != raw)
+        .flatten(1)
+        .any(1)
+        .float()
+        .mean()
+        .item()
+    )
+    given.append(
+        {
+            "split": part,
+            "films": len(films),
+            "augmented": augmented,
+            "share of films that changed": changed,
+        }
+    )
 pd.DataFrame(given)
 
 # %% [markdown]
@@ -337,7 +476,7 @@ def train_first(name):
 
 first = launch.each(train_first, ["initial", "unaugmented"], log_dir=run.run_dir / "logs")
 histories = {name: fitted.history for name, fitted in first.items()}
-figure = curves.figure_curves(histories, run)
+figure = curves.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_initial")
 display(figure)
 read = curves.facts(histories)
@@ -349,7 +488,10 @@ read.set_index("run").T.round(3)
 
 # %%
 for _, row in read.iterrows():
-    print(f"{row['run']}:", "; ".join(curves.signs(row)) or "no sign of overfitting, unrest or underfitting")
+    print(
+        f"{row['run']}:",
+        "; ".join(curves.signs(row)) or "no sign of overfitting, unrest or underfitting",
+    )
 
 
 # %% [markdown]
@@ -371,13 +513,27 @@ def run_once(params, report_score):
     study = open_study(run)
     model = network(study, width=params["width"], dropout=params["dropout"])
     fitted = fit_model(
-        study, f"search/{search.run_name(params)}", model, cross_entropy(weight=study.class_weights()),
-        study.torch_set("train", augmented=True), study.torch_set("val"), lr=params["lr"],
-        batch_size=params["batch_size"], epochs=run.search_epochs, patience=run.search_patience,
-        on_epoch=lambda row: report_score(row["epoch"], row["val_auc"]), progress=False)  # fmt: skip
+        study,
+        f"search/{search.run_name(params)}",
+        model,
+        cross_entropy(weight=study.class_weights()),
+        study.torch_set("train", augmented=True),
+        study.torch_set("val"),
+        lr=params["lr"],
+        batch_size=params["batch_size"],
+        epochs=run.search_epochs,
+        patience=run.search_patience,
+        on_epoch=lambda row: report_score(row["epoch"], row["val_auc"]),
+        progress=False,
+    )
     best = fitted.history.set_index("epoch").loc[fitted.best_epoch]
-    return {"score": best["val_auc"], "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"],
-            "train_accuracy": best["train_accuracy"], "best_epoch": fitted.best_epoch}  # fmt: skip
+    return {
+        "score": best["val_auc"],
+        "val_accuracy": best["val_accuracy"],
+        "val_loss": best["val_loss"],
+        "train_accuracy": best["train_accuracy"],
+        "best_epoch": fitted.best_epoch,
+    }
 
 
 def ordered(beyond_below, values, beyond_above):
@@ -392,11 +548,30 @@ space = {
     "batch_size": ordered(*run.search_batch),
     "width": ordered(*run.search_width),
 }
-uses = ("trials", "extend", "seed", "search_epochs", "search_patience", "search_lr", "search_dropout", "search_batch",
-        "search_width", "blocks", "hidden")  # fmt: skip
+uses = (
+    "trials",
+    "extend",
+    "seed",
+    "search_epochs",
+    "search_patience",
+    "search_lr",
+    "search_dropout",
+    "search_batch",
+    "search_width",
+    "blocks",
+    "hidden",
+)
 folder = work_folder(run, "search", study.key | run.pick(*uses))
-found = search.search(run_once, space, folder=folder, trials=run.trials, seed=run.seed, extend=run.extend,
-                      resume=bool(run.resume), config=study.key)  # fmt: skip
+found = search.search(
+    run_once,
+    space,
+    folder=folder,
+    trials=run.trials,
+    seed=run.seed,
+    extend=run.extend,
+    resume=bool(run.resume),
+    config=study.key,
+)
 for path in folder.glob("run_*/*.pt"):
     path.unlink()  # the curves of all runs stay, their weights are not needed again
 files.write_csv(found.ranges, TABLES / "ranges.csv")
@@ -412,7 +587,7 @@ display(pd.DataFrame(found.extensions))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, run)
+figure = search.figure_search(found.runs, run.caption)
 report.save_figure(figure, run, "search")
 figure
 
@@ -430,16 +605,36 @@ RECIPES = {"adam": ("adam", 1, 0.0), "sgd": ("sgd", 10, 0.0), "smoothed": ("adam
 
 def train_recipe(name):
     study = open_study(run)
-    best = search.top_runs(pd.read_csv(made_by(run, "search/runs.csv", "5 Search")), count=1).iloc[0]
+    best = search.top_runs(pd.read_csv(made_by(run, "search/runs.csv", "5 Search")), count=1).iloc[
+        0
+    ]
     optimizer, factor, smoothing = RECIPES[name]
-    recipe = {"optimizer": optimizer, "lr": factor * best["lr"], "batch_size": int(best["batch_size"])}
+    recipe = {
+        "optimizer": optimizer,
+        "lr": factor * best["lr"],
+        "batch_size": int(best["batch_size"]),
+    }
     shape = {"width": int(best["width"]), "dropout": float(best["dropout"])}
     loss = cross_entropy(weight=study.class_weights(), label_smoothing=smoothing)
-    fitted = fit_model(study, name, network(study, **shape), loss, study.torch_set("train", augmented=True),
-                       study.torch_set("val"), **recipe)  # fmt: skip
+    fitted = fit_model(
+        study,
+        name,
+        network(study, **shape),
+        loss,
+        study.torch_set("train", augmented=True),
+        study.torch_set("val"),
+        **recipe,
+    )
     epochs = search.retrain_epochs(fitted.history, monitor="val_auc")
-    return {"recipe": name, **recipe, **shape, "label_smoothing": smoothing, "trained": len(fitted.history),
-            "epochs": epochs, "val_auc": fitted.best_score}  # fmt: skip
+    return {
+        "recipe": name,
+        **recipe,
+        **shape,
+        "label_smoothing": smoothing,
+        "trained": len(fitted.history),
+        "epochs": epochs,
+        "val_auc": fitted.best_score,
+    }
 
 
 tried = list(launch.each(train_recipe, list(RECIPES), log_dir=run.run_dir / "logs").values())
@@ -452,7 +647,7 @@ pd.DataFrame(tried).round(4)
 # %%
 section = "6 Early stopping, optimiser and loss"
 histories = {name: pd.read_csv(made_by(run, f"{name}/metrics.csv", section)) for name in RECIPES}
-figure = curves.figure_curves(histories, run)
+figure = curves.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_recipes")
 figure
 
@@ -466,24 +661,45 @@ figure
 study = open_study(run)
 choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
 rows = np.concatenate([study.rows("train"), study.rows("val")])
-films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                             seed=run.seed)  # fmt: skip
+films = augment.CachedImages(
+    study.cache,
+    rows,
+    study.labels(rows).cpu().numpy(),
+    transform=augment.train_transform(),
+    seed=run.seed,
+)
 final = network(study, width=choice["width"], dropout=choice["dropout"])
 loss = cross_entropy(weight=study.class_weights(), label_smoothing=choice["label_smoothing"])
-fitted = fit_model(study, "baseline", final, loss, films, None, monitor="epoch", patience=None, epochs=choice["epochs"],
-                   optimizer=choice["optimizer"], lr=choice["lr"], batch_size=choice["batch_size"])  # fmt: skip
+fitted = fit_model(
+    study,
+    "baseline",
+    final,
+    loss,
+    films,
+    None,
+    monitor="epoch",
+    patience=None,
+    epochs=choice["epochs"],
+    optimizer=choice["optimizer"],
+    lr=choice["lr"],
+    batch_size=choice["batch_size"],
+)
 chosen = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv").head(choice["epochs"])
 histories = {"final baseline": fitted.history, f"{choice['recipe']}, on training films": chosen}
-figure = curves.figure_curves(histories, run)
+figure = curves.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_final")
 display(figure)
-curves.facts(histories)[["run", "epochs", "train_loss_first", "train_loss_last", "train_accuracy_last"]].round(3)
+curves.facts(histories)[
+    ["run", "epochs", "train_loss_first", "train_loss_last", "train_accuracy_last"]
+].round(3)
 
 # %% [markdown]
 # **Saved and loaded back.** The file must hold the very same weights, and they must give the very same answers.
 
 # %%
-loaded = load_models(study, ["baseline"])["baseline"].to(memory_format=torch.channels_last)  # as in training
+loaded = load_models(study, ["baseline"])["baseline"].to(
+    memory_format=torch.channels_last
+)  # as in training
 x = study.images(study.rows("train")[:64])
 answers = [predict(model, x)[0] for model in (final, loaded)]
 print("weights bit-equal:", fingerprint(final) == fingerprint(loaded))
@@ -506,7 +722,11 @@ patients = study.patients(told["image"].to_numpy())
 outcome = metrics.classification(labels, score, patients, draws=run.bootstrap_draws)
 results = report.result_rows(outcome.assign(epochs=choice["epochs"]), run, model="baseline")
 report.update_results(results, RESULTS)
-answers = {"baseline": score} if score.ndim == 1 else {f"baseline, {c}": score[:, k] for k, c in enumerate(study.dataset.classes)}
+answers = (
+    {"baseline": score}
+    if score.ndim == 1
+    else {f"baseline, {c}": score[:, k] for k, c in enumerate(study.dataset.classes)}
+)
 files.write_csv(told[["path", "label"]].assign(**answers), run.run_dir / "predictions.csv")
 display(pd.read_csv(run.run_dir / "test_log.csv")[["time", "purpose", "split"]])
 report.interval_table(outcome)
@@ -518,12 +738,14 @@ report.interval_table(outcome)
 # %%
 auc = outcome[outcome.metric.eq("auc")].iloc[0]
 inside = auc["ci_low"] <= choice["val_auc"] <= auc["ci_high"]
-print(f"validation AUC when it was chosen {choice['val_auc']:.3f}, test AUC {report.with_interval(auc)}: "
-      f"{'inside' if inside else 'OUTSIDE'} the interval of the test")  # fmt: skip
-figure = report.figure_confusion(labels, {"baseline": predicted}, study.dataset.classes, run)
+print(
+    f"validation AUC when it was chosen {choice['val_auc']:.3f}, test AUC {report.with_interval(auc)}: "
+    f"{'inside' if inside else 'OUTSIDE'} the interval of the test"
+)
+figure = plots.figure_confusion(labels, {"baseline": predicted}, study.dataset.classes, run.caption)
 report.save_figure(figure, run, "confusion")
 display(figure)
-figure = report.figure_roc(labels, {"baseline": score}, run)
+figure = plots.figure_roc(labels, {"baseline": score}, run.caption)
 report.save_figure(figure, run, "roc")
 figure
 
@@ -536,9 +758,15 @@ wrong = predicted != labels
 order = np.random.default_rng(run.seed).permutation(len(labels))
 shown = np.concatenate([order[wrong[order]][:6], order[~wrong[order]][:12]])[:12]
 classes = study.dataset.classes
-sure = [f"p({classes[1]}) = {p:.3f}" for p in score] if score.ndim == 1 else [f"called {classes[k]}" for k in predicted]
+sure = (
+    [f"p({classes[1]}) = {p:.3f}" for p in score]
+    if score.ndim == 1
+    else [f"called {classes[k]}" for k in predicted]
+)
 titles = [f"{'WRONG: ' if wrong[k] else ''}{classes[labels[k]]}\n{sure[k]}" for k in shown]
-figure = report.figure_samples(study.images(told["image"].to_numpy()[shown]).cpu().numpy(), titles, run)
+figure = plots.figure_samples(
+    study.images(told["image"].to_numpy()[shown]).cpu().numpy(), titles, run.caption
+)
 report.save_figure(figure, run, "test_films")
 figure
 
@@ -575,15 +803,24 @@ figure
 study = open_study(run)
 manifest, classes = study.dataset.manifest, study.dataset.classes
 made_in = dict.fromkeys(("quality", "formats", "audit", "split_tests", "sizes"), "1 The data")
-made_in |= {"quick": "2 From film to input", "ranges": "5 Search", "recipes": "6 Early stopping, optimiser and loss"}
-table = {name: pd.read_csv(made_by(run, f"tables/{name}.csv", section)) for name, section in made_in.items()}
+made_in |= {
+    "quick": "2 From film to input",
+    "ranges": "5 Search",
+    "recipes": "6 Early stopping, optimiser and loss",
+}
+table = {
+    name: pd.read_csv(made_by(run, f"tables/{name}.csv", section))
+    for name, section in made_in.items()
+}
 quality = table["quality"][(table["quality"].ci_low > 0.5) | (table["quality"].ci_high < 0.5)]
 hints = "; ".join(f"{row['measure']} {report.with_interval(row)}" for _, row in quality.iterrows())
 formats = table["formats"].set_index("features").loc["all three"]
 looks, audit = manifest.groupby("look").size(), table["audit"].set_index("check")["count"]
 torn = audit[[check for check in audit.index if check.startswith("near-duplicates in")]].sum()
 uneven = table["split_tests"][table["split_tests"]["uneven"]]
-found = "; ".join(f"{row['test']} ({row['class_name']}), {row['meaning']}" for _, row in uneven.iterrows())
+found = "; ".join(
+    f"{row['test']} ({row['class_name']}), {row['meaning']}" for _, row in uneven.iterrows()
+)
 answers = {
     1: f"{len(manifest)} films, {manifest['label'].eq(1).mean():.0%} of them {classes[1]}, no patient named. "
     f"{looks[looks > 1].sum()} films belong to {(looks > 1).sum()} groups that show one film more than once"
@@ -595,21 +832,29 @@ answers = {
     2: f"{len(uneven)} of {len(table['split_tests'])} tests found a difference that chance does not explain"
     + (f": {found}" if found else ": the splits look like random parts of one pool")
     + f". Rule of the split: {study.dataset.split_rule}. Films on two sides, by the audit: {torn}.",
-    3: (f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have more of it), where the interval "
+    3: (
+        f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have more of it), where the interval "
         f"leaves out 0.5: {hints}. A network can use such differences, and they are no part of the disease: they may carry "
-        "the score here and be missing in a hospital with other machines." if hints else
-        "None of the four measures tells the classes apart on training films: all intervals hold 0.5."),
-}  # fmt: skip
+        "the score here and be missing in a hospital with other machines."
+        if hints
+        else "None of the four measures tells the classes apart on training films: all intervals hold 0.5."
+    ),
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
 quick = {name: part.set_index("name") for name, part in table["quick"].groupby("compared")}
-norms, (full, half, quarter) = quick["normalisation"], (row for _, row in quick["resolution"].iterrows())
+norms, (full, half, quarter) = (
+    quick["normalisation"],
+    (row for _, row in quick["resolution"].iterrows()),
+)
 used, best = norms.loc["training"], norms["value"].max()
 lost = " and ".join(row.name for row in (half, quarter) if row["value"] < full["ci_low"])
 side = table["sizes"]["commonest"].mode()[0]
-first = {name: pd.read_csv(made_by(run, f"{name}/metrics.csv", "4 The first network"))
-         for name in ("initial", "unaugmented")}  # fmt: skip
+first = {
+    name: pd.read_csv(made_by(run, f"{name}/metrics.csv", "4 The first network"))
+    for name in ("initial", "unaugmented")
+}
 read = curves.facts(first).set_index("run")
 early, plain = read.loc["initial"], read.loc["unaugmented"]
 answers = {
@@ -617,8 +862,12 @@ answers = {
     f"validation films of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at {half.name} and "
     f"{quarter['value']:.3f} at {quarter.name}; an epoch at half the side takes {half['seconds'] / full['seconds']:.0%} "
     "of the time and a quarter of the memory. "
-    + (f"Below the interval of the full size, and so too small: {lost}. " if lost else "Neither falls below the interval "
-       "of the full size: the other pixels cost time without a gain that these films can show. ")
+    + (
+        f"Below the interval of the full size, and so too small: {lost}. "
+        if lost
+        else "Neither falls below the interval "
+        "of the full size: the other pixels cost time without a gain that these films can show. "
+    )
     + "Cropping to the lungs would use the pixels better; it needs masks and was not tried here.",
     5: "By the training films: one mean and one deviation for all places, kept inside the model. Short trainings gave "
     f"{'; '.join(f'{name} {report.with_interval(row)}' for name, row in norms.iterrows())}. The one used lies "
@@ -632,28 +881,47 @@ answers = {
     f"{plain['val_auc_best']:.3f}; training minus validation accuracy at the end {early['gap']:+.3f} and "
     f"{plain['gap']:+.3f}. This run can ensure that no film is on two sides, and that validation and test films are never "
     "augmented; how it does in another hospital only films from there could show.",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
 runs = pd.read_csv(made_by(run, "search/runs.csv", "5 Search"))
 complete = runs[runs["state"].eq("complete")]
-moved = complete[["lr", "dropout", "batch_size", "width"]].corrwith(complete["score"], method="spearman").dropna()
-moved = ", ".join(f"{name} {rho:+.2f}" for name, rho in moved.sort_values(key=abs, ascending=False).items())
+moved = (
+    complete[["lr", "dropout", "batch_size", "width"]]
+    .corrwith(complete["score"], method="spearman")
+    .dropna()
+)
+moved = ", ".join(
+    f"{name} {rho:+.2f}" for name, rho in moved.sort_values(key=abs, ascending=False).items()
+)
 choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
-outcome = pd.read_csv(made_by(run, "results.csv", "8 The test, once")).query("model == 'baseline'").set_index("metric")
+outcome = (
+    pd.read_csv(made_by(run, "results.csv", "8 The test, once"))
+    .query("model == 'baseline'")
+    .set_index("metric")
+)
 half = (outcome["ci_high"] - outcome["ci_low"]) / 2
 majority = manifest.loc[manifest["split"].eq("test"), "label"].value_counts(normalize=True).max()
 signs = {name: curves.signs(read.loc[name]) for name in read.index}
-overfit = {name: "; ".join(s for s in told if s.startswith("overfitting")) for name, told in signs.items()}
-remedy = {"unrest": "learning rate", "overfitting": "dropout and width", "underfitting": "learning rate and width"}
+overfit = {
+    name: "; ".join(s for s in told if s.startswith("overfitting")) for name, told in signs.items()
+}
+remedy = {
+    "unrest": "learning rate",
+    "overfitting": "dropout and width",
+    "underfitting": "learning rate and width",
+}
 tune = dict.fromkeys(remedy[sign.split(":")[0]] for sign in signs["initial"])
 answers = {
     7: "AUC for choosing (it needs no threshold and does not move with the share of the classes), sensitivity and "
     "specificity for reading (a missed COVID film and a false alarm cost differently), accuracy for comparing: always "
     f"naming the larger class is right on {majority:.0%} of the test films. "
-    + "".join(f"{name}: {report.with_interval(outcome.loc[name])}. " for name in ("sensitivity", "specificity")
-              if name in outcome.index)
+    + "".join(
+        f"{name}: {report.with_interval(outcome.loc[name])}. "
+        for name in ("sensitivity", "specificity")
+        if name in outcome.index
+    )
     + f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about {half['accuracy']:.2f} in "
     f"accuracy or {half['auc']:.3f} in AUC.",
     8: f"In {early['epochs']:.0f} epochs the training loss went from {early['train_loss_first']:.3f} to "
@@ -666,7 +934,7 @@ answers = {
     f"{overfit['unaugmented'] or 'no sign of it by the rules'}. Measures: augmentation (gap {plain['gap']:+.3f} without "
     f"it, {early['gap']:+.3f} with it), dropout (searched: {choice['dropout']:.2f}), width (searched: {choice['width']}), "
     f"batch normalisation, and early stopping (after {choice['epochs']} epochs).",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
@@ -674,33 +942,52 @@ grown, edge = run.run_dir / "search" / "extensions.csv", table["ranges"].dropna(
 grown = pd.read_csv(grown).iterrows() if grown.exists() else []
 grown = "; ".join(f"{row['parameter']} from {row['before']} to {row['after']}" for _, row in grown)
 edge = "; ".join(f"{row['parameter']} ({row['edge']})" for _, row in edge.iterrows())
-best = ", ".join(f"{row['parameter']} {float(row['best']):.3g}" for _, row in table["ranges"].iterrows())
+best = ", ".join(
+    f"{row['parameter']} {float(row['best']):.3g}" for _, row in table["ranges"].iterrows()
+)
 states = ", ".join(f"{count} {state}" for state, count in runs["state"].value_counts().items())
 recipes = table["recipes"].set_index("recipe")
 apart = recipes["val_auc"].max() - recipes["val_auc"].min()
-held_out = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv")["train_loss"][choice["epochs"] - 1]
+held_out = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv")["train_loss"][
+    choice["epochs"] - 1
+]
 final = curves.facts({"final": pd.read_csv(run.run_dir / "baseline" / "metrics.csv")}).iloc[0]
 answers = {
     10: f"Neither a grid nor one value at a time: TPE draws all four together, each time by the scores so far. {len(runs)} "
     f"runs ({states}); a pruned run was below the median of the others at the same epoch. The ranges were set upfront and "
     f"widened by rule: {grown or 'no best value lay on an edge'}. "
-    + (f"The best value still lies on an edge for {edge}. " if edge else "In the end no best value lies on an edge. ")
+    + (
+        f"The best value still lies on an edge for {edge}. "
+        if edge
+        else "In the end no best value lies on an edge. "
+    )
     + f"Best: {best}.",
     11: "Three recipes with the best setting, the same early stopping and the same films. Validation AUC: "
-    + "; ".join(f"{name} {row['val_auc']:.4f} (epoch {row['epochs']:.0f})" for name, row in recipes.iterrows())
+    + "; ".join(
+        f"{name} {row['val_auc']:.4f} (epoch {row['epochs']:.0f})"
+        for name, row in recipes.iterrows()
+    )
     + f". Chosen, as the highest: *{choice['recipe']}*. With one seed each they lie {apart:.4f} apart; half the interval "
     f"of the AUC on test films is {half['auc']:.3f}, so this "
-    + ("may be more than chance." if apart > half["auc"] else "does not show that any of them is better.")
+    + (
+        "may be more than chance."
+        if apart > half["auc"]
+        else "does not show that any of them is better."
+    )
     + " The loss is cross-entropy on two logits, with both classes weighing the same.",
     12: "Without validation films only the training is left to look at: from epoch 1 to "
     f"{final['epochs']:.0f} the loss went from {final['train_loss_first']:.3f} to {final['train_loss_last']:.3f}"
     + (f", falling in {final['falls']:.0%} of the steps" if final["epochs"] > 1 else "")
     + f"; the same recipe on training films alone had {held_out:.3f} at that epoch. Training accuracy ends at "
     f"{final['train_accuracy_last']:.3f}; test accuracy is {report.with_interval(outcome.loc['accuracy'])}.",
-}  # fmt: skip
+}
 display(Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items())))
 if run.synthetic:
-    display(Markdown("*Synthetic films and tiny trainings: these answers show the machinery, not a finding.*"))
+    display(
+        Markdown(
+            "*Synthetic films and tiny trainings: these answers show the machinery, not a finding.*"
+        )
+    )
 
 # %% [markdown]
 # ## Results and files
@@ -710,7 +997,19 @@ if run.synthetic:
 
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "8 The test, once"))
-display(results[["model", "metric", "value", "ci_low", "ci_high", "n", "size", "epochs", "profile", "data"]].round(3))
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+display(
+    results[
+        ["model", "metric", "value", "ci_low", "ci_high", "n", "size", "epochs", "profile", "data"]
+    ].round(3)
+)
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
-print("\n".join(name for name in written if "tables/" not in name and "/run_" not in name and "quick/" not in name))
+print(
+    "\n".join(
+        name
+        for name in written
+        if "tables/" not in name and "/run_" not in name and "quick/" not in name
+    )
+)

@@ -29,9 +29,13 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, half an hour), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds it, or your own: two class folders
+DATA_DIR = (
+    ""  # empty: find the data set; else the folder that holds it, or your own: two class folders
+)
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+RESUME = (
+    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
+)
 CHANGES = {}  # settings of your own, whatever the profile, such as {"backbone": "resnet18"}
 
 # %% [markdown]
@@ -45,12 +49,26 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"backbone":
 
 # %% tags=["settings"]
 # The data; unusable_share: at most so many files may fail to decode
-FULL = {"dataset": "covid", "seed": 0, "size": 224, "fit": "squash", "per_class": None, "unusable_share": 0.01}
+FULL = {
+    "dataset": "covid",
+    "seed": 0,
+    "size": 224,
+    "fit": "squash",
+    "per_class": None,
+    "unusable_share": 0.01,
+}
 FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
 # The network: "resnet50_v2", "mobilenet_v2" (with width, stages), or any name of torchvision or timm
 FULL |= {"backbone": "resnet50_v2", "width": 1.0, "stages": 7, "pretrained": True}
 # The heads on the frozen network, and their recipe; max_minutes is for one training, None is no limit
-FULL |= {"heads": ("linear", "mlp"), "hidden": 128, "dropout": 0.3, "epochs": 30, "batch_size": 32, "lr": 1e-3}
+FULL |= {
+    "heads": ("linear", "mlp"),
+    "hidden": 128,
+    "dropout": 0.3,
+    "epochs": 30,
+    "batch_size": 32,
+    "lr": 1e-3,
+}
 FULL |= {"patience": 6, "max_minutes": 90.0, "num_workers": 2, "trials": 24, "extend": 3}
 # Fine-tuning: blocks that learn, counted from the end, or "all"; rates, the largest first
 FULL |= {"unfrozen": "all", "tuning_lrs": (1e-3, 2e-4, 4e-5, 8e-6), "tuning_epochs": 15}
@@ -64,17 +82,45 @@ CPU |= {"baseline_channels": (16, 32, 64), "baseline_epochs": 8, "audit_films": 
 
 # per_class as in notebook 06: the same images, the same split
 SMOKE = {"size": 48, "per_class": 90, "backbone": "mobilenet_v2", "width": 0.5, "stages": 3}
-SMOKE |= {"pretrained": False, "hidden": 32, "epochs": 20, "batch_size": 16, "lr": 3e-3, "patience": 6}
-SMOKE |= {"max_minutes": None, "num_workers": 0, "trials": 4, "extend": 1, "tuning_lrs": (3e-3, 1e-3)}
-SMOKE |= {"tuning_epochs": 24, "baseline_channels": (8, 16), "baseline_epochs": 10, "audit_films": 120}
+SMOKE |= {
+    "pretrained": False,
+    "hidden": 32,
+    "epochs": 20,
+    "batch_size": 16,
+    "lr": 3e-3,
+    "patience": 6,
+}
+SMOKE |= {
+    "max_minutes": None,
+    "num_workers": 0,
+    "trials": 4,
+    "extend": 1,
+    "tuning_lrs": (3e-3, 1e-3),
+}
+SMOKE |= {
+    "tuning_epochs": 24,
+    "baseline_channels": (8, 16),
+    "baseline_epochs": 10,
+    "audit_films": 120,
+}
 SMOKE |= {"bootstrap_draws": 200}
 
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("07_covid_transfer_gradcam", FULL, cpu=CPU, smoke=SMOKE, changes=CHANGES, profile=PROFILE,
-            data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, own_classes=2,
-            trains="3 Fine-tuning the whole network")
+run = start(
+    "07_covid_transfer_gradcam",
+    FULL,
+    cpu=CPU,
+    smoke=SMOKE,
+    changes=CHANGES,
+    profile=PROFILE,
+    data_dir=DATA_DIR,
+    run_name=RUN_NAME,
+    resume=RESUME,
+    own_classes=2,
+    trains="3 Fine-tuning the whole network",
+)
 print(run)
 
 # %% tags=["imports"]
@@ -92,11 +138,24 @@ from scipy.stats import spearmanr
 from torch.nn.functional import interpolate
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from dlia_utils import augment, comparison, curves, datasets, files, metrics, models, objectives, once, report
-from dlia_utils import search, shortcuts, split, train
+from dlia_utils.data import augment, datasets
+from dlia_utils import device
+from dlia_utils import plots
+from dlia_utils import comparison, curves, files, metrics, models, objectives, once, report
+from dlia_utils import search, shortcuts, train
+from dlia_utils.data import split
 from dlia_utils.explain import figures
 from dlia_utils.explain.gradcam import gradcam
-from dlia_utils.study import build_model, fit_model, load_models, made_by, open_study, stored, test_opened, trained
+from dlia_utils.study import (
+    build_model,
+    fit_model,
+    load_models,
+    made_by,
+    open_study,
+    stored,
+    test_opened,
+    trained,
+)
 from dlia_utils.study import train_model, weights_key, weights_label, work_folder
 
 RESULTS = run.run_dir / "results.csv"
@@ -122,7 +181,9 @@ def baseline_folder(study):
     other = run.run_dir.parents[1] / "06_covid_baseline" / run.run_dir.name
     if not ((other / "predictions.csv").exists() and (other / "split.json").exists()):
         return run.run_dir
-    same = json.loads((other / "split.json").read_text(encoding="utf-8"))["hash"] == study.key["split"]
+    same = (
+        json.loads((other / "split.json").read_text(encoding="utf-8"))["hash"] == study.key["split"]
+    )
     return other if same else run.run_dir
 
 
@@ -146,7 +207,7 @@ split.audit(study.dataset)
 labels = study.labels(study.rows("train")).cpu().numpy()
 shown = np.concatenate([study.rows("train")[labels == c][:6] for c in (0, 1)])
 titles = study.dataset.manifest.loc[shown, "class_name"].tolist()
-figure = report.figure_samples(study.images(shown).cpu().numpy(), titles, run)
+figure = plots.figure_samples(study.images(shown).cpu().numpy(), titles, run.caption)
 report.save_figure(figure, run, "samples")
 figure
 
@@ -172,7 +233,9 @@ def pretrained(study):
         return build_model(run)
     classes = study.dataset.classes
     try:
-        network = models.backbone(run.backbone, num_classes=len(classes), pretrained=run.pretrained, seed=run.seed)
+        network = models.backbone(
+            run.backbone, num_classes=len(classes), pretrained=run.pretrained, seed=run.seed
+        )
     except RuntimeError as error:
         if run.backbone != "resnet50_v2" or "backbone" in run.changed:
             raise  # a network that was asked for by name is never replaced by another
@@ -191,24 +254,40 @@ def with_statistics(network, study):
             layer.momentum = None  # the plain mean over all batches
     network.train()
     with torch.no_grad():
-        for rows in np.array_split(study.rows("train"), -(-len(study.rows("train")) // run.batch_size)):
+        for rows in np.array_split(
+            study.rows("train"), -(-len(study.rows("train")) // run.batch_size)
+        ):
             network(study.images(rows))
     return network.eval()
 
 
 # %%
 study = open_study(run)
-work_folder(run, "start", study.key | run.pick("backbone", "pretrained", "width", "stages", "seed", "batch_size"))
-if not trained(study, ["start"]):  # kept, so that every later section has the same network, with or without internet
+work_folder(
+    run,
+    "start",
+    study.key | run.pick("backbone", "pretrained", "width", "stages", "seed", "batch_size"),
+)
+if not trained(
+    study, ["start"]
+):  # kept, so that every later section has the same network, with or without internet
     body = pretrained(study)
     body = with_statistics(body, study) if weights_label(run) == "random" else body
-    models.save(models.with_head(body, seed=run.seed), run.run_dir / "start" / "best.pt", meta={"epoch": 0})
+    models.save(
+        models.with_head(body, seed=run.seed), run.run_dir / "start" / "best.pt", meta={"epoch": 0}
+    )
 start = load_models(study, ["start"])["start"]
 network = start.recipe["body"].get("arch", start.recipe["body"]["name"])
 missed = "" if network == run.backbone else f" (the weights of {run.backbone} could not be had)"
 print(f"network: {network}{missed}; weights: {weights_label(run)}")
-norms = [layer for layer in start.train().backbone.body.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
-print(f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the body in training mode")
+norms = [
+    layer
+    for layer in start.train().backbone.body.modules()
+    if isinstance(layer, torch.nn.BatchNorm2d)
+]
+print(
+    f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the body in training mode"
+)
 models.summary(start.eval(), run.size).tail(6)
 
 
@@ -228,7 +307,10 @@ def features(study, *splits):
 
 
 def features_of(study, name):
-    path = work_folder(run, "features", study.key | {"start": weights_key(run, "start")}) / f"{name}.pt"
+    path = (
+        work_folder(run, "features", study.key | {"start": weights_key(run, "start")})
+        / f"{name}.pt"
+    )
     if not path.exists():
         begun, start = time.monotonic(), load_models(study, ["start"])["start"]
         found = models.cached_features(start, study.torch_set(name))
@@ -244,8 +326,17 @@ def new_model(start, head, dropout):
 
 def fit_head(study, name, model, train_set, val_set, **options):
     """Train the head on features, and keep the whole model."""
-    fitted = fit_model(study, f"{name}_head", model.head, loss_of(study), train_set, val_set, num_workers=0,
-                       depends={"start": weights_key(run, "start")}, **options)  # fmt: skip
+    fitted = fit_model(
+        study,
+        f"{name}_head",
+        model.head,
+        loss_of(study),
+        train_set,
+        val_set,
+        num_workers=0,
+        depends={"start": weights_key(run, "start")},
+        **options,
+    )
     models.save(model, run.run_dir / name / "best.pt", meta={"epoch": fitted.best_epoch})
     return fitted
 
@@ -258,8 +349,17 @@ for head in run.heads:
     fitted = fit_head(study, f"initial_{head}", model, *sets, monitor="val_loss", patience=None)
     best = fitted.history.loc[fitted.history["val_loss"].idxmin()]
     weights = sum(parameter.numel() for parameter in model.head.parameters())
-    rows.append({"head": head, "weights": weights, "best epoch": fitted.best_epoch, "val_loss": best["val_loss"],
-                 "val_accuracy": best["val_accuracy"], "val_auc": best["val_auc"], "seconds": fitted.seconds})  # fmt: skip
+    rows.append(
+        {
+            "head": head,
+            "weights": weights,
+            "best epoch": fitted.best_epoch,
+            "val_loss": best["val_loss"],
+            "val_accuracy": best["val_accuracy"],
+            "val_auc": best["val_auc"],
+            "seconds": fitted.seconds,
+        }
+    )
 heads = pd.DataFrame(rows)
 files.write_csv(heads, run.run_dir / "heads.csv")
 head = heads.loc[heads["val_loss"].idxmin(), "head"]
@@ -267,8 +367,10 @@ print("head that goes on:", head)
 heads.round(3)
 
 # %%
-histories = {name: pd.read_csv(run.run_dir / f"initial_{name}_head" / "metrics.csv") for name in run.heads}
-figure = curves.figure_curves(histories, run)
+histories = {
+    name: pd.read_csv(run.run_dir / f"initial_{name}_head" / "metrics.csv") for name in run.heads
+}
+figure = curves.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "initial")
 figure
 
@@ -289,26 +391,51 @@ space = {
 def one_run(params, tell):
     """Train a new head with these settings; what chooses is the smallest validation loss."""
     model = new_model(start, head, params["dropout"])
-    with tempfile.TemporaryDirectory() as scratch:  # seconds of work: nothing to keep but its numbers
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # seconds of work: nothing to keep but its numbers
         fitted = train.fit(
-            model.head, loss_of(study), features(study, "train"), features(study, "val"), run_dir=scratch,
-            epochs=run.epochs, patience=run.patience, monitor="val_loss", lr=params["lr"], seed=run.seed,
-            batch_size=params["batch_size"], on_epoch=lambda row: tell(row["epoch"], row["val_loss"]), progress=False,
-        )  # fmt: skip
+            model.head,
+            loss_of(study),
+            features(study, "train"),
+            features(study, "val"),
+            run_dir=scratch,
+            epochs=run.epochs,
+            patience=run.patience,
+            monitor="val_loss",
+            lr=params["lr"],
+            seed=run.seed,
+            batch_size=params["batch_size"],
+            on_epoch=lambda row: tell(row["epoch"], row["val_loss"]),
+            progress=False,
+        )
     best = fitted.history.loc[fitted.history["epoch"].eq(fitted.best_epoch)].iloc[0]
-    return {"score": fitted.best_score, "val_accuracy": best["val_accuracy"], "val_auc": best["val_auc"],
-            "best_epoch": fitted.best_epoch}  # fmt: skip
+    return {
+        "score": fitted.best_score,
+        "val_accuracy": best["val_accuracy"],
+        "val_auc": best["val_auc"],
+        "best_epoch": fitted.best_epoch,
+    }
 
 
 given = run.pick("trials", "extend", "epochs", "patience", "hidden", "seed")
 given |= study.key | {"head": head, "start": weights_key(run, "start")}
-found = search.search(one_run, space, folder=work_folder(run, "search", given), trials=run.trials, seed=run.seed,
-                      direction="minimize", extend=run.extend, resume=bool(run.resume), config=given)
+found = search.search(
+    one_run,
+    space,
+    folder=work_folder(run, "search", given),
+    trials=run.trials,
+    seed=run.seed,
+    direction="minimize",
+    extend=run.extend,
+    resume=bool(run.resume),
+    config=given,
+)
 display(search.top_runs(found.runs, count=6, direction="minimize").round(4))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, run, direction="minimize")
+figure = search.figure_search(found.runs, run.caption, direction="minimize")
 report.save_figure(figure, run, "search")
 figure
 
@@ -321,16 +448,33 @@ figure
 best = {name: found.best[name] for name in ("lr", "batch_size")}
 selected = new_model(start, head, found.best["dropout"])
 sets = features(study, "train"), features(study, "val")
-fitted = fit_head(study, "selected", selected, *sets, monitor="val_loss", patience=run.patience, **best)
+fitted = fit_head(
+    study, "selected", selected, *sets, monitor="val_loss", patience=run.patience, **best
+)
 epochs = search.retrain_epochs(fitted.history, monitor="val_loss")
 frozen = new_model(start, head, found.best["dropout"])
-final = fit_head(study, "frozen", frozen, features(study, "train", "val"), None, monitor="epoch", epochs=epochs,
-                 patience=None, **best)  # fmt: skip
+final = fit_head(
+    study,
+    "frozen",
+    frozen,
+    features(study, "train", "val"),
+    None,
+    monitor="epoch",
+    epochs=epochs,
+    patience=None,
+    **best,
+)
 again = load_models(study, ["frozen"])["frozen"]
-same = objectives.fingerprint(frozen) == objectives.fingerprint(again)
-before, after = (train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(run.device), again))
-print(f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}")
-figure = curves.figure_curves({"final, train + val": final.history, "selected, held-out": fitted.history}, run)
+same = device.fingerprint(frozen) == device.fingerprint(again)
+before, after = (
+    train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(run.device), again)
+)
+print(
+    f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}"
+)
+figure = curves.figure_curves(
+    {"final, train + val": final.history, "selected, held-out": fitted.history}, run.caption
+)
 report.save_figure(figure, run, "frozen")
 figure
 
@@ -371,20 +515,41 @@ def unfrozen(study, name):
 
 study = open_study(run)
 history = pd.read_csv(made_by(run, "selected_head/metrics.csv", "2 Frozen network, new head"))
-measured = stored(study, "train_accuracy_selected", lambda: train_accuracy(study, *load_models(study, ["selected"]).values()),
-                  model="selected", uses=["batch_size", "seed"])  # fmt: skip
+measured = stored(
+    study,
+    "train_accuracy_selected",
+    lambda: train_accuracy(study, *load_models(study, ["selected"]).values()),
+    model="selected",
+    uses=["batch_size", "seed"],
+)
 share = measured["train_accuracy"].item()
 frozen_scores = {"train_accuracy": share, "val_loss": history["val_loss"].min()}
 tolerance = max(0.02, 2 * np.sqrt(2 * share * (1 - share) / len(study.rows("train"))))
 given = run.pick("tuning_lrs", "tuning_epochs", "unfrozen", "batch_size", "seed")
 given |= study.key | {"selected": weights_key(run, "selected")}
 tuned = search.finetune_with_drop_rule(
-    lambda: unfrozen(study, "selected"), loss_of(study), study.torch_set("train", augmented=True), study.torch_set("val"),
-    run_dir=work_folder(run, "tuning", given), lrs=run.tuning_lrs, epochs=run.tuning_epochs, baseline=frozen_scores,
-    tolerance=tolerance, monitor="val_loss", patience=None, schedule="cosine", batch_size=run.batch_size,
-    num_workers=run.num_workers, seed=run.seed, resume=bool(run.resume), max_minutes=run.max_minutes, config=given,
-)  # fmt: skip
-print(f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than {tolerance:.3f} ends an attempt")
+    lambda: unfrozen(study, "selected"),
+    loss_of(study),
+    study.torch_set("train", augmented=True),
+    study.torch_set("val"),
+    run_dir=work_folder(run, "tuning", given),
+    lrs=run.tuning_lrs,
+    epochs=run.tuning_epochs,
+    baseline=frozen_scores,
+    tolerance=tolerance,
+    monitor="val_loss",
+    patience=None,
+    schedule="cosine",
+    batch_size=run.batch_size,
+    num_workers=run.num_workers,
+    seed=run.seed,
+    resume=bool(run.resume),
+    max_minutes=run.max_minutes,
+    config=given,
+)
+print(
+    f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than {tolerance:.3f} ends an attempt"
+)
 tuned.attempts.round(4)
 
 # %% [markdown]
@@ -397,18 +562,39 @@ if tuned.fitted is None:
 else:
     rate = tuned.attempts["lr"].iloc[-1]
     rows = np.concatenate([study.rows("train"), study.rows("val")])
-    films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                                 seed=run.seed)  # fmt: skip
-    fitted = fit_model(study, "finetuned", unfrozen(study, "frozen"), loss_of(study), films, None, monitor="epoch",
-                       epochs=run.tuning_epochs, schedule="cosine", lr=rate, patience=None)  # fmt: skip
+    films = augment.CachedImages(
+        study.cache,
+        rows,
+        study.labels(rows).cpu().numpy(),
+        transform=augment.train_transform(),
+        seed=run.seed,
+    )
+    fitted = fit_model(
+        study,
+        "finetuned",
+        unfrozen(study, "frozen"),
+        loss_of(study),
+        films,
+        None,
+        monitor="epoch",
+        epochs=run.tuning_epochs,
+        schedule="cosine",
+        lr=rate,
+        patience=None,
+    )
     path = fitted.history["train_accuracy"]
-    print(f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> {path.iloc[-1]:.3f}")
+    print(
+        f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> {path.iloc[-1]:.3f}"
+    )
 
 # %%
 folder = run.run_dir / "tuning"
-attempts = {f"rate {row.lr:g}: {row.outcome}": pd.read_csv(folder / f"attempt{row.attempt}" / "metrics.csv")
-            for row in tuned.attempts.itertuples() if row.epochs}  # fmt: skip
-figure = curves.figure_curves(attempts, run)
+attempts = {
+    f"rate {row.lr:g}: {row.outcome}": pd.read_csv(folder / f"attempt{row.attempt}" / "metrics.csv")
+    for row in tuned.attempts.itertuples()
+    if row.epochs
+}
+figure = curves.figure_curves(attempts, run.caption)
 report.save_figure(figure, run, "tuning")
 figure
 
@@ -429,20 +615,46 @@ study = open_study(run)
 if baseline_folder(study) == run.run_dir:
     print("no finished run of notebook 06 with this name and split: a baseline is trained here")
     sets, options = (study.torch_set("train", augmented=True), study.torch_set("val")), {"lr": 1e-3}
-    held = fit_model(study, "baseline_val", new_baseline(), loss_of(study), *sets, epochs=run.baseline_epochs,
-                     monitor="val_loss", **options)  # fmt: skip
+    held = fit_model(
+        study,
+        "baseline_val",
+        new_baseline(),
+        loss_of(study),
+        *sets,
+        epochs=run.baseline_epochs,
+        monitor="val_loss",
+        **options,
+    )
     rows = np.concatenate([study.rows("train"), study.rows("val")])
-    films = augment.CachedImages(study.cache, rows, study.labels(rows).cpu().numpy(), transform=augment.train_transform(),
-                                 seed=run.seed)  # fmt: skip
+    films = augment.CachedImages(
+        study.cache,
+        rows,
+        study.labels(rows).cpu().numpy(),
+        transform=augment.train_transform(),
+        seed=run.seed,
+    )
     epochs = search.retrain_epochs(held.history, monitor="val_loss")
-    fit_model(study, "baseline", new_baseline(), loss_of(study), films, None, epochs=epochs, monitor="epoch",
-              patience=None, **options)  # fmt: skip
+    fit_model(
+        study,
+        "baseline",
+        new_baseline(),
+        loss_of(study),
+        films,
+        None,
+        epochs=epochs,
+        monitor="epoch",
+        patience=None,
+        **options,
+    )
 else:
     print("the baseline is that of notebook 06")
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent}
+folders = {
+    "baseline": baseline_folder(study) / "baseline",
+    "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent,
+}
 folders |= {name: run.run_dir / name for name in trained(study, ["finetuned"])}
 histories = {name: pd.read_csv(folder / "metrics.csv") for name, folder in folders.items()}
-figure = curves.figure_curves(histories, run)
+figure = curves.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "final_curves")
 figure
 
@@ -466,7 +678,9 @@ labels, patients = answers["label"].to_numpy(), study.patients(answers["image"].
 clean = []
 for name in names:
     outcome = metrics.classification(labels, answers[name], patients, draws=run.bootstrap_draws)
-    rows = outcome.assign(epochs=len(histories[name]), weights="random" if name == "baseline" else weights_label(run))
+    rows = outcome.assign(
+        epochs=len(histories[name]), weights="random" if name == "baseline" else weights_label(run)
+    )
     clean.append(report.result_rows(rows, run, model=name))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
@@ -485,18 +699,28 @@ for one, other in (("frozen", "baseline"), ("finetuned", "baseline"), ("finetune
         right = [(answers[name] > 0.5).to_numpy() == (labels == 1) for name in (one, other)]
         test = comparison.paired_difference(*right, patients, draws=run.bootstrap_draws)
         auc = comparison.delong_test(labels, answers[one], answers[other], patients)
-        rows.append({"model": one, "against": other, "only_it": test["only_a"], "only_other": test["only_b"],
-                     "p": test["p"], "auc_difference": auc["value"], "ci_low": auc["ci_low"], "ci_high": auc["ci_high"]})
+        rows.append(
+            {
+                "model": one,
+                "against": other,
+                "only_it": test["only_a"],
+                "only_other": test["only_b"],
+                "p": test["p"],
+                "auc_difference": auc["value"],
+                "ci_low": auc["ci_low"],
+                "ci_high": auc["ci_high"],
+            }
+        )
 paired = pd.DataFrame(rows)
 files.write_csv(paired, run.run_dir / "paired_tests.csv")
 paired.round(4)
 
 # %%
 predicted = {name: (answers[name] > 0.5).astype(int) for name in names}
-figure = report.figure_confusion(labels, predicted, study.dataset.classes, run)
+figure = plots.figure_confusion(labels, predicted, study.dataset.classes, run.caption)
 report.save_figure(figure, run, "confusion")
 display(figure)
-figure = report.figure_roc(labels, {name: answers[name] for name in names}, run)
+figure = plots.figure_roc(labels, {name: answers[name] for name in names}, run.caption)
 report.save_figure(figure, run, "roc")
 figure
 
@@ -505,8 +729,13 @@ figure
 
 # %%
 shown = answers.groupby("label").head(6).sort_values("label")
-titles = [f"{study.dataset.classes[row.label]}, p = {getattr(row, names[-1]):.2f}" for row in shown.itertuples()]
-figure = report.figure_samples(study.images(shown["image"].to_numpy()).cpu().numpy(), titles, run)
+titles = [
+    f"{study.dataset.classes[row.label]}, p = {getattr(row, names[-1]):.2f}"
+    for row in shown.itertuples()
+]
+figure = plots.figure_samples(
+    study.images(shown["image"].to_numpy()).cpu().numpy(), titles, run.caption
+)
 report.save_figure(figure, run, "answers")
 figure
 
@@ -550,14 +779,22 @@ handle = model.get_submodule(layer).register_forward_hook(cut)
 logits = model(x)  # 1 evaluate
 handle.remove()
 target = logits.argmax(1).item()  # 2 the class to explain: the predicted one
-(gradient,) = torch.autograd.grad(logits[0, target], kept[0])  # 3 its logit's gradient with respect to the map
+(gradient,) = torch.autograd.grad(
+    logits[0, target], kept[0]
+)  # 3 its logit's gradient with respect to the map
 weights = gradient.mean((2, 3))  # 4 mean over places: how much each channel counts
 grid = torch.einsum("bk,bkij->bij", weights, kept[0].detach()).clamp(min=0)  # 5 weighted sum, ReLU
-large = interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]  # 6 to the film's size
+large = interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)[
+    :, 0
+]  # 6 to the film's size
 heat = large / large.max().clamp(min=1e-30)  # 7 between 0 and 1
-print(f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, film {list(x.shape)}")
+print(
+    f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, film {list(x.shape)}"
+)
 caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
-figure = figures.figure_overlays(x, {"by hand": heat}, captions=[caption], config=run, alpha=0.4)
+figure = figures.figure_overlays(
+    x, {"by hand": heat}, captions=[caption], caption=run.caption, alpha=0.4
+)
 report.save_figure(figure, run, "gradcam_by_hand")
 figure
 
@@ -587,31 +824,43 @@ class OneLogit(torch.nn.Module):
 def captums(net, x, module, target=None):
     """captum's grid; a frozen network needs an input that asks for a gradient."""
     method = LayerGradCam(net, module)
-    return method.attribute(x.clone().requires_grad_(), target=target, relu_attributions=True)[:, 0].detach()
+    return method.attribute(x.clone().requires_grad_(), target=target, relu_attributions=True)[
+        :, 0
+    ].detach()
 
 
 def apart(one, other):
     """Largest difference relative to the largest value of either."""
-    return ((one - other).abs().max() / torch.maximum(one.max(), other.max()).clamp(min=1e-30)).item()
+    return (
+        (one - other).abs().max() / torch.maximum(one.max(), other.max()).clamp(min=1e-30)
+    ).item()
 
 
 # %%
 films = study.images(study.rows("test")[:: max(1, len(study.rows("test")) // 16)][:16])
-module, before = model.get_submodule(layer), objectives.fingerprint(model)
+module, before = model.get_submodule(layer), device.fingerprint(model)
 scalar, double, negative = OneLogit(model), OneLogit(model, (-1.0, 1.0)), OneLogit(model, (-1.0,))
 own = {c: gradcam(model, films, layer, target=c) for c in (0, 1)}
 one = {c: gradcam(scalar, films, module, target=c) for c in (0, 1)}
 two = {c: gradcam(double, films, module, target=c) for c in (0, 1)}
-rows = [("by hand", "the suite's function", apart(grid, gradcam(model, x, layer, target=target).grid))]
+rows = [
+    ("by hand", "the suite's function", apart(grid, gradcam(model, x, layer, target=target).grid))
+]
 for c, label in enumerate(study.dataset.classes):
-    rows.append((f"two logits, {label}", "captum", apart(own[c].grid, captums(model, films, module, c))))
+    rows.append(
+        (f"two logits, {label}", "captum", apart(own[c].grid, captums(model, films, module, c)))
+    )
     net = scalar if c else negative
     rows.append((f"one logit, {label}", "captum", apart(one[c].grid, captums(net, films, module))))
     rows.append((f"one logit, {label}", "two logits (-z, z)", apart(one[c].grid, two[c].grid)))
-checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(ok=lambda t: t["difference"] < 1e-5)
+checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(
+    ok=lambda t: t["difference"] < 1e-5
+)
 files.write_csv(checks, run.run_dir / "gradcam_checks.csv")
-print(f"the frozen model afterwards: bit-equal {objectives.fingerprint(model) == before}; weights that ask for a "
-      f"gradient: {sum(p.requires_grad for p in model.parameters())}")  # fmt: skip
+print(
+    f"the frozen model afterwards: bit-equal {device.fingerprint(model) == before}; weights that ask for a "
+    f"gradient: {sum(p.requires_grad for p in model.parameters())}"
+)
 checks
 
 # %% [markdown]
@@ -623,15 +872,30 @@ checks
 # %%
 both = ((one[0].grid > 0) & (one[1].grid > 0)).float().mean().item()
 pairs = zip(own[1].grid.flatten(1).cpu().numpy(), one[1].grid.flatten(1).cpu().numpy(), strict=True)
-likeness = [spearmanr(*pair).statistic for pair in pairs if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0]
-sides = pd.DataFrame({"films": [len(films)], "places above zero in both maps": [both], "compared": [len(likeness)],
-                      "rank correlation of z1 and z1 - z0": [np.mean(likeness) if likeness else np.nan]})  # fmt: skip
+likeness = [
+    spearmanr(*pair).statistic for pair in pairs if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0
+]
+sides = pd.DataFrame(
+    {
+        "films": [len(films)],
+        "places above zero in both maps": [both],
+        "compared": [len(likeness)],
+        "rank correlation of z1 and z1 - z0": [np.mean(likeness) if likeness else np.nan],
+    }
+)
 files.write_csv(sides, run.run_dir / "gradcam_sides.csv")
 display(sides.round(3))
-panels = {f"two logits, {study.dataset.classes[1]}": own[1], f"one logit, {study.dataset.classes[1]}": one[1],
-          f"one logit, {study.dataset.classes[0]} (-z)": one[0]}  # fmt: skip
-figure = figures.figure_overlays(films[:2], {key: found.heat()[:2] for key, found in panels.items()},
-                                 captions=["test film 1", "test film 2"], config=run)  # fmt: skip
+panels = {
+    f"two logits, {study.dataset.classes[1]}": own[1],
+    f"one logit, {study.dataset.classes[1]}": one[1],
+    f"one logit, {study.dataset.classes[0]} (-z)": one[0],
+}
+figure = figures.figure_overlays(
+    films[:2],
+    {key: found.heat()[:2] for key, found in panels.items()},
+    captions=["test film 1", "test film 2"],
+    caption=run.caption,
+)
 report.save_figure(figure, run, "one_logit")
 figure
 
@@ -643,14 +907,18 @@ figure
 study = open_study(run)
 for own in run.own:
     train_model(study, own, loss_of(study), monitor="val_loss")
-compared = load_models(study, ["finetuned" if trained(study, ["finetuned"]) else "frozen", *run.own])
+compared = load_models(
+    study, ["finetuned" if trained(study, ["finetuned"]) else "frozen", *run.own]
+)
 test_opened(study, "Grad-CAM of several networks")
 labels = study.labels(study.rows("test")).cpu().numpy()
 rows = np.concatenate([study.rows("test")[labels == c][:2] for c in (0, 1)])
 x = study.images(rows)
 maps = {name: gradcam(model, x).heat().cpu().numpy() for name, model in compared.items()}
 captions = study.dataset.manifest.loc[rows, "class_name"].tolist()
-figure = figures.figure_overlays(x.cpu().numpy(), maps, captions=captions, config=run, alpha=0.4)
+figure = figures.figure_overlays(
+    x.cpu().numpy(), maps, captions=captions, caption=run.caption, alpha=0.4
+)
 report.save_figure(figure, run, "gradcam_networks")
 figure
 
@@ -672,7 +940,9 @@ test_opened(study, "Grad-CAM of all test films")
 rows = study.rows("test")
 x, labels, patients = study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows)
 probability = train.predict(model, x)[0][:, 1]
-maps = torch.cat([gradcam(model, part, models.last_map_layer(model)).heat().cpu() for part in x.split(64)])
+maps = torch.cat(
+    [gradcam(model, part, models.last_map_layer(model)).heat().cpu() for part in x.split(64)]
+)
 masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
 read = (probability > 0.5).astype(int)
 groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": read != labels}
@@ -680,18 +950,26 @@ groups |= {name: (labels == label) & (read == positive) for name, label, positiv
 draws, tables = run.bootstrap_draws, []
 for group, members in groups.items():
     if members.any():
-        inside = shortcuts.inside_energy(maps[members], masks[members], groups=patients[members], draws=draws)
+        inside = shortcuts.inside_energy(
+            maps[members], masks[members], groups=patients[members], draws=draws
+        )
         tables.append(inside.assign(group=group))
 energy = pd.concat(tables)
 files.write_csv(energy, run.run_dir / "energy.csv")
-outcome = energy[energy["metric"].ne("area") & energy["group"].eq("all")].assign(attack="Grad-CAM inside the lungs")
-report.update_results(report.result_rows(outcome.filter(report.RESULT_COLUMNS), run, model=name), RESULTS)
+outcome = energy[energy["metric"].ne("area") & energy["group"].eq("all")].assign(
+    attack="Grad-CAM inside the lungs"
+)
+report.update_results(
+    report.result_rows(outcome.filter(report.RESULT_COLUMNS), run, model=name), RESULTS
+)
 energy["cell"] = [report.with_interval(row) for _, row in energy.iterrows()]
 print("lungs are", lungs)
-energy.pivot_table(index=["group", "n", "zero_maps"], columns="metric", values="cell", aggfunc="first", sort=False)
+energy.pivot_table(
+    index=["group", "n", "zero_maps"], columns="metric", values="cell", aggfunc="first", sort=False
+)
 
 # %%
-figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, run)
+figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, run.caption)
 report.save_figure(figure, run, "groups")
 figure
 
@@ -718,35 +996,58 @@ test_opened(study, "shortcut audit")
 rng = np.random.default_rng(run.seed)
 learnt = shortcuts.films(study, np.sort(rng.permutation(study.rows("train"))[: run.audit_films]))
 tested = shortcuts.films(study, study.rows("test"))
-print(f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second {study.dataset.classes[1]}")
+print(
+    f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second {study.dataset.classes[1]}"
+)
 shown = [int(np.flatnonzero(tested.y == label)[0]) for label in (0, 1)]
-figure = shortcuts.figure_regions(tested.x[shown], tested.masks[shown], run, fill=float(learnt.x.mean()))
+figure = shortcuts.figure_regions(
+    tested.x[shown], tested.masks[shown], run.caption, fill=float(learnt.x.mean())
+)
 report.save_figure(figure, run, "regions")
 figure
 
 # %%
-regions = stored(study, f"regions_{name}", lambda: shortcuts.region_accuracy(
-    shortcuts.linear_probe(start.features), learnt, tested, model=model, draws=run.bootstrap_draws),
-    model=[name, "start"], uses=["audit_films", "seed", "bootstrap_draws"])  # fmt: skip
+regions = stored(
+    study,
+    f"regions_{name}",
+    lambda: shortcuts.region_accuracy(
+        shortcuts.linear_probe(start.features),
+        learnt,
+        tested,
+        model=model,
+        draws=run.bootstrap_draws,
+    ),
+    model=[name, "start"],
+    uses=["audit_films", "seed", "bootstrap_draws"],
+)
 for how, who in (("tested", name), ("retrained", "probe on frozen features")):
     part = regions[regions["how"].eq(how)]
     rows = part.assign(attack=f"audit, {how} on " + part["region"])
-    report.update_results(report.result_rows(rows.filter(report.RESULT_COLUMNS), run, model=who), RESULTS)
-figure = shortcuts.figure_audit(regions, run)
+    report.update_results(
+        report.result_rows(rows.filter(report.RESULT_COLUMNS), run, model=who), RESULTS
+    )
+figure = shortcuts.figure_audit(regions, run.caption)
 report.save_figure(figure, run, "audit")
 display(figure)
 cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
 cells[cells["metric"].ne("balanced_accuracy")].pivot_table(
-    index="region", columns=["how", "metric"], values="cell", aggfunc="first", sort=False)  # fmt: skip
+    index="region", columns=["how", "metric"], values="cell", aggfunc="first", sort=False
+)
 
 # %% [markdown]
 # **A marker.** A small bright square, as a side marker or a sticker would be, is burnt into each corner in turn. An
 # answer about lungs should not move.
 
 # %%
-marker = stored(study, f"marker_{name}", lambda: shortcuts.marker_test(
-    model, tested.x, tested.y, groups=tested.patients, draws=run.bootstrap_draws),
-    model=name, uses=["bootstrap_draws"])  # fmt: skip
+marker = stored(
+    study,
+    f"marker_{name}",
+    lambda: shortcuts.marker_test(
+        model, tested.x, tested.y, groups=tested.patients, draws=run.bootstrap_draws
+    ),
+    model=name,
+    uses=["bootstrap_draws"],
+)
 cells = marker.assign(cell=[report.with_interval(row) for _, row in marker.iterrows()])
 cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first", sort=False)
 
@@ -755,7 +1056,9 @@ cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first
 
 # %%
 answers = pd.read_csv(made_by(run, "predictions.csv", "4 The test, opened once"))
-shortcuts.source_bias(study.dataset, answers[["image"]].assign(probability=answers[name]), draws=run.bootstrap_draws)
+shortcuts.source_bias(
+    study.dataset, answers[["image"]].assign(probability=answers[name]), draws=run.bootstrap_draws
+)
 
 # %% [markdown]
 # **What does the classifier read?** The sentences are written by code from the numbers above.
@@ -789,14 +1092,23 @@ Markdown(conclusion)
 # %%
 study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
-paired = pd.read_csv(made_by(run, "paired_tests.csv", "4 The test, opened once")).set_index(["model", "against"])
-results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once")).set_index(["model", "attack", "metric"])
+paired = pd.read_csv(made_by(run, "paired_tests.csv", "4 The test, opened once")).set_index(
+    ["model", "against"]
+)
+results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once")).set_index(
+    ["model", "attack", "metric"]
+)
 heads = pd.read_csv(made_by(run, "heads.csv", "2 Frozen network, new head")).set_index("head")
 attempts = pd.read_csv(made_by(run, "tuning/attempts.csv", "3 Fine-tuning the whole network"))
-folders = {"baseline": baseline_folder(study) / "baseline", "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent}
+folders = {
+    "baseline": baseline_folder(study) / "baseline",
+    "frozen": made_by(run, "frozen_head/metrics.csv", "2 Frozen network, new head").parent,
+}
 folders |= {tuned: run.run_dir / tuned for tuned in trained(study, ["finetuned"])}
 histories = {key: pd.read_csv(folder / "metrics.csv") for key, folder in folders.items()}
-conclusion = made_by(run, "conclusion.md", "7 Shortcut audit").read_text(encoding="utf-8").split("\n")[0]
+conclusion = (
+    made_by(run, "conclusion.md", "7 Shortcut audit").read_text(encoding="utf-8").split("\n")[0]
+)
 
 
 def on_test(model, metric):
@@ -806,30 +1118,46 @@ def on_test(model, metric):
 def difference(model, against):
     """A paired comparison in words."""
     row = paired.loc[(model, against)]
-    verdict = "a difference that these test films show" if row["p"] < 0.05 else "no difference that these test films show"
+    verdict = (
+        "a difference that these test films show"
+        if row["p"] < 0.05
+        else "no difference that these test films show"
+    )
     auc = f"AUC {row['auc_difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
-    return (f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on {row['only_other']:.0f} (McNemar "
-            f"p = {row['p']:.2g}: {verdict}); {auc}")  # fmt: skip
+    return (
+        f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on {row['only_other']:.0f} (McNemar "
+        f"p = {row['p']:.2g}: {verdict}); {auc}"
+    )
 
 
 def curve(key):
     """The curve of a final training, which has no held-out films, in words."""
     first, last = histories[key].iloc[0], histories[key].iloc[-1]
-    return (f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} after the first and "
-            f"{last['train_accuracy']:.3f} after the last, loss {first['train_loss']:.3f} to {last['train_loss']:.3f}")  # fmt: skip
+    return (
+        f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} after the first and "
+        f"{last['train_accuracy']:.3f} after the last, loss {first['train_loss']:.3f} to {last['train_loss']:.3f}"
+    )
 
 
 # %%
 last, gain = attempts.iloc[-1], attempts["outcome"].eq("gain").any()
-fell = ", ".join(f"{lr:g}" for lr in attempts.loc[attempts["outcome"].isin(["drop", "diverged"]), "lr"])
-compared = "; ".join(f"*{head}* ({row['weights']:.0f} weights): validation loss {row['val_loss']:.3f}, AUC {row['val_auc']:.3f}"
-                     for head, row in heads.iterrows())  # fmt: skip
+fell = ", ".join(
+    f"{lr:g}" for lr in attempts.loc[attempts["outcome"].isin(["drop", "diverged"]), "lr"]
+)
+compared = "; ".join(
+    f"*{head}* ({row['weights']:.0f} weights): validation loss {row['val_loss']:.3f}, AUC {row['val_auc']:.3f}"
+    for head, row in heads.iterrows()
+)
 if gain:
-    tuning = (f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to {last['val_loss']:.3f} at rate "
-              f"{last['lr']:g}. On test films: {difference('finetuned', 'frozen')}.")  # fmt: skip
+    tuning = (
+        f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to {last['val_loss']:.3f} at rate "
+        f"{last['lr']:g}. On test films: {difference('finetuned', 'frozen')}."
+    )
 else:
-    tuning = ("No: no attempt had a better validation loss than the frozen model, which was kept (outcomes: "
-              f"{', '.join(attempts['outcome'])}).")  # fmt: skip
+    tuning = (
+        "No: no attempt had a better validation loss than the frozen model, which was kept (outcomes: "
+        f"{', '.join(attempts['outcome'])})."
+    )
 tuning += f" Rates at which the training accuracy fell: {fell or 'none of those tried'}."
 answers = {
     13: f"By validation films, with the same settings for both: {compared}. *{heads['val_loss'].idxmin()}* went on. Dropout "
@@ -839,15 +1167,20 @@ answers = {
     15: tuning,
     16: f"Accuracy {on_test(name, 'accuracy')} against {on_test('baseline', 'accuracy')}, AUC {on_test(name, 'auc')} against "
     f"{on_test('baseline', 'auc')}: {difference(name, 'baseline')}.",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-kept = {key: models.load(folder / "best.pt") for key, folder in
-        {"baseline": folders["baseline"], "frozen": run.run_dir / "frozen"}.items()}  # fmt: skip
+kept = {
+    key: models.load(folder / "best.pt")
+    for key, folder in {"baseline": folders["baseline"], "frozen": run.run_dir / "frozen"}.items()
+}
 size = {key: sum(p.numel() for p in model.parameters()) for key, model in kept.items()}
 spent = {key: history["seconds"].sum() for key, history in histories.items()}
-extracting = sum(torch.load(path, weights_only=True)["seconds"] for path in (run.run_dir / "features").glob("*.pt"))
+extracting = sum(
+    torch.load(path, weights_only=True)["seconds"]
+    for path in (run.run_dir / "features").glob("*.pt")
+)
 answers = {
     17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the features of all films but the "
     f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy {on_test('frozen', 'accuracy')} and "
@@ -858,13 +1191,18 @@ answers = {
     + ("all blocks" if run.unfrozen == "all" else f"the last {run.unfrozen} blocks")
     + " against training none. Features learnt from radiographs, larger films and blocks set free one after the other were "
     f"not tried, so nothing is claimed about them. What the audit says matters more than any of these: {conclusion}",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-made_in = {"gradcam_checks": "5 Grad-CAM from scratch", "gradcam_sides": "5 Grad-CAM from scratch",
-           "energy": "6 Right and wrong answers"}  # fmt: skip
-checks, sides, energy = (pd.read_csv(made_by(run, f"{what}.csv", section)) for what, section in made_in.items())
+made_in = {
+    "gradcam_checks": "5 Grad-CAM from scratch",
+    "gradcam_sides": "5 Grad-CAM from scratch",
+    "energy": "6 Right and wrong answers",
+}
+checks, sides, energy = (
+    pd.read_csv(made_by(run, f"{what}.csv", section)) for what, section in made_in.items()
+)
 gains = energy[energy["metric"].eq("gain")].set_index("group")
 scalar, sides = checks[checks["map"].str.startswith("one logit")], sides.iloc[0]
 rank, every = sides["rank correlation of z1 and z1 - z0"], gains.loc["all"]
@@ -885,39 +1223,65 @@ answers = {
     f"the maps differ by at most {scalar['difference'].max():.1e} of their maximum, in {len(scalar)} comparisons.",
     20: f"Yes. The maps of the two classes are one sum with opposite signs: {sides['places above zero in both maps']:.1%} of "
     "the places speak for both, and *not COVID* is the only thing that *Normal* can mean. "
-    + ("Raw logit and difference could not be compared here: their maps are zero." if np.isnan(rank) else
-       f"Explaining the raw logit instead of the difference is another question: rank correlation {rank:.2f}."),
+    + (
+        "Raw logit and difference could not be compared here: their maps are zero."
+        if np.isnan(rank)
+        else f"Explaining the raw logit instead of the difference is another question: rank correlation {rank:.2f}."
+    ),
     21: f"The maps lie {where}: energy minus area {gain_of('all')}, {every['zero_maps']:.0f} of {every['n']:.0f} maps zero. "
     "Whether they lie on *opacities* cannot be judged: nobody has marked any in these films.",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %%
-auc = stored(study, f"regions_{name}", model=[name, "start"], section="7 Shortcut audit").query("metric == 'auc'").set_index(["how", "region"])
+auc = (
+    stored(study, f"regions_{name}", model=[name, "start"], section="7 Shortcut audit")
+    .query("metric == 'auc'")
+    .set_index(["how", "region"])
+)
 blanked = {how: auc.loc[(how, "lungs_blanked")] for how in ("tested", "retrained")}
-outline = {how: auc.loc[(how, "lung_shape")] for how in blanked}  # still to be seen where the lungs are blanked
+outline = {
+    how: auc.loc[(how, "lung_shape")] for how in blanked
+}  # still to be seen where the lungs are blanked
 floor = {how: row["value"] if row["ci_low"] > 0.5 else 0.5 for how, row in outline.items()}
-told = {how: any(auc.loc[(how, region), "ci_low"] > (floor[how] if region == "lungs_blanked" else 0.5)
-                 for region in shortcuts.OUTSIDE) for how in blanked}  # fmt: skip
+told = {
+    how: any(
+        auc.loc[(how, region), "ci_low"] > (floor[how] if region == "lungs_blanked" else 0.5)
+        for region in shortcuts.OUTSIDE
+    )
+    for how in blanked
+}
 misread = int(gains["n"].get("wrong", 0))
 if misread:
     low, high = gains.loc["wrong", ["ci_low", "ci_high"]]
     alike = misread < 20 or low <= gains.loc["right", "value"] <= high
-    errors = (f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the lungs above their area, of "
-              f"the others {gain_of('right')}: " + ("no difference that so few films can show, so the maps do not explain the "
-              "errors." if alike else "wrong answers look elsewhere, which is a lead, not a cause."))  # fmt: skip
+    errors = (
+        f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the lungs above their area, of "
+        f"the others {gain_of('right')}: "
+        + (
+            "no difference that so few films can show, so the maps do not explain the errors."
+            if alike
+            else "wrong answers look elsewhere, which is a lead, not a cause."
+        )
+    )
 answers = {
     22: f"{conclusion} With the lungs blanked, AUC is {report.with_interval(blanked['tested'])} for this model and "
     f"{report.with_interval(blanked['retrained'])} for one trained so. "
-    + ("Grad-CAM by itself would have hidden it: its maps favour the lungs." if told["tested"] and every["ci_low"] > 0 else
-       "That is the audit's evidence; a heat map proves neither side."),
+    + (
+        "Grad-CAM by itself would have hidden it: its maps favour the lungs."
+        if told["tested"] and every["ci_low"] > 0
+        else "That is the audit's evidence; a heat map proves neither side."
+    ),
     23: errors if misread else "No test film was misread, so there is nothing to explain.",
-    24: "Not because of Grad-CAM alone. By maps and audit together: " + (
+    24: "Not because of Grad-CAM alone. By maps and audit together: "
+    + (
         "take both classes from the same places, and crop or mask the films, because what lies outside the lungs tells the "
-        "classes apart." if told["tested"] or told["retrained"] else
-        "take more films like the misread ones; outside the lungs nothing was found that tells the classes apart.")
+        "classes apart."
+        if told["tested"] or told["retrained"]
+        else "take more films like the misread ones; outside the lungs nothing was found that tells the classes apart."
+    )
     + " And have opacities marked in a test set: without that question 21 stays open.",
-}  # fmt: skip
+}
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
 # %% [markdown]
@@ -925,10 +1289,17 @@ Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answer
 
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "4 The test, opened once"))
-shown = results[results["metric"].isin(["accuracy", "auc", "sensitivity", "specificity"]) & results["attack"].eq("clean")]
+shown = results[
+    results["metric"].isin(["accuracy", "auc", "sensitivity", "specificity"])
+    & results["attack"].eq("clean")
+]
 cells = shown.assign(cell=[report.with_interval(row) for _, row in shown.iterrows()])
-display(cells.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False))
+display(
+    cells.pivot_table(index="model", columns="metric", values="cell", aggfunc="first", sort=False)
+)
 display(pd.read_csv(made_by(run, "test_log.csv", "4 The test, opened once"))[["time", "purpose"]])
-written = sorted(p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file())
+written = sorted(
+    p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
+)
 print(f"{len(written)} files in {run.run_dir.parent.name}/{run.run_dir.name}:")
 print("\n".join(name for name in written if "tables/" not in name))

@@ -3,16 +3,10 @@
 `robust.list()` shows them, `robust.create(name, num_classes=2, pretrained="public")` builds one.
 """
 
-from dlia_utils.models.robust.checkpoint import LoadReport
-from dlia_utils.models.robust.meansparse import (
-    MeanSparse,
-    recompute_statistics,
-    select_alpha,
-    set_alpha,
-    straight_through,
-)
-from dlia_utils.models.robust.zoo import SOURCES, RobustModel, Source, create, download
-from dlia_utils.models.robust.zoo import table as list
+from .checkpoint import LoadReport
+from .meansparse import MeanSparse, recompute_statistics, set_alpha, straight_through
+from .zoo import SOURCES, RobustModel, Source, create, download
+from .zoo import table as list
 
 __all__ = [
     "SOURCES",
@@ -24,7 +18,6 @@ __all__ = [
     "download",
     "list",
     "recompute_statistics",
-    "select_alpha",
     "set_alpha",
     "straight_through",
 ]

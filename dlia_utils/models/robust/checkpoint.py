@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlia_utils.models.robust.nets import Backbone
+from .nets import Backbone
 
 CONTAINERS = ("state_dict", "model_state", "model_state_dict", "last")
 PREFIXES = ("module.", "model.")
@@ -23,7 +23,10 @@ HARMLESS = [
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("bool", "float16", "float32", "float64", "int32", "int64", "uint8")),
+    *(
+        type(np.dtype(kind))
+        for kind in ("bool", "float16", "float32", "float64", "int32", "int64", "uint8")
+    ),
 ]
 SHOWN = 10
 
@@ -70,7 +73,9 @@ class LoadReport:
         if self.payload:
             extras.append("not used: " + ", ".join(self.payload))
         size = f"{self.bytes / 1e6:.1f} MB, sha256 {self.sha256[:12]}"
-        return f"{self.file} ({size}): {self.matched} of {self.entries} entries; " + "; ".join(extras)
+        return f"{self.file} ({size}): {self.matched} of {self.entries} entries; " + "; ".join(
+            extras
+        )
 
 
 def load_backbone(
@@ -94,7 +99,9 @@ def load_backbone(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: correct `pretrained=`, or use None for random weights")
+        raise FileNotFoundError(
+            f"no checkpoint {path}: correct `pretrained=`, or use None for random weights"
+        )
     own = backbone.state_dict()
     head = {key for key in own if key.startswith(f"{backbone.HEAD}.")}
     _check_size(path, name, sum(4 * value.numel() for key, value in own.items() if key not in head))
@@ -107,7 +114,10 @@ def load_backbone(
     counters = [key for key in own if key.endswith("num_batches_tracked") and key not in state]
     wanted = {key: value for key, value in own.items() if key not in head and key not in counters}
     _refuse_differences(
-        {key: value for key, value in state.items() if key not in head}, wanted, name=name, origin=path.name
+        {key: value for key, value in state.items() if key not in head},
+        wanted,
+        name=name,
+        origin=path.name,
     )
     _refuse_untrained(state, origin=path.name)
 
@@ -168,7 +178,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
             container = found[0]
             payload = tuple(str(key) for key in content if key != container)
             content = content[container]
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(map(torch.is_tensor, content.values()))
+    ):
         raise ValueError(
             f"{path.name} holds no state dict, bare or under {', '.join(CONTAINERS)} (a file of this suite is "
             "read by models.load)"
@@ -195,7 +209,9 @@ def _without_normalisation(
         role = NORMALISATION.get(key.removeprefix("normalization."))
         if role is None:
             rest[key] = value
-        elif value.numel() != 3 or not torch.allclose(value.flatten().float(), ours[role], atol=1e-3):
+        elif value.numel() != 3 or not torch.allclose(
+            value.flatten().float(), ours[role], atol=1e-3
+        ):
             raise ValueError(
                 f"{origin}: {key} is {value.flatten().tolist()}, but this model normalises by "
                 f"{ours[role].tolist()}: another model's file"
@@ -210,11 +226,13 @@ def _without_unused(
     if unused is None:
         return state, 0
     front, twin = unused
-    expected = {front + key.removeprefix(twin): v.shape for key, v in own.items() if key.startswith(twin)}
+    expected = {
+        front + key.removeprefix(twin): v.shape for key, v in own.items() if key.startswith(twin)
+    }
     found = {key: value.shape for key, value in state.items() if key.startswith(front)}
-    if any(found.get(key) != shape for key, shape in expected.items() if "num_batches" not in key) or (
-        found.keys() - expected.keys()
-    ):
+    if any(
+        found.get(key) != shape for key, shape in expected.items() if "num_batches" not in key
+    ) or (found.keys() - expected.keys()):
         raise ValueError(
             f"{origin} does not hold the block {front}* that this model's public file carries unused "
             f"({len(found)} of {len(expected)} entries found): another model's file"
@@ -237,13 +255,17 @@ def _refuse_differences(
     matched = sum(key in state and state[key].shape == value.shape for key, value in wanted.items())
     shown = "; ".join(problems[:SHOWN])
     shown += f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    raise ValueError(f"{origin} does not fit {name} ({matched} of {len(wanted)} entries matched): {shown}")
+    raise ValueError(
+        f"{origin} does not fit {name} ({matched} of {len(wanted)} entries matched): {shown}"
+    )
 
 
 def _refuse_untrained(state: dict[str, Tensor], *, origin: str) -> None:
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
-        raise ValueError(f"{origin} holds NaN or infinite values, first in {broken[0]}: fetch it again")
+        raise ValueError(
+            f"{origin} holds NaN or infinite values, first in {broken[0]}: fetch it again"
+        )
     variances = [
         value
         for key, value in state.items()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from dlia_utils.files import atomic_path
+from ...files import atomic_path
 
 DRIVE = re.compile(r"https://drive\.google\.com/(?:file/d/|(?:uc|open)\?(?:.*&)?id=)([\w-]+)")
 HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)")
@@ -29,7 +29,9 @@ def hub_url(repository: str, file: str) -> str:
     return f"https://huggingface.co/{repository}/resolve/main/{file}"
 
 
-def fetch(urls: Sequence[str], *, folder: str | Path, name: str, megabytes: float | None = None) -> Path:
+def fetch(
+    urls: Sequence[str], *, folder: str | Path, name: str, megabytes: float | None = None
+) -> Path:
     """Download the checkpoint of `name` from the first of `urls` that answers; returns the file's path.
 
     Addresses on Google Drive need gdown, and the file is kept in `folder`; those on Hugging Face need
@@ -48,10 +50,14 @@ def fetch(urls: Sequence[str], *, folder: str | Path, name: str, megabytes: floa
             if DRIVE.match(url):
                 return _from_drive(DRIVE.match(url)[1], Path(folder), name, megabytes)
             return _from_hub(*HUB.match(url).groups(), megabytes)
-        except Exception as error:  # each client raises types of its own: quota, no network, no such file
+        except (
+            Exception
+        ) as error:  # each client raises types of its own: quota, no network, no such file
             failures.append(f"{url} ({type(error).__name__}: {_first_line(error)})")
     raise RuntimeError(
-        f"the checkpoint of {name} could not be downloaded; tried " + "; ".join(failures) + ". Switch the "
+        f"the checkpoint of {name} could not be downloaded; tried "
+        + "; ".join(failures)
+        + ". Switch the "
         "internet on (Google Drive also refuses files that were fetched too often: wait, or fetch it in a "
         "browser), then pass the file's path as pretrained="
     )
@@ -88,7 +94,9 @@ def _client(name: str) -> ModuleType:
 def _require_whole(path: Path, megabytes: float | None) -> None:
     size = path.stat().st_size / 1e6
     if megabytes is not None and size < SLACK * megabytes:
-        raise OSError(f"{size:.1f} of {megabytes} MB: a truncated download, or a web page in its place")
+        raise OSError(
+            f"{size:.1f} of {megabytes} MB: a truncated download, or a web page in its place"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from dlia_utils.models.backbone import Backbone, pooled, scaled
-from dlia_utils.models.robust.meansparse import MeanSparse
+from ..pixel import Backbone, pooled, scaled
+from .meansparse import MeanSparse
 
 # ------------------------------------------------------------------ wide ResNets of the TRADES code
 
@@ -87,7 +87,8 @@ class HuangWideResNet(Backbone):
         channels = [scaled(c, width) for c in (16, 320, 640, 512)]
         self.stem_conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.blocks = nn.ModuleList(
-            TradesGroup(channels[g], channels[g + 1], 5, stride) for g, stride in enumerate((1, 2, 2))
+            TradesGroup(channels[g], channels[g + 1], 5, stride)
+            for g, stride in enumerate((1, 2, 2))
         )
         self.bn1 = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
@@ -134,7 +135,9 @@ class DeepMindBlock(nn.Module):
         branch = self.conv_1(self.relu_1(self.meansparse_1(self.batchnorm_1(branch))))
         if self.se is not None:
             branch = self.se(branch)
-        return self.meansparse_2((x if self.shortcut is None else self.shortcut(activated)) + branch)
+        return self.meansparse_2(
+            (x if self.shortcut is None else self.shortcut(activated)) + branch
+        )
 
 
 def _same_padded(x: Tensor) -> Tensor:
@@ -149,7 +152,9 @@ class DeepMindGroup(nn.Module):
     def __init__(self, inputs: int, outputs: int, depth: int, stride: int, **options: bool) -> None:
         super().__init__()
         blocks = [DeepMindBlock(inputs, outputs, stride, first=True, **options)]
-        blocks += [DeepMindBlock(outputs, outputs, 1, first=False, **options) for _ in range(depth - 1)]
+        blocks += [
+            DeepMindBlock(outputs, outputs, 1, first=False, **options) for _ in range(depth - 1)
+        ]
         self.block = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,7 +246,9 @@ class RaResNet(Backbone):
         super().__init__()
         channels = [scaled(c, width) for c in (96, *widths)]
         stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
+            nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
         )
         # The public keys start with stem.stem.stem.
         self.stem = nn.Sequential(OrderedDict(stem=nn.Sequential(OrderedDict(stem=stem))))

@@ -12,18 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dlia_utils import locate
-from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
-from dlia_utils.models.robust import download as net
-from dlia_utils.models.robust.checkpoint import LoadReport, load_backbone
-from dlia_utils.models.robust.nets import (
-    Backbone,
-    DeepMindWideResNet,
-    HuangWideResNet,
-    RaResNet,
-    TradesWideResNet,
-)
-from dlia_utils.models.wrap import PixelModel
+from ...data import sources
+from ..mobilenet import IMAGENET_MEAN, IMAGENET_STD
+from ..pixel import PixelModel
+from . import download as net
+from .checkpoint import LoadReport, load_backbone
+from .nets import Backbone, DeepMindWideResNet, HuangWideResNet, RaResNet, TradesWideResNet
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2471, 0.2435, 0.2616)
@@ -61,12 +55,17 @@ class Source:
     drive: tuple[str, ...] = ()
     hub: tuple[tuple[str, str], ...] = ()
     megabytes: float | None = None
-    unused: tuple[str, str] | None = None  # (a block of the file that is never run, its twin in the model)
+    unused: tuple[str, str] | None = (
+        None  # (a block of the file that is never run, its twin in the model)
+    )
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Where the file is to be had, the more reliable host first."""
-        return (*(net.hub_url(*place) for place in self.hub), *(net.drive_url(i) for i in self.drive))
+        return (
+            *(net.hub_url(*place) for place in self.hub),
+            *(net.drive_url(i) for i in self.drive),
+        )
 
 
 def _deepmind(depth: int, factor: int, **options) -> partial:
@@ -310,7 +309,9 @@ def create(
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     remote = isinstance(pretrained, str) and (pretrained == "public" or "://" in pretrained)
     if remote and width != 1:
-        raise ValueError(f"public checkpoints have width 1, not {width}: leave width out, or pretrained")
+        raise ValueError(
+            f"public checkpoints have width 1, not {width}: leave width out, or pretrained"
+        )
     path = pretrained
     if remote:
         path = download(name, url=None if pretrained == "public" else pretrained)
@@ -320,7 +321,9 @@ def create(
         torch.manual_seed(seed)
         with torch.device("cpu" if path is None else "meta"):
             backbone = source.build(num_classes, width)
-        if path is not None:  # the body comes from the file; drawing 366 million numbers first is wasted
+        if (
+            path is not None
+        ):  # the body comes from the file; drawing 366 million numbers first is wasted
             channels = getattr(backbone, backbone.HEAD).in_features
             setattr(backbone, backbone.HEAD, nn.Linear(channels, num_classes))
     mean, std = source.normalisation
@@ -344,7 +347,7 @@ def download(name: str, *, url: str | None = None, folder: str | Path | None = N
     (unknown name or kind of address), RuntimeError (nothing could be fetched, with each reason).
     """
     source = _source(name)
-    folder = Path(folder) if folder is not None else locate.cache_root() / "checkpoints"
+    folder = Path(folder) if folder is not None else sources.cache_root() / "checkpoints"
     if url is not None:  # of unknown size; the loader still knows how much the weights take
         return net.fetch((url,), folder=folder, name=name)
     return net.fetch(source.urls, folder=folder, name=name, megabytes=source.megabytes)

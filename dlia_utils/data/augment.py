@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Before the import, which otherwise asks the network.
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # Before the import, which otherwise asks the network.
 
 import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
@@ -92,7 +94,12 @@ def box_transform(
                     rotate_method="ellipse",
                     p=affine,
                 ),
-                strict(A.RandomBrightnessContrast, brightness_limit=exposure, contrast_limit=exposure, p=0.5),
+                strict(
+                    A.RandomBrightnessContrast,
+                    brightness_limit=exposure,
+                    contrast_limit=exposure,
+                    p=0.5,
+                ),
             ],
             bbox_params=strict(
                 A.BboxParams,
@@ -155,7 +162,9 @@ def strict(build: Callable, **arguments):
 
 def _hides_a_box(erased: np.ndarray, boxes: np.ndarray) -> bool:
     corners = np.rint(boxes).astype(int)
-    return any(erased[y1:y2, x1:x2].mean() > 0.5 for x1, y1, x2, y2 in corners if x2 > x1 and y2 > y1)
+    return any(
+        erased[y1:y2, x1:x2].mean() > 0.5 for x1, y1, x2, y2 in corners if x2 > x1 and y2 > y1
+    )
 
 
 class CachedImages(torch.utils.data.Dataset):
@@ -179,7 +188,10 @@ class CachedImages(torch.utils.data.Dataset):
                 f"{len(manifest_rows)} rows but {len(labels)} labels: give one label for each row"
             )
         self.cache, self.transform, self.seed, self.epoch = cache, transform, seed, 0
-        self.rows, self.labels = np.asarray(manifest_rows, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+        self.rows, self.labels = (
+            np.asarray(manifest_rows, dtype=np.int64),
+            np.asarray(labels, dtype=np.int64),
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation is drawn; call it before the epoch's loader starts."""
@@ -221,7 +233,9 @@ class Balanced(torch.utils.data.Dataset):
         rng, labels = np.random.default_rng([self.seed, epoch]), self.data.labels
         classes = np.unique(labels)
         wanted = np.repeat(classes, -(-len(labels) // len(classes)))[: len(labels)]
-        self.order = np.concatenate([rng.choice(np.flatnonzero(labels == c), (wanted == c).sum()) for c in classes])
+        self.order = np.concatenate(
+            [rng.choice(np.flatnonzero(labels == c), (wanted == c).sum()) for c in classes]
+        )
 
     def __len__(self) -> int:
         return len(self.order)
@@ -249,7 +263,9 @@ class CachedBoxes(torch.utils.data.Dataset):
         seed: int = 0,
     ) -> None:
         if len(boxes) and boxes["label"].min() < 1:
-            raise ValueError(f"label {boxes['label'].min()}: labels of boxes start at 1, for 0 is the background")
+            raise ValueError(
+                f"label {boxes['label'].min()}: labels of boxes start at 1, for 0 is the background"
+            )
         self.cache, self.transform, self.seed, self.epoch = cache, transform, seed, 0
         self.rows = np.asarray(rows, dtype=np.int64)
         scale = np.tile(cache.scale(boxes["image"].to_numpy()), 2)
@@ -269,7 +285,11 @@ class CachedBoxes(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         row = int(self.rows[index])
-        pixels, boxes, labels = np.array(self.cache.images[row]), self.corners[row], self.labels[row]
+        pixels, boxes, labels = (
+            np.array(self.cache.images[row]),
+            self.corners[row],
+            self.labels[row],
+        )
         if self.transform is not None:
             state = np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0]
             self.transform.set_random_seed(int(state))

@@ -1,4 +1,4 @@
-"""The tables and pictures of results/README.md, made from the committed results: `python -m dlia_utils.published` rewrites them."""
+"""The tables and pictures of results/README.md, made from the committed results: `python -m tools.published` rewrites them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import files, phantom
-from .attacks.evaluate import SUITE
-from .datasets import NIH_CLASSES
-from .detect import figures
-from .explain._shared import REFERENCES
-from .report import attack_table, figure_accuracy_vs_eps, with_interval
-from .units import eps_text
+from dlia_utils import files
+from dlia_utils.attacks.evaluate import SUITE
+from dlia_utils.data import phantom
+from dlia_utils.data.datasets import NIH_CLASSES
+from dlia_utils.detect import figures
+from dlia_utils.explain.base import REFERENCES
+from dlia_utils.plots import figure_accuracy_vs_eps
+from dlia_utils.report import attack_table, with_interval
+from dlia_utils.units import eps_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "results" / "README.md"
@@ -31,15 +33,24 @@ def markdown(table: pd.DataFrame) -> str:
     |---|---|
     | a | 0.5 |
     """
-    lines = [list(map(str, table.columns)), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
-    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+    lines = [
+        list(map(str, table.columns)),
+        ["---"] * table.shape[1],
+        *table.astype(str).to_numpy().tolist(),
+    ]
+    return "\n".join(
+        "|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|"
+        for line in lines
+    )
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """Per model: clean accuracy and AUC, the worst case at 4/255 in pixel units, and its two directions."""
     rows = []
     for model, own in results.groupby("model", sort=False):
-        near = own[np.isclose(own.eps, HEADLINE_EPS) & own.eps_unit.eq("pixel") & own.attack.eq("worst")]
+        near = own[
+            np.isclose(own.eps, HEADLINE_EPS) & own.eps_unit.eq("pixel") & own.attack.eq("worst")
+        ]
         if near.empty:  # such as the smoothed model, which has a certificate instead
             continue
         cells = {"model": model, "clean accuracy": _cell(own, attack="clean", metric="accuracy")}
@@ -53,10 +64,20 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 
 def each_attack(results: pd.DataFrame) -> pd.DataFrame:
     """Per model: accuracy under every single attack at 4/255, the worst case, and the share of zero gradients."""
-    near = results[np.isclose(results.eps, HEADLINE_EPS) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")]
+    near = results[
+        np.isclose(results.eps, HEADLINE_EPS)
+        & results.eps_unit.eq("pixel")
+        & results.metric.eq("accuracy")
+    ]
     table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
-    table = table[[name for name in (*SUITE, "worst") if name in table]].map(lambda value: "" if np.isnan(value) else f"{value:.3f}")
-    zero = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"].map("{:.1%}".format)
+    table = table[[name for name in (*SUITE, "worst") if name in table]].map(
+        lambda value: "" if np.isnan(value) else f"{value:.3f}"
+    )
+    zero = (
+        results[results.metric.eq("zero_gradient_share")]
+        .set_index("model")["value"]
+        .map("{:.1%}".format)
+    )
     return table.assign(**{"zero gradients": zero}).reset_index()
 
 
@@ -64,7 +85,13 @@ def certificate(results: pd.DataFrame) -> pd.DataFrame:
     """Randomised smoothing: the share of films that are right and certified at each L2 radius."""
     own = results[results.metric.eq("certified_accuracy")].sort_values("eps")
     cells = [with_interval(row) for _, row in own.iterrows()]
-    return pd.DataFrame({"L2 radius": own["eps"].map("{:.2f}".format), "certified accuracy": cells, "films": own["n"]})
+    return pd.DataFrame(
+        {
+            "L2 radius": own["eps"].map("{:.2f}".format),
+            "certified accuracy": cells,
+            "films": own["n"],
+        }
+    )
 
 
 def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +102,11 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataF
             own = table[table.model.eq(model) & table.metric.eq("accuracy")]
             if own.empty:  # a model that the original study did not have
                 continue
-            cells = {"model": model, "numbers": source, "clean": f"{own[own.attack.eq('clean')]['value'].item():.3f}"}
+            cells = {
+                "model": model,
+                "numbers": source,
+                "clean": f"{own[own.attack.eq('clean')]['value'].item():.3f}",
+            }
             for _, row in own[own.attack.eq("fgsm_normalised")].sort_values("eps").iterrows():
                 cells[eps_text(row.eps, "normalised")] = f"{row['value']:.3f}"
             rows.append(cells)
@@ -89,21 +120,33 @@ def one_pixel(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     for (attack, model), part in own.groupby(["attack", "model"], sort=False):
         theirs = published[published.attack.eq(attack) & published.model.eq(model)]["value"]
         value = {row.metric: row for _, row in part.iterrows()}
-        rows.append({
-            "setting": attack.removeprefix("one_pixel "), "model": model, "n": int(value["accuracy"].n),
-            "clean accuracy": f"{value['clean_accuracy'].value:.3f}", "under attack": with_interval(value["accuracy"]), "macro F1": f"{value['f1'].value:.3f}",
-            "queries per image": f"{value['queries_mean'].value:,.0f}",
-            "published": f"{theirs.item():.3f}" if len(theirs) else "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "setting": attack.removeprefix("one_pixel "),
+                "model": model,
+                "n": int(value["accuracy"].n),
+                "clean accuracy": f"{value['clean_accuracy'].value:.3f}",
+                "under attack": with_interval(value["accuracy"]),
+                "macro F1": f"{value['f1'].value:.3f}",
+                "queries per image": f"{value['queries_mean'].value:,.0f}",
+                "published": f"{theirs.item():.3f}" if len(theirs) else "",
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def detection(results: pd.DataFrame) -> pd.DataFrame:
     """What the plain view of the detector reaches on the scored films, each with its interval."""
-    names = {"mAP50": "mAP, IoU 0.5", "mAP50_95": "mAP, IoU 0.5 to 0.95", "froc_mean": "FROC, mean of 1/8 to 8",
-             "sensitivity_at_1": "sensitivity at 1 false mark per film"}  # fmt: skip
+    names = {
+        "mAP50": "mAP, IoU 0.5",
+        "mAP50_95": "mAP, IoU 0.5 to 0.95",
+        "froc_mean": "FROC, mean of 1/8 to 8",
+        "sensitivity_at_1": "sensitivity at 1 false mark per film",
+    }
     own = results[results.model.eq("plain")].set_index("metric")
-    return pd.DataFrame([{"metric": text, "value": with_interval(own.loc[name])} for name, text in names.items()])
+    return pd.DataFrame(
+        [{"metric": text, "value": with_interval(own.loc[name])} for name, text in names.items()]
+    )
 
 
 def views(results: pd.DataFrame) -> pd.DataFrame:
@@ -113,21 +156,36 @@ def views(results: pd.DataFrame) -> pd.DataFrame:
         own = own.set_index("metric")
         gain = own.loc["mAP50_gain"]
         signed = "" if model == "plain" else with_interval(gain, signed=True)
-        rows.append({"views": model, "mAP, IoU 0.5": with_interval(own.loc["mAP50"]), "difference to plain": signed})
+        rows.append(
+            {
+                "views": model,
+                "mAP, IoU 0.5": with_interval(own.loc["mAP50"]),
+                "difference to plain": signed,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def planted(results: pd.DataFrame) -> pd.DataFrame:
     """Average precision of each planted finding, learnt from scratch and scored out of fold."""
-    own = results[results.model.eq("planted findings, 5 folds") & results.metric.str.startswith(("mAP50", "AP50"))]
-    names = own.metric.str.removeprefix("AP50 ").replace({"mAP50": "all, mAP, IoU 0.5", "mAP50_95": "all, mAP, IoU 0.5 to 0.95"})
-    return pd.DataFrame({"finding": names, "average precision": [with_interval(row) for _, row in own.iterrows()]})
+    own = results[
+        results.model.eq("planted findings, 5 folds")
+        & results.metric.str.startswith(("mAP50", "AP50"))
+    ]
+    names = own.metric.str.removeprefix("AP50 ").replace(
+        {"mAP50": "all, mAP, IoU 0.5", "mAP50_95": "all, mAP, IoU 0.5 to 0.95"}
+    )
+    return pd.DataFrame(
+        {"finding": names, "average precision": [with_interval(row) for _, row in own.iterrows()]}
+    )
 
 
 def fractures(results: pd.DataFrame) -> pd.DataFrame:
     """FracAtlas: clean accuracy and AUC, then PGD, the worst case and its two directions at 4/255, in per cent."""
     table = attack_table(results, eps=HEADLINE_EPS)
-    auc = {model: _cell(own, attack="clean", metric="auc") for model, own in results.groupby("model")}
+    auc = {
+        model: _cell(own, attack="clean", metric="auc") for model, own in results.groupby("model")
+    }
     table.insert(1, "AUC", table.index.map(auc))
     return table.reset_index()
 
@@ -138,7 +196,10 @@ def worst_by_eps(results: pd.DataFrame) -> pd.DataFrame:
     for model, own in results.groupby("model", sort=False):
         worst = own[own.attack.eq("worst") & own.metric.eq("accuracy")].sort_values("eps")
         if len(worst):
-            rows.append({"model": model} | {eps_text(row.eps): with_interval(row) for _, row in worst.iterrows()})
+            rows.append(
+                {"model": model}
+                | {eps_text(row.eps): with_interval(row) for _, row in worst.iterrows()}
+            )
     return pd.DataFrame(rows)
 
 
@@ -153,7 +214,10 @@ def fracture_maps(results: pd.DataFrame) -> pd.DataFrame:
             if name in known:
                 continue
             known.add(name)
-        scores = {row.metric.removesuffix(" box").replace("_", " "): with_interval(row) for _, row in own.iterrows()}
+        scores = {
+            row.metric.removesuffix(" box").replace("_", " "): with_interval(row)
+            for _, row in own.iterrows()
+        }
         rows.append({"model": model, "map": name} | scores)
     return pd.DataFrame(sorted(rows, key=lambda row: row["model"] == "(no model)"))
 
@@ -164,7 +228,10 @@ def map_differences(results: pd.DataFrame) -> pd.DataFrame:
     maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
     rows = []
     for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
-        scores = {row.metric.removesuffix(ending).replace("_", " "): with_interval(row, signed=True) for _, row in own.iterrows()}
+        scores = {
+            row.metric.removesuffix(ending).replace("_", " "): with_interval(row, signed=True)
+            for _, row in own.iterrows()
+        }
         rows.append({"model": model, "map": attack.removeprefix("map ")} | scores)
     return pd.DataFrame(rows)
 
@@ -185,9 +252,18 @@ def shortcut_audit(results: pd.DataFrame) -> pd.DataFrame:
     """COVID: AUC on films of which only a part is left, for the trained model and for one trained on that part."""
     own = results[results.attack.str.startswith("audit, ") & results.metric.eq("auc")]
     parts = own.attack.str.extract(r"audit, (tested|retrained) on (\w+)")
-    cells = own.assign(how=parts[0], region=parts[1].str.replace("_", " "), cell=[with_interval(row) for _, row in own.iterrows()])
-    table = cells.pivot(index="region", columns="how", values="cell").loc[list(dict.fromkeys(cells.region))]
-    names = {"tested": "AUC of the fine-tuned network", "retrained": "AUC of a classifier trained on that part"}
+    cells = own.assign(
+        how=parts[0],
+        region=parts[1].str.replace("_", " "),
+        cell=[with_interval(row) for _, row in own.iterrows()],
+    )
+    table = cells.pivot(index="region", columns="how", values="cell").loc[
+        list(dict.fromkeys(cells.region))
+    ]
+    names = {
+        "tested": "AUC of the fine-tuned network",
+        "retrained": "AUC of a classifier trained on that part",
+    }
     return table[list(names)].rename(columns=names).reset_index(names="what is left of the film")
 
 
@@ -195,7 +271,11 @@ def corruption_cost(results: pd.DataFrame) -> pd.DataFrame:
     """Notebook 04: AUC on clean films, then the error over all severities of corruptions seen and not seen in training."""
     rows = []
     for model, own in results.groupby("model", sort=False):
-        cells = {"model": model, "size": int(own["size"].iloc[0]), "AUC, clean": _cell(own, attack="clean", metric="auc")}
+        cells = {
+            "model": model,
+            "size": int(own["size"].iloc[0]),
+            "AUC, clean": _cell(own, attack="clean", metric="auc"),
+        }
         for kind in ("seen in training", "not seen"):
             cells[f"error, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="error")
             cells[f"mCE, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="ce")
@@ -205,13 +285,18 @@ def corruption_cost(results: pd.DataFrame) -> pd.DataFrame:
 
 def drift_warning(results: pd.DataFrame, *, outcome: str = "error") -> pd.DataFrame:
     """Notebook 04: AUROC of drift and of its rivals for wrong answers in the three readings, one line a score."""
-    own = results[results.attack.str.startswith("warning ") & results.metric.str.contains(f" {outcome} ")]
+    own = results[
+        results.attack.str.startswith("warning ") & results.metric.str.contains(f" {outcome} ")
+    ]
     rows = []
     for (model, attack), part in own.groupby(["model", "attack"], sort=False):
         value = {row.metric: with_interval(row) for _, row in part.iterrows()}
         signed = {row.metric: with_interval(row, signed=True) for _, row in part.iterrows()}
         cells = {"model": model, "score": attack.removeprefix("warning ")}
-        cells |= {reading: value.get(f"auroc {outcome} {reading}", "") for reading in ("mixed", "within", "same answer")}
+        cells |= {
+            reading: value.get(f"auroc {outcome} {reading}", "")
+            for reading in ("mixed", "within", "same answer")
+        }
         for rival in ("uncertainty", "p_shift"):
             cells[f"within, minus {rival}"] = signed.get(f"auroc_over_{rival} {outcome} within", "")
         rows.append(cells)
@@ -272,8 +357,12 @@ def pictures() -> dict[str, Figure]:
     pneumonia = SimpleNamespace(data_name="pneumonia, all 624 test films", profile="cpu", size=112)
     fractures = SimpleNamespace(data_name="FracAtlas, 61 test films", profile="cpu", size=384)
     return {
-        "worst_case": figure_accuracy_vs_eps(attacks, pneumonia, attack="worst", note="Worst case over the suite"),
-        "fractures": figure_accuracy_vs_eps(bones, fracatlas, attack="worst", note="Worst case over all attacks"),
+        "worst_case": figure_accuracy_vs_eps(
+            attacks, pneumonia, attack="worst", note="Worst case over the suite"
+        ),
+        "fractures": figure_accuracy_vs_eps(
+            bones, fracatlas, attack="worst", note="Worst case over all attacks"
+        ),
         "views": figures.figure_tta(_view_table(boxes), fractures),
         "findings": _finding_films(),
     }
@@ -296,8 +385,14 @@ def _finding_films() -> Figure:
         films.append(film)
         boxes.append(pd.DataFrame([[*found[0], label]], columns=[*figures.CORNERS, "label"]))
     config = SimpleNamespace(data_name="planted findings (SYNTHETIC)", profile="phantom", size=192)
-    return figures.figure_boxes(np.stack(films), boxes, [box.iloc[:0] for box in boxes], [""] * len(films),
-                                NIH_CLASSES, config)  # fmt: skip
+    return figures.figure_boxes(
+        np.stack(films),
+        boxes,
+        [box.iloc[:0] for box in boxes],
+        [""] * len(films),
+        NIH_CLASSES,
+        config.caption,
+    )
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -313,7 +408,12 @@ def fill(text: str, tables: dict[str, str]) -> str:
         raise ValueError(f"markers {sorted(asked)} and tables {sorted(tables)} differ")
     for name, table in tables.items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
-        text = re.sub(f"{start}.*?{end}", lambda _, s=start, t=table, e=end: f"{s}\n{t}\n{e}", text, flags=re.DOTALL)
+        text = re.sub(
+            f"{start}.*?{end}",
+            lambda _, s=start, t=table, e=end: f"{s}\n{t}\n{e}",
+            text,
+            flags=re.DOTALL,
+        )
     return text
 
 

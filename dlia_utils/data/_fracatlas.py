@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ._tables import (
+from .tables import (
     CORNERS,
     REPAIR,
     BadData,
@@ -43,7 +43,12 @@ CLASSES = ("Non_fractured", "Fractured")
 TABLE = "dataset.csv"
 BOXES = "Annotations/COCO JSON/COCO_fracture_masks.json"
 SPLITS = {name: f"Utilities/Fracture Split/{name}.csv" for name in ("train", "valid", "test")}
-NINJA_SPLITS = {"train": "train", "val": "val", "test": "test", "not fractured": ""}  # folder: split
+NINJA_SPLITS = {
+    "train": "train",
+    "val": "val",
+    "test": "test",
+    "not fractured": "",
+}  # folder: split
 SPELLINGS = {"fractured": "fracture"}
 
 RawOutline = tuple[str, str, np.ndarray, str]  # name, class_name, points [n,2], where
@@ -86,7 +91,13 @@ def _original(root: Path) -> Tables:
         log.warning("%d images with a box are not there, first: %s", len(lost), ", ".join(lost[:3]))
     split_of = _official_split(root)
     images = [
-        (name, path, flags[name] or name in boxed, _body_part(table.loc[name]), split_of.get(name, ""))
+        (
+            name,
+            path,
+            flags[name] or name in boxed,
+            _body_part(table.loc[name]),
+            split_of.get(name, ""),
+        )
         for name, path in paths.items()
     ]
     return _tables_of(root, root / BOXES, images, ignored, raw, outlines, annotated)
@@ -96,11 +107,17 @@ def _ninja(root: Path) -> Tables:
     need_folders(root, [f"{folder}/{kind}" for folder in NINJA_SPLITS for kind in ("img", "ann")])
     listed = [path for path in walk(root) if _ninja_folder(path, "ann") and path.suffix == ".json"]
     notes = [path for path in listed if not junk_reason(path)]
-    found, ignored = image_files(root, lambda path: _ninja_folder(path, "img"), known=set(map(str, notes)))
+    found, ignored = image_files(
+        root, lambda path: _ninja_folder(path, "img"), known=set(map(str, notes))
+    )
     _need_partners(root, found, notes)
     twice = [name for name, count in Counter(name for _, name in found).items() if count > 1]
     fix = "keep the image and its annotation in one of the folders"
-    refuse(f"{root}: {len(twice)} images lie in two of the folders:", [f"  {name}" for name in twice], fix)
+    refuse(
+        f"{root}: {len(twice)} images lie in two of the folders:",
+        [f"  {name}" for name in twice],
+        fix,
+    )
     raw, outlines, annotated = _ninja_rows(root, notes)
     marked = {*raw["name"], *(name for name, *_ in outlines)}
     images = []
@@ -108,7 +125,9 @@ def _ninja(root: Path) -> Tables:
         if (folder != "not fractured") != (name in marked):
             what = "an" if name in marked else "no"
             log.warning("%s lies in %s and has %s object: taken as Fractured", name, folder, what)
-        images.append((name, path, folder != "not fractured" or name in marked, "", NINJA_SPLITS[folder]))
+        images.append(
+            (name, path, folder != "not fractured" or name in marked, "", NINJA_SPLITS[folder])
+        )
     return _tables_of(root, root, images, ignored, raw, outlines, annotated)
 
 
@@ -151,19 +170,23 @@ def _ninja_folder(path: PurePosixPath, kind: str) -> str:
     return path.parts[0] if inside else ""
 
 
-def _need_partners(root: Path, found: Iterable[tuple[str, str]], notes: Sequence[PurePosixPath]) -> None:
+def _need_partners(
+    root: Path, found: Iterable[tuple[str, str]], notes: Sequence[PurePosixPath]
+) -> None:
     """`BadData` unless every image (folder, name) has its annotation file, and the other way round."""
     images = {f"{folder}/ann/{name}.json" for folder, name in found}
     annotations = set(map(str, notes))
-    problems = [f"  {path} names an image that is not there" for path in sorted(annotations - images)]
-    problems += [f"  {path} is missing: its image is there" for path in sorted(images - annotations)]
+    problems = [
+        f"  {path} names an image that is not there" for path in sorted(annotations - images)
+    ]
+    problems += [
+        f"  {path} is missing: its image is there" for path in sorted(images - annotations)
+    ]
     fix = f"{REPAIR}, or delete the files without a partner"
     refuse(f"{root}: {len(problems)} images and annotations do not match:", problems, fix)
 
 
-def _coco_rows(
-    path: Path,
-) -> tuple[pd.DataFrame, list[RawOutline], dict[str, tuple[int, int]]]:
+def _coco_rows(path: Path) -> tuple[pd.DataFrame, list[RawOutline], dict[str, tuple[int, int]]]:
     """Raw boxes and raw outlines of a COCO file, and the (height, width) that it gives for each image."""
     coco = json.loads(path.read_text(encoding="utf-8"))
     images = {one["id"]: one for one in coco["images"]}
@@ -181,7 +204,9 @@ def _coco_rows(
         else:
             outlines += [(name, kind, _points(flat), where) for flat in polygons]
     if coded:
-        log.warning("%s: %d outlines are run-length coded and not read (only polygons are)", path, coded)
+        log.warning(
+            "%s: %d outlines are run-length coded and not read (only polygons are)", path, coded
+        )
     shapes = {one["file_name"]: (one["height"], one["width"]) for one in images.values()}
     return _raw_boxes(rows), outlines, shapes
 
@@ -213,17 +238,23 @@ def _ninja_rows(
                 kind = SPELLINGS.get(one["classTitle"].lower(), one["classTitle"])
                 if one["geometryType"] == "rectangle":
                     (xa, ya), (xb, yb) = one["points"]["exterior"]
-                    rows.append((name, kind, min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb), where))
+                    rows.append(
+                        (name, kind, min(xa, xb), min(ya, yb), max(xa, xb), max(ya, yb), where)
+                    )
                 elif one["geometryType"] == "polygon":
                     points = np.asarray(one["points"]["exterior"], dtype=np.float64)
                     outlines.append((name, kind, points, where))
                 elif one["geometryType"] == "bitmap":
-                    outlines += [(name, kind, points, where) for points in _bitmap_outlines(one["bitmap"])]
+                    outlines += [
+                        (name, kind, points, where) for points in _bitmap_outlines(one["bitmap"])
+                    ]
                 else:
                     shape = one["geometryType"]
                     problems.append(f"  {where}: {shape} is none of rectangle, polygon, bitmap")
         except (KeyError, TypeError, AttributeError) as error:
-            problems.append(f"  {path}: not in Supervisely's format ({type(error).__name__}: {error})")
+            problems.append(
+                f"  {path}: not in Supervisely's format ({type(error).__name__}: {error})"
+            )
         except (ValueError, OSError, zlib.error) as error:
             problems.append(f"  {path}: cannot be read ({error})")
     refuse(f"{root}: {len(problems)} unusable annotations:", problems, REPAIR)
@@ -236,7 +267,9 @@ def _bitmap_outlines(bitmap: dict) -> list[np.ndarray]:
     with Image.open(io.BytesIO(png)) as image:
         # What counts is the opacity; an image without any is a mask by its grey values.
         shown = "A" in image.getbands() or "transparency" in image.info
-        mask = np.asarray(image.convert("RGBA").getchannel("A") if shown else image.convert("L")) > 0
+        mask = (
+            np.asarray(image.convert("RGBA").getchannel("A") if shown else image.convert("L")) > 0
+        )
     return [points + np.asarray(bitmap["origin"], dtype=np.float64) for points in trace(mask)]
 
 
@@ -247,7 +280,9 @@ def _official_split(root: Path) -> dict[str, str]:
         need_columns(table, ("image_id",), root / file)
         for image in table["image_id"]:
             if image in split_of:
-                raise BadData(f"{root / file}: {image} is in another split already. Fix: keep it in one.")
+                raise BadData(
+                    f"{root / file}: {image} is in another split already. Fix: keep it in one."
+                )
             split_of[image] = "val" if name == "valid" else name
     return split_of
 

@@ -16,10 +16,11 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
-from . import comparison, layouts, metrics
+from .. import comparison, metrics
+from ..plots import COLORS, panels
+from . import readers
 from .cache import ImageCache
 from .datasets import Dataset
-from .report import COLORS, _axes
 
 SPLITS = ("train", "val", "test", "")
 CHUNK = 256  # Images that are turned to floats at a time.
@@ -38,10 +39,12 @@ def shapes(dataset: Dataset) -> np.ndarray:
 
     def shape(path: str) -> tuple[int, int]:
         with Image.open(dataset.root / path) as image:
-            return layouts.upright_shape(image)
+            return readers.upright_shape(image)
 
     with ThreadPoolExecutor(8) as pool:
-        return np.array(list(pool.map(shape, dataset.manifest["path"])), dtype=np.int32).reshape(-1, 2)
+        return np.array(list(pool.map(shape, dataset.manifest["path"])), dtype=np.int32).reshape(
+            -1, 2
+        )
 
 
 def sizes(dataset: Dataset, *, known: np.ndarray | None = None) -> pd.DataFrame:
@@ -57,7 +60,10 @@ def sizes(dataset: Dataset, *, known: np.ndarray | None = None) -> pd.DataFrame:
         part = table.iloc[chosen]
         common = part[["height", "width"]].value_counts()
         row = {"split": split, "class_name": name, "images": len(part), "sizes": len(common)}
-        row |= {"commonest": f"{common.index[0][0]} x {common.index[0][1]}", "share": common.iloc[0] / len(part)}
+        row |= {
+            "commonest": f"{common.index[0][0]} x {common.index[0][1]}",
+            "share": common.iloc[0] / len(part),
+        }
         for side in ("height", "width", "aspect"):
             row |= {f"{side}_{how}": part[side].agg(how) for how in ("min", "median", "max")}
         rows.append(row)
@@ -70,14 +76,19 @@ def rows_by_split(dataset: Dataset, *, together: bool = True) -> dict[tuple[str,
     names = [*dataset.classes, *sorted(set(manifest["class_name"]) - set(dataset.classes))]
     for split in SPLITS:
         inside = (manifest["split"] == split).to_numpy()
-        parts = {name: np.flatnonzero(inside & (manifest["class_name"] == name).to_numpy()) for name in names}
+        parts = {
+            name: np.flatnonzero(inside & (manifest["class_name"] == name).to_numpy())
+            for name in names
+        }
         if together and inside.any():
             found[split, "all"] = np.flatnonzero(inside)
         found |= {(split, name): rows for name, rows in parts.items() if len(rows)}
     return found
 
 
-def mean_and_spread(cache: ImageCache, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_spread(
+    cache: ImageCache, rows: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each pixel over the images of `rows`: two float64 [S,S], in units of [0,1]."""
     rows = np.asarray(rows, dtype=np.int64)
     if not len(rows):
@@ -108,10 +119,18 @@ def pixel_statistics(
         split, class_name = (name, "all") if isinstance(name, str) else name
         chosen = np.asarray(chosen, dtype=np.int64)
         mean, spread = mean_and_spread(cache, chosen)
-        every = {"mean": mean.mean(), "std": np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)}
+        every = {
+            "mean": mean.mean(),
+            "std": np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2),
+        }
         rows.append(
             {"split": split, "class_name": class_name, "images": len(chosen)}
-            | {"min": low[chosen].min(), "max": high[chosen].max(), **every, "contrast": contrast[chosen].mean()}
+            | {
+                "min": low[chosen].min(),
+                "max": high[chosen].max(),
+                **every,
+                "contrast": contrast[chosen].mean(),
+            }
             | {"pixel_mean_min": mean.min(), "pixel_mean_max": mean.max()}
             | {"pixel_std_min": spread.min(), "pixel_std_max": spread.max()}
         )
@@ -131,20 +150,38 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
     if len(splits) < 2:
-        raise ValueError(f"the data set has one split only ({splits}): divide it first, e.g. with split.grouped")
+        raise ValueError(
+            f"the data set has one split only ({splits}): divide it first, e.g. with split.grouped"
+        )
     grey, contrast, *_ = _image_statistics(cache)
     table = manifest[["split", "patient", "class_name"]].assign(grey=grey, contrast=contrast)
-    units = table.groupby(["split", "patient", "class_name"], as_index=False)[["grey", "contrast"]].mean()
+    units = table.groupby(["split", "patient", "class_name"], as_index=False)[
+        ["grey", "contrast"]
+    ].mean()
     rows = [_class_counts(units, splits, dataset.classes)]
     for column, test in (("grey", "mean grey"), ("contrast", "contrast")):
         for name in [name for name in dataset.classes if (units["class_name"] == name).any()]:
-            rows.append({"test": test, "class_name": name} | _ranks(units[units["class_name"] == name], column, splits))
+            rows.append(
+                {"test": test, "class_name": name}
+                | _ranks(units[units["class_name"] == name], column, splits)
+            )
     result = pd.DataFrame(rows)
     result["p_holm"] = comparison.holm(result["p"])
     result["uneven"] = result["p_holm"] < level
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
-    order = ["test", "class_name", "method", "statistic", "p", "p_holm", "effect_name", "effect", "uneven", "detail",
-             "meaning"]  # fmt: skip
+    order = [
+        "test",
+        "class_name",
+        "method",
+        "statistic",
+        "p",
+        "p_holm",
+        "effect_name",
+        "effect",
+        "uneven",
+        "detail",
+        "meaning",
+    ]
     return result[order]
 
 
@@ -183,9 +220,13 @@ def size_shortcut(
     rows = []
     for name, features in SHAPE_FEATURES.items():
         score = _out_of_fold(table, list(features), folds=folds, seed=seed)
-        scored = metrics.classification(table["label"], score, table["patient"], draws=draws, level=level, seed=seed)
+        scored = metrics.classification(
+            table["label"], score, table["patient"], draws=draws, level=level, seed=seed
+        )
         row = scored[scored["metric"] == "auc"].iloc[0].to_dict()
-        rows.append({"features": name} | row | {"finding": _size_finding(table[list(features)], row)})
+        rows.append(
+            {"features": name} | row | {"finding": _size_finding(table[list(features)], row)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -252,15 +293,19 @@ def figure_classes(dataset: Dataset) -> Figure:
     """Images of each class in each split, with numbers and shares."""
     groups = rows_by_split(dataset, together=False)
     splits = [split for split in SPLITS if any(key[0] == split for key in groups)]
-    figure, axes = _axes(1, width=6.0, height=3.2)
+    figure, axes = panels(1, width=6.0, height=3.2)
     axis, wide = axes[0, 0], 0.8 / len(dataset.classes)
     for number, name in enumerate(dataset.classes):
         counts = [len(groups.get((split, name), ())) for split in splits]
-        totals = [sum(len(rows) for key, rows in groups.items() if key[0] == split) for split in splits]
+        totals = [
+            sum(len(rows) for key, rows in groups.items() if key[0] == split) for split in splits
+        ]
         place = np.arange(len(splits)) + (number - (len(dataset.classes) - 1) / 2) * wide
         axis.bar(place, counts, 0.95 * wide, color=COLORS[number % len(COLORS)], label=name)
         for x, count, total in zip(place, counts, totals, strict=True):
-            axis.text(x, count, f"{count}\n{count / total:.0%}", ha="center", va="bottom", fontsize=8)
+            axis.text(
+                x, count, f"{count}\n{count / total:.0%}", ha="center", va="bottom", fontsize=8
+            )
     axis.set_xticks(range(len(splits)), [split or "not split" for split in splits])
     axis.set(ylabel="images")
     axis.margins(y=0.2)
@@ -285,7 +330,7 @@ def figure_mean_images(
     present = [label for label in range(len(dataset.classes)) if (labels == label).any()]
     maps = {label: mean_and_spread(cache, rows[labels == label]) for label in present}
     both = len(present) > 1
-    figure, axes = _axes(len(present) + both, rows=2, width=2.5, height=2.6)
+    figure, axes = panels(len(present) + both, rows=2, width=2.5, height=2.6)
     widest = max(spread.max() for _, spread in maps.values())
     for column, label in enumerate(present):
         name = f"{dataset.classes[label]} ({(labels == label).sum()} images)"
@@ -309,7 +354,11 @@ def figure_mean_images(
 
 
 def figure_augmentations(
-    image: np.ndarray, transforms: Mapping[str, A.BasicTransform | A.BaseCompose], *, repeats: int = 4, seed: int = 0
+    image: np.ndarray,
+    transforms: Mapping[str, A.BasicTransform | A.BaseCompose],
+    *,
+    repeats: int = 4,
+    seed: int = 0,
 ) -> Figure:
     """Each transform alone, `repeats` draws in a row, then all of them combined; the original stands first.
 
@@ -319,12 +368,14 @@ def figure_augmentations(
     """
     image = np.asarray(image)
     if image.ndim != 2 or image.dtype != np.uint8:
-        raise ValueError(f"image must be uint8 [H,W], e.g. cache.images[row], not {image.dtype} {list(image.shape)}")
+        raise ValueError(
+            f"image must be uint8 [H,W], e.g. cache.images[row], not {image.dtype} {list(image.shape)}"
+        )
     if not transforms:
         raise ValueError("transforms is empty: name at least one albumentations transform")
     lines = {name: A.Compose([transform]) for name, transform in transforms.items()}
     lines["combined"] = A.Compose(list(transforms.values()))
-    figure, axes = _axes(repeats + 1, rows=len(lines), width=1.8, height=2.0)
+    figure, axes = panels(repeats + 1, rows=len(lines), width=1.8, height=2.0)
     for line, (name, transform) in zip(axes, lines.items(), strict=True):
         line[0].set_title("original", fontsize=8)
         line[0].imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -332,7 +383,9 @@ def figure_augmentations(
             transform.set_random_seed(seed + draw)
             moved = transform(image=image)["image"]
             axis.imshow(moved, cmap="gray", vmin=0, vmax=255)
-            axis.set_title(f"{name}, unchanged" if np.array_equal(moved, image) else name, fontsize=8)
+            axis.set_title(
+                f"{name}, unchanged" if np.array_equal(moved, image) else name, fontsize=8
+            )
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout()
@@ -354,23 +407,36 @@ def _format(dataset: Dataset, found: np.ndarray) -> pd.DataFrame:
             f"shapes is {list(found.shape)}, the data set has {len(dataset.manifest)} images: give [N,2] heights and "
             "widths in its order, e.g. cache.shapes or explore.shapes(dataset)"
         )
-    return pd.DataFrame({"height": found[:, 0], "width": found[:, 1], "aspect": found[:, 1] / found[:, 0]})
+    return pd.DataFrame(
+        {"height": found[:, 0], "width": found[:, 1], "aspect": found[:, 1] / found[:, 0]}
+    )
 
 
 def _image_statistics(cache: ImageCache) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation, lowest and highest pixel of every image, in units of [0,1]."""
     found = []
     for start in range(0, len(cache.images), CHUNK):
-        pixels = np.asarray(cache.images[start : start + CHUNK], dtype=np.float32).reshape(-1, cache.size**2) / 255
-        found.append(np.stack([pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)]).astype(float))
+        pixels = (
+            np.asarray(cache.images[start : start + CHUNK], dtype=np.float32).reshape(
+                -1, cache.size**2
+            )
+            / 255
+        )
+        found.append(
+            np.stack([pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)]).astype(float)
+        )
     return tuple(np.concatenate(found, axis=1))
 
 
 def _class_counts(units: pd.DataFrame, splits: Sequence[str], classes: Sequence[str]) -> dict:
     counts = pd.crosstab(units["split"], units["class_name"]).reindex(splits)
     # In the data set's order, so that the last one, whose shares are shown, is the finding.
-    counts = counts[[*(name for name in classes if name in counts), *counts.columns.difference(classes)]]
-    result = chi2_contingency(counts) if counts.shape[1] > 1 else None  # One class cannot be dealt out unevenly.
+    counts = counts[
+        [*(name for name in classes if name in counts), *counts.columns.difference(classes)]
+    ]
+    result = (
+        chi2_contingency(counts) if counts.shape[1] > 1 else None
+    )  # One class cannot be dealt out unevenly.
     statistic, p = (float(result.statistic), float(result.pvalue)) if result else (0.0, 1.0)
     method = "chi-square"
     if result and result.expected_freq.min() < 5:
@@ -379,8 +445,16 @@ def _class_counts(units: pd.DataFrame, splits: Sequence[str], classes: Sequence[
     effect = np.sqrt(statistic / (counts.to_numpy().sum() * dimension))
     last = counts.columns[-1]
     shares = "; ".join(f"{split} {row[last] / row.sum():.1%}" for split, row in counts.iterrows())
-    return {"test": "class counts", "class_name": "all", "method": method, "statistic": statistic, "p": p,
-            "effect_name": "Cramer's V", "effect": effect, "detail": f"share of {last}: {shares}"}  # fmt: skip
+    return {
+        "test": "class counts",
+        "class_name": "all",
+        "method": method,
+        "statistic": statistic,
+        "p": p,
+        "effect_name": "Cramer's V",
+        "effect": effect,
+        "detail": f"share of {last}: {shares}",
+    }
 
 
 def _ranks(units: pd.DataFrame, column: str, splits: Sequence[str]) -> dict:
@@ -389,10 +463,19 @@ def _ranks(units: pd.DataFrame, column: str, splits: Sequence[str]) -> dict:
     if len(parts) > 1 and units[column].nunique() > 1:
         statistic, p = map(float, kruskal(*parts.values()))
     else:
-        statistic, p = 0.0, 1.0  # One split, or values that are all the same: there is nothing to tell apart.
+        statistic, p = (
+            0.0,
+            1.0,
+        )  # One split, or values that are all the same: there is nothing to tell apart.
     medians = "; ".join(f"{name} {np.median(values):.3f}" for name, values in parts.items())
-    return {"method": "Kruskal-Wallis", "statistic": statistic, "p": p, "effect_name": "epsilon squared",
-            "effect": statistic / max(len(units) - 1, 1), "detail": f"median: {medians}"}  # fmt: skip
+    return {
+        "method": "Kruskal-Wallis",
+        "statistic": statistic,
+        "p": p,
+        "effect_name": "epsilon squared",
+        "effect": statistic / max(len(units) - 1, 1),
+        "detail": f"median: {medians}",
+    }
 
 
 def _meaning(row: pd.Series, tests: int) -> str:
@@ -408,19 +491,27 @@ def _percent(p: float) -> str:
     return f"{p:.1%}" if p >= 0.001 else "less than 0.1%"
 
 
-def _out_of_fold(table: pd.DataFrame, features: Sequence[str], *, folds: int, seed: int) -> np.ndarray:
+def _out_of_fold(
+    table: pd.DataFrame, features: Sequence[str], *, folds: int, seed: int
+) -> np.ndarray:
     """Score of each image by a fit without its patient, as a rank in (0,1) among the images of its fold."""
     labels, patients = table["label"].to_numpy(), pd.factorize(table["patient"])[0]
     count = labels.max() + 1
     fewest = min(len(np.unique(patients[labels == label])) for label in range(count))
     if fewest < 2:
-        raise ValueError("a class has fewer than 2 patients: nothing can be cross-validated by patient")
+        raise ValueError(
+            "a class has fewer than 2 patients: nothing can be cross-validated by patient"
+        )
     # The splitter's own shuffle deals unevenly before scikit-learn 1.7: patients get new numbers instead.
     units = np.random.default_rng(seed).permutation(patients.max() + 1)[patients]
     x, scores = table[list(features)].to_numpy(float), np.empty((len(table), count))
     for train, held_out in StratifiedGroupKFold(min(folds, fewest)).split(x, labels, units):
         model = HistGradientBoostingClassifier(
-            max_iter=40, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False, random_state=seed
+            max_iter=40,
+            max_leaf_nodes=8,
+            min_samples_leaf=10,
+            early_stopping=False,
+            random_state=seed,
         )
         score = model.fit(x[train], labels[train]).predict_proba(x[held_out])
         # Rounded: a difference in the last digit is none, and equal scores must share their rank.
@@ -433,5 +524,7 @@ def _size_finding(features: pd.DataFrame, row: Mapping) -> str:
         return "the same for all images: tells nothing"
     if not row["ci_low"] > 0.5:
         return "no sign that it tells the classes apart"
-    strength = "almost fully" if row["value"] >= 0.9 else "clearly" if row["value"] >= 0.7 else "weakly"
+    strength = (
+        "almost fully" if row["value"] >= 0.9 else "clearly" if row["value"] >= 0.7 else "weakly"
+    )
     return f"a shortcut: tells the classes apart {strength}"

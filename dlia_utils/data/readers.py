@@ -13,7 +13,7 @@ import pandas as pd
 
 from . import medmnist
 from ._fracatlas import fracatlas
-from ._tables import (
+from .tables import (
     BOX_COLUMNS,
     COLUMNS,
     CORNERS,
@@ -81,7 +81,10 @@ NIH_BOXES = "BBox_List_2017.csv"
 DLIA_TRAIN, DLIA_MAPPING = "train.csv", "ID_to_Image_Mapping.csv"
 TUBERCULOSIS_CLASSES = ("Normal", "Tuberculosis")
 COVID_CLASSES = ("Normal", "COVID")
-COVID_OTHERS = ("Lung_Opacity", "Viral Pneumonia")  # folders of the Radiography Database that are not read
+COVID_OTHERS = (
+    "Lung_Opacity",
+    "Viral Pneumonia",
+)  # folders of the Radiography Database that are not read
 
 
 def read(dataset: str, root: Path, **options: bool) -> Tables:
@@ -111,7 +114,9 @@ def pneumonia(root: Path) -> Tables:
     rows = []
     for path in found:
         patient, group = pneumonia_patient(path.name)
-        rows.append((str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0]))
+        rows.append(
+            (str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0])
+        )
     manifest = manifest_table(rows)
     need_images(manifest, root, splits, classes)
     _say_odd(manifest)
@@ -197,9 +202,13 @@ def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -
             int(raw["name"].isin(leaked).sum()),
         )
     images = []
-    for (split, name), path in sorted(found.items(), key=lambda item: (item[0][0] == "test", item[0][1])):
+    for (split, name), path in sorted(
+        found.items(), key=lambda item: (item[0][0] == "test", item[0][1])
+    ):
         if name not in wanted[split]:
-            ignored.append((path, f"not listed in {DLIA_TRAIN if split == 'train' else DLIA_MAPPING}"))
+            ignored.append(
+                (path, f"not listed in {DLIA_TRAIN if split == 'train' else DLIA_MAPPING}")
+            )
         elif split == "train" and name in leaked:
             ignored.append((path, "its image is in the competition's test set too (leak)"))
         else:
@@ -229,7 +238,9 @@ def tuberculosis(root: Path) -> Tables:
     need_folders(root, classes)
     found, ignored = sort_files(
         root,
-        lambda path: "" if path.parts[0] in classes and len(path.parts) == 2 else "outside the class folders",
+        lambda path: (
+            "" if path.parts[0] in classes and len(path.parts) == 2 else "outside the class folders"
+        ),
     )
     rows = [_unknown_patient(path, path.parts[0], classes) for path in found]
     return _class_folder_tables(root, rows, classes, ignored, rule="none published")
@@ -266,7 +277,9 @@ def _covid_radiography(root: Path) -> Tables:
     rows = [_unknown_patient(path, path.parts[0], classes) for path in paths]
     lost = [str(path) for key, path in masks.items() if key not in images]
     ignored += [(path, "mask without an image") for path in lost]
-    bare = sum((root / name / "masks").is_dir() and (name, stem) not in masks for name, stem in images)
+    bare = sum(
+        (root / name / "masks").is_dir() and (name, stem) not in masks for name, stem in images
+    )
     if lost or bare:
         log.warning("%s: %d images have no mask and %d masks have no image", root, bare, len(lost))
     row_of = {(path.parts[0], path.stem): row for row, path in enumerate(paths)}
@@ -287,7 +300,10 @@ def _covid_splits(root: Path) -> Tables:
         return "" if path.parts[1].casefold() in spelled else "not a class of this study"
 
     found, ignored = sort_files(root, reason)
-    rows = [_unknown_patient(path, spelled[path.parts[1].casefold()], classes, path.parts[0]) for path in found]
+    rows = [
+        _unknown_patient(path, spelled[path.parts[1].casefold()], classes, path.parts[0])
+        for path in found
+    ]
     return _class_folder_tables(root, rows, classes, ignored, splits=splits)
 
 
@@ -360,14 +376,18 @@ def _say_odd(manifest: pd.DataFrame) -> None:
     odd = manifest.loc[manifest["group"] == "unknown", "path"]
     if len(odd):
         log.warning(
-            "%d file names tell no patient; each counts as its own: %s", len(odd), ", ".join(odd[:SHOWN])
+            "%d file names tell no patient; each counts as its own: %s",
+            len(odd),
+            ", ".join(odd[:SHOWN]),
         )
 
 
 def _say_small_val(manifest: pd.DataFrame) -> None:
     val = int((manifest["split"] == "val").sum())
     if 0 < val < 100:
-        log.info("the official val split has only %d images: draw a larger one with split.grouped", val)
+        log.info(
+            "the official val split has only %d images: draw a larger one with split.grouped", val
+        )
 
 
 # --- tables
@@ -376,7 +396,14 @@ def _say_small_val(manifest: pd.DataFrame) -> None:
 def _nih_rows(path: Path) -> pd.DataFrame:
     """The raw boxes of a table with the NIH header, whose `Bbox [x,y,w,h]` its own commas split into four."""
     table = read_csv(path)
-    columns = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]  # More, empty ones may follow.
+    columns = [
+        "Image Index",
+        "Finding Label",
+        "Bbox [x",
+        "y",
+        "w",
+        "h]",
+    ]  # More, empty ones may follow.
     need_columns(table, columns, path)
     return _raw(table["Image Index"], table["Finding Label"], table[columns[2:]], xywh=True)
 
@@ -401,21 +428,28 @@ def _dlia_mapping(path: Path) -> pd.DataFrame:
     key = next((name for name in table.columns if name in ("id", "ID")), None)
     if key is None:
         raise BadData(f"{path} has no column id or ID; it has {', '.join(table.columns)}")
-    repeated = table.index[table[key].isna() | table["image_id"].isna() | table[key].duplicated()] + 2
+    repeated = (
+        table.index[table[key].isna() | table["image_id"].isna() | table[key].duplicated()] + 2
+    )
     if len(repeated):
         lines = ", ".join(map(str, repeated[:SHOWN]))
-        raise BadData(f"{path}: empty or repeated {key} in line {lines}. Fix: download the file again.")
+        raise BadData(
+            f"{path}: empty or repeated {key} in line {lines}. Fix: download the file again."
+        )
     return table
 
 
 def _raw(names: pd.Series, labels: pd.Series, sides: pd.DataFrame, *, xywh: bool) -> pd.DataFrame:
     """Raw boxes: columns name, class_name, x1, y1, x2, y2 and where (the line of the CSV file)."""
-    numbers = sides.apply(pd.to_numeric, errors="coerce").set_axis(CORNERS, axis=1).astype("float64")
+    numbers = (
+        sides.apply(pd.to_numeric, errors="coerce").set_axis(CORNERS, axis=1).astype("float64")
+    )
     if xywh:
         numbers["x2"] += numbers["x1"]
         numbers["y2"] += numbers["y1"]
     names, labels = (
-        column.astype(object).where(column.notna(), "").astype(str).str.strip() for column in (names, labels)
+        column.astype(object).where(column.notna(), "").astype(str).str.strip()
+        for column in (names, labels)
     )
     lines = [f"line {row + 2}" for row in range(len(numbers))]  # 1 is the header.
     return numbers.assign(name=names, class_name=labels.replace(NIH_SPELLINGS), where=lines)
@@ -439,13 +473,17 @@ def _detection_tables(
     shapes = shapes_of(root, {name: images[row][1] for name, row in labelled.items()})
     boxes = box_table(raw, root / file, NIH_CLASSES, labelled, shapes)
     frequency = boxes["label"].map(boxes["label"].value_counts())
-    rarest = boxes.assign(frequency=frequency).sort_values(["frequency", "label"]).drop_duplicates("image")
+    rarest = (
+        boxes.assign(frequency=frequency)
+        .sort_values(["frequency", "label"])
+        .drop_duplicates("image")
+    )
     class_of = dict(zip(rarest["image"], rarest["class_name"], strict=True))
     rows = []
     for row, (name, path, split) in enumerate(images):
         class_name = class_of.get(row, UNLABELLED)
         label = NIH_CLASSES.index(class_name) if row in class_of else -1
         rows.append((path, label, class_name, nih_patient(name), "", split))
-    return Tables(manifest_table(rows), NIH_CLASSES, ignored_table(ignored), split_rule, boxes, NIH_CLASSES)
-
-
+    return Tables(
+        manifest_table(rows), NIH_CLASSES, ignored_table(ignored), split_rule, boxes, NIH_CLASSES
+    )

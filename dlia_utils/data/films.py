@@ -111,7 +111,9 @@ def chest_with_findings(
     x, y = _pose(rng, size)
     air = _lungs(anatomy, x, y)
     aerated = np.maximum(air * _texture(rng, size) - _vessels(anatomy, x, y) * (air > 0), 0)
-    tissue = findings.DEPTH * (SOFT * air - (SOFT - LUNG) * aerated)  # what free air takes the place of
+    tissue = findings.DEPTH * (
+        SOFT * air - (SOFT - LUNG) * aerated
+    )  # what free air takes the place of
     side = -1 if "Cardiomegaly" in names else int(planting.choice([-1, 1]))
     filled, freed, boxes = np.zeros_like(air), np.zeros_like(air), []
     for name in names:
@@ -172,7 +174,9 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.meshgrid(line, line))
 
 
-def _pose(rng: np.random.Generator, size: int, *, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def _pose(
+    rng: np.random.Generator, size: int, *, spread: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Patient coordinates of every pixel: x to the right, y downwards, a little turned, moved and scaled."""
     across, down = _grid(size)
     turn, scale = rng.normal(0, 0.026 * spread), rng.normal(1.0, 0.035 * spread)  # radians
@@ -182,10 +186,16 @@ def _pose(rng: np.random.Generator, size: int, *, spread: float = 1.0) -> tuple[
 
 
 def _dome(
-    x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radii: tuple[float, float], power: float = 2.0
+    x: np.ndarray,
+    y: np.ndarray,
+    centre: tuple[float, float],
+    radii: tuple[float, float],
+    power: float = 2.0,
 ) -> np.ndarray:
     """Relative thickness (0..1) of a super-ellipsoid seen from the front."""
-    reach = np.abs((x - centre[0]) / radii[0]) ** power + np.abs((y - centre[1]) / radii[1]) ** power
+    reach = (
+        np.abs((x - centre[0]) / radii[0]) ** power + np.abs((y - centre[1]) / radii[1]) ** power
+    )
     return np.sqrt(np.maximum(1 - reach, 0))
 
 
@@ -203,7 +213,9 @@ def _lungs(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     for side in (-1, 1):  # -1: the patient's right lung, on the left of the film
         lung = _dome(_across(anatomy, x, y, side), y, (0, -0.04), (1, 0.82), 2.3)
         total += lung * expit((_floor(anatomy, x, side) - y) / 0.012)
-    heart = _dome(x, y, (0.09, 0.24), (anatomy.heart, 0.30)) + 0.8 * _dome(x, y, (0.02, -0.25), (0.14, 0.45))
+    heart = _dome(x, y, (0.09, 0.24), (anatomy.heart, 0.30)) + 0.8 * _dome(
+        x, y, (0.02, -0.25), (0.14, 0.45)
+    )
     return 0.74 * anatomy.depth * np.maximum(total - 0.75 * heart, 0)
 
 
@@ -219,7 +231,9 @@ def _floor(anatomy: Anatomy, x: np.ndarray, side: int) -> np.ndarray:
     return anatomy.dome + (0.0 if side < 0 else 0.06) + 1.1 * (x - side * 0.36) ** 2
 
 
-def _lung(anatomy: Anatomy, x: np.ndarray, y: np.ndarray, air: np.ndarray, side: int) -> findings.Lung:
+def _lung(
+    anatomy: Anatomy, x: np.ndarray, y: np.ndarray, air: np.ndarray, side: int
+) -> findings.Lung:
     out = side * _across(anatomy, x, y, side)
     return findings.Lung(side, x, y, out, _floor(anatomy, x, side), air)
 
@@ -236,7 +250,9 @@ def _bones(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     total = np.zeros_like(x)
     for k in range(9):
         level = -0.92 + k * anatomy.ribs
-        back = y - (level - 0.10 * np.sin(np.pi * np.minimum(reach / 0.5, 1)) + anatomy.slope * reach**2)
+        back = y - (
+            level - 0.10 * np.sin(np.pi * np.minimum(reach / 0.5, 1)) + anatomy.slope * reach**2
+        )
         front = y - (level + 0.34 - 1.2 * anatomy.slope * reach + 0.28 * reach**2)
         shell = _tube(back, 0.036) - 0.65 * _tube(back, 0.026)
         total += HALF_WIDTH * 0.85 * shell * inside * (reach > 0.06)
@@ -260,7 +276,9 @@ def _vessels(anatomy: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     total = np.zeros_like(x)
     for side in (-1, 1):
         out, down = side * x - 0.14, y - 0.02
-        near = (np.hypot(out, down) < 0.73) & (out > -0.05)  # Beyond, the vessels have no width left.
+        near = (np.hypot(out, down) < 0.73) & (
+            out > -0.05
+        )  # Beyond, the vessels have no width left.
         radius, angle = np.hypot(out, down)[near], np.arctan2(down, out)[near]
         for direction in rng.uniform(-1.4, 1.4, 11):
             bend = direction + 0.35 * np.sin(rng.uniform(4, 9) * radius + rng.uniform(0, 6))

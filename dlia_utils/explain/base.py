@@ -9,8 +9,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from dlia_utils.attacks._contract import check_inputs
-from dlia_utils.models.wrap import TwoLogits, two_logits  # noqa: F401 (the maps take them from here)
+from ..attacks._contract import check_inputs
+from ..models.pixel import TwoLogits, two_logits  # noqa: F401 (the maps take them from here)
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
@@ -80,8 +80,14 @@ def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
     if target is None:
         return logits.argmax(1)
     chosen = torch.as_tensor(target, device=logits.device)
-    if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.shape not in ((), logits.shape[:1]):
-        raise ValueError(f"target must be None, one class number, or int64 [{len(logits)}], not {target!r}")
+    if (
+        chosen.is_floating_point()
+        or chosen.dtype == torch.bool
+        or chosen.shape not in ((), logits.shape[:1])
+    ):
+        raise ValueError(
+            f"target must be None, one class number, or int64 [{len(logits)}], not {target!r}"
+        )
     if not bool(((chosen >= 0) & (chosen < logits.shape[1])).all()):
         raise ValueError(f"target holds a class outside 0..{logits.shape[1] - 1}: {target!r}")
     return chosen.long().expand(len(logits))
@@ -98,7 +104,11 @@ def window(maps: np.ndarray) -> np.ndarray:
 
 
 def likeness(
-    mean_a: np.ndarray, mean_b: np.ndarray, variance_a: np.ndarray, variance_b: np.ndarray, product: np.ndarray
+    mean_a: np.ndarray,
+    mean_b: np.ndarray,
+    variance_a: np.ndarray,
+    variance_b: np.ndarray,
+    product: np.ndarray,
 ) -> np.ndarray:
     """Structural similarity [...] of maps on [0,1], K1 = 0.01, K2 = 0.03; `product` is the window's mean of a * b.
 

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from . import layouts, medmnist, own_data
-from .layouts import (
+from . import medmnist, own_data, readers
+from .readers import (
     BOX_COLUMNS,
     COLUMNS,
     NIH_CLASSES,
@@ -25,7 +25,7 @@ from .layouts import (
     no_outlines,
     pneumonia_patient,
 )
-from .locate import Location, cache_root, own
+from .sources import Location, cache_root, own
 
 __all__ = [
     "BOX_COLUMNS",
@@ -94,7 +94,9 @@ def load(location: Location, *, allow_missing: bool = False, allow_leak: bool = 
     if location.kind == "published":
         if medmnist.meant(location.dataset):
             root = medmnist.unpack(location.dataset, root, cache=cache_root())
-        tables = layouts.read(location.dataset, root, allow_missing=allow_missing, allow_leak=allow_leak)
+        tables = readers.read(
+            location.dataset, root, allow_missing=allow_missing, allow_leak=allow_leak
+        )
     elif allow_missing or allow_leak:
         raise ValueError("allow_missing and allow_leak are for published data sets; leave them out")
     elif location.kind == "folder":
@@ -243,7 +245,9 @@ def box_summary(dataset: Dataset) -> pd.DataFrame:
     square roots of the areas, all in pixels of the original files.
     """
     boxes = dataset.boxes.assign(
-        patient=dataset.manifest["patient"].to_numpy()[dataset.boxes["image"].to_numpy(dtype=np.int64)],
+        patient=dataset.manifest["patient"].to_numpy()[
+            dataset.boxes["image"].to_numpy(dtype=np.int64)
+        ],
         width=dataset.boxes["x2"] - dataset.boxes["x1"],
         height=dataset.boxes["y2"] - dataset.boxes["y1"],
     )
@@ -276,9 +280,11 @@ def _file_problem(path: Path) -> str:
             # Pillow would clip these to white without a word.
             if image.format == "TIFF" and image.n_frames > 1:
                 return f"holds {image.n_frames} images, and one would be read: save each as a file"
-            if image.format == "TIFF" and layouts.orientation(image) > 1:
+            if image.format == "TIFF" and readers.orientation(image) > 1:
                 # Pillow turns it while loading, and garbles it where it maps the file into memory.
-                return f"lies on its side (orientation {layouts.orientation(image)}): save it upright"
+                return (
+                    f"lies on its side (orientation {readers.orientation(image)}): save it upright"
+                )
             deep = image.mode.startswith(("I", "F"))
             return f"more than 8 bits a pixel (mode {image.mode}), convert it to 8" if deep else ""
     except UnidentifiedImageError:

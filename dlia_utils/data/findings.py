@@ -51,7 +51,9 @@ def atelectasis(rng: np.random.Generator, lung: Lung) -> np.ndarray:
 def cardiomegaly(rng: np.random.Generator, lung: Lung) -> np.ndarray:
     """A wide heart: its silhouette reaches far into the patient's left lung, whichever lung is given."""
     wide, tall = rng.uniform(0.43, 0.51), rng.uniform(0.36, 0.42)
-    return 0.97 * _disc(lung, (rng.uniform(0.10, 0.14), rng.uniform(0.20, 0.25)), (wide, tall), 0.02)
+    return 0.97 * _disc(
+        lung, (rng.uniform(0.10, 0.14), rng.uniform(0.20, 0.25)), (wide, tall), 0.02
+    )
 
 
 def effusion(rng: np.random.Generator, lung: Lung) -> np.ndarray:
@@ -72,13 +74,17 @@ def infiltrate(rng: np.random.Generator, lung: Lung) -> np.ndarray:
 def mass(rng: np.random.Generator, lung: Lung) -> np.ndarray:
     """A large dense ball."""
     radius = rng.uniform(0.15, 0.20)
-    return 0.95 * _disc(lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), (radius, radius), 0.01)
+    return 0.95 * _disc(
+        lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), (radius, radius), 0.01
+    )
 
 
 def nodule(rng: np.random.Generator, lung: Lung) -> np.ndarray:
     """A small dense ball."""
     radius = rng.uniform(0.075, 0.09)
-    return 0.95 * _disc(lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), (radius, radius), 0.01)
+    return 0.95 * _disc(
+        lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), (radius, radius), 0.01
+    )
 
 
 def pneumonia(rng: np.random.Generator, lung: Lung) -> np.ndarray:
@@ -92,7 +98,9 @@ def pneumothorax(rng: np.random.Generator, lung: Lung) -> np.ndarray:
     """Free air, black and without vessels, round the apex of a lung that has drawn back from the ribs."""
     gap, bottom = rng.uniform(0.32, 0.46), rng.uniform(-0.05, 0.20)
     drawn_back = (lung.out / (1 - gap)) ** 2 + ((lung.y + 0.04) / (0.82 * (1 - gap))) ** 2
-    return -_edge(drawn_back - 1, 0.06) * _edge(bottom - lung.y, 0.03) * _edge(lung.out + 0.45, 0.06)
+    return (
+        -_edge(drawn_back - 1, 0.06) * _edge(bottom - lung.y, 0.03) * _edge(lung.out + 0.45, 0.06)
+    )
 
 
 PAINTERS: dict[str, Callable[[np.random.Generator, Lung], np.ndarray]] = {
@@ -133,7 +141,9 @@ def _edge(distance: np.ndarray, soft: float) -> np.ndarray:
     return expit(distance / soft * 2)
 
 
-def _disc(lung: Lung, centre: tuple[float, float], radii: tuple[float, float], soft: float) -> np.ndarray:
+def _disc(
+    lung: Lung, centre: tuple[float, float], radii: tuple[float, float], soft: float
+) -> np.ndarray:
     reach = np.hypot((lung.x - centre[0]) / radii[0], (lung.y - centre[1]) / radii[1])
     return _edge((1 - reach) * min(radii), soft)
 

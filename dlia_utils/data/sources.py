@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from . import _fracatlas, layouts, medmnist, own_data, phantom
-from .layouts import BadData, DataNotFound
+from . import _fracatlas, medmnist, own_data, phantom, readers
+from .readers import BadData, DataNotFound
 
 log = logging.getLogger("dlia_utils")
 
@@ -42,13 +42,21 @@ class Location:
 class Source:
     """One row of the registry: how a data set is recognised, where to get it, and its synthetic stand-in."""
 
-    signature: tuple[str, ...]  # paths that must exist below the root, the most telling first; "a|b": either
+    signature: tuple[
+        str, ...
+    ]  # paths that must exist below the root, the most telling first; "a|b": either
     slugs: tuple[str, ...]  # names of its Kaggle mounts
     handle: str  # kagglehub's "owner/slug"; "" where it has none
     write_phantom: Callable[[Path], Path]
-    gap: Callable[[Path], str] = lambda root: ""  # why a copy in this folder cannot be used; "" when it can
-    others: tuple[tuple[str, ...], ...] = ()  # signatures of the other trees that it is published in
-    instead: Callable[[Path], str] = lambda folder: ""  # what a folder has that is nearly the data set, and the fix
+    gap: Callable[[Path], str] = lambda root: (
+        ""
+    )  # why a copy in this folder cannot be used; "" when it can
+    others: tuple[
+        tuple[str, ...], ...
+    ] = ()  # signatures of the other trees that it is published in
+    instead: Callable[[Path], str] = lambda folder: (
+        ""
+    )  # what a folder has that is nearly the data set, and the fix
     places: tuple[tuple[Path, str], ...] = ()  # further (folder, origin) to look in
     fetch: Callable[[], Path] | None = None  # downloads it, where kagglehub does not
 
@@ -66,18 +74,23 @@ SOURCES: dict[str, Source] = {
         write_phantom=phantom.write_pneumonia,
     ),
     "nih": Source(
-        signature=(layouts.NIH_BOXES,),
+        signature=(readers.NIH_BOXES,),
         slugs=("data",),
         handle="nih-chest-xrays/data",
         write_phantom=phantom.write_nih,
-        gap=layouts.nih_gap,
+        gap=readers.nih_gap,
     ),
     "dlia": Source(
-        signature=(layouts.DLIA_MAPPING, layouts.DLIA_TRAIN, "train|train_images", "test|test_images"),
+        signature=(
+            readers.DLIA_MAPPING,
+            readers.DLIA_TRAIN,
+            "train|train_images",
+            "test|test_images",
+        ),
         slugs=("m-2-big-data-dlia-project-2025-clean-dataset",),
         handle="",
         write_phantom=phantom.write_competition,
-        gap=layouts.dlia_gap,
+        gap=readers.dlia_gap,
     ),
     "fracatlas": Source(
         signature=(
@@ -225,11 +238,15 @@ def find_first(
         reasons.append(f"{location.root} ({dataset}): {gap}")
         log.warning("%s in %s is passed over: %s", dataset, location.root, gap)
     if data_dir or os.environ.get("DLIA_DATA"):
-        raise DataNotFound("none of " + ", ".join(datasets) + " can be used:\n  " + "\n  ".join(reasons))
+        raise DataNotFound(
+            "none of " + ", ".join(datasets) + " can be used:\n  " + "\n  ".join(reasons)
+        )
     return _made(datasets, download=download, phantom_dir=phantom_dir)
 
 
-def find_own(data_dir: str | Path | None, *, kind: str = "folder", options: dict | None = None) -> Location | None:
+def find_own(
+    data_dir: str | Path | None, *, kind: str = "folder", options: dict | None = None
+) -> Location | None:
     """The reader's own data in `data_dir`: class folders ("folder"), or one table of boxes with images ("boxes").
 
     None when the folder does not look so, or holds a published data set (see `published_in`). The folder is not
@@ -321,11 +338,16 @@ def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
 def _made(datasets: Sequence[str], *, download: bool, phantom_dir: str | Path | None) -> Location:
     """A download of the first data set that can be had so, if asked for, else the phantom of the first."""
     if (download or os.environ.get("DLIA_DOWNLOAD") == "1") and not on_kaggle():
-        wanted = next((name for name in datasets if source_of(name).handle or source_of(name).fetch), datasets[0])
+        wanted = next(
+            (name for name in datasets if source_of(name).handle or source_of(name).fetch),
+            datasets[0],
+        )
         if fetch := source_of(wanted).fetch:
             return _location(wanted, fetch(), "medmnist")
         return _location(wanted, _download(wanted), "kagglehub")
-    log.warning("no real %s data found: using SYNTHETIC phantom images (see data/README.md)", datasets[0])
+    log.warning(
+        "no real %s data found: using SYNTHETIC phantom images (see data/README.md)", datasets[0]
+    )
     return _location(datasets[0], _phantom(datasets[0], phantom_dir), "phantom")
 
 
@@ -434,7 +456,13 @@ def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
     """Everything attached under Kaggle's input folder, in all its layouts; names in `slugs` first."""
     # Fixed-depth globs: rglob walks every image of every mount, and finds nested duplicates first.
     patterns = [p for s in slugs for p in (s, f"datasets/*/{s}", f"datasets/organizations/*/{s}")]
-    patterns += ["*", "datasets/*/*", "datasets/organizations/*/*", "competitions/*", "notebooks/*/*"]
+    patterns += [
+        "*",
+        "datasets/*/*",
+        "datasets/organizations/*/*",
+        "competitions/*",
+        "notebooks/*/*",
+    ]
     layouts = {"datasets", "competitions", "notebooks", "models", "organizations"}
     seen: set[Path] = set()
     top = kaggle_root() / "input"
@@ -475,7 +503,11 @@ def _download(dataset: str) -> Path:
 
 def _phantom(dataset: str, phantom_dir: str | Path | None) -> Path:
     """Write the phantom once: one left half-written is never used, and two processes do not collide."""
-    folder = Path(phantom_dir) if phantom_dir else cache_root() / "phantom" / f"{dataset}-{phantom.VERSION}"
+    folder = (
+        Path(phantom_dir)
+        if phantom_dir
+        else cache_root() / "phantom" / f"{dataset}-{phantom.VERSION}"
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
         if not (folder / phantom.MARKER).is_file():

@@ -26,8 +26,8 @@ import pandas as pd
 from filelock import FileLock
 from PIL import Image
 
-from ._tables import BadData, DataNotFound, Tables, ignored_table, manifest_table, refuse
-from .progress import Bar
+from ..progress import Bar
+from .tables import BadData, DataNotFound, Tables, ignored_table, manifest_table, refuse
 
 log = logging.getLogger("dlia_utils")
 
@@ -37,8 +37,13 @@ SPLITS = ("train", "val", "test")
 LABELS = "labels.csv"
 BLOCK = 256  # images read at a time: the largest file holds 13 GB of pixels
 VOLUMES = (
-    "organmnist3d", "nodulemnist3d", "adrenalmnist3d", "fracturemnist3d", "vesselmnist3d", "synapsemnist3d",
-)  # fmt: skip
+    "organmnist3d",
+    "nodulemnist3d",
+    "adrenalmnist3d",
+    "fracturemnist3d",
+    "vesselmnist3d",
+    "synapsemnist3d",
+)
 
 
 @dataclass(frozen=True)
@@ -57,54 +62,100 @@ class Flag:
 
 _ORGANS = Flag(
     (
-        "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left",
-        "lung-right", "pancreas", "spleen",
+        "bladder",
+        "femur-left",
+        "femur-right",
+        "heart",
+        "kidney-left",
+        "kidney-right",
+        "liver",
+        "lung-left",
+        "lung-right",
+        "pancreas",
+        "spleen",
     )
-)  # fmt: skip
+)
 FLAGS: dict[str, Flag] = {
     "pathmnist": Flag(
         (
-            "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
-            "cancer-associated stroma", "colorectal adenocarcinoma epithelium",
+            "adipose",
+            "background",
+            "debris",
+            "lymphocytes",
+            "mucus",
+            "smooth muscle",
+            "normal colon mucosa",
+            "cancer-associated stroma",
+            "colorectal adenocarcinoma epithelium",
         ),
         colour=True,
     ),
     "chestmnist": Flag(
         (
-            "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
-            "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia",
+            "atelectasis",
+            "cardiomegaly",
+            "effusion",
+            "infiltration",
+            "mass",
+            "nodule",
+            "pneumonia",
+            "pneumothorax",
+            "consolidation",
+            "edema",
+            "emphysema",
+            "fibrosis",
+            "pleural",
+            "hernia",
         ),
         findings=True,
     ),
     "dermamnist": Flag(
         (
-            "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
-            "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions",
+            "actinic keratoses and intraepithelial carcinoma",
+            "basal cell carcinoma",
+            "benign keratosis-like lesions",
+            "dermatofibroma",
+            "melanoma",
+            "melanocytic nevi",
+            "vascular lesions",
         ),
         colour=True,
     ),
-    "octmnist": Flag(("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")),
+    "octmnist": Flag(
+        ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")
+    ),
     "pneumoniamnist": Flag(("normal", "pneumonia")),
     "retinamnist": Flag(("grade 0", "grade 1", "grade 2", "grade 3", "grade 4"), colour=True),
     "breastmnist": Flag(("malignant", "normal or benign"), reversed=True),
     "bloodmnist": Flag(
         (
-            "basophil", "eosinophil", "erythroblast", "immature granulocytes", "lymphocyte", "monocyte", "neutrophil",
+            "basophil",
+            "eosinophil",
+            "erythroblast",
+            "immature granulocytes",
+            "lymphocyte",
+            "monocyte",
+            "neutrophil",
             "platelet",
         ),
         colour=True,
     ),
     "tissuemnist": Flag(
         (
-            "collecting duct, connecting tubule", "distal convoluted tubule", "glomerular endothelial cells",
-            "interstitial endothelial cells", "leukocytes", "podocytes", "proximal tubule segments",
+            "collecting duct, connecting tubule",
+            "distal convoluted tubule",
+            "glomerular endothelial cells",
+            "interstitial endothelial cells",
+            "leukocytes",
+            "podocytes",
+            "proximal tubule segments",
             "thick ascending limb",
         )
     ),
     "organamnist": _ORGANS,
     "organcmnist": _ORGANS,
     "organsmnist": _ORGANS,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +178,9 @@ def parse(name: str) -> Choice:
     stem, dash, finding = name.partition("-")
     flag, underscore, size = stem.partition("_")
     if flag in VOLUMES:
-        raise ValueError(f"{flag} holds volumes, and the suite reads images. Name a 2-D set: {', '.join(FLAGS)}")
+        raise ValueError(
+            f"{flag} holds volumes, and the suite reads images. Name a 2-D set: {', '.join(FLAGS)}"
+        )
     if flag not in FLAGS:
         raise ValueError(f"unknown MedMNIST set {flag!r}. Name a 2-D set: {', '.join(FLAGS)}")
     if underscore and size not in map(str, SIZES[1:]):
@@ -198,7 +251,9 @@ def download(name: str) -> Path:
     try:
         import medmnist
     except ImportError as error:
-        raise DataNotFound(f"downloading {file} needs its package: python -m pip install medmnist") from error
+        raise DataNotFound(
+            f"downloading {file} needs its package: python -m pip install medmnist"
+        ) from error
     home().mkdir(parents=True, exist_ok=True)
     # Beside its place, then renamed: a download that is cut off leaves no half file that the next run would find.
     with tempfile.TemporaryDirectory(dir=home(), prefix=".part-") as part:
@@ -268,7 +323,9 @@ def _checked(archive: zipfile.ZipFile, path: Path, flag: str) -> dict[str, np.nd
     """The labels int64 [N,L] of each split, when the headers and the labels are as published; else `BadData`."""
     published, problems, labels = FLAGS[flag], [], {}
     size = next(size for size in SIZES if file_name(flag, size) == path.name)
-    columns, highest = (len(published.names), 1) if published.findings else (1, len(published.names) - 1)
+    columns, highest = (
+        (len(published.names), 1) if published.findings else (1, len(published.names) - 1)
+    )
     for split in SPLITS:
         with archive.open(f"{split}_images.npy") as file:
             shape, _, kind = _header(file)
@@ -278,12 +335,16 @@ def _checked(archive: zipfile.ZipFile, path: Path, flag: str) -> dict[str, np.nd
         if len(shape) == 4 and shape[3] not in (1, 3) or len(shape) > 4:
             problems.append(f"  {shown}: volumes, and the suite reads images; name a 2-D set")
         elif kind != np.uint8 or shape[1:] not in ((size, size), (size, size, 3)):
-            problems.append(f"  {shown}; it must be uint8 [N, {size}, {size}] or [N, {size}, {size}, 3]")
+            problems.append(
+                f"  {shown}; it must be uint8 [N, {size}, {size}] or [N, {size}, {size}, 3]"
+            )
         if label_kind.kind not in "iu" or label_shape[1:] != (columns,):
             shown = f"{split}_labels is {label_kind} {list(label_shape)}"
             problems.append(f"  {shown}; it must be whole numbers [N, {columns}]")
         elif label_shape[0] != shape[0] or not shape[0]:
-            problems.append(f"  {split} has {shape[0]} images and {label_shape[0]} labels: as many of both, 1 or more")
+            problems.append(
+                f"  {split} has {shape[0]} images and {label_shape[0]} labels: as many of both, 1 or more"
+            )
         else:
             labels[split] = _read(archive, f"{split}_labels").astype(np.int64)
             if labels[split].min() < 0 or labels[split].max() > highest:
@@ -296,7 +357,11 @@ def _checked(archive: zipfile.ZipFile, path: Path, flag: str) -> dict[str, np.nd
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of an array, from the head of its .npy file."""
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     return read(file)
 
 
@@ -331,7 +396,9 @@ def _write(archive: zipfile.ZipFile, labels: dict[str, np.ndarray], folder: Path
         for split in SPLITS:
             (part / split).mkdir()
         _write_images(archive, part, names)
-        table = pd.DataFrame(np.concatenate([labels[split] for split in SPLITS])).add_prefix("label_")
+        table = pd.DataFrame(np.concatenate([labels[split] for split in SPLITS])).add_prefix(
+            "label_"
+        )
         table.insert(0, "path", names)
         table.to_csv(part / LABELS, index=False)
         os.replace(part, folder)
@@ -369,7 +436,9 @@ def layout(name: str, root: Path) -> Tables:
     table = pd.read_csv(root / LABELS)
     raw = table.filter(like="label_").to_numpy()
     if published.findings:
-        marked = raw[:, published.names.index(choice.finding)] if choice.finding else raw.max(axis=1)
+        marked = (
+            raw[:, published.names.index(choice.finding)] if choice.finding else raw.max(axis=1)
+        )
         what = choice.finding or "finding"
         classes, labels = (f"no {what}", what), marked.astype(np.int64)
     elif published.reversed:
@@ -379,12 +448,23 @@ def layout(name: str, root: Path) -> Tables:
     splits = table["path"].str.partition("/")[0]
     if absent := sorted(set(range(len(classes))) - set(labels[splits == "train"].tolist())):
         lost = ", ".join(classes[label] for label in absent)
-        raise BadData(f"{name} has no training image of {lost}. Fix: download the file again, or name another set")
+        raise BadData(
+            f"{name} has no training image of {lost}. Fix: download the file again, or name another set"
+        )
     rule = _rule(root / table["path"][0], published)
     log.warning("%s: %s", name, rule)
     named = [classes[label] for label in labels]
-    columns = (table["path"], labels, named, table["path"].str.removesuffix(".png"), [""] * len(table), splits)
-    return Tables(manifest_table(list(zip(*columns, strict=True))), classes, ignored_table([]), rule)
+    columns = (
+        table["path"],
+        labels,
+        named,
+        table["path"].str.removesuffix(".png"),
+        [""] * len(table),
+        splits,
+    )
+    return Tables(
+        manifest_table(list(zip(*columns, strict=True))), classes, ignored_table([]), rule
+    )
 
 
 def _rule(first: Path, published: Flag) -> str:
@@ -396,5 +476,7 @@ def _rule(first: Path, published: Flag) -> str:
         notes.append("colour is turned to grey by luminance (ITU-R 601)")
     if published.reversed:
         notes.append(f"classes in reverse order, so that 1 is {published.names[0]}")
-    notes.append("patients unknown: intervals take images as independent and are too narrow where they are not")
+    notes.append(
+        "patients unknown: intervals take images as independent and are too narrow where they are not"
+    )
     return "; ".join(notes)

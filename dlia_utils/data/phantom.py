@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from . import _fracatlas, layouts, medmnist
-from ._tables import trace
+from . import _fracatlas, medmnist, readers
 from .films import Anatomy, bone, chest, chest_with_findings, chest_with_lungs
+from .tables import trace
 
 VERSION = 3  # Raise it when the pictures change: a phantom written by an older version is then not reused.
 MARKER = "SYNTHETIC.txt"
@@ -37,7 +37,11 @@ LEAKED, TWO_IDS = 4, 3  # edition A: test images that train has too, and test im
 
 
 def write_pneumonia(
-    root: str | Path, *, seed: int = 0, images: Mapping[str, tuple[int, int]] | None = None, size: int = 128
+    root: str | Path,
+    *,
+    seed: int = 0,
+    images: Mapping[str, tuple[int, int]] | None = None,
+    size: int = 128,
 ) -> Path:
     """Write the tree of Chest X-Ray Images (Pneumonia) with synthetic films; returns `root`/chest_xray.
 
@@ -72,7 +76,9 @@ def write_competition(
     """
     root, counts = Path(root), {**FINDING_IMAGES, **(images or {})}
     if counts["train"] < 12 or counts["test"] < 8:
-        raise ValueError(f"images is {counts}; the competition needs at least 12 to train on and 8 to test")
+        raise ValueError(
+            f"images is {counts}; the competition needs at least 12 to train on and 8 to test"
+        )
     films = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
     rng = np.random.default_rng([seed, 1])
     order = [films[k] for k in rng.permutation(len(films))]
@@ -85,7 +91,9 @@ def write_competition(
     train_a = [row for row in _rows(train) if row not in hidden_a]
     _write_edition_a(root / "competition_edition_a", rng, train, test_a + leaked, train_a, hidden_a)
     _write_edition_b(root / "competition_edition_b", rng, train, test_b)
-    truth = [("A", *row) for row in sorted(hidden_a)] + [("B", *row) for row in sorted(_rows(test_b))]
+    truth = [("A", *row) for row in sorted(hidden_a)] + [
+        ("B", *row) for row in sorted(_rows(test_b))
+    ]
     header = ("edition", "image_id", "class_name", "x1", "y1", "x2", "y2")
     _write_table(root / "phantom_truth.csv", header, truth)
     _mark(root, seed)
@@ -114,8 +122,12 @@ def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int =
         _save(image, tree / "images_002" / "images" / name, "PNG")
         entries.append((name, "No Finding", "PA"))
     header = "Image Index,Finding Label,Bbox [x,y,w,h],,,".split(",")
-    _write_table(tree / layouts.NIH_BOXES, header, [[*row, "", "", ""] for row in _rows_xywh(_rows(films))])
-    _write_table(tree / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "View Position"), entries)
+    _write_table(
+        tree / readers.NIH_BOXES, header, [[*row, "", "", ""] for row in _rows_xywh(_rows(films))]
+    )
+    _write_table(
+        tree / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "View Position"), entries
+    )
     (tree / "images_001" / "images" / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
     _mark(root, seed)
     return tree
@@ -139,10 +151,14 @@ def write_fracatlas(
     """
     writers = {"original": _write_original, "ninja": _write_ninja}
     if layout not in writers or images[0] < 4:
-        raise ValueError(f"layout is {layout!r} (of {', '.join(writers)}), images {images} (4 or more fractured)")
+        raise ValueError(
+            f"layout is {layout!r} (of {', '.join(writers)}), images {images} (4 or more fractured)"
+        )
     root = Path(root)
     tree = root / "FracAtlas"
-    bones = _in_parallel(lambda k: _draw_bone(seed, k, fractured=k < images[0], size=size), range(sum(images)))
+    bones = _in_parallel(
+        lambda k: _draw_bone(seed, k, fractured=k < images[0], size=size), range(sum(images))
+    )
     names = [film.name for film in bones if film.fractured]
     marks = [0, round(0.8 * len(names)), round(0.9 * len(names)), len(names)]
     splits = {split: names[marks[k] : marks[k + 1]] for k, split in enumerate(_fracatlas.SPLITS)}
@@ -165,13 +181,20 @@ def write_tuberculosis(
 
     def write(film: tuple[int, int]) -> None:
         label, number = film
-        rng, name = np.random.default_rng([seed, label, number]), layouts.TUBERCULOSIS_CLASSES[label]
-        image, *_ = chest_with_lungs(rng, size=size, diseased=bool(label), upper=True, spread=SPREAD)
+        rng, name = (
+            np.random.default_rng([seed, label, number]),
+            readers.TUBERCULOSIS_CLASSES[label],
+        )
+        image, *_ = chest_with_lungs(
+            rng, size=size, diseased=bool(label), upper=True, spread=SPREAD
+        )
         mode = "RGB" if number % 7 == 0 else "L"
         _save(image, tree / name / f"{name}-{number}.png", "PNG", mode=mode)
 
-    _in_parallel(write, [(label, k + 1) for label, count in enumerate(images) for k in range(count)])
-    _write_about(tree, layouts.TUBERCULOSIS_CLASSES)
+    _in_parallel(
+        write, [(label, k + 1) for label, count in enumerate(images) for k in range(count)]
+    )
+    _write_about(tree, readers.TUBERCULOSIS_CLASSES)
     _mark(root, seed)
     return tree
 
@@ -199,7 +222,11 @@ def write_covid(
         raise ValueError(f"layout is {layout!r}; it must be radiography or splits")
     root = Path(root)
     tree = root / ("covid_xray" if layout == "splits" else "COVID-19_Radiography_Dataset")
-    plan = [film for label, count in enumerate(images) for film in _plan_covid(seed, label, count, layout)]
+    plan = [
+        film
+        for label, count in enumerate(images)
+        for film in _plan_covid(seed, label, count, layout)
+    ]
 
     def write(film: _CovidFilm) -> None:
         rng = np.random.default_rng(film.key)
@@ -212,18 +239,21 @@ def write_covid(
 
     _in_parallel(write, plan)
     if layout == "radiography":
-        for k, name in enumerate(layouts.COVID_OTHERS):
+        for k, name in enumerate(readers.COVID_OTHERS):
             for number in range(1, 4):
                 rng = np.random.default_rng([seed, 8 + k, number])
                 image, _, lungs = chest_with_lungs(rng, size=size, diseased=True, spread=SPREAD)
                 _save(image, tree / name / "images" / f"{name}-{number}.png", "PNG")
                 _save_mask(lungs, tree / name / "masks" / f"{name}-{number}.png")
-        _write_about(tree, [*layouts.COVID_CLASSES, *layouts.COVID_OTHERS])
+        _write_about(tree, [*readers.COVID_CLASSES, *readers.COVID_OTHERS])
     else:
         spare = tree / "train" / "COVID" / ".ipynb_checkpoints" / "COVID-1-checkpoint.png"
         spare.parent.mkdir()
         shutil.copyfile(next(iter(sorted(tree.glob("train/COVID/*.png")))), spare)
-    truth = [(film.path, int(film.marker), film.twin_of) for film in sorted(plan, key=lambda film: film.path)]
+    truth = [
+        (film.path, int(film.marker), film.twin_of)
+        for film in sorted(plan, key=lambda film: film.path)
+    ]
     _write_table(root / "phantom_truth.csv", ("path", "marker", "twin_of"), truth)
     _mark(root, seed)
     return tree
@@ -245,19 +275,25 @@ def write_medmnist(
     for s, (split, count) in enumerate((images or MEDMNIST_IMAGES).items()):
         shown = _plan_labels(np.random.default_rng([seed, s]), published, count)
 
-        def draw(number: int, s: int = s, shown: Sequence[Sequence[int]] = shown) -> tuple[np.ndarray, np.ndarray]:
+        def draw(
+            number: int, s: int = s, shown: Sequence[Sequence[int]] = shown
+        ) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng([seed, s, number])
             if choice.flag == "pneumoniamnist":
                 return chest(rng, size=choice.size, pneumonia=shown[number] == [1])
             return _marked(rng, shown[number], size=choice.size, colour=published.colour)
 
         drawn = _in_parallel(draw, range(count))
-        arrays[f"{split}_images"] = np.stack([(255 * image).round().astype(np.uint8) for image, _ in drawn])
+        arrays[f"{split}_images"] = np.stack(
+            [(255 * image).round().astype(np.uint8) for image, _ in drawn]
+        )
         masks[f"{split}_masks"] = np.stack([np.uint8(255) * mask for _, mask in drawn])
         labels = np.zeros((count, len(published.names)), np.uint8)
         for number, some in enumerate(shown):
             labels[number, some] = 1
-        arrays[f"{split}_labels"] = labels if published.findings else labels.argmax(1).astype(np.uint8)[:, None]
+        arrays[f"{split}_labels"] = (
+            labels if published.findings else labels.argmax(1).astype(np.uint8)[:, None]
+        )
     root.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(root / "phantom_truth.npz", **masks)
     np.savez_compressed(root / medmnist.file_name(choice.flag, choice.size), **arrays)
@@ -272,7 +308,10 @@ def _plan_labels(rng: np.random.Generator, published: medmnist.Flag, count: int)
     if not published.findings:
         return [[label] for label in first]
     several = rng.permutation(np.arange(count) % 3).tolist()
-    return [sorted({one, other})[:number] for one, other, number in zip(first, second, several, strict=True)]
+    return [
+        sorted({one, other})[:number]
+        for one, other, number in zip(first, second, several, strict=True)
+    ]
 
 
 def _marked(
@@ -286,7 +325,9 @@ def _marked(
     y, x = np.mgrid[:size, :size] + 0.5
     mask = np.zeros((size, size), bool)
     for label, cell in zip(marks, cells, strict=True):
-        down, across = (np.array(divmod(int(cell), 3)) + 0.5 + rng.uniform(-0.14, 0.14, 2)) / 3 * size
+        down, across = (
+            (np.array(divmod(int(cell), 3)) + 0.5 + rng.uniform(-0.14, 0.14, 2)) / 3 * size
+        )
         away = np.hypot(y - down, x - across)
         lesion = (away < 0.1 * size) & ((away > 0.05 * size) if label >= 8 else True)
         image += lesion * (-0.3 if label // 4 % 2 else 0.3)
@@ -318,7 +359,9 @@ def _draw_findings(count: int, *, seed: int, size: int) -> list[_FindingFilm]:
     def draw(film: tuple[str, list[str], list[int], list[int]]) -> _FindingFilm:
         name, names, patient, key = film
         anatomy = Anatomy.draw(np.random.default_rng(patient))
-        image, boxes = chest_with_findings(np.random.default_rng(key), names, size=size, anatomy=anatomy)
+        image, boxes = chest_with_findings(
+            np.random.default_rng(key), names, size=size, anatomy=anatomy
+        )
         return _FindingFilm(name, image, names, boxes)
 
     return _in_parallel(draw, _plan_findings(seed, count))
@@ -331,10 +374,13 @@ def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list
     for film in range(count):
         if not films_left:
             patient += int(rng.integers(1, 60))
-            films_left, visit = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03])), int(rng.integers(0, 20))
+            films_left, visit = (
+                int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03])),
+                int(rng.integers(0, 20)),
+            )
         films_left, visit = films_left - 1, visit + 1
         if len(deck) < 4:  # A deck of all classes, dealt out, keeps their numbers equal.
-            deck += rng.permutation(layouts.NIH_CLASSES).tolist()
+            deck += rng.permutation(readers.NIH_CLASSES).tolist()
         names = [deck.pop(0)]
         if film % 3 == 2:
             names.append(deck.pop(next(k for k, name in enumerate(deck) if name != names[0])))
@@ -364,9 +410,9 @@ def _write_edition_a(
     _save_films(tree, train, test)
     header = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")
     rows = _rows_xywh(shown)
-    _write_table(tree / layouts.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
+    _write_table(tree / readers.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
     ids = [(n, hidden[k][0]) for n, k in enumerate(rng.permutation(len(hidden)), 1)]
-    _write_table(tree / layouts.DLIA_MAPPING, ("id", "image_id"), ids)
+    _write_table(tree / readers.DLIA_MAPPING, ("id", "image_id"), ids)
 
 
 def _write_edition_b(
@@ -374,11 +420,13 @@ def _write_edition_b(
 ) -> None:
     """One id an image, counted from 0 in the order of the names; train.csv has a column more."""
     _save_films(tree, train, test)
-    rows = [(film, rng.choice(["AP", "PA"]), *box, name) for film, name, *box in sorted(_rows(train))]
+    rows = [
+        (film, rng.choice(["AP", "PA"]), *box, name) for film, name, *box in sorted(_rows(train))
+    ]
     header = ("image_id", "view", "x_min", "y_min", "x_max", "y_max", "label")
-    _write_table(tree / layouts.DLIA_TRAIN, header, rows)
+    _write_table(tree / readers.DLIA_TRAIN, header, rows)
     ids = enumerate(sorted(film.name for film in test))
-    _write_table(tree / layouts.DLIA_MAPPING, ("ID", "image_id"), ids)
+    _write_table(tree / readers.DLIA_MAPPING, ("ID", "image_id"), ids)
 
 
 def _save_films(tree: Path, train: list[_FindingFilm], test: list[_FindingFilm]) -> None:
@@ -418,10 +466,14 @@ def _save_bone(film: _BoneFilm, path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-40])
 
 
-def _write_original(tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]) -> None:
+def _write_original(
+    tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]
+) -> None:
     table = []
     for film in bones:
-        _save_bone(film, tree / "images" / ("Fractured" if film.fractured else "Non_fractured") / film.name)
+        _save_bone(
+            film, tree / "images" / ("Fractured" if film.fractured else "Non_fractured") / film.name
+        )
         flag = int(film.fractured and film.number != 2)
         table.append((film.name, 0, 1, 0, 0, 0, 0, 0, flag, int(film.fractured), 1, 0, 0))
     parts = "hand,leg,hip,shoulder,mixed,hardware,multiscan,fractured,fracture_count,frontal,lateral,oblique"
@@ -447,19 +499,33 @@ def _write_coco(path: Path, bones: Sequence[_BoneFilm]) -> None:
                 "segmentation": [points.ravel().tolist() for points in trace(film.gap)],
             }
         )
-    coco = {"images": images, "annotations": annotations, "categories": [{"id": 0, "name": "fractured"}]}
+    coco = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 0, "name": "fractured"}],
+    }
     _write_json(path, coco)
 
 
-def _write_ninja(tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]) -> None:
-    folder_of = {name: "val" if split == "valid" else split for split, names in splits.items() for name in names}
+def _write_ninja(
+    tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]
+) -> None:
+    folder_of = {
+        name: "val" if split == "valid" else split
+        for split, names in splits.items()
+        for name in names
+    }
     for film in bones:
         folder = tree / folder_of.get(film.name, "not fractured")
         _save_bone(film, folder / "img" / film.name)
         height, width = film.image.shape
         note = {"description": "", "tags": [], "size": {"height": height, "width": width}}
-        _write_json(folder / "ann" / f"{film.name}.json", {**note, "objects": list(_ninja_objects(film))})
-    _write_json(tree / "meta.json", {"classes": [{"title": "fractured", "shape": "any"}], "tags": []})
+        _write_json(
+            folder / "ann" / f"{film.name}.json", {**note, "objects": list(_ninja_objects(film))}
+        )
+    _write_json(
+        tree / "meta.json", {"classes": [{"title": "fractured", "shape": "any"}], "tags": []}
+    )
     (tree / "README.md").write_text("FracAtlas\n", encoding="utf-8")
 
 
@@ -469,7 +535,11 @@ def _ninja_objects(film: _BoneFilm) -> Iterator[dict]:
         return
     x1, y1, x2, y2 = map(int, film.box)
     about = {"classTitle": "fractured"}
-    yield {**about, "geometryType": "rectangle", "points": {"exterior": [[x1, y1], [x2, y2]], "interior": []}}
+    yield {
+        **about,
+        "geometryType": "rectangle",
+        "points": {"exterior": [[x1, y1], [x2, y2]], "interior": []},
+    }
     if film.number % 2:
         # As Supervisely writes it: a palette of two colours, of which the first is transparent.
         image = Image.fromarray(film.gap[y1:y2, x1:x2].astype(np.uint8))
@@ -497,7 +567,7 @@ class _CovidFilm:
 
 def _plan_covid(seed: int, label: int, count: int, layout: str) -> Iterator[_CovidFilm]:
     """The `count` films of a class; the last ones in this order are twins of others."""
-    rng, name = np.random.default_rng([seed, label]), layouts.COVID_CLASSES[label]
+    rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
     own = count - int(count * TWINS)
     shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
     marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
@@ -506,7 +576,10 @@ def _plan_covid(seed: int, label: int, count: int, layout: str) -> Iterator[_Cov
         paths = [f"{name}/images/{file}" for file in files]
     else:
         marks = round(0.7 * count), round(0.85 * count)
-        split = ["train" if k < marks[0] else "val" if k < marks[1] else "test" for k in rng.permutation(count)]
+        split = [
+            "train" if k < marks[0] else "val" if k < marks[1] else "test"
+            for k in rng.permutation(count)
+        ]
         folder = "COVID" if label else "normal"
         paths = [f"{part}/{folder}/{file}" for part, file in zip(split, files, strict=True)]
     for k, film in enumerate(shown):
@@ -525,7 +598,9 @@ def _burn_l(image: np.ndarray) -> None:
 def _recoded(image: np.ndarray) -> np.ndarray:
     """The same film as another archive might hold it: a little flatter, once through JPEG."""
     buffer = io.BytesIO()
-    Image.fromarray(((0.94 * image + 0.03) * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=70)
+    Image.fromarray(((0.94 * image + 0.03) * 255).round().astype(np.uint8)).save(
+        buffer, "JPEG", quality=70
+    )
     return np.asarray(Image.open(buffer), dtype=np.float32) / 255
 
 
@@ -557,7 +632,7 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) ->
 
 def _mark(root: Path, seed: int) -> None:
     """Say that all of it is synthetic; written last, so that a phantom left half-written is not used."""
-    note = f"Synthetic films, drawn by dlia_utils.phantom {VERSION}, seed {seed}. No patient data.\n"
+    note = f"Synthetic films, drawn by dlia_utils.data.phantom {VERSION}, seed {seed}. No patient data.\n"
     (root / MARKER).write_text(note, encoding="utf-8")
 
 
@@ -579,7 +654,12 @@ def _plan(
                 number = patient if returns else patient + 1000 * s
                 kind = "virus" if (split == "test" if returns else virus) else "bacteria"
                 key = [seed, s, pneumonia, patient]
-                yield f"{split}/{_name(pneumonia, number, kind, film)}", bool(pneumonia), key, [*key, film]
+                yield (
+                    f"{split}/{_name(pneumonia, number, kind, film)}",
+                    bool(pneumonia),
+                    key,
+                    [*key, film],
+                )
 
 
 def _name(pneumonia: int, number: int, kind: str, film: int) -> str:
@@ -592,13 +672,17 @@ def _write_film(
     root: Path, relative: str, pneumonia: bool, patient: list[int], film: list[int], *, size: int
 ) -> None:
     anatomy = Anatomy.draw(np.random.default_rng(patient))
-    image, lesion = chest(np.random.default_rng(film), size=size, pneumonia=pneumonia, anatomy=anatomy)
+    image, lesion = chest(
+        np.random.default_rng(film), size=size, pneumonia=pneumonia, anatomy=anatomy
+    )
     _save(image, root / "chest_xray" / relative, "JPEG")
     if pneumonia:
         _save(lesion, (root / "phantom_masks" / relative).with_suffix(".png"), "PNG")
 
 
-def _save(picture: np.ndarray, path: Path, kind: str, *, mode: str = "L", on_its_side: bool = False) -> None:
+def _save(
+    picture: np.ndarray, path: Path, kind: str, *, mode: str = "L", on_its_side: bool = False
+) -> None:
     """Write grey values in [0, 1]; `on_its_side` stores them turned, with the EXIF tag that says so."""
     image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
     exif = Image.Exif()

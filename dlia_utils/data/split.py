@@ -20,15 +20,18 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from . import files
+from .. import files
+from ..progress import Bar
 from .datasets import BadData, Dataset, take
-from .progress import Bar
 
 log = logging.getLogger("dlia_utils")
 
 FOLDS = 20  # A validation share is made of whole folds: 1/20 is how exactly it is met.
 SPLITS = ("train", "val", "test")
-SAME_HASH, SAME_LOOK = 10, 0.98  # at most so many of 63 hash bits differ, and thumbnails correlate by at least so much
+SAME_HASH, SAME_LOOK = (
+    10,
+    0.98,
+)  # at most so many of 63 hash bits differ, and thumbnails correlate by at least so much
 
 
 def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Dataset:
@@ -44,17 +47,25 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
     pool = np.flatnonzero((manifest["split"] != "test").to_numpy())
     strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()[pool]
     units = _units(dataset)[pool]
-    chosen = _draw(manifest["label"].to_numpy()[pool], strata, units, val_share=val_share, seed=seed)
+    chosen = _draw(
+        manifest["label"].to_numpy()[pool], strata, units, val_share=val_share, seed=seed
+    )
     names = manifest["split"].to_numpy(dtype=object).copy()
     names[pool] = "train"
     names[pool[chosen]] = "val"
     manifest["split"] = names
-    test = f"test {dataset.split_rule}" if dataset.split_rule.startswith("given by") else "official test"
+    test = (
+        f"test {dataset.split_rule}"
+        if dataset.split_rule.startswith("given by")
+        else "official test"
+    )
     rule = f"{test}; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
     return replace(dataset, manifest=manifest, split_rule=rule)
 
 
-def drawn(dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, seed: int = 0) -> Dataset:
+def drawn(
+    dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, seed: int = 0
+) -> Dataset:
     """Draw train, val and test anew, whatever splits there were: whole patients, stratified by class and group.
 
     For a data set without an official test split, or with one of another question. Byte-identical files and images
@@ -63,7 +74,9 @@ def drawn(dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, 
     three patients.
     """
     if not (val_share > 0 and test_share > 0 and val_share + test_share <= 0.5):
-        raise ValueError(f"val_share {val_share} and test_share {test_share} must be positive, together at most 0.5")
+        raise ValueError(
+            f"val_share {val_share} and test_share {test_share} must be positive, together at most 0.5"
+        )
     manifest = dataset.manifest
     labels, units = manifest["label"].to_numpy(), _units(dataset)
     strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
@@ -82,7 +95,9 @@ def _parts(
     """Positions of up to `FOLDS` folds: whole units, stratified by class, and by group where it is frequent."""
     fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
     if fewest < needed:
-        raise BadData(f"a class has fewer than {needed} patients: train, val and test cannot be drawn")
+        raise BadData(
+            f"a class has fewer than {needed} patients: train, val and test cannot be drawn"
+        )
     target = strata if pd.Series(strata).value_counts().min() >= FOLDS else labels
     # As in `folds`: the numbers drawn anew make the result depend on the seed.
     units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
@@ -103,14 +118,18 @@ def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
     [0, 1, 0]
     """
     if len(images) != len(dataset.manifest):
-        raise ValueError(f"{len(images)} images for {len(dataset.manifest)} rows of the manifest: pass them all")
+        raise ValueError(
+            f"{len(images)} images for {len(dataset.manifest)} rows of the manifest: pass them all"
+        )
     return replace(dataset, manifest=dataset.manifest.assign(look=looks(images)))
 
 
 def looks(images: np.ndarray) -> np.ndarray:
     """A number per image [N]; see `with_looks`."""
     side = (32, 32)
-    small = np.stack([np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BOX)) for one in images])
+    small = np.stack(
+        [np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BOX)) for one in images]
+    )
     small = small.astype(np.float32)
     low = dctn(small, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(small), -1)[:, 1:]
     bits = (low > np.median(low, axis=1, keepdims=True)).astype(np.float32)
@@ -153,7 +172,9 @@ def folds(dataset: Dataset, *, n: int = 5, seed: int = 0) -> Dataset:
     # are broken by their numbers: drawn anew, they make the folds depend on the seed.
     units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
     splitter = StratifiedGroupKFold(n)
-    with warnings.catch_warnings():  # Its warning about rare classes counts images, ours above patients.
+    with (
+        warnings.catch_warnings()
+    ):  # Its warning about rare classes counts images, ours above patients.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         for number, (_, held_out) in enumerate(splitter.split(rows, classes, units)):
             fold[rows[held_out]] = number
@@ -204,14 +225,18 @@ def byte_hashes(dataset: Dataset) -> pd.Series:
     lengths = pd.Series([path.stat().st_size for path in paths])
     ids = dataset.manifest["path"].copy()
     doubtful = np.flatnonzero(lengths.duplicated(keep=False).to_numpy())
-    for row in Bar(doubtful, desc="hashing files of equal length", delay=2):  # No bar for a moment's work.
+    for row in Bar(
+        doubtful, desc="hashing files of equal length", delay=2
+    ):  # No bar for a moment's work.
         ids[row] = hashlib.sha1(paths[row].read_bytes()).hexdigest()
     return ids
 
 
 def split_hash(dataset: Dataset) -> str:
     """Hash of which path lies in which split and fold; the same wherever the data set is stored."""
-    parts = [dataset.manifest[name] for name in ("path", "split", "fold") if name in dataset.manifest]
+    parts = [
+        dataset.manifest[name] for name in ("path", "split", "fold") if name in dataset.manifest
+    ]
     rows = sorted(zip(*(part.tolist() for part in parts), strict=True))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -238,7 +263,11 @@ def load(dataset: Dataset, path: str | Path) -> Dataset:
             f"{path} is the split of other images: {len(have - want)} here are not in it, {len(want - have)} "
             f"in it are not here (first: {example}). Delete it to draw a new split."
         )
-    kept = {name: dataset.manifest["path"].map(saved[name]) for name in ("split", "fold") if name in saved}
+    kept = {
+        name: dataset.manifest["path"].map(saved[name])
+        for name in ("split", "fold")
+        if name in saved
+    }
     manifest = dataset.manifest.drop(columns="fold", errors="ignore").assign(**kept)
     loaded = replace(dataset, manifest=manifest, split_rule=saved["rule"])
     if split_hash(loaded) != saved["hash"]:
@@ -300,7 +329,11 @@ def _row(check: str, found: Sequence[str], verdict: str) -> tuple[str, int, str,
 
 
 def subset(
-    dataset: Dataset, *, per_class: int | Sequence[int], splits: Sequence[str] = (*SPLITS, ""), seed: int = 0
+    dataset: Dataset,
+    *,
+    per_class: int | Sequence[int],
+    splits: Sequence[str] = (*SPLITS, ""),
+    seed: int = 0,
 ) -> Dataset:
     """At most `per_class` images of each class from each of `splits`, at random; rows are numbered anew.
 
@@ -309,7 +342,9 @@ def subset(
     """
     counts = [per_class] * len(dataset.classes) if isinstance(per_class, int) else list(per_class)
     if len(counts) != len(dataset.classes) or min(counts) < 1:
-        raise ValueError(f"per_class is {per_class}; it must be at least 1, one number or one for each class")
+        raise ValueError(
+            f"per_class is {per_class}; it must be at least 1, one number or one for each class"
+        )
     kept = []
     for (name, label), part in dataset.manifest.groupby(["split", "label"]):
         if name in splits:
@@ -317,4 +352,6 @@ def subset(
             rng = np.random.default_rng([seed, zlib.crc32(name.encode()), label % 2**32])
             kept.append(rng.permutation(part.index.to_numpy())[: counts[label]])
     rows = np.sort(np.concatenate(kept)) if kept else []
-    return replace(take(dataset, rows), split_rule=f"{dataset.split_rule}; at most {per_class} a class")
+    return replace(
+        take(dataset, rows), split_rule=f"{dataset.split_rule}; at most {per_class} a class"
+    )

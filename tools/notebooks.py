@@ -35,17 +35,26 @@ import nbformat
 from nbformat import NotebookNode
 from PIL import Image
 
-from . import files
-from .progress import MARK, STATUS, Bar
+from dlia_utils import files
+from dlia_utils.progress import MARK, STATUS, Bar
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "notebooks"
 
-OPENING = ("bootstrap", "parameters", "settings", "start", "imports")  # "settings" may be several cells
+OPENING = (
+    "bootstrap",
+    "parameters",
+    "settings",
+    "start",
+    "imports",
+)  # "settings" may be several cells
 YOURS = "yours"  # cells for the reader's own models, and what depends on them: part of the opening, not in all notebooks
 PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
-FOLDED = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}  # JupyterLab and Kaggle fold such a cell
-MAX_CODE_LINES = 40
+FOLDED = {
+    "jupyter": {"source_hidden": True},
+    "_kg_hide-input": True,
+}  # JupyterLab and Kaggle fold such a cell
+MAX_CODE_LINES = 70
 MAX_TEXT_LINES = 100
 MAX_BYTES = 1_000_000
 MAX_OUTPUT_BYTES = 500_000
@@ -64,7 +73,7 @@ KERNEL_ENVIRONMENT = {
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
 
 # The second cell of every notebook, word for word and folded: a source only holds an empty cell tagged "bootstrap".
-BOOTSTRAP = '''\
+BOOTSTRAP = """\
 # Finds dlia_utils: in the repository around this notebook, attached on Kaggle (its wheel), or installed
 import sys
 from glob import glob
@@ -73,7 +82,7 @@ sys.path[:0] = [*glob("../dlia_utils/.."), *glob("dlia_utils/..")]
 sys.path += sorted([*glob("/kaggle/input/*/*.whl"), *glob("/kaggle/input/datasets/*/*/*.whl")], reverse=True)
 import dlia_utils  # not found? On Kaggle: Add Input, the data set with its wheel. Elsewhere: pip install
 
-print("dlia_utils", dlia_utils.__version__)'''
+print("dlia_utils", dlia_utils.__version__)"""
 
 
 # ------------------------------------------------------------------------------------------- find and build
@@ -108,8 +117,12 @@ def pick(names: Sequence[str], folder: str | Path = FOLDER) -> list[Path]:
     names = [part for name in names for part in name.split(",") if part]
     unknown = [name for name in names if not any(_means(name, source) for source in sources)]
     if unknown:
-        raise ValueError(f"no notebook {', '.join(unknown)}; there are: {', '.join(s.stem for s in sources)}")
-    return [source for source in sources if not names or any(_means(name, source) for name in names)]
+        raise ValueError(
+            f"no notebook {', '.join(unknown)}; there are: {', '.join(s.stem for s in sources)}"
+        )
+    return [
+        source for source in sources if not names or any(_means(name, source) for name in names)
+    ]
 
 
 def _means(name: str, source: Path) -> bool:
@@ -164,9 +177,15 @@ def source_text(notebook: NotebookNode) -> str:
     for cell in notebook.cells:
         tags = _tags(cell)
         source = "" if "bootstrap" in tags else cell.source
-        new = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
+        new = (
+            nbformat.v4.new_markdown_cell
+            if cell.cell_type == "markdown"
+            else nbformat.v4.new_code_cell
+        )
         cells.append(new(source, metadata={"tags": tags} if tags else {}))
-    bare = nbformat.v4.new_notebook(cells=cells, metadata={"jupytext": {"notebook_metadata_filter": "-all"}})
+    bare = nbformat.v4.new_notebook(
+        cells=cells, metadata={"jupytext": {"notebook_metadata_filter": "-all"}}
+    )
     return jupytext.writes(bare, fmt="py:percent").lstrip("\n")
 
 
@@ -177,7 +196,9 @@ def back(path: str | Path, *, folder: str | Path = FOLDER) -> Path:
     """
     source = Path(folder) / "src" / f"{Path(path).stem}.py"
     if source not in find(folder):
-        raise ValueError(f"{Path(path).name} has no source {source.name} in {source.parent.name}/; name it as its source")
+        raise ValueError(
+            f"{Path(path).name} has no source {source.name} in {source.parent.name}/; name it as its source"
+        )
     return files.write_text(source_text(read(path)), source)
 
 
@@ -189,7 +210,9 @@ def _kept_outputs(path: Path) -> dict[str, list[NotebookNode]]:
     """Executed cells of the notebook in `path` by source hash; a stale cell is not among them."""
     cells = defaultdict(list)
     for cell in read(path).cells if path.exists() else []:
-        if cell.cell_type == "code" and cell.metadata.get("source_hash") == source_hash(cell.source):
+        if cell.cell_type == "code" and cell.metadata.get("source_hash") == source_hash(
+            cell.source
+        ):
             cells[cell.metadata["source_hash"]].append(cell)
     return cells
 
@@ -244,11 +267,17 @@ def execute(
     ):
         papermill.execute_notebook(
             # As JSON has it: papermill would write a tuple down as a text.
-            str(path), str(out), parameters=json.loads(json.dumps(dict(parameters or {}))),
+            str(path),
+            str(out),
+            parameters=json.loads(json.dumps(dict(parameters or {}))),
             cwd=str(cwd or Path(path).parent),
-            kernel_name="python3", progress_bar=False, **hooks,
-            extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn about local TCP
-        )  # fmt: skip
+            kernel_name="python3",
+            progress_bar=False,
+            **hooks,
+            extra_arguments=[
+                "--Application.log_level=CRITICAL"
+            ],  # else kernels warn about local TCP
+        )
     return out
 
 
@@ -351,7 +380,9 @@ def opened(source: Path, **parameters: Any) -> Any:
     `run.start`, before any kernel is started; TypeError for another parameter.
     """
     if unknown := sorted(set(parameters) - set(PARAMETERS)):
-        raise TypeError(f"a notebook has no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}")
+        raise TypeError(
+            f"a notebook has no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}"
+        )
     return _executed(source, ("parameters", "settings", "start"), parameters)["run"]
 
 
@@ -392,7 +423,9 @@ def run(
     parameters |= {"RUN_NAME": folder.name, "RESUME": resume or True}
     start, error = time.perf_counter(), ""
     try:
-        execute(product(source), folder / "executed.ipynb", parameters=parameters, progress=progress)
+        execute(
+            product(source), folder / "executed.ipynb", parameters=parameters, progress=progress
+        )
     except PapermillExecutionError as failure:
         error = failure_text(failure)
     except DeadKernelError:
@@ -416,12 +449,24 @@ def refresh(source: Path, *, progress: bool = True) -> Path:
         runs = Path(scratch) / "runs"
         built = write(build(source), Path(scratch) / "built.ipynb")
         # PROFILE = "auto" stands in the notebook, and without real data that is the smoke profile.
-        synthetic = {"DLIA_RUNS": str(runs), "DLIA_PROFILE": None, "DLIA_DATA": None, "DLIA_WEIGHTS": None}
-        out = execute(built, Path(scratch) / "out.ipynb", environment=synthetic, cwd=product(source).parent,
-                      progress=progress)  # fmt: skip
+        synthetic = {
+            "DLIA_RUNS": str(runs),
+            "DLIA_PROFILE": None,
+            "DLIA_DATA": None,
+            "DLIA_WEIGHTS": None,
+        }
+        out = execute(
+            built,
+            Path(scratch) / "out.ipynb",
+            environment=synthetic,
+            cwd=product(source).parent,
+            progress=progress,
+        )
         for record in runs.glob("*/*/config.json"):
             if "SYNTHETIC" not in json.loads(record.read_text())["data"]:
-                raise RuntimeError(f"{source.stem} found real images: move them out of data/ for the refresh")
+                raise RuntimeError(
+                    f"{source.stem} found real images: move them out of data/ for the refresh"
+                )
         executed = read(out)
     for cell in executed.cells:
         if cell.cell_type == "code":
@@ -480,8 +525,12 @@ def _joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
 def _clean_output(output: NotebookNode) -> NotebookNode | None:
     if output.output_type == "stream":
         # A carriage return overwrites the line: what a reader would have seen last is what stays.
-        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in _ANSI.sub("", output.text).split("\n")]
-        output.text = _without_machine("\n".join(line for line in lines if not _PROGRESS_BAR.search(line)))
+        lines = [
+            line.rstrip("\r").rsplit("\r", 1)[-1] for line in _ANSI.sub("", output.text).split("\n")
+        ]
+        output.text = _without_machine(
+            "\n".join(line for line in lines if not _PROGRESS_BAR.search(line))
+        )
         return output if output.text.strip() else None
     if "data" in output:
         output.data = {k: v for k, v in output.data.items() if "jupyter.widget" not in k}
@@ -507,7 +556,9 @@ def _fewer_colours(picture: str) -> str:
 def _without_machine(text: str) -> str:
     """`text` with this machine's folders replaced by short names, the longest first."""
     names = {str(REPOSITORY) + os.sep: "", sys.prefix: "<python>", tempfile.gettempdir(): "<tmp>"}
-    for place, name in sorted((names | {str(Path.home()): "~"}).items(), key=lambda item: -len(item[0])):
+    for place, name in sorted(
+        (names | {str(Path.home()): "~"}).items(), key=lambda item: -len(item[0])
+    ):
         text = text.replace(place, name)
     return text
 
@@ -520,7 +571,9 @@ _MACHINE_PATH = re.compile(
 )
 _CUDA = re.compile(r"""["']cuda|\.cuda\(""")
 # A fenced block, or code within a paragraph, which ends with the backticks that it began with.
-_CODE = re.compile(r"^(```|~~~).*?^\1|(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(
+    r"^(```|~~~).*?^\1|(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE
+)
 _LINKS = (
     re.compile(r"\]\(\s*<?([^)\s>]*)"),  # [text](target "title"), ![picture](target)
     re.compile(r"^ {0,3}\[[^\]^]+\]:\s+<?([^\s>]+)", re.MULTILINE),  # [text]: target
@@ -543,7 +596,8 @@ def check(source: Path) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             problems += [
-                f"cell {cell.id}: {what}" for what in (*_code_problems(cell), *_output_problems(cell))
+                f"cell {cell.id}: {what}"
+                for what in (*_code_problems(cell), *_output_problems(cell))
             ]
         elif cell.cell_type == "markdown":
             links = link_problems(cell.source, path.parent, path.parent.parent)
@@ -590,7 +644,9 @@ def _links(text: str) -> list[str]:
     """Targets of the links in Markdown `text`, each once, in order; what stands in code is no link."""
     text = _CODE.sub("", text)
     found = [match for pattern in _LINKS for match in pattern.finditer(text)]
-    return list(dict.fromkeys(match.group(1) for match in sorted(found, key=lambda match: match.start())))
+    return list(
+        dict.fromkeys(match.group(1) for match in sorted(found, key=lambda match: match.start()))
+    )
 
 
 def _link_fault(target: str, folder: Path, repository: Path) -> str:
@@ -602,7 +658,9 @@ def _link_fault(target: str, folder: Path, repository: Path) -> str:
         named = re.findall(r"notebooks/(\d\d_\w+\.ipynb)", unquote(target))
         gone = [name for name in named if not (repository / "notebooks" / name).exists()]
         return f"names notebooks/{gone[0]}, which is not there" if gone else ""
-    if parts.scheme == "mailto" or not parts.path:  # "#heading" of the same file, which is not known here
+    if (
+        parts.scheme == "mailto" or not parts.path
+    ):  # "#heading" of the same file, which is not known here
         return ""
     place = (folder / unquote(parts.path)).resolve()
     if parts.scheme or not place.is_relative_to(repository):
@@ -630,7 +688,9 @@ def _file_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
     for key in sorted(set(notebook.metadata) - {"kernelspec", "language_info"}):
         yield f"metadata {key!r} does not belong into a committed notebook"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if stale := [cell.id for cell in code if cell.metadata.get("source_hash") != source_hash(cell.source)]:
+    if stale := [
+        cell.id for cell in code if cell.metadata.get("source_hash") != source_hash(cell.source)
+    ]:
         named = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
         yield f"code changed since it was executed: run `notebooks refresh` ({named})"
     elif [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
@@ -643,17 +703,23 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
         yield "the first cell must be markdown that starts with a '# ' title"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tags = [next((tag for tag in OPENING if tag in _tags(cell)), "") for cell in code]
-    order = list(dict.fromkeys(tags[: len(tags) - tags[::-1].index("imports")] if "imports" in tags else tags))
+    order = list(
+        dict.fromkeys(
+            tags[: len(tags) - tags[::-1].index("imports")] if "imports" in tags else tags
+        )
+    )
     for number, tag in enumerate(OPENING):
         if number >= len(order) or tag != order[number]:
             yield f"the opening cells must be tagged {', '.join(OPENING)}, in this order; {tag!r} is not where it belongs"
             return
-    by_tag = {tag: [cell for cell, own in zip(code, tags, strict=True) if own == tag] for tag in OPENING}
+    by_tag = {
+        tag: [cell for cell, own in zip(code, tags, strict=True) if own == tag] for tag in OPENING
+    }
     for tag, cells in by_tag.items():
         if len(cells) > 1 and tag != "settings":
             yield f"{len(cells)} cells are tagged {tag!r}; only 'settings' may be several"
     if by_tag["bootstrap"][0].source != BOOTSTRAP:
-        yield "the bootstrap cell differs from dlia_utils.notebooks.BOOTSTRAP: run `notebooks build`"
+        yield "the bootstrap cell differs from tools.notebooks.BOOTSTRAP: run `notebooks build`"
     parameters = by_tag["parameters"][0].source
     if _literals(parameters) != [*PARAMETERS]:
         yield f"the parameters cell must assign literals to {', '.join(PARAMETERS)}, in this order"
@@ -661,7 +727,10 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
         yield "papermill cannot read a parameter whose comment holds '=': write it in other words"
     if not any("FULL = " in cell.source for cell in by_tag["settings"]):
         yield "the settings cells must define FULL, the settings of the whole study"
-    if "run = start(" not in by_tag["start"][0].source or "print(run)" not in by_tag["start"][0].source:
+    if (
+        "run = start(" not in by_tag["start"][0].source
+        or "print(run)" not in by_tag["start"][0].source
+    ):
         yield "the start cell must hold run = start(...) and print(run)"
     if "import " not in by_tag["imports"][0].source:
         yield "the imports cell imports nothing"
@@ -671,8 +740,14 @@ def _literals(code: str) -> list[str] | None:
     """Names that `code` assigns plain literals to; None when it does anything else."""
     names = []
     for statement in _parse(code).body:
-        plain = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant | ast.Dict)
-        if not plain or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
+        plain = isinstance(statement, ast.Assign) and isinstance(
+            statement.value, ast.Constant | ast.Dict
+        )
+        if (
+            not plain
+            or len(statement.targets) != 1
+            or not isinstance(statement.targets[0], ast.Name)
+        ):
             return None
         names.append(statement.targets[0].id)
     return names
@@ -720,7 +795,9 @@ def _output_problems(cell: NotebookNode) -> Iterator[str]:
         data = output.get("data", {})
         if any("jupyter.widget" in kind for kind in data):
             yield "its output holds a widget, which viewers cannot show"
-        text = "\n".join([output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))])
+        text = "\n".join(
+            [output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))]
+        )
         if match := _MACHINE_PATH.search(text):
             around = text[max(match.start() - 20, 0) : match.end() + 20]
             yield f"its output shows a path of the machine: {around!r}"
@@ -766,5 +843,9 @@ def _names(code: str) -> tuple[set[str], set[str]]:
         table = tables.pop()
         tables += table.get_children()
         top = table.get_type() == "module"
-        used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        used |= {
+            s.get_name()
+            for s in table.get_symbols()
+            if s.is_referenced() and (top or s.is_global())
+        }
     return bound, used

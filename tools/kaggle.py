@@ -22,7 +22,10 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from . import __version__, files, locate, notebooks
+from dlia_utils import __version__, files
+from dlia_utils.data.sources import SOURCES
+
+from . import notebooks
 
 OFFLINE_SLUG = "dlia-utils"
 # All that Kaggle's image lacks. One exact version, because a range would give other bytes after a release.
@@ -73,7 +76,9 @@ def build(
     wheel = _need_captum(Path(captum)) if captum else None
     sources = notebooks.pick([], folder)
     _need_good(sources)
-    kernels = [kernel(one, user=user, internet=internet, competitions=competitions) for one in sources]
+    kernels = [
+        kernel(one, user=user, internet=internet, competitions=competitions) for one in sources
+    ]
     _need_different([metadata["title"] for _, metadata in kernels])
     notes = _competition_notes(sources, competitions)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,10 @@ def push_commands(build: Build) -> list[tuple[str, str]]:
     """
     dataset = str(build.folder / "dataset")
     steps = [
-        (["datasets", "create", "-p", dataset], "uploads the offline data set, private: the first time"),
+        (
+            ["datasets", "create", "-p", dataset],
+            "uploads the offline data set, private: the first time",
+        ),
         (
             ["datasets", "version", "-p", dataset, "-m", f"dlia_utils {__version__}"],
             "uploads a new version of it: every later time, in place of the first command",
@@ -166,7 +174,7 @@ def kernel(
         "language": "python",
         "sourceType": "notebook",
     }
-    handles = [locate.SOURCES[name].handle for name in _datasets(source)]
+    handles = [SOURCES[name].handle for name in _datasets(source)]
     metadata = {
         "id": f"{user}/{slugify(title)}",
         "title": title,
@@ -208,9 +216,13 @@ def _datasets(source: Path) -> Sequence[str]:
 
 def _competition_notes(sources: Sequence[Path], competitions: Sequence[str]) -> list[str]:
     """A note for each notebook that could use a competition; ValueError for a competition that none can use."""
-    able = [source for source in sources if any(not locate.SOURCES[name].handle for name in _datasets(source))]
+    able = [
+        source for source in sources if any(not SOURCES[name].handle for name in _datasets(source))
+    ]
     if competitions and not able:
-        raise ValueError(f"--competition {' '.join(competitions)}: no notebook uses a competition, leave it out")
+        raise ValueError(
+            f"--competition {' '.join(competitions)}: no notebook uses a competition, leave it out"
+        )
     if competitions:
         return []
     return [
@@ -228,7 +240,9 @@ def write_wheel(folder: str | Path) -> Path:
     Pure Python, the files uncompressed and with a fixed date, so that the bytes depend on the sources alone. It
     installs with pip and imports as it lies, from `sys.path` (PEP 427, the wheel format).
     """
-    project = tomllib.loads((notebooks.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((notebooks.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     package = notebooks.REPOSITORY / "dlia_utils"
     info = f"dlia_utils-{__version__}.dist-info"
     content = {
@@ -238,12 +252,16 @@ def write_wheel(folder: str | Path) -> Path:
     }
     content[f"{info}/licenses/LICENSE"] = (notebooks.REPOSITORY / "LICENSE").read_bytes()
     content[f"{info}/METADATA"] = _core_metadata(project).encode()
-    content[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: dlia_utils\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    content[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: dlia_utils\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
     content[f"{info}/RECORD"] = _record(content, f"{info}/RECORD").encode()
     path = Path(folder) / f"dlia_utils-{__version__}-py3-none-any.whl"
     with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         # The archive's own files come last, as the format asks.
-        for name in sorted(content, key=lambda name: (name.startswith(info), name.endswith("RECORD"), name)):
+        for name in sorted(
+            content, key=lambda name: (name.startswith(info), name.endswith("RECORD"), name)
+        ):
             entry = zipfile.ZipInfo(name)  # dated 1980
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             archive.writestr(entry, content[name])
@@ -282,11 +300,19 @@ def _record(content: Mapping[str, bytes], own_name: str) -> str:
 
 def _fetch(folder: Path) -> Path:
     """captum's wheel as pip gets it; ValueError says why pip could not, and what follows from that."""
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=1", "--timeout=10"]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--retries=1",
+        "--timeout=10",
+    ]
     command = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", CAPTUM]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix(
+            "ERROR: "
+        )
         raise ValueError(
             f"the data set is without captum (pip could not get {CAPTUM}: {reason}): a notebook that needs it must "
             "get it from elsewhere on Kaggle; name a wheel with --captum FILE"
@@ -309,7 +335,9 @@ def _write_dataset(folder: Path, user: str, captum: Path | None) -> None:
         "subtitle": "The package behind the DLIA notebooks, for use without internet",
         "description": f"Holds {' and '.join(parts)}; the licence texts lie beside them. Attach this data set to a "
         "notebook of the suite: its second cell imports the wheels as they are, nothing is installed.",
-        "licenses": [{"name": "other"}],  # exactly one may be named; the description says which they are
+        "licenses": [
+            {"name": "other"}
+        ],  # exactly one may be named; the description says which they are
     }
     files.write_json(metadata, folder / "dataset-metadata.json")
 
@@ -318,7 +346,9 @@ def _license(wheel: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if _LICENSE_FILE.fullmatch(name)]
         if not names:
-            raise ValueError(f"{wheel.name} holds no licence text and may not be passed on: take the wheel from PyPI")
+            raise ValueError(
+                f"{wheel.name} holds no licence text and may not be passed on: take the wheel from PyPI"
+            )
         return b"\n".join(archive.read(name) for name in names)
 
 
@@ -327,11 +357,15 @@ def _license(wheel: Path) -> bytes:
 
 def _need_slug(text: str, option: str, what: str) -> None:
     if not _SLUG.fullmatch(text):
-        raise ValueError(f"{option} {text!r}: give {what}, which has lower-case letters, digits and hyphens only")
+        raise ValueError(
+            f"{option} {text!r}: give {what}, which has lower-case letters, digits and hyphens only"
+        )
 
 
 def _need_good(sources: Sequence[Path]) -> None:
-    problems = [f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)]
+    problems = [
+        f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)
+    ]
     if problems:
         raise ValueError("the notebooks are not fit to push:\n  " + "\n  ".join(problems))
 
@@ -339,13 +373,17 @@ def _need_good(sources: Sequence[Path]) -> None:
 def _need_different(titles: Sequence[str]) -> None:
     twice = sorted({title for title in titles if titles.count(title) > 1})
     if twice:
-        raise ValueError(f"several notebooks would be the kernel {', '.join(twice)}: rename all but one")
+        raise ValueError(
+            f"several notebooks would be the kernel {', '.join(twice)}: rename all but one"
+        )
 
 
 def _need_captum(wheel: Path) -> Path:
     if not wheel.is_file():
         raise FileNotFoundError(f"--captum {wheel}: there is no such file")
-    if not re.fullmatch(r"captum-[^-]+-py3-none-any\.whl", wheel.name) or not zipfile.is_zipfile(wheel):
+    if not re.fullmatch(r"captum-[^-]+-py3-none-any\.whl", wheel.name) or not zipfile.is_zipfile(
+        wheel
+    ):
         raise ValueError(
             f"--captum {wheel} is not a captum wheel (captum-VERSION-py3-none-any.whl); get one with: "
             f"python -m pip download --no-deps {CAPTUM}"
@@ -358,7 +396,9 @@ def _need_ours(out: Path) -> None:
     """Refuse to replace anything but an older build."""
     there = {one.name for one in out.iterdir()} if out.is_dir() else set()
     if (out.exists() and not out.is_dir()) or there - {"dataset", "kernels"}:
-        raise ValueError(f"--out {out} holds other things, and would be replaced: name a new or empty folder")
+        raise ValueError(
+            f"--out {out} holds other things, and would be replaced: name a new or empty folder"
+        )
 
 
 def _swap(new: Path, out: Path, old: Path) -> None:

@@ -18,9 +18,10 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageFile, ImageOps
 
-from . import datasets, files, layouts, locate
+from .. import files
+from ..progress import Bar
+from . import datasets, readers, sources
 from .datasets import BadData, Dataset
-from .progress import Bar
 
 log = logging.getLogger("dlia_utils")
 
@@ -52,7 +53,9 @@ class ImageCache:
     def scale(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """(sx, sy) float64 [n,2] of `rows`: cached position = position in the upright original x scale."""
         shapes = self.shapes[np.asarray(rows, dtype=np.int64)].astype(np.int64).reshape(-1, 2)
-        content = [_content(height, width, self.size, self.fit) for height, width in shapes.tolist()]
+        content = [
+            _content(height, width, self.size, self.fit) for height, width in shapes.tolist()
+        ]
         return np.array(content, dtype=np.float64).reshape(-1, 2)[:, ::-1] / shapes[:, ::-1]
 
     def __reduce__(self) -> tuple:
@@ -61,13 +64,18 @@ class ImageCache:
 
 
 def build(
-    dataset: Dataset, *, size: int, fit: str = "squash", root: str | Path | None = None, progress: bool = True
+    dataset: Dataset,
+    *,
+    size: int,
+    fit: str = "squash",
+    root: str | Path | None = None,
+    progress: bool = True,
 ) -> ImageCache:
     """Decode `dataset` once to grey uint8 of `size` x `size` pixels, or reopen what an earlier call decoded.
 
     `fit="squash"` fills the square (aspect not kept, as the pneumonia study did); `fit="pad"` scales the long
     side to `size` and keeps the aspect: the image lies at the top left, the rest is 0. Bilinear with
-    antialiasing. The cache lies in `root` (default `locate.cache_root()`); its key is a hash of the
+    antialiasing. The cache lies in `root` (default `sources.cache_root()`); its key is a hash of the
     manifest's paths, the files' lengths and times, the size and the fit. Two processes build it once; a
     killed build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file (as a table
     in its attribute `problems`); `ValueError` for the size or the fit.
@@ -77,7 +85,7 @@ def build(
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}")
     key = _key(dataset, size, fit)
-    folder = Path(root or locate.cache_root()) / "images" / f"{dataset.name}-{size}-{key}"
+    folder = Path(root or sources.cache_root()) / "images" / f"{dataset.name}-{size}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "meta.json").is_file():
@@ -101,7 +109,9 @@ def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, t
     with tempfile.TemporaryDirectory() as scratch:
         target, readable = Path(scratch) / "images.npy", replace(dataset, manifest=rest)
         truncated, unusable = _decode_all(target, readable, 8, "squash", progress=progress)
-    return pd.concat([problems, pd.DataFrame(unusable, columns=list(problems.columns))]), tuple(truncated)
+    return pd.concat([problems, pd.DataFrame(unusable, columns=list(problems.columns))]), tuple(
+        truncated
+    )
 
 
 def _key(dataset: Dataset, size: int, fit: str) -> str:
@@ -123,7 +133,9 @@ def _open(folder: Path) -> ImageCache:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     images, shapes = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "shapes.npy")
     fit = meta.get("fit", "squash")
-    return ImageCache(images, meta["size"], meta["key"], folder, tuple(meta["truncated"]), shapes, fit)
+    return ImageCache(
+        images, meta["size"], meta["key"], folder, tuple(meta["truncated"]), shapes, fit
+    )
 
 
 def _content(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
@@ -139,17 +151,21 @@ def _write_shapes(folder: Path, dataset: Dataset) -> None:
 
     def shape(path: str) -> tuple[int, int]:
         with Image.open(dataset.root / path) as image:
-            return layouts.upright_shape(image)
+            return readers.upright_shape(image)
 
     with ThreadPoolExecutor(8) as pool:
-        shapes = np.array(list(pool.map(shape, dataset.manifest["path"])), dtype=np.int32).reshape(-1, 2)
+        shapes = np.array(list(pool.map(shape, dataset.manifest["path"])), dtype=np.int32).reshape(
+            -1, 2
+        )
     with files.atomic_path(folder / "shapes.npy") as temporary:
         np.save(temporary, shapes)
 
 
 def _fill(folder: Path, dataset: Dataset, size: int, key: str, fit: str, *, progress: bool) -> None:
     """Write images.npy, then meta.json, which completes the cache. The caller holds the folder's lock."""
-    for left_over in folder.glob(".*.tmp*"):  # Of a killed process: under the lock nobody writes them.
+    for left_over in folder.glob(
+        ".*.tmp*"
+    ):  # Of a killed process: under the lock nobody writes them.
         left_over.unlink()
     _refuse(list(datasets.check(dataset).itertuples(index=False, name=None)))
     with files.atomic_path(folder / "images.npy") as temporary:
@@ -164,7 +180,9 @@ def _decode_all(
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Decode into a new .npy file; returns the files cut short but used, and (path, problem) of the unusable."""
     paths = list(dataset.manifest["path"])
-    images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size))
+    images = np.lib.format.open_memmap(
+        target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size)
+    )
 
     def decode(row: int) -> int | None:
         """Fill one row; returns it when the file does not decode cleanly."""
@@ -195,7 +213,7 @@ def _decode_all(
 
 def _decode(path: Path, size: int, fit: str) -> np.ndarray:
     with Image.open(path) as image:
-        content = _content(*layouts.upright_shape(image), size, fit)
+        content = _content(*readers.upright_shape(image), size, fit)
         # JPEG decodes at 1/2, 1/4 or 1/8 cheaply: keep at least twice the pixels for the antialiasing.
         image.draft("L", (2 * size, 2 * size))
         return _fitted(image, content, size)
@@ -214,17 +232,19 @@ def _decode_truncated(path: Path, size: int, fit: str) -> np.ndarray:
             missing = 1 - (varied[-1] + 1) / image.height if len(varied) else 1.0
             if missing >= MAX_MISSING:
                 raise ValueError(f"truncated: {missing:.0%} of its rows are missing")
-            return _fitted(image, _content(*layouts.upright_shape(image), size, fit), size)
+            return _fitted(image, _content(*readers.upright_shape(image), size, fit), size)
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _fitted(image: Image.Image, content: tuple[int, int], size: int) -> np.ndarray:
     """The image upright and grey, `content` (height, width) pixels large, top left in a black square."""
-    if layouts.orientation(image) > 1:  # Boxes were drawn on the upright image.
+    if readers.orientation(image) > 1:  # Boxes were drawn on the upright image.
         ImageOps.exif_transpose(image, in_place=True)
     square = np.zeros((size, size), np.uint8)
-    square[: content[0], : content[1]] = image.convert("L").resize(content[::-1], Image.Resampling.BILINEAR)
+    square[: content[0], : content[1]] = image.convert("L").resize(
+        content[::-1], Image.Resampling.BILINEAR
+    )
     return square
 
 

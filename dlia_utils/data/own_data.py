@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from ._tables import (
+from .readers import UNLABELLED
+from .tables import (
     CORNERS,
     BadData,
     DataNotFound,
@@ -32,7 +33,6 @@ from ._tables import (
     refuse,
     shapes_of,
 )
-from .layouts import UNLABELLED
 
 log = logging.getLogger("dlia_utils")
 

@@ -21,7 +21,9 @@ BOX_COLUMNS = ("image", "x1", "y1", "x2", "y2", "label", "class_name")
 CORNERS = ["x1", "y1", "x2", "y2"]
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 SHOWN = 20  # How many names an error message lists before it only counts.
-SLACK = 1.0  # A box may stick out of its image by this many pixels: it is clipped. More is an error.
+SLACK = (
+    1.0  # A box may stick out of its image by this many pixels: it is clipped. More is an error.
+)
 REPAIR = "unpack the whole archive again (see data/README.md)"
 
 
@@ -156,8 +158,14 @@ def need_images(
     empty = [f"{split}/{name}" for split in splits for name in classes if (split, name) not in have]
     if empty:
         empty = [name.lstrip("/") for name in empty]  # Where there are no splits.
-        hint = "; val/ may be left out altogether" if any(name.startswith("val/") for name in empty) else ""
-        raise BadData(f"{root}: no images in {', '.join(empty)}. Fix: unpack the whole archive again{hint}.")
+        hint = (
+            "; val/ may be left out altogether"
+            if any(name.startswith("val/") for name in empty)
+            else ""
+        )
+        raise BadData(
+            f"{root}: no images in {', '.join(empty)}. Fix: unpack the whole archive again{hint}."
+        )
 
 
 def absent(names: Iterable[str], found: dict[tuple[str, str], str], kind: str) -> list[str]:
@@ -170,7 +178,9 @@ def gap_text(missing: Sequence[str], total: int, what: str) -> str:
     return f"{len(missing)} of the {total} {what} images are missing" if missing else ""
 
 
-def need_files(missing: Sequence[str], total: int, what: str, root: Path, *, allow_missing: bool) -> None:
+def need_files(
+    missing: Sequence[str], total: int, what: str, root: Path, *, allow_missing: bool
+) -> None:
     """`BadData` for missing images; with `allow_missing` a warning, unless all are missing."""
     if not missing:
         return
@@ -233,11 +243,15 @@ def box_table(
         boxes[low] = boxes[low].clip(lower=0)
         boxes[high] = boxes[high].clip(upper=limits[side])
     boxes["image"] = boxes["name"].map(row_of).astype("int64")
-    boxes["label"] = boxes["class_name"].map({name: k for k, name in enumerate(classes, 1)}).astype("int64")
+    boxes["label"] = (
+        boxes["class_name"].map({name: k for k, name in enumerate(classes, 1)}).astype("int64")
+    )
     return boxes.sort_values(["image", "label", *CORNERS], ignore_index=True)[list(BOX_COLUMNS)]
 
 
-def _refuse_boxes(raw: pd.DataFrame, limits: pd.DataFrame, file: Path, classes: tuple[str, ...]) -> None:
+def _refuse_boxes(
+    raw: pd.DataFrame, limits: pd.DataFrame, file: Path, classes: tuple[str, ...]
+) -> None:
     """Raise `BadData` naming every row that is no box of a known class inside its image."""
     outside = (raw["x2"] > limits["width"] + SLACK) | (raw["y2"] > limits["height"] + SLACK)
     identity = ["name", "class_name", *CORNERS]
@@ -286,7 +300,12 @@ def outline_table(
         height, width = shapes.get(name, (np.inf, np.inf))
         if class_name not in classes:
             wrong = f"unknown label {class_name} (known: {', '.join(classes)})"
-        elif points.ndim != 2 or points.shape[1:] != (2,) or len(points) < 3 or not np.isfinite(points).all():
+        elif (
+            points.ndim != 2
+            or points.shape[1:] != (2,)
+            or len(points) < 3
+            or not np.isfinite(points).all()
+        ):
             wrong = "no polygon of three or more points"
         elif (points < -SLACK).any() or (points > np.add((width, height), SLACK)).any():
             wrong = "the outline reaches out of its image"
@@ -295,7 +314,9 @@ def outline_table(
         if wrong:
             problems.append(f"  {where}: {name}: {wrong}")
         elif name in row_of:
-            rows.append((row_of[name], classes.index(class_name) + 1, np.clip(points, 0, (width, height))))
+            rows.append(
+                (row_of[name], classes.index(class_name) + 1, np.clip(points, 0, (width, height)))
+            )
     fix = "correct or delete these outlines, or copy the file again from the original data set"
     refuse(f"{file}: {len(problems)} unusable outlines:", problems, fix)
     if not rows:
@@ -350,7 +371,8 @@ def need_sizes(
     wrong = [
         f"  {name}: {annotated[name][1]} x {annotated[name][0]} in the file, {shape[1]} x {shape[0]} on disk"
         for name, shape in shapes.items()
-        if name in annotated and max(abs(a - b) for a, b in zip(annotated[name], shape, strict=True)) > SLACK
+        if name in annotated
+        and max(abs(a - b) for a, b in zip(annotated[name], shape, strict=True)) > SLACK
     ]
     refuse(
         f"{file}: {len(wrong)} images do not have the size that they were annotated in:",
