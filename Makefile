@@ -45,11 +45,14 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 
 test: $(STAMP)  ## lint, static notebook checks, unit tests, every notebook executed
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m dlia_utils notebooks check
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/python -m tools check
+	@date '+tests began %T'
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --cov --cov-report=term:skip-covered
+	@date '+tests ended %T'
 
 notebooks: $(STAMP)  ## rebuild the committed notebooks from notebooks/src, with fresh smoke outputs; NB=01
-	$(BIN)/python -m dlia_utils notebooks refresh $(NB)
+	$(BIN)/python -m tools refresh $(NB)
 
 bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(PYTHON) -m venv $(BENCH)

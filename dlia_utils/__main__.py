@@ -1,8 +1,9 @@
-"""The command line: `python -m dlia_utils list | run | data | submission | notebooks | kaggle ...`."""
+"""The command line: `python -m dlia_utils list | run | data check | submission check`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 fine, 1 something failed, 2 wrong argument or data."""
+    """Run one command; returns the exit status: 0 fine, 1 something failed, 2 wrong argument or
+    data."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
@@ -22,170 +24,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dlia_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
     one = commands.add_parser("list", help="notebooks and data sets of the suite")
     one.set_defaults(command=list_all)
 
     one = commands.add_parser("run", help="execute notebooks and print their results")
-    one.add_argument(
-        "--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)"
-    )
-    one.add_argument(
-        "--data",
-        default="",
-        metavar="PATH",
-        help="folder of the data sets, or of class folders of your own (default: find them)",
-    )
-    one.add_argument("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
-    one.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="changes",
-        help="change settings of the notebook, e.g. --set epochs=5 lr=3e-4",
-    )
-    one.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
-    one.add_argument(
-        "--run-name",
-        default="",
-        metavar="NAME",
-        help="folder name (default: profile and kind of data)",
-    )
-    one.add_argument(
-        "--fresh", action="store_true", help="put an older run of that name aside and start anew"
-    )
     one.set_defaults(command=run)
+    add = one.add_argument
+    add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
+    where = "folder of the data sets, or of class folders of your own (default: find them)"
+    add("--data", default="", metavar="PATH", help=where)
+    add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
+    change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
+    many = {"nargs": "+", "action": "extend", "default": []}
+    add("--set", **many, metavar="NAME=VALUE", dest="changes", help=change)
+    add("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
+    name = "folder name (default: profile and kind of data)"
+    add("--run-name", default="", metavar="NAME", help=name)
+    add("--fresh", action="store_true", help="put an older run of that name aside and start anew")
 
-    data = commands.add_parser("data", help="look at a data set").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    one = data.add_parser("check", help="find, count and audit a data set")
-    one.add_argument(
-        "dataset",
-        metavar="NAME|PATH",
-        help="a data set's name, or your folder of class folders or of boxes",
-    )
-    one.add_argument("--data", default="", metavar="PATH", help="folder to look for NAME in")
-    one.add_argument(
-        "--patient-pattern",
-        default="",
-        metavar="REGEX",
-        help="reads patients from your files' names",
+    group = commands.add_parser("data", help="look at a data set")
+    one = group.add_subparsers(required=True, metavar="ACTION").add_parser(
+        "check", help="find, count and audit a data set"
     )
     one.set_defaults(command=data_check)
+    add, name = one.add_argument, "a data set's name, or your folder of class folders or of boxes"
+    add("dataset", metavar="NAME|PATH", help=name)
+    add("--data", default="", metavar="PATH", help="folder to look for NAME in")
+    pattern = "reads patients from your files' names"
+    add("--patient-pattern", default="", metavar="REGEX", help=pattern)
 
-    sent = commands.add_parser("submission", help="look at a competition CSV").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    one = sent.add_parser("check", help="find what the competition would refuse or score wrongly")
-    one.add_argument("file", metavar="FILE")
-    one.add_argument(
-        "--mapping",
-        required=True,
-        metavar="MAP",
-        help="the competition's CSV of ids and image names",
-    )
-    one.add_argument(
-        "--images",
-        default="",
-        metavar="DIR",
-        help="folder of the test images: boxes must lie inside them",
-    )
-    one.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="labels (default: the NIH's 8)"
+    group = commands.add_parser("submission", help="look at a competition CSV")
+    one = group.add_subparsers(required=True, metavar="ACTION").add_parser(
+        "check", help="find what the competition would refuse or score wrongly"
     )
     one.set_defaults(command=submission_check)
-
-    made = commands.add_parser("notebooks", help="make the committed notebooks").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    for name, command, what in (
-        ("build", build, "turn src/*.py into .ipynb; unchanged cells keep their outputs"),
-        ("check", check, "find static faults"),
-        ("refresh", refresh, "build, execute in the smoke profile on synthetic data, clean"),
-    ):
-        one = made.add_parser(name, help=what)
-        one.add_argument("nb", nargs="*", metavar="NN", help="which notebooks (default: all)")
-        one.set_defaults(command=command)
-
-    one = made.add_parser("back", help="turn an edited NN_name.ipynb into its source again")
-    one.add_argument("path", metavar="FILE", help="e.g. the notebook downloaded from Kaggle")
-    one.set_defaults(command=back)
-
-    pushed = commands.add_parser("kaggle", help="make what Kaggle takes").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    one = pushed.add_parser("build", help="write the kernel folders and the offline data set")
-    one.add_argument("--user", required=True, metavar="NAME", help="your Kaggle user name")
-    one.add_argument(
-        "--out", default="build/kaggle", metavar="DIR", help="replaced whole (default: %(default)s)"
-    )
-    one.add_argument("--captum", metavar="FILE", help="captum's wheel (default: pip fetches it)")
-    one.add_argument("--strict", action="store_true", help="fail without captum's wheel")
-    one.add_argument(
-        "--offline", action="store_true", help="switch the internet off in the notebooks"
-    )
-    one.add_argument(
-        "--competition",
-        nargs="+",
-        default=[],
-        metavar="SLUG",
-        help="competitions you have joined, to attach",
-    )
-    one.set_defaults(command=kaggle_build)
+    add, mapping = one.add_argument, "the competition's CSV of ids and image names"
+    add("file", metavar="FILE")
+    add("--mapping", required=True, metavar="MAP", help=mapping)
+    images = "folder of the test images: boxes must lie inside them"
+    add("--images", default="", metavar="DIR", help=images)
+    add("--classes", nargs="+", default=[], metavar="NAME", help="labels (default: the NIH's 8)")
     return parser
 
 
 def list_all(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
+    from . import execute
     from .data import sources
 
     print("Notebooks (python -m dlia_utils run --nb NN)")
-    for source in notebooks.find():
-        title = source.read_text(encoding="utf-8").split("# # ", 1)[-1].splitlines()[0]
-        print(f"  {source.stem:28} {title}")
+    for path in execute.pick():
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        print(f"  {path.stem:28} {''.join(first).splitlines()[0].removeprefix('# ')}")
     print("Data sets (python -m dlia_utils data check NAME)")
-    for name in sources.SOURCES:
-        print(f"  {name}")
-    print(
-        "  and every 2-D set of MedMNIST, named as its file: pneumoniamnist_64, ... (see data/README.md)"
-    )
+    print("\n".join(f"  {name}" for name in sources.SOURCES))
+    print("  and every 2-D set of MedMNIST, named as its file: pneumoniamnist_64, ...")
     return 0
 
 
 def run(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
+    from . import execute
     from .data.readers import DataNotFound
     from .run import parse_change
 
     changes = dict(map(parse_change, options.changes))
     changes |= {"dataset": options.dataset} if options.dataset else {}
-    runs = []
-    sources = notebooks.pick(options.nb)
-    for number, source in enumerate(sources, 1):
-        print(f"[{number}/{len(sources)}] {source.stem}, profile {options.profile}", flush=True)
+    chosen = {"profile": options.profile, "data": options.data, "run_name": options.run_name}
+    runs, paths = [], execute.pick(options.nb)
+    for number, path in enumerate(paths, 1):
+        print(f"[{number}/{len(paths)}] {path.stem}, profile {options.profile}", flush=True)
         try:
-            done = notebooks.run(
-                source,
-                profile=options.profile,
-                data=options.data,
-                run_name=options.run_name,
-                resume=not options.fresh,
-                changes=changes,
-            )
+            done = execute.run(path, **chosen, resume=not options.fresh, changes=changes)
         except DataNotFound as missing:
-            if options.nb or (source == sources[-1] and not runs):
+            if options.nb or (path == paths[-1] and not runs):
                 raise
             # All notebooks were asked for, and few people have all the data sets.
-            print(f"{source.stem} is left out: {missing}", file=sys.stderr)
+            print(f"{path.stem} is left out: {missing}", file=sys.stderr)
             continue
         runs.append(done)
         _report(done)
-    failed = [one.notebook for one in runs if one.error]
+    failed = [one.name for one in runs if one.error]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
@@ -193,31 +110,27 @@ def run(options: argparse.Namespace) -> int:
 
 def _report(one) -> None:
     """What a run left behind: its results table and where to look, or why it failed."""
-    print(f"\n{one.notebook}: {'FAILED' if one.error else 'done'} in {one.seconds:.0f} s")
+    from . import execute
+    from .run import submissions_root
+
+    print(f"\n{one.name}: {'FAILED' if one.error else 'done'} in {one.seconds:.0f} s")
     if one.error:
         print(one.error, file=sys.stderr)
     elif (one.folder / "results.csv").exists():
         print("\n" + results_text(one.folder / "results.csv") + "\n")
-    print(f"Look at  {_short(one.executed)}")
-    from .run import submissions_root
-
+    print(f"Look at  {execute.short(one.notebook)}")
     kinds = {
         "all results": one.folder.glob("results.csv"),
         "figures": one.folder.glob("figures/*.png"),
-        "submissions": submissions_root().glob(f"*_{one.folder.name}.csv"),
     }
+    kinds["submissions"] = submissions_root().glob(f"*_{one.folder.name}.csv")
     for what, paths in kinds.items():
         if found := sorted(paths):
             where = found[0] if len(found) == 1 else found[0].parent
             print(
-                f"         {_short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})"
+                f"         {execute.short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})"
             )
     print(flush=True)
-
-
-def _short(path: Path) -> str:
-    """`path` as seen from here when it is below, else whole."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def results_text(path: Path) -> str:
@@ -238,10 +151,10 @@ def results_text(path: Path) -> str:
     if headline.empty:
         clean = results[results.attack.eq("clean")]
         rows = results if clean.empty else clean
-        return (
-            f"{context}\n{rows[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
-        )
-    return f"{context}\n{report.results_table(headline).to_string()}"
+        table = rows[["model", "metric", "value", "n"]].head(20).to_string(index=False)
+    else:
+        table = report.results_table(headline).to_string()
+    return f"{context}\n{table}"
 
 
 def data_check(options: argparse.Namespace) -> int:
@@ -260,32 +173,38 @@ def data_check(options: argparse.Namespace) -> int:
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
     problems, truncated = cache.examine(dataset)
-    print(
-        f"used although they end too early: {len(truncated)} files {', '.join(truncated[: datasets.SHOWN])}"
-    )
+    cut = ", ".join(truncated[: datasets.SHOWN])
+    print(f"used although they end too early: {len(truncated)} files {cut}")
     if len(problems):
         print("\n" + datasets.problem_text(problems))
         return 1
-    if not own:
-        audit = split.audit(split.grouped(dataset))
-        print("\nAudit of the patient-grouped split\n" + audit.to_string(index=False))
-        return int(audit["verdict"].eq("leak").any())
-    dataset = split.with_looks(dataset, cache.build(dataset, size=64).images)
+    title, audit = "the patient-grouped split", None
+    if own:
+        dataset = split.with_looks(dataset, cache.build(dataset, size=64).images)
+        title, audit = _own_audit(dataset)
+    audit = split.audit(split.grouped(dataset)) if audit is None else audit
+    print(f"\nAudit of {title}\n" + audit.to_string(index=False))
+    return int(audit["verdict"].eq("leak").any())
+
+
+def _own_audit(dataset):
+    """Near-duplicates of a reader's own folder, printed, and the audit of its split, or of one
+    drawn by patient."""
+    from .data import datasets, split
+
     alike = dataset.manifest.groupby("look")["path"].agg(list)
     alike = alike[alike.map(len) > 1]
     print(f"near-duplicates: {len(alike)} groups of images that look the same")
     for paths in alike.head(datasets.SHOWN):
         print(f"  {' = '.join(paths[: datasets.SHOWN])}")
-    if set(dataset.manifest["split"]) & {"val", "test"}:
-        title, audit = f"the split that is {dataset.split_rule}", split.audit(dataset)
-        # A warning is for published splits, which nobody can mend: this one is the reader's own.
-        shared = audit["check"].str.startswith("patients in") & audit["verdict"].eq("warning")
-        audit.loc[shared, "verdict"] = "leak"
-    else:
-        title = "a split drawn by patient, near-duplicates kept together"
-        audit = split.audit(split.drawn(dataset, val_share=0.15, test_share=0.15))
-    print(f"\nAudit of {title}\n" + audit.to_string(index=False))
-    return int(audit["verdict"].eq("leak").any())
+    if not set(dataset.manifest["split"]) & {"val", "test"}:
+        drawn = split.drawn(dataset, val_share=0.15, test_share=0.15)
+        return "a split drawn by patient, near-duplicates kept together", split.audit(drawn)
+    audit = split.audit(dataset)
+    # A warning is for published splits, which nobody can mend: this one is the reader's own.
+    shared = audit["check"].str.startswith("patients in") & audit["verdict"].eq("warning")
+    audit.loc[shared, "verdict"] = "leak"
+    return f"the split that is {dataset.split_rule}", audit
 
 
 def _own_location(path: str, asked: argparse.Namespace):
@@ -299,14 +218,12 @@ def _own_location(path: str, asked: argparse.Namespace):
         )
     folder = Path(path).expanduser()
     given = {"patient_pattern": asked.patient_pattern} if asked.patient_pattern else {}
-    if found := sources.find_own(folder, kind="boxes", options=given) or sources.find_own(
-        folder, options=given
-    ):
-        return found
+    for kind in ("boxes", "classes"):
+        if found := sources.find_own(folder, kind=kind, options=given):
+            return found
     if folder.is_dir() and (names := sources.published_in(folder)):
-        raise DataNotFound(
-            f"{path!r} holds the published {', '.join(names)}: python -m dlia_utils data check {names[0]} --data {path}"
-        )
+        fix = f"python -m dlia_utils data check {names[0]} --data {path}"
+        raise DataNotFound(f"{path!r} holds the published {', '.join(names)}: {fix}")
     # Reading it as class folders says best what is missing there.
     return sources.own(folder)
 
@@ -316,83 +233,15 @@ def submission_check(options: argparse.Namespace) -> int:
     from .data import datasets
 
     classes = options.classes or datasets.NIH_CLASSES
+    images = options.images or None
     try:
-        table = submission.check(
-            options.file, options.mapping, images=options.images or None, classes=classes
-        )
+        table = submission.check(options.file, options.mapping, images=images, classes=classes)
     except submission.SubmissionError as error:
         print(error)
         return 1
     print(f"{options.file} is valid\n{submission.summary(table)}")
     if not options.images:
         print("not checked: whether boxes lie inside their images (give --images DIR)")
-    return 0
-
-
-def build(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
-    for source in notebooks.pick(options.nb):
-        print(
-            f"built {_short(notebooks.write(notebooks.build(source), notebooks.product(source)))}"
-        )
-    return 0
-
-
-def check(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
-    sources = notebooks.pick(options.nb)
-    problems = [
-        f"{source.stem}: {problem}" for source in sources for problem in notebooks.check(source)
-    ]
-    problems += [] if options.nb else [*notebooks.orphans(), *notebooks.page_problems()]
-    print("\n".join(problems) or f"{len(sources)} notebook(s) without fault")
-    return int(bool(problems))
-
-
-def refresh(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
-    for source in notebooks.pick(options.nb):
-        print(f"{source.stem}: executing in the smoke profile on synthetic data", flush=True)
-        path = notebooks.refresh(source)
-        print(f"wrote {_short(path)} ({path.stat().st_size / 1e3:.0f} kB)")
-    return check(options)
-
-
-def back(options: argparse.Namespace) -> int:
-    from tools import notebooks
-
-    source = notebooks.back(options.path)
-    print(
-        f"wrote {_short(source)}; now rebuild: python -m dlia_utils notebooks refresh {source.stem[:2]}"
-    )
-    return 0
-
-
-def kaggle_build(options: argparse.Namespace) -> int:
-    from tools import kaggle
-
-    built = kaggle.build(
-        options.user,
-        out=options.out,
-        captum=options.captum,
-        strict=options.strict,
-        internet=not options.offline,
-        competitions=options.competition,
-    )
-    print(
-        f"built {_short(built.folder)}: {len(built.kernels)} kernel(s), data set {', '.join(built.files)}"
-    )
-    for note in built.notes:
-        print(f"note: {note}")
-    # The client imports six without asking for it.
-    print(
-        "\nPush with Kaggle's client (python -m pip install kaggle six; once: kaggle auth login), in this order:"
-    )
-    for command, what in kaggle.push_commands(built):
-        print(f"\n  # {what}\n  {command}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""A Kaggle session in a folder: inputs in either mount layout, junk, Kaggle's variables, the wheels, no network.
+"""A Kaggle session in a folder: inputs in either mount layout, junk files, the wheels, no network.
 
-The kernel sees neither the repository nor a network; `finished` runs a notebook of the suite there once per test
-session, for every test that wants to look at what it left.
+The kernel sees neither the repository nor a network; `finished` runs a notebook of the suite there
+once per test session, for every test that wants to look at what it left.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import matplotlib.image
 import nbformat
 import pandas as pd
 
+from dlia_utils import execute
 from dlia_utils.data import sources
 from tools import kaggle, notebooks
 
@@ -61,7 +62,8 @@ print(json.dumps({"modules": modules, "path": sys.path}))
 
 @dataclass(frozen=True)
 class Session:
-    """A simulated session: `root` stands for /kaggle; `environment` is what `notebooks.execute` takes."""
+    """A simulated session: `root` stands for /kaggle; `environment` is what `execute.execute`
+    takes."""
 
     root: Path
     environment: dict[str, str | None]
@@ -73,7 +75,7 @@ class Session:
     @property
     def process_environment(self) -> dict[str, str]:
         """The whole environment of a process in the session."""
-        merged = {**os.environ, **notebooks.KERNEL_ENVIRONMENT, **self.environment}
+        merged = {**os.environ, **execute.KERNEL_ENVIRONMENT, **self.environment}
         return {name: value for name, value in merged.items() if value is not None}
 
     @property
@@ -83,7 +85,8 @@ class Session:
         return log.read_text().split() if log.exists() else []
 
     def input_state(self) -> dict[str, tuple[int, int]]:
-        """Size and time of everything under input/: where the tests run as root, read-only files can be written."""
+        """Size and time of everything under input/: where the tests run as root, read-only files
+        can be written."""
         paths = sorted((self.root / "input").rglob("*"))
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
@@ -95,21 +98,18 @@ class Session:
         return notebook
 
     def run(self, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-        """Execute a copy of `notebook` as Kaggle does, with no parameter changed; its cells, then the probe."""
+        """Execute a copy of `notebook` as Kaggle does, with no parameter changed; its cells, then
+        the probe."""
         self.at_home(notebook).cells.append(nbformat.v4.new_code_cell(PROBE, id="probe"))
         path = notebooks.write(notebook, self.working / "__notebook__.ipynb")
-        return notebooks.read(
-            notebooks.execute(
-                path,
-                self.root.parent / "executed.ipynb",
-                environment=self.environment,
-                progress=False,
-            )
-        )
+        out = self.root.parent / "executed.ipynb"
+        execute.execute(path, out, environment=self.environment, progress=False)
+        return notebooks.read(out)
 
 
 def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
-    """A session in `folder` with phantoms of `datasets` and the offline data set mounted in one layout."""
+    """A session in `folder` with phantoms of `datasets` and the offline data set mounted in one
+    layout."""
     root, site = folder / "kaggle", folder / "site"
     for name in ("input", "working/.virtual_documents", "temp", "lib/kaggle", "usr/lib"):
         (root / name).mkdir(parents=True)
@@ -155,17 +155,9 @@ def _mount(root: Path, handle: str, slug: str, layout: str) -> Path:
 
 
 def _write_junk(folder: Path) -> None:
-    """Somebody else's data set: folders with the usual names, litter, a notebook's left-overs."""
-    for name in (
-        "train/NORMAL/1.jpeg",
-        "test/x.txt",
-        "__MACOSX/._train",
-        ".DS_Store",
-        "src/utils.py",
-        ".ipynb_checkpoints/a.ipynb",
-        "dlia/readme.txt",
-        "captum/notes.txt",
-    ):
+    """Somebody else's data set: folders with the usual names, a notebook's left-overs."""
+    names = "train/NORMAL/1.jpeg test/x.txt __MACOSX/._train .DS_Store src/utils.py"
+    for name in [*names.split(), *".ipynb_checkpoints/a.ipynb dlia/readme captum/notes".split()]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"not an image")
 
@@ -175,24 +167,21 @@ def _make_read_only(folder: Path) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def write_wheel(folder: Path, name: str, version: str, code: str, metadata: str = "") -> Path:
+def write_wheel(folder: Path, name: str, version: str, code: str) -> Path:
     """A small pure wheel of one module, which imports as it lies and installs with pip."""
     folder.mkdir(parents=True, exist_ok=True)
     path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/__init__.py", code)
-        archive.writestr(
-            f"{info}/METADATA",
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}",
-        )
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        said = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        archive.writestr(f"{info}/METADATA", said)
+        said = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", said)
         archive.writestr(f"{info}/RECORD", "")
     return path
 
 
-# ------------------------------------------------------------------------------------ runs of the suite's notebooks
+# -------------------------------------------------------------------- runs of the suite's notebooks
 
 
 @dataclass(frozen=True)
@@ -217,10 +206,11 @@ _FINISHED: dict[Path, Finished] = {}
 
 
 def finished(source: Path, tmp_path_factory) -> Finished:
-    """The notebook of `source` run in a session of its own, once; the layouts take turns from notebook to notebook."""
+    """The notebook of `source` run in a session of its own, once; the layouts take turns from
+    notebook to notebook."""
     if source not in _FINISHED:
-        layout = LAYOUTS[notebooks.find().index(source) % 2]
-        wanted = notebooks.full_settings(source)["dataset"]
+        layout = LAYOUTS[notebooks.sources().index(source) % 2]
+        wanted = execute.full_settings(notebooks.product(source))["dataset"]
         first = wanted if isinstance(wanted, str) else wanted[0]
         session = make(tmp_path_factory.mktemp(source.stem), datasets=(first,), layout=layout)
         before, start = session.input_state(), time.perf_counter()

@@ -1,4 +1,5 @@
-"""Small things for tests: a linear model with images for it, and a run of a notebook with a few settings changed."""
+"""Small things for tests: a linear model with images for it, and a run of a notebook with a few
+settings changed."""
 
 import contextlib
 import io
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tools import notebooks
+from dlia_utils import execute
 
 
 def linear(seed: int = 0, classes: int = 2) -> nn.Module:
@@ -32,9 +33,9 @@ def start_run(
     **changes,
 ):
     """The run that notebook `number` starts, with `changes` of its settings."""
-    (source,) = notebooks.pick([number])
+    (source,) = execute.pick([number])
     with contextlib.redirect_stdout(io.StringIO()):  # its banner
-        return notebooks.opened(
+        return execute.opened(
             source,
             PROFILE=profile,
             DATA_DIR=str(data),

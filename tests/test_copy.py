@@ -64,7 +64,7 @@ def trained(run_dir):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
 def test_every_section_runs_in_a_new_notebook(source, tmp_path, tmp_path_factory):
     run = kaggle_tree.finished(source, tmp_path_factory)
     assert not run.error, (
@@ -122,7 +122,7 @@ ASKED = re.compile(
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
 def test_from_an_empty_run_a_section_runs_or_names_the_section_to_copy_as_well(source, tmp_path):
     notebook = notebooks.build(source)
     opening, sections = notebooks.sections(notebook)

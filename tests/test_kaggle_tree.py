@@ -1,4 +1,4 @@
-"""A Kaggle session without Kaggle: both mount layouts, no repository, no network, a GPU that cannot be used."""
+"""A Kaggle session without Kaggle: both mount layouts, no repository or network, a P100."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import device, objectives, run, train
+from dlia_utils import device, execute, objectives, run, train
 from dlia_utils.data import sources
 from tools import notebooks
 
@@ -24,7 +24,7 @@ PROFILE = "auto"
 # %%
 import socket
 
-from dlia_utils import locate
+from dlia_utils.data import sources
 
 location = sources.find("nih")
 print(location.origin, location.synthetic, location.root, sources.on_kaggle(), sources.cache_root())
@@ -32,9 +32,9 @@ print(location.origin, location.synthetic, location.root, sources.on_kaggle(), s
 # %%
 import captum
 
-for ask in (lambda: socket.create_connection(("192.0.2.1", 80), timeout=5), lambda: socket.getaddrinfo("example.org", 443)):
+for ask, where in ((socket.create_connection, ("192.0.2.1", 80)), (socket.getaddrinfo, "example.org")):
     try:
-        ask()
+        ask(where, 443)
     except OSError as error:
         print(error)
 """
@@ -47,7 +47,8 @@ def printed(notebook, number):
 
 
 def need_only_the_wheel(session, notebook):
-    """All of dlia_utils came from the offline data set, and no folder of the repository could be imported from."""
+    """All of dlia_utils came from the offline data set, and no folder of the repository could be
+    imported from."""
     seen = json.loads(printed(notebook, -1))
     wheel = next((session.root / "input").rglob("dlia_utils-*.whl"))
     assert seen["modules"] and all(
@@ -74,33 +75,27 @@ def test_a_tiny_notebook_finds_wheel_and_data_in_both_layouts(tmp_path, layout):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("source", notebooks.find(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
 def test_every_notebook_of_the_suite_runs_on_kaggle(source, tmp_path_factory):
     done = kaggle_tree.finished(source, tmp_path_factory)
-    assert not done.error, (
-        notebooks.failure_text(done.error) if hasattr(done.error, "traceback") else done.error
-    )
+    failed = hasattr(done.error, "traceback")
+    assert not done.error, execute.failure_text(done.error) if failed else done.error
     session = done.session
     kaggle_tree.need_complete(done.run_dir, done.executed, synthetic=True)
     need_only_the_wheel(session, done.executed)
-    number = [notebooks._tags(c) for c in done.executed.cells if c.cell_type == "code"].index(
-        ["start"]
-    )
-    banner = printed(done.executed, number).splitlines()
+    code = [cell for cell in done.executed.cells if cell.cell_type == "code"]
+    said = printed(done.executed, [execute.tags(cell) for cell in code].index(["start"]))
+    banner = said.splitlines()
     assert ("CPU ONLY" in banner[1] and "GPU T4 x2" in banner[2]) or "cuda" in banner[1]
-    assert "SMOKE  (auto: " in printed(done.executed, number) and "[found by: kaggle]" in printed(
-        done.executed, number
-    )
+    assert "SMOKE  (auto: " in said and "[found by: kaggle]" in said
     assert session.network == [], "without internet a smoke run must not even ask for it"
     assert session.input_state() == done.before, "inputs are read-only on Kaggle"
     assert (session.root / "temp" / "dlia").is_dir(), "decoded images belong on the scratch disk"
     if "submit" in source.read_text(encoding="utf-8"):
-        assert list(session.working.glob("*.csv")), (
-            "Kaggle offers files of the working folder as submissions"
-        )
+        assert list(session.working.glob("*.csv")), "Kaggle offers them as submissions"
 
 
-# ------------------------------------------------------------------------------- a GPU that torch cannot use
+# ---------------------------------------------------------------------- a GPU that torch cannot use
 
 
 @pytest.fixture
@@ -110,9 +105,7 @@ def p100(monkeypatch):
 
     def broken(*size, device=None, **options):
         if device is not None and torch.device(device).type == "cuda":
-            raise RuntimeError(
-                "CUDA error: no kernel image is available for execution on the device\nCompile with ..."
-            )
+            raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
         return ones(*size, device=device, **options)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -123,7 +116,7 @@ def p100(monkeypatch):
 
 
 @pytest.fixture
-def real_films_on_kaggle(tmp_path, monkeypatch):
+def real_images_on_kaggle(tmp_path, monkeypatch):
     """A session with a data set that is not marked as synthetic."""
     for name in ("DLIA_DATA", "DLIA_PROFILE", "DLIA_RUNS"):
         monkeypatch.delenv(name, raising=False)
@@ -133,7 +126,7 @@ def real_films_on_kaggle(tmp_path, monkeypatch):
         (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)
 
 
-def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_films_on_kaggle):
+def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_images_on_kaggle):
     one = start_run("01", profile="auto")
     assert (one.profile, one.device, one.synthetic) == ("smoke", "cpu", False)
     lines = one.banner().splitlines()
@@ -143,7 +136,7 @@ def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_film
     assert device.hardware().endswith(("x86_64", "arm64", "aarch64", "AMD64"))
 
 
-def test_no_gpu_is_said_first_too_and_how_to_get_one(real_films_on_kaggle, monkeypatch):
+def test_no_gpu_is_said_first_too_and_how_to_get_one(real_images_on_kaggle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = start_run("01", profile="auto").banner().splitlines()
     assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]

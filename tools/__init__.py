@@ -1,1 +1,2 @@
-"""What makes the repository: the notebooks, what Kaggle takes, the published tables. Not part of the wheel."""
+"""What makes the repository: the notebooks, what Kaggle takes, the published tables. Not part of
+the wheel."""

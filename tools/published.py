@@ -1,10 +1,10 @@
-"""The tables and pictures of results/README.md, made from the committed results: `python -m tools.published` rewrites them."""
+"""The tables and pictures of results/README.md, made from the committed results: `python -m tools
+published`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -33,65 +33,61 @@ def markdown(table: pd.DataFrame) -> str:
     |---|---|
     | a | 0.5 |
     """
-    lines = [
-        list(map(str, table.columns)),
-        ["---"] * table.shape[1],
-        *table.astype(str).to_numpy().tolist(),
-    ]
-    return "\n".join(
-        "|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|"
-        for line in lines
-    )
+    head, *rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: clean accuracy and AUC, the worst case at 4/255 in pixel units, and its two directions."""
+def _cell(own: pd.DataFrame, attack: str, metric: str, **options: bool) -> str:
+    """The number with its interval; empty where it was not measured."""
+    rows = own[own.attack.eq(attack) & own.metric.eq(metric)]
+    return with_interval(rows.iloc[0], **options) if len(rows) else ""
+
+
+def _cells(own: pd.DataFrame, **options: bool) -> list[str]:
+    return [with_interval(row, **options) for _, row in own.iterrows()]
+
+
+def _by_model(results: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """A line a model (of a notebook, at a size); `columns`: title -> attack and metric."""
     rows = []
-    for model, own in results.groupby("model", sort=False):
-        near = own[
-            np.isclose(own.eps, HEADLINE_EPS) & own.eps_unit.eq("pixel") & own.attack.eq("worst")
-        ]
-        if near.empty:  # such as the smoothed model, which has a certificate instead
-            continue
-        cells = {"model": model, "clean accuracy": _cell(own, attack="clean", metric="accuracy")}
-        cells["AUC"] = _cell(own, attack="clean", metric="auc")
-        cells["**worst case**"] = _cell(near, attack="worst", metric="accuracy")
-        cells["pneumonias still found"] = _cell(near, attack="worst", metric="sensitivity")
-        cells["healthy still called healthy"] = _cell(near, attack="worst", metric="specificity")
-        rows.append(cells)
+    for (notebook, model), own in results.groupby(["notebook", "model"], sort=False):
+        row = {"model": model, "notebook": notebook[:2], "size": int(own["size"].iloc[0])}
+        rows.append(row | {title: _cell(own, *which) for title, which in columns.items()})
     return pd.DataFrame(rows)
 
 
+def _at_headline(results: pd.DataFrame) -> pd.DataFrame:
+    return results[np.isclose(results.eps, HEADLINE_EPS) & results.eps_unit.eq("pixel")]
+
+
+def headline(results: pd.DataFrame) -> pd.DataFrame:
+    """Per model: clean accuracy and AUC, the worst case at 4/255, and its two directions."""
+    columns = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
+    columns |= {"**worst case**": ("worst", "accuracy")}
+    columns |= {"pneumonias still found": ("worst", "sensitivity")}
+    columns |= {"healthy still called healthy": ("worst", "specificity")}
+    near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
+    table = _by_model(near, columns).drop(columns=["notebook", "size"])
+    # The smoothed model has a certificate instead of a worst case.
+    return table[table["**worst case**"].ne("")]
+
+
 def each_attack(results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: accuracy under every single attack at 4/255, the worst case, and the share of zero gradients."""
-    near = results[
-        np.isclose(results.eps, HEADLINE_EPS)
-        & results.eps_unit.eq("pixel")
-        & results.metric.eq("accuracy")
-    ]
+    """Per model: accuracy under every attack at 4/255, worst case, share of zero gradients."""
+    near = _at_headline(results).query("metric == 'accuracy'")
     table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
-    table = table[[name for name in (*SUITE, "worst") if name in table]].map(
-        lambda value: "" if np.isnan(value) else f"{value:.3f}"
-    )
-    zero = (
-        results[results.metric.eq("zero_gradient_share")]
-        .set_index("model")["value"]
-        .map("{:.1%}".format)
-    )
-    return table.assign(**{"zero gradients": zero}).reset_index()
+    table = table[[name for name in (*SUITE, "worst") if name in table]]
+    table = table.map(lambda value: "" if np.isnan(value) else f"{value:.3f}")
+    zero = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"]
+    return table.assign(**{"zero gradients": zero.map("{:.1%}".format)}).reset_index()
 
 
 def certificate(results: pd.DataFrame) -> pd.DataFrame:
-    """Randomised smoothing: the share of films that are right and certified at each L2 radius."""
+    """Randomised smoothing: the share of images that are right and certified at each L2 radius."""
     own = results[results.metric.eq("certified_accuracy")].sort_values("eps")
-    cells = [with_interval(row) for _, row in own.iterrows()]
-    return pd.DataFrame(
-        {
-            "L2 radius": own["eps"].map("{:.2f}".format),
-            "certified accuracy": cells,
-            "films": own["n"],
-        }
-    )
+    table = pd.DataFrame({"L2 radius": own["eps"].map("{:.2f}".format)})
+    return table.assign(**{"certified accuracy": _cells(own), "images": own["n"]})
 
 
 def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -102,14 +98,12 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataF
             own = table[table.model.eq(model) & table.metric.eq("accuracy")]
             if own.empty:  # a model that the original study did not have
                 continue
-            cells = {
-                "model": model,
-                "numbers": source,
-                "clean": f"{own[own.attack.eq('clean')]['value'].item():.3f}",
-            }
-            for _, row in own[own.attack.eq("fgsm_normalised")].sort_values("eps").iterrows():
-                cells[eps_text(row.eps, "normalised")] = f"{row['value']:.3f}"
-            rows.append(cells)
+            clean = own[own.attack.eq("clean")]["value"].item()
+            fooled = own[own.attack.eq("fgsm_normalised")].sort_values("eps")
+            row = {"model": model, "numbers": source, "clean": f"{clean:.3f}"}
+            for eps, value in zip(fooled["eps"], fooled["value"], strict=True):
+                row[eps_text(eps, "normalised")] = f"{value:.3f}"
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -119,187 +113,128 @@ def one_pixel(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (attack, model), part in own.groupby(["attack", "model"], sort=False):
         theirs = published[published.attack.eq(attack) & published.model.eq(model)]["value"]
-        value = {row.metric: row for _, row in part.iterrows()}
-        rows.append(
-            {
-                "setting": attack.removeprefix("one_pixel "),
-                "model": model,
-                "n": int(value["accuracy"].n),
-                "clean accuracy": f"{value['clean_accuracy'].value:.3f}",
-                "under attack": with_interval(value["accuracy"]),
-                "macro F1": f"{value['f1'].value:.3f}",
-                "queries per image": f"{value['queries_mean'].value:,.0f}",
-                "published": f"{theirs.item():.3f}" if len(theirs) else "",
-            }
-        )
+        found = part.set_index("metric")
+        row = {"setting": attack.removeprefix("one_pixel "), "model": model}
+        row["n"] = int(found.n["accuracy"])
+        row["clean accuracy"] = f"{found.value['clean_accuracy']:.3f}"
+        row["under attack"] = with_interval(found.loc["accuracy"])
+        row["macro F1"] = f"{found.value['f1']:.3f}"
+        row["queries per image"] = f"{found.value['queries_mean']:,.0f}"
+        row["published"] = f"{theirs.item():.3f}" if len(theirs) else ""
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def detection(results: pd.DataFrame) -> pd.DataFrame:
-    """What the plain view of the detector reaches on the scored films, each with its interval."""
-    names = {
-        "mAP50": "mAP, IoU 0.5",
-        "mAP50_95": "mAP, IoU 0.5 to 0.95",
-        "froc_mean": "FROC, mean of 1/8 to 8",
-        "sensitivity_at_1": "sensitivity at 1 false mark per film",
-    }
-    own = results[results.model.eq("plain")].set_index("metric")
-    return pd.DataFrame(
-        [{"metric": text, "value": with_interval(own.loc[name])} for name, text in names.items()]
-    )
+    """What the plain view of the detector reaches on the scored images, each with its interval."""
+    names = {"mAP50": "mAP, IoU 0.5", "mAP50_95": "mAP, IoU 0.5 to 0.95"}
+    names |= {"froc_mean": "FROC, mean of 1/8 to 8"}
+    names |= {"sensitivity_at_1": "sensitivity at 1 false mark per image"}
+    own = results[results.model.eq("plain")].set_index("metric").loc[list(names)]
+    return pd.DataFrame({"metric": names.values(), "value": _cells(own)})
 
 
 def views(results: pd.DataFrame) -> pd.DataFrame:
     """mAP of each view and fusion, and its paired difference to the plain view."""
-    rows = []
-    for model, own in results[results.data.eq("fracatlas")].groupby("model", sort=False):
-        own = own.set_index("metric")
-        gain = own.loc["mAP50_gain"]
-        signed = "" if model == "plain" else with_interval(gain, signed=True)
-        rows.append(
-            {
-                "views": model,
-                "mAP, IoU 0.5": with_interval(own.loc["mAP50"]),
-                "difference to plain": signed,
-            }
-        )
-    return pd.DataFrame(rows)
+    own = results[results.data.eq("fracatlas")]
+    value, gain = (own[own.metric.eq(name)] for name in ("mAP50", "mAP50_gain"))
+    signed = pd.Series(_cells(gain, signed=True), gain.model)
+    table = pd.DataFrame({"views": value.model, "mAP, IoU 0.5": _cells(value)})
+    difference = table["views"].map(signed).where(table["views"].ne("plain"), "")
+    return table.assign(**{"difference to plain": difference})
 
 
 def planted(results: pd.DataFrame) -> pd.DataFrame:
     """Average precision of each planted finding, learnt from scratch and scored out of fold."""
-    own = results[
-        results.model.eq("planted findings, 5 folds")
-        & results.metric.str.startswith(("mAP50", "AP50"))
-    ]
-    names = own.metric.str.removeprefix("AP50 ").replace(
-        {"mAP50": "all, mAP, IoU 0.5", "mAP50_95": "all, mAP, IoU 0.5 to 0.95"}
-    )
-    return pd.DataFrame(
-        {"finding": names, "average precision": [with_interval(row) for _, row in own.iterrows()]}
-    )
+    own = results[results.model.eq("planted findings, 5 folds")]
+    own = own[own.metric.str.startswith(("mAP50", "AP50"))]
+    means = {"mAP50": "all, mAP, IoU 0.5", "mAP50_95": "all, mAP, IoU 0.5 to 0.95"}
+    names = own.metric.str.removeprefix("AP50 ").replace(means)
+    return pd.DataFrame({"finding": names, "average precision": _cells(own)})
 
 
 def fractures(results: pd.DataFrame) -> pd.DataFrame:
-    """FracAtlas: clean accuracy and AUC, then PGD, the worst case and its two directions at 4/255, in per cent."""
+    """FracAtlas: clean accuracy and AUC, then PGD, worst case and its two directions at 4/255."""
     table = attack_table(results, eps=HEADLINE_EPS)
-    auc = {
-        model: _cell(own, attack="clean", metric="auc") for model, own in results.groupby("model")
-    }
+    auc = {model: _cell(own, "clean", "auc") for model, own in results.groupby("model")}
     table.insert(1, "AUC", table.index.map(auc))
     return table.reset_index()
 
 
 def worst_by_eps(results: pd.DataFrame) -> pd.DataFrame:
     """Accuracy in the worst case at every eps."""
-    rows = []
-    for model, own in results.groupby("model", sort=False):
-        worst = own[own.attack.eq("worst") & own.metric.eq("accuracy")].sort_values("eps")
-        if len(worst):
-            rows.append(
-                {"model": model}
-                | {eps_text(row.eps): with_interval(row) for _, row in worst.iterrows()}
-            )
-    return pd.DataFrame(rows)
+    worst = results[results.attack.eq("worst") & results.metric.eq("accuracy")]
+    worst = worst.assign(cell=_cells(worst), eps=worst.eps.round(9))
+    table = worst.pivot(index="model", columns="eps", values="cell")
+    table = table.reindex(list(dict.fromkeys(worst.model)))
+    return table.rename(columns=eps_text).rename_axis(columns=None).reset_index()
+
+
+def _maps(results: pd.DataFrame, ending: str, **options: bool) -> pd.DataFrame:
+    """Models and maps down, localisation scores whose metric has this `ending` across."""
+    own = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for _, row in own.iterrows():
+        key = row.model, row.attack.removeprefix("map ")
+        score = row.metric.removesuffix(ending).replace("_", " ")
+        rows.setdefault(key, {})[score] = with_interval(row, **options)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["model", "map"])
+    return table.reset_index()
 
 
 def fracture_maps(results: pd.DataFrame) -> pd.DataFrame:
     """Localisation of the fracture boxes: each map beside the three that know nothing."""
-    maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(" box")]
-    rows, known = [], set()
-    for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
-        name = attack.removeprefix("map ")
-        if name in REFERENCES:
-            model = "(no model)"  # the same for all
-            if name in known:
-                continue
-            known.add(name)
-        scores = {
-            row.metric.removesuffix(" box").replace("_", " "): with_interval(row)
-            for _, row in own.iterrows()
-        }
-        rows.append({"model": model, "map": name} | scores)
-    return pd.DataFrame(sorted(rows, key=lambda row: row["model"] == "(no model)"))
+    table = _maps(results, " box")
+    blind = table["map"].isin(REFERENCES)
+    known = table[blind].drop_duplicates("map").assign(model="(no model)")  # the same for all
+    return pd.concat([table[~blind], known])
 
 
 def map_differences(results: pd.DataFrame) -> pd.DataFrame:
-    """What each defence's maps gain over the plain model's on the same films."""
-    ending = " box, minus standard"
-    maps = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
-    rows = []
-    for (model, attack), own in maps.groupby(["model", "attack"], sort=False):
-        scores = {
-            row.metric.removesuffix(ending).replace("_", " "): with_interval(row, signed=True)
-            for _, row in own.iterrows()
-        }
-        rows.append({"model": model, "map": attack.removeprefix("map ")} | scores)
-    return pd.DataFrame(rows)
+    """What each defence's maps gain over the plain model's on the same images."""
+    return _maps(results, " box, minus standard", signed=True)
 
 
 def covid(results: pd.DataFrame) -> pd.DataFrame:
-    """COVID: what each model reaches on the test films, once."""
-    rows = []
+    """COVID: what each model reaches on the test images, once."""
+    metrics = "accuracy sensitivity specificity auc".split()
     clean = results[results.attack.eq("clean")]
-    for (notebook, model), own in clean.groupby(["notebook", "model"], sort=False):
-        cells = {"model": model, "notebook": notebook[:2], "size": int(own["size"].iloc[0])}
-        for metric in ("accuracy", "sensitivity", "specificity", "auc"):
-            cells[metric] = _cell(own, attack="clean", metric=metric)
-        rows.append(cells)
-    return pd.DataFrame(rows)
+    return _by_model(clean, {metric: ("clean", metric) for metric in metrics})
 
 
 def shortcut_audit(results: pd.DataFrame) -> pd.DataFrame:
-    """COVID: AUC on films of which only a part is left, for the trained model and for one trained on that part."""
+    """COVID: AUC where only a part of the image is left, of the model and of one trained on it."""
     own = results[results.attack.str.startswith("audit, ") & results.metric.eq("auc")]
-    parts = own.attack.str.extract(r"audit, (tested|retrained) on (\w+)")
-    cells = own.assign(
-        how=parts[0],
-        region=parts[1].str.replace("_", " "),
-        cell=[with_interval(row) for _, row in own.iterrows()],
-    )
-    table = cells.pivot(index="region", columns="how", values="cell").loc[
-        list(dict.fromkeys(cells.region))
-    ]
-    names = {
-        "tested": "AUC of the fine-tuned network",
-        "retrained": "AUC of a classifier trained on that part",
-    }
-    return table[list(names)].rename(columns=names).reset_index(names="what is left of the film")
+    parts = own.attack.str.extract(r"audit, (?P<how>tested|retrained) on (?P<region>\w+)")
+    parts = parts.assign(region=parts.region.str.replace("_", " "), cell=_cells(own))
+    table = parts.pivot(index="region", columns="how", values="cell")
+    names = {"tested": "AUC of the fine-tuned network"}
+    names |= {"retrained": "AUC of a classifier trained on that part"}
+    table = table.loc[list(dict.fromkeys(parts.region)), list(names)].rename(columns=names)
+    return table.reset_index(names="what is left of the image")
 
 
 def corruption_cost(results: pd.DataFrame) -> pd.DataFrame:
-    """Notebook 04: AUC on clean films, then the error over all severities of corruptions seen and not seen in training."""
-    rows = []
-    for model, own in results.groupby("model", sort=False):
-        cells = {
-            "model": model,
-            "size": int(own["size"].iloc[0]),
-            "AUC, clean": _cell(own, attack="clean", metric="auc"),
-        }
-        for kind in ("seen in training", "not seen"):
-            cells[f"error, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="error")
-            cells[f"mCE, {kind}"] = _cell(own, attack=f"mean of those {kind}", metric="ce")
-        rows.append(cells)
-    return pd.DataFrame(rows)
+    """Notebook 04: clean AUC, then the error over corruptions seen and not seen in training."""
+    columns = {"AUC, clean": ("clean", "auc")}
+    for kind in ("seen in training", "not seen"):
+        columns |= {f"error, {kind}": (f"mean of those {kind}", "error")}
+        columns |= {f"mCE, {kind}": (f"mean of those {kind}", "ce")}
+    return _by_model(results, columns).drop(columns="notebook")
 
 
-def drift_warning(results: pd.DataFrame, *, outcome: str = "error") -> pd.DataFrame:
-    """Notebook 04: AUROC of drift and of its rivals for wrong answers in the three readings, one line a score."""
-    own = results[
-        results.attack.str.startswith("warning ") & results.metric.str.contains(f" {outcome} ")
-    ]
+def drift_warning(results: pd.DataFrame) -> pd.DataFrame:
+    """Notebook 04: AUROC of drift and its rivals for wrong answers in three readings."""
+    own = results[results.attack.str.startswith("warning ")]
     rows = []
     for (model, attack), part in own.groupby(["model", "attack"], sort=False):
-        value = {row.metric: with_interval(row) for _, row in part.iterrows()}
-        signed = {row.metric: with_interval(row, signed=True) for _, row in part.iterrows()}
-        cells = {"model": model, "score": attack.removeprefix("warning ")}
-        cells |= {
-            reading: value.get(f"auroc {outcome} {reading}", "")
-            for reading in ("mixed", "within", "same answer")
-        }
+        row = {"model": model, "score": attack.removeprefix("warning ")}
+        for reading in ("mixed", "within", "same answer"):
+            row[reading] = _cell(part, attack, f"auroc error {reading}")
         for rival in ("uncertainty", "p_shift"):
-            cells[f"within, minus {rival}"] = signed.get(f"auroc_over_{rival} {outcome} within", "")
-        rows.append(cells)
+            gain = _cell(part, attack, f"auroc_over_{rival} error within", signed=True)
+            row[f"within, minus {rival}"] = gain
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -310,114 +245,88 @@ def claimed(published: pd.DataFrame) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), "").reset_index()
 
 
-def _cell(own: pd.DataFrame, *, attack: str, metric: str) -> str:
-    """The number with its interval; empty where it was not measured."""
-    rows = own[own.attack.eq(attack) & own.metric.eq(metric)]
-    return with_interval(rows.iloc[0]) if len(rows) else ""
+def _results(name: str) -> pd.DataFrame:
+    return pd.read_csv(REPOSITORY / "results" / f"{name}.csv")
 
 
 def blocks() -> dict[str, str]:
-    """Block name -> markdown, for every `<!-- table NAME -->` pair of markers in results/README.md."""
-    results = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
-    bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
-    boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
-    published = pd.read_csv(REPOSITORY / "results" / "published_medical_image_diagnosis.csv")
-    moved = pd.read_csv(REPOSITORY / "results" / "04_perturbation.csv")
-    corona = pd.read_csv(REPOSITORY / "results" / "06_covid.csv")
-    claims = pd.read_csv(REPOSITORY / "results" / "published_r2i_medical_imaging.csv")
-    return {
-        "01-headline": markdown(headline(results)),
-        "01-attacks": markdown(each_attack(results)),
-        "01-eps": markdown(worst_by_eps(results)),
-        "01-certificate": markdown(certificate(results)),
-        "01-fgsm": markdown(beside_published(results, published)),
-        "01-one-pixel": markdown(one_pixel(results, published)),
-        "02-attacks": markdown(fractures(bones)),
-        "02-each": markdown(each_attack(bones)),
-        "02-eps": markdown(worst_by_eps(bones)),
-        "02-maps": markdown(fracture_maps(bones)),
-        "02-map-differences": markdown(map_differences(bones)),
-        "02-claimed": markdown(claimed(claims)),
-        "04-corruptions": markdown(corruption_cost(moved)),
-        "04-warning": markdown(drift_warning(moved)),
-        "06-covid": markdown(covid(corona)),
-        "07-audit": markdown(shortcut_audit(corona)),
-        "05-detection": markdown(detection(boxes)),
-        "05-views": markdown(views(boxes)),
-        "05-planted": markdown(planted(boxes)),
+    """Block name -> markdown, for every `<!-- table NAME -->` in results/README.md."""
+    pneumonia, bones, boxes = map(_results, ("01_pneumonia", "02_fracatlas", "05_detection"))
+    moved, corona = map(_results, ("04_perturbation", "06_covid"))
+    published = _results("published_medical_image_diagnosis")
+    tables = {
+        "01-headline": headline(pneumonia),
+        "01-attacks": each_attack(pneumonia),
+        "01-eps": worst_by_eps(pneumonia),
+        "01-certificate": certificate(pneumonia),
+        "01-fgsm": beside_published(pneumonia, published),
+        "01-one-pixel": one_pixel(pneumonia, published),
+        "02-attacks": fractures(bones),
+        "02-each": each_attack(bones),
+        "02-eps": worst_by_eps(bones),
+        "02-maps": fracture_maps(bones),
+        "02-map-differences": map_differences(bones),
+        "02-claimed": claimed(_results("published_r2i_medical_imaging")),
+        "04-corruptions": corruption_cost(moved),
+        "04-warning": drift_warning(moved),
+        "06-covid": covid(corona),
+        "07-audit": shortcut_audit(corona),
+        "05-detection": detection(boxes),
+        "05-views": views(boxes),
+        "05-planted": planted(boxes),
     }
+    return {name: markdown(table) for name, table in tables.items()}
 
 
 def pictures() -> dict[str, Figure]:
-    """The figures in docs/ by file name: plots of the committed results, and synthetic films. No radiographs."""
-    attacks = pd.read_csv(REPOSITORY / "results" / "01_pneumonia.csv")
-    boxes = pd.read_csv(REPOSITORY / "results" / "05_detection.csv")
-    bones = pd.read_csv(REPOSITORY / "results" / "02_fracatlas.csv")
-    fracatlas = SimpleNamespace(data_name="FracAtlas, 222 test films", profile="cpu", size=160)
-    pneumonia = SimpleNamespace(data_name="pneumonia, all 624 test films", profile="cpu", size=112)
-    fractures = SimpleNamespace(data_name="FracAtlas, 61 test films", profile="cpu", size=384)
+    """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
+    options = {"attack": "worst", "note": "Worst case over all attacks"}
+    pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
+    bones = "FracAtlas, 222 test images, cpu profile, 160 px"
+    boxes = "FracAtlas, 61 test images, cpu profile, 384 px"
     return {
-        "worst_case": figure_accuracy_vs_eps(
-            attacks, pneumonia, attack="worst", note="Worst case over the suite"
-        ),
-        "fractures": figure_accuracy_vs_eps(
-            bones, fracatlas, attack="worst", note="Worst case over all attacks"
-        ),
-        "views": figures.figure_tta(_view_table(boxes), fractures),
-        "findings": _finding_films(),
+        "worst_case": figure_accuracy_vs_eps(_results("01_pneumonia"), pneumonia, **options),
+        "fractures": figure_accuracy_vs_eps(_results("02_fracatlas"), bones, **options),
+        "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
+        "findings": _findings(),
     }
 
 
 def _view_table(results: pd.DataFrame) -> pd.DataFrame:
-    real = results[results.data.eq("fracatlas")]
-    value = real[real.metric.eq("mAP50")].set_index("model")[["value", "ci_low", "ci_high"]]
-    gain = real[real.metric.eq("mAP50_gain")].set_index("model")[["value", "ci_low", "ci_high"]]
+    real = results[results.data.eq("fracatlas")].set_index("model")
+    parts = [real[real.metric.eq(name)] for name in ("mAP50", "mAP50_gain")]
+    value, gain = (part[["value", "ci_low", "ci_high"]] for part in parts)
     gain.columns = ["difference", "difference_low", "difference_high"]
     return value.join(gain).rename_axis("name").reset_index()
 
 
-def _finding_films() -> Figure:
-    """One synthetic film per planted finding, with its box."""
-    films, boxes = [], []
+def _findings() -> Figure:
+    """One synthetic radiograph per planted finding, with its box."""
+    images, boxes = [], []
     for label, name in enumerate(NIH_CLASSES, start=1):
         rng = np.random.default_rng([5, label])
-        film, found = phantom.chest_with_findings(rng, [name], size=192)
-        films.append(film)
+        image, found = phantom.chest_with_findings(rng, [name], size=192)
+        images.append(image)
         boxes.append(pd.DataFrame([[*found[0], label]], columns=[*figures.CORNERS, "label"]))
-    config = SimpleNamespace(data_name="planted findings (SYNTHETIC)", profile="phantom", size=192)
-    return figures.figure_boxes(
-        np.stack(films),
-        boxes,
-        [box.iloc[:0] for box in boxes],
-        [""] * len(films),
-        NIH_CLASSES,
-        config.caption,
-    )
+    empty, titles = [box.iloc[:0] for box in boxes], [""] * len(images)
+    caption = "planted findings (SYNTHETIC), phantom profile, 192 px"
+    return figures.figure_boxes(np.stack(images), boxes, empty, titles, NIH_CLASSES, caption)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """Put each table between its pair of markers; an unknown or missing marker is an error.
-
-    >>> print(fill("<!-- table a -->old<!-- end a -->", {"a": "new"}))
-    <!-- table a -->
-    new
-    <!-- end a -->
-    """
+    """Put each table between its pair of markers; an unknown or missing marker is an error."""
     asked = set(re.findall(r"<!-- table ([\w-]+) -->", text))
     if asked != set(tables):
         raise ValueError(f"markers {sorted(asked)} and tables {sorted(tables)} differ")
     for name, table in tables.items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
-        text = re.sub(
-            f"{start}.*?{end}",
-            lambda _, s=start, t=table, e=end: f"{s}\n{t}\n{e}",
-            text,
-            flags=re.DOTALL,
-        )
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
     return text
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write docs/*.png and results/README.md anew."""
     for name, figure in pictures().items():
         with files.atomic_path(REPOSITORY / "docs" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=80, bbox_inches="tight")

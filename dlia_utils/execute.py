@@ -1,0 +1,290 @@
+"""Runs the notebooks without a browser: finds them, checks their settings, executes them and tells
+how far they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from .progress import STATUS, Bar
+
+PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
+PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
+SECONDS_BETWEEN_LINES = 10  # in a log file, at least
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+# PyTorch on CPU is 2 to 5 times faster when glibc keeps large buffers; glibc reads this at a
+# process's start.
+KEEP_BUFFERS = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=8589934592".split()
+KERNEL_ENVIRONMENT = {
+    "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in KEEP_BUFFERS),
+    "GOMP_SPINCOUNT": "10000",  # endless spinning costs up to ten times the work on a busy machine
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # of bars that are not ours
+}
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One executed notebook: its name and run folder, and what went wrong ("" when nothing did)."""
+
+    name: str
+    folder: Path
+    seconds: float
+    error: str = ""
+
+    @property
+    def notebook(self) -> Path:
+        return self.folder / "executed.ipynb"
+
+
+def notebooks_folder() -> Path:
+    """The suite's `notebooks/`: below the working directory, else in the repository around this
+    package."""
+    here = Path("notebooks")
+    return here if any(here.glob("*.ipynb")) else Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def pick(names: Sequence[str] = (), folder: str | Path | None = None) -> list[Path]:
+    """The notebooks that `names` means ("01", "1", "02,03" or the full name); all of them for no
+    names.
+
+    Errors: ValueError naming what there is when a name fits no notebook.
+    """
+    folder = Path(folder or notebooks_folder())
+    found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not found:
+        raise ValueError(
+            f"no notebooks NN_name.ipynb in {folder}: run this in the suite's repository"
+        )
+    numbers = {str(int(stem[:2])): stem for stem in found}
+    chosen = []
+    for name in (part for given in names for part in given.split(",") if part):
+        stem = numbers.get(name.lstrip("0"), Path(name).stem)
+        if stem not in found:
+            raise ValueError(f"no notebook {name}; there are: {', '.join(found)}")
+        chosen.append(stem)
+    return [path for stem, path in found.items() if stem in chosen or not names]
+
+
+def tags(cell: Mapping[str, Any]) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def full_settings(notebook: str | Path) -> dict[str, Any]:
+    """FULL of a notebook: what its settings cells say of the whole study."""
+    names = opening(notebook, ("parameters", "settings"))
+    if "FULL" not in names:
+        raise ValueError(f"{Path(notebook).name} has no cell tagged 'settings' that defines FULL")
+    return names["FULL"]
+
+
+def opened(notebook: str | Path, **parameters: Any) -> Any:
+    """The `run.Run` that a notebook's opening cells start, executed here with these parameters in
+    their place.
+
+    PROFILE, DATA_DIR, RUN_NAME, RESUME, CHANGES as in the notebook. Prints its banner. Errors:
+    those of `run.start`, before any kernel is started; TypeError for another parameter."""
+    if unknown := sorted(set(parameters) - set(PARAMETERS)):
+        raise TypeError(f"no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}")
+    return opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
+
+
+def opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
+    """The names that the cells with the `wanted` tags define, executed in this process."""
+    names: dict[str, Any] = {}
+    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and set(tags(cell)) & set(wanted):
+            code = "".join(cell["source"])
+            exec(compile(code, f"{Path(notebook).name}, cell {tags(cell)[0]!r}", "exec"), names)
+        if "parameters" in tags(cell):
+            names |= parameters
+    return names
+
+
+def run(
+    notebook: str | Path,
+    *,
+    profile: str = "smoke",
+    data: str | Path = "",
+    run_name: str = "",
+    resume: bool | str = True,
+    changes: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Executed:
+    """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
+
+    Its opening cells are executed here first: a wrong setting, data path or name is reported before
+    a kernel starts. `changes` is the notebook's CHANGES. A failing cell is told in
+    `Executed.error`; everything written so far stays."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    data = absolute(data) if data else ""
+    parameters = {"PROFILE": profile, "DATA_DIR": data, "CHANGES": dict(changes or {})}
+    folder = opened(notebook, RUN_NAME=run_name, RESUME=resume, **parameters).run_dir.resolve()
+    # An older run was put aside above: what is there now is ours.
+    parameters |= {"RUN_NAME": folder.name, "RESUME": resume or True}
+    start, error = time.perf_counter(), ""
+    try:
+        execute(notebook, folder / "executed.ipynb", parameters=parameters, progress=progress)
+    except PapermillExecutionError as failure:
+        error = failure_text(failure)
+    except DeadKernelError:
+        error = "the kernel died (out of memory is the usual reason): try a smaller profile"
+    return Executed(Path(notebook).stem, folder, time.perf_counter() - start, error)
+
+
+def failure_text(failure: Any) -> str:
+    """The failing cell's number, its code and the end of its traceback, without colours."""
+    code = "\n".join(f"    {line}" for line in failure.source.splitlines())
+    trace = [line for part in failure.traceback for line in ANSI.sub("", part).splitlines()]
+    return "\n".join([f"cell [{failure.exec_count}] failed:", code, "", *trace[-12:]])
+
+
+def short(path: Path) -> str:
+    """`path` as seen from here when it is below, else whole."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def execute(
+    notebook: str | Path,
+    out: str | Path,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    cwd: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Execute a notebook with papermill and leave it, outputs included, in `out`.
+
+    `parameters` replaces names of the tagged cell; `environment` changes the kernel's variables
+    (None removes one); `cwd` is where the kernel starts (the notebook's folder). A failing cell
+    raises papermill's PapermillExecutionError after `out` has been written. `progress` tells
+    standard error which section runs, and how far its innermost bar is: one line that changes in a
+    terminal, else a line for each new stage."""
+    import papermill
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel starts in another folder, where a relative path would mean something else.
+    paths = {name: absolute(os.environ[name]) for name in PATH_VARIABLES if os.environ.get(name)}
+    with narrated(sys.stderr if progress else None) as (hooks, status):
+        variables = KERNEL_ENVIRONMENT | paths | {STATUS: status} | dict(environment or {})
+        with changed_environment(variables):
+            papermill.execute_notebook(
+                str(notebook),
+                str(out),
+                # As JSON has it: papermill would write a tuple down as a text.
+                parameters=json.loads(json.dumps(dict(parameters or {}))),
+                cwd=str(cwd or Path(notebook).parent),
+                kernel_name="python3",
+                progress_bar=False,
+                extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn of TCP
+                **hooks,
+            )
+    return out
+
+
+@contextmanager
+def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Change environment variables for a while; None removes one."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# ---------------------------------------------------------------------------------------- narration
+
+
+@contextmanager
+def narrated(stream: TextIO | None) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The hooks for nbclient, and the file for bars to write to, by which `stream` is told what
+    runs."""
+    if stream is None:
+        yield {}, None
+        return
+    at, over = {"cells": [], "number": 0}, threading.Event()
+    hooks = {
+        "on_notebook_start": lambda notebook: at.update(cells=list(notebook.cells)),
+        "on_cell_start": lambda cell, cell_index: at.update(number=cell_index + 1),
+    }
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        status = Path(scratch) / "status"
+        teller = threading.Thread(target=narrate, args=(stream, at, status, over), daemon=True)
+        teller.start()
+        try:
+            yield hooks, str(status)
+        finally:
+            over.set()
+            teller.join()
+
+
+def narrate(stream: TextIO, at: Mapping[str, Any], status: Path, over: threading.Event) -> None:
+    """Say about once a second where the execution is, until it is `over`; the last line stays."""
+    begun, said, stage, bar, live = time.monotonic(), -math.inf, ("", ""), "", stream.isatty()
+
+    def rewrite(bar: str, end: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        line = _line(at, bar, time.monotonic() - begun, width)
+        print(f"\r{line.ljust(width)}", end=end, file=stream, flush=True)
+
+    with suppress(OSError, ValueError):  # whoever read the lines has gone; the notebook goes on
+        while not over.wait(1):
+            text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else "\n"
+            bar = text.strip() if text else bar  # empty: it is being written
+            passed, here = time.monotonic() - begun, _stage(at, bar)
+            if live:
+                rewrite(bar, end="")
+            elif passed < said + SECONDS_BETWEEN_LINES:
+                continue
+            elif here[0] != stage[0] or here[1] not in ("", stage[1]):
+                print(_line(at, bar, passed), file=stream, flush=True)
+                said, stage = passed, here
+        if live:
+            rewrite("", end="\n")
+
+
+def _line(at: Mapping[str, Any], bar: str, passed: float, width: int | None = None) -> str:
+    """Such as "[03/51] 2 Training | train pgd_at: epoch 3 of 12, loss 0.61, val_robust 0.40 |
+    00:44"."""
+    total = str(len(at["cells"]))
+    number = f"[{str(at['number']).zfill(len(total))}/{total}]"
+    clock = f" | {Bar.format_interval(passed)}"
+    text = " | ".join(filter(None, [f"{number} {_section(at)}".strip(), bar]))
+    return text[: None if width is None else max(width - len(clock), 0)] + clock
+
+
+def _stage(at: Mapping[str, Any], bar: str) -> tuple[str, str]:
+    """What a log file is told of: another section, another bar or another epoch of it."""
+    return _section(at), (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
+
+
+def _section(at: Mapping[str, Any]) -> str:
+    """The last '## ' heading so far."""
+    above = [cell.source for cell in at["cells"][: at["number"]] if cell.cell_type == "markdown"]
+    return (re.findall(r"^## +(.+)", "\n".join(above), flags=re.MULTILINE) or [""])[-1]

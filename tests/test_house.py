@@ -1,0 +1,100 @@
+"""The budgets of the house: lines, imports, names, and the map that is drawn from them."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tools import house
+from tools.notebooks import REPOSITORY
+
+BUDGET = {"dlia_utils": 11_500, "tools": 1_200}
+LONGEST = 60
+RUN_KNOWN_BY = {"study", "report", "execute", "__main__", "detect.job"}  # what knows a profile
+MANY_PARAMETERS = {("train", "fit"), ("attacks.evaluate", "robust")}
+
+
+def lines(folder):
+    return sum(len(path.read_text().splitlines()) for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def functions():
+    """(module, function) of the package, methods and nested ones too."""
+    for module, path in house.modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield module, node
+
+
+@pytest.mark.parametrize("folder", BUDGET)
+def test_lines(folder):
+    assert lines(folder) <= BUDGET[folder]
+
+
+def test_tests_have_no_more_lines_than_the_package():
+    assert lines("tests") <= lines("dlia_utils")
+
+
+@pytest.mark.parametrize("group", [lambda module: module, house.room], ids=["files", "rooms"])
+def test_no_circle(group):
+    graphlib.TopologicalSorter(house.arrows(group)).prepare()  # raises CycleError that names it
+
+
+def test_no_private_name_is_imported():
+    private = [one for one in house.imports() if re.match("_(?!_)", one[2])]
+    assert not private
+    # Nor reached through a module: from . import x; x._name
+    for module, path in house.modules().items():
+        tree = ast.parse(path.read_text())
+        taken = {other.split(".")[-1] for owner, other, name in house.imports() if owner == module}
+        reached = [
+            f"{module}: {node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr)
+            if isinstance(node.value, ast.Name) and node.value.id in taken
+        ]
+        assert not reached
+
+
+def test_only_study_and_report_know_the_run():
+    assert {module for module, other, _ in house.imports() if other == "run"} <= RUN_KNOWN_BY
+
+
+def test_functions_are_short():
+    long = [(m, f.name, f.end_lineno - f.lineno + 1 - docstring(f)) for m, f in functions()]
+    assert not [one for one in long if one[2] > LONGEST]
+
+
+def docstring(function):
+    first = function.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return first.end_lineno - first.lineno + 1 if is_text else 0
+
+
+def test_functions_have_few_parameters():
+    many = [(m, f.name) for m, f in functions() if sum(map(len, parameters(f))) > 10]
+    assert set(many) <= MANY_PARAMETERS
+
+
+def parameters(function):
+    own = function.args
+    return own.posonlyargs, own.args, own.kwonlyargs
+
+
+def test_nothing_escapes_the_formatter():
+    for folder in ("dlia_utils", "tools", "tests", "benchmarks", "notebooks/src"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            assert (
+                not re.search(r"# *fmt: *(off|skip)", path.read_text())
+                or path.name == "test_house.py"
+            )
+    check = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", "."]
+    assert subprocess.run(check, cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_the_map_is_drawn_from_the_imports():
+    text = house.PAGE.read_text(encoding="utf-8")
+    assert house.fill(text, {"map": house.drawing()}) == text, "run: python -m tools tables"
