@@ -16,21 +16,12 @@ import pandas as pd
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
-
-    >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with atomic_path(target) as temporary:
-    ...     _ = temporary.write_text("whole")
-    >>> target.read_text(), len(list(target.parent.iterdir()))
-    ('whole', 1)
-    """
+    """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept last because writers such as np.save and savefig read the format from it.
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}"
-    )
+    # The suffix stays last: np.save, savefig and others read the format from it.
+    own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -39,11 +30,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def copy_tree(source: str | Path, target: str | Path, **options: Any) -> Path:
-    """Copy a folder so that the copy can be written, also where the source is read-only; returns `target`.
-
-    `options` go to `shutil.copytree`.
-    """
-    # Modes would come along with copy2, which is copytree's default, and those of folders come in any case.
+    """`shutil.copytree` whose copy can be written, also where the source is read-only."""
+    # copytree's own copy2 would bring the modes of the files along; those of folders come anyway.
     shutil.copytree(source, target, **{"copy_function": shutil.copyfile} | options)
     for folder in (Path(target), *filter(Path.is_dir, Path(target).rglob("*"))):
         folder.chmod(0o755)

@@ -33,7 +33,7 @@ FULL = {"dataset": "pneumonia", "epochs": 3}
 # %% tags=["start"]
 from dlia_utils.run import start
 
-run = start("08_cli", FULL, profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES)
+run = start("08_cli", dict(full=FULL), dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES))
 print(run)
 print(PROFILE, RUN_NAME)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import curves, once, report, search, study
+from dlia_utils import curves, report, search, study
 from dlia_utils.data import cache, datasets, explore, phantom, sources, split
 from tools import notebooks
 
@@ -88,7 +88,7 @@ def run(cells, part, *, wanted=LEARNT):
     opened = study.open_study(started)
     if part:
         opened = spoil(opened, part)
-        study._OPEN[started.key, started.run_dir] = opened
+        started.opened[started.key] = opened
     for number in wanted:
         for code in sections[number]:
             exec(code, names)
@@ -193,8 +193,8 @@ def test_the_test_is_opened_after_all_choices_and_once(done, cells, patched):
     paths = clean.study.dataset.manifest["path"]
     assert told["path"].tolist() == paths[clean.study.rows("test")].tolist()
     (clean.folder / "tables" / "test_baseline.csv").unlink()
-    with pytest.raises(once.AlreadyOpened):
-        once.predictions(clean.study, "baseline")
+    with pytest.raises(study.AlreadyOpened):
+        study.predictions(clean.study, "baseline")
 
 
 def test_the_threshold_is_fixed_beforehand(cells):

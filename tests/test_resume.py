@@ -89,7 +89,6 @@ def test_a_session_that_was_cut_off_loses_at_most_one_epoch(kaggle, layout, capl
     shutil.rmtree(kaggle / "working")
     shutil.rmtree(kaggle / "input")
     (kaggle / "input").mkdir()
-    study._OPEN.clear()
     straight = train()
     columns = ["train_loss", "val_loss"]
     pd.testing.assert_frame_equal(
