@@ -13,9 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 from tqdm.std import tqdm
@@ -35,15 +33,13 @@ class Bar(tqdm):
 
     >>> with Bar(total=3, desc="drift", disable=True) as bar:
     ...     bar.update(2)
-    >>> bar.n
-    0
     """
 
     monitor_interval = 0  # tqdm's thread would draw into another cell; miniters=1 needs none
     open: WeakValueDictionary[int, Bar] = WeakValueDictionary()  # the outermost first
     told = 0.0
 
-    def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
+    def __init__(self, iterable=None, **options) -> None:
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
         self.place = "terminal" if terminal else "log"
@@ -53,7 +49,8 @@ class Bar(tqdm):
         super().__init__(iterable, **{"miniters": 1, "gui": self.place != "terminal"} | options)
         if not self.disable:
             Bar.open[id(self)] = self
-            self.display() if self.place != "terminal" else None
+            if self.place != "terminal":  # there tqdm itself has shown it
+                self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Show the bar as it is now; tqdm calls this."""
@@ -71,10 +68,10 @@ class Bar(tqdm):
             if self.place == "log":
                 self.fp.write(f"{self.line(finished=True)}\n")
 
-    def clear(self, *args: Any, **kwargs: Any) -> None:
+    def clear(self, *args, **options) -> None:
         """Make room for other output, which only a terminal needs."""
         if self.place == "terminal":
-            super().clear(*args, **kwargs)
+            super().clear(*args, **options)
 
     def close(self) -> None:
         """End the bar and leave one line, or nothing with leave=False."""
@@ -85,11 +82,12 @@ class Bar(tqdm):
         else:
             self.disable = True
             self._decr_instances(self)
+            line = self.line(finished=True)
             if self.output:  # else it was over before its delay
-                self._publish(self.line(finished=True) if self.leave else "")
+                self._publish(line if self.leave else "")
             told = self.marked == (self.n, self.postfix)
             if self.place == "log" and self.leave and self.due and not told:
-                self.fp.write(f"{self.line(finished=True)}\n")
+                self.fp.write(f"{line}\n")
         Bar.open.pop(id(self), None)
         self._tell(at_once=True)
 
@@ -99,21 +97,16 @@ class Bar(tqdm):
         return time.time() >= self.start_t + self.delay
 
     def line(self, *, finished: bool = False) -> str:
-        """The bar in words: 'drift: 20 of 80 images [00:05, 00:15 left]'.
-
-        At its end a mark says more than the count.
-        """
-        state = self.format_dict
-        n, total, elapsed, done = self.n, self.total, state["elapsed"], self.n - self.initial
+        """The bar in words, as 'drift: 20 of 80 images [00:05, 00:15 left]'; a mark ends it."""
+        state, n, total, done = self.format_dict, self.n, self.total, self.n - self.initial
         unit = {"it": "", "batch": " batches"}.get(self.unit, f" {self.unit}s")
         count = f"{n:,}{unit}" if total in (None, n) else f"{n:,} of {total:,}{unit}"
-        told = [self.postfix, None if self.marked and finished else count]
-        clock = tqdm.format_interval(elapsed)
+        clock = tqdm.format_interval(state["elapsed"])
         if not finished and total and done > 0:
-            speed = state["rate"] or done / max(elapsed, 1e-9)
+            speed = state["rate"] or done / max(state["elapsed"], 1e-9)
             clock += f", {tqdm.format_interval(max(total - n, 0) / speed)} left"
-        name = self.desc.rstrip(": ") or "progress"
-        return f"{name}: {', '.join(filter(None, told))} [{clock}]"
+        told = [self.postfix, None if self.marked and finished else count]
+        return f"{self.desc.rstrip(': ') or 'progress'}: {', '.join(filter(None, told))} [{clock}]"
 
     def _publish(self, text: str) -> None:
         from IPython.display import display
@@ -125,9 +118,8 @@ class Bar(tqdm):
 
     def _tell(self, *, at_once: bool = False) -> None:
         """Write the lines of the open bars to the file that DLIA_STATUS names."""
-        path = os.environ.get(STATUS)
-        if path and (at_once or time.time() >= Bar.told + INTERVAL):
+        if os.environ.get(STATUS) and (at_once or time.time() >= Bar.told + INTERVAL):
             text = " > ".join(bar.line() for bar in Bar.open.values() if bar.due)
             with contextlib.suppress(OSError):  # a status that cannot be told must not end the work
-                Path(path).write_text(f"{text}\n", encoding="utf-8")
+                Path(os.environ[STATUS]).write_text(f"{text}\n", encoding="utf-8")
             Bar.told = time.time()

@@ -61,7 +61,7 @@ class Run:
     location: sources.Location
     run_dir: Path
     values: dict[str, Any]  # the settings
-    usual: dict[str, Any] = field(default_factory=dict)  # what CHANGES has replaced
+    changed: dict[str, Any] = field(default_factory=dict)  # by CHANGES: what the values were
     device: str = "cpu"
     device_note: str = ""
     reason: str = "asked for"  # of the profile
@@ -91,17 +91,34 @@ class Run:
         return [*super().__dir__(), *self.values]
 
     def __str__(self) -> str:
-        return f"{self.banner()}\n{self.settings_text()}"
+        data = f"real images of {self.location.dataset!r}"
+        if self.synthetic:
+            data = "SYNTHETIC phantom images: the numbers below mean nothing medically"
+        # A GPU that is missing or cannot be used is what a reader must learn first.
+        lines = [f"device   {self.device}  ({self.device_note})"]
+        if self.device == "cpu":
+            lines = [f"device   CPU ONLY: {self.device_note}"]
+            lines += [f"         {REMEDY}"] if sources.on_kaggle() else []
+        place = f"{self.run_dir.parent.name}/{self.run_dir.name}"
+        lines += [f"profile  {self.profile.upper()}  ({self.reason})"]
+        lines += [f"data     {data}  [found by: {self.location.origin}]"]
+        lines += [f"run      {place}  (resume: {self.resume}, key {self.key})"]
+        texts = {name: setting_text(name, value) for name, value in self.values.items()}
+        for name, value in self.changed.items():
+            usual = setting_text(name, value)
+            lines.append(f"changed  * {name} = {texts[name]}  (in this profile: {usual})")
+        rule = "=" * max(map(len, lines))
+        words = (f"{'*' * (name in self.changed)}{name}={text}" for name, text in texts.items())
+        # With \0 for its spaces a value is not broken over two lines.
+        unbroken = "  ".join(word.replace(" ", "\0") for word in words)
+        folded = textwrap.fill(unbroken, 96, break_long_words=False, break_on_hyphens=False)
+        settings = f"settings (change them with CHANGES above)\n{folded}".replace("\0", " ")
+        return "\n".join([rule, *lines, rule, settings])
 
     @property
     def settings(self) -> dict[str, Any]:
         """A copy of all settings."""
         return copy.deepcopy(self.values)
-
-    @property
-    def changed(self) -> list[str]:
-        """Names of the settings that CHANGES has given another value."""
-        return list(self.usual)
 
     @property
     def synthetic(self) -> bool:
@@ -130,36 +147,6 @@ class Run:
         """The same run under other settings, e.g. for a second image size."""
         _need_known(settings, self.values, "variant")
         return replace(self, values=self.values | settings)
-
-    def banner(self) -> str:
-        """The lines printed at the top of a notebook: device, profile, data and why."""
-        data = f"real images of {self.location.dataset!r}"
-        if self.synthetic:
-            data = "SYNTHETIC phantom images: the numbers below mean nothing medically"
-        # A GPU that is missing or cannot be used is what a reader must learn first.
-        lines = [f"device   {self.device}  ({self.device_note})"]
-        if self.device == "cpu":
-            lines = [f"device   CPU ONLY: {self.device_note}"]
-            lines += [f"         {REMEDY}"] if sources.on_kaggle() else []
-        place = f"{self.run_dir.parent.name}/{self.run_dir.name}"
-        lines += [f"profile  {self.profile.upper()}  ({self.reason})"]
-        lines += [f"data     {data}  [found by: {self.location.origin}]"]
-        lines += [f"run      {place}  (resume: {self.resume}, key {self.key})"]
-        for name, usual in self.usual.items():
-            now, was = setting_text(name, self.values[name]), setting_text(name, usual)
-            lines.append(f"changed  * {name} = {now}  (in this profile: {was})")
-        width = max(map(len, lines))
-        return "\n".join(["=" * width, *lines, "=" * width])
-
-    def settings_text(self) -> str:
-        """All settings in a few lines, eps as k/255; the changed ones carry a star."""
-        words = [
-            f"{'*' * (name in self.usual)}{name}={setting_text(name, value)}".replace(" ", "\0")
-            for name, value in self.values.items()
-        ]  # with \0 for its spaces a value is not broken over two lines
-        unbroken = dict(break_long_words=False, break_on_hyphens=False)
-        folded = textwrap.fill("  ".join(words), 96, **unbroken).replace("\0", " ")
-        return f"settings (change them with CHANGES above)\n{folded}"
 
 
 # ------------------------------------------------------------------------------------- start
@@ -232,7 +219,6 @@ def reopen(folder: str | Path) -> Run:
     kept = _recorded(Path(folder))
     if not kept:
         raise ValueError(f"{folder} is no run folder: it holds no config.json (start the notebook)")
-    _need_format(Path(folder), kept)
     root = Path(kept["location"]["root"])
     if not root.is_dir():
         raise DataNotFound(f"the data of {folder} lay in {root}, which is not there")
@@ -385,24 +371,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
     """Which entries of two nested dictionaries differ, the first five by their dotted names.
 
     >>> differences({"lr": 1, "more": {"a": 1}}, {"lr": 2, "more": {"a": 3}})
     'lr: 1 -> 2; more.a: 1 -> 3'
     """
-
-    def flat(part: Any, name: str = "") -> dict[str, Any]:
-        if not isinstance(part, Mapping):
-            return {name[1:]: part}
-        return {
-            key: value for k, v in part.items() for key, value in flat(v, f"{name}.{k}").items()
-        }
-
-    old, new = flat(kept), flat(wanted)
-    names = [name for name in old | new if old.get(name) != new.get(name)][:5]
-    pairs = [[str(side.get(name))[:40] for side in (old, new)] for name in names]
-    return "; ".join(f"{n}: {was} -> {now}" for n, (was, now) in zip(names, pairs, strict=True))
+    found = []
+    for name in {**kept, **wanted}:
+        old, new = kept.get(name), wanted.get(name)
+        if old != new and isinstance(old, Mapping) and isinstance(new, Mapping):
+            found.append(differences(old, new, f"{prefix}{name}."))
+        elif old != new:
+            found.append(f"{prefix}{name}: {str(old)[:40]} -> {str(new)[:40]}")
+    return "; ".join(found[:5])
 
 
 def _find_data(
@@ -452,16 +434,14 @@ def submissions_root() -> Path:
     return runs_root().parent if sources.on_kaggle() else runs_root().parent / "submissions"
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    return files.read_json(folder / "config.json") or {}
-
-
-def _need_format(folder: Path, kept: Mapping[str, Any]) -> None:
-    if (found := kept.get("format")) != FORMAT:
+def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
+    kept = files.read_json(folder / "config.json") or {}
+    if kept and (found := kept.get("format")) != FORMAT and not any_format:
         raise ValueError(
             f"run folder {folder} was written by another version of dlia_utils (format {found}, "
             f"not {FORMAT}): choose another RUN_NAME, or RESUME = False (--fresh) to put it aside"
         )
+    return kept
 
 
 def _open_folder(run: Run, *, named: bool) -> Run:
@@ -469,32 +449,31 @@ def _open_folder(run: Run, *, named: bool) -> Run:
 
     Where the reader gave no name, changed settings get a folder of their own.
     """
-    taken = run.resume is True and _recorded(run.run_dir).get("key", run.key) != run.key
+    before = _recorded(run.run_dir, any_format=run.resume is False or bool(run.changed))
+    taken = run.resume is True and before.get("key", run.key) != run.key
     if not named and (run.changed or taken):
         folder = run.run_dir.with_name(f"{run.run_dir.name}-{run.key[:6]}")
         if not run.changed:
             log.warning("%s holds a run of other settings; this is %s", run.run_dir, folder.name)
         run = replace(run, run_dir=folder)
-    if run.resume and not _recorded(run.run_dir):
+    if run.resume and not (run.run_dir / "config.json").exists():
         _import_run(run)
-    before = _recorded(run.run_dir)
+    before = _recorded(run.run_dir, any_format=run.resume is False)
     if before and run.resume is False:
         old = f"{run.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"
         run.run_dir.rename(run.run_dir.with_name(old))
-    elif before:
-        _need_format(run.run_dir, before)
-        if run.resume is True and before["key"] != run.key:
-            now = json.loads(json.dumps(run.settings, default=str))
-            raise ValueError(
-                f"run folder {run.run_dir} holds a run with other settings "
-                f"({differences(before['settings'], now)}): "
-                "choose another RUN_NAME, RESUME = False to put the old run aside, or "
-                "RESUME = 'force' to go on in it"
-            )
+    elif before and run.resume is True and before["key"] != run.key:
+        now = json.loads(json.dumps(run.settings, default=str))
+        raise ValueError(
+            f"run folder {run.run_dir} holds a run with other settings "
+            f"({differences(before['settings'], now)}): choose another RUN_NAME, RESUME = False to "
+            "put the old run aside, or RESUME = 'force' to go on in it"
+        )
     # A run that was begun afresh takes nothing from other runs when it is gone on with, either.
     run = replace(run, fresh=run.resume is False or bool(before.get("fresh")))
-    names = "notebook profile reason key device fresh trains changed settings".split()
+    names = "notebook profile reason key device fresh trains settings".split()
     keep = {name: getattr(run, name) for name in names} | {"format": FORMAT, "data": run.data_name}
+    keep |= {"changed": list(run.changed)}
     files.write_json(keep | {"location": asdict(run.location)}, run.run_dir / "config.json")
     files.write_json(environment(), run.run_dir / "env.json")
     return run
@@ -509,7 +488,7 @@ def _import_run(run: Run) -> None:
     found, place = {}, Path(run.notebook) / run.run_dir.name
     for mount in sources.mounts():
         for folder in (mount / "runs" / place, mount / place):
-            kept = _recorded(folder)
+            kept = _recorded(folder, any_format=True)
             if (kept.get("key"), kept.get("format")) == (run.key, FORMAT):
                 times = (path.stat().st_mtime for path in folder.rglob("last.pt"))
                 found[folder] = max(times, default=0.0)

@@ -44,7 +44,7 @@ def begin(profile="smoke", full=FULL, cpu=None, by_data=None, allowed=None, own=
 def test_auto_without_gpu_is_smoke_and_says_why():
     one = begin("auto")
     assert one.profile == "smoke" and "no GPU" in one.reason and one.size == 48 and one.epochs == 25
-    assert "SYNTHETIC" in one.banner() and "SMOKE" in one.banner()
+    assert "SYNTHETIC" in str(one) and "SMOKE" in str(one)
     assert one.run_dir.name == "smoke-synthetic" and one.caption.endswith("smoke profile, 48 px")
 
 
@@ -52,12 +52,12 @@ def test_auto_with_gpu_and_real_data_is_full(monkeypatch):
     monkeypatch.setattr(run, "pick_device", lambda: ("cuda", "2 x Tesla T4"))
     one = begin("auto", data_dir="somewhere")
     assert (one.profile, one.run_dir.name, one.size) == ("full", "full-real", 224)
-    assert "SYNTHETIC" not in one.banner()
+    assert "SYNTHETIC" not in str(one)
 
 
 def test_environment_profile_replaces_auto_only_and_the_banner_says_so(monkeypatch):
     monkeypatch.setenv("DLIA_PROFILE", "cpu")
-    assert "auto, and the environment says DLIA_PROFILE=cpu" in begin("auto").banner()
+    assert "auto, and the environment says DLIA_PROFILE=cpu" in str(begin("auto"))
     assert begin("smoke").profile == "smoke"
 
 
@@ -75,7 +75,7 @@ def test_what_differs_with_the_data_comes_before_the_profile():
 
 def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own():
     one = begin(changes={"epochs": 5, "eps_grid": [2 / 255]})
-    assert one.epochs == 5 and one.eps_grid == (2 / 255,) and one.changed == ["epochs", "eps_grid"]
+    assert one.epochs == 5 and one.eps_grid == (2 / 255,) and list(one.changed) == ["epochs", "eps_grid"]
     text = str(one)
     assert "* epochs = 5  (in this profile: 25)" in text
     assert "*epochs=5" in text and "(2/255)" in text
@@ -242,7 +242,7 @@ def test_a_folder_of_class_folders_is_the_data_under_its_own_name(shapes, monkey
     one = begin(data_dir=shapes, own=2, by_data={"*": {"test_share": 0.2}})
     assert (one.data_name, one.synthetic) == ("shapes", False)
     assert one.run_dir.name == "smoke-shapes-real"
-    assert one.test_share == 0.2 and "real images of 'shapes'" in one.banner()
+    assert one.test_share == 0.2 and "real images of 'shapes'" in str(one)
     ordered = begin(data_dir=shapes, own=2, changes={"classes": ("square", "circle")})
     assert datasets.load(ordered.location).classes == ("square", "circle")
     assert run.reopen(ordered.run_dir).location.options == {"classes": ("square", "circle")}
