@@ -44,14 +44,15 @@ def hardware() -> str:
     return note if device == "cuda" else f"{torch.get_num_threads()}-core CPU {platform.machine()}"
 
 
-def device_of(model: nn.Module, default: str | torch.device = "cpu") -> torch.device:
-    """Where the model's weights (or buffers) lie; `default` for a model without any.
+def device_of(model: nn.Module, images: torch.Tensor | None = None) -> torch.device:
+    """Where the model's weights (or buffers) lie; of a model without any, where the images do.
 
     >>> device_of(nn.Linear(1, 1))
     device(type='cpu')
     """
     tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device(default))
+    otherwise = torch.device("cpu") if images is None else images.device
+    return next((tensor.device for tensor in tensors), otherwise)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Run every section of a notebook behind its opening cells, each in a forked process; see test_copy.py.
+"""Run every section of a notebook behind its opening cells, each in a fork; see test_copy.py.
 
-Reads {"opening": [cell, ...], "sections": {title: [cell, ...]}} from the file named first, and writes
-{title: {"error": "", "output": "..."}} to the second. Nothing of the repository is imported.
+Reads {"opening": [cell, ...], "sections": {title: [cell, ...]}} from the file named
+first, and writes {title: {"error": "", "output": "..."}} to the second, without the repository.
 """
 
 import json

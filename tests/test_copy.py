@@ -1,7 +1,7 @@
-"""Copy a section: every `## ` section of every notebook runs in a notebook with only the opening cells.
+"""Copy a section: each of every notebook runs in a notebook that has only the opening cells.
 
-The run folder of a finished run is at hand, as it is for people who copy a section. A new kernel for
-each section would import torch as many times, so run_sections.py executes the opening cells once and
+The run folder of a finished run is at hand, as for people who copy a section. A new kernel for each
+section would import torch as many times, so run_sections.py executes the opening cells once and
 forks. Like a kernel each child knows no name, module or cached object of another section.
 """
 

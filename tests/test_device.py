@@ -1,4 +1,4 @@
-"""Device and CPU threads: what is asked for, what is measured, no trace of it; files whole or not."""
+"""Device and CPU threads: what is asked for, what is measured; files are whole or not there."""
 
 import pandas as pd
 import pytest
@@ -57,8 +57,9 @@ def test_measuring_leaves_random_numbers_and_threads_as_they_were(monkeypatch):
 
 
 def test_a_model_without_weights_lies_where_its_images_do():
-    assert device.device_of(torch.nn.BatchNorm2d(1, affine=False), "meta").type == "cpu"
-    assert device.device_of(torch.nn.Identity(), "meta").type == "meta"
+    images = torch.zeros(1, device="meta")
+    assert device.device_of(torch.nn.BatchNorm2d(1, affine=False), images).type == "cpu"
+    assert device.device_of(torch.nn.Identity(), images).type == "meta"
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):

@@ -15,7 +15,7 @@ from dlia_utils import objectives, study
 from dlia_utils.data import datasets, split
 from tools import notebooks
 
-# Everything as small as it goes: what is tested is that it runs to its end, under the reader's name.
+# As small as it goes: what is tested is that it runs to its end, under the reader's name.
 SHORT = {"epochs": 1, "bootstrap_draws": 20}
 ATTACKED = dict(adversarial=("pgd_at",), at_steps=1, temperatures=(50.0,), certified_per_class=2)
 ATTACKED |= dict(attacks=("fgsm", "pgd_ce", "pgd_margin", "apgd_ce"), check_films=2)
