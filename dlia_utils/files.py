@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed."""
     path = Path(path)
@@ -26,15 +26,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 
-def copy_tree(source: str | Path, target: str | Path, **options: Any) -> Path:
-    """`shutil.copytree` whose copy can be written, also where the source is read-only."""
-    # copytree's own copy2 would bring the modes of the files along; those of folders come anyway.
-    shutil.copytree(source, target, **{"copy_function": shutil.copyfile} | options)
-    for folder in (Path(target), *filter(Path.is_dir, Path(target).rglob("*"))):
-        folder.chmod(0o755)
+def copy_tree(source: str | Path, target: str | Path, *, linked: tuple[str, ...] = ()) -> Path:
+    """Copy a folder (but hidden files and locks) in one step; the copy can always be written.
+
+    Files whose names end in one of `linked` get a second name instead, where the disk allows it.
+    """
+
+    def copy(old: str, new: str) -> None:
+        if old.endswith(linked):
+            with contextlib.suppress(OSError):  # another disk, or one that knows no links
+                return os.link(old, new)
+        shutil.copyfile(old, new)  # unlike copytree's own copy2 without the mode
+
+    with atomic_path(target) as scratch:
+        ignored = shutil.ignore_patterns(".*", "*.lock")
+        shutil.copytree(source, scratch, copy_function=copy, ignore=ignored)
+        for folder in (scratch, *filter(Path.is_dir, scratch.rglob("*"))):
+            folder.chmod(0o755)
     return Path(target)
 
 

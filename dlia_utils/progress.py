@@ -68,11 +68,6 @@ class Bar(tqdm):
             if self.place == "log":
                 self.fp.write(f"{self.line(finished=True)}\n")
 
-    def clear(self, *args, **options) -> None:
-        """Make room for other output, which only a terminal needs."""
-        if self.place == "terminal":
-            super().clear(*args, **options)
-
     def close(self) -> None:
         """End the bar and leave one line, or nothing with leave=False."""
         if getattr(self, "disable", True):

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -496,9 +495,7 @@ def _import_run(run: Run) -> None:
                 log.warning("the run in input %s has other settings: not continued", mount.name)
     if found:
         chosen = max(found, key=found.get)
-        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=run.run_dir.parent, prefix=".import-") as scratch:
-            os.replace(files.copy_tree(chosen, Path(scratch) / "run"), run.run_dir)
+        files.copy_tree(chosen, run.run_dir)
         source = chosen.relative_to(sources.kaggle_root())
         log.warning("continues the run of an earlier session, found in input %s", source)
 

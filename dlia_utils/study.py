@@ -7,13 +7,13 @@ settings made is never read back, what another run made from the same is taken f
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,10 +199,10 @@ def _check_own(study: Study, name: str) -> None:
 
 
 def _own_model(run: Run, name: str) -> torch.nn.Module:
-    """The reader's model `name`: the trained one, or a new one from the function that builds it."""
+    """The reader's model `name`: a copy of the trained one, or a new one from its function."""
     own = run.own[name]
     if isinstance(own, torch.nn.Module):
-        return own.to(run.device)
+        return copy.deepcopy(own).to(run.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # the same start whenever it is built
         return own().to(run.device)
@@ -228,7 +228,7 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
             what = differences(kept or {}, wanted)
             log.warning("%s was made under other settings (%s): put aside, made anew", name, what)
         for record in _same(run, f"{name}/key.json", wanted):
-            _take_over(record.parent, folder)
+            files.copy_tree(record.parent, folder, linked=LINKED)
             place = record.parents[len(Path(name).parts)].name
             log.info("%s is taken over from the run %s", name, place)
             return folder
@@ -247,27 +247,6 @@ def _same(run: Run, record: str, wanted: Mapping[str, Any]) -> list[Path]:
     found = [path for path in found if not path.is_relative_to(run.run_dir)]
     found = [path for path in found if ".old" not in str(path) and files.read_json(path) == wanted]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def _take_over(source: Path, target: Path) -> None:
-    """Copy a folder of another run; large files get a second name instead."""
-
-    def copy(old: str, new: str) -> None:
-        if old.endswith(LINKED):
-            try:
-                return os.link(old, new)
-            except OSError:  # another disk, or one that knows no links
-                pass
-        shutil.copyfile(old, new)
-
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        ignored = shutil.ignore_patterns(".*", "*.lock")
-        files.copy_tree(source, scratch, copy_function=copy, ignore=ignored)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def described(value: Any) -> Any:
@@ -460,14 +439,11 @@ def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelMod
     """
     run, loaded = study.run, {}
     for name in names:
-        path, own = run.run_dir / name / "best.pt", run.own.get(name)
+        path = run.run_dir / name / "best.pt"
         if not path.exists():
             raise _missing(run, f"model {name!r}", run.trains)
-        if isinstance(own, torch.nn.Module):
-            loaded[name] = own.to(run.device).eval()
-        else:
-            build = functools.partial(_own_model, run, name) if own else None
-            loaded[name] = models.load(path, build).to(run.device)
+        build = functools.partial(_own_model, run, name) if name in run.own else None
+        loaded[name] = models.load(path, build).to(run.device)
     return loaded
 
 
