@@ -492,7 +492,9 @@ def _import_run(run: Run) -> None:
                 times = (path.stat().st_mtime for path in folder.rglob("last.pt"))
                 found[folder] = max(times, default=0.0)
             elif kept:
-                log.warning("the run in input %s has other settings: not continued", mount.name)
+                log.warning(
+                    "the run in input %s has other settings: it is not continued", mount.name
+                )
     if found:
         chosen = max(found, key=found.get)
         files.copy_tree(chosen, run.run_dir)

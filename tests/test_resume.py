@@ -42,7 +42,8 @@ def train(**options):
 # The first session: killed from outside, as at the end of Kaggle's twelve hours, in the middle of an epoch.
 SESSION = """
 import os, signal, sys
-from dlia_utils import notebooks, objectives, study
+from dlia_utils import objectives, study
+from tools import notebooks
 (source,) = notebooks.pick(["{notebook}"])
 opened = study.open_study(notebooks.opened(source, PROFILE="smoke", CHANGES={tiny}))
 calls = 0
