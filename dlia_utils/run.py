@@ -43,8 +43,8 @@ BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
 REMEDY = (
     "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All again"
 )
-KINDS = {bool: "truth value (True or False)", int: "whole number", float: "number", str: "text"}
-KINDS |= {tuple: "list", dict: "dictionary", type(None): "None"}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+KINDS |= {tuple: "a list", dict: "a dictionary", type(None): "None"}
 
 
 @dataclass(eq=False, repr=False)
@@ -182,7 +182,7 @@ def start(
     device, note = pick_device()
     if device == "cpu":
         note = ", ".join(filter(None, (note, choose_threads()[1])))
-    profile, reason = _pick_profile(given, location, device)
+    profile, reason = _pick_profile(given["profile"], location, device)
     usual = full | by_data.get(location.dataset, by_data.get("*", {}))
     usual |= {} if profile == "full" else settings.get(profile, {})
     usual = _tuples(usual) | {"dataset": location.dataset}
@@ -222,31 +222,30 @@ def reopen(folder: str | Path) -> Run:
     if not root.is_dir():
         raise DataNotFound(f"the data of {folder} lay in {root}, which is not there")
     location = sources.Location(**_tuples(kept["location"]) | {"root": root})
-    place = kept["notebook"], kept["profile"], location, Path(folder)
-    told = {name: kept[name] for name in ("reason", "fresh", "trains")}
-    return Run(*place, _tuples(kept["settings"]), {}, *pick_device(), **told)
+    told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
+    told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
+    return Run(location=location, run_dir=Path(folder), values=_tuples(kept["settings"]), **told)
 
 
 def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What the reader chose, checked, and the reason of the profile."""
+    """What the reader chose, checked."""
     given = dict(profile="auto", data_dir="", run_name="", resume=True, changes={})
     _need_known(parameters, given, "parameters")
-    given |= {"reason": "asked for"} | parameters
-    if given["profile"] == "auto":
-        given["profile"] = told = os.environ.get("DLIA_PROFILE", "auto")
-        given["reason"] = f"auto, and the environment says DLIA_PROFILE={told}"
-    if given["profile"] not in (*PROFILES, "auto"):
-        raise ValueError(f"PROFILE={given['profile']!r} is not one of {', '.join(PROFILES)}, auto")
+    given |= parameters
+    for word in (given["profile"], os.environ.get("DLIA_PROFILE", "auto")):
+        if word not in (*PROFILES, "auto"):
+            raise ValueError(f"PROFILE={word!r} is not one of {', '.join(PROFILES)}, auto")
     if given["resume"] not in (True, False, "force"):
         raise ValueError(f"RESUME={given['resume']!r} must be True, False or 'force'")
     return given
 
 
-def _pick_profile(
-    given: Mapping[str, Any], location: sources.Location, device: str
-) -> tuple[str, str]:
-    if given["profile"] != "auto":
-        return given["profile"], given["reason"]
+def _pick_profile(asked: str, location: sources.Location, device: str) -> tuple[str, str]:
+    """The profile and the reason for it."""
+    if asked != "auto":
+        return asked, "asked for"
+    if (told := os.environ.get("DLIA_PROFILE", "auto")) != "auto":
+        return told, f"auto, and the environment says DLIA_PROFILE={told}"
     there = {"GPU": device == "cuda", "real data": not location.synthetic}
     if all(there.values()):
         return "full", "auto: a GPU and real data are there"
@@ -272,14 +271,16 @@ def _checked(
         words = allowed.get(name, ())
         known = [_kinds(_tuples(layer[name])) for layer in layers if name in layer]
         known = set().union(*known, {"None"} & {str(word) for word in words})
-        known |= {"number", "list"} if known == {"None"} else set()
-        known |= {f"whole {kind}" for kind in known if kind.startswith("number")}
+        known |= {"a number", "a list"} if known == {"None"} else set()
+        known |= {kind.replace("a ", "a whole ") for kind in known if kind.startswith("a number")}
         free = not any(kind.endswith("inside") for kind in known - {"None inside"})
         odd = [kind for kind in _kinds(value) - known if not (free and kind.endswith("inside"))]
         if odd:
+            usual = " or ".join(sorted(kind for kind in known if not kind.endswith("inside")))
+            found = f"{'holds' if odd[0].endswith('inside') else 'is'} {odd[0]}"
             raise ValueError(
-                f"CHANGES: {name} = {value!r} is or has a {odd[0]}; it must be a "
-                f"{' or '.join(sorted(known))}, such as {layers[0][name]!r}"
+                f"CHANGES: {name} = {value!r} {found.removesuffix(' inside')}; "
+                f"it must be {usual}, such as {layers[0][name]!r}"
             )
         for word in value if isinstance(value, tuple) else (value,):
             if isinstance(word, str) and words and word not in words:
@@ -289,10 +290,10 @@ def _checked(
 
 def _kinds(value: Any, inside: str = "") -> set[str]:
     """The kind of a value, and the kinds of everything inside it."""
-    kind = next((word for kind, word in KINDS.items() if isinstance(value, kind)), "stranger")
+    kind = next((word for kind, word in KINDS.items() if isinstance(value, kind)), "strange")
     if kind.endswith("number") and not 0 <= value < math.inf:
-        kind = "negative or infinite number"
-    parts = value.values() if kind == "dictionary" else value if kind == "list" else ()
+        kind = "negative" if value < 0 else "not a finite number"
+    parts = value.values() if kind == "a dictionary" else value if kind == "a list" else ()
     return {kind + inside}.union(*(_kinds(part, " inside") for part in parts))
 
 
@@ -328,9 +329,8 @@ def parse_change(text: str) -> tuple[str, Any]:
     try:
         return name, _literal(ast.parse(value, mode="eval").body)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"--set {text!r}: {value!r} is no Python value; text needs quotes"
-        ) from error
+        how = "is no Python value; text needs quotes"
+        raise ValueError(f"--set {text!r}: {value!r} {how}") from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -361,11 +361,7 @@ def setting_text(name: str, value: Any) -> str:
 
 
 def digest(content: Any) -> str:
-    """A short hash of anything JSON can hold.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
-    """
+    """A short hash of anything JSON can hold."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

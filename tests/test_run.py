@@ -75,7 +75,11 @@ def test_what_differs_with_the_data_comes_before_the_profile():
 
 def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own():
     one = begin(changes={"epochs": 5, "eps_grid": [2 / 255]})
-    assert one.epochs == 5 and one.eps_grid == (2 / 255,) and list(one.changed) == ["epochs", "eps_grid"]
+    assert (
+        one.epochs == 5
+        and one.eps_grid == (2 / 255,)
+        and list(one.changed) == ["epochs", "eps_grid"]
+    )
     text = str(one)
     assert "* epochs = 5  (in this profile: 25)" in text
     assert "*epochs=5" in text and "(2/255)" in text
@@ -92,17 +96,17 @@ def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own()
     [
         ({"epoch": 5}, "CHANGES: no such setting 'epoch'; did you mean epochs"),
         ({"zzz": 1}, "there are: dataset, seed"),
-        ({"epochs": "5"}, "is or has a text; it must be a whole number, such as 25"),
-        ({"epochs": 2.5}, "is or has a number"),
-        ({"epochs": True}, "truth value"),
+        ({"epochs": "5"}, "is a text; it must be a whole number, such as 25"),
+        ({"epochs": 2.5}, "is a number"),
+        ({"epochs": True}, "is True or False; it must be a whole"),
         ({"epochs": None}, "epochs = None"),
-        ({"lr": float("nan")}, "negative or infinite number"),
-        ({"lr": -1.0}, "negative or infinite number"),
-        ({"pretrained": 1}, "must be a truth value"),
-        ({"patience": "often"}, "is or has a text"),
-        ({"attacks": "fgsm"}, "is or has a text; it must be a list"),
+        ({"lr": float("nan")}, "is not a finite number"),
+        ({"lr": -1.0}, "is negative"),
+        ({"pretrained": 1}, "must be True or False"),
+        ({"patience": "often"}, "is a text"),
+        ({"attacks": "fgsm"}, "is a text; it must be a list"),
         ({"attacks": ("fgms",)}, "names 'fgms'; did you mean fgsm"),
-        ({"eps_grid": ("1/255",)}, "a text inside"),
+        ({"eps_grid": ("1/255",)}, "holds a text; it must be a list"),
         ({"budgets": 3}, "must be a dictionary"),
         ({"dataset": "covid"}, "names 'covid'; there are: pneumonia"),
     ],
