@@ -1,4 +1,4 @@
-"""One CPU thread against all, alone and beside busy loops, and what `threads.choose` makes of it.
+"""One CPU thread against all, alone and beside busy loops, and what `device.choose_threads` makes of it.
 
     python benchmarks/threads.py
     python benchmarks/threads.py --trials 5 --steps 24
@@ -30,7 +30,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from dlia_utils import threads
+from dlia_utils import device
 from dlia_utils.models.mobilenet import mobilenet_v2
 
 
@@ -95,8 +95,8 @@ def compare(
         if where == "alone":
             pause(options.wait)
         start = work()
-        measured = threads.slowdown(most)
-        chosen, _ = threads.decide(most, measured)
+        measured = device.slowdown(most)
+        chosen = most if measured <= device.WORTH else 1
         spent = {number: seconds(step, number, options.steps) for number in (1, most)}
         wall, other = (now - then for now, then in zip(work(), start, strict=True))
         ratios.append(spent[most] / spent[1])

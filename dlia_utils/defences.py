@@ -28,7 +28,7 @@ from ._objective import (
     kl_attack,
     weighted_cross_entropy,
 )
-from .device import evaluating, fingerprint
+from .device import device_of, evaluating, fingerprint
 from .models.lipschitz import quick_input_gradient
 
 log = logging.getLogger("dlia_utils")
@@ -109,7 +109,7 @@ def overfitting_monitor(
     }
 
     def monitor(model: nn.Module) -> dict[str, float]:
-        device = next((parameter.device for parameter in model.parameters()), x.device)
+        device = device_of(model, x)
         row = dict.fromkeys(attacks, 0.0)
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), evaluating(model):

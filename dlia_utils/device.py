@@ -1,34 +1,40 @@
-"""The device that the numbers come from: picked once, named in every result row."""
+"""The device and the CPU threads that the numbers come from, and what a model is like on it."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+SECONDS = 0.7  # of measuring: in less, a system's favour for a new process hides other work
+WORTH = 0.9  # all threads must save a tenth: beside a little other work they may cost many times
 
 
 def pick_device() -> tuple[str, str]:
-    """The device that really works, with a remark; a GPU too old for this torch falls back to the CPU.
+    """The device that really works, with a remark; a GPU too old for this torch is not used.
 
-    >>> device, note = pick_device()
-    >>> device in ("cpu", "cuda")
+    >>> pick_device()[0] in ("cpu", "cuda")
     True
     """
     if not torch.cuda.is_available():
-        return "cpu", f"no GPU, {torch.get_num_threads()} CPU threads"
+        return "cpu", "no GPU"
     name = torch.cuda.get_device_name(0)
     try:
         # is_available() says True on a P100, whose first real operation then dies.
         (torch.ones(2, device="cuda") * 2).sum().item()
     except RuntimeError as error:
-        return (
-            "cpu",
-            f"{name} is there, but this torch cannot use it ({str(error).splitlines()[0]})",
-        )
+        reason = str(error).splitlines()[0]
+        return "cpu", f"{name} is there, but this torch cannot use it ({reason})"
     return "cuda", f"{torch.cuda.device_count()} x {name}"
 
 
@@ -38,12 +44,22 @@ def hardware() -> str:
     return note if device == "cuda" else f"{torch.get_num_threads()}-core CPU {platform.machine()}"
 
 
+def device_of(model: nn.Module, images: torch.Tensor | None = None) -> torch.device:
+    """Where the model's weights (or buffers) lie; of a model without any, where the images do.
+
+    >>> device_of(nn.Linear(1, 1))
+    device(type='cpu')
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    otherwise = torch.device("cpu") if images is None else images.device
+    return next((tensor.device for tensor in tensors), otherwise)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards, also after an error, every training flag is as it was.
+    """Put the model in eval mode; afterwards, also after an error, every training flag is back.
 
-    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1))
-    >>> _ = model[1].eval()
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1).eval())
     >>> with evaluating(model):
     ...     model.training
     False
@@ -60,7 +76,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of all weights and buffers: equal for bit-equal models on any device, in any layout.
+    """Short hash of all weights and buffers: equal for bit-equal models on any device.
 
     >>> fingerprint(nn.Identity())
     'da39a3ee5e6b'
@@ -69,3 +85,56 @@ def fingerprint(model: nn.Module) -> str:
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def choose_threads() -> tuple[int, str]:
+    """Set PyTorch's CPU threads, once a process, to what is not slower; returns number and remark.
+
+    Threads meet after every operation: where other work holds a core, they wait for each other
+    longer than it takes. OMP_NUM_THREADS is honoured; with it, one thread or a GPU nothing is set.
+    """
+    most = torch.get_num_threads()
+    if asked := os.environ.get("OMP_NUM_THREADS"):
+        return most, f"OMP_NUM_THREADS={asked}"
+    if torch.cuda.is_available():
+        return most, ""
+    if most == 1:
+        return most, "1 CPU thread"
+    ratio = slowdown(most)
+    if ratio <= WORTH:
+        return most, f"{most} CPU threads ({1 / ratio:.1f} times as fast as one)"
+    torch.set_num_threads(1)
+    loss = f"would be {ratio:.1f} times as slow" if ratio >= 1.05 else "would be hardly faster"
+    return 1, f"1 of {most} CPU threads: {most} {loss} on this busy machine"
+
+
+@torch.enable_grad()
+def slowdown(most: int) -> float:
+    """The time of small training steps with `most` threads over that with one, in turn for SECONDS.
+
+    Means, not the fastest: a training pays for every wait. The number of threads stays as it was.
+    A step is short (the first layers of a MobileNetV2 at 48 px), because an operation of threads
+    that wait for each other can take a tenth of a second.
+    """
+    own = torch.Generator().manual_seed(0)  # the random numbers of the run stay as they were
+    x = torch.randn(16, 3, 48, 48, generator=own).to(memory_format=torch.channels_last)
+    shapes = (32, 3, 3, 3), (96, 32, 1, 1), (96, 1, 3, 3), (32, 96, 1, 1)
+    weights = [torch.randn(shape, generator=own).requires_grad_() for shape in shapes]
+    options = dict(stride=2, padding=1), {}, dict(stride=2, padding=1, groups=96), {}
+    spent, before, begun = {1: [], most: []}, torch.get_num_threads(), time.perf_counter()
+    try:
+        while time.perf_counter() < begun + SECONDS:
+            for number, times in spent.items():
+                torch.set_num_threads(number)
+                start, z = time.perf_counter(), x
+                for weight, option in zip(weights, options, strict=True):
+                    z = F.batch_norm(F.conv2d(z, weight, **option), None, None, training=True)
+                    z = F.relu6(z)
+                z.square().mean().backward()
+                times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    # The first time is a warm-up, unless the waits were so long that there is no other.
+    means = {number: fmean(times[1:] or times) for number, times in spent.items()}
+    return means[most] / means[1]

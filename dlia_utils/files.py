@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
-
-    >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> with atomic_path(target) as temporary:
-    ...     _ = temporary.write_text("whole")
-    >>> target.read_text(), len(list(target.parent.iterdir()))
-    ('whole', 1)
-    """
+    """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept last because writers such as np.save and savefig read the format from it.
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}"
-    )
+    # The suffix stays last: np.save, savefig and others read the format from it.
+    own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 
-def copy_tree(source: str | Path, target: str | Path, **options: Any) -> Path:
-    """Copy a folder so that the copy can be written, also where the source is read-only; returns `target`.
+def copy_tree(source: str | Path, target: str | Path, *, linked: tuple[str, ...] = ()) -> Path:
+    """Copy a folder (but hidden files and locks) in one step; the copy can always be written.
 
-    `options` go to `shutil.copytree`.
+    Files whose names end in one of `linked` get a second name instead, where the disk allows it.
     """
-    # Modes would come along with copy2, which is copytree's default, and those of folders come in any case.
-    shutil.copytree(source, target, **{"copy_function": shutil.copyfile} | options)
-    for folder in (Path(target), *filter(Path.is_dir, Path(target).rglob("*"))):
-        folder.chmod(0o755)
+
+    def copy(old: str, new: str) -> None:
+        if old.endswith(linked):
+            with contextlib.suppress(OSError):  # another disk, or one that knows no links
+                return os.link(old, new)
+        shutil.copyfile(old, new)  # unlike copytree's own copy2 without the mode
+
+    with atomic_path(target) as scratch:
+        ignored = shutil.ignore_patterns(".*", "*.lock")
+        shutil.copytree(source, scratch, copy_function=copy, ignore=ignored)
+        for folder in (scratch, *filter(Path.is_dir, scratch.rglob("*"))):
+            folder.chmod(0o755)
     return Path(target)
 
 

@@ -13,9 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 from tqdm.std import tqdm
@@ -29,38 +27,37 @@ INTERVAL = 0.5  # seconds between two lines, at least
 MARK = {"dlia": "progress"}  # metadata of a bar's output in a notebook
 STATUS = "DLIA_STATUS"
 
-_open: WeakValueDictionary[int, Bar] = WeakValueDictionary()  # the outermost first
-_told = 0.0
-
 
 class Bar(tqdm):
     """tqdm, but one output in a notebook's cell, and in a log file one line when it is finished.
 
     >>> with Bar(total=3, desc="drift", disable=True) as bar:
     ...     bar.update(2)
-    >>> bar.n
-    0
     """
 
     monitor_interval = 0  # tqdm's thread would draw into another cell; miniters=1 needs none
+    open: WeakValueDictionary[int, Bar] = WeakValueDictionary()  # the outermost first
+    told = 0.0
 
-    def __init__(self, iterable: Iterable | None = None, **options: Any) -> None:
-        self.place, self.shown, self.marked, self.output = _place(), 0.0, None, ""
+    def __init__(self, iterable=None, **options) -> None:
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+        self.place = "terminal" if terminal else "log"
+        self.place = "notebook" if getattr(shell, "kernel", None) is not None else self.place
+        self.shown, self.marked, self.output = 0.0, None, ""
         # With gui=True tqdm itself draws nothing.
         super().__init__(iterable, **{"miniters": 1, "gui": self.place != "terminal"} | options)
         if not self.disable:
-            _open[id(self)] = self
-            if self.place != "terminal":
+            Bar.open[id(self)] = self
+            if self.place != "terminal":  # there tqdm itself has shown it
                 self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Show the bar as it is now; tqdm calls this."""
-        drawn = True
-        if self.place == "terminal":
-            drawn = super().display(msg, pos)
-        elif self.place == "notebook" and self.due and time.time() >= self.shown + INTERVAL:
+        drawn = super().display(msg, pos) if self.place == "terminal" else True
+        if self.place == "notebook" and self.due and time.time() >= self.shown + INTERVAL:
             self._publish(self.line())
-        _tell()
+        self._tell()
         return drawn
 
     def mark(self, text: str) -> None:
@@ -71,11 +68,6 @@ class Bar(tqdm):
             if self.place == "log":
                 self.fp.write(f"{self.line(finished=True)}\n")
 
-    def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Make room for other output, which only a terminal needs."""
-        if self.place == "terminal":
-            super().clear(*args, **kwargs)
-
     def close(self) -> None:
         """End the bar and leave one line, or nothing with leave=False."""
         if getattr(self, "disable", True):
@@ -85,13 +77,14 @@ class Bar(tqdm):
         else:
             self.disable = True
             self._decr_instances(self)
-            if self.place == "notebook" and self.output:  # else it was over before its delay
-                self._publish(self.line(finished=True) if self.leave else "")
+            line = self.line(finished=True)
+            if self.output:  # else it was over before its delay
+                self._publish(line if self.leave else "")
             told = self.marked == (self.n, self.postfix)
             if self.place == "log" and self.leave and self.due and not told:
-                self.fp.write(f"{self.line(finished=True)}\n")
-        _open.pop(id(self), None)
-        _tell(at_once=True)
+                self.fp.write(f"{line}\n")
+        Bar.open.pop(id(self), None)
+        self._tell(at_once=True)
 
     @property
     def due(self) -> bool:
@@ -99,8 +92,16 @@ class Bar(tqdm):
         return time.time() >= self.start_t + self.delay
 
     def line(self, *, finished: bool = False) -> str:
-        """The bar in words."""
-        return words(self.format_dict, marked=self.marked is not None, finished=finished)
+        """The bar in words, as 'drift: 20 of 80 images [00:05, 00:15 left]'; a mark ends it."""
+        state, n, total, done = self.format_dict, self.n, self.total, self.n - self.initial
+        unit = {"it": "", "batch": " batches"}.get(self.unit, f" {self.unit}s")
+        count = f"{n:,}{unit}" if total in (None, n) else f"{n:,} of {total:,}{unit}"
+        clock = tqdm.format_interval(state["elapsed"])
+        if not finished and total and done > 0:
+            speed = state["rate"] or done / max(state["elapsed"], 1e-9)
+            clock += f", {tqdm.format_interval(max(total - n, 0) / speed)} left"
+        told = [self.postfix, None if self.marked and finished else count]
+        return f"{self.desc.rstrip(': ') or 'progress'}: {', '.join(filter(None, told))} [{clock}]"
 
     def _publish(self, text: str) -> None:
         from IPython.display import display
@@ -110,44 +111,10 @@ class Bar(tqdm):
         display({"text/plain": text}, **how)
         self.shown = time.time()
 
-
-def words(state: Mapping[str, Any], *, marked: bool = False, finished: bool = False) -> str:
-    """A bar's state (tqdm's `format_dict`) as one line; at its end a mark says more than the count.
-
-    >>> state = {"prefix": "drift", "n": 20, "total": 80, "initial": 0, "unit": "image"}
-    >>> state["elapsed"] = 5.0
-    >>> words(state)
-    'drift: 20 of 80 images [00:05, 00:15 left]'
-    >>> end = {"n": 80, "postfix": "epoch 4 of 4, loss 0.12"}
-    >>> words(state | end, marked=True, finished=True)
-    'drift: epoch 4 of 4, loss 0.12 [00:05]'
-    """
-    n, total, elapsed = state["n"], state["total"], state["elapsed"]
-    unit = {"it": "", "batch": " batches"}.get(state["unit"], f" {state['unit']}s")
-    count = f"{n:,}{unit}" if total in (None, n) else f"{n:,} of {total:,}{unit}"
-    told = [state.get("postfix"), None if marked and finished else count]
-    done = n - state["initial"]
-    clock = tqdm.format_interval(elapsed)
-    if not finished and total and done > 0:
-        speed = state.get("rate") or done / max(elapsed, 1e-9)
-        clock += f", {tqdm.format_interval(max(total - n, 0) / speed)} left"
-    name = state["prefix"].rstrip(": ") or "progress"
-    return f"{name}: {', '.join(filter(None, told))} [{clock}]"
-
-
-def _place() -> str:
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if getattr(shell, "kernel", None) is not None:
-        return "notebook"
-    return "terminal" if hasattr(sys.stderr, "isatty") and sys.stderr.isatty() else "log"
-
-
-def _tell(*, at_once: bool = False) -> None:
-    """Write the lines of the open bars, the outermost first, to the file that DLIA_STATUS names."""
-    global _told
-    path = os.environ.get(STATUS)
-    if path and (at_once or time.time() >= _told + INTERVAL):
-        text = " > ".join(bar.line() for bar in _open.values() if bar.due)
-        with contextlib.suppress(OSError):  # a status that cannot be told must not end the work
-            Path(path).write_text(f"{text}\n", encoding="utf-8")
-        _told = time.time()
+    def _tell(self, *, at_once: bool = False) -> None:
+        """Write the lines of the open bars to the file that DLIA_STATUS names."""
+        if os.environ.get(STATUS) and (at_once or time.time() >= Bar.told + INTERVAL):
+            text = " > ".join(bar.line() for bar in Bar.open.values() if bar.due)
+            with contextlib.suppress(OSError):  # a status that cannot be told must not end the work
+                Path(os.environ[STATUS]).write_text(f"{text}\n", encoding="utf-8")
+            Bar.told = time.time()

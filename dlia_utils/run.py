@@ -1,14 +1,9 @@
-"""A run: one notebook with its data, profile, device, settings and folder, decided by `start` and then fixed.
-
-The settings stand in the notebook: FULL is the whole study, CPU and SMOKE what is smaller, CHANGES what the
-reader wants otherwise. `start` checks them, finds the data, opens the run folder and writes config.json.
-"""
+"""A run: a notebook with its data, profile, device, settings and folder, fixed by `start`."""
 
 from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -16,91 +11,113 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import files, threads
+from . import files
 from .data import datasets, sources
 from .data.readers import BadData, DataNotFound
-from .device import hardware, pick_device
-from .units import pixel_text
+from .device import choose_threads, hardware, pick_device
+from .units import eps_text
 
 log = logging.getLogger("dlia_utils")
 
+FORMAT = 2  # of what a run folder holds; a folder of another format is refused, not misread
 PROFILES = ("smoke", "cpu", "full")
-KAGGLE_REMEDY = (
+# What the library reads where a notebook does not have the setting; the studies say otherwise.
+OPTIONAL = dict(fit="squash", balance="weights", schedule="constant", per_class=None)
+OPTIONAL |= dict(test_share=None, unusable_share=0.0, classes=None, patient_pattern="")
+# What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
+BASIC = dict(seed=0, size=128, fit="squash", per_class=None, val_share=0.15, test_share=0.15)
+BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretrained=True)
+BASIC |= dict(epochs=10, batch_size=32, lr=1e-3, schedule="onecycle", patience=None)
+BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
+
+REMEDY = (
     "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All again"
 )
-FIXED = (
-    "settings are fixed once a run has started: write CHANGES = {{{!r}: ...}} and run from the top"
-)
-WIDTH = 96  # of the banner
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+KINDS |= {tuple: "a list", dict: "a dictionary", type(None): "None"}
 
 
+@dataclass(eq=False, repr=False)
 class Run:
     """Everything a notebook run is decided by; settings read as attributes, e.g. `run.size`.
 
-    What is read is a copy: nothing can be changed behind config.json's back. `own` holds models of the
-    reader's own by name: a module that is trained already, or a function that builds one to be trained here.
+    What is read is a copy, and nothing can be set: config.json stays true. `own` holds models of
+    the reader's own by name: a trained module, or a function that builds one to be trained here.
     """
 
-    own: dict[str, nn.Module | Callable[[], nn.Module]]
-
-    def __init__(
-        self,
-        *,
-        notebook: str,
-        profile: str,
-        location: sources.Location,
-        run_dir: Path,
-        settings: Mapping[str, Any],
-        device: str = "cpu",
-        device_note: str = "",
-        reason: str = "asked for",
-        resume: bool | str = True,
-        usual: Mapping[str, Any] | None = None,
-        fresh: bool = False,
-        trains: str = "Training",
-    ) -> None:
-        given = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("self", "settings", "usual")
-        }
-        vars(self).update(given, own={}, _settings=dict(settings), _usual=dict(usual or {}))
+    notebook: str
+    profile: str
+    location: sources.Location
+    run_dir: Path
+    values: dict[str, Any]  # the settings
+    changed: dict[str, Any] = field(default_factory=dict)  # by CHANGES: what the values were
+    device: str = "cpu"
+    device_note: str = ""
+    reason: str = "asked for"  # of the profile
+    resume: bool | str = True
+    trains: str = "Training"  # the section that trains the models
+    fresh: bool = False  # takes nothing from other runs
+    own: dict[str, nn.Module | Callable[[], nn.Module]] = field(default_factory=dict)
+    opened: dict[str, Any] = field(default_factory=dict)  # by key: see `study.open_study`
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for what is no attribute; while unpickling there are no attributes yet, hence __dict__.
-        settings = self.__dict__.get("_settings", {})
+        # Reached for what is no attribute; while unpickling there are none yet, hence __dict__.
+        settings = OPTIONAL | self.__dict__.get("values", {})
         if name not in settings:
             raise AttributeError(f"no setting {name!r}{nearest(name, settings)}")
         return copy.deepcopy(settings[name])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(FIXED.format(name))
+        if "opened" in vars(self):  # the last field of all
+            how = f"write CHANGES = {{{name!r}: ...}} and run from the top"
+            raise AttributeError(f"settings are fixed once a run has started: {how}")
+        vars(self)[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"opened": {}}  # another process opens the data itself
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._settings]
+        return [*super().__dir__(), *self.values]
 
     def __str__(self) -> str:
-        return f"{self.banner()}\n{self.settings_text()}"
+        data = f"real images of {self.location.dataset!r}"
+        if self.synthetic:
+            data = "SYNTHETIC phantom images: the numbers below mean nothing medically"
+        # A GPU that is missing or cannot be used is what a reader must learn first.
+        lines = [f"device   {self.device}  ({self.device_note})"]
+        if self.device == "cpu":
+            lines = [f"device   CPU ONLY: {self.device_note}"]
+            lines += [f"         {REMEDY}"] if sources.on_kaggle() else []
+        place = f"{self.run_dir.parent.name}/{self.run_dir.name}"
+        lines += [f"profile  {self.profile.upper()}  ({self.reason})"]
+        lines += [f"data     {data}  [found by: {self.location.origin}]"]
+        lines += [f"run      {place}  (resume: {self.resume}, key {self.key})"]
+        texts = {name: setting_text(name, value) for name, value in self.values.items()}
+        for name, value in self.changed.items():
+            usual = setting_text(name, value)
+            lines.append(f"changed  * {name} = {texts[name]}  (in this profile: {usual})")
+        rule = "=" * max(map(len, lines))
+        words = (f"{'*' * (name in self.changed)}{name}={text}" for name, text in texts.items())
+        # With \0 for its spaces a value is not broken over two lines.
+        unbroken = "  ".join(word.replace(" ", "\0") for word in words)
+        folded = textwrap.fill(unbroken, 96, break_long_words=False, break_on_hyphens=False)
+        settings = f"settings (change them with CHANGES above)\n{folded}".replace("\0", " ")
+        return "\n".join([rule, *lines, rule, settings])
 
     @property
     def settings(self) -> dict[str, Any]:
         """A copy of all settings."""
-        return copy.deepcopy(self._settings)
-
-    @property
-    def changed(self) -> list[str]:
-        """Names of the settings that CHANGES has given another value."""
-        return list(self._usual)
+        return copy.deepcopy(self.values)
 
     @property
     def synthetic(self) -> bool:
@@ -118,304 +135,166 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Hash of notebook, profile, settings and data: two runs of the same key may share a folder."""
-        return digest([self.notebook, self.profile, self.data_name, self._settings])
+        """Hash of notebook, profile, settings and data: runs of one key may share a folder."""
+        return digest([self.notebook, self.profile, self.data_name, self.values])
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name: what a training or a table depends on."""
         return {name: getattr(self, name) for name in names}
 
     def variant(self, **settings: Any) -> Run:
-        """The same run under other settings, e.g. for a second image size; the run's own are as they were."""
-        for name in settings:
-            if name not in self._settings:
-                raise ValueError(f"no setting {name!r}{nearest(name, self._settings)}")
-        other = copy.copy(self)
-        vars(other).update(_settings=self._settings | settings)
-        return other
-
-    def banner(self) -> str:
-        """The lines printed at the top of a notebook: device, profile, data and why."""
-        data = f"real images of {self.location.dataset!r}"
-        if self.synthetic:
-            data = "SYNTHETIC phantom images: the numbers below mean nothing medically"
-        # A GPU that is missing or cannot be used is what a reader must learn first.
-        device = [f"device   {self.device}  ({self.device_note})"]
-        if self.device == "cpu":
-            device = [f"device   CPU ONLY: {self.device_note}"]
-            device += [f"         {KAGGLE_REMEDY}"] if sources.on_kaggle() else []
-        place = f"{self.run_dir.parent.name}/{self.run_dir.name}"
-        lines = [
-            *device,
-            f"profile  {self.profile.upper()}  ({self.reason})",
-            f"data     {data}  [found by: {self.location.origin}]",
-            f"run      {place}  (resume: {self.resume}, key {self.key})",
-            *(f"changed  * {self._changed(name)}" for name in self._usual),
-        ]
-        width = max(map(len, lines))
-        return "\n".join(["=" * width, *lines, "=" * width])
-
-    def _changed(self, name: str) -> str:
-        was, now = (
-            setting_text(name, value) for value in (self._usual[name], self._settings[name])
-        )
-        return f"{name} = {now}  (in this profile: {was})"
-
-    def settings_text(self) -> str:
-        """All settings in a few lines, eps as k/255; the changed ones carry a star."""
-        words = [
-            f"{'*' if name in self._usual else ''}{name}={setting_text(name, value)}".replace(
-                " ", "\0"
-            )
-            for name, value in self._settings.items()
-        ]
-        # A value is not broken over two lines, unless it is longer than one.
-        folded = textwrap.fill(
-            "  ".join(words), WIDTH, break_long_words=False, break_on_hyphens=False
-        )
-        return "settings (change them with CHANGES above)\n" + folded.replace("\0", " ")
+        """The same run under other settings, e.g. for a second image size."""
+        _need_known(settings, self.values, "variant")
+        return replace(self, values=self.values | settings)
 
 
-# ------------------------------------------------------------------------------------------- start
+# ------------------------------------------------------------------------------------- start
 
 
 def start(
     notebook: str,
-    full: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, Any] | None = None,
     *,
-    cpu: Mapping[str, Any] | None = None,
-    smoke: Mapping[str, Any] | None = None,
     by_data: Mapping[str, Mapping[str, Any]] | None = None,
-    changes: Mapping[str, Any] | None = None,
     allowed: Mapping[str, Sequence] | None = None,
-    profile: str = "auto",
-    data_dir: str | Path = "",
-    run_name: str = "",
-    resume: bool | str = True,
-    own_classes: int | str | None = None,
-    own_boxes: bool = False,
+    own_data: int | str = "",
     trains: str = "Training",
 ) -> Run:
     """Check a notebook's settings, find its data, open its run folder; returns the fixed `Run`.
 
-    full: every setting of the study; by_data: what differs with the data set found ("*": every one that is not
-    named); cpu, smoke: what is smaller in these profiles, whatever the data; changes: what the reader wants
-    otherwise, whatever the profile. A change must name a setting and be of its kind; `allowed` holds the words that a setting may
-    be made of, and None where that means "without". `profile` "smoke", "cpu", "full" or "auto" (the environment's DLIA_PROFILE replaces "auto").
-    `data_dir` "" means find the data; own_classes 2 or "any": it may be a folder of class folders with that
-    many classes; own_boxes: it may hold images and a file of boxes. trains: the section that trains the models. `run_name` "" means profile, kind of data,
-    and a hash of what was changed. `resume` True goes on with a run of the same settings, False puts an older
-    one aside and takes nothing from other runs, "force" goes on in a folder of other settings: what does not
-    fit these is made anew.
-    Errors: ValueError for unknown settings, values, profiles and for a run folder of other settings;
-    `DataNotFound` and `BadData` for the data. All before any long work.
+    settings: "full" is the whole study, "cpu" and "smoke" what is smaller there; by_data: what
+    differs with the data set found ("*": any other). allowed: the words that a setting may be made
+    of, and None where that means "without". own_data: which data of the reader's own will do, 2
+    or "any" class folders, or "boxes". trains: the section that trains the models.
+    parameters, the reader's: profile ("auto": DLIA_PROFILE, else by GPU and data), data_dir,
+    run_name (default: profile, kind of data, hash of the changes), resume (True: go on with a run
+    of the same settings; False: put it aside, take nothing from other runs; "force": go on under
+    other settings), changes. Errors: ValueError for wrong settings, parameters, and a run folder
+    of other settings; `DataNotFound`, `BadData`.
     """
-    asked = os.environ.get("DLIA_PROFILE", "auto") if profile == "auto" else profile
-    if asked not in (*PROFILES, "auto"):
-        raise ValueError(f"PROFILE={asked!r} is not one of {', '.join(PROFILES)}, auto")
-    if resume not in (True, False, "force"):
-        raise ValueError(f"RESUME={resume!r} must be True, False or 'force'")
-    layers = {"full": {}, "cpu": dict(cpu or {}), "smoke": dict(smoke or {})}
-    by_data, changes = dict(by_data or {}), _tuples(dict(changes or {}))
-    known = [dict(full), *layers.values(), *by_data.values()]
-    for part in known[1:]:
-        _need_known(part, full, "the profiles and by_data")
-    _check_changes(changes, full, known, allowed or {}, own=own_classes is not None)
-    location = _find_data(
-        changes.get("dataset", full["dataset"]),
-        data_dir,
-        dict(full) | changes,
-        own_classes,
-        own_boxes,
-    )
-    device, device_note = pick_device()
-    chosen, reason = _pick_profile(profile, asked, location, device)
-    usual = dict(full) | by_data.get(location.dataset, by_data.get("*", {})) | layers[chosen]
-    usual = _tuples(usual | {"dataset": location.dataset})
+    given, full, by_data = _parameters(parameters or {}), dict(settings["full"]), by_data or {}
+    names = [full["dataset"]] if isinstance(full["dataset"], str) else full["dataset"]
+    allowed = {"dataset": names if own_data in ("", "boxes") else ()} | dict(allowed or {})
+    changes = _checked(given["changes"], [full, *settings.values(), *by_data.values()], allowed)
+    location = _find_data(full | changes, given["data_dir"], own_data)
     changes.pop("dataset", None)
-    settings = usual | changes
+    device, note = pick_device()
+    if device == "cpu":
+        note = ", ".join(filter(None, (note, choose_threads()[1])))
+    profile, reason = _pick_profile(given["profile"], location, device)
+    usual = full | by_data.get(location.dataset, by_data.get("*", {}))
+    usual |= {} if profile == "full" else settings.get(profile, {})
+    usual = _tuples(usual) | {"dataset": location.dataset}
     kind = "synthetic" if location.synthetic else "real"
     if location.dataset != full["dataset"]:  # runs on several data sets lie side by side
         kind = f"{location.dataset}-{kind}"
-    if device == "cpu":
-        _, note = threads.choose()
-        known = "no GPU" if device_note.startswith("no GPU") else device_note
-        device_note = f"{known}, {note}" if note else known
-    run = Run(
-        notebook=notebook,
-        profile=chosen,
-        reason=reason,
-        location=location,
-        device=device,
-        device_note=device_note,
-        resume=resume,
-        settings=settings,
-        fresh=resume is False,
-        trains=trains,
-        usual={name: usual[name] for name in changes if usual[name] != changes[name]},
-        run_dir=runs_root() / notebook / (run_name or f"{chosen}-{kind}"),
-    )
-    if not run_name:
-        run = _own_folder(run)
-    return _open_folder(run)
-
-
-# What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
-BASIC = {
-    "seed": 0,
-    "size": 128,
-    "fit": "squash",
-    "per_class": None,
-    "val_share": 0.15,
-    "test_share": 0.15,
-}
-BASIC |= {
-    "unusable_share": 0.01,
-    "width": 1.0,
-    "stages": 7,
-    "pretrained": True,
-    "epochs": 10,
-    "batch_size": 32,
-}
-BASIC |= {
-    "lr": 1e-3,
-    "schedule": "onecycle",
-    "patience": None,
-    "max_minutes": None,
-    "num_workers": 0,
-}
-BASIC |= {"bootstrap_draws": 2000}
+    folder = runs_root() / notebook / (given["run_name"] or f"{profile}-{kind}")
+    replaced = {name: usual[name] for name in changes if usual[name] != changes[name]}
+    told = dict(device=device, device_note=note, reason=reason, trains=trains)
+    run = Run(notebook, profile, location, folder, usual | changes, replaced, **told)
+    return _open_folder(replace(run, resume=given["resume"]), named=bool(given["run_name"]))
 
 
 def for_dataset(
     dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any
 ) -> Run:
-    """A run on a data set outside any notebook: `BASIC` with `changes`, in `folder` or below runs/own/.
+    """A run on a data set outside any notebook: `BASIC` with `changes`.
 
-    Errors: ValueError for a change that names no setting of `BASIC` or is of another kind.
+    It goes to `folder` or below runs/own/. Errors: ValueError for a change that does not fit.
     """
-    _check_changes(changes, BASIC, [BASIC], {}, own=True)
+    settings = BASIC | _checked(changes, [BASIC], {})
     location = sources.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
-    device, note = pick_device()
-    run = Run(
-        notebook="own",
-        profile="own",
-        location=location,
-        settings=BASIC | _tuples(changes),
-        device=device,
-        device_note=note,
-        run_dir=Path(folder) if folder else runs_root() / "own" / dataset.name,
-    )
-    return _open_folder(run if folder else _own_folder(run))
+    place = Path(folder) if folder else runs_root() / "own" / dataset.name
+    run = Run("own", "own", location, place, settings, {}, *pick_device())
+    return _open_folder(run, named=bool(folder))
 
 
 def reopen(folder: str | Path) -> Run:
-    """The run that `start` once opened in `folder`, as its config.json tells it: for work outside a notebook.
+    """The run that `start` opened in `folder`, from its config.json: for work outside a notebook.
 
-    Errors: ValueError for a folder without config.json; `DataNotFound` where its data has gone.
+    Errors: ValueError for a folder without one; `DataNotFound` where its data has gone.
     """
-    folder = Path(folder)
-    if not (kept := _recorded(folder)):
-        raise ValueError(
-            f"{folder} is no run folder: it holds no config.json. Start the notebook once first"
-        )
-    place = _tuples(kept["location"]) | {"root": Path(kept["location"]["root"])}
-    location = sources.Location(**place)
-    if not location.root.is_dir():
-        raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
-    device, note = pick_device()
-    return Run(
-        notebook=kept["notebook"],
-        profile=kept["profile"],
-        location=location,
-        run_dir=folder,
-        fresh=kept["fresh"],
-        settings=_tuples(kept["settings"]),
-        device=device,
-        device_note=note,
-        reason=kept["reason"],
-    )
+    kept = _recorded(Path(folder))
+    if not kept:
+        raise ValueError(f"{folder} is no run folder: it holds no config.json (start the notebook)")
+    root = Path(kept["location"]["root"])
+    if not root.is_dir():
+        raise DataNotFound(f"the data of {folder} lay in {root}, which is not there")
+    location = sources.Location(**_tuples(kept["location"]) | {"root": root})
+    told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
+    told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
+    return Run(location=location, run_dir=Path(folder), values=_tuples(kept["settings"]), **told)
 
 
-def _need_known(given: Mapping[str, Any], full: Mapping[str, Any], where: str) -> None:
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the reader chose, checked."""
+    given = dict(profile="auto", data_dir="", run_name="", resume=True, changes={})
+    _need_known(parameters, given, "parameters")
+    given |= parameters
+    for word in (given["profile"], os.environ.get("DLIA_PROFILE", "auto")):
+        if word not in (*PROFILES, "auto"):
+            raise ValueError(f"PROFILE={word!r} is not one of {', '.join(PROFILES)}, auto")
+    if given["resume"] not in (True, False, "force"):
+        raise ValueError(f"RESUME={given['resume']!r} must be True, False or 'force'")
+    return given
+
+
+def _pick_profile(asked: str, location: sources.Location, device: str) -> tuple[str, str]:
+    """The profile and the reason for it."""
+    if asked != "auto":
+        return asked, "asked for"
+    if (told := os.environ.get("DLIA_PROFILE", "auto")) != "auto":
+        return told, f"auto, and the environment says DLIA_PROFILE={told}"
+    there = {"GPU": device == "cuda", "real data": not location.synthetic}
+    if all(there.values()):
+        return "full", "auto: a GPU and real data are there"
+    missing = " and no ".join(what for what, found in there.items() if not found)
+    return "smoke", f"auto: no {missing}; PROFILE = 'cpu' runs the study at laptop size"
+
+
+def _need_known(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
     for name in given:
-        if name not in full:
-            raise ValueError(f"{where}: no such setting {name!r}{nearest(name, full)}")
+        if name not in known:
+            raise ValueError(f"{where}: no such setting {name!r}{nearest(name, known)}")
 
 
-def _check_changes(
-    changes: Mapping[str, Any],
-    full: Mapping[str, Any],
-    known: Sequence[Mapping[str, Any]],
-    allowed: Mapping[str, Sequence],
-    *,
-    own: bool,
-) -> None:
-    """Refuse a change of an unknown name, of another kind than the setting, or of an unknown word."""
-    _need_known(changes, full, "CHANGES")
+def _checked(
+    changes: Mapping[str, Any], layers: Sequence[Mapping], allowed: Mapping[str, Sequence]
+) -> dict[str, Any]:
+    """The changes, each made of what its setting is made of in `layers`, the study's first."""
+    for layer in layers:
+        _need_known(layer, layers[0], "the profiles and by_data")
+    _need_known(changes, layers[0], "CHANGES")
+    changes = _tuples(changes)
     for name, value in changes.items():
-        kinds = {_kind(part[name]) for part in known if name in part}
-        if kinds == {"None"}:  # what else it may be stands nowhere: a limit, or a list of names
-            kinds |= {"number", "list"}
-        kinds |= {"whole number"} if "number" in kinds else set()
-        if value is None and None in allowed.get(name, ()):
-            continue
-        if _kind(value) not in kinds:
+        words = allowed.get(name, ())
+        known = [_kinds(_tuples(layer[name])) for layer in layers if name in layer]
+        known = set().union(*known, {"None"} & {str(word) for word in words})
+        known |= {"a number", "a list"} if known == {"None"} else set()
+        known |= {kind.replace("a ", "a whole ") for kind in known if kind.startswith("a number")}
+        free = not any(kind.endswith("inside") for kind in known - {"None inside"})
+        odd = [kind for kind in _kinds(value) - known if not (free and kind.endswith("inside"))]
+        if odd:
+            usual = " or ".join(sorted(kind for kind in known if not kind.endswith("inside")))
+            found = f"{'holds' if odd[0].endswith('inside') else 'is'} {odd[0]}"
             raise ValueError(
-                f"CHANGES: {name} = {value!r} is a {_kind(value)}; it must be a {' or '.join(sorted(kinds))}, "
-                f"such as {full[name]!r}"
+                f"CHANGES: {name} = {value!r} {found.removesuffix(' inside')}; "
+                f"it must be {usual}, such as {layers[0][name]!r}"
             )
-        leaves = {_kind(leaf) for part in known for leaf in _leaves(part.get(name, ()))}
-        leaves |= {"whole number"} if "number" in leaves else set()
-        if _kind(value) in ("list", "dictionary") and leaves - {"None"}:
-            if odd := [leaf for leaf in _leaves(value) if _kind(leaf) not in leaves]:
-                raise ValueError(
-                    f"CHANGES: {name} holds {odd[0]!r}; it is made as {full[name]!r} is"
-                )
-        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
-            raise ValueError(f"CHANGES: {name} = {value!r} is not a finite number")
-        if any(_kind(leaf) in ("number", "whole number") and leaf < 0 for leaf in _leaves(value)):
-            raise ValueError(f"CHANGES: {name} = {value!r} is negative")
-        for word in value if isinstance(value, tuple) and name in allowed else ():
-            if word not in allowed[name]:
-                raise ValueError(f"CHANGES: {name} names {word!r}{nearest(word, allowed[name])}")
-    wanted, usual = changes.get("dataset"), full.get("dataset")
-    if (
-        wanted
-        and not own
-        and wanted != usual
-        and wanted not in (usual if isinstance(usual, tuple) else ())
-    ):
-        names = usual if isinstance(usual, str) else " or ".join(usual)
-        raise ValueError(
-            f"CHANGES: dataset = {wanted!r}, but this notebook has a data set of its own: {names}"
-        )
+        for word in value if isinstance(value, tuple) else (value,):
+            if isinstance(word, str) and words and word not in words:
+                raise ValueError(f"CHANGES: {name} names {word!r}{nearest(word, words)}")
+    return changes
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "None"
-    if isinstance(value, bool):
-        return "truth value (True or False)"
-    for kind, types in (
-        ("whole number", int),
-        ("number", float),
-        ("text", str),
-        ("list", (tuple, list)),
-    ):
-        if isinstance(value, types):
-            return kind
-    return "dictionary" if isinstance(value, Mapping) else type(value).__name__
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return (
-        [leaf for part in value for leaf in _leaves(part)]
-        if isinstance(value, (tuple, list))
-        else [value]
-    )
+def _kinds(value: Any, inside: str = "") -> set[str]:
+    """The kind of a value, and the kinds of everything inside it."""
+    kind = next((word for kind, word in KINDS.items() if isinstance(value, kind)), "strange")
+    if kind.endswith("number") and not 0 <= value < math.inf:
+        kind = "negative" if value < 0 else "not a finite number"
+    parts = value.values() if kind == "a dictionary" else value if kind == "a list" else ()
+    return {kind + inside}.union(*(_kinds(part, " inside") for part in parts))
 
 
 def _tuples(value: Any) -> Any:
@@ -431,17 +310,16 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     >>> nearest("epoch", ["epochs", "lr"]), nearest("x", ["epochs", "lr"])
     ('; did you mean epochs?', '; there are: epochs, lr')
     """
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
+    names = [str(one) for one in known]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """A setting as the command line writes it, name=value; the value is a literal, a quotient, or a bare word.
+    """A setting as the command line writes it, name=value: a literal, a quotient, or a bare word.
 
-    Errors: ValueError without a name, "=" or value.
-
-    >>> parse_change("lr=3e-4"), parse_change("backbone=resnet18"), parse_change("trials=2")
-    (('lr', 0.0003), ('backbone', 'resnet18'), ('trials', 2))
+    >>> parse_change("lr=3e-4"), parse_change("backbone=resnet18")
+    (('lr', 0.0003), ('backbone', 'resnet18'))
     >>> parse_change("eps_grid=(1/255, 4/255)")[1][1] == 4 / 255
     True
     """
@@ -450,10 +328,9 @@ def parse_change(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text!r}: write name=value, such as --set epochs=5")
     try:
         return name, _literal(ast.parse(value, mode="eval").body)
-    except SyntaxError as error:
-        raise ValueError(
-            f"--set {text!r}: {value!r} is no Python value; text needs quotes"
-        ) from error
+    except (SyntaxError, ValueError) as error:
+        how = "is no Python value; text needs quotes"
+        raise ValueError(f"--set {text!r}: {value!r} {how}") from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -463,10 +340,7 @@ def _literal(node: ast.expr) -> Any:
         return tuple(map(_literal, node.elts))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         return _literal(node.left) / _literal(node.right)
-    try:
-        return ast.literal_eval(node)
-    except ValueError:  # neither a literal nor a quotient, such as a name with hyphens
-        raise SyntaxError(ast.unparse(node)) from None
+    return ast.literal_eval(node)
 
 
 def setting_text(name: str, value: Any) -> str:
@@ -476,92 +350,72 @@ def setting_text(name: str, value: Any) -> str:
     ('(1/255, 4/255)', '((4), (8, 16))')
     """
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{key}: {setting_text(name, part)}" for key, part in value.items())
-            + "}"
-        )
+        parts = (f"{key}: {setting_text(name, part)}" for key, part in value.items())
+        return f"{{{', '.join(parts)}}}"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(setting_text(name, part) for part in value)})"
-    pixels = (
-        "eps" in name or "step_size" in name or name == "expensive"
-    ) and "published" not in name
-    if value == "":
-        return repr(value)
-    return pixel_text(value) if pixels and isinstance(value, float) else str(value)
+    pixels = "eps" in name or "step_size" in name or name == "expensive"
+    if isinstance(value, float) and pixels and "published" not in name:
+        return eps_text(value)
+    return str(value) or "''"
 
 
 def digest(content: Any) -> str:
-    """A short hash of anything JSON can hold.
+    """A short hash of anything JSON can hold."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
+
+def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
+    """Which entries of two nested dictionaries differ, the first five by their dotted names.
+
+    >>> differences({"lr": 1, "more": {"a": 1}}, {"lr": 2, "more": {"a": 3}})
+    'lr: 1 -> 2; more.a: 1 -> 3'
     """
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[
-        :12
-    ]
-
-
-# ------------------------------------------------------------------------------------------- data and profile
+    found = []
+    for name in {**kept, **wanted}:
+        old, new = kept.get(name), wanted.get(name)
+        if old != new and isinstance(old, Mapping) and isinstance(new, Mapping):
+            found.append(differences(old, new, f"{prefix}{name}."))
+        elif old != new:
+            found.append(f"{prefix}{name}: {str(old)[:40]} -> {str(new)[:40]}")
+    return "; ".join(found[:5])
 
 
 def _find_data(
-    names: str | Sequence[str],
-    data_dir: str | Path,
-    settings: Mapping[str, Any],
-    own_classes: int | str | None,
-    own_boxes: bool,
+    settings: Mapping[str, Any], data_dir: str | Path, own_data: int | str
 ) -> sources.Location:
-    """The notebook's data set, the first of several that is there and whole, or the reader's own folder."""
-    told = data_dir or os.environ.get("DLIA_DATA", "")
+    """The notebook's data set, the first of several that is there, or the reader's own folder."""
+    names, told = settings["dataset"], data_dir or os.environ.get("DLIA_DATA", "")
     try:
-        if isinstance(names, str):
-            return sources.find(names, data_dir or None)
-        return sources.find_first(names, data_dir or None)
+        find = sources.find if isinstance(names, str) else sources.find_first
+        return find(names, data_dir or None)
     except DataNotFound as missing:
-        if not told or not (own_classes or own_boxes):
-            raise
-        folder, kind = Path(told).expanduser(), "boxes" if own_boxes else "folder"
-        options = {
-            name: settings[name] for name in ("classes", "patient_pattern") if settings.get(name)
-        }
-        found = sources.find_own(folder, kind=kind, options=options)
+        folder, kind = Path(told).expanduser(), "boxes" if own_data == "boxes" else "folder"
+        options = {name: settings.get(name) for name in ("classes", "patient_pattern")}
+        options = {name: value for name, value in options.items() if value}
+        found = sources.find_own(folder, kind=kind, options=options) if told and own_data else None
         if found is None:
-            others = sources.published_in(folder) if own_classes and folder.is_dir() else []
-            if others:
-                raise DataNotFound(
-                    f"{told} does not hold {names}, but it holds {', '.join(others)}: CHANGES = {{'dataset': "
-                    f"{others[0]!r}}} in the notebook, or --set dataset={others[0]}, takes that"
-                ) from missing
+            usable = told and own_data and kind == "folder" and folder.is_dir()
+            if usable and (others := sources.published_in(folder)):
+                how = f"CHANGES = {{'dataset': {others[0]!r}}} or --set dataset={others[0]}"
+                text = f"{told} does not hold {names}, but it holds {', '.join(others)}: {how}"
+                raise DataNotFound(f"{text} takes that") from missing
             raise
-    own = datasets.load(found)  # only the names of the files: what is wrong with them is said here
-    if isinstance(own_classes, int) and len(own.classes) != own_classes:
+    classes = datasets.load(found).classes  # only names are read: their faults are said here
+    if isinstance(own_data, int) and len(classes) != own_data:
         raise BadData(
-            f"{told} has {len(own.classes)} classes ({', '.join(own.classes)}); this notebook compares "
-            f"{own_classes}. Fix: a folder with {own_classes} class folders, or notebook 04 or 06"
+            f"{told} has {len(classes)} classes ({', '.join(classes)}); this notebook compares "
+            f"{own_data}. Fix: a folder with {own_data} class folders, or notebook 04 or 06"
         )
     return found
 
 
-def _pick_profile(
-    given: str, asked: str, location: sources.Location, device: str
-) -> tuple[str, str]:
-    if given in PROFILES:
-        return given, "asked for"
-    if asked in PROFILES:
-        return asked, f"auto, and the environment says DLIA_PROFILE={asked}"
-    if device == "cuda" and not location.synthetic:
-        return "full", "auto: a GPU and real data are there"
-    there = (("GPU", device == "cuda"), ("real data", not location.synthetic))
-    missing = " and no ".join(what for what, found in there if not found)
-    return "smoke", f"auto: no {missing}; PROFILE = 'cpu' runs the study at laptop size"
-
-
-# ------------------------------------------------------------------------------------------- the run folder
+# ---------------------------------------------------------------------------- the run folder
 
 
 def runs_root() -> Path:
-    """Where runs are written: DLIA_RUNS, else the working folder on Kaggle, else `runs/` of the repository."""
+    """Where runs go: DLIA_RUNS, else Kaggle's working folder, else `runs/` of the repository."""
     if os.environ.get("DLIA_RUNS"):
         return Path(os.environ["DLIA_RUNS"])
     if sources.on_kaggle():
@@ -571,119 +425,83 @@ def runs_root() -> Path:
 
 
 def submissions_root() -> Path:
-    """Where submissions go: `submissions/` beside the runs, or the working folder on Kaggle, which offers them."""
+    """`submissions/` beside the runs, or Kaggle's working folder, whose files it offers."""
     return runs_root().parent if sources.on_kaggle() else runs_root().parent / "submissions"
 
 
-def _own_folder(run: Run) -> Run:
-    """A folder of its own for a run whose usual one is not its own: settings were changed, here or in the cell."""
-    name = f"{run.run_dir.name}-{run.key[:6]}"
-    taken = _recorded(run.run_dir).get("key", run.key) != run.key and run.resume is True
-    if not run.changed and not taken:
-        return run
-    if taken and not run.changed:
-        log.warning("%s holds a run of other settings; this one goes to %s", run.run_dir.name, name)
-    vars(run).update(run_dir=run.run_dir.with_name(name))
-    return run
+def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
+    kept = files.read_json(folder / "config.json") or {}
+    if kept and (found := kept.get("format")) != FORMAT and not any_format:
+        raise ValueError(
+            f"run folder {folder} was written by another version of dlia_utils (format {found}, "
+            f"not {FORMAT}): choose another RUN_NAME, or RESUME = False (--fresh) to put it aside"
+        )
+    return kept
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    return files.read_json(folder / "config.json") or {}
+def _open_folder(run: Run, *, named: bool) -> Run:
+    """Create the run folder, or go on in one of the same settings; it may be an earlier session's.
 
-
-def _open_folder(run: Run) -> Run:
-    """Create the run folder, or take up an earlier session's; refuse to mix two configurations in one."""
-    if run.resume and not _recorded(run.run_dir):
+    Where the reader gave no name, changed settings get a folder of their own.
+    """
+    before = _recorded(run.run_dir, any_format=run.resume is False or bool(run.changed))
+    taken = run.resume is True and before.get("key", run.key) != run.key
+    if not named and (run.changed or taken):
+        folder = run.run_dir.with_name(f"{run.run_dir.name}-{run.key[:6]}")
+        if not run.changed:
+            log.warning("%s holds a run of other settings; this is %s", run.run_dir, folder.name)
+        run = replace(run, run_dir=folder)
+    if run.resume and not (run.run_dir / "config.json").exists():
         _import_run(run)
-    before = _recorded(run.run_dir)
+    before = _recorded(run.run_dir, any_format=run.resume is False)
     if before and run.resume is False:
         old = f"{run.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"
         run.run_dir.rename(run.run_dir.with_name(old))
     elif before and run.resume is True and before["key"] != run.key:
-        changes = _differences(before.get("settings", {}), run.settings)
+        now = json.loads(json.dumps(run.settings, default=str))
         raise ValueError(
-            f"run folder {run.run_dir} holds a run with other settings{changes}: choose another RUN_NAME, "
-            "RESUME = False to put the old run aside, or RESUME = 'force' to go on in it"
+            f"run folder {run.run_dir} holds a run with other settings "
+            f"({differences(before['settings'], now)}): choose another RUN_NAME, RESUME = False to "
+            "put the old run aside, or RESUME = 'force' to go on in it"
         )
     # A run that was begun afresh takes nothing from other runs when it is gone on with, either.
-    vars(run).update(fresh=run.resume is False or bool(before.get("fresh")))
-    keep = {
-        "notebook": run.notebook,
-        "profile": run.profile,
-        "reason": run.reason,
-        "key": run.key,
-        "data": run.data_name,
-        "location": dataclasses.asdict(run.location),
-        "device": run.device,
-        "fresh": run.fresh,
-        "changed": run.changed,
-        "settings": run.settings,
-    }
-    files.write_json(keep, run.run_dir / "config.json")
+    run = replace(run, fresh=run.resume is False or bool(before.get("fresh")))
+    names = "notebook profile reason key device fresh trains settings".split()
+    keep = {name: getattr(run, name) for name in names} | {"format": FORMAT, "data": run.data_name}
+    keep |= {"changed": list(run.changed)}
+    files.write_json(keep | {"location": asdict(run.location)}, run.run_dir / "config.json")
     files.write_json(environment(), run.run_dir / "env.json")
     return run
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    now = json.loads(json.dumps(now, default=str))
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)][:5]
-    return (
-        f" ({', '.join(f'{n}: {before.get(n)!r} -> {now.get(n)!r}' for n in names)})"
-        if names
-        else ""
-    )
-
-
 def _import_run(run: Run) -> None:
-    """Copy the run of an earlier Kaggle session, attached as an input, if it has this run's settings.
+    """Copy the run of an earlier Kaggle session, attached as an input, if it has these settings.
 
-    Attach the earlier version's output (*Add Input*, *Your Work*) and press Run All: what was finished is read
-    back, and a training that was cut off goes on after its last whole epoch. Of several the one with the newest
-    checkpoint.
+    A training that was cut off then goes on after its last whole epoch. Of several runs the one
+    with the newest checkpoint is taken.
     """
-    place = Path(run.notebook) / run.run_dir.name
-    found = []
+    found, place = {}, Path(run.notebook) / run.run_dir.name
     for mount in sources.mounts():
         for folder in (mount / "runs" / place, mount / place):
-            if not (record := _recorded(folder)):
-                continue
-            if record.get("key") == run.key:
-                found.append(folder)
-            else:
+            kept = _recorded(folder, any_format=True)
+            if (kept.get("key"), kept.get("format")) == (run.key, FORMAT):
+                times = (path.stat().st_mtime for path in folder.rglob("last.pt"))
+                found[folder] = max(times, default=0.0)
+            elif kept:
                 log.warning(
                     "the run in input %s has other settings: it is not continued", mount.name
                 )
-    if not found:
-        return
-
-    def newest(folder: Path) -> float:
-        return max((path.stat().st_mtime for path in folder.rglob("last.pt")), default=0.0)
-
-    chosen = max(found, key=newest)
-    run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run.run_dir.parent, prefix=".import-") as scratch:
-        os.replace(files.copy_tree(chosen, Path(scratch) / "run"), run.run_dir)
-    source = chosen.relative_to(sources.kaggle_root())
-    log.warning("continues the run of an earlier session, found in input %s", source)
+    if found:
+        chosen = max(found, key=found.get)
+        files.copy_tree(chosen, run.run_dir)
+        source = chosen.relative_to(sources.kaggle_root())
+        log.warning("continues the run of an earlier session, found in input %s", source)
 
 
 def environment() -> dict[str, Any]:
     """Versions of what the numbers depend on, for `env.json`."""
-    names = (
-        "torch",
-        "torchvision",
-        "albumentations",
-        "accelerate",
-        "numpy",
-        "pandas",
-        "scikit-learn",
-    )
-    versions = {name: metadata.version(name) for name in names}
+    names = "torch torchvision albumentations accelerate numpy pandas scikit-learn".split()
+    told = {"python": sys.version.split()[0], "hardware": hardware()}
     kaggle = map(Path, ("/etc/git_commit", "/etc/build_date"))
-    image = {file.name: file.read_text().strip() for file in kaggle if file.exists()}
-    return {
-        "python": sys.version.split()[0],
-        "hardware": hardware(),
-        "kaggle_image": image,
-        **versions,
-    }
+    told["kaggle_image"] = {path.name: path.read_text().strip() for path in kaggle if path.exists()}
+    return told | {name: metadata.version(name) for name in names}

@@ -1,4 +1,4 @@
-"""Pixel units: an eps or a step is k/255, k grey levels of the 255 that lie between black and white."""
+"""Pixel units: an eps or a step is k/255, k grey levels of the 255 between black and white."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ def pixel_eps(*levels: float) -> tuple[float, ...]:
 
 
 def pixel_text(eps: float) -> str:
-    """A pixel eps the way people write it.
-
-    >>> pixel_text(0.5 / 255)
-    '0.5/255'
-    """
+    """A pixel eps the way people write it: '0.5/255'."""
     return f"{eps * 255:.3g}/255"
 
 
 def eps_text(eps: float, unit: str = "pixel") -> str:
     """An eps as people write it, in its unit.
 
-    >>> eps_text(4 / 255), eps_text(0.5 / 255), eps_text(0.03, "normalised")
-    ('4/255', '0.5/255', '0.03')
+    >>> eps_text(4 / 255), eps_text(0.03, "normalised")
+    ('4/255', '0.03')
     """
     return pixel_text(eps) if unit == "pixel" else f"{eps:g}"

@@ -1,4 +1,4 @@
-"""Every test session caches and runs in folders of its own; real radiographs come only through DLIA_DATA."""
+"""Every test session caches and runs in folders of its own; real images come only by DLIA_DATA."""
 
 import os
 import shutil
@@ -11,14 +11,14 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before anything imports albument
 
 import torch
 
-# The models of the unit tests are so small that threads cost more than they give, above all on a busy machine.
+# The models of the unit tests are so small that threads cost more than they give.
 torch.set_num_threads(1)
 
 _SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
 
 
 def pytest_configure(config):
-    # A hook and not a fixture, because the doctests in dlia_utils/ do not see the fixtures of tests/.
+    # A hook and no fixture: the doctests in dlia_utils/ do not see the fixtures of tests/.
     os.environ["DLIA_CACHE"] = str(_SCRATCH / "cache")
     os.environ["DLIA_RUNS"] = str(_SCRATCH / "runs")
     if os.environ.get("DLIA_DATA"):
@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With several processes (`make test`): a file's tests stay in one, and all that runs one notebook, too.
+    """With several processes (`make test`) a file's tests stay in one, as do all of a notebook.
 
     They share fixtures and finished runs, which another process would have to make again.
     """

@@ -1,9 +1,7 @@
-"""Small things for tests: a linear model with images for it, and a run of a notebook with a few
-settings changed."""
+"""Small things for tests: a linear model with images for it, a run of a notebook."""
 
 import contextlib
 import io
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +21,9 @@ def small_batch() -> tuple[Tensor, Tensor]:
     return x, torch.tensor([0, 1, 1, 0, 1, 0])
 
 
-def start_run(
-    number: str,
-    data: str | Path = "",
-    name: str = "",
-    *,
-    profile: str = "smoke",
-    resume=True,
-    **changes,
-):
+def start_run(number, data="", name="", *, profile="smoke", resume=True, **changes):
     """The run that notebook `number` starts, with `changes` of its settings."""
     (source,) = execute.pick([number])
+    given = dict(PROFILE=profile, DATA_DIR=str(data), RUN_NAME=name, RESUME=resume)
     with contextlib.redirect_stdout(io.StringIO()):  # its banner
-        return execute.opened(
-            source,
-            PROFILE=profile,
-            DATA_DIR=str(data),
-            RUN_NAME=name,
-            RESUME=resume,
-            CHANGES=changes,
-        )
+        return execute.opened(source, CHANGES=changes, **given)

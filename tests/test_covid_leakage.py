@@ -15,7 +15,7 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import curves, once, report, search, study
+from dlia_utils import curves, execute, report, search, study
 from dlia_utils.data import cache, datasets, explore, phantom, sources, split
 from tools import notebooks
 
@@ -42,8 +42,8 @@ LEARNT = ("2", "3", "4", "5", "6", "7")  # the sections between looking at the d
 @pytest.fixture(scope="module")
 def cells():
     """The notebook's code: what stands before the sections, and each section by its number."""
-    (source,) = notebooks.pick(["06"])
-    opening, sections = notebooks.sections(notebooks.build(source))
+    (path,) = execute.pick(["06"])
+    opening, sections = notebooks.sections(notebooks.read(path))
     return opening[2:], {title.split()[0]: code for title, code in sections.items()}
 
 
@@ -88,7 +88,7 @@ def run(cells, part, *, wanted=LEARNT):
     opened = study.open_study(started)
     if part:
         opened = spoil(opened, part)
-        study._OPEN[started.key, started.run_dir] = opened
+        started.opened[started.key] = opened
     for number in wanted:
         for code in sections[number]:
             exec(code, names)
@@ -193,8 +193,8 @@ def test_the_test_is_opened_after_all_choices_and_once(done, cells, patched):
     paths = clean.study.dataset.manifest["path"]
     assert told["path"].tolist() == paths[clean.study.rows("test")].tolist()
     (clean.folder / "tables" / "test_baseline.csv").unlink()
-    with pytest.raises(once.AlreadyOpened):
-        once.predictions(clean.study, "baseline")
+    with pytest.raises(study.AlreadyOpened):
+        study.predictions(clean.study, "baseline")
 
 
 def test_the_threshold_is_fixed_beforehand(cells):

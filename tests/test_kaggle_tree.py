@@ -129,20 +129,20 @@ def real_images_on_kaggle(tmp_path, monkeypatch):
 def test_a_p100_is_named_first_and_auto_becomes_smoke_on_the_cpu(p100, real_images_on_kaggle):
     one = start_run("01", profile="auto")
     assert (one.profile, one.device, one.synthetic) == ("smoke", "cpu", False)
-    lines = one.banner().splitlines()
+    lines = str(one).splitlines()
     assert "CPU ONLY: Tesla P100-PCIE-16GB is there, but this torch cannot use it" in lines[1]
-    assert "no kernel image" in lines[1] and "Compile" not in one.banner()
+    assert "no kernel image" in lines[1] and "Compile" not in str(one)
     assert "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
     assert device.hardware().endswith(("x86_64", "arm64", "aarch64", "AMD64"))
 
 
 def test_no_gpu_is_said_first_too_and_how_to_get_one(real_images_on_kaggle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    lines = start_run("01", profile="auto").banner().splitlines()
+    lines = str(start_run("01", profile="auto")).splitlines()
     assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
     monkeypatch.setattr(run, "runs_root", lambda: Path(sources.kaggle_root()) / "runs")
-    elsewhere = start_run("01", sources.kaggle_root() / "input").banner()
+    elsewhere = str(start_run("01", sources.kaggle_root() / "input"))
     assert "CPU ONLY" in elsewhere and "T4" not in elsewhere, "a laptop has no session options"
 
 

@@ -42,9 +42,10 @@ def train(**options):
 # The first session: killed from outside, as at the end of Kaggle's twelve hours, in the middle of an epoch.
 SESSION = """
 import os, signal, sys
-from dlia_utils import notebooks, objectives, study
-(source,) = notebooks.pick(["{notebook}"])
-opened = study.open_study(notebooks.opened(source, PROFILE="smoke", CHANGES={tiny}))
+from dlia_utils import objectives, study
+from tools import notebooks
+(source,) = execute.pick(["{notebook}"])
+opened = study.open_study(execute.opened(source, PROFILE="smoke", CHANGES={tiny}))
 calls = 0
 def objective(model, x, y):
     global calls
@@ -89,7 +90,6 @@ def test_a_session_that_was_cut_off_loses_at_most_one_epoch(kaggle, layout, capl
     shutil.rmtree(kaggle / "working")
     shutil.rmtree(kaggle / "input")
     (kaggle / "input").mkdir()
-    study._OPEN.clear()
     straight = train()
     columns = ["train_loss", "val_loss"]
     pd.testing.assert_frame_equal(

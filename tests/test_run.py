@@ -1,4 +1,4 @@
-"""A run: profiles, settings that the reader changes, run folders, and the refusal to mix two configurations."""
+"""A run: profiles, settings that the reader changes, run folders, settings that are never mixed."""
 
 import json
 import pickle
@@ -12,24 +12,10 @@ from dlia_utils.data.readers import BadData, DataNotFound
 from dlia_utils.run import start
 
 NOTEBOOK = "01_pneumonia_robustness"
-FULL = {
-    "dataset": "pneumonia",
-    "seed": 0,
-    "size": 224,
-    "epochs": 25,
-    "lr": 1e-3,
-    "patience": None,
-    "pretrained": True,
-}
-FULL |= {
-    "eps_grid": (1 / 255, 4 / 255),
-    "attacks": ("fgsm", "pgd_ce"),
-    "budgets": {"fmn": {"steps": 5}},
-    "fit": "squash",
-}
-FULL |= {"test_share": None, "classes": None, "patient_pattern": ""}
-LAYERS = {"cpu": {"size": 112}, "smoke": {"size": 48, "per_class": None}}
-LAYERS["smoke"].pop("per_class")
+FULL = dict(dataset="pneumonia", seed=0, size=224, epochs=25, lr=1e-3, patience=None)
+FULL |= dict(pretrained=True, eps_grid=(1 / 255, 4 / 255), attacks=("fgsm", "pgd_ce"))
+FULL |= dict(budgets={"fmn": {"steps": 5}}, test_share=None, classes=None, patient_pattern="")
+WORDS = {"attacks": ("fgsm", "pgd_ce", "fmn")}
 
 
 @pytest.fixture(autouse=True)
@@ -37,74 +23,72 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     for name in ("DLIA_PROFILE", "DLIA_DATA"):
         monkeypatch.delenv(name, raising=False)
-    real = tmp_path / "real"
-    real.mkdir()
-    monkeypatch.setattr(
-        sources,
-        "find",
-        lambda dataset, data_dir=None, **_: sources.Location(
-            dataset, real, "argument", synthetic=not data_dir
-        ),
-    )
+    (tmp_path / "real").mkdir()
+
+    def find(dataset, data_dir=None, **_):
+        return sources.Location(dataset, tmp_path / "real", "argument", synthetic=not data_dir)
+
+    monkeypatch.setattr(sources, "find", find)
     monkeypatch.setattr(run, "pick_device", lambda: ("cpu", "no GPU"))
 
 
-def begin(profile="smoke", **options):
-    return start(NOTEBOOK, FULL, **{**LAYERS, "profile": profile, **options})
+def begin(profile="smoke", full=FULL, cpu=None, by_data=None, allowed=None, own="", **parameters):
+    settings = dict(full=full, cpu=cpu or {"size": 112}, smoke={"size": 48})
+    more = dict(by_data=by_data, allowed=allowed, own_data=own)
+    return start(NOTEBOOK, settings, parameters | {"profile": profile}, **more)
 
 
-# ------------------------------------------------------------------------------------------- profiles
+# ---------------------------------------------------------------------------------------- profiles
 
 
 def test_auto_without_gpu_is_smoke_and_says_why():
     one = begin("auto")
     assert one.profile == "smoke" and "no GPU" in one.reason and one.size == 48 and one.epochs == 25
-    assert "SYNTHETIC" in one.banner() and "SMOKE" in one.banner()
-    assert one.run_dir.name == "smoke-synthetic"
+    assert "SYNTHETIC" in str(one) and "SMOKE" in str(one)
+    assert one.run_dir.name == "smoke-synthetic" and one.caption.endswith("smoke profile, 48 px")
 
 
 def test_auto_with_gpu_and_real_data_is_full(monkeypatch):
     monkeypatch.setattr(run, "pick_device", lambda: ("cuda", "2 x Tesla T4"))
     one = begin("auto", data_dir="somewhere")
     assert (one.profile, one.run_dir.name, one.size) == ("full", "full-real", 224)
-    assert "SYNTHETIC" not in one.banner()
+    assert "SYNTHETIC" not in str(one)
 
 
 def test_environment_profile_replaces_auto_only_and_the_banner_says_so(monkeypatch):
     monkeypatch.setenv("DLIA_PROFILE", "cpu")
-    assert "auto, and the environment says DLIA_PROFILE=cpu" in begin("auto").banner()
+    assert "auto, and the environment says DLIA_PROFILE=cpu" in str(begin("auto"))
     assert begin("smoke").profile == "smoke"
 
 
 def test_what_differs_with_the_data_comes_before_the_profile():
     by_data = {"pneumonia": {}, "*": {"test_share": 0.15, "size": 800}}
     assert begin("full", by_data=by_data).test_share is None
-    other = begin("full", by_data=by_data, changes={"dataset": "covid"}, own_classes=2)
+    given = dict(by_data=by_data, changes={"dataset": "covid"}, own=2)
+    other = begin("full", **given)
     assert (other.test_share, other.size, other.run_dir.name) == (0.15, 800, "full-covid-synthetic")
-    assert begin("smoke", by_data=by_data, changes={"dataset": "covid"}, own_classes=2).size == 48
+    assert begin("smoke", **given).size == 48
 
 
-# ------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------- settings
 
 
 def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own():
     one = begin(changes={"epochs": 5, "eps_grid": [2 / 255]})
-    assert one.epochs == 5 and one.eps_grid == (2 / 255,) and one.changed == ["epochs", "eps_grid"]
-    text = str(one)
     assert (
-        "* epochs = 5  (in this profile: 25)" in text and "*epochs=5" in text and "(2/255)" in text
+        one.epochs == 5
+        and one.eps_grid == (2 / 255,)
+        and list(one.changed) == ["epochs", "eps_grid"]
     )
+    text = str(one)
+    assert "* epochs = 5  (in this profile: 25)" in text
+    assert "*epochs=5" in text and "(2/255)" in text
     assert one.run_dir.name.startswith("smoke-synthetic-") and one.run_dir != begin().run_dir
     kept = json.loads((one.run_dir / "config.json").read_text())
     assert kept["settings"]["epochs"] == 5 and kept["changed"] == ["epochs", "eps_grid"]
     again = begin(changes={"epochs": 5, "eps_grid": (2 / 255,)})
-    assert again.run_dir == one.run_dir and again.key == one.key, (
-        "a list is the same setting as a tuple"
-    )
-
-
-def test_a_change_to_what_is_set_already_changes_nothing():
-    assert begin(changes={"epochs": 25}).run_dir == begin().run_dir
+    assert (again.run_dir, again.key) == (one.run_dir, one.key), "a list is a tuple"
+    assert begin(changes={"epochs": 25}).run_dir == begin().run_dir, "it is set already"
 
 
 @pytest.mark.parametrize(
@@ -114,42 +98,36 @@ def test_a_change_to_what_is_set_already_changes_nothing():
         ({"zzz": 1}, "there are: dataset, seed"),
         ({"epochs": "5"}, "is a text; it must be a whole number, such as 25"),
         ({"epochs": 2.5}, "is a number"),
-        ({"epochs": True}, "truth value"),
-        ({"lr": float("nan")}, "not a finite number"),
+        ({"epochs": True}, "is True or False; it must be a whole"),
+        ({"epochs": None}, "epochs = None"),
+        ({"lr": float("nan")}, "is not a finite number"),
         ({"lr": -1.0}, "is negative"),
-        ({"pretrained": 1}, "must be a truth value"),
+        ({"pretrained": 1}, "must be True or False"),
         ({"patience": "often"}, "is a text"),
         ({"attacks": "fgsm"}, "is a text; it must be a list"),
         ({"attacks": ("fgms",)}, "names 'fgms'; did you mean fgsm"),
-        ({"eps_grid": ("1/255",)}, "eps_grid holds '1/255'"),
+        ({"eps_grid": ("1/255",)}, "holds a text; it must be a list"),
         ({"budgets": 3}, "must be a dictionary"),
-        ({"dataset": "covid"}, "has a data set of its own: pneumonia"),
+        ({"dataset": "covid"}, "names 'covid'; there are: pneumonia"),
     ],
 )
 def test_a_wrong_change_is_named_before_any_data_is_read(change, message, monkeypatch):
     monkeypatch.setattr(sources, "find", lambda *_, **__: pytest.fail("data was looked for"))
     with pytest.raises(ValueError, match=message):
-        begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})
+        begin(changes=change, allowed=WORDS)
 
 
-def test_none_is_taken_where_it_means_without():
-    with pytest.raises(ValueError, match="epochs = None"):
-        begin(changes={"epochs": None})
-    assert begin(changes={"lr": None}, allowed={"lr": (None,)}).lr is None
+FITTING = [{"lr": 1}, {"patience": 3}, {"attacks": ("fmn",)}, {"epochs": 1}, {"patience": None}]
+FITTING += [{"lr": None}, {"budgets": {"fmn": {"steps": 9}, "square": {"steps": 2}}}]
 
 
-@pytest.mark.parametrize(
-    "change", [{"lr": 1}, {"patience": 3}, {"attacks": ("fmn",)}, {"epochs": 1}, {"patience": None}]
-)
+@pytest.mark.parametrize("change", FITTING)
 def test_what_fits_is_taken(change):
-    one = begin(changes=change, allowed={"attacks": ("fgsm", "pgd_ce", "fmn")})
-    assert one.pick(*change) == change
+    assert begin(changes=change, allowed=WORDS | {"lr": (None,)}).pick(*change) == change
 
 
 def test_a_profile_that_names_an_unknown_setting_is_a_fault_of_the_notebook():
-    with pytest.raises(
-        ValueError, match="profiles and by_data: no such setting 'sise'; did you mean size"
-    ):
+    with pytest.raises(ValueError, match="by_data: no such setting 'sise'; did you mean size"):
         begin(cpu={"sise": 3})
 
 
@@ -157,25 +135,27 @@ def test_settings_cannot_be_changed_behind_the_runs_back():
     one = begin()
     one.settings["epochs"], one.budgets["fmn"]["steps"] = 2, 99
     assert one.epochs == 25 and one.budgets["fmn"]["steps"] == 5
-    with pytest.raises(
-        AttributeError, match=r"fixed once a run has started: write CHANGES = \{'epochs': ...\}"
-    ):
+    with pytest.raises(AttributeError, match=r"fixed once .*: write CHANGES = \{'epochs': ...\}"):
         one.epochs = 2
     with pytest.raises(AttributeError, match="no setting 'sise'; did you mean size"):
         _ = one.sise
     assert json.loads((one.run_dir / "config.json").read_text())["settings"]["epochs"] == one.epochs
 
 
+def test_a_setting_that_a_notebook_does_not_have_has_its_default():
+    one = begin()
+    assert (one.fit, one.balance, one.unusable_share) == ("squash", "weights", 0.0)
+    assert "fit" not in one.settings and begin(full=FULL | {"fit": "pad"}).fit == "pad"
+
+
 def test_a_run_survives_pickling_and_is_opened_again_from_its_folder():
     one = begin(changes={"epochs": 3})
-    assert pickle.loads(pickle.dumps(one)).settings == one.settings
+    one.opened["key"] = "decoded images"
+    copied = pickle.loads(pickle.dumps(one))
+    assert copied.settings == one.settings and not copied.opened
     again = run.reopen(one.run_dir)
-    assert (again.key, again.settings, again.run_dir, again.location) == (
-        one.key,
-        one.settings,
-        one.run_dir,
-        one.location,
-    )
+    for name in ("key", "settings", "run_dir", "location", "trains"):
+        assert getattr(again, name) == getattr(one, name)
     with pytest.raises(ValueError, match="is no run folder"):
         run.reopen(one.run_dir / "figures")
 
@@ -184,59 +164,68 @@ def test_a_variant_has_other_settings_and_the_same_folder():
     one = begin()
     other = one.variant(size=24)
     assert (other.size, one.size, other.run_dir) == (24, 48, one.run_dir) and other.key != one.key
-    with pytest.raises(ValueError, match="no setting 'sizes'; did you mean size"):
+    with pytest.raises(ValueError, match="no such setting 'sizes'; did you mean size"):
         one.variant(sizes=3)
 
 
-# ------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------- run folders
 
 
 def test_run_folder_refuses_other_settings_unless_forced_or_put_aside():
     first = begin(run_name="mine")
     (first.run_dir / "keep.txt").write_text("old")
     assert begin(run_name="mine").key == first.key
-    with pytest.raises(
-        ValueError, match=r"other settings \(size: 48 -> 112\): choose another RUN_NAME"
-    ):
+    with pytest.raises(ValueError, match=r"\(size: 48 -> 112\): choose another RUN_NAME"):
         begin("cpu", run_name="mine")
     assert (begin("cpu", run_name="mine", resume="force").run_dir / "keep.txt").exists()
     fresh = begin("cpu", run_name="mine", resume=False)
     assert not (fresh.run_dir / "keep.txt").exists() and fresh.fresh
-    assert list(fresh.run_dir.parent.glob("mine.*.old/keep.txt")), (
-        "the old run is put aside, not deleted"
-    )
-    assert begin("cpu", run_name="mine").fresh, (
-        "gone on with, it still takes nothing from other runs"
-    )
+    assert list(fresh.run_dir.parent.glob("mine.*.old/keep.txt")), "put aside, not deleted"
+    assert begin("cpu", run_name="mine").fresh, "gone on with, it still takes nothing from others"
+
+
+def test_a_folder_of_another_format_is_refused_by_name():
+    one = begin()
+    record = one.run_dir / "config.json"
+    former = json.loads(record.read_text())
+    del former["format"]
+    record.write_text(json.dumps(former))
+    for resume in (True, "force"):
+        with pytest.raises(ValueError, match="smoke-synthetic was written by another version"):
+            begin(resume=resume)
+    with pytest.raises(ValueError, match="another version"):
+        run.reopen(one.run_dir)
+    assert begin(resume=False).run_dir == one.run_dir
 
 
 def test_settings_changed_in_their_own_cell_go_to_another_folder_instead_of_an_error(caplog):
     first = begin()
-    edited = start(NOTEBOOK, FULL | {"epochs": 3}, **LAYERS, profile="smoke")
+    edited = begin(full=FULL | {"epochs": 3})
     assert edited.run_dir != first.run_dir and "holds a run of other settings" in caplog.text
-    assert (
-        start(NOTEBOOK, FULL | {"epochs": 3}, **LAYERS, profile="smoke").run_dir == edited.run_dir
-    )
+    assert begin(full=FULL | {"epochs": 3}).run_dir == edited.run_dir
 
 
 def test_run_folder_records_config_and_environment():
     one = begin()
-    assert json.loads((one.run_dir / "config.json").read_text())["settings"] == json.loads(
-        json.dumps(one.settings)
-    )
+    kept = json.loads((one.run_dir / "config.json").read_text())
+    assert kept["settings"] == json.loads(json.dumps(one.settings))
     assert json.loads((one.run_dir / "env.json").read_text())["torch"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"profile": "fast"}, "is not one of"), ({"resume": "yes"}, "RESUME")],
+    [
+        ({"profile": "fast"}, "is not one of"),
+        ({"resume": "yes"}, "RESUME"),
+        ({"run_nam": "a"}, "did you mean run_name"),
+    ],
 )
 def test_bad_parameters_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         begin(**arguments)
 
 
-# ------------------------------------------------------------------------------------------- a folder of one's own
+# --------------------------------------------------------------------------- a folder of one's own
 
 
 @pytest.fixture
@@ -254,33 +243,29 @@ def shapes(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_class_folders_is_the_data_under_its_own_name(shapes, monkeypatch):
-    one = begin(data_dir=shapes, own_classes=2, by_data={"*": {"test_share": 0.2}})
-    assert (one.data_name, one.synthetic, one.run_dir.name) == (
-        "shapes",
-        False,
-        "smoke-shapes-real",
-    )
-    assert one.test_share == 0.2 and "real images of 'shapes'" in one.banner()
-    ordered = begin(data_dir=shapes, own_classes=2, changes={"classes": ("square", "circle")})
+    one = begin(data_dir=shapes, own=2, by_data={"*": {"test_share": 0.2}})
+    assert (one.data_name, one.synthetic) == ("shapes", False)
+    assert one.run_dir.name == "smoke-shapes-real"
+    assert one.test_share == 0.2 and "real images of 'shapes'" in str(one)
+    ordered = begin(data_dir=shapes, own=2, changes={"classes": ("square", "circle")})
     assert datasets.load(ordered.location).classes == ("square", "circle")
     assert run.reopen(ordered.run_dir).location.options == {"classes": ("square", "circle")}
     monkeypatch.setenv("DLIA_DATA", str(shapes))
-    assert begin(own_classes="any").data_name == "shapes"
+    assert begin(own="any").data_name == "shapes"
 
 
 def test_a_folder_is_refused_in_words_where_it_cannot_be_used(shapes):
-    with pytest.raises(
-        DataNotFound, match="does not hold pneumonia.*works in notebooks 01, 04, 06, 07"
-    ):
+    usable = "does not hold pneumonia.*works in notebooks 01, 04, 06, 07"
+    with pytest.raises(DataNotFound, match=usable):
         begin(data_dir=shapes)
     with pytest.raises(BadData, match="2 classes .circle, square.; this notebook compares 3"):
-        begin(data_dir=shapes, own_classes=3)
+        begin(data_dir=shapes, own=3)
     (shapes / "empty").mkdir()
     with pytest.raises(BadData, match="empty"):
-        begin(data_dir=shapes, own_classes="any")
+        begin(data_dir=shapes, own="any")
 
 
 def test_a_folder_that_holds_another_published_set_is_told_by_name(shapes, tmp_path):
     location = sources.find("tuberculosis", phantom_dir=tmp_path / "tb")
     with pytest.raises(DataNotFound, match="holds tuberculosis: .*dataset=tuberculosis"):
-        begin(data_dir=location.root, own_classes=2)
+        begin(data_dir=location.root, own=2)

@@ -1,5 +1,6 @@
 """What the sections of a notebook share, on the phantom in a run folder of its own."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from small import start_run
 
-from dlia_utils import device, models, objectives, study
+from dlia_utils import corrupt, device, models, objectives, study, train
 from dlia_utils.data import datasets, sources
 
 NOTEBOOK = "01_pneumonia_robustness"
@@ -44,38 +45,6 @@ def test_only_training_images_are_augmented(opened):
     assert not torch.equal(plain[0][0], augmented[0][0])
 
 
-def test_a_finished_model_is_read_back_and_loads(opened):
-    weights = opened.class_weights()
-    first = study.train_model(
-        opened, "baseline", objectives.cross_entropy(weight=weights), progress=False
-    )
-    again = study.train_model(
-        opened, "baseline", objectives.cross_entropy(weight=weights), progress=False
-    )
-    assert first.status == again.status == "done"
-    pd.testing.assert_frame_equal(first.history, again.history)
-    model = study.load_models(opened, ["baseline"])["baseline"]
-    assert not model.training and model(opened.images([0])).shape == (1, 2)
-
-
-def test_a_training_out_of_time_stops_with_words_and_goes_on(opened):
-    objective = objectives.cross_entropy()
-    with pytest.raises(
-        study.OutOfTime,
-        match="stopped after 1 of 2 epochs: .*run again to go on.*--set max_minutes=4e-06 .*CHANGES = ",
-    ):
-        study.train_model(opened, "slow", objective, epochs=2, max_minutes=1e-6, progress=False)
-    assert len(study.train_model(opened, "slow", objective, epochs=2, progress=False).history) == 2
-
-
-def test_a_model_that_was_not_trained_names_the_section(opened):
-    with pytest.raises(
-        FileNotFoundError,
-        match="nobody.*run the section '2 Training' first; in a notebook of your own, copy that section as well",
-    ):
-        study.load_models(opened, ["nobody"])
-
-
 def fit(opened, name="baseline", **options):
     return study.train_model(opened, name, objectives.cross_entropy(), progress=False, **options)
 
@@ -84,67 +53,85 @@ def made_at(opened, name="baseline"):
     return (opened.run.run_dir / name / "last.pt").stat().st_mtime_ns
 
 
+def table(value):
+    return lambda: pd.DataFrame({"value": [value]})
+
+
+def test_a_finished_model_is_read_back_and_loads(opened):
+    first, again = fit(opened), fit(opened)
+    assert first.status == again.status == "done"
+    pd.testing.assert_frame_equal(first.history, again.history)
+    model = study.load_models(opened, ["baseline"])["baseline"]
+    assert not model.training and model(opened.images([0])).shape == (1, 2)
+
+
+def test_a_training_out_of_time_stops_with_words_and_goes_on(opened):
+    words = (
+        "stopped after 1 of 2 epochs: .*run again to go on.*--set max_minutes=4e-06 .*CHANGES = "
+    )
+    with pytest.raises(study.OutOfTime, match=words):
+        fit(opened, "slow", epochs=2, max_minutes=1e-6)
+    assert len(fit(opened, "slow", epochs=2).history) == 2
+
+
+def test_a_model_that_was_not_trained_names_the_section(opened):
+    words = "nobody.*run the section '2 Training' first; in a notebook of your own, copy that"
+    with pytest.raises(FileNotFoundError, match=words):
+        study.load_models(opened, ["nobody"])
+
+
 def test_a_table_is_kept_for_the_weights_and_the_settings_that_it_depends_on(opened):
     calls = []
 
-    def table(one, name="robust_baseline", **options):
+    def made(one, name="robust", **options):
         def compute():
             calls.append(1)
-            return pd.DataFrame({"value": [len(calls)]})
+            return table(len(calls))()
 
         return study.stored(one, name, compute, **options)["value"].item()
 
     fit(opened)
     given = {"model": "baseline", "uses": ["pgd_steps"]}
-    assert [table(opened, **given) for _ in range(3)] == [1, 1, 1]
-    assert table(opened.variant(bootstrap_draws=7), **given) == 1, "it does not depend on that"
-    assert table(opened.variant(pgd_steps=7), **given) == 2
-    assert table(opened, **given) == 3, "nor is the other one's read back"
+    assert [made(opened, **given) for _ in range(3)] == [1, 1, 1]
+    assert made(opened.variant(bootstrap_draws=7), **given) == 1, "it does not depend on that"
+    assert made(opened.variant(pgd_steps=7), **given) == 2
+    assert made(opened, **given) == 3, "nor is the other one's read back"
     fit(opened, "further", start="baseline", lr=1e-3)
     (opened.run.run_dir / "baseline").rename(opened.run.run_dir / "gone")
     (opened.run.run_dir / "further").rename(opened.run.run_dir / "baseline")
-    with pytest.raises(FileNotFoundError, match="robust_baseline is not in .*'5 The suite'"):
-        study.stored(opened, "robust_baseline", model="baseline", section="5 The suite")
-    assert table(opened, **given) == 4, "other weights"
-    assert (
-        study.stored(opened, "robust_baseline", model="baseline", section="")["value"].item() == 4
-    )
-    assert (
-        table(opened, name="all") == 5 and table(opened.variant(bootstrap_draws=7), name="all") == 6
-    ), "all settings"
+    with pytest.raises(FileNotFoundError, match="robust is not in .*'5 The suite'"):
+        study.stored(opened, "robust", model="baseline", section="5 The suite")
+    assert made(opened, **given) == 4, "other weights"
+    assert study.stored(opened, "robust", model="baseline")["value"].item() == 4
+    assert made(opened, name="all") == 5
+    assert made(opened.variant(bootstrap_draws=7), name="all") == 6, "all settings"
 
 
 def test_what_a_change_does_not_touch_is_taken_over_from_the_run_beside(opened, caplog):
     fit(opened)
-    study.stored(
-        opened, "t", lambda: pd.DataFrame({"value": [1]}), model="baseline", uses=["pgd_steps"]
-    )
+    given = {"model": "baseline", "uses": ["pgd_steps"]}
+    study.stored(opened, "t", table(1), **given)
     other = study.open_study(start_run(NOTEBOOK, **TINY, bootstrap_draws=99))
     assert other.run.run_dir != opened.run.run_dir and not (other.run.run_dir / "baseline").exists()
     caplog.set_level("INFO")
     fit(other)
     assert "baseline is taken over from the run smoke-synthetic" in caplog.text
     assert made_at(other) == made_at(opened), "nothing was trained"
-    found = study.stored(
-        other, "t", lambda: pytest.fail("computed"), model="baseline", uses=["pgd_steps"]
-    )
+    found = study.stored(other, "t", lambda: pytest.fail("computed"), **given)
     assert found["value"].item() == 1
     slower = study.open_study(start_run(NOTEBOOK, **TINY, lr=1e-4))
     fit(slower)
     assert made_at(slower) != made_at(opened)
-    computed = study.stored(
-        slower, "t", lambda: pd.DataFrame({"value": [2]}), model="baseline", uses=["pgd_steps"]
-    )
-    assert computed["value"].item() == 2, "the model is another one"
+    assert study.stored(slower, "t", table(2), **given)["value"].item() == 2, "another model"
 
 
 def test_a_run_begun_afresh_takes_nothing_from_others(opened):
     fit(opened)
     fresh = study.open_study(start_run(NOTEBOOK, name="fresh", resume=False, **TINY))
     fit(fresh)
-    assert made_at(fresh) != made_at(opened)
+    before = made_at(fresh)
+    assert before != made_at(opened)
     again = study.open_study(start_run(NOTEBOOK, name="fresh", **TINY))
-    before = made_at(again)
     fit(again)
     assert made_at(again) == before, "its own is read back"
 
@@ -153,23 +140,31 @@ def test_force_goes_on_in_a_folder_but_never_with_a_stale_model_or_table(opened,
     first = study.open_study(start_run(NOTEBOOK, name="mine", **TINY))
     fit(first)
     fit(first, "pgd_at")
-    study.stored(first, "t_at", lambda: pd.DataFrame({"value": [1]}), model="pgd_at", uses=["lr"])
-    forced = study.open_study(
-        start_run(NOTEBOOK, name="mine", resume="force", **TINY | {"lr": 1e-4})
-    )
-    before = device.fingerprint(study.load_models(first, ["baseline"])["baseline"])
+    study.stored(first, "t_at", table(1), model="pgd_at", uses=["lr"])
+    changed = TINY | {"lr": 1e-4}
+    forced = study.open_study(start_run(NOTEBOOK, name="mine", resume="force", **changed))
+    before = study.weights_key(first.run, "baseline")
     fit(forced)
-    assert (
-        "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside"
-        in caplog.text
-    )
-    assert device.fingerprint(study.load_models(forced, ["baseline"])["baseline"]) != before
+    words = "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside"
+    assert words in caplog.text and study.weights_key(forced.run, "baseline") != before
     assert list(forced.run.run_dir.glob("baseline.*.old/best.pt")), "nothing is lost"
     assert made_at(forced, "pgd_at"), "another model is left alone"
-    again = study.stored(
-        forced, "t_at", lambda: pd.DataFrame({"value": [2]}), model="pgd_at", uses=["lr"]
-    )
+    again = study.stored(forced, "t_at", table(2), model="pgd_at", uses=["lr"])
     assert again["value"].item() == 2
+
+
+def test_what_a_former_layout_has_left_is_put_aside_and_not_read(opened, caplog):
+    fit(opened)
+    study.stored(opened, "t", table(1), model="baseline", uses=())
+    for record in (opened.run.run_dir / "baseline/key.json", opened.run.run_dir / "tables/t.json"):
+        former = json.loads(record.read_text())
+        del former["format"]
+        record.write_text(json.dumps(former))
+    with pytest.raises(FileNotFoundError, match="table t is not in"):
+        study.stored(opened, "t", model="baseline", section="5")
+    assert study.stored(opened, "t", table(2), model="baseline", uses=())["value"].item() == 2
+    fit(opened)
+    assert "(format: None -> 2): put aside" in caplog.text
 
 
 def test_a_training_depends_on_what_it_is_given_and_not_on_how_long_it_may_take(opened):
@@ -183,41 +178,37 @@ def test_a_training_depends_on_what_it_is_given_and_not_on_how_long_it_may_take(
     assert key != study.described(plain) and "0x" not in str(key)
     narrow = study.augment.CachedImages(opened.cache, plain.rows[:8], plain.labels[:8])
     assert study.described(narrow) != study.described(plain)
-    corrupted = [
-        study_corrupted(plain, names) for names in (("contrast",), ("contrast", "brightness"))
-    ]
-    assert study.described(corrupted[0]) != study.described(corrupted[1])
+    lists = ("contrast",), ("contrast", "brightness")
+    one, other = (study.described(corrupt.TrainAugmentor(plain, names=names)) for names in lists)
+    assert one != other
 
 
-def study_corrupted(films, names):
-    from dlia_utils import corrupt
-
-    return corrupt.TrainAugmentor(films, names=names)
+def test_a_run_opens_its_data_once_and_no_other_keeps_them(opened):
+    assert study.open_study(opened.run) is opened and opened.variant(lr=1.0).cache is opened.cache
+    again = start_run(NOTEBOOK, **TINY)
+    assert not again.opened and study.open_study(again).key == opened.key
 
 
 def test_a_changed_file_is_other_data(opened):
-    key = dict(opened.key)
     copied = opened.run.run_dir / "copy"
     shutil.copytree(opened.dataset.root, copied)
-    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key == key, (
-        "a copy is the same data"
-    )
+
+    def key():
+        return replace(opened, dataset=replace(opened.dataset, root=copied)).key
+
+    assert key() == opened.key, "a copy is the same data"
     path = copied / opened.dataset.manifest["path"][0]
     path.write_bytes(path.read_bytes() + b"x")
-    assert replace(opened, dataset=replace(opened.dataset, root=copied)).key != key
+    assert key() != opened.key
 
 
-# ------------------------------------------------------------------------------------------- the reader's own model
+# -------------------------------------------------------------------------- the reader's own model
 
 
 def tiny_net(classes=2):
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, 4),
-        torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(4, classes),
-    )
+    pool = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, classes))
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.ReLU(), *pool)
+    return models.wrap(net, mean=0.5, std=0.25)
 
 
 def own_study(**own):
@@ -227,24 +218,22 @@ def own_study(**own):
 
 
 def test_a_network_of_ones_own_is_trained_kept_and_read_back_without_a_registry(opened):
-    one = own_study(mine=lambda: models.wrap(tiny_net(), mean=0.5, std=0.25))
+    one = own_study(mine=tiny_net)
     fitted = fit(one, "mine")
     assert len(fitted.history) == 1 and study.weights_label(one.run, "mine") == "the reader's own"
     model = study.load_models(one, ["mine"])["mine"]
     x = one.images(one.rows("val"))
     assert not model.training and model(x).shape == (len(x), 2)
     before = made_at(one, "mine")
-    again = own_study(mine=lambda: models.wrap(tiny_net(), mean=0.5, std=0.25))
-    fit(again, "mine")
-    assert made_at(again, "mine") == before, "the same start, so the training is read back"
+    fit(own_study(mine=tiny_net), "mine")
+    assert made_at(one, "mine") == before, "the same start, so the training is read back"
 
 
 def test_a_trained_network_is_taken_as_it_is(opened):
-    net = models.wrap(tiny_net(), mean=0.5, std=0.25).eval()
+    net = tiny_net().eval()
     one = own_study(ready=net)
-    assert (
-        fit(one, "ready").status == "done" and not (one.run.run_dir / "ready" / "last.pt").exists()
-    )
+    assert fit(one, "ready").status == "done"
+    assert not (one.run.run_dir / "ready" / "last.pt").exists()
     loaded = study.load_models(one, ["ready"])["ready"]
     assert device.fingerprint(loaded) == device.fingerprint(net)
     assert study.weights_key(one.run, "ready")
@@ -253,9 +242,9 @@ def test_a_trained_network_is_taken_as_it_is(opened):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"mine": lambda: models.wrap(tiny_net(1))}, r"run.own\['mine'\]: .*one logit"),
-        ({"mine": lambda: models.wrap(tiny_net(3))}, r"run.own\['mine'\]: .*3"),
-        ({"a/b": tiny_net}, "its name is also that of"),
+        ({"mine": lambda: tiny_net(1)}, r"run.own\['mine'\]: .*one logit"),
+        ({"mine": lambda: tiny_net(3)}, r"run.own\['mine'\]: .*3"),
+        ({"a/b": tiny_net}, "this names a folder"),
     ],
 )
 def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, own, message):
@@ -264,32 +253,22 @@ def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, 
 
 
 def test_a_training_goes_on_from_another_model_and_leaves_it_as_it_was(opened):
-    study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
+    fit(opened)
     before = study.load_models(opened, ["baseline"])["baseline"]
-    study.train_model(
-        opened, "further", objectives.cross_entropy(), start="baseline", lr=1e-9, progress=False
-    )
-    models_now = study.load_models(opened, ["baseline", "further"])
-    assert device.fingerprint(models_now["baseline"]) == device.fingerprint(before)
-    for one, other in zip(before.parameters(), models_now["further"].parameters(), strict=True):
+    fit(opened, "further", start="baseline", lr=1e-9)
+    loaded = study.load_models(opened, ["baseline", "further"])
+    assert device.fingerprint(loaded["baseline"]) == device.fingerprint(before)
+    for one, other in zip(before.parameters(), loaded["further"].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_spectral_bounds_hold_while_training_and_plain_layers_come_back(opened):
-    for kind in ("kernel", "operator"):
-        study.train_model(opened, kind, objectives.cross_entropy(), spectral=kind, progress=False)
-        model = study.load_models(opened, [kind])[kind]
-        assert not any(
-            torch.nn.utils.parametrize.is_parametrized(module) for module in model.modules()
-        )
-        norms = models.compare_norms(model.backbone, (3, 48, 48))
-        assert norms[{"kernel": "reshaped_norm", "operator": "operator_norm"}[kind]].max() < 1.1
-
-
-def test_every_opening_of_the_test_split_is_logged(opened):
-    study.test_opened(opened, "first")
-    log = study.test_opened(opened, "second")
-    assert log["purpose"].tolist() == ["first", "second"] and log["split"].nunique() == 1
+@pytest.mark.parametrize("kind", ["kernel", "operator"])
+def test_spectral_bounds_hold_while_training_and_plain_layers_come_back(opened, kind):
+    fit(opened, kind, spectral=kind)
+    model = study.load_models(opened, [kind])[kind]
+    assert not any(map(torch.nn.utils.parametrize.is_parametrized, model.modules()))
+    norms = models.compare_norms(model.backbone, (3, 48, 48))
+    assert norms[{"kernel": "reshaped_norm", "operator": "operator_norm"}[kind]].max() < 1.1
 
 
 def test_attack_subset_is_balanced_and_fixed(opened):
@@ -297,16 +276,6 @@ def test_attack_subset_is_balanced_and_fixed(opened):
     assert opened.labels(rows).bincount().tolist() == [3, 3]
     assert set(rows) <= set(opened.rows("test"))
     assert np.array_equal(rows, study.attack_subset(opened, 3))
-
-
-def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
-    tree = tmp_path / "data" / "chest_xray"
-    for split, name in [(s, c) for s in ("train", "test") for c in ("NORMAL", "PNEUMONIA")]:
-        (tree / split / name).mkdir(parents=True)
-        (tree / split / name / "person1_virus_1.jpeg").write_bytes(b"")
-    run = start_run(NOTEBOOK, tmp_path / "data", "bad", **TINY)
-    with pytest.raises(datasets.BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
-        study.open_study(run)
 
 
 def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkeypatch):
@@ -328,7 +297,7 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
     def offline(**_):
         raise RuntimeError("no internet")
 
-    monkeypatch.setattr(study.models, "mobilenet_v2", offline)
+    monkeypatch.setattr(models, "mobilenet_v2", offline)
     assert study.starting_weights(run) is None, "offline: goes on from random weights and says so"
     (run.run_dir / "weights.txt").write_text("file some.pth")
     monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
@@ -336,22 +305,20 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
         study.starting_weights(run)
     (run.run_dir / "one").mkdir()
     (run.run_dir / "one" / "weights.txt").write_text("public")
-    assert (study.weights_label(run, "one"), study.weights_label(run, "two")) == (
-        "public",
-        "file some.pth",
-    )
+    assert study.weights_label(run, "one") == "public"
+    assert study.weights_label(run, "two") == "file some.pth"
 
 
-# --------------------------------------------------------------- splits drawn anew, unusable files, heads, variants
+# ------------------------------------------- splits drawn anew, unusable files, heads, variants
 
 FRACTURES = "02_fracatlas_robust_models"
 
 
 @pytest.fixture
 def fractures(tmp_path, monkeypatch):
-    """FracAtlas's phantom in a folder of the test, so that files can be spoilt; the settings may be changed."""
+    """FracAtlas's phantom in a folder of the test, so that files can be damaged."""
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
-    # Without this the films found, and spoilt below, would be the real ones.
+    # Without this the images found, and damaged below, would be the real ones.
     monkeypatch.delenv("DLIA_DATA", raising=False)
     location = sources.find("fracatlas", phantom_dir=tmp_path / "phantom")
     assert location.synthetic and tmp_path in location.root.parents
@@ -364,32 +331,23 @@ def open_fractures(root, name="", **changes):
 
 def test_a_set_without_official_test_split_is_drawn_and_near_duplicates_stay_together(fractures):
     one = open_fractures(fractures)
-    looks = one.dataset.manifest.groupby("look")["split"].nunique()
-    assert (looks == 1).all() and (one.dataset.manifest.groupby("look").size() > 1).any()
+    looks = one.dataset.manifest.groupby("look")["split"]
+    assert (looks.nunique() == 1).all() and (looks.size() > 1).any()
     assert set(one.dataset.manifest["split"]) == {"train", "val", "test"}
     assert one.cache.fit == "pad" and (one.run.run_dir / "split.json").exists()
 
 
-def test_an_official_split_of_all_images_is_kept(fractures, monkeypatch):
-    read = datasets.load
-
-    def complete(location):
-        dataset = read(location)
-        names = np.resize(["train", "val", "test"], len(dataset.manifest))
-        return replace(dataset, manifest=dataset.manifest.assign(split=names))
-
-    monkeypatch.setattr(study.datasets, "load", complete)
-    opened = open_fractures(fractures, "official")
-    assert (
-        opened.dataset.manifest["split"].tolist()
-        == complete(opened.run.location).manifest["split"].tolist()
-    )
-    assert "look" in opened.dataset.manifest
+def test_an_official_split_of_all_images_is_kept(fractures):
+    data = datasets.load(sources.find("fracatlas", fractures))
+    parts = np.resize(["train", "val", "test"], len(data.manifest))
+    data = replace(data, manifest=data.manifest.assign(split=parts))
+    one = study.open_study(start_run(FRACTURES, fractures, "official"), dataset=data)
+    kept = one.dataset.manifest.set_index("path")["split"]
+    assert kept.to_dict().items() <= dict(zip(data.manifest["path"], parts, strict=True)).items()
+    assert "look" in one.dataset.manifest
 
 
-def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(
-    fractures, monkeypatch, caplog
-):
+def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(fractures, caplog):
     healthy = sorted((fractures / "images" / "Non_fractured").glob("*.jpg"))
     healthy[0].write_bytes(healthy[0].read_bytes()[:900])
     opened = open_fractures(fractures, "one-lost")
@@ -411,27 +369,106 @@ def test_sampling_replaces_class_weights(fractures):
 def test_a_head_is_trained_on_features_kept_whole_and_read_back(fractures):
     opened = open_fractures(fractures, "head")
     made = models.with_head(study.build_model(opened.run), seed=1)
-    body = made.backbone.body.state_dict()
-    fitted = study.train_head(
-        opened, "probe", made, objectives.cross_entropy(), epochs=3, progress=False
-    )
+    body = {name: value.clone() for name, value in made.backbone.body.state_dict().items()}
+    loss = objectives.cross_entropy()
+    fitted = study.train_head(opened, "probe", made, loss, epochs=3, progress=False)
     loaded = study.load_models(opened, ["probe"])["probe"]
     x = opened.images(opened.rows("val"))
     assert len(fitted.history) == 3 and torch.equal(loaded(x), made.eval()(x))
-    assert all(
-        torch.equal(value, loaded.backbone.body.state_dict()[key]) for key, value in body.items()
-    )
+    kept = loaded.backbone.body.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in body.items())
     auc = fitted.history.set_index("epoch")["val_auc"][fitted.best_epoch]
-    labels = opened.labels(opened.rows("val")).numpy()
-    assert roc_auc_score(labels, loaded(x).detach().softmax(1)[:, 1]) == pytest.approx(
-        auc, abs=1e-6
-    )
+    labels, chance = opened.labels(opened.rows("val")).numpy(), loaded(x).detach().softmax(1)[:, 1]
+    assert roc_auc_score(labels, chance) == pytest.approx(auc, abs=1e-6)
     assert study.trained(opened, ["nobody", "probe"]) == ["probe"]
 
 
-def test_a_variant_has_other_settings_and_sizes_but_the_same_films_and_run(fractures):
-    opened = open_fractures(fractures, "variant")
+def test_a_variant_has_other_settings_and_sizes_but_the_same_images_and_run(opened):
     other = opened.variant(size=24, epochs=7)
     assert other.images([0]).shape == (1, 1, 24, 24) and other.run.epochs == 7
     assert opened.run.size == 48 and other.run.run_dir == opened.run.run_dir
     assert other.dataset is opened.dataset and other.key != opened.key
+
+
+# ---------------------------------------------------------------------------------- the test split
+
+
+@pytest.fixture
+def tested(tmp_path, monkeypatch):
+    """A study with a model that was never tested."""
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    one = study.open_study(start_run("06_covid_baseline", per_class=24, size=32))
+    keep_model(one, seed=0)
+    return one
+
+
+def keep_model(opened, *, seed):
+    model = models.cnn(channels=(4, 4), hidden=8, seed=seed)
+    models.save(model, opened.run.run_dir / "baseline" / "best.pt", meta={})
+
+
+def openings(opened):
+    path = opened.run.run_dir / "test_log.csv"
+    return pd.read_csv(path)["purpose"].tolist() if path.exists() else []
+
+
+def test_every_opening_is_logged_and_a_final_one_only_once(tested):
+    for _ in range(2):
+        log = study.test_opened(tested, "exploration")
+    assert log["purpose"].tolist() == ["exploration"] * 2 and log["split"].nunique() == 1
+    study.test_opened(tested, "final", final=True, force=True)
+    for _ in range(2):
+        with pytest.raises(study.AlreadyOpened, match=r"'final' at 20\d\d-.*force=True"):
+            study.test_opened(tested, "final", final=True)
+        assert openings(tested)[2] == "final", "forced where nothing was opened: an ordinary one"
+        study.test_opened(tested, "final", final=True, force=True)
+    assert openings(tested)[3:] == ["final (AGAIN, forced)"] * 2, "a refusal opens nothing"
+    with pytest.raises(ValueError, match="purpose is empty"):
+        study.test_opened(tested, " ")
+
+
+def test_predictions_are_those_of_the_model_on_the_test_images_and_are_read_back(
+    tested, monkeypatch
+):
+    told = study.predictions(tested, "baseline")
+    rows = tested.rows("test")
+    model = models.cnn(channels=(4, 4), hidden=8, seed=0).eval()
+    with torch.no_grad():
+        expected = model(tested.images(rows)).double().softmax(1)[:, 1].numpy()
+    assert told["image"].tolist() == rows.tolist()
+    assert told["probability"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert told["label"].tolist() == tested.labels(rows).tolist()
+    assert told["path"].tolist() == tested.dataset.manifest["path"][rows].tolist()
+    monkeypatch.setattr(train, "predict", lambda *_: pytest.fail("the images were read again"))
+    pd.testing.assert_frame_equal(study.predictions(tested, "baseline"), told)
+    assert openings(tested) == ["final test of baseline"]
+
+
+def test_another_training_after_the_test_is_refused_and_can_be_forced(tested):
+    first = study.predictions(tested, "baseline")
+    keep_model(tested, seed=1)
+    with pytest.raises(study.AlreadyOpened):
+        study.predictions(tested, "baseline")
+    second = study.predictions(tested, "baseline", force=True)
+    assert second["weights"].iloc[0] != first["weights"].iloc[0]
+    assert openings(tested)[1:] == ["final test of baseline (AGAIN, forced)"]
+    pd.testing.assert_frame_equal(study.predictions(tested, "baseline"), second)
+
+
+def test_a_run_that_was_cut_off_between_opening_and_answers_must_be_forced(tested, monkeypatch):
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "predict", cut_off)
+        study.predictions(tested, "baseline")
+    with pytest.raises(study.AlreadyOpened):
+        study.predictions(tested, "baseline")
+    assert len(study.predictions(tested, "baseline", force=True)) == len(tested.rows("test"))
+
+
+def test_a_model_that_was_not_trained_opens_nothing(tested):
+    with pytest.raises(FileNotFoundError, match="'nobody' is not in"):
+        study.predictions(tested, "nobody")
+    assert openings(tested) == []

@@ -24,7 +24,7 @@ FULL = {"dataset": "pneumonia", "epochs": 3}
 from dlia_utils.run import start
 
 given = dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES)
-run = start("07_tiny", FULL, **given)
+run = start("07_tiny", {"full": FULL}, given)
 print(run)
 
 # %% tags=["imports"]

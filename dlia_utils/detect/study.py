@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,6 @@ from . import evaluate, figures, fuse, views
 from .views import View
 
 log = logging.getLogger("dlia_utils")
-
-_OPEN: dict[tuple[str, Path], Study] = {}
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ def open_detection(run: Run) -> Study:
     An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are drawn, saved as
     `split.json` and read back on resume. Errors: `datasets.BadData`, before anything is trained.
     """
-    name = (run.key, run.run_dir)
-    if name not in _OPEN:
+    if run.key not in run.opened:
         dataset = datasets.load(run.location)
         dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
         problems = datasets.check(dataset)
@@ -69,8 +66,8 @@ def open_detection(run: Run) -> Study:
             dataset = split.load(dataset, saved)
         elif not _official(dataset):
             dataset = split.folds(dataset, n=run.folds, seed=run.seed)
-        _OPEN[name] = Study(run, dataset, cache.build(dataset, size=run.size, fit="pad"))
-    study = _OPEN[name] = replace(_OPEN[name], run=run)
+        run.opened[run.key] = Study(run, dataset, cache.build(dataset, size=run.size, fit="pad"))
+    study = run.opened[run.key]
     if not (run.run_dir / "split.json").exists():
         split.save(study.dataset, run.run_dir / "split.json")
     return study

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.cache import ImageCache
-from ..device import evaluating
+from ..device import device_of, evaluating
 from ..models.detector import Detector, scaled
 from ..progress import Bar
 
@@ -98,7 +98,7 @@ def predict(
 @torch.inference_mode()
 def _look(model: Detector, cache: ImageCache, rows: np.ndarray, view: View) -> pd.DataFrame:
     """One batch in one view, in pixels of the cache."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     bytes_ = (
         torch.from_numpy(np.asarray(cache.images[rows])).unsqueeze(1).to(device, non_blocking=True)
     )

@@ -21,6 +21,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 from .. import corrupt
 from ..corruption_error import CLEAN
+from ..device import device_of
 from ..models.resnet import BasicBlock
 from ..models.transfer import blocks, last_map_layer
 from ..progress import Bar
@@ -373,9 +374,7 @@ def measure(
     for name in names:
         corrupt.apply(name, images[:1], 0, seed=seed, ids=ids.min(keepdims=True), scale=scale)
     partners = _partners(len(images), seed)
-    device = next(
-        (tensor.device for tensor in [*model.parameters(), *model.buffers()]), images.device
-    )
+    device = device_of(model, images)
     # The same numbers but for rounding, and the maps cost a fifth less than in the usual layout.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     predictions, drift = [], []

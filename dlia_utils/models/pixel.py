@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import parametrize
 
+from ..device import device_of
 from .layers import first_channels, untouched
 
 log = logging.getLogger("dlia_utils")
@@ -120,7 +121,7 @@ def wrap(
     means, stds = (values * (channels // len(values)) for values in (means, stds))
     model = PixelModel(net, means, stds, recipe=recipe)
     model.training = net.training
-    return model.to(next((p.device for p in net.parameters()), "cpu"))
+    return model.to(device_of(net))
 
 
 def _numbers(values: float | Sequence[float]) -> list[float]:
@@ -153,7 +154,7 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequenc
             f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
             f"normalisation, and let the model normalise them: {wrapping}"
         )
-    place = next((p.device for p in model.parameters()), images.device)
+    place = device_of(model, images)
     if place != images.device:
         raise ValueError(
             f"the model is on {place} but the images on {images.device}: "

@@ -147,16 +147,10 @@ from dlia_utils.run import start
 
 run = start(
     "01_pneumonia_robustness",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     by_data={"pneumonia": {}, "*": OTHER},
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
-    own_classes=2,
+    own_data=2,
     allowed={"attacks": evaluate.LINF, "adversarial": FULL["adversarial"]},
     trains="2 Training",
 )

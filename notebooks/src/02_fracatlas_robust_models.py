@@ -151,14 +151,8 @@ from dlia_utils.run import start
 
 run = start(
     "02_fracatlas_robust_models",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     trains="2 Training MobileNetV2, three ways",
     allowed={"attacks": evaluate.LINF, "zoo": ZOO},
 )

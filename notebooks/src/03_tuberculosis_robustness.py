@@ -150,14 +150,8 @@ from dlia_utils.run import start
 
 run = start(
     "03_tuberculosis_robustness",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     trains="3 Training",
     allowed={"attacks": evaluate.LINF, "zoo": ZOO},
 )

@@ -120,17 +120,11 @@ from dlia_utils.run import start
 
 run = start(
     "04_perturbation_saliency",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     by_data={"pneumonia": {}, "*": OTHER},
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
     allowed={name: FULL["corruptions"] for name in ("corruptions", "mapped", "trained_on")},
-    own_classes="any",
+    own_data="any",
     trains="2 Training, with and without spoilt films",
 )
 print(run)

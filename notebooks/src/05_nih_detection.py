@@ -122,16 +122,10 @@ from dlia_utils.run import start
 
 run = start(
     "05_nih_detection",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     by_data=BY_DATA,
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
-    own_boxes=True,
+    own_data="boxes",
     trains="2 Training",
     allowed={"ema": (None,), "clip_norm": (None,)},
 )

@@ -125,15 +125,9 @@ from dlia_utils.run import start
 
 run = start(
     "06_covid_baseline",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
-    own_classes="any",
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
+    own_data="any",
     trains="7 The final baseline",
 )
 print(run)
@@ -149,11 +143,12 @@ from IPython.display import Markdown, display
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dlia_utils import curves, files, launch, metrics, models, once, plots, report, search
+from dlia_utils import curves, files, launch, metrics, models, plots, report, search
 from dlia_utils.data import augment, explore, split
 from dlia_utils.device import fingerprint
 from dlia_utils.objectives import cross_entropy
-from dlia_utils.study import fit_model, load_models, made_by, open_study, test_opened, work_folder
+from dlia_utils.study import fit_model, load_models, made_by, open_study
+from dlia_utils.study import predictions, scores, test_opened, work_folder
 from dlia_utils.train import predict
 
 TABLES, RESULTS = run.run_dir / "tables", run.run_dir / "results.csv"
@@ -710,14 +705,14 @@ print("predictions bit-equal:", np.array_equal(*answers))
 #
 # Every choice has been made. The test split is opened for the final baseline now, and the log keeps it; its predictions
 # are stored and read back when this cell runs again. A second opening, say after another training, is refused, unless
-# `once.predictions(..., force=True)` says so in the log.
+# `predictions(..., force=True)` says so in the log.
 
 # %%
 study = open_study(run)
 choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
-told = once.predictions(study, "baseline")
-labels, score = told["label"].to_numpy(), once.scores(told)
-predicted = (score > 0.5).astype(int) if score.ndim == 1 else once.most_probable(score)
+told = predictions(study, "baseline")
+labels, score = told["label"].to_numpy(), scores(told)
+predicted = (score > 0.5).astype(int) if score.ndim == 1 else score.argmax(axis=1)
 patients = study.patients(told["image"].to_numpy())
 outcome = metrics.classification(labels, score, patients, draws=run.bootstrap_draws)
 results = report.result_rows(outcome.assign(epochs=choice["epochs"]), run, model="baseline")

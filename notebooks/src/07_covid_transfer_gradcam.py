@@ -110,15 +110,9 @@ from dlia_utils.run import start
 
 run = start(
     "07_covid_transfer_gradcam",
-    FULL,
-    cpu=CPU,
-    smoke=SMOKE,
-    changes=CHANGES,
-    profile=PROFILE,
-    data_dir=DATA_DIR,
-    run_name=RUN_NAME,
-    resume=RESUME,
-    own_classes=2,
+    dict(full=FULL, cpu=CPU, smoke=SMOKE),
+    dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
+    own_data=2,
     trains="3 Fine-tuning the whole network",
 )
 print(run)
@@ -141,7 +135,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from dlia_utils.data import augment, datasets
 from dlia_utils import device
 from dlia_utils import plots
-from dlia_utils import comparison, curves, files, metrics, models, objectives, once, report
+from dlia_utils import comparison, curves, files, metrics, models, objectives, report
 from dlia_utils import search, shortcuts, train
 from dlia_utils.data import split
 from dlia_utils.explain import figures
@@ -152,6 +146,7 @@ from dlia_utils.study import (
     load_models,
     made_by,
     open_study,
+    predictions,
     stored,
     test_opened,
     trained,
@@ -664,10 +659,10 @@ figure
 
 # %%
 names = ["frozen", *trained(study, ["finetuned"])]
-told = {name: once.predictions(study, name) for name in names}
+told = {name: predictions(study, name) for name in names}
 answers = told["frozen"][["image", "path", "label"]]
 if baseline_folder(study) == run.run_dir:
-    answers["baseline"] = once.predictions(study, "baseline")["probability"]
+    answers["baseline"] = predictions(study, "baseline")["probability"]
 else:  # opened and logged by that run
     given = pd.read_csv(baseline_folder(study) / "predictions.csv").set_index("path")
     answers["baseline"] = given.loc[answers["path"], "baseline"].to_numpy()
