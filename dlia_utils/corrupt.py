@@ -42,34 +42,7 @@ class Corruption(NamedTuple):
 
 
 CORRUPTIONS: dict[str, Corruption] = {}
-
-
-class Draws:
-    """Random numbers of a batch, each image's from (words, its own id); channels share them."""
-
-    def __init__(self, name: str, words: Sequence[int], ids: Sequence[int]) -> None:
-        self.seeds = [[*words, zlib.crc32(name.encode()), i] for i in ids]
-
-    def each(self, draw: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:
-        """What `draw` makes of each image's generator, stacked."""
-        return np.stack([draw(np.random.default_rng(seed)) for seed in self.seeds])
-
-    def normal(self, x: Tensor) -> Tensor:
-        """Standard normal numbers [B,1,H,W]."""
-        shape = (1, *x.shape[2:])
-        return torch.from_numpy(self.each(lambda r: r.standard_normal(shape, np.float32))).to(x)
-
-    def poisson(self, mean: Tensor) -> Tensor:
-        """Counts of that mean, float32: where channels are equal their counts are."""
-        channels = []
-        for channel in mean.cpu().numpy().swapaxes(0, 1):
-            images = iter(channel)
-            channels.append(self.each(lambda rng, images=images: rng.poisson(next(images))))
-        return torch.from_numpy(np.stack(channels, 1).astype(np.float32)).to(mean)
-
-    def uniform(self, low: float, high: float, count: int) -> np.ndarray:
-        """`count` numbers of each image, float64 [B,count]."""
-        return self.each(lambda rng: rng.uniform(low, high, count))
+Rngs = list[np.random.Generator]  # one of each image, from (seed, corruption, id)
 
 
 def _register(**levels: Sequence[float | tuple[float, ...]]) -> Callable:
@@ -105,9 +78,7 @@ def apply(
     >>> torch.equal(noisy[1:], apply("gaussian_noise", x[1:], 2, seed=0, ids=[9]))
     True
     """
-    _known(
-        corruption=(name, CORRUPTIONS), severity=(severity, (0, *SEVERITIES)), scale=(scale, SCALES)
-    )
+    _known(corruption=(name, CORRUPTIONS), severity=(severity, range(6)), scale=(scale, SCALES))
     ids = [int(i) for i in ids]
     if len(ids) != len(images):
         raise ValueError(f"ids must be {len(images)} integers, one per image, not {len(ids)}")
@@ -120,9 +91,10 @@ def apply(
     x, corruption = images.float().clamp(0, 1), CORRUPTIONS[name]
     # Channels that are equal stay so: one is enough, and three times as fast.
     grey = x.shape[1] > 1 and bool((x == x[:, :1]).all())
-    draws = Draws(name, np.ravel(seed).tolist(), ids)
+    words = [*np.ravel(seed).tolist(), zlib.crc32(name.encode())]
+    rngs = [np.random.default_rng([*words, i]) for i in ids]
     parameters = corruption.parameters(severity, scale)
-    found = corruption.function(x[:, :1] if grey else x, draws, *parameters)
+    found = corruption.function(x[:, :1] if grey else x, rngs, *parameters)
     return found.clamp_(0, 1).expand_as(x).contiguous().to(images.dtype)
 
 
@@ -134,22 +106,22 @@ def _known(**given: tuple[object, Collection]) -> None:
 
 
 @_register(imagenet_c=(0.08, 0.12, 0.18, 0.26, 0.38), medmnist_c=(0.04, 0.05, 0.06, 0.07, 0.08))
-def gaussian_noise(x: Tensor, draws: Draws, sigma: float) -> Tensor:
+def gaussian_noise(x: Tensor, rngs: Rngs, sigma: float) -> Tensor:
     """x + sigma n, n standard normal; sigma in units of [0,1]."""
-    return x + sigma * draws.normal(x)
+    return x + sigma * _normal(x, rngs)
 
 
 @_register(imagenet_c=(0.15, 0.2, 0.35, 0.45, 0.6), medmnist_c=(0.05, 0.07, 0.10, 0.15, 0.20))
-def speckle_noise(x: Tensor, draws: Draws, sigma: float) -> Tensor:
+def speckle_noise(x: Tensor, rngs: Rngs, sigma: float) -> Tensor:
     """x + sigma x n, n standard normal: in proportion to the grey value."""
-    return x + sigma * x * draws.normal(x)
+    return x + sigma * x * _normal(x, rngs)
 
 
 _MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
 
 
 @_register(imagenet_c=_MOTION, medmnist_c=((5, 5), (9, 7), (9, 10), (13, 10), (17, 12)))
-def motion_blur(x: Tensor, draws: Draws, radius: float, sigma: float) -> Tensor:
+def motion_blur(x: Tensor, rngs: Rngs, radius: float, sigma: float) -> Tensor:
     """Half a Gaussian of 2 radius + 1 whole-pixel steps along a line, of U(-45, 45) degrees.
 
     Pixels at 224 px, borders repeated. ImageNet-C's kernel has one side only: it also moves the
@@ -162,8 +134,8 @@ def motion_blur(x: Tensor, draws: Draws, radius: float, sigma: float) -> Tensor:
     weights = np.exp(-0.5 * (steps / (sigma * zoom)) ** 2)
     weights /= weights.sum()
     result, reach = torch.zeros_like(x), len(steps)
-    angles = draws.uniform(-math.pi / 4, math.pi / 4, 1)
-    for image, blurred, (angle,) in zip(x, result, angles, strict=True):
+    for image, blurred, rng in zip(x, result, rngs, strict=True):
+        angle = rng.uniform(-math.pi / 4, math.pi / 4)
         down, right = (np.rint(steps * part).astype(int) for part in (np.sin(angle), np.cos(angle)))
         padded = torch.nn.functional.pad(image[None], [reach] * 4, mode="replicate")[0]
         for weight, dy, dx in zip(weights.tolist(), reach + down, reach + right, strict=True):
@@ -172,12 +144,8 @@ def motion_blur(x: Tensor, draws: Draws, radius: float, sigma: float) -> Tensor:
 
 
 @_register(imagenet_c=(0.4, 0.3, 0.2, 0.1, 0.05), medmnist_c=(0.9, 0.8, 0.7, 0.6, 0.4))
-def contrast(x: Tensor, draws: Draws | None, factor: float) -> Tensor:
-    """mean + factor (x - mean), the mean of each image and channel.
-
-    >>> contrast(torch.tensor([[[[0.0, 1.0]]]]), None, 0.4)
-    tensor([[[[0.3000, 0.7000]]]])
-    """
+def contrast(x: Tensor, rngs: Rngs, factor: float) -> Tensor:
+    """mean + factor (x - mean), the mean of each image and channel."""
     mean = x.double().mean((2, 3), keepdim=True).to(x)  # in double: the batch does not matter
     return mean + factor * (x - mean)
 
@@ -186,7 +154,7 @@ def contrast(x: Tensor, draws: Draws | None, factor: float) -> Tensor:
     imagenet_c=((0.1, 1), (0.2, 1), (0.3, 1), (0.4, 1), (0.5, 1)),
     medmnist_c=((0, 1.1), (0, 1.2), (0, 1.3), (0, 1.4), (0, 1.5)),
 )
-def brightness(x: Tensor, draws: Draws | None, add: float, factor: float) -> Tensor:
+def brightness(x: Tensor, rngs: Rngs, add: float, factor: float) -> Tensor:
     """The value V of HSV, the largest channel, becomes factor V + add; hue and saturation stay.
 
     ImageNet-C adds, MedMNIST-C multiplies (its "brightness up").
@@ -199,24 +167,24 @@ def brightness(x: Tensor, draws: Draws | None, add: float, factor: float) -> Ten
 
 
 @_register(imagenet_c=(60, 25, 12, 5, 3), medmnist_c=(300, 200, 150, 100, 80))
-def shot_noise(x: Tensor, draws: Draws, photons: float) -> Tensor:
+def shot_noise(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
     """Poisson counts of mean photons x, over photons: white is light, as in a photograph."""
-    return draws.poisson(photons * x) / photons
+    return _poisson(photons * x, rngs) / photons
 
 
 @_register(own=(1600, 800, 400, 200, 100))
-def poisson_dose(x: Tensor, draws: Draws, photons: float) -> Tensor:
+def poisson_dose(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
     """The radiograph at a lower dose: Poisson counts behind the patient, then their logarithm.
 
     White is dense tissue, which lets few photons through, so white is noisier: the reverse of
     `shot_noise`. `photons` reach a pixel where the image is black. Our own scale halves them.
     """
-    counts = draws.poisson(photons * torch.exp(-DENSITY * x))
+    counts = _poisson(photons * torch.exp(-DENSITY * x), rngs)
     return -torch.log(counts.clamp_min(0.5) / photons) / DENSITY  # no photon has no logarithm
 
 
 @_register(own=(0.25, 0.5, 1, 2, 4))
-def scatter_veil(x: Tensor, draws: Draws | None, ratio: float) -> Tensor:
+def scatter_veil(x: Tensor, rngs: Rngs, ratio: float) -> Tensor:
     """Scattered light: ratio times the transmitted light, spread over an eighth of the side.
 
     The total light stays. Our own scale: scatter over primary from that of a good grid to that of
@@ -229,7 +197,7 @@ def scatter_veil(x: Tensor, draws: Draws | None, ratio: float) -> Tensor:
 
 
 @_register(own=(0.02, 0.04, 0.06, 0.09, 0.12))
-def collimation(x: Tensor, draws: Draws, share: float) -> Tensor:
+def collimation(x: Tensor, rngs: Rngs, share: float) -> Tensor:
     """Four blades, each over 0.5 to 1.5 times `share` of the side and up to 3 degrees askew.
 
     They leave black borders. Our own scale.
@@ -238,7 +206,8 @@ def collimation(x: Tensor, draws: Draws, share: float) -> Tensor:
     across, down = _places(x)
     across, down = across - width / 2, down - height / 2
     masks = []
-    for turn, *blades in draws.uniform(-1, 1, 5):
+    for rng in rngs:
+        turn, *blades = rng.uniform(-1, 1, 5)
         angle = math.radians(3 * turn)
         right = (across * math.cos(angle) + down * math.sin(angle)) / width
         low = (down * math.cos(angle) - across * math.sin(angle)) / height
@@ -250,7 +219,7 @@ def collimation(x: Tensor, draws: Draws, share: float) -> Tensor:
 
 
 @_register(own=(0.05, 0.08, 0.12, 0.17, 0.23))
-def marker(x: Tensor, draws: Draws, height: float) -> Tensor:
+def marker(x: Tensor, rngs: Rngs, height: float) -> Tensor:
     """A white L or R in an upper corner, `height` of the shorter side high, up to 10 degrees askew.
 
     L stands on the right, R on the left, as on a frontal radiograph. Our own scale.
@@ -259,7 +228,8 @@ def marker(x: Tensor, draws: Draws, height: float) -> Tensor:
     shorter = min(x.shape[2:])
     tall, margin, wide = height * shorter, 0.05 * shorter, LETTER_WIDTH * height * shorter
     result = x.clone()
-    for image, (side, turn) in zip(result, draws.uniform(-1, 1, 2), strict=True):
+    for image, rng in zip(result, rngs, strict=True):
+        side, turn = rng.uniform(-1, 1, 2)
         angle = math.radians(10 * turn)
         middle = x.shape[3] - margin - wide / 2 if side > 0 else margin + wide / 2
         # All that the letter can reach; to draw the rest would cost ten times the time.
@@ -276,7 +246,7 @@ def marker(x: Tensor, draws: Draws, height: float) -> Tensor:
 
 
 @_register(own=(0.02, 0.03, 0.045, 0.065, 0.09))
-def grid_lines(x: Tensor, draws: Draws, amplitude: float) -> Tensor:
+def grid_lines(x: Tensor, rngs: Rngs, amplitude: float) -> Tensor:
     """The shadow of an anti-scatter grid that stood still: a sine of `amplitude` in units of [0,1].
 
     Lines are vertical or horizontal, up to 2 degrees askew, 3 to 6 pixels apart at 224 px (never
@@ -284,7 +254,8 @@ def grid_lines(x: Tensor, draws: Draws, amplitude: float) -> Tensor:
     """
     across, down = _places(x)
     waves = []
-    for along, turn, apart, phase in draws.uniform(-1, 1, 4):
+    for rng in rngs:
+        along, turn, apart, phase = rng.uniform(-1, 1, 4)
         angle = math.radians(2 * turn + (90 if along > 0 else 0))
         period = max((4.5 + 1.5 * apart) * min(x.shape[2:]) / SIDE, 2.5)
         path = across * math.cos(angle) + down * math.sin(angle)
@@ -293,13 +264,10 @@ def grid_lines(x: Tensor, draws: Draws, amplitude: float) -> Tensor:
 
 
 @_register(imagenet_c=(0.6, 0.5, 0.4, 0.3, 0.25), medmnist_c=(0.8, 0.7, 0.6, 0.5, 0.4))
-def resampling(x: Tensor, draws: Draws | None, share: float) -> Tensor:
+def resampling(x: Tensor, rngs: Rngs, share: float) -> Tensor:
     """Stored at `share` of its height and width (mean of each cell), shown at full size in blocks.
 
     The corruption that both scales call pixelate, with their constants.
-
-    >>> resampling(torch.tensor([[[[0.0, 0.0, 0.0, 1.0]] * 4]]), None, 0.5)[0, 0, 0]
-    tensor([0.0000, 0.0000, 0.5000, 0.5000])
     """
     sizes = [(n, max(int(share * n), 1)) for n in x.shape[2:]]
     stored = _along_axes(x, *(_cell_matrix(n, cells).to(x) for n, cells in sizes))
@@ -310,13 +278,13 @@ def resampling(x: Tensor, draws: Draws | None, share: float) -> Tensor:
 
 
 @_register(own=(6, 5, 4, 3, 2))
-def bit_depth(x: Tensor, draws: Draws | None, bits: float) -> Tensor:
+def bit_depth(x: Tensor, rngs: Rngs, bits: float) -> Tensor:
     """Rounded to 2^bits grey values. Our own scale."""
     return torch.round(x * (2**bits - 1)) / (2**bits - 1)
 
 
 @_register(imagenet_c=(25, 18, 15, 10, 7), medmnist_c=(50, 30, 15, 10, 7))
-def jpeg(x: Tensor, draws: Draws | None, quality: int) -> Tensor:
+def jpeg(x: Tensor, rngs: Rngs, quality: int) -> Tensor:
     """Through 8-bit JPEG (libjpeg) of that quality; equal channels as a grey file."""
     stored = []
     for image in x.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
@@ -335,6 +303,23 @@ _BOW = [(0.38 + 0.22 * math.sin(a), 0.30 - 0.22 * math.cos(a)) for a in _ARC]
 _LEGS = [(0.08, 0.08, 0.38, 0.08), (0.38, 0.52, 0.08, 0.52), (0.36, 0.52, 0.62, 0.92)]
 _CURVE = [(*a, *b) for a, b in zip(_BOW, _BOW[1:], strict=False)]
 LETTERS = {"L": [_STEM, (0.08, 0.92, 0.62, 0.92)], "R": [_STEM, *_CURVE, *_LEGS]}
+
+
+def _normal(x: Tensor, rngs: Rngs) -> Tensor:
+    """Standard normal numbers [B,1,H,W]: channels share them."""
+    fields = [rng.standard_normal((1, *x.shape[2:]), np.float32) for rng in rngs]
+    return torch.from_numpy(np.stack(fields)).to(x)
+
+
+def _poisson(mean: Tensor, rngs: Rngs) -> Tensor:
+    """Counts of that mean, float32: where channels are equal their counts are."""
+    counts = np.empty(mean.shape, np.float32)
+    for image, found, rng in zip(mean.cpu().numpy(), counts, rngs, strict=True):
+        state = rng.bit_generator.state
+        for place, channel in enumerate(image):
+            rng.bit_generator.state = state
+            found[place] = rng.poisson(channel)
+    return torch.from_numpy(counts).to(mean)
 
 
 def _to_segment(u: np.ndarray, v: np.ndarray, *ends: float) -> np.ndarray:

@@ -31,9 +31,9 @@ def check(predictions: pd.DataFrame) -> list[str]:
         raise ValueError(f"predictions has {first} twice: drop the duplicates of a repeated run")
     if not (predictions[columns].ge(0) & predictions[columns].le(1)).all(axis=None):
         raise ValueError(f"{', '.join(columns)} must be probabilities in [0,1] without NaN")
-    cells = predictions.pivot(index=["image", "label"], columns=KEY[1:], values="predicted")
-    if (CLEAN, 0) not in cells or cells.isna().any(axis=None):
-        raise ValueError(f"every image needs one label and a row in every cell, {CLEAN!r} included")
+    clean = predictions[predictions["corruption"].eq(CLEAN)].set_index("image")["label"]
+    if not predictions["image"].map(clean).eq(predictions["label"]).all():
+        raise ValueError(f"every image needs a {CLEAN!r} row and one label")
     return columns
 
 
@@ -58,16 +58,10 @@ def grid(
     2110.14795). patients: image -> patient. Columns corruption, severity, metric ("auc"), value,
     ci_low, ci_high, drop, drop_low, drop_high, n; the clean row comes first. The interval of a drop
     is paired.
-
-    >>> clean = pd.DataFrame({"image": [0, 1], "label": [0, 1], "corruption": "clean",
-    ...     "severity": 0, "predicted": [0, 1], "p0": [0.9, 0.2], "p1": [0.1, 0.8]})
-    >>> bad = clean.assign(corruption="blur", severity=1, p0=0.4, p1=0.6, predicted=1)
-    >>> grid(pd.concat([clean, bad]), {0: "ann", 1: "bob"}, draws=50)["drop"].tolist()
-    [0.0, 0.5]
     """
     columns = check(predictions)
     order = [CLEAN, *predictions["corruption"].unique()]
-    wide = predictions.pivot(index=["image", "label"], columns=KEY[1:], values=columns)
+    wide = _wide(predictions, columns)
     weights = _weights(wide, patients, draws, seed)
     labels = wide.index.get_level_values("label").to_numpy()
     cells = set(wide.columns.droplevel(0))
@@ -147,11 +141,18 @@ def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _right(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Which answers are right: (image, label) down, the cells (corruption, severity) across."""
+    """Which answers are right, as `_wide`."""
     check(predictions)
     right = predictions["predicted"].eq(predictions["label"]).astype(float)
-    index, columns = ["image", "label"], KEY[1:]
-    return predictions.assign(right=right).pivot(index=index, columns=columns, values="right")
+    return _wide(predictions.assign(right=right), "right")
+
+
+def _wide(predictions: pd.DataFrame, values: str | list[str]) -> pd.DataFrame:
+    """`values` with (image, label) down and the cells (corruption, severity) across."""
+    wide = predictions.pivot(index=["image", "label"], columns=KEY[1:], values=values)
+    if wide.isna().any(axis=None):
+        raise ValueError("predict every image in every cell (corruption, severity)")
+    return wide
 
 
 def _weights(wide: pd.DataFrame, patients: pd.Series | Mapping, draws: int, seed: int):

@@ -56,43 +56,6 @@ def classification(
     return table
 
 
-def sensitivity_at_specificity(
-    validation: tuple[Array, Array],
-    labels: Array,
-    score: Array,
-    groups: Sequence,
-    *,
-    specificity: float = 0.9,
-    **options,
-) -> pd.DataFrame:
-    """Sensitivity at a fixed specificity, by a threshold from validation and by the test ROC.
-
-    `validation`: labels and score of the validation images, whose lowest threshold with at least
-    that specificity is used; the rest as in `classification`. Rows (for 0.9): sensitivity and
-    specificity_at_0.9_val_threshold, what that threshold gives on the test images; and
-    sensitivity_at_0.9_test_roc, whose threshold is chosen on the images it is scored on, in each
-    draw anew: an upper reference. Columns metric, value, ci_low, ci_high, n, threshold.
-    """
-    labels, score = checked(labels, score, groups)
-    held, held_score = checked(*validation, validation[0])
-    for name, part in (("validation", held), ("test", labels)):
-        if len(np.unique(part)) < 2:
-            raise ValueError(f"the {name} images are all of one class: a ROC curve needs both")
-
-    def on_roc(weights: Array) -> Array:
-        return _roc_point(labels, score, weights, specificity)[0]
-
-    threshold = _roc_point(held, held_score, np.ones((1, len(held))), specificity)[1].item()
-    own = _roc_point(labels, score, np.ones((1, len(labels))), specificity)[1].item()
-    fixed = classification(labels, score, groups, threshold=threshold, **options)
-    fixed = fixed[fixed["metric"].isin(["sensitivity", "specificity"])]
-    table = pd.concat([fixed, bootstrap(on_roc, groups, **options)], ignore_index=True)
-    ends = ("val_threshold", "val_threshold", "test_roc")
-    names = zip(table["metric"].fillna("sensitivity"), ends, strict=True)
-    table["metric"] = [f"{name}_at_{specificity:g}_{end}" for name, end in names]
-    return table.assign(threshold=[threshold, threshold, own])
-
-
 def bootstrap(
     statistic: Callable[[Array], Array],
     groups: Sequence,
@@ -295,7 +258,11 @@ def checked(labels: Array, score: Array, groups: Sequence) -> tuple[Array, Array
 
 def weighted_auc(labels: Array, score: Array, weights: Array) -> Array:
     """Area under the ROC curve per row of weights (Mann-Whitney form, ties count one half)."""
-    positive, negative, _ = _by_score(labels, score, weights)
+    _, level = np.unique(score, return_inverse=True)
+    order = np.argsort(level, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(level[order]) > 0])
+    sides = [(weights * (labels == side))[:, order] for side in (1, 0)]
+    positive, negative = (np.add.reduceat(side, starts, axis=1) for side in sides)
     below = np.cumsum(negative, axis=1) - negative / 2
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
@@ -316,29 +283,6 @@ def _rates(labels: Array, predicted: Array, weights: Array, classes: range) -> d
     found = {name: sum(values) / len(classes) for name, values in macro.items()}
     found |= {"sensitivity": recall[1], "specificity": recall[0]}
     return found | {"accuracy": sum(right) / weights.sum(1)}
-
-
-def _roc_point(
-    labels: Array, score: Array, weights: Array, specificity: float
-) -> tuple[Array, Array]:
-    """Per row of weights: sensitivity and value of the lowest threshold with that specificity."""
-    positive, negative, scores = _by_score(labels, score, weights)
-    below, total = np.cumsum(negative, axis=1), negative.sum(1, keepdims=True)
-    # The slack is for 0.55 * 100 = 55.00000000000001: 55 of 100 are a specificity of 0.55.
-    place = (below < specificity * total - 1e-9).sum(1)
-    above = np.cumsum(positive[:, ::-1], axis=1)[:, ::-1] - positive
-    with np.errstate(invalid="ignore"):
-        sensitivity = above[np.arange(len(above)), place] / positive.sum(1)
-    return np.where(total[:, 0] > 0, sensitivity, np.nan), scores[place]
-
-
-def _by_score(labels: Array, score: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Weight of positive and of negative images at each score [B,L]; the scores, ascending."""
-    scores, level = np.unique(score, return_inverse=True)
-    order = np.argsort(level, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(level[order]) > 0])
-    sides = [(weights * (labels == side))[:, order] for side in (1, 0)]
-    return *(np.add.reduceat(side, starts, axis=1) for side in sides), scores
 
 
 def _bca_tails(value: float, resampled: Array, without: Array, tails: Array) -> Array:

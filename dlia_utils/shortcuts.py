@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -24,7 +23,6 @@ from . import metrics, train
 from .data import datasets
 from .data.cache import ImageCache
 from .data.datasets import BadData, Dataset
-from .plots import COLORS, panels
 
 log = logging.getLogger("dlia_utils")
 
@@ -36,11 +34,6 @@ CRUDE_BOX = (
 REGIONS = "whole border_only corners_only centre_only lungs_only lungs_blanked lung_shape".split()
 OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # no lung tissue, or hardly any
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
-HOW = {
-    "tested": "trained on whole images, tested on the region",
-    "retrained": "trained and tested on the region",
-}
-
 TrainAndScore = Callable[[Tensor, np.ndarray, Tensor], np.ndarray]
 
 
@@ -260,50 +253,3 @@ def inside_energy(
         for name, values in found.items()
     ]
     return pd.DataFrame(rows).assign(zero_maps=int(zero.sum()))
-
-
-def source_bias(dataset: Dataset, predictions: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
-    """Error by source (the manifest's column `group`) and class.
-
-    `predictions` has columns image (row number in the manifest) and probability (of class 1).
-    Columns source, class_name, metric ("error"), value, ci_low, ci_high, n, note. The note says
-    where sources are not known, or a source holds one class only: source and class are then the
-    same question.
-    """
-    table = dataset.manifest.iloc[predictions["image"]].reset_index(drop=True)
-    wrong = (predictions["probability"].to_numpy() > 0.5) != (table["label"] == 1)
-    table = table.assign(wrong=wrong, source=table["group"].replace("", "not known"))
-    rows, known = [], table["group"].ne("").any()
-    for (source, name), part in table.groupby(["source", "class_name"]):
-        note = "" if known else "sources are not known in this copy"
-        classes = table.loc[table["source"].eq(source), "class_name"].nunique()
-        if known and source != "not known" and classes == 1:
-            note = "this source holds one class only: source and class cannot be told apart"
-        row = {"source": source, "class_name": name, "metric": "error"}
-        found = metrics.mean(part["wrong"], part["patient"], draws=draws)
-        rows.append(row | found | {"note": note})
-    return pd.DataFrame(rows)
-
-
-def figure_audit(rows: pd.DataFrame, caption: str) -> Figure:
-    """AUC with its interval for each region, in both forms of `region_accuracy`; dotted: chance."""
-    auc = rows[rows["metric"] == "auc"]
-    named = [region for region in REGIONS if (auc["region"] == region).any()]
-    figure, axes = panels(1, width=7.2, height=1.2 + 0.42 * len(named))
-    axis = axes[0, 0]
-    for color, offset, (how, words) in zip(COLORS, (-0.13, 0.13), HOW.items(), strict=False):
-        part = auc[auc["how"] == how].set_index("region").reindex(named).dropna(subset="value")
-        place = np.array([named.index(region) for region in part.index]) + offset
-        # A percentile interval may leave the value outside by a hair; a bar cannot be negative.
-        ends = part["value"] - part["ci_low"], part["ci_high"] - part["value"]
-        style = {"fmt": "o" if offset < 0 else "s", "ms": 5, "color": color, "capsize": 3}
-        bars = [end.clip(lower=0) for end in ends]
-        axis.errorbar(part["value"], place, xerr=bars, label=words, **style)
-    axis.axvline(0.5, ls=":", color="0.4")
-    axis.set_yticks(range(len(named)), [region.replace("_", " ") for region in named])
-    axis.invert_yaxis()
-    axis.set(xlabel="AUC on test images", xlim=(min(0.4, auc["ci_low"].min() - 0.03), 1.02))
-    axis.grid(axis="x", alpha=0.25)
-    figure.legend(loc="outside lower center", fontsize=9, frameon=False, ncol=2)
-    figure.suptitle(f"What each region tells; {caption}", fontsize=9)
-    return figure

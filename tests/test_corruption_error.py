@@ -168,8 +168,8 @@ def test_tables_that_do_not_fit_are_refused():
     cases = [
         (r"lacks the columns \['predicted'\]", good.drop(columns="predicted")),
         ("twice", pd.concat([good, good.head(2)])),
-        ("in every cell", good[~(blur5 & good["image"].eq(3))]),
-        ("'clean' included", good[~clean]),
+        ("image in every cell", good[~(blur5 & good["image"].eq(3))]),
+        ("a 'clean' row", good[~clean]),
         ("probabilities in", good.assign(p1=np.nan)),
         ("one label", good.assign(label=np.where(blur5, 1 - good["label"], good["label"]))),
     ]

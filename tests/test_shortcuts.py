@@ -84,10 +84,6 @@ def test_a_planted_label_is_found_where_it_is(where):
         assert (found.loc[not_told, "ci_low"] <= 0.5).all(), how
         assert (found.loc[not_told, "ci_high"] >= 0.5).all(), how
     assert rows["how"].tolist() == sorted(rows["how"], reverse=True)
-    labels = [
-        text.get_text() for text in shortcuts.figure_audit(rows, "data").axes[0].get_yticklabels()
-    ]
-    assert labels == [region.replace("_", " ") for region in REGIONS]
 
 
 def test_the_pipeline_never_sees_test_labels_and_fill_is_the_training_mean():
@@ -223,21 +219,3 @@ def test_energy_of_known_maps():
     assert table["zero_maps"].eq(3).all()
     with pytest.raises(ValueError, match="negative"):
         shortcuts.inside_energy(-flat, masks, **given)
-
-
-def test_errors_by_source(masked):
-    predictions = {"image": [3, 0, 1, 2], "probability": [0.9, 0.2, 0.1, 0.8]}  # 1 and 2 are wrong
-    unknown = shortcuts.source_bias(masked, pd.DataFrame(predictions), draws=20)
-    assert set(unknown["note"]) == {"sources are not known in this copy"}
-    assert unknown.set_index("class_name")["value"].to_dict() == {"a": 0.5, "b": 0.5}
-    manifest = masked.manifest.assign(group=["east", "west", "west", "north"])
-    given = replace(masked, manifest=manifest), pd.DataFrame(predictions)
-    known = shortcuts.source_bias(*given, draws=20).set_index(["source", "class_name"])
-    assert known["value"].to_dict() == {
-        ("east", "a"): 0.0,
-        ("north", "b"): 0.0,
-        ("west", "a"): 1.0,
-        ("west", "b"): 1.0,
-    }
-    notes = known["note"].groupby("source").first()
-    assert notes["west"] == "" and "source and class cannot be told apart" in notes["east"]

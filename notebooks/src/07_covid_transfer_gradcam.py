@@ -1036,13 +1036,33 @@ for how, who in (("tested", name), ("retrained", "probe on frozen features")):
     report.update_results(
         report.result_rows(rows.filter(report.RESULT_COLUMNS), run, model=who), RESULTS
     )
-figure = shortcuts.figure_audit(regions, run.caption)
-report.save_figure(figure, run, "audit")
-display(figure)
 cells = regions.assign(cell=[report.with_interval(row) for _, row in regions.iterrows()])
 cells[cells["metric"].ne("balanced_accuracy")].pivot_table(
     index="region", columns=["how", "metric"], values="cell", aggfunc="first", sort=False
 )
+
+# %% [markdown]
+# The same as a picture: the AUC of each region with its interval, in both forms; the dotted line is chance.
+
+# %%
+figure, axes = plots.panels(1, width=7.2, height=4.2)
+shapes = {"tested": ("o", "trained on whole images"), "retrained": ("s", "trained on the region")}
+auc = regions[regions["metric"].eq("auc")].set_index("region")
+for number, (how, (shape, words)) in enumerate(shapes.items()):
+    part = auc[auc["how"].eq(how)].loc[shortcuts.REGIONS]
+    # A percentile interval may leave the value outside by a hair; a bar cannot be negative.
+    ends = part["value"] - part["ci_low"], part["ci_high"] - part["value"]
+    style = {"fmt": shape, "color": plots.COLORS[number], "capsize": 3, "label": words}
+    place, bars = np.arange(len(part)) + 0.26 * number - 0.13, [end.clip(lower=0) for end in ends]
+    axes[0, 0].errorbar(part["value"], place, xerr=bars, **style)
+axes[0, 0].axvline(0.5, ls=":", color="0.4")
+axes[0, 0].set_yticks(range(len(part)), [region.replace("_", " ") for region in part.index])
+axes[0, 0].invert_yaxis()
+axes[0, 0].set(xlabel="AUC on test images", xlim=(min(0.4, auc["ci_low"].min() - 0.03), 1.02))
+figure.legend(loc="outside lower center", ncol=2, frameon=False)
+figure.suptitle(f"What each region tells; {run.caption}", fontsize=9)
+report.save_figure(figure, run, "audit")
+figure
 
 # %% [markdown]
 # **A marker.** A small bright square, as a side marker or a sticker would be, is burnt into each corner in turn. An
@@ -1061,12 +1081,19 @@ cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first
 
 # %% [markdown]
 # **Sources.** Where a copy of the data says which hospital or collection a film is from, the error of each is listed.
+# If a source holds one class only, source and class cannot be told apart: they are the same question.
 
 # %%
 answers = pd.read_csv(made_by(run, "predictions.csv", "4 The test, opened once"))
-shortcuts.source_bias(
-    study.dataset, answers[["image"]].assign(probability=answers[name]), draws=run.bootstrap_draws
-)
+table = study.dataset.manifest.loc[answers["image"]].reset_index(drop=True)
+table["wrong"] = (answers[name] > 0.5) != (table["label"] == 1)
+table["source"] = table["group"].replace("", "not known in this copy")
+rows = []
+for (source, label), part in table.groupby(["source", "class_name"]):
+    error = metrics.share(part["wrong"], part["patient"], draws=run.bootstrap_draws)
+    row = {"source": source, "class": label, "error": report.with_interval(error)}
+    rows.append(row | {"images": len(part)})
+pd.DataFrame(rows)
 
 # %% [markdown]
 # **What does the classifier read?** The sentences are written by code from the numbers above. A region *tells* the
