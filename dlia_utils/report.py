@@ -121,17 +121,14 @@ def paired_tests(
 ) -> pd.DataFrame:
     """Every model against `reference` on the same images, clean and in the worst case at `eps`.
 
-    `per_image`: the rows of `attacks.evaluate.robust` by model. The difference of the accuracies
-    has an interval and an exact p by patient (`metrics.paired_difference`); p_holm is adjusted for
-    the models.
+    `per_image`: rows of `attacks.evaluate.robust` by model. See `metrics.paired_difference`; p_holm
+    is adjusted for the number of models.
     """
     shown = "condition model accuracy reference difference ci_low ci_high".split()
     shown += "only_model_right only_reference_right p p_holm".split()
     tables = []
-    for condition, attack, at in (
-        ("clean", "clean", 0.0),
-        (f"worst case {eps_text(eps)}", "worst", eps),
-    ):
+    cases = ("clean", "clean", 0.0), (f"worst case {eps_text(eps)}", "worst", eps)
+    for condition, attack, at in cases:
         right, rows = {}, []
         for name, table in per_image.items():
             part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
@@ -148,22 +145,18 @@ def paired_tests(
 
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
-    """The table of the FracAtlas study, completed: clean, PGD and worst case in per cent.
-
-    The worst case stands beside its two directions; `results` are tidy result rows, `eps` in pixel
-    units.
-    """
-    clean, near = results.attack.eq("clean"), _at(results, eps)
+    """The FracAtlas study's table, completed: clean, PGD and worst case in per cent, by model."""
     columns = {
-        "clean accuracy (%)": (clean, "accuracy"),
-        "PGD accuracy (%)": (near & results.attack.eq("pgd_ce"), "accuracy"),
-        "worst case (%)": (near & results.attack.eq("worst"), "accuracy"),
-        "sensitivity, worst case (%)": (near & results.attack.eq("worst"), "sensitivity"),
-        "specificity, worst case (%)": (near & results.attack.eq("worst"), "specificity"),
+        "clean accuracy (%)": ("clean", "accuracy"),
+        "PGD accuracy (%)": ("pgd_ce", "accuracy"),
+        "worst case (%)": ("worst", "accuracy"),
+        "sensitivity, worst case (%)": ("worst", "sensitivity"),
+        "specificity, worst case (%)": ("worst", "specificity"),
     }
+    chosen = results[_at(results, eps) | results.attack.eq("clean")]
     table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))
-    for name, (which, metric) in columns.items():
-        own = results[which & results.metric.eq(metric)].set_index("model")
+    for name, (attack, metric) in columns.items():
+        own = chosen[chosen.attack.eq(attack) & chosen.metric.eq(metric)].set_index("model")
         cells = {model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()}
         table[name] = pd.Series(cells)
     return table.dropna(how="all")
@@ -173,15 +166,13 @@ def _at(results: pd.DataFrame, eps: float) -> pd.Series:
     return np.isclose(results.eps, eps) & results.eps_unit.eq("pixel")
 
 
-def results_table(
-    results: pd.DataFrame, *, metric: str = "accuracy", unit: str = "pixel"
-) -> pd.DataFrame:
-    """Models down, attack and eps across, 'value [interval]' in the cells."""
-    chosen = results[results.metric.eq(metric) & results.eps_unit.eq(unit)]
+def results_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy with its interval: models down, attack and eps (pixel units) across."""
+    chosen = results[results.metric.eq("accuracy") & results.eps_unit.eq("pixel")]
     chosen = chosen.assign(cell=[with_interval(row) for _, row in chosen.iterrows()])
     at = {"index": "model", "columns": ["attack", "eps"], "values": "cell", "sort": False}
     table = chosen.pivot_table(**at, aggfunc="first")
-    names = [attack if not eps else f"{attack} {eps_text(eps, unit)}" for attack, eps in table]
+    names = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in table]
     return table.set_axis(names, axis=1).reindex(list(dict.fromkeys(chosen.model)))
 
 
@@ -203,10 +194,9 @@ def verdict(
         f"In the worst case at {eps_text(eps)} the **{reference}** model is right on "
         f"{with_interval(base)} of {base['n']:.0f} images."
     ]
-    for name, test in (
-        paired[paired.condition.str.startswith("worst")].set_index("model").iterrows()
-    ):
-        row, p = worst.loc[name], test["p_holm"]
+    tests = paired[paired.condition.str.startswith("worst")].set_index("model")["p_holm"]
+    for name, p in tests.items():
+        row = worst.loc[name]
         gain, said = row["value"] - base["value"], "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
         remark = _judge(row["value"], gain, p, masking.loc[name], balanced=clean[name])
         text = f"{with_interval(row)}, {gain:+.3f} against {reference} ({said}). {remark}"

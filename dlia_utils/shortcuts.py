@@ -28,9 +28,9 @@ log = logging.getLogger("dlia_utils")
 
 BOX_ROWS, BOX_COLUMNS = (0.10, 0.82), ((0.08, 0.47), (0.53, 0.92))
 CRUDE_BOX = (
-    "a crude box: two rectangles over 10% to 82% of the height and 8% to 47% and 53% to 92% of the "
-    "width"
+    "a crude box: two rectangles over 10% to 82% of the height and 8% to 47% and 53% to 92% "
 )
+CRUDE_BOX += "of the width"
 REGIONS = "whole border_only corners_only centre_only lungs_only lungs_blanked lung_shape".split()
 OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # no lung tissue, or hardly any
 CORNERS = ("upper left", "upper right", "lower left", "lower right")

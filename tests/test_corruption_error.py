@@ -84,15 +84,6 @@ def test_the_interval_of_a_drop_is_paired():
     assert row["drop_high"] - row["drop_low"] < 0.5 * (row["ci_high"] - row["ci_low"])
 
 
-def test_patients_with_many_images_widen_the_interval():
-    one = noisy(images=40, seed=2)
-    many = pd.concat([one.assign(image=one["image"] + 100 * k) for k in range(5)])
-    by_image = ce.grid(many, alone(many), draws=400)
-    by_patient = ce.grid(many, {i: i % 100 for i in many["image"].unique()}, draws=400)
-    width = [(t["ci_high"] - t["ci_low"]).mean() for t in (by_image, by_patient)]
-    assert width[1] / width[0] == pytest.approx(5**0.5, rel=0.2)
-
-
 def test_a_reference_against_itself_is_exactly_1():
     predictions = noisy(images=120, harm=0.9)
     again = predictions.sample(frac=1, random_state=3)

@@ -696,7 +696,7 @@ def slug(name):
 
 
 def rmse_tables(seen, moved, classes, start, suffix):
-    """Mean RMSE, corruptions down and layers across, for each severity and class; and each film's."""
+    """Mean RMSE, corruptions down and layers across, by severity and class; each film's."""
     own = moved[moved["method"].eq("gradcam++")]
     own = own[~own["corruption"].isin([drift.FLOOR, drift.CEILING])]
     label = seen.drop_duplicates("image").set_index("image")["label"]
@@ -713,12 +713,15 @@ def rmse_tables(seen, moved, classes, start, suffix):
     return tables
 
 
+# %%
 def auc_table(seen, classes):
     """AUC of each class against the rest: clean, at each severity, and the drops (delta)."""
     rows = []
     for number in [1] if len(classes) == 2 else range(len(classes)):
         cells = seen.groupby(["corruption", "severity"], sort=False)
-        auc = {key: roc_auc_score(cell["label"].eq(number), cell[f"p{number}"]) for key, cell in cells}
+        auc = {
+            key: roc_auc_score(cell["label"].eq(number), cell[f"p{number}"]) for key, cell in cells
+        }
         auc = pd.Series(auc).rename_axis(["corruption", "severity"])
         clean, wide = auc["clean", 0], auc.drop("clean").unstack(sort=False)
         table = wide.add_prefix("sev").join((clean - wide).add_prefix("delta_sev"))

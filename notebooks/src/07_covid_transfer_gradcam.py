@@ -1112,6 +1112,7 @@ def tells(how, *names):
     return any(auc.loc[(how, name), "ci_low"] > floor.get(name, 0.5) for name in names)
 
 
+# %%
 no_lung = " its answer is better than chance where no lung can be seen"
 outside = auc[auc.index.get_level_values("region").isin(shortcuts.OUTSIDE)]
 if tells("tested", *shortcuts.OUTSIDE) and not tells("tested", "lungs_only"):
@@ -1127,7 +1128,8 @@ elif tells("tested", "lungs_only") or tells("retrained", "lungs_only"):
     headline += f"apart; outside, an AUC above {outside['ci_high'].max():.2f} can be excluded, "
     headline += "and no more."
 else:
-    headline = "**No region tells the classes apart,** so the images at hand do not show what is read."
+    headline = "**No region tells the classes apart,** so the images at hand do not show what is "
+    headline += "read."
 
 # %%
 SHOWN = {
@@ -1159,12 +1161,14 @@ places = marker.set_index(["place", "metric"])
 place = max(shortcuts.CORNERS, key=lambda corner: places.loc[(corner, "size_of_change"), "value"])
 change, turned = places.loc[(place, "change")], places.loc[(place, "flips"), "value"]
 one_way = change["ci_low"] > 0 or change["ci_high"] < 0
+moves = "moves the answer" if one_way else "does not move the answer one way"
 lines.append(
-    f"- A bright square of {change['size']:.0%} of the side in a corner "
-    f"{'moves the answer' if one_way else 'does not move the answer one way'}: most in the {place}, "
-    f"P(class 1) {report.with_interval(change, signed=True)}; {turned:.1%} of the answers turn "
-    f"there, {places.loc[('middle', 'flips'), 'value']:.1%} with the square in the middle."
+    f"- A bright square of {change['size']:.0%} of the side in a corner {moves}: most in the "
+    f"{place}, P(class 1) {report.with_interval(change, signed=True)}; {turned:.1%} of the "
+    f"answers turn there, {places.loc[('middle', 'flips'), 'value']:.1%} with the square in the middle."
 )
+
+# %%
 energy = pd.read_csv(made_by(run, "energy.csv", "6 Right and wrong answers"))
 every = energy[energy["group"].eq("all")].set_index("metric")
 gain, share, area = every.loc["gain"], every.loc["energy", "value"], every.loc["area", "value"]
@@ -1181,8 +1185,8 @@ if any(outline.values()):
         "blanked; border and corners are free of it."
     )
 lines.append(
-    "An image with a part taken away is unlike any that the model was trained on: that it fails there "
-    "does not prove that it never reads the part that was left."
+    "An image with a part taken away is unlike any that the model was trained on: that it fails "
+    "there does not prove that it never reads the part that was left."
 )
 if run.synthetic:
     shown = "these sentences show the machinery, not a finding."
