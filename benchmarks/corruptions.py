@@ -1,15 +1,16 @@
-"""How many times faster films are corrupted than with albumentations and imagecorruptions, in one run.
+"""How many times faster images are corrupted than with albumentations and imagecorruptions.
 
-    python benchmarks/corruptions.py                       1,000 films of 224 px, some minutes
+    python benchmarks/corruptions.py                       1,000 images of 224 px, some minutes
     python benchmarks/corruptions.py --images 100 --only contrast jpeg
 
-Each side takes the films in the form it works on, ready in memory: ours float32 [B,1,H,W] in batches,
-albumentations float32 [H,W] (bytes where it takes nothing else) and imagecorruptions uint8 [H,W,3], one by
-one. The cases of a corruption are run in turn, round after round, and the fastest round of each is kept. Time
-is CPU time of this process on one thread: it holds steady while others use the machine. Before anything is
-timed the results are compared: imagecorruptions must change a film as much as we do; albumentations has only
-near relatives of most. The rows of imagecorruptions need `benchmarks/requirements.txt`: the release by that
-very name no longer imports, its continuation imagecorruptions-imaug does.
+Each side takes the images in the form it works on, ready in memory: ours float32 [B,1,H,W] in
+batches, albumentations float32 [H,W] (bytes where it takes nothing else) and imagecorruptions uint8
+[H,W,3], one by one. The cases of a corruption are run in turn, round after round, and the fastest
+round of each is kept. Time is CPU time of this process on one thread: it holds steady while others
+use the machine. Before anything is timed the results are compared: imagecorruptions must change a
+image as much as we do; albumentations has only near relatives of most. The rows of imagecorruptions
+need `benchmarks/requirements.txt`: the release by that very name no longer imports, its
+continuation imagecorruptions-imaug does.
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -32,7 +33,7 @@ import torch
 
 SEVERITY = 3
 BATCH = 50
-FILMS = 20  # drawn; the others repeat them, with noise of their own
+DRAWN = 20  # drawn; the others repeat them, with noise of their own
 
 # imagecorruptions' names, where they differ.
 THEIR_NAMES = {"resampling": "pixelate", "jpeg": "jpeg_compression"}
@@ -48,13 +49,13 @@ def main() -> None:
     )
     drawn = [
         phantom.chest(np.random.default_rng(i), size=options.side, pneumonia=False)[0]
-        for i in range(FILMS)
+        for i in range(DRAWN)
     ]
-    films = torch.from_numpy(np.stack(drawn))[:, None].repeat(-(-options.images // FILMS), 1, 1, 1)
-    films = films[: options.images]
+    images = torch.from_numpy(np.stack(drawn))[:, None].repeat(-(-options.images // DRAWN), 1, 1, 1)
+    images = images[: options.images]
     rows = []
     for name in options.only:
-        rows += compare(name, films, options.rounds)
+        rows += compare(name, images, options.rounds)
     print_table(rows)
 
 
@@ -70,12 +71,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(name: str, films: torch.Tensor, rounds: int) -> list[Row]:
+def compare(name: str, images: torch.Tensor, rounds: int) -> list[Row]:
     """Time one corruption: ours, and each peer that has it."""
 
     def ours() -> list[torch.Tensor]:
-        starts = range(0, len(films), BATCH)
-        parts = [(films[at : at + BATCH], range(at, min(at + BATCH, len(films)))) for at in starts]
+        starts = range(0, len(images), BATCH)
+        parts = [
+            (images[at : at + BATCH], range(at, min(at + BATCH, len(images)))) for at in starts
+        ]
         return [corrupt.apply(name, x, SEVERITY, seed=0, ids=ids) for x, ids in parts]
 
     cases: dict[str, Callable[[], object]] = {"ours": ours}
@@ -83,18 +86,18 @@ def compare(name: str, films: torch.Tensor, rounds: int) -> list[Row]:
     if nearest is not None:
         transform, as_bytes = nearest
         pictures = list(
-            (films[:, 0] * 255).round().byte().numpy() if as_bytes else films[:, 0].numpy()
+            (images[:, 0] * 255).round().byte().numpy() if as_bytes else images[:, 0].numpy()
         )
         cases["albumentations"] = lambda: [
             transform(image=picture)["image"] for picture in pictures
         ]
     theirs = imagecorruption(name)
     if theirs is not None:
-        colour = list((films[:, 0] * 255).round().byte().numpy()[..., None].repeat(3, -1))
-        agree(name, films[:FILMS], np.stack([theirs(picture) for picture in colour[:FILMS]]))
+        colour = list((images[:, 0] * 255).round().byte().numpy()[..., None].repeat(3, -1))
+        agree(name, images[:DRAWN], np.stack([theirs(picture) for picture in colour[:DRAWN]]))
         cases["imagecorruptions"] = lambda: [theirs(picture) for picture in colour]
     time_of = seconds(cases, rounds=rounds, device="cpu", group=name)
-    what = f"{name}, {len(films):,} films of {films.shape[2]} px"
+    what = f"{name}, {len(images):,} images of {images.shape[2]} px"
     result = []
     if nearest is not None:
         against = (
@@ -105,12 +108,12 @@ def compare(name: str, films: torch.Tensor, rounds: int) -> list[Row]:
         ratio = time_of.get("imagecorruptions", np.nan) / time_of["ours"]
         result.append((what, "imagecorruptions, uint8 RGB", ratio, ""))
     if not result:
-        print(f"{name}: no peer has it; {1000 * time_of['ours'] / len(films):.3g} ms a film")
+        print(f"{name}: no peer has it; {1000 * time_of['ours'] / len(images):.3g} ms a image")
     return result
 
 
 def albumentations_nearest() -> dict[str, tuple[A.BasicTransform, bool]]:
-    """Its transform that comes nearest to each corruption at the same strength; True: it takes only bytes."""
+    """Its nearest transform to each corruption at the same strength; True: it takes only bytes."""
 
     def level(name: str) -> float:
         return corrupt.CORRUPTIONS[name].parameters(SEVERITY, "imagenet-c")[0]
@@ -170,15 +173,15 @@ def imagecorruption(name: str) -> Callable[[np.ndarray], np.ndarray] | None:
     )
 
 
-def agree(name: str, films: torch.Tensor, theirs: np.ndarray) -> None:
-    """Both sides must change the films by as much; the noise itself may differ."""
-    bytes_ = films.mul(255).round().div(255)
-    ours = corrupt.apply(name, bytes_, SEVERITY, seed=0, ids=range(len(films)))
+def agree(name: str, images: torch.Tensor, theirs: np.ndarray) -> None:
+    """Both sides must change the images by as much; the noise itself may differ."""
+    bytes_ = images.mul(255).round().div(255)
+    ours = corrupt.apply(name, bytes_, SEVERITY, seed=0, ids=range(len(images)))
     change, their_change = (
         float((made - bytes_[:, 0]).square().mean().sqrt())
         for made in (ours[:, 0], torch.from_numpy(theirs[..., 0]).float() / 255)
     )
-    # Angles of motion blur are drawn, and its size follows them; bytes are cut off, not rounded, over there.
+    # Angles of motion blur are drawn, and its size follows; over there bytes are cut off.
     slack = 0.25 if name == "motion_blur" else 0.05
     if not abs(change / their_change - 1) < slack:
         raise SystemExit(

@@ -1,319 +1,293 @@
-"""Classification metrics with patient-clustered intervals; paired tests stand in `comparison`."""
+"""Classification metrics with intervals by patient, and paired comparisons of two models.
+
+`options` are those of `bootstrap` everywhere: draws, level, seed, interval.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm
+from numpy import ndarray as Array
+from scipy.stats import binomtest, norm, rankdata
 
 CHUNK = 4_000_000  # weights that a statistic sees at a time: bounds the memory
-INTERVALS = ("percentile", "bca")
-METRICS = (
-    "accuracy",
-    "balanced_accuracy",
-    "precision",
-    "recall",
-    "f1",
-    "sensitivity",
-    "specificity",
-    "auc",
-)
+METRICS = "accuracy balanced_accuracy precision recall f1 sensitivity specificity auc".split()
 
 
 def classification(
-    labels: np.ndarray,
-    score: np.ndarray,
+    labels: Array, score: Array, groups: Sequence, *, threshold: float = 0.5, **options
+) -> pd.DataFrame:
+    """Metrics of a classifier, each with an interval from resampling whole patients.
+
+    labels [N] of 0/1, score [N] of class 1 (a probability, or any finite score with its
+    `threshold`: log-odds and 0 keep the ranking of sharp models), groups [N] patient ids. Of K > 2
+    classes: labels 0..K-1, score [N,K]; the AUC is the mean of each class against the rest (Provost
+    & Domingos 2000). Precision, recall and F1 are macro averages. A value of 0 or 1 gets the exact
+    binomial interval over its own images; metrics of both classes take the class of fewer patients.
+    Columns metric, value, ci_low, ci_high, n.
+
+    >>> labels, score = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.7, 0.9])
+    >>> classification(labels, score, list("abcd"), draws=50).set_index("metric").at["auc", "value"]
+    np.float64(1.0)
+    """
+    labels, score = checked(labels, score, groups)
+    groups, two = np.asarray(list(groups)), score.ndim == 1
+    # Strictly above, as argmax decides two equal logits for class 0.
+    predicted = (score > threshold).astype(int) if two else score.argmax(1)
+    classes = range(2 if two else score.shape[1])
+    names = [name for name in METRICS if two or name not in ("sensitivity", "specificity")]
+    ranked = [(labels, score)] if two else [(labels == c, score[:, c]) for c in classes]
+
+    def values(weights: Array) -> Array:
+        found = _rates(labels, predicted, weights, classes)
+        found["auc"] = np.mean([weighted_auc(*one, weights) for one in ranked], axis=0)
+        return np.column_stack([found[name] for name in names])
+
+    table = bootstrap(values, groups, **options)
+    table.insert(0, "metric", names)
+    of_class = [labels == label for label in np.unique(labels)]
+    fewer = min(of_class, key=lambda own: len(pd.unique(groups[own])))
+    about = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
+    for place, name in table.loc[table["value"].isin([0.0, 1.0]), "metric"].items():
+        ends = exact_interval(table.at[place, "value"], groups[about.get(name, fewer)], **options)
+        table.loc[place, ["ci_low", "ci_high"]] = ends
+    return table
+
+
+def bootstrap(
+    statistic: Callable[[Array], Array],
     groups: Sequence,
     *,
-    threshold: float = 0.5,
     draws: int = 2000,
     level: float = 0.95,
     seed: int = 0,
     interval: str = "percentile",
 ) -> pd.DataFrame:
-    """Metrics of a classifier, each with an interval from resampling whole patients (Field & Welsh 2007).
+    """Intervals of any statistic of weighted images by patient (Field & Welsh 2007).
 
-    `labels` [N] of 0/1, `score` [N] of class 1: its probability, or any finite score with the `threshold` that
-    belongs to it (`train.log_odds` and 0: probabilities of sharp models tie at 1 and lose their AUC), `groups` [N]
-    patient ids. Of K > 2 classes: labels 0..K-1 and score [N,K]; the highest is the answer, the AUC is the mean of
-    each class against the rest (Provost & Domingos 2000), and there is no sensitivity or specificity. Precision, recall and F1 are macro averages; sensitivity and specificity belong to class 1 and
-    class 0. An AUC needs both classes, else it is NaN. A value of exactly 0 or 1 comes out in every draw, too: it gets
-    the exact binomial interval instead (see `share`), over the images that it is about; those that speak of both
-    classes take the class of fewer patients, which is on the safe side. `interval` as in `bootstrap`. Columns: metric, value, ci_low, ci_high, n. Errors: unequal lengths, labels
-    other than 0/1.
+    `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row
+    a column: value (every image once), ci_low, ci_high, n. interval: "percentile", or "bca" on the
+    same draws (Efron 1987, JASA 82:171; acceleration from leaving out each patient). A single
+    patient has no interval (NaN), and BCa has none when all draws lie on one side of the value.
 
-    >>> table = classification(np.array([0, 0, 1, 1]), np.array([.1, .6, .7, .9]), list("abcd"), draws=50)
-    >>> table.set_index("metric").loc["accuracy", "value"]
-    np.float64(0.75)
+    >>> height = np.array([1.0, 3.0, 2.0, 6.0])
+    >>> bootstrap(lambda w: w @ height / w.sum(1), list("aabc"), draws=100)["value"].item()
+    3.0
     """
-    labels, score = _check(labels, score, groups)
-    classes = range(2 if score.ndim == 1 else score.shape[1])
-    # Strictly above, as argmax decides two equal logits for class 0.
-    predicted = (score > threshold).astype(int) if score.ndim == 1 else score.argmax(1)
-    names = [
-        name for name in METRICS if score.ndim == 1 or name not in ("sensitivity", "specificity")
-    ]
+    if interval not in ("percentile", "bca"):
+        raise ValueError(f"interval must be percentile or bca, not {interval!r}")
+    codes = patient_codes(groups)
+    patients = np.arange(codes.max(initial=-1) + 1)
+    if not len(patients):
+        raise ValueError("groups is empty: an interval needs at least one image")
+    weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
 
-    def values(weights: np.ndarray) -> np.ndarray:
-        if score.ndim == 1:
-            auc = weighted_auc(labels, score, weights)
-        else:
-            auc = np.mean(
-                [weighted_auc(labels == c, score[:, c], weights) for c in classes], axis=0
-            )
-        found = _rates(labels, predicted, weights, classes) | {"auc": auc}
-        return np.column_stack([found[name] for name in names])
+    def over(rows: Callable[[slice], Array], count: int) -> Array:
+        step = max(1, CHUNK // len(codes))
+        parts = [statistic(rows(slice(at, at + step))) for at in range(0, count, step)]
+        return np.concatenate(parts).reshape(count, -1).T
 
-    table = bootstrap(values, groups, draws=draws, level=level, seed=seed, interval=interval)
-    table.insert(0, "metric", names)
-    rows = table.to_dict("records")
-    counted = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
-    fewer = min(
-        (labels == label for label in np.unique(labels)),
-        key=lambda own: len(pd.unique(np.asarray(groups)[own])),
-    )
-    for row in rows:
-        if row["value"] in (0.0, 1.0):
-            row |= _exact(
-                row["value"], np.asarray(groups)[counted.get(row["metric"], fewer)], level
-            )
-    return pd.DataFrame(rows)
+    values, without = over(weights.__getitem__, len(weights)), None
+    if interval == "bca":
+        without = over(lambda p: (patients[p, None] != codes).astype(float), len(patients))
+    values = values if len(patients) > 1 else values[:, :1]
+    pairs = zip(values, [None] * len(values) if without is None else without, strict=True)
+    return pd.DataFrame([interval_row(v, len(codes), level=level, without=w) for v, w in pairs])
 
 
-def share(
-    flags: np.ndarray,
-    groups: Sequence,
-    *,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    interval: str = "percentile",
-) -> dict:
-    """Mean of a boolean array with a patient-bootstrap interval, e.g. robust accuracy from 'still right' flags.
+def interval_row(
+    drawn: Array, n: int, *, level: float = 0.95, without: Array | None = None
+) -> dict[str, float]:
+    """Value (the first of `drawn`) and the interval of the rest; BCa needs the values `without`.
 
-    When all flags agree, every draw does too and the bootstrap would claim certainty: the interval is then the
-    exact binomial one (Clopper & Pearson 1934) with patients as trials. `interval` as in `bootstrap`.
+    A draw that is NaN, such as an AUC without one of the classes, is left out.
+    """
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    resampled = drawn[1:][np.isfinite(drawn[1:])]
+    if without is not None and len(resampled):
+        tails = _bca_tails(drawn[0], resampled, without[np.isfinite(without)], tails)
+    known = len(resampled) and np.isfinite(tails).all()
+    low, high = np.quantile(resampled, tails) if known else (np.nan, np.nan)
+    return {"value": float(drawn[0]), "ci_low": float(low), "ci_high": float(high), "n": n}
+
+
+def mean(values: Array, groups: Sequence, **options) -> dict[str, float]:
+    """Mean of a number per image with its interval; of booleans it is their `share`."""
+    numbers = np.asarray(values, dtype=float)
+    if len(numbers) != len(groups):
+        raise ValueError(f"{len(numbers)} values and {len(groups)} groups must be of one length")
+    row = bootstrap(lambda weights: weights @ numbers / weights.sum(1), groups, **options)
+    row = row.to_dict("records")[0]
+    if np.asarray(values).dtype == bool and row["value"] in (0.0, 1.0):
+        row["ci_low"], row["ci_high"] = exact_interval(row["value"], groups, **options)
+    return row
+
+
+def share(flags: Array, groups: Sequence, **options) -> dict[str, float]:
+    """Mean of booleans with its interval, the exact one where all agree (see `exact_interval`).
 
     >>> share(np.array([True, True, False, True]), [1, 1, 2, 3], draws=100)["value"]
     0.75
     """
-    flags = np.asarray(flags, dtype=float)
-    if len(flags) != len(groups) or not len(flags):
-        raise ValueError(
-            f"flags ({len(flags)}) and groups ({len(groups)}) must have the same length above 0"
-        )
-    table = bootstrap(
-        lambda weights: weights @ flags / weights.sum(1),
-        groups,
-        draws=draws,
-        level=level,
-        seed=seed,
-        interval=interval,
-    )
-    row = {"metric": "share"} | table.to_dict("records")[0]
-    if row["value"] in (0.0, 1.0):
-        row |= _exact(row["value"], groups, level)
-    return row
+    return {"metric": "share"} | mean(np.asarray(flags, dtype=bool), groups, **options)
 
 
-def _exact(value: float, groups: Sequence, level: float) -> dict[str, float]:
-    """The binomial interval of a share of 0 or 1, with patients as trials; the bootstrap would claim certainty."""
-    patients = len(pd.unique(np.asarray(groups)))
+def exact_interval(
+    value: float, groups: Sequence, *, level: float = 0.95, **_: object
+) -> tuple[float, float]:
+    """The binomial interval of a share of 0 or 1, patients as trials (Clopper & Pearson 1934).
+
+    Where all images agree every draw does, too, and a bootstrap would claim certainty.
+    """
+    patients = len(pd.unique(np.asarray(list(groups))))
     exact = binomtest(int(value) * patients, patients).proportion_ci(level, method="exact")
-    return {"ci_low": float(exact.low), "ci_high": float(exact.high)}
+    return float(exact.low), float(exact.high)
 
 
-def sensitivity_at_specificity(
-    validation: tuple[np.ndarray, np.ndarray],
-    labels: np.ndarray,
-    score: np.ndarray,
-    groups: Sequence,
-    *,
-    specificity: float = 0.9,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    interval: str = "percentile",
-) -> pd.DataFrame:
-    """Sensitivity at a fixed specificity, with the threshold from validation and, beside it, from the test ROC itself.
-
-    `validation`: labels and score of the VALIDATION images; the threshold is the lowest with at least
-    `specificity` there. labels, score, groups: the test images; scores as in `classification`. Rows (0.9 stands for `specificity`):
-    sensitivity_at_0.9_val_threshold and specificity_at_0.9_val_threshold, what that threshold gives on the test
-    images, and sensitivity_at_0.9_test_roc, the highest sensitivity on the test ROC curve with that specificity.
-    The last one chooses its threshold on the images it is scored on, again in each draw: an upper reference, not a
-    result that can be had in use. The interval of the first two takes the threshold as given. Columns metric, value,
-    ci_low, ci_high, n, threshold (positive is strictly above it). Errors: ValueError for a specificity outside
-    (0, 1], or without images of both classes.
-
-    >>> found = sensitivity_at_specificity(([0, 0, 1], [.1, .4, .3]), [0, 0, 1, 1], [.2, .5, .45, .9], "abcd",
-    ...                                    specificity=1.0, draws=50)
-    >>> found[["metric", "value", "threshold"]].values.tolist()  # doctest: +NORMALIZE_WHITESPACE
-    [['sensitivity_at_1_val_threshold', 1.0, 0.4], ['specificity_at_1_val_threshold', 0.5, 0.4],
-     ['sensitivity_at_1_test_roc', 0.5, 0.5]]
-    """
-    groups = list(groups)
-    labels, score = _check(labels, score, groups)
-    held, held_score = _check(*validation, range(len(validation[0])))
-    if not 0 < specificity <= 1:
-        raise ValueError(f"specificity must be in (0, 1], e.g. 0.9, not {specificity}")
-    for name, part in (("validation", held), ("test", labels)):
-        if len(np.unique(part)) < 2:
-            raise ValueError(
-                f"the {name} images are all of class {part[0]}: a ROC curve needs both classes"
-            )
-
-    def on_roc(weights: np.ndarray) -> np.ndarray:
-        return _roc_point(labels, score, weights, specificity)[0]
-
-    options = {"draws": draws, "level": level, "seed": seed, "interval": interval}
-    threshold = float(_roc_point(held, held_score, np.ones((1, len(held))), specificity)[1][0])
-    own = float(_roc_point(labels, score, np.ones((1, len(labels))), specificity)[1][0])
-    fixed = classification(labels, score, groups, threshold=threshold, **options).set_index(
-        "metric"
-    )
-    table = pd.concat(
-        [fixed.loc[["sensitivity", "specificity"]], bootstrap(on_roc, groups, **options)]
-    )
-    table.insert(
-        0,
-        "metric",
-        [
-            f"{name}_at_{specificity:g}_{how}"
-            for name, how in (
-                ("sensitivity", "val_threshold"),
-                ("specificity", "val_threshold"),
-                ("sensitivity", "test_roc"),
-            )
-        ],
-    )
-    return table.assign(threshold=[threshold, threshold, own]).reset_index(drop=True)
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    groups: Sequence,
-    *,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    interval: str = "percentile",
-) -> pd.DataFrame:
-    """Intervals of any statistic of weighted images, from resampling whole patients (Field & Welsh 2007).
-
-    `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row a column: value
-    (every image once), ci_low, ci_high, n. `groups` [N] are patient ids. interval: "percentile", or "bca", corrected
-    for bias and for a spread that changes with the value, on the same draws (Efron 1987, JASA 82:171; the
-    acceleration from leaving out one patient at a time). A draw where the value is NaN is left out; a single patient
-    has no interval (NaN), and BCa is NaN when all draws lie on one side of the value. Errors: ValueError for another interval, no images or missing ids.
-
-    >>> height = np.array([1.0, 3.0, 2.0, 6.0])
-    >>> bootstrap(lambda w: w @ height / w.sum(1), ["a", "a", "b", "c"], draws=100, interval="bca")["value"].item()
-    3.0
-    """
-    if interval not in INTERVALS:
-        raise ValueError(f"interval must be one of {', '.join(INTERVALS)}, not {interval!r}")
-    codes = _patients(groups)
-    if not len(codes):
-        raise ValueError("groups is empty: an interval needs at least one image")
-    weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
-    step = max(1, CHUNK // len(codes))
-
-    def over(count: int, rows: Callable[[slice], np.ndarray]) -> np.ndarray:
-        parts = [np.asarray(statistic(rows(slice(at, at + step)))) for at in range(0, count, step)]
-        values = np.concatenate(parts)
-        return values.reshape(count, -1)
-
-    values, without = over(len(weights), weights.__getitem__), None
-    if interval == "bca":
-        patients = np.arange(codes.max() + 1)
-        without = over(len(patients), lambda part: (patients[part, None] != codes).astype(float))
-    return pd.DataFrame(
-        [
-            _row(
-                "",
-                values[:, k] if codes.any() else values[:1, k],
-                len(codes),
-                level,
-                None if without is None else without[:, k],
-            )
-            for k in range(values.shape[1])
-        ]
-    ).drop(columns="metric")
-
-
-def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> np.ndarray:
-    """Bootstrap weights [draws, N]: how often each image counts when whole patients are drawn with replacement.
+def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> Array:
+    """How often each image counts [draws,N] when whole patients are drawn with replacement.
 
     >>> patient_weights(["a", "a", "b"], draws=2).shape
     (2, 3)
     """
-    codes = _patients(groups)
+    codes = patient_codes(groups)
     patients = codes.max(initial=-1) + 1
-    counts = np.random.default_rng(seed).multinomial(
-        patients, np.full(patients, 1 / patients), size=draws
-    )
+    chances = np.full(patients, 1 / patients)
+    counts = np.random.default_rng(seed).multinomial(patients, chances, size=draws)
     return counts[:, codes].astype(float)
 
 
-def _patients(groups: Sequence) -> np.ndarray:
+def patient_codes(groups: Sequence) -> Array:
     """The number of each image's patient, in the order of appearance."""
-    codes, _ = pd.factorize(np.asarray(groups))
+    codes, _ = pd.factorize(np.asarray(list(groups)))
     if (codes < 0).any():
-        raise ValueError(
-            f"groups lacks the patient of {(codes < 0).sum()} images: give each of them an id of its own, e.g. its path"
-        )
+        lacking = f"groups lacks the patient of {(codes < 0).sum()} images"
+        raise ValueError(f"{lacking}: give each of them an id of its own, e.g. its path")
     return codes
 
 
-def _check(
-    labels: np.ndarray, score: np.ndarray, groups: Sequence
-) -> tuple[np.ndarray, np.ndarray]:
+def with_interval(row: Mapping, *, scale: float = 1, digits: int = 3, signed: bool = False) -> str:
+    """One number the way the tables print it; signed: a difference, with + or -.
+
+    >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
+    '0.912 [0.880, 0.940]'
+    """
+    form = f"{'+' if signed else ''}.{digits}f"
+    value, low, high = (f"{scale * row[one]:{form}}" for one in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
+
+
+def paired_difference(
+    right_a: Array, right_b: Array, groups: Sequence, **options
+) -> dict[str, float]:
+    """Accuracy of a minus accuracy of b on the same images: McNemar's exact test, by patient.
+
+    right_a, right_b: booleans [N], e.g. "not fooled". Keys value, ci_low, ci_high, n, only_a and
+    only_b (images that only one has right) and p, of the exact randomisation test (Fisher 1935)
+    that lets the models trade places in any patient; with one image a patient it is McNemar's
+    (1947).
+
+    >>> found = paired_difference(np.arange(7) < 6, np.zeros(7), range(7), draws=50)
+    >>> round(found["value"], 3), found["p"]
+    (0.857, 0.03125)
+    """
+    right_a, right_b = np.asarray(right_a, bool), np.asarray(right_b, bool)
+    if not right_a.shape == right_b.shape == (len(groups),):
+        raise ValueError("right_a, right_b and groups differ in length: pair the same images")
+    gain = right_a.astype(float) - right_b
+    found = mean(gain, groups, **options)
+    if (gain == gain[0]).all():  # then the interval says how often others can still occur
+        # An unseen patient moves a difference of 0 by one, a difference of one by two at most.
+        reach = exact_interval(0.0, groups, **options)[1] * (1 + abs(gain[0]))
+        found |= {"ci_low": max(gain[0] - reach, -1.0), "ci_high": min(gain[0] + reach, 1.0)}
+    by_patient = np.bincount(patient_codes(groups), weights=gain).astype(int)
+    counts = {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
+    return found | counts | {"p": _sign_flip(by_patient)}
+
+
+def delong_test(labels: Array, score_a: Array, score_b: Array, groups: Sequence) -> dict:
+    """Do two models differ in AUC on the same images? DeLong's test, with a variance by patient.
+
+    DeLong et al. 1988 (Biometrics 44:837) take images as independent; with several a patient the
+    variance is Obuchowski's (1997, Biometrics 53:567), the same number where every patient has one.
+    Keys value (AUC of a minus AUC of b), ci_low, ci_high (95 %), z, p (two-sided), n, auc_a, auc_b.
+    Where both rank the images alike p is 1 and the interval NaN.
+
+    >>> a, b = [0.1, 0.4, 0.35, 0.8, 0.3, 0.9], [0.2, 0.6, 0.5, 0.4, 0.55, 0.7]
+    >>> found = delong_test([0, 0, 0, 1, 1, 1], a, b, range(6))
+    >>> round(found["value"], 3), round(found["p"], 3)
+    (0.111, 0.724)
+    """
+    auc, covariance = _auc_covariance(labels, (score_a, score_b), groups)
+    value = float(auc[0] - auc[1])
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    se = float(np.sqrt(variance)) if variance > 1e-14 else np.nan  # rounding leaves about 1e-18
+    reach, z = norm.ppf(0.975) * se, value / se
+    p = 1.0 if np.isnan(z) and abs(value) < 1e-12 else float(2 * norm.sf(abs(z)))
+    found = {"value": value, "ci_low": value - reach, "ci_high": value + reach, "z": z, "p": p}
+    return found | {"n": len(labels), "auc_a": float(auc[0]), "auc_b": float(auc[1])}
+
+
+def holm(p: Sequence[float]) -> Array:
+    """p-values adjusted for their number by Holm's step-down method (1979, Scand. J. Stat. 6:65).
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p, dtype=float)
+    order, result = np.argsort(p), np.empty(len(p))
+    result[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return result
+
+
+def checked(labels: Array, score: Array, groups: Sequence) -> tuple[Array, Array]:
+    """Labels as integers and score as floats; ValueError where they do not fit each other."""
     labels, score = np.asarray(labels), np.asarray(score, dtype=float)
-    if not len(labels) == len(score) == len(groups) or not len(labels):
-        raise ValueError(
-            f"labels ({len(labels)}), score ({len(score)}) and groups ({len(groups)}) "
-            "must have the same length above 0"
-        )
-    if score.ndim > 2 or (score.ndim == 2 and score.shape[1] < 3):
-        raise ValueError(
-            f"score must be [N] of class 1, or [N,K] of K > 2 classes, not {score.shape}"
-        )
-    if not np.isin(labels, range(2 if score.ndim == 1 else score.shape[1])).all():
-        known = "0 or 1" if score.ndim == 1 else f"0 to {score.shape[1] - 1}"
-        raise ValueError(f"labels must be {known}, found {np.unique(labels)[:5]}")
+    lengths = len(labels), len(score), len(groups)
+    if len(set(lengths)) > 1 or not len(labels):
+        raise ValueError(f"labels, score and groups must have one length above 0, not {lengths}")
+    top = 1 if score.ndim == 1 else score.shape[1] - 1
+    if not np.isin(labels, range(top + 1)).all():
+        raise ValueError(f"labels must be 0 to {top}, found {np.unique(labels)[:5]}")
     if not np.isfinite(score).all():
         raise ValueError("score holds NaN or infinite values: the model's output is broken")
     return labels.astype(int), score
 
 
-def _row(
-    name: str, values: np.ndarray, n: int, level: float, without: np.ndarray | None = None
-) -> dict:
-    """Value (the first of `values`) and interval; BCa where `without` holds the values without each patient."""
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    # A draw without one of the classes has no AUC or sensitivity: such draws are left out of the interval.
-    resampled = values[1:][np.isfinite(values[1:])]
-    if without is not None and len(resampled):
-        tails = _bca_tails(values[0], resampled, without[np.isfinite(without)], tails)
-    known = len(resampled) and np.isfinite(tails).all()
-    low, high = np.quantile(resampled, tails) if known else (np.nan, np.nan)
-    return {
-        "metric": name,
-        "value": float(values[0]),
-        "ci_low": float(low),
-        "ci_high": float(high),
-        "n": n,
-    }
+def weighted_auc(labels: Array, score: Array, weights: Array) -> Array:
+    """Area under the ROC curve per row of weights (Mann-Whitney form, ties count one half)."""
+    _, level = np.unique(score, return_inverse=True)
+    order = np.argsort(level, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(level[order]) > 0])
+    sides = [(weights * (labels == side))[:, order] for side in (1, 0)]
+    positive, negative = (np.add.reduceat(side, starts, axis=1) for side in sides)
+    below = np.cumsum(negative, axis=1) - negative / 2
+    with np.errstate(invalid="ignore"):
+        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
-def _bca_tails(
-    value: float, resampled: np.ndarray, without: np.ndarray, tails: np.ndarray
-) -> np.ndarray:
+def _rates(labels: Array, predicted: Array, weights: Array, classes: range) -> dict[str, Array]:
+    """All threshold metrics for every row of weights, from the weighted counts of each class."""
+    here, named = ([part == c for c in classes] for part in (labels, predicted))
+    flags = here, named, [a & b for a, b in zip(here, named, strict=True)]
+    own, called, right = ([weights @ one.astype(float) for one in part] for part in flags)
+    own, called, right = np.stack(own), np.stack(called), np.stack(right)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall = right / own
+        # A class that is never predicted has precision 0 (scikit-learn's zero_division=0).
+        precision = np.where(called > 0, right / called, 0.0)
+        f1 = np.where(precision + recall > 0, 2 * precision * recall / (precision + recall), 0.0)
+    macro = {"precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
+    found = {name: sum(values) / len(classes) for name, values in macro.items()}
+    found |= {"sensitivity": recall[1], "specificity": recall[0]}
+    return found | {"accuracy": sum(right) / weights.sum(1)}
+
+
+def _bca_tails(value: float, resampled: Array, without: Array, tails: Array) -> Array:
     """The shares of the draws at which a BCa interval ends (Efron 1987)."""
-    # Draws equal to the value count by half on both sides: shares and AUCs of few patients have many of them.
+    # Draws equal to the value count by half: shares of few patients have many of them.
     bias = norm.ppf(((resampled < value).mean() + (resampled <= value).mean()) / 2)
     pull = without.mean() - without if len(without) else np.zeros(1)
     spread = (pull**2).sum() ** 1.5
@@ -323,61 +297,47 @@ def _bca_tails(
         return norm.cdf(bias + moved / (1 - acceleration * moved))
 
 
-def _rates(
-    labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, classes: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """All threshold metrics for every row of weights at once, from the weighted counts of each class."""
+def _auc_covariance(
+    labels: Array, scores: Sequence[Array], groups: Sequence
+) -> tuple[Array, Array]:
+    """AUCs [M] of M scores of the same images and their covariance [M,M] by patient.
 
-    def counted(flags: np.ndarray) -> np.ndarray:
-        return weights @ flags.astype(float)
+    Placement values from midranks (Sun & Xu 2014, IEEE Signal Process. Lett. 21:1389).
+    """
+    scores = np.stack([checked(labels, score, groups)[1] for score in scores])
+    positive, codes = np.asarray(labels) == 1, patient_codes(groups)
+    counts = [len(np.unique(codes[part])) for part in (positive, ~positive)]
+    if min(counts) < 2:
+        raise ValueError(f"a variance needs two patients with images of each class, not {counts}")
+    inside, outside = scores[:, positive], scores[:, ~positive]
+    ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
+    m, n = inside.shape[1], outside.shape[1]
+    # The share of the other class that an image is ranked above (class 1) or below (class 0).
+    above = (ranks[:, :m] - rankdata(inside, axis=1)) / n
+    below = 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
+    auc, patients = above.mean(1), codes.max() + 1
 
-    right = [counted((labels == c) & (predicted == c)) for c in classes]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall = [right[c] / counted(labels == c) for c in classes]
-        called = [counted(predicted == c) for c in classes]
-        # A class that is never predicted has precision 0 (scikit-learn's zero_division=0).
-        precision = [
-            np.where(called[c] > 0, right[c] / np.maximum(called[c], 1e-12), 0.0) for c in classes
-        ]
-        total = [precision[c] + recall[c] for c in classes]
-        f1 = [np.where(total[c] > 0, 2 * precision[c] * recall[c] / total[c], 0.0) for c in classes]
-    mean = {"precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
-    return {
-        "accuracy": sum(right) / weights.sum(1),
-        "sensitivity": recall[1],
-        "specificity": recall[0],
-    } | {name: sum(values) / len(classes) for name, values in mean.items()}
+    def by_patient(values: Array, part: Array) -> Array:
+        away = (values - auc[:, None]) / values.shape[1]
+        return np.stack([np.bincount(codes[part], row, minlength=patients) for row in away])
 
-
-def weighted_auc(labels: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve per row of weights (Mann-Whitney form, ties count one half)."""
-    positive, negative, _ = _by_score(labels, score, weights)
-    below = np.cumsum(negative, axis=1) - negative / 2
-    with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    of_positive, of_negative = by_patient(above, positive), by_patient(below, ~positive)
+    # A patient with images of both classes moves both parts at once: 0 without such patients.
+    mixed = of_positive @ of_negative.T
+    terms = of_positive @ of_positive.T, of_negative @ of_negative.T, mixed + mixed.T
+    clusters = (*counts, patients)
+    return auc, sum(k / (k - 1) * term for k, term in zip(clusters, terms, strict=True))
 
 
-def _roc_point(
-    labels: np.ndarray, score: np.ndarray, weights: np.ndarray, specificity: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per row of weights: sensitivity and threshold of the lowest threshold with at least that specificity."""
-    positive, negative, scores = _by_score(labels, score, weights)
-    below, total = np.cumsum(negative, axis=1), negative.sum(1, keepdims=True)
-    # The slack is for 0.55 * 100 = 55.00000000000001: 55 of 100 negatives are a specificity of 0.55.
-    place = (below < specificity * total - 1e-9).sum(1)
-    above = np.cumsum(positive[:, ::-1], axis=1)[:, ::-1] - positive
-    with np.errstate(invalid="ignore"):
-        sensitivity = above[np.arange(len(above)), place] / positive.sum(1)
-    return np.where(total[:, 0] > 0, sensitivity, np.nan), scores[place]
-
-
-def _by_score(
-    labels: np.ndarray, score: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight of the positive and of the negative images at each score [B,L], and the scores [L], ascending."""
-    scores, level = np.unique(score, return_inverse=True)
-    order = np.argsort(level, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(level[order]) > 0])
-    positive = np.add.reduceat((weights * (labels == 1))[:, order], starts, axis=1)
-    negative = np.add.reduceat((weights * (labels == 0))[:, order], starts, axis=1)
-    return positive, negative, scores
+def _sign_flip(gains: Array) -> float:
+    """Exact two-sided p of a sum of integers that have either sign with probability one half."""
+    sizes = np.abs(gains[gains != 0])
+    reach = int(sizes.sum())
+    chance = np.zeros(2 * reach + 1)  # of the sums -reach ... reach
+    chance[reach] = 1.0
+    for size in sizes:
+        moved = np.zeros_like(chance)
+        moved[size:] += chance[:-size] / 2
+        moved[:-size] += chance[size:] / 2
+        chance = moved
+    return float(min(chance[np.abs(np.arange(-reach, reach + 1)) >= abs(gains.sum())].sum(), 1.0))

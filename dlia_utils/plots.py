@@ -1,4 +1,4 @@
-"""Figures that every notebook draws: functions of numbers and a caption that return a matplotlib Figure."""
+"""Figures that several notebooks draw: functions of numbers and a caption that return a Figure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from .units import eps_text
 
-COLORS = ("#1b4965", "#d1495b", "#edae49", "#e07b39", "#8d6a9f", "#2a9d5c", "#8a8a8a")
+# Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def panels(
     columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.0
 ) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, dpi=72
-    )
+    """A figure in constrained layout and its axes [rows,columns]; sizes are inches of one panel."""
+    size = {"figsize": (width * columns, height * rows), "dpi": 72, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
     plt.close(figure)  # the notebook shows the returned figure once; pyplot must not show it again
     return figure, axes
 
@@ -35,54 +36,45 @@ def figure_samples(
     images: np.ndarray, titles: Sequence[str], caption: str, *, columns: int = 6
 ) -> Figure:
     """Grey images [N,1,H,W] or [N,H,W] in [0,1] with their titles."""
-    images = np.asarray(images).reshape(len(images), *np.asarray(images).shape[-2:])
-    rows = -(-len(images) // columns)
-    figure, axes = panels(columns, rows=rows, width=1.7, height=2.2)
+    images = np.asarray(images).reshape(len(images), *np.shape(images)[-2:])
+    figure, axes = panels(columns, rows=-(-len(images) // columns), width=1.7, height=2.1)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-        axis.set_title(title, fontsize=8)
-    figure.suptitle(caption, fontsize=9, y=1.0)
-    figure.tight_layout()
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(caption, fontsize=9)
     return figure
 
 
 def figure_history(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
-    figure, axes = panels(2, width=4.6, height=3.2)
+    figure, axes = panels(2, width=4.8, height=3.4)
     for number, (name, history) in enumerate(histories.items()):
-        axes[0, 0].plot(history.epoch, history.train_loss, ms=3, label=name, **line_style(number))
-        axes[0, 1].plot(history.epoch, history.val_auc, ms=3, label=name, **line_style(number))
+        for axis, column in zip(axes[0], ("train_loss", "val_auc"), strict=True):
+            axis.plot(history.epoch, history[column], ms=3, label=name, **line_style(number))
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
     axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
-    axes[0, 1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(caption, fontsize=9)
-    figure.tight_layout()
-    return figure
+    return _captioned(figure, axes[0, 1], caption)
 
 
-def figure_roc(labels: np.ndarray, probabilities: Mapping[str, np.ndarray], caption: str) -> Figure:
+def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: str) -> Figure:
     """ROC curves on the test split, one a model; of scores [N,K] one a class, against the rest."""
-    figure, axes = panels(1, width=4.6, height=4.2)
+    figure, axes = panels(1, width=6.4, height=4.2)
     curves = {}
-    for name, score in probabilities.items():
+    for name, score in scores.items():
         if np.ndim(score) == 1:
             curves[name] = labels, score
         else:
-            curves |= {
-                f"{name}, class {k}": (labels == k, column)
-                for k, column in enumerate(np.transpose(score))
-            }
+            columns = enumerate(np.transpose(score))
+            curves |= {f"{name}, class {k}": (labels == k, column) for k, column in columns}
     for number, (name, (truth, score)) in enumerate(curves.items()):
         false_alarm, hit, _ = roc_curve(truth, score)
-        axes[0, 0].plot(false_alarm, hit, label=name, lw=1.6, **line_style(number) | {"marker": ""})
+        style = line_style(number) | {"marker": ""}
+        axes[0, 0].plot(false_alarm, hit, label=name, lw=1.6, **style)
     axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
-    axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", title=f"Test ROC\n{caption}")
-    axes[0, 0].title.set_fontsize(9)
-    axes[0, 0].legend(fontsize=7 if len(curves) < 12 else 6, frameon=False, loc="lower right")
-    figure.tight_layout()
-    return figure
+    axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    return _captioned(figure, axes[0, 0], f"Test ROC; {caption}")
 
 
 def figure_confusion(
@@ -90,83 +82,58 @@ def figure_confusion(
 ) -> Figure:
     """Confusion matrices (rows truth, columns prediction), one a model."""
     columns = min(4, len(predictions))
-    figure, axes = panels(columns, rows=-(-len(predictions) // columns), width=2.3, height=2.4)
-    for axis in axes.flat:
+    figure, axes = panels(columns, rows=-(-len(predictions) // columns), width=2.4, height=2.6)
+    short = [c if len(c) <= 12 else f"{c[:11]}." for c in classes]
+    for axis in axes.flat[len(predictions) :]:
         axis.axis("off")
     for axis, (name, predicted) in zip(axes.flat, predictions.items(), strict=False):
         matrix = confusion_matrix(labels, predicted, labels=range(len(classes)))
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        axis.axis("on")
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (i, j), number in np.ndenumerate(matrix):
-            axis.text(
-                j,
-                i,
-                f"{number}\n{share[i, j]:.0%}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if share[i, j] > 0.6 else "black",
-            )
-        short = [c if len(c) <= 12 else f"{c[:11]}." for c in classes]
-        axis.set_xticks(
-            range(len(classes)), short, fontsize=7, rotation=0 if len(classes) == 2 else 30
-        )
-        axis.set_yticks(
-            range(len(classes)),
-            short,
-            fontsize=7,
-            rotation=90 if len(classes) == 2 else 0,
-            va="center",
-        )
-        axis.set_title(name, fontsize=8)
-    figure.suptitle(f"rows: truth, columns: prediction; {caption}", fontsize=8)
-    figure.tight_layout()
+            style = {"ha": "center", "va": "center", "fontsize": 9}
+            style["color"] = "white" if share[i, j] > 0.6 else "black"
+            axis.text(j, i, f"{number}\n{share[i, j]:.0%}", **style)
+        turn = (0, 90) if len(classes) == 2 else (30, 0)
+        axis.set_xticks(range(len(classes)), short, rotation=turn[0])
+        axis.set_yticks(range(len(classes)), short, rotation=turn[1], va="center")
+        axis.set_title(name, fontsize=9)
+    figure.get_layout_engine().set(h_pad=0.12)  # titles stand apart from the ticks above them
+    join = "\n" if columns < 3 else "; "
+    figure.suptitle(f"rows: truth, columns: prediction{join}{caption}", fontsize=9)
     return figure
 
 
 def figure_accuracy_vs_eps(
     results: pd.DataFrame, caption: str, *, attack: str, unit: str = "pixel", note: str = ""
 ) -> Figure:
-    """Accuracy against eps for all models in one figure, with the interval as a band (of at most seven models)."""
-    figure, axes = panels(1, width=6.4, height=3.9)
-    chosen = results[
-        (results.metric == "accuracy") & (results.eps_unit.eq(unit) | results.attack.eq("clean"))
-    ]
-    scale = 255 if unit == "pixel" else 1
+    """Accuracy against eps for all models, with intervals as bands (of at most seven models)."""
+    figure, axes = panels(1, width=7.2, height=3.9)
+    clean, scale = results.attack.eq("clean"), 255 if unit == "pixel" else 1
+    chosen = results[results.metric.eq("accuracy") & (results.eps_unit.eq(unit) | clean)]
     names = list(dict.fromkeys(chosen[chosen.attack.eq(attack)].model))
     for number, name in enumerate(names):
         style = line_style(number)
-        line = chosen[(chosen.model == name) & chosen.attack.isin(["clean", attack])].sort_values(
-            "eps"
-        )
-        axes[0, 0].plot(line.eps * scale, line.value, ms=4, label=name, **style)
+        line = chosen[chosen.model.eq(name) & chosen.attack.isin(["clean", attack])]
+        line = line.sort_values("eps")
+        eps = line.eps * scale
+        axes[0, 0].plot(eps, line.value, ms=4, label=name, **style)
         if len(names) <= 7:  # more bands would hide each other; the tables have every interval
-            axes[0, 0].fill_between(
-                line.eps * scale, line.ci_low, line.ci_high, color=style["color"], alpha=0.12, lw=0
-            )
-    xlabel = (
-        "eps (k/255, pixel units)"
-        if unit == "pixel"
-        else "eps (normalised units of the original study)"
-    )
-    axes[0, 0].set(
-        xlabel=xlabel, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{note or attack}\n{caption}"
-    )
-    axes[0, 0].title.set_fontsize(9)
+            band = {"color": style["color"], "alpha": 0.12, "lw": 0}
+            axes[0, 0].fill_between(eps, line.ci_low, line.ci_high, **band)
+    words = "k/255, pixel units" if unit == "pixel" else "normalised units of the original study"
+    axes[0, 0].set(xlabel=f"eps ({words})", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes[0, 0].grid(alpha=0.25)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    return figure
+    return _captioned(figure, axes[0, 0], f"{note or attack}; {caption}")
 
 
 def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
-    """Per model: accuracy under PGD with cross-entropy and with the margin loss, and the zero-gradient share.
+    """Per model: accuracy under PGD with both losses, and the share of zero gradients.
 
-    `table` is indexed by model with columns `pgd_ce`, `pgd_margin`, `zero_gradients`. A gap between the first
-    two bars is the signature of masked gradients (Carlini & Wagner, arXiv 1607.04311).
+    `table` is `report.masking_table`'s. A gap between the first two bars is the signature of masked
+    gradients (Carlini & Wagner, arXiv 1607.04311).
     """
-    figure, axes = panels(1, width=max(7.0, 0.55 * len(table)), height=3.4)
+    figure, axes = panels(1, width=max(7.0, 0.55 * len(table)), height=3.6)
     names = {
         "pgd_ce": "accuracy, PGD cross-entropy",
         "pgd_margin": "accuracy, PGD logit margin",
@@ -174,18 +141,14 @@ def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
     }
     place = np.arange(len(table))
     for offset, (column, label), color in zip(
-        (-0.27, 0.0, 0.27), names.items(), COLORS, strict=False
+        (-0.27, 0, 0.27), names.items(), COLORS, strict=False
     ):
         axes[0, 0].bar(place + offset, table[column], 0.25, label=label, color=color)
-    axes[0, 0].set_xticks(
-        place, table.index, fontsize=8, rotation=25, ha="right", rotation_mode="anchor"
-    )
-    axes[0, 0].set(ylim=(0, 1.02), title=f"eps {eps_text(eps)}; {caption}")
-    axes[0, 0].title.set_fontsize(9)
-    axes[0, 0].legend(
-        fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncol=3
-    )
-    figure.tight_layout()
+    turned = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    axes[0, 0].set_xticks(place, table.index, **turned)
+    axes[0, 0].set(ylim=(0, 1.02))
+    figure.suptitle(f"eps {eps_text(eps)}; {caption}", fontsize=9)
+    figure.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -195,23 +158,46 @@ def figure_adversarial(
     captions: Sequence[Mapping[str, str]],
     caption: str,
 ) -> Figure:
-    """Clean image, attacked images and the amplified difference; `captions[row]` maps column name to its line.
+    """Clean image, attacked images and the amplified difference; one row an image.
 
-    `clean` [N,1,H,W], each entry of `attacked` the same shape. One row an image.
+    `clean` [N,1,H,W], each entry of `attacked` the same shape; `captions[row]` maps a column's name
+    to its line.
     """
     columns = ["clean"] + [part for name in attacked for part in (name, f"{name} - clean")]
-    figure, axes = panels(len(columns), rows=len(clean), width=1.7, height=2.2)
+    figure, axes = panels(len(columns), rows=len(clean), width=2.0, height=2.2)
     for row in range(len(clean)):
         for axis, column in zip(axes[row], columns, strict=True):
-            source = attacked.get(column.removesuffix(" - clean"), clean)
+            image = attacked.get(column.removesuffix(" - clean"), clean)[row].mean(0)
+            shown = {"cmap": "gray", "vmin": 0, "vmax": 1}
             if column.endswith(" - clean"):
-                difference = (source[row] - clean[row]).mean(0)
-                reach = max(float(np.abs(difference).max()), 1e-6)
-                axis.imshow(difference, cmap="RdBu", vmin=-reach, vmax=reach)
-            else:
-                axis.imshow(source[row].mean(0), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(captions[row].get(column, column), fontsize=7)
+                image = image - clean[row].mean(0)
+                reach = max(float(np.abs(image).max()), 1e-6)
+                shown = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}
+            axis.imshow(image, **shown)
+            axis.set_title(captions[row].get(column, column).replace(": ", "\n"), fontsize=9)
             axis.axis("off")
-    figure.suptitle(caption, fontsize=9, y=1.0)
-    figure.tight_layout()
+    figure.suptitle(caption, fontsize=9)
+    return figure
+
+
+def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
+    """Reliability diagram of `calibration.reliability` tables; on the diagonal: calibrated."""
+    figure, axes = panels(1, width=6.0, height=4.2)
+    axis = axes[0, 0]
+    axis.plot([0, 1], [0, 1], ":", color="0.6")
+    for number, (name, table) in enumerate(tables.items()):
+        reach = np.abs(table[["ci_low", "ci_high"]].to_numpy().T - table["value"].to_numpy())
+        bars = {"elinewidth": 0.8, "capsize": 2, "ms": 4, "lw": 1.2} | line_style(number)
+        axis.errorbar(table["probability"], table["value"], yerr=reach, label=name, **bars)
+    axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
+    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.25)
+    return _captioned(figure, axis, f"Reliability, bins of equal mass; {caption}")
+
+
+def _captioned(figure: Figure, axis: plt.Axes, caption: str) -> Figure:
+    """The figure with its caption above and the legend of `axis` to the right of everything."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
+    figure.suptitle(caption, fontsize=9)
     return figure

@@ -1,116 +1,72 @@
-"""Tidy result rows and figures: a table is a DataFrame, a figure is a function that returns a Figure."""
+"""Tidy result rows, the results file, and the tables and sentences that several notebooks show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import comparison, files, metrics
+from . import files, metrics
 from .device import hardware
+from .metrics import with_interval
 from .run import Run, nearest
 from .study import Study, weights_label
 from .units import eps_text
 
+# What tells one result from another, then what was found, and how.
+IDENTITY = "notebook model attack eps eps_unit metric seed size profile data".split()
 RESULT_COLUMNS = (
-    "notebook",
-    "model",
-    "attack",
-    "eps",
-    "eps_unit",
-    "metric",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n",
-    "seed",
-    "size",
-    "epochs",
-    "weights",
-    "profile",
-    "data",
-    "hardware",
-)
-
-# What tells one result from another; the rest is what was found, and how.
-IDENTITY = (
-    "notebook",
-    "model",
-    "attack",
-    "eps",
-    "eps_unit",
-    "metric",
-    "seed",
-    "size",
-    "profile",
-    "data",
+    *"notebook model attack eps eps_unit metric value ci_low ci_high n".split(),
+    *"seed size epochs weights profile data hardware".split(),
 )
 
 
-def result_rows(table: pd.DataFrame, config: Run, **labels) -> pd.DataFrame:
-    """Metric rows (metric, value, ci_low, ci_high, n) completed to the suite's tidy `RESULT_COLUMNS`.
+def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
+    """Metric rows (metric, value, ci_low, ci_high, n) completed to the tidy `RESULT_COLUMNS`.
 
-    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0 and "pixel".
-    epochs are those that the model was really trained for, where the run folder says so, else the setting.
-    Errors: ValueError for a column or label that is none of `RESULT_COLUMNS`.
+    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0
+    and "pixel". epochs are those that the model was really trained for, where the run folder says
+    so, else the setting. ValueError for a column or label that is none of `RESULT_COLUMNS`.
     """
     for name in (*labels, *table.columns):
         if name not in RESULT_COLUMNS:
             raise ValueError(f"result rows have no column {name!r}{nearest(name, RESULT_COLUMNS)}")
-    known = {
-        "attack": "clean",
-        "eps": 0.0,
-        "eps_unit": "pixel",
-        "ci_low": np.nan,
-        "ci_high": np.nan,
-    } | labels
-    context = {
-        "notebook": config.notebook,
-        "seed": config.seed,
-        "size": config.size,
-        "profile": config.profile,
-        "data": config.data_name,
-        "hardware": hardware(),
-    }
-    filled = table.assign(**{k: v for k, v in (known | context).items() if k not in table.columns})
-    if "epochs" not in filled:
-        filled["epochs"] = [_epochs(config, model) for model in filled["model"]]
-    if "weights" not in filled:
-        filled["weights"] = [weights_label(config, model) for model in filled["model"]]
+    given = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel"} | labels
+    given |= {name: getattr(run, name) for name in ("notebook", "seed", "size", "profile")}
+    given |= {"data": run.data_name, "hardware": hardware()}
+    filled = table.assign(**{k: v for k, v in given.items() if k not in table.columns})
+    for column, of in (("epochs", _epochs), ("weights", weights_label)):
+        if column not in filled:
+            filled[column] = [of(run, model) for model in filled["model"]]
     return filled.reindex(columns=list(RESULT_COLUMNS))
 
 
-def _epochs(config: Run, model: str) -> int:
-    """Lines of the log that `train.fit` kept of this model (or of its head alone); the setting where there is none."""
-    logs = [config.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
-    return next((len(pd.read_csv(log)) for log in logs if log.exists()), config.epochs)
+def _epochs(run: Run, model: str) -> int:
+    """Lines of the log that `train.fit` kept of this model (or of its head), else the setting."""
+    logs = [run.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
+    return next((len(pd.read_csv(log)) for log in logs if log.exists()), run.epochs)
 
 
 def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Merge `rows` into the results file: a row that says the same of itself (`IDENTITY`) is replaced."""
-    missing = set(RESULT_COLUMNS) - set(rows.columns)
-    if missing:
-        raise ValueError(
-            f"result rows lack the columns {sorted(missing)}; build them with result_rows()"
-        )
+    """Merge `rows` into the results file: a row of the same `IDENTITY` is replaced."""
+    if missing := set(RESULT_COLUMNS) - set(rows.columns):
+        raise ValueError(f"rows lack the columns {sorted(missing)}: build them with result_rows()")
     path = Path(path)
     merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
     # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
-    merged = merged.assign(eps=merged["eps"].round(12))
-    merged = merged.drop_duplicates(list(IDENTITY), keep="last")
+    merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
     files.write_csv(merged, path)
     return merged.reset_index(drop=True)
 
 
 def interval_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Metric rows (metric, value, ci_low, ci_high, n) for reading: metric, "value [low, high]", n."""
+    """Metric rows (metric, value, ci_low, ci_high, n) for reading: "value [low, high]"."""
+    shown = pd.DataFrame({"metric": table["metric"].to_numpy()})
     cells = [with_interval(row) for _, row in table.iterrows()]
-    return pd.DataFrame(
-        {"metric": table["metric"].to_numpy(), "value [95 % interval]": cells, "images": table["n"]}
-    )
+    return shown.assign(**{"value [95 % interval]": cells, "images": table["n"].to_numpy()})
 
 
 def accuracy_rows(
@@ -122,335 +78,161 @@ def accuracy_rows(
     """
     rows = []
     for (attack, eps), part in per_image.groupby(["attack", "eps"], sort=False):
-        right = ~part["fooled"].to_numpy(bool)
-        patients = study.patients(part["image"].to_numpy())
-        row = metrics.share(right, patients, draws=study.run.bootstrap_draws)
-        rows.append(row | {"metric": "accuracy", "attack": attack, "eps": eps})
+        row = {"metric": "accuracy", "attack": attack, "eps": eps}
+        rows.append(_share_right(part, study) | row)
     return result_rows(pd.DataFrame(rows), study.run, model=model, eps_unit=eps_unit)
 
 
 def direction_rows(
     per_image: pd.DataFrame, study: Study, *, model: str, eps: float
 ) -> pd.DataFrame:
-    """What the worst case at `eps` costs in each direction: sensitivity (missed disease) and specificity (false alarm).
-
-    `per_image` as for `accuracy_rows`, with the column label. Intervals resample the patients of each class.
-    """
+    """What the worst case at `eps` costs: sensitivity (missed disease) and specificity."""
     part = per_image[per_image["attack"].eq("worst") & np.isclose(per_image["eps"], eps)]
-    rows = []
-    for metric, label in (("sensitivity", 1), ("specificity", 0)):
-        own = part[part["label"].eq(label)]
-        right, patients = ~own["fooled"].to_numpy(bool), study.patients(own["image"].to_numpy())
-        row = metrics.share(right, patients, draws=study.run.bootstrap_draws)
-        rows.append(row | {"metric": metric, "attack": "worst", "eps": eps})
-    return result_rows(pd.DataFrame(rows), study.run, model=model)
+    rows = [
+        _share_right(part[part["label"].eq(label)], study) | {"metric": metric}
+        for metric, label in (("sensitivity", 1), ("specificity", 0))
+    ]
+    return result_rows(pd.DataFrame(rows), study.run, model=model, attack="worst", eps=eps)
 
 
-def attacked_predictions(per_image: pd.DataFrame, *, attack: str, eps: float) -> pd.DataFrame:
-    """Label and prediction of every image under `attack` at `eps`, for two classes: a fooled model names the other.
-
-    `per_image` as the rows of `attacks.evaluate.robust`. Columns image, label, predicted.
-    """
-    part = per_image[
-        per_image["attack"].eq(attack) & np.isclose(per_image["eps"], eps)
-    ].sort_values("image")
-    predicted = part["label"].to_numpy() ^ part["fooled"].to_numpy(bool)
-    return part[["image", "label"]].assign(predicted=predicted).reset_index(drop=True)
-
-
-def one_pixel_rows(
-    table: pd.DataFrame, study: Study, *, model: str, setting: Sequence
-) -> pd.DataFrame:
-    """Result rows of one One-Pixel setting, with the clean accuracy of the same sample beside them.
-
-    `table` has columns image, label, clean_probability and probability (of class 1, before and after) and queries.
-    """
-    pixels, population, iterations, f, cr = setting
-    name = f"one_pixel k={pixels} pop={population} it={iterations} F={f:g} CR={cr:g}"
-    patients = study.patients(table["image"].to_numpy())
-    outcome = metrics.classification(
-        table["label"], table["probability"], patients, draws=study.run.bootstrap_draws
-    )
-    right = (table["clean_probability"] > 0.5).eq(table["label"] == 1)
-    beside = pd.DataFrame(
-        {
-            "metric": ["clean_accuracy", "queries_mean"],
-            "value": [right.mean(), table["queries"].mean()],
-            "n": len(table),
-        }
-    )
-    rows = pd.concat([outcome, beside], ignore_index=True)
-    return result_rows(
-        rows, study.run, model=model, attack=name, eps=1.0, eps_unit="pixels changed fully"
-    )
-
-
-def one_pixel_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, macro precision, recall and F1 under each One-Pixel setting, as the original study prints them."""
-    shown = ["clean_accuracy", "accuracy", "precision", "recall", "f1", "queries_mean"]
-    chosen = results[results.attack.str.startswith("one_pixel") & results.metric.isin(shown)].copy()
-    chosen["cell"] = [with_interval(row) for _, row in chosen.iterrows()]
-    chosen.loc[chosen.metric.isin(shown[2:5]), "cell"] = chosen["value"].map("{:.3f}".format)
-    table = chosen.pivot(index=["attack", "model", "n"], columns="metric", values="cell")[shown]
-    return table.reindex(
-        pd.MultiIndex.from_frame(chosen[["attack", "model", "n"]].drop_duplicates())
-    ).reset_index()
+def _share_right(part: pd.DataFrame, study: Study) -> dict[str, float]:
+    patients = study.patients(part["image"].to_numpy())
+    return metrics.share(~part["fooled"].to_numpy(bool), patients, draws=study.run.bootstrap_draws)
 
 
 def zero_gradient_rows(shares: Mapping[str, float], study: Study) -> pd.DataFrame:
     """Result rows of the share of images with an exactly zero input gradient, by model."""
-    table = pd.DataFrame(
-        {
-            "model": shares.keys(),
-            "metric": "zero_gradient_share",
-            "value": shares.values(),
-            "n": len(study.rows("test")),
-        }
-    )
+    table = pd.DataFrame({"model": shares.keys(), "value": shares.values()})
+    table = table.assign(metric="zero_gradient_share", n=len(study.rows("test")))
     return result_rows(table, study.run, attack="cross-entropy gradient")
 
 
 def masking_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
-    """Per model: accuracy under PGD with both losses at `eps`, their gap, and the share of zero gradients."""
-    near = results[
-        np.isclose(results.eps, eps) & results.eps_unit.eq("pixel") & results.metric.eq("accuracy")
-    ]
-    table = near.pivot_table(index="model", columns="attack", values="value", sort=False)[
-        ["pgd_ce", "pgd_margin"]
-    ]
+    """Per model: accuracy under PGD with both losses, their gap, the share of zero gradients."""
+    near = results[_at(results, eps) & results.metric.eq("accuracy")]
+    table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
     zeros = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"]
+    table = table[["pgd_ce", "pgd_margin"]]
     return table.assign(gap=table.pgd_ce - table.pgd_margin, zero_gradients=zeros)
 
 
 def paired_tests(
     per_image: Mapping[str, pd.DataFrame], study: Study, *, eps: float, reference: str
 ) -> pd.DataFrame:
-    """Every model against `reference` on the same images, clean and in the worst case at `eps`, one row each.
+    """Every model against `reference` on the same images, clean and in the worst case at `eps`.
 
-    `per_image` holds tables as `attacks.evaluate.robust` gives their rows, by model. The difference of the accuracies
-    has an interval and an exact p by patient (`comparison.paired_difference`); p_holm is p adjusted for the number of
-    models in this condition.
+    `per_image`: rows of `attacks.evaluate.robust` by model. See `metrics.paired_difference`; p_holm
+    is adjusted for the number of models.
     """
-
-    def outcome(name: str, attack: str, at: float) -> tuple[np.ndarray, np.ndarray]:
-        table = per_image[name]
-        part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
-        return ~part["fooled"].to_numpy(bool), part["image"].to_numpy()
-
+    shown = "condition model accuracy reference difference ci_low ci_high".split()
+    shown += "only_model_right only_reference_right p p_holm".split()
     tables = []
-    for condition, attack, at in (
-        ("clean", "clean", 0.0),
-        (f"worst case {eps_text(eps)}", "worst", eps),
-    ):
-        base, images = outcome(reference, attack, at)
-        rows = []
-        for name in per_image:
-            if name != reference:
-                own = outcome(name, attack, at)[0]
-                found = comparison.paired_difference(
-                    own, base, study.patients(images), draws=study.run.bootstrap_draws
-                )
-                rows.append(
-                    {
-                        "condition": condition,
-                        "model": name,
-                        "accuracy": own.mean(),
-                        "reference": base.mean(),
-                        "difference": found["value"],
-                        "ci_low": found["ci_low"],
-                        "ci_high": found["ci_high"],
-                        "only_model_right": found["only_a"],
-                        "only_reference_right": found["only_b"],
-                        "p": found["p"],
-                    }
-                )
-        tables.append(pd.DataFrame(rows).assign(p_holm=comparison.holm([row["p"] for row in rows])))
-    return pd.concat(tables, ignore_index=True)
+    cases = ("clean", "clean", 0.0), (f"worst case {eps_text(eps)}", "worst", eps)
+    for condition, attack, at in cases:
+        right, rows = {}, []
+        for name, table in per_image.items():
+            part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
+            right[name] = ~part["fooled"].to_numpy(bool)
+        patients, base = study.patients(part["image"].to_numpy()), right.pop(reference)
+        for name, own in right.items():
+            draws = study.run.bootstrap_draws
+            row = metrics.paired_difference(own, base, patients, draws=draws)
+            rows.append(row | {"model": name, "accuracy": own.mean(), "reference": base.mean()})
+        table = pd.DataFrame(rows).assign(condition=condition)
+        tables.append(table.assign(p_holm=metrics.holm(table["p"])))
+    new = {"value": "difference", "only_a": "only_model_right", "only_b": "only_reference_right"}
+    return pd.concat(tables, ignore_index=True).rename(columns=new)[shown]
 
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
-    """The table of the FracAtlas study, completed: clean and PGD accuracy in per cent, worst case, its two directions.
-
-    Models down; `results` are tidy result rows, `eps` is in pixel units.
-    """
-    near = np.isclose(results.eps, eps) & results.eps_unit.eq("pixel")
+    """The FracAtlas study's table, completed: clean, PGD and worst case in per cent, by model."""
     columns = {
-        "clean accuracy (%)": results.attack.eq("clean") & results.metric.eq("accuracy"),
-        "PGD accuracy (%)": near & results.attack.eq("pgd_ce") & results.metric.eq("accuracy"),
-        "worst case (%)": near & results.attack.eq("worst") & results.metric.eq("accuracy"),
-        "sensitivity, worst case (%)": near
-        & results.attack.eq("worst")
-        & results.metric.eq("sensitivity"),
-        "specificity, worst case (%)": near
-        & results.attack.eq("worst")
-        & results.metric.eq("specificity"),
+        "clean accuracy (%)": ("clean", "accuracy"),
+        "PGD accuracy (%)": ("pgd_ce", "accuracy"),
+        "worst case (%)": ("worst", "accuracy"),
+        "sensitivity, worst case (%)": ("worst", "sensitivity"),
+        "specificity, worst case (%)": ("worst", "specificity"),
     }
+    chosen = results[_at(results, eps) | results.attack.eq("clean")]
     table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))
-    for name, rows in columns.items():
-        own = results[rows].set_index("model")
-        table[name] = pd.Series(
-            {model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()}
-        )
+    for name, (attack, metric) in columns.items():
+        own = chosen[chosen.attack.eq(attack) & chosen.metric.eq(metric)].set_index("model")
+        cells = {model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()}
+        table[name] = pd.Series(cells)
     return table.dropna(how="all")
 
 
-def map_rows(summary: pd.DataFrame, study: Study, *, model: str) -> pd.DataFrame:
-    """Result rows of a `localisation.localise` summary; the map goes under `attack`, its score and region under `metric`.
-
-    `summary` has a column region ("box" or "outline") as well.
-    """
-    named = summary.assign(
-        attack="map " + summary["map"], metric=summary["score"] + " " + summary["region"]
-    )
-    columns = ["attack", "metric", "value", "ci_low", "ci_high", "n"]
-    return result_rows(named[columns], study.run, model=model)
+def _at(results: pd.DataFrame, eps: float) -> pd.Series:
+    return np.isclose(results.eps, eps) & results.eps_unit.eq("pixel")
 
 
-def map_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Localisation scores with intervals: models and maps down, scores across."""
-    cells = summary.assign(cell=[with_interval(row) for _, row in summary.iterrows()])
-    order = cells[["model", "map"]].drop_duplicates()
-    table = cells.pivot(index=["model", "map"], columns="score", values="cell")
-    return table.loc[
-        list(order.itertuples(index=False, name=None)), list(dict.fromkeys(summary["score"]))
-    ]
-
-
-def map_verdict(differences: pd.DataFrame, *, score: str = "coverage_gain") -> str:
-    """Plain sentences (markdown) on which maps find the marked region, from paired differences alone.
-
-    `differences` is `localisation.against_references`'s table with a column model.
-    """
-    own = differences[differences["score"].eq(score)]
-    found = [
-        key for key, part in own.groupby(["model", "map"], sort=False) if (part["ci_low"] > 0).all()
-    ]
-    lost = [
-        key
-        for key, part in own.groupby(["model", "map"], sort=False)
-        if (part["ci_high"] < 0).any()
-    ]
-    total = own.groupby(["model", "map"]).ngroups
-    lines = [
-        f"By *{score.replace('_', ' ')}*, {len(found)} of {total} maps beat all of "
-        f"{', '.join(dict.fromkeys(own['reference']))}, film by film (95 % interval of the difference above 0)."
-    ]
-    for key in found:
-        part = own[own["model"].eq(key[0]) & own["map"].eq(key[1])]
-        hardest = part.loc[part["value"].idxmin()]
-        lines.append(
-            f"- **{key[0]}, {key[1]}**: {with_interval(hardest, signed=True)} against the hardest of them, "
-            f"{hardest['reference']}."
-        )
-    if lost:
-        names = "; ".join(f"{model}, {one}" for model, one in lost)
-        lines.append(f"- Significantly *worse* than at least one map that knows nothing: {names}.")
-    return "\n".join(lines)
+def results_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy with its interval: models down, attack and eps (pixel units) across."""
+    chosen = results[results.metric.eq("accuracy") & results.eps_unit.eq("pixel")]
+    chosen = chosen.assign(cell=[with_interval(row) for _, row in chosen.iterrows()])
+    at = {"index": "model", "columns": ["attack", "eps"], "values": "cell", "sort": False}
+    table = chosen.pivot_table(**at, aggfunc="first")
+    names = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in table]
+    return table.set_axis(names, axis=1).reindex(list(dict.fromkeys(chosen.model)))
 
 
 def verdict(
     results: pd.DataFrame,
     masking: pd.DataFrame,
     paired: pd.DataFrame,
-    config: Run,
+    run: Run,
     *,
     reference: str = "baseline",
 ) -> str:
-    """Plain sentences (markdown) on which defence holds in the worst case, written from the numbers alone."""
-    headline = results.attack.eq("worst") & np.isclose(results.eps, config.headline_eps)
-    worst = results[headline & results.metric.eq("accuracy")].set_index("model")
-    tests = paired[paired.condition.str.startswith("worst")].set_index("model")
-    eps = eps_text(config.headline_eps)
-    clean = results[results.attack.eq("clean") & results.metric.eq("balanced_accuracy")].set_index(
-        "model"
-    )["value"]
-    base = worst.loc[reference]
+    """Sentences (markdown) on which defence holds in the worst case, from the numbers alone."""
+    eps, accuracy = run.headline_eps, results.metric.eq("accuracy")
+    headline = results.attack.eq("worst") & np.isclose(results.eps, eps) & accuracy
+    worst = results[headline].set_index("model")
+    clean = results[results.attack.eq("clean") & results.metric.eq("balanced_accuracy")]
+    clean, base = clean.set_index("model")["value"], worst.loc[reference]
     lines = [
-        f"In the worst case at {eps} the **{reference}** model is right on {with_interval(base)} of {base['n']:.0f} images."
+        f"In the worst case at {eps_text(eps)} the **{reference}** model is right on "
+        f"{with_interval(base)} of {base['n']:.0f} images."
     ]
-    for name, test in tests.iterrows():
-        gain, mask = worst.loc[name, "value"] - base["value"], masking.loc[name]
-        remark = _judge(worst.loc[name, "value"], gain, test["p_holm"], mask, balanced=clean[name])
-        lines.append(
-            f"- **{name}**: {with_interval(worst.loc[name])}, {gain:+.3f} against {reference} "
-            f"({p_text(test['p_holm'])}). {remark}"
-        )
-    if config.synthetic:
-        lines.append(
-            "\n*Synthetic images and a tiny model: these sentences show the machinery, not a finding.*"
-        )
-    elif config.profile == "smoke":
-        lines.append(
-            "\n*A smoke run, a tiny model on few images: these sentences show the machinery, not a finding. "
-            "PROFILE = 'cpu' (a laptop) or 'full' (a GPU) runs the study.*"
-        )
+    tests = paired[paired.condition.str.startswith("worst")].set_index("model")["p_holm"]
+    for name, p in tests.items():
+        row = worst.loc[name]
+        gain, said = row["value"] - base["value"], "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+        remark = _judge(row["value"], gain, p, masking.loc[name], balanced=clean[name])
+        text = f"{with_interval(row)}, {gain:+.3f} against {reference} ({said}). {remark}"
+        lines.append(f"- **{name}**: {text}")
+    shown = "these sentences show the machinery, not a finding."
+    if run.synthetic:
+        lines.append(f"\n*Synthetic images and a tiny model: {shown}*")
+    elif run.profile == "smoke":
+        more = "PROFILE = 'cpu' (a laptop) or 'full' (a GPU) runs the study."
+        lines.append(f"\n*A smoke run, a tiny model on few images: {shown} {more}*")
     return "\n".join(lines)
 
 
 def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: float) -> str:
-    """The remark after the numbers; a model that cannot read clean films, or hides its gradient, has no gain."""
+    """The remark after the numbers: a model that guesses, or hides its gradient, has no gain."""
     if balanced < 0.6:
         return (
-            f"No defence: its clean balanced accuracy is {balanced:.3f}, and what gives nearly every film the "
-            "same answer cannot be attacked."
+            f"No defence: its clean balanced accuracy is {balanced:.3f}, and what gives nearly "
+            "every image the same answer cannot be attacked."
         )
     if mask["gap"] > 0.05 or mask["zero_gradients"] > 0.05:
         return (
-            f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly zero, and PGD with "
-            f"cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss leaves {mask['pgd_margin']:.3f}."
+            f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly "
+            f"zero, and PGD with cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss "
+            f"leaves {mask['pgd_margin']:.3f}."
         )
     if gain >= 0.1 and p < 0.01:
-        return "A real gain under every attack of the list" + (
-            "." if worst >= 0.5 else ", though most images still fall."
-        )
-    if gain > 0 and p < 0.05:
-        return "A small real gain."
-    return "No gain that this test split can show."
+        end = "." if worst >= 0.5 else ", though most images still fall."
+        return f"A real gain under every attack of the list{end}"
+    small = gain > 0 and p < 0.05
+    return "A small real gain." if small else "No gain that this test split can show."
 
 
-def p_text(p: float) -> str:
-    """A p-value as people write it.
-
-    >>> p_text(0.0421), p_text(3e-9)
-    ('p = 0.042', 'p < 0.001')
-    """
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-
-
-def with_interval(
-    row: Mapping, *, scale: float = 1.0, digits: int = 3, signed: bool = False
-) -> str:
-    """One number the way the tables print it; signed: a difference, with + or -.
-
-    >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
-    '0.912 [0.880, 0.940]'
-    """
-    value, low, high = (
-        f"{scale * row[name]:{'+' if signed else ''}.{digits}f}"
-        for name in ("value", "ci_low", "ci_high")
-    )
-    return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
-
-
-def results_table(
-    results: pd.DataFrame, *, metric: str = "accuracy", unit: str = "pixel"
-) -> pd.DataFrame:
-    """Models down, attack and eps across, 'value [interval]' in the cells."""
-    chosen = results[(results.metric == metric) & (results.eps_unit == unit)].copy()
-    chosen["cell"] = [with_interval(row) for _, row in chosen.iterrows()]
-    order = list(dict.fromkeys(chosen.model))
-    table = chosen.pivot_table(
-        index="model", columns=["attack", "eps"], values="cell", aggfunc="first", sort=False
-    )
-    table.columns = [
-        attack if not eps else f"{attack} {eps_text(eps, unit)}" for attack, eps in table.columns
-    ]
-    return table.reindex(order)
-
-
-def save_figure(figure: Figure, config: Run, name: str) -> Path:
+def save_figure(figure: Figure, run: Run, name: str) -> Path:
     """Write `figure` to the run's `figures/` as PNG, in one step; returns the path."""
-    path = config.run_dir / "figures" / f"{name}.png"
+    path = run.run_dir / "figures" / f"{name}.png"
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     return path

@@ -1,4 +1,6 @@
-"""Metrics against scikit-learn and torchmetrics, intervals against known truths."""
+"""Metrics against scikit-learn, tests against statsmodels, intervals against known truths."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ import torch
 import torchmetrics.classification as tm
 from scipy import stats
 from sklearn import metrics as sk
+from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
+from statsmodels.stats.multitest import multipletests
 
 from dlia_utils import metrics
 
@@ -17,383 +21,286 @@ def scored(request):
     probability = np.clip(0.5 + 0.3 * (labels - 0.5) + 0.3 * rng.standard_normal(200), 0, 1)
     if request.param == "ties":
         probability = np.round(probability, 1)
-    if request.param == "one_class_predicted":
-        probability = probability / 2.5
-    return labels, probability
+    return labels, probability / 2.5 if request.param == "one_class_predicted" else probability
 
 
-def test_values_equal_scikit_learn(scored):
+def classified(*given, **options):
+    return metrics.classification(*given, **options).set_index("metric")
+
+
+def test_values_equal_scikit_learn_and_torchmetrics(scored):
     labels, probability = scored
-    table = metrics.classification(labels, probability, np.arange(200), draws=10).set_index(
-        "metric"
-    )["value"]
     predicted = (probability > 0.5).astype(int)
-    p, r, f, _ = sk.precision_recall_fscore_support(
-        labels, predicted, average="macro", zero_division=0
-    )
+    macro = {"average": "macro", "zero_division": 0}
+    p, r, f, _ = sk.precision_recall_fscore_support(labels, predicted, **macro)
     expected = {
-        "accuracy": sk.accuracy_score(labels, predicted),
-        "precision": p,
-        "recall": r,
-        "f1": f,
-        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
+        "accuracy": tm.BinaryAccuracy()(*map(torch.as_tensor, (probability, labels))).item(),
         "auc": sk.roc_auc_score(labels, probability),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
         "sensitivity": sk.recall_score(labels, predicted),
         "specificity": sk.recall_score(labels, predicted, pos_label=0),
     }
-    assert table.to_dict() == pytest.approx(expected, abs=1e-12)
+    expected |= {"precision": p, "recall": r, "f1": f}
+    found = classified(labels, probability, np.arange(200), draws=10)["value"]
+    assert found.to_dict() == pytest.approx(expected, abs=1e-7)
 
 
-def test_values_equal_torchmetrics(scored):
-    labels, probability = map(torch.as_tensor, scored)
-    table = metrics.classification(*scored, np.arange(200), draws=10).set_index("metric")["value"]
-    assert table["auc"] == pytest.approx(tm.BinaryAUROC()(probability, labels).item(), abs=1e-6)
-    assert table["accuracy"] == pytest.approx(
-        tm.BinaryAccuracy()(probability, labels).item(), abs=1e-6
-    )
+def test_three_classes_agree_with_scikit_learn_and_have_no_sensitivity():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 90)
+    score = rng.dirichlet((1, 1, 1), 90) + 0.5 * np.eye(3)[labels]
+    score /= score.sum(1, keepdims=True)
+    predicted, macro = score.argmax(1), {"average": "macro"}
+    expected = {
+        "accuracy": sk.accuracy_score(labels, predicted),
+        "auc": sk.roc_auc_score(labels, score, multi_class="ovr"),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
+        "precision": sk.precision_score(labels, predicted, **macro),
+        "recall": sk.recall_score(labels, predicted, **macro),
+        "f1": sk.f1_score(labels, predicted, **macro),
+    }
+    found = classified(labels, score, np.arange(90), draws=50)["value"]
+    assert found.to_dict() == pytest.approx(expected)
 
 
 def test_resampled_metrics_equal_recomputing_on_the_drawn_images():
     rng = np.random.default_rng(0)
-    labels, probability, groups = (
-        rng.integers(0, 2, 60),
-        np.round(rng.random(60), 1),
-        rng.integers(0, 20, 60),
-    )
-    weights = metrics.patient_weights(groups, draws=5, seed=4)
-    auc = metrics.weighted_auc(labels, probability, weights)
-    rates = metrics._rates(labels, (probability > 0.5).astype(int), weights, (0, 1))
-    for draw, weight in enumerate(weights):
-        index = np.repeat(np.arange(60), weight.astype(int))
-        assert auc[draw] == pytest.approx(sk.roc_auc_score(labels[index], probability[index]))
-        predicted = (probability[index] > 0.5).astype(int)
-        assert rates["f1"][draw] == pytest.approx(
-            sk.f1_score(labels[index], predicted, average="macro")
-        )
+    labels, score = rng.integers(0, 2, 60), np.round(rng.random(60), 1)
+    groups = rng.integers(0, 20, 60)
+    weights = metrics.patient_weights(groups, draws=200, seed=0)
+    drawn = [np.repeat(np.arange(60), weight.astype(int)) for weight in weights]
+    oracles = {
+        "auc": sk.roc_auc_score,
+        "f1": lambda y, p: sk.f1_score(y, p > 0.5, average="macro"),
+        "sensitivity": lambda y, p: sk.recall_score(y, p > 0.5),
+    }
+    found = classified(labels, score, groups, draws=200)
+    for name, oracle in oracles.items():
+        ends = np.quantile([oracle(labels[i], score[i]) for i in drawn], [0.025, 0.975])
+        assert found.loc[name, ["ci_low", "ci_high"]].tolist() == pytest.approx(ends.tolist())
+
+
+def test_log_odds_keep_a_ranking_that_probabilities_lose():
+    labels, gap = np.array([0, 0, 1, 1]), np.array([40.0, 50.0, 60.0, 70.0])
+    ties = classified(labels, 1 / (1 + np.exp(-gap)), range(4), draws=20).loc["auc", "value"]
+    assert ties < 1 == classified(labels, gap, range(4), threshold=0, draws=20).loc["auc", "value"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "score", "groups", "message"),
+    [
+        ([0, 1], [0.1], ["a", "b"], "one length"),
+        ([0, 2], [0.1, 0.2], ["a", "b"], "0 to 1"),
+        ([1, 3], np.ones((2, 3)), ["a", "b"], "0 to 2"),
+        ([0, 1], [0.1, np.nan], ["a", "b"], "NaN"),
+        ([0, 1], [0.1, 0.2], ["a", None], "lacks the patient of 1 images"),
+    ],
+)
+def test_bad_input_is_named(labels, score, groups, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.classification(np.array(labels), np.array(score), groups)
+
+
+# ---------------------------------------------------------------------------------- intervals
 
 
 def test_patients_are_drawn_whole():
     weights = metrics.patient_weights(["a", "a", "b", "c", "c"], draws=50, seed=1)
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3] == weights[:, 4]).all()
+    assert weights[:, [0, 2, 3]].sum(1).tolist() == [3] * 50
 
 
 def test_interval_of_a_share_is_the_binomial_one_and_widens_with_clusters():
     rng = np.random.default_rng(1)
     flags = rng.random(400) < 0.8
-    single = metrics.share(flags, np.arange(400))
-    half_width = 1.96 * np.sqrt(flags.mean() * (1 - flags.mean()) / 400)
-    assert single["ci_high"] - single["ci_low"] == pytest.approx(2 * half_width, rel=0.15)
-    copied = metrics.share(np.repeat(flags, 4), np.repeat(np.arange(400), 4))
-    assert copied["ci_high"] - copied["ci_low"] == pytest.approx(2 * half_width, rel=0.15)
+    width = 2 * 1.96 * np.sqrt(flags.mean() * (1 - flags.mean()) / 400)
+    for copies in (1, 4):
+        found = metrics.share(np.repeat(flags, copies), np.repeat(np.arange(400), copies))
+        assert found["ci_high"] - found["ci_low"] == pytest.approx(width, rel=0.15)
 
 
-def test_a_share_of_none_or_all_is_not_certain():
-    none = metrics.share(np.zeros(200, bool), np.arange(200) // 2)
-    assert none["value"] == none["ci_low"] == 0 and none["ci_high"] == pytest.approx(
-        1 - 0.025 ** (1 / 100)
-    )
-    every = metrics.share(np.ones(200, bool), np.arange(200) // 2)
-    assert every["ci_low"] == pytest.approx(0.025 ** (1 / 100)) and every["ci_high"] == 1
+def test_none_or_all_is_not_certain_and_a_number_is_no_share():
+    groups, end = np.arange(200) // 2, 0.025 ** (1 / 100)
+    none, every = (metrics.share(np.full(200, flag), groups) for flag in (False, True))
+    assert none["value"] == none["ci_low"] == 0 and none["ci_high"] == pytest.approx(1 - end)
+    assert every["ci_low"] == pytest.approx(end) and every["ci_high"] == 1
+    assert metrics.mean(np.zeros(200), groups, draws=20)["ci_high"] == 0
+    labels, score = np.array([0] * 30 + [1] * 10), np.array([0.1] * 30 + [0.9] * 9 + [0.2])
+    patients = [*range(15), *range(15), *range(20, 30)]
+    found = classified(labels, score, patients, draws=50)
+    assert found.loc["specificity", "ci_low"] == pytest.approx(0.025 ** (1 / 15))  # 15 patients
+    assert found.loc["sensitivity", "ci_low"] < 0.9 < found.loc["sensitivity", "ci_high"]
+    perfect = classified(np.arange(20) % 2, np.arange(20) % 2 * 0.8, range(20), draws=200)
+    low = stats.binomtest(10, 10).proportion_ci(method="exact").low  # the class of fewer patients
+    assert perfect.loc[["auc", "f1", "sensitivity"], "ci_low"].tolist() == pytest.approx([low] * 3)
+    assert perfect.loc["accuracy", "ci_low"] > low
 
 
-def test_auc_is_nan_with_one_class():
-    table = metrics.classification(np.ones(5, int), np.linspace(0, 1, 5), list("abcde"), draws=5)
-    assert np.isnan(table.set_index("metric").loc["auc", "value"])
-
-
-@pytest.mark.parametrize(
-    ("labels", "probability", "groups", "message"),
-    [
-        ([0, 1], [0.1], ["a", "b"], "same length"),
-        ([0, 2], [0.1, 0.2], ["a", "b"], "0 or 1"),
-        ([0, 1], [0.1, np.nan], ["a", "b"], "NaN"),
-    ],
-)
-def test_bad_input_is_named(labels, probability, groups, message):
-    with pytest.raises(ValueError, match=message):
-        metrics.classification(np.array(labels), np.array(probability), groups)
-
-
-def test_a_rate_without_an_error_gets_the_exact_interval_of_its_own_class():
-    labels, probability = np.array([0] * 30 + [1] * 10), np.array([0.1] * 30 + [0.9] * 9 + [0.2])
-    table = metrics.classification(
-        labels, probability, [*range(15), *range(15), *range(20, 30)], draws=50
-    ).set_index("metric")
-    assert table.loc["specificity", "value"] == 1 and table.loc["specificity", "ci_high"] == 1
-    assert table.loc["specificity", "ci_low"] == pytest.approx(
-        0.025 ** (1 / 15)
-    )  # fifteen patients, all right
-    assert table.loc["sensitivity", "ci_low"] < 0.9 < table.loc["sensitivity", "ci_high"]
-
-
-# ------------------------------------------------------------------------------------------- BCa intervals
+def test_what_is_not_known_is_nan():
+    table = classified(np.ones(5, int), np.linspace(0, 1, 5), list("abcde"), draws=5)
+    assert np.isnan(table.loc["auc", "value"])
+    table = classified(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.7, 0.9]), ["one"] * 4)
+    assert table.loc["accuracy", ["ci_low", "ci_high"]].isna().all(), "more than one patient?"
+    assert np.isnan(metrics.mean(np.arange(4.0), ["one"] * 4)["ci_low"])
 
 
 def bca_of_scipy(statistic, data, draws):
     """scipy's BCa interval of `statistic(data, axis)` from given bootstrap values."""
     given = type("Given", (), {"bootstrap_distribution": draws})()
-    found = stats.bootstrap(
-        (data,), statistic, n_resamples=0, bootstrap_result=given, method="BCa", vectorized=True
-    )
-    return tuple(found.confidence_interval)
+    options = {"n_resamples": 0, "bootstrap_result": given, "method": "BCa", "vectorized": True}
+    return tuple(stats.bootstrap((data,), statistic, **options).confidence_interval)
 
 
-def test_bca_of_independent_images_equals_scipy_on_the_same_draws():
-    values = np.random.default_rng(0).exponential(size=40) ** 2
-    draws = metrics.patient_weights(np.arange(40), draws=500, seed=3) @ values / 40
-    found = metrics.bootstrap(
-        lambda w: w @ values / w.sum(1), np.arange(40), draws=500, seed=3, interval="bca"
-    ).iloc[0]
-    expected = bca_of_scipy(np.mean, values, draws)
-    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
-    # The skew: BCa lies to the right of the percentiles.
-    plain = metrics.bootstrap(
-        lambda w: w @ values / w.sum(1), np.arange(40), draws=500, seed=3
-    ).iloc[0]
-    assert found["ci_low"] > plain["ci_low"] and found["ci_high"] > plain["ci_high"]
-
-
-def test_bca_of_patients_equals_scipys_over_patients():
+def test_bca_equals_scipys_over_patients_on_the_same_draws():
     rng = np.random.default_rng(1)
-    groups, flags = np.sort(rng.integers(0, 30, 90)), rng.random(90) < 0.85
-    right, films = (np.bincount(groups, weights=part) for part in (flags, np.ones(90)))
-    keep = np.flatnonzero(films)
+    groups, values = np.sort(rng.integers(0, 30, 90)), rng.exponential(size=90) ** 2
+    total, images = (np.bincount(groups, weights=part) for part in (values, np.ones(90)))
 
-    def accuracy(patients, axis=-1):
-        return right[patients].sum(axis) / films[patients].sum(axis)
+    def mean(patients, axis=-1):
+        return total[patients].sum(axis) / images[patients].sum(axis)
 
     weights = metrics.patient_weights(groups, draws=400, seed=5)
-    expected = bca_of_scipy(accuracy, keep, weights @ flags / weights.sum(1))
-    found = metrics.share(flags, groups, draws=400, seed=5, interval="bca")
-    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
-
-
-def test_every_metric_has_a_bca_interval_around_it_and_the_draws_stay_the_same(scored):
-    labels, probability = scored
-    groups = np.arange(200) // 2
-    both = [
-        metrics.classification(labels, probability, groups, draws=300, interval=kind).set_index(
-            "metric"
-        )
-        for kind in ("percentile", "bca")
-    ]
-    assert both[0]["value"].equals(both[1]["value"])
-    undecided = both[1]["value"].isin([0.0, 1.0])
-    inside = both[1][~undecided & (both[1]["ci_high"] > both[1]["ci_low"])]
-    assert (inside["ci_low"] < inside["value"]).all() and (
-        inside["value"] < inside["ci_high"]
-    ).all()
-    assert both[0].loc[undecided].equals(both[1].loc[undecided]), (
-        "none or all: the exact interval for both"
+    expected = bca_of_scipy(mean, np.flatnonzero(images), weights @ values / weights.sum(1))
+    bca, plain = (
+        metrics.mean(values, groups, draws=400, seed=5, interval=kind)
+        for kind in ("bca", "percentile")
     )
-    assert (both[0]["ci_low"] - both[1]["ci_low"]).abs().max() < 0.05
-
-
-def test_bca_where_one_patient_is_a_whole_class_leaves_that_patient_in():
-    labels, probability = np.array([0] * 12 + [1]), np.r_[np.linspace(0, 0.8, 12), 0.5]
-    found = metrics.classification(
-        labels, probability, np.arange(13), draws=200, interval="bca"
-    ).set_index("metric")
-    assert found.loc["auc", "ci_low"] < found.loc["auc", "value"] < found.loc["auc", "ci_high"]
-
-
-def test_bca_covers_a_skewed_share_of_patients_with_several_films():
-    rng, hits, alone = np.random.default_rng(2), 0, 0
-    for seed in range(150):
-        groups = np.repeat(np.arange(80), 3)
-        flags = (rng.random(80) < 0.9)[groups] & (rng.random(240) < 0.95)  # accuracy 0.855
-        row = metrics.share(flags, groups, draws=300, seed=seed, interval="bca")
-        hits += row["ci_low"] <= 0.855 <= row["ci_high"]
-        row = metrics.share(flags, np.arange(240), draws=300, seed=seed, interval="bca")
-        alone += row["ci_low"] <= 0.855 <= row["ci_high"]
-    assert 136 <= hits <= 149  # 142.5 expected
-    assert alone < 128, "films of a patient taken as independent: the interval is too narrow"
+    assert (bca["ci_low"], bca["ci_high"]) == pytest.approx(expected, rel=1e-12)
+    assert bca["ci_low"] > plain["ci_low"] and bca["ci_high"] > plain["ci_high"], "the skew"
+    with pytest.raises(ValueError, match="percentile or bca, not 'BCa'"):
+        metrics.mean(values, groups, interval="BCa")
 
 
 def test_large_sets_are_worked_through_in_parts(monkeypatch):
     rng = np.random.default_rng(3)
-    labels, probability, groups = rng.integers(0, 2, 50), rng.random(50), rng.integers(0, 20, 50)
-    whole = metrics.classification(labels, probability, groups, draws=40, interval="bca")
+    given = rng.integers(0, 2, 50), rng.random(50), rng.integers(0, 20, 50)
+    whole = classified(*given, draws=40, interval="bca")
     monkeypatch.setattr(metrics, "CHUNK", 350)  # seven rows of weights
-    parts = metrics.classification(labels, probability, groups, draws=40, interval="bca")
-    np.testing.assert_allclose(
-        parts.drop(columns="metric"), whole.drop(columns="metric"), rtol=1e-12
+    np.testing.assert_allclose(classified(*given, draws=40, interval="bca"), whole, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------- two AUCs
+
+
+def two_models(seed, n=80, *, ties=False):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    a, b = labels + 1.5 * rng.standard_normal((2, n)) + rng.standard_normal(n)
+    return labels, *(np.round([a, b], 0) if ties else (a, b))
+
+
+def by_pairs(labels, scores):
+    """AUCs and covariance as DeLong et al. 1988 define them: a comparison for every pair."""
+    ill, well = [score[labels == 1] for score in scores], [score[labels == 0] for score in scores]
+    wins = [(x[:, None] > y) + (x[:, None] == y) / 2 for x, y in zip(ill, well, strict=True)]
+    above, below = np.stack([win.mean(1) for win in wins]), np.stack([win.mean(0) for win in wins])
+    parts = [np.cov(part) / part.shape[1] for part in (above, below)]
+    return np.array([win.mean() for win in wins]), sum(parts)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_delongs_test_follows_from_its_definition(ties):
+    labels, a, b = two_models(1, ties=ties)
+    auc, covariance = by_pairs(labels, [a, b])
+    se = (covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]) ** 0.5
+    found = metrics.delong_test(labels, a, b, np.arange(80))
+    assert [found["auc_a"], found["auc_b"]] == pytest.approx(auc.tolist(), abs=1e-12)
+    assert found["z"] == pytest.approx((auc[0] - auc[1]) / se, rel=1e-9)
+    assert found["p"] == pytest.approx(2 * stats.norm.sf(abs(found["z"])))
+    assert found["ci_high"] - found["ci_low"] == pytest.approx(2 * 1.959964 * se, rel=1e-6)
+    other = metrics.delong_test(labels, b, a, np.arange(80))
+    assert other["value"] == pytest.approx(-found["value"])
+    same = metrics.delong_test(labels, a, np.exp(a), np.arange(80))
+    assert same["value"] == 0 and same["p"] == 1 and np.isnan(same["ci_low"])
+
+
+def test_copies_of_an_image_of_one_patient_are_no_evidence():
+    labels, a, b = two_models(2)
+    copied = [np.repeat(part, 3) for part in (labels, a, b, np.arange(80))]
+    single, by_patient = (
+        metrics.delong_test(labels, a, b, np.arange(80)),
+        metrics.delong_test(*copied),
     )
+    assert by_patient["z"] == pytest.approx(single["z"])
+    as_if_independent = metrics.delong_test(*copied[:3], np.arange(240))
+    assert as_if_independent["z"] / single["z"] == pytest.approx(3**0.5, rel=0.02)
 
 
-def test_an_image_without_a_patient_is_refused():
-    with pytest.raises(ValueError, match="lacks the patient of 2 images"):
-        metrics.share(np.ones(4, bool), ["a", None, "b", None])
-    with pytest.raises(ValueError, match="percentile, bca, not 'BCa'"):
-        metrics.share(np.ones(2, bool), ["a", "b"], interval="BCa")
-
-
-# ------------------------------------------------------------------------------------------- a fixed specificity
-
-
-def at_specificity(labels, probability, specificity, **options):
-    """Validation and test are the same images here."""
-    found = metrics.sensitivity_at_specificity(
-        (labels, probability),
-        labels,
-        probability,
-        np.arange(len(labels)),
-        specificity=specificity,
-        **options,
-    )
-    return found.set_index("metric")
-
-
-@pytest.mark.parametrize("specificity", [0.5, 0.7, 0.9, 1.0])
-def test_the_point_on_the_roc_equals_scikit_learns_and_torchmetrics(scored, specificity):
-    labels, probability = scored
-    found = at_specificity(labels, probability, specificity, draws=10)
-    false_alarm, hit, _ = sk.roc_curve(labels, probability, drop_intermediate=False)
-    expected = hit[1 - false_alarm >= specificity - 1e-12].max()
-    assert found.loc[f"sensitivity_at_{specificity:g}_test_roc", "value"] == pytest.approx(expected)
-    oracle, _ = tm.BinarySensitivityAtSpecificity(specificity - 1e-6)(
-        *map(torch.as_tensor, (probability, labels))
-    )
-    assert expected == pytest.approx(oracle.item(), abs=1e-6)
-    # On the images that chose it, the threshold gives exactly this point.
-    assert found.loc[f"sensitivity_at_{specificity:g}_val_threshold", "value"] == pytest.approx(
-        expected
-    )
-    assert (
-        found.loc[f"specificity_at_{specificity:g}_val_threshold", "value"] >= specificity - 1e-12
-    )
-
-
-def test_fifty_five_of_a_hundred_are_enough():
-    labels, probability = np.array([0] * 100 + [1] * 2), np.r_[np.arange(100) / 100, 0.545, 0.75]
-    found = at_specificity(
-        labels, probability, 0.55, draws=10
-    )  # 0.55 * 100 is above 55 in floating point
-    assert found["threshold"].tolist() == [0.54] * 3
-    assert found.loc["sensitivity_at_0.55_val_threshold", "value"] == 1
-
-
-def test_the_threshold_comes_from_validation_and_the_test_roc_is_named_apart():
-    rng = np.random.default_rng(4)
-    labels = rng.integers(0, 2, 400)
-    score = labels + rng.standard_normal(400)
-    shifted = (
-        score[200:] + 0.8
-    )  # the test hospital's films score higher: the specificity is not what was asked for
-    found = metrics.sensitivity_at_specificity(
-        (labels[:200], score[:200]),
-        labels[200:],
-        shifted,
-        np.arange(200),
-        specificity=0.9,
-        draws=200,
-    ).set_index("metric")
-    threshold = np.sort(score[:200][labels[:200] == 0])[
-        int(np.ceil(0.9 * (labels[:200] == 0).sum())) - 1
-    ]
-    assert found["threshold"].iloc[0] == found["threshold"].iloc[1] == threshold
-    assert (
-        found.loc["sensitivity_at_0.9_val_threshold", "value"]
-        == (shifted[labels[200:] == 1] > threshold).mean()
-    )
-    assert found.loc["specificity_at_0.9_val_threshold", "ci_high"] < 0.9
-    on_roc = found.loc["sensitivity_at_0.9_test_roc"]
-    assert on_roc["threshold"] > threshold and on_roc["value"] < found["value"].iloc[0]
-    assert on_roc["ci_low"] < on_roc["value"] < on_roc["ci_high"]
-
-
-def test_points_of_draws_equal_recomputing_on_the_drawn_images():
-    rng = np.random.default_rng(5)
-    labels, probability, groups = (
-        rng.integers(0, 2, 60),
-        np.round(rng.random(60), 1),
-        rng.integers(0, 20, 60),
-    )
-    weights = metrics.patient_weights(groups, draws=8, seed=4)
-    points, thresholds = metrics._roc_point(labels, probability, weights, 0.8)
-    for draw, weight in enumerate(weights):
-        index = np.repeat(np.arange(60), weight.astype(int))
-        false_alarm, hit, _ = sk.roc_curve(
-            labels[index], probability[index], drop_intermediate=False
-        )
-        assert points[draw] == pytest.approx(hit[1 - false_alarm >= 0.8 - 1e-12].max())
-        right = probability[index][labels[index] == 1] > thresholds[draw]
-        assert right.mean() == pytest.approx(points[draw])
-
-
-def test_a_fixed_specificity_needs_both_classes_and_a_share():
-    two = (np.array([0, 1]), np.array([0.1, 0.9]))
-    with pytest.raises(ValueError, match="validation images are all of class 1"):
-        metrics.sensitivity_at_specificity((np.ones(2), two[1]), *two, "ab")
-    with pytest.raises(ValueError, match="test images are all of class 0"):
-        metrics.sensitivity_at_specificity(two, np.zeros(2), two[1], "ab")
-    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
-        metrics.sensitivity_at_specificity(two, *two, "ab", specificity=90)
-
-
-def test_perfect_separation_is_not_certainty():
-    labels = np.arange(20) % 2
-    table = metrics.classification(labels, labels * 0.8 + 0.1, range(20), draws=200).set_index(
-        "metric"
-    )
-    low = (
-        stats.binomtest(10, 10).proportion_ci(method="exact").low
-    )  # ten patients of the class of fewer
-    for metric in ("auc", "balanced_accuracy", "f1", "sensitivity"):
-        assert (
-            table.loc[metric, "ci_low"] == pytest.approx(low) and table.loc[metric, "ci_high"] == 1
-        )
-    assert table.loc["accuracy", "ci_low"] > low
-
-
-def test_one_patient_has_no_interval():
-    table = metrics.classification(
-        np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.7, 0.9]), ["one"] * 4, draws=50
-    )
-    assert table.set_index("metric").loc["accuracy", ["ci_low", "ci_high"]].isna().all()
-
-
-def test_log_odds_keep_a_ranking_that_probabilities_lose():
-    labels, gap = np.array([0, 0, 1, 1]), np.array([40.0, 50.0, 60.0, 70.0])
-    ties = (
-        metrics.classification(labels, 1 / (1 + np.exp(-gap)), range(4), draws=20)
-        .set_index("metric")
-        .loc["auc", "value"]
-    )
-    kept = (
-        metrics.classification(labels, gap, range(4), threshold=0, draws=20)
-        .set_index("metric")
-        .loc["auc", "value"]
-    )
-    assert ties < 1 == kept
-
-
-# ------------------------------------------------------------------------------------------- more than two classes
-
-
-def test_three_classes_agree_with_scikit_learn_and_have_no_sensitivity():
-    from sklearn import metrics as sk
-
+def test_the_variance_of_patients_with_images_of_both_classes_is_that_of_repeated_studies():
     rng = np.random.default_rng(3)
-    labels = rng.integers(0, 3, 90)
-    score = rng.dirichlet((1, 1, 1), 90) + 0.5 * np.eye(3)[labels]
-    score /= score.sum(1, keepdims=True)
-    table = metrics.classification(labels, score, np.arange(90), draws=50).set_index("metric")[
-        "value"
-    ]
-    predicted = score.argmax(1)
-    wanted = {
-        "accuracy": sk.accuracy_score(labels, predicted),
-        "auc": sk.roc_auc_score(labels, score, multi_class="ovr"),
-        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
-        "precision": sk.precision_score(labels, predicted, average="macro"),
-        "recall": sk.recall_score(labels, predicted, average="macro"),
-        "f1": sk.f1_score(labels, predicted, average="macro"),
-    }
-    assert set(table.index) == set(wanted) and all(
-        table[name] == pytest.approx(value) for name, value in wanted.items()
+    codes, found, naive = np.repeat(np.arange(50), 4), [], []
+    for _ in range(300):
+        labels = rng.permuted(np.tile([0, 0, 1, 1], (50, 1)), axis=1).ravel()
+        own = 1.5 * rng.standard_normal(50)[codes]  # what the images of a patient share
+        a, b = labels + own + rng.standard_normal(200), labels + 2 * rng.standard_normal(200)
+        found.append(metrics.delong_test(labels, a, b, codes))
+        naive.append(metrics.delong_test(labels, a, b, range(200)))
+    spread = np.std([one["value"] for one in found])
+    stated, alone = (
+        np.mean([o["ci_high"] - o["value"] for o in of]) / 1.96 for of in (found, naive)
     )
-    with pytest.raises(ValueError, match="labels must be 0 to 2"):
-        metrics.classification(labels + 1, score, np.arange(90))
-    with pytest.raises(ValueError, match="K > 2 classes"):
-        metrics.classification(labels % 2, score[:, :2], np.arange(90))
+    assert stated == pytest.approx(spread, rel=0.12)
+    # Both classes of a patient shift together here: images taken as independent look too uncertain.
+    assert alone > 1.1 * spread
+
+
+def test_delong_needs_two_patients_of_each_class():
+    with pytest.raises(ValueError, match="two patients with images of each class"):
+        metrics.delong_test([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], [0.1] * 4, ["a", "a", "b", "c"])
+
+
+# ---------------------------------------------------------------------------------- two accuracies
+
+
+def test_mcnemar_equals_statsmodels():
+    rng = np.random.default_rng(5)
+    a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
+    table = [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]]
+    found = metrics.paired_difference(a, b, np.arange(60), draws=10)
+    assert (found["only_a"], found["only_b"]) == (table[0][1], table[1][0])
+    assert found["p"] == pytest.approx(mcnemar_of_statsmodels(table, exact=True).pvalue)
+    assert found["value"] == pytest.approx(a.mean() - b.mean())
+
+
+def test_the_clustered_p_is_that_of_all_exchanges_of_the_models():
+    rng = np.random.default_rng(6)
+    groups = rng.integers(0, 9, 30)
+    a, b = rng.random(30) < 0.8, rng.random(30) < 0.5
+    sums = [(a[groups == g].astype(int) - b[groups == g]).sum() for g in np.unique(groups)]
+    totals = [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
+    expected = np.mean([total >= abs(sum(sums)) for total in totals])
+    assert 0 < expected < 1
+    assert metrics.paired_difference(a, b, groups, draws=10)["p"] == pytest.approx(expected)
+    copied = [np.repeat(part, 4) for part in (a, b, groups)]
+    assert metrics.paired_difference(*copied, draws=10)["p"] == pytest.approx(expected)
+
+
+def test_the_interval_of_a_difference_covers_the_truth():
+    rng, hits = np.random.default_rng(8), 0
+    for seed in range(120):
+        groups = np.repeat(np.arange(60), 3)
+        hard = rng.random(60)[groups]  # images of one patient are hard or easy together
+        a, b = rng.random(180) < 0.9 - 0.4 * hard, rng.random(180) < 0.8 - 0.4 * hard
+        options = {"draws": 300, "seed": seed, "interval": "bca"}
+        found = metrics.paired_difference(a, b, groups, **options)
+        hits += found["ci_low"] <= 0.1 <= found["ci_high"]
+    assert 106 <= hits <= 119  # 114 expected; outside at most 1 time in 100
+
+
+def test_models_that_never_disagree_are_not_certainly_equal():
+    right, patients = np.array([1, 1, 0, 1] * 10, bool), np.arange(40) // 2
+    same = metrics.paired_difference(right, right, patients)
+    reach = 1 - 0.025 ** (1 / 20)
+    assert same["p"] == 1 and (same["ci_low"], same["ci_high"]) == pytest.approx((-reach, reach))
+    apart = metrics.paired_difference(np.ones(40, bool), np.zeros(40, bool), patients)
+    assert apart["value"] == apart["ci_high"] == 1
+    assert apart["ci_low"] == pytest.approx(1 - 2 * reach) and apart["p"] == pytest.approx(2**-19)
+    with pytest.raises(ValueError, match="pair the same images"):
+        metrics.paired_difference(np.ones(3, bool), np.ones(4, bool), range(3))
+
+
+def test_holm_equals_the_definition_and_statsmodels():
+    p = np.array([0.02, 0.5, 0.011, 0.02])
+    assert metrics.holm(p).tolist() == pytest.approx([0.06, 0.5, 0.044, 0.06])
+    many = np.random.default_rng(9).random(25) ** 4
+    np.testing.assert_allclose(metrics.holm(many), multipletests(many, method="holm")[1])

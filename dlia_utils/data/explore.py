@@ -16,7 +16,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
-from .. import comparison, metrics
+from .. import metrics
 from ..plots import COLORS, panels
 from . import readers
 from .cache import ImageCache
@@ -166,7 +166,7 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
                 | _ranks(units[units["class_name"] == name], column, splits)
             )
     result = pd.DataFrame(rows)
-    result["p_holm"] = comparison.holm(result["p"])
+    result["p_holm"] = metrics.holm(result["p"])
     result["uneven"] = result["p_holm"] < level
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
     order = [

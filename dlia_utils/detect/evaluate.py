@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..metrics import _row, patient_weights
+from ..metrics import interval_row, patient_weights
 
 CORNERS = ("x1", "y1", "x2", "y2")
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
@@ -365,8 +365,8 @@ def _intervals(
 ) -> pd.DataFrame:
     rows = []
     for (metric, label), drawn in values.items():
-        row = _row(metric, drawn, n, level)
-        rows.append({"metric": row.pop("metric"), "label": label, **row})
+        row = interval_row(drawn, n, level=level)
+        rows.append({"metric": metric, "label": label, **row})
     return pd.DataFrame(rows, columns=["metric", "label", "value", "ci_low", "ci_high", "n"])
 
 

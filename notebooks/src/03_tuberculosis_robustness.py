@@ -248,14 +248,14 @@ study = open_study(run)
 display(
     explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3)
 )
-rng = np.random.default_rng(run.seed)
-train_films, val_films = (
-    shortcuts.films(study, rng.permutation(study.rows(part))[:800]) for part in ("train", "val")
-)
+rng, parts = np.random.default_rng(run.seed), []
+for part in ("train", "val"):
+    rows = rng.permutation(study.rows(part))[:800]
+    images = study.images(rows)
+    parts.append(shortcuts.sample(study.dataset, study.cache, images, rows))
 regions = shortcuts.region_accuracy(
     shortcuts.linear_probe(),
-    train_films,
-    val_films,
+    *parts,
     regions=("whole", "centre_only", "border_only", "corners_only"),
     draws=run.bootstrap_draws,
 )

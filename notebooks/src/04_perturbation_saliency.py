@@ -130,15 +130,21 @@ run = start(
 print(run)
 
 # %% tags=["imports"]
-import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
+import re  # noqa: I001 (one line a module keeps this cell readable)
+import time
+from contextlib import contextmanager
+
+import numpy as np
 import pandas as pd
+import psutil
+import torch
 from IPython.display import Markdown, display
+from sklearn.metrics import roc_auc_score
 
 from dlia_utils.data import augment, datasets
 from dlia_utils import plots
-from dlia_utils import corrupt, corruption_error, files, models, objectives, report, resources
+from dlia_utils import corrupt, corruption_error, files, models, objectives, report
 from dlia_utils.data import split
-from dlia_utils import thesis
 from dlia_utils.explain import drift, drift_figures, warning
 from dlia_utils.study import (
     fit_model,
@@ -179,6 +185,21 @@ def study_of(name, study):
     return study.variant(size=run.mobilenet_size, epochs=run.mobilenet_epochs)
 
 
+@contextmanager
+def tracked(label):
+    """Time and memory of a step: one more line of resources.csv in the run folder."""
+    wall, cpu, path = time.perf_counter(), time.process_time(), run.run_dir / "resources.csv"
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    row = {"step": label, "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    row["memory_mib"] = psutil.Process().memory_info().rss / 2**20
+    row["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if gpu else np.nan
+    pd.DataFrame([row]).round(1).to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+# %% tags=["yours"]
 def measured(name, study, part, rows, **options):
     """Predictions (and drift of the maps) of the films `rows`, clean and spoilt: computed once in a run."""
     found = []
@@ -187,7 +208,7 @@ def measured(name, study, part, rows, **options):
         if not found:
             own, model = study_of(name, study), load_models(study, [name])[name]
             grid = {name: run.settings[name] for name in ("severities", "seed", "scale")} | options
-            with resources.track(f"{part} {name}", folder=run.run_dir):
+            with tracked(f"{part} {name}"):
                 films = own.images(rows), own.labels(rows), rows
                 seen, moved = drift.measure(model, *films, batch_size=run.map_batch, **grid)
             found.extend(
@@ -327,7 +348,7 @@ def fit(name, study):
 study = open_study(run)
 rows = []
 for name in MODELS:
-    with resources.track(f"training {name}", folder=run.run_dir):
+    with tracked(f"training {name}"):
         fitted = fit(name, study)
     best = fitted.history.set_index("epoch").reindex([fitted.best_epoch]).iloc[0]
     rows.append(
@@ -380,7 +401,9 @@ grids = {
     for name, table in predictions.items()
 }
 for name, grid in grids.items():
-    made = report.result_rows(corruption_error.rows(grid), study_of(name, study).run, model=name)
+    made = report.result_rows(
+        corruption_error.metric_rows(grid), study_of(name, study).run, model=name
+    )
     report.update_results(made, RESULTS)
 clean = {name: report.with_interval(grid.iloc[0]) for name, grid in grids.items()}
 worst = {name: grid.loc[grid["value"].idxmin()] for name, grid in grids.items()}
@@ -430,7 +453,7 @@ for plain, augmented in PAIRS.items():
                 {"corruption": {"mean": f"mean of those {kind}"}}
             )
             made = report.result_rows(
-                corruption_error.rows(mean), study_of(name, study).run, model=name
+                corruption_error.metric_rows(mean), study_of(name, study).run, model=name
             )
             report.update_results(made, RESULTS)
             cells += [
@@ -656,31 +679,71 @@ figure
 # %% [markdown]
 # ## 7 Results and files
 #
-# The thesis' own files, as CSV: RMSE by corruption and layer for each severity and class (`*_rmses.csv`), film by film
-# (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made from.
+# The thesis' own files, as CSV: RMSE of Grad-CAM++ by corruption and layer for each severity and class (`*_rmses.csv`),
+# film by film (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made
+# from. A file name is the data set, class, severity and training, joined by `_`.
+
+# %%
+def slug(name):
+    """A part of a file name: letters, digits and dots; "_" only separates parts."""
+    return re.sub(r"[^\w.-]|_", "-", str(name)).strip("-.")
+
+
+def rmse_tables(seen, moved, classes, start, suffix):
+    """Mean RMSE, corruptions down and layers across, by severity and class; each film's."""
+    own = moved[moved["method"].eq("gradcam++")]
+    own = own[~own["corruption"].isin([drift.FLOOR, drift.CEILING])]
+    label = seen.drop_duplicates("image").set_index("image")["label"]
+    own = own.assign(label=own["image"].map(label), cell=own["corruption"] + "/" + own["layer"])
+    parts, tables = {start: own}, {}
+    for number, name in enumerate(classes):
+        parts[f"{start}_{slug(name)}"] = part = own[own["label"].eq(number)]
+        wide = part.pivot(index=["image", "severity"], columns="cell", values="rmse")
+        tables[f"{start}_{slug(name)}{suffix}_rmses_all"] = wide[part["cell"].unique()]
+    across = {"index": "corruption", "columns": "layer", "values": "rmse", "sort": False}
+    for name, part in parts.items():
+        for severity, cells in part.groupby("severity"):
+            tables[f"{name}_sev{severity}{suffix}_rmses"] = cells.pivot_table(**across)
+    return tables
+
+
+# %%
+def auc_table(seen, classes):
+    """AUC of each class against the rest: clean, at each severity, and the drops (delta)."""
+    rows = []
+    for number in [1] if len(classes) == 2 else range(len(classes)):
+        cells = seen.groupby(["corruption", "severity"], sort=False)
+        auc = {
+            key: roc_auc_score(cell["label"].eq(number), cell[f"p{number}"]) for key, cell in cells
+        }
+        auc = pd.Series(auc).rename_axis(["corruption", "severity"])
+        clean, wide = auc["clean", 0], auc.drop("clean").unstack(sort=False)
+        table = wide.add_prefix("sev").join((clean - wide).add_prefix("delta_sev"))
+        table.insert(0, "clean", clean)
+        rows.append(pd.concat({classes[number]: table}, names=["class"]))
+    return pd.concat(rows)
+
 
 # %%
 study = open_study(run)
-folder, flag = run.run_dir / "thesis", run.location.dataset
+folder, flag, classes = run.run_dir / "thesis", slug(run.location.dataset), study.dataset.classes
 for name in MODELS:
-    network, suffix = (
-        (name.removesuffix("_augmented"), "_augmented") if name not in PAIRS else (name, "")
-    )
-    written = thesis.write(
-        folder / network,
-        *maps_of(name, study),
-        flag=flag,
-        classes=study.dataset.classes,
-        model_suffix=suffix,
-    )
-    print(f"{len(written)} files in thesis/{network}, {written[0].name} among them")
+    network, suffix = name.removesuffix("_augmented"), "" if name in PAIRS else "_augmented"
+    seen, moved = maps_of(name, study)
+    tables = rmse_tables(seen, moved, classes, flag, suffix)
+    tables[f"{flag}{suffix}_auc"] = auc_table(seen, classes)
+    for title, table in tables.items():
+        files.write_csv(table.reset_index(), folder / network / f"{title}.csv")
+    for title, table in (("drift", moved), ("predictions", seen)):
+        files.write_csv(table, folder / network / f"{flag}{suffix}_{title}.csv")
+    print(f"{len(tables) + 2} files in thesis/{network}, {flag}{suffix}_auc.csv among them")
 pd.read_csv(folder / "resnet18" / f"{flag}_sev{max(run.severities)}_rmses.csv").round(1)
 
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "3 How far does accuracy fall?"))
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
 display(clean[["model", "metric", "value", "ci_low", "ci_high", "n"]].round(3))
-display(resources.table(run.run_dir).round(1))
+display(pd.read_csv(run.run_dir / "resources.csv"))
 written = sorted(
     p.relative_to(run.run_dir).as_posix() for p in run.run_dir.rglob("*") if p.is_file()
 )
