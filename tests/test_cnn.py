@@ -18,16 +18,22 @@ def tiny_resnet(**options) -> models.PixelModel:
     return models.resnet50_v2(width=1 / 16, depths=(1, 2, 1, 1), **options)
 
 
+def kept(model: nn.Module) -> dict:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def randomised(model: nn.Module) -> nn.Module:
+    """In eval mode, with batch norms as after training, so that they do something."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if hasattr(module, "running_var"):
             module.running_mean.uniform_(-0.3, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 2.0, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.uniform_(module.bias, -0.3, 0.3, generator=generator)
     return model.eval()

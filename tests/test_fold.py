@@ -1,4 +1,4 @@
-"""The folded copy: the same logits and gradients, no batch norm left, the caller's model untouched."""
+"""The folded copy: the same logits and gradients, the caller's model untouched."""
 
 import copy
 

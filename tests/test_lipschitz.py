@@ -59,7 +59,7 @@ def test_the_reshaped_kernel_is_the_wrong_norm_both_ways():
     table = compare_norms(model.train(), (32, 12, 12))
     assert table.kind.tolist() == ["Conv2d"] * 3 + ["Linear"]
     assert table.layer.tolist() == ["0", "1", "2", "5"]
-    # After spectral normalisation a full kernel still stretches by half, a depthwise one too little.
+    # After that division a full kernel still stretches by half, a depthwise one too little.
     assert table.ratio.tolist() == pytest.approx([1.5, 1.0, 0.72, 1.0], abs=0.08)
     assert table.ratio[[1, 3]].tolist() == pytest.approx([1, 1], abs=1e-5)
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())

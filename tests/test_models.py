@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_cnn import equal
 from torch import nn
 from torchvision.models import MobileNet_V2_Weights
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
@@ -12,10 +13,6 @@ from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
 
 def small(**options):
     return models.mobilenet_v2(width=0.25, **options)
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_grey_image_is_the_same_as_three_equal_channels_normalised_by_hand():

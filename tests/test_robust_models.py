@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cnn import equal, norm, randomised
 from torch import nn
 
 from dlia_utils import attacks, models
@@ -25,27 +26,7 @@ def tiny(name: str, **options) -> robust.RobustModel:
     return robust.create(name, width=1 / 16, **options).eval()
 
 
-def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Batch norms as after training, so that no test passes because they do nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | robust.MeanSparse):
-            module.running_mean.uniform_(-0.3, 0.3, generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.bias, -0.3, 0.3, generator=generator)
-        if isinstance(module, robust.MeanSparse):
-            module.threshold.fill_(0.2)
-    return model
-
-
 # ------------------------------------------------------------------ architectures, without memory
-
-
-def norm(key: str, channels: int) -> dict:
-    parts = ("weight", "bias", "running_mean", "running_var")
-    return {f"{key}.{part}": (channels,) for part in parts} | {f"{key}.num_batches_tracked": ()}
 
 
 def operator(key: str, channels: int) -> dict:
@@ -163,15 +144,16 @@ def test_stride_two_pads_right_and_below_and_the_odd_size_on_all_sides():
 def test_the_blocks_compute_what_their_papers_draw():
     x = torch.rand(2, 4, 6, 6) - 0.5
     for outputs, stride, first in ((8, 2, True), (4, 1, False)):
-        block = randomised(nets.TradesBlock(4, outputs, stride, first=first)).eval()
+        block = randomised(nets.TradesBlock(4, outputs, stride, first=first))
         a = F.relu(block.bn1(x))
         branch = block.conv2(F.relu(block.bn2(block.conv1(a))))
         torch.testing.assert_close(block(x), (block.convShortcut(a) if first else x) + branch)
-    block = randomised(nets.DeepMindBlock(4, 4, 1, first=False, sparse=True)).eval()
+    block = robust.set_alpha(nets.DeepMindBlock(4, 4, 1, first=False, sparse=True), 0.2)
+    block = randomised(block)
     a = F.silu(block.meansparse_0(block.batchnorm_0(x)))
     h = block.conv_1(F.silu(block.meansparse_1(block.batchnorm_1(block.conv_0(a)))))
     torch.testing.assert_close(block(x), block.meansparse_2(x + h))
-    block = randomised(nets.DeepMindBlock(4, 4, 1, first=False, squeeze=True)).eval()
+    block = randomised(nets.DeepMindBlock(4, 4, 1, first=False, squeeze=True))
     h = block.conv_1(F.silu(block.batchnorm_1(block.conv_0(F.silu(block.batchnorm_0(x))))))
     nn.init.zeros_(block.se.fc2.weight)
     nn.init.zeros_(block.se.fc2.bias)
@@ -189,8 +171,7 @@ def test_the_door_the_seed_and_the_names():
     before = torch.get_rng_state()
     a, b, c = (tiny(STANDARD, seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not all(torch.equal(a[key], c[key]) for key in a)
+    assert equal(a, b) and not equal(a, c)
     with pytest.raises(ValueError, match="unknown robust model 'wrn'; known: chen2024"):
         robust.create("wrn")
     assert TABLE.adaptive[SPARSE] < TABLE.robust[SPARSE]
@@ -199,6 +180,8 @@ def test_the_door_the_seed_and_the_names():
 @pytest.mark.parametrize("name", ["ra_wrn_70_16", SPARSE])
 def test_a_saved_model_comes_back_with_alpha_and_a_folded_copy_agrees(name, tmp_path):
     model = randomised(tiny(name, num_classes=3))
+    if name == SPARSE:
+        robust.set_alpha(model, 0.2)
     again = models.load(models.save(model, tmp_path / "model.pt", meta={}))
     x = torch.rand(2, 3, 16, 16)
     assert isinstance(again, robust.RobustModel) and torch.equal(again(x), model(x))
@@ -382,7 +365,7 @@ def test_statistics_are_those_of_the_images_before_any_operator():
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=message):
             robust.recompute_statistics(model, bad)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert equal(model.state_dict(), before)
 
 
 # ------------------------------------------------------------------ alpha on validation images

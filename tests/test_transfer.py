@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cnn import equal, kept
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -15,7 +16,7 @@ from dlia_utils.models import robust
 from dlia_utils.models.pixel import fast_copy
 
 SPARSE = "meansparse_wrn_94_16"
-WIDE = ("standard_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10", "ra_wrn_70_16", SPARSE)
+WIDE = ("standard_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10", SPARSE)
 FAMILIES = {
     "mobilenet_v2": lambda: models.mobilenet_v2(width=0.25, stages=4),
     "cnn": lambda: models.cnn(channels=(8, 8, 16), hidden=24),
@@ -23,7 +24,7 @@ FAMILIES = {
     "resnet18_cifar": lambda: models.resnet18_cifar(width=1 / 8),
     **{name: functools.partial(robust.create, name, width=1 / 16) for name in WIDE},
 }
-# name: number of blocks, layers outside the blocks that train with the last one, layer of the last map
+# name: number of blocks, layers after them that train with the last, layer of the last map
 EXPECTED = {
     "mobilenet_v2": (11, [], "features.11"),
     "cnn": (3, ["hidden"], "blocks.2"),
@@ -32,12 +33,11 @@ EXPECTED = {
     "standard_wrn_28_10": (12, ["bn1"], "relu"),
     "huang2021_wrn_34_r": (15, ["bn1"], "relu"),
     "hat_wrn_34_10": (15, ["batchnorm"], "relu"),
-    "ra_wrn_70_16": (71, ["batchnorm"], "relu"),
     SPARSE: (45, ["batchnorm"], "relu"),
 }
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
-# The many blocks of these two take time and are those of another family.
-most_families = pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(WIDE[-2:])))
+# Its 45 blocks take time and are those of another family.
+most_families = pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {SPARSE}))
 X = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([0, 1, 1, 0])
 
@@ -59,14 +59,6 @@ def made(name: str) -> models.PixelModel:
 
 def base(name: str) -> models.PixelModel:
     return copy.deepcopy(made(name))
-
-
-def kept(model: nn.Module) -> dict:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def step(model: nn.Module) -> None:
@@ -218,7 +210,7 @@ def test_what_makes_no_sense_is_refused():
         models.unfreeze(model, 1)
 
 
-# ------------------------------------------------------------------ two bugs of the original TB study
+# ------------------------------------------------------------------ bugs of the original TB study
 
 
 @pytest.mark.parametrize("name", WIDE[:3])

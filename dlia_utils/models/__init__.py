@@ -6,6 +6,7 @@ import importlib
 import logging
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ..files import atomic_path
 from .cnn import cnn, summary
 from .lipschitz import bake, compare_norms, spectral_like, spectral_normalize
 from .mobilenet import mobilenet_v2
-from .named import backbone, from_timm, from_torchvision
+from .named import backbone, build
 from .pixel import PixelModel, TwoLogits, check_classifier, load_strictly, wrap
 from .resnet import resnet18_cifar, resnet50_v2
 from .transfer import TransferModel, blocks, cached_features, last_map_layer, unfreeze, with_head
@@ -36,8 +37,8 @@ def _transfer(*, body: dict, **options) -> TransferModel:
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "transfer": _transfer,
-    "torchvision": from_torchvision,
-    "timm": from_timm,
+    "torchvision": partial(build, "torchvision"),
+    "timm": partial(build, "timm"),
     **{make.__name__: make for make in (mobilenet_v2, cnn, resnet50_v2, resnet18_cifar)},
 }
 
@@ -79,10 +80,8 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
     """Read a file written by `save` into a plain model in eval mode on the CPU.
 
     `build` makes the empty model; by default the file's own recipe does. Your own network has none:
-    give the function that made it, such as `lambda: wrap(MyNet(), mean=0.5, std=0.25)`. Weights saved
-    while spectrally normalised are baked.
-    Raises: FileNotFoundError; ValueError for a damaged file, one of another kind, without a recipe,
-    or with other keys or shapes.
+    give the function that made it, such as `lambda: wrap(MyNet(), mean=0.5, std=0.25)`.
+    Raises: FileNotFoundError; ValueError for a damaged file, one of another kind or another model.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,14 +92,10 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
         fix = "delete it, so that its section trains the model again, or copy it again"
         raise ValueError(f"{path.name} is damaged or no model file: {fix}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path.name} was not written by models.save: refused (weights alone: see mobilenet_v2)"
-        )
+        raise ValueError(f"{path.name} was not written by models.save (weights: see mobilenet_v2)")
     if build is None and content["recipe"] is None:
-        raise ValueError(
-            f"{path.name} holds no recipe: pass build=, the function that made the model, such as "
-            "lambda: models.wrap(MyNet(), mean=0.5, std=0.25)"
-        )
+        fix = "pass build=, such as lambda: models.wrap(MyNet(), mean=0.5, std=0.25)"
+        raise ValueError(f"{path.name} holds no recipe: {fix}")
     model = build() if build is not None else create(**content["recipe"])
     spectral_like(model, content["state_dict"])
     load_strictly(model, content["state_dict"], origin=path.name)

@@ -80,8 +80,8 @@ def cnn(
 def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
     """One row per layer in the order of a forward pass, and a row "total": the architecture.
 
-    size: side of a square image, or (height, width). Columns: layer, kind, output (shape for a batch
-    of one), parameters, trainable (how many train). Shared parameters count once.
+    size: side of a square image, or (height, width). Columns: layer, kind, output (shape for one
+    image), parameters, trainable (how many train). Shared parameters count once.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> summary(net, 4)[["kind", "output", "parameters"]].values.tolist()[-2:]

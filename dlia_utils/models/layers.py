@@ -153,7 +153,5 @@ def last_linear(root: Call) -> str:
     for call in reversed(root.ended()):
         if isinstance(call.module, nn.Linear) and call.output is root.output and call.name:
             return call.name
-    raise ValueError(
-        f"a {type(root.module).__name__} does not end in an nn.Linear, so it has no head that could "
-        "be replaced: take a softmax or sigmoid off its end, or give it a last nn.Linear"
-    )
+    fix = "take a softmax or sigmoid off its end, or give it an nn.Linear as its last layer"
+    raise ValueError(f"a {type(root.module).__name__} does not end in an nn.Linear: {fix}")

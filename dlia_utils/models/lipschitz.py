@@ -26,11 +26,10 @@ def spectral_normalize(
     """Bound each Conv2d and Linear while it is trained, in place; returns the same model.
 
     kind "kernel" (Miyato et al. 2018, arXiv 1802.05957): each weight is divided by the norm of the
-    kernel as a matrix [out, in*kh*kw], which is not that of the convolution (see `compare_norms`).
-    kind "operator" (Farnia et al. 2019, arXiv 1811.07457): a weight whose convolution, at the size that
-    an image of `input_shape` (C, H, W) gives it, has a norm above 1 is scaled down to 1, group by group.
-    Both make a power iteration, from below, whenever a weight is read in train mode. Neither bounds
-    the network: batch norms and residual sums are free. Raises: ValueError for another kind, or twice.
+    kernel as a matrix, which is not that of the convolution. kind "operator" (Farnia et al. 2019,
+    arXiv 1811.07457): a weight whose convolution, at an image of `input_shape` (C, H, W), has a
+    norm above 1 is scaled down to 1, each group by itself. Both make one power iteration when a
+    weight is read in train mode. Neither bounds the network: batch norms and sums are free.
 
     >>> layer = spectral_normalize(nn.Sequential(nn.Linear(8, 8))).eval()[0]
     >>> round(torch.linalg.matrix_norm(layer.weight, ord=2).item(), 1)
@@ -42,10 +41,9 @@ def spectral_normalize(
     if any(parametrize.is_parametrized(layer) for layer in layers):
         raise ValueError("the model is already spectrally normalised")
     if kind == "operator":
-        for name, shape in _input_shapes(model, input_shape).items():
-            layer = model.get_submodule(name)
-            start = _iterate(_start(shape, layer.weight), layer.weight, _geometry(layer), 100)
-            _register(layer, start)
+        for layer, shape in _input_shapes(model, input_shape).items():
+            start = _start(shape, layer.weight)
+            _register(layer, _iterate(start, layer.weight, _geometry(layer), 100))
         return model
     with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
         torch.manual_seed(0)
@@ -78,8 +76,8 @@ class OperatorNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
                 self.v.copy_(_iterate(self.v, weight, self.geometry, 1))
-            # Normalised again, as an averaged model's v is a mean of unit vectors; and a copy, as the
-            # next reading of the weight changes the buffer before this one is differentiated.
+            # Again, as an averaged model's v is a mean of unit vectors; and a copy, as the next
+            # reading of the weight changes the buffer before this one is differentiated.
             out = _convolve(_unit(self.v, groups), weight, self.geometry)
             scale = self.bound / out.reshape(groups, -1).norm(dim=1).maximum(self.bound)
         return (weight.reshape(groups, -1) * scale[:, None]).view_as(weight)
@@ -92,11 +90,7 @@ def _register(layer: LINEAR, v: Tensor) -> None:
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """Replace parametrised weights by their values, in place: plain layers, same outputs in eval mode.
-
-    >>> sorted(bake(spectral_normalize(nn.Sequential(nn.Linear(8, 8)))).state_dict())
-    ['0.bias', '0.weight']
-    """
+    """Replace parametrised weights by their values, in place; same outputs in eval mode."""
     for module in [module for module in model.modules() if parametrize.is_parametrized(module)]:
         with evaluating(module):  # in train mode reading the weight would make one more iteration
             values = {name: getattr(module, name).detach() for name in module.parametrizations}
@@ -112,10 +106,8 @@ def bake(model: nn.Module) -> nn.Module:
 def operator_norm(layer: LINEAR, input_shape: Sequence[int]) -> float:
     """Largest singular value of a layer as a linear map of inputs (C, H, W), without its bias.
 
-    Linear layers and 1 x 1 convolutions without padding are matrices: exact. Of others it is the
-    largest value in the span of 50 iterates of the convolution and its transpose (Farnia et al. 2019,
-    arXiv 1811.07457; Lanczos 1950, J. Res. NBS 45), from below. Raises: ValueError for padding other
-    than by zeros, the same on both sides.
+    Exact for matrices (Linear, 1 x 1 without padding), else the largest in the span of 50 iterates
+    of the convolution and its transpose (Lanczos 1950, J. Res. NBS 45), from below.
 
     >>> blur = nn.Conv2d(1, 1, 3, padding=1, bias=False)
     >>> _ = nn.init.constant_(blur.weight, 1 / 9)
@@ -147,48 +139,45 @@ def operator_norm(layer: LINEAR, input_shape: Sequence[int]) -> float:
 
 
 def compare_norms(model: nn.Module, input_shape: Sequence[int]) -> pd.DataFrame:
-    """The kernel's norm beside the operator's, one row per Conv2d and Linear, at an image (C, H, W).
+    """The kernel's norm beside the operator's, a row per Conv2d and Linear, at an image (C, H, W).
 
-    Columns: layer, kind (its class), reshaped_norm (of the kernel as a matrix [out, in*kh*kw], what
-    spectral normalisation of kind "kernel" divides by), operator_norm (the truth), ratio of the second
-    to the first. Batch norms are not counted. The model is not changed.
+    Columns: layer, kind (its class), reshaped_norm (of the kernel as a matrix [out, in*kh*kw]: what
+    kind "kernel" divides by), operator_norm (the truth), ratio of the second to the first.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     >>> compare_norms(net, (1, 4, 4)).kind.tolist()
     ['Conv2d', 'Linear']
     """
-    rows = []
+    rows, names = [], {layer: name for name, layer in model.named_modules()}
     with evaluating(model):
-        for name, shape in _input_shapes(model, input_shape).items():
-            layer = model.get_submodule(name)
+        for layer, shape in _input_shapes(model, input_shape).items():
             matrix = layer.weight.detach().float().flatten(1)
             norms = torch.linalg.matrix_norm(matrix, ord=2).item(), operator_norm(layer, shape)
-            rows.append((name, type(layer).__name__, *norms))
+            rows.append((names[layer], type(layer).__name__, *norms))
     table = pd.DataFrame(rows, columns=["layer", "kind", "reshaped_norm", "operator_norm"])
     return table.assign(ratio=table.operator_norm / table.reshaped_norm)
 
 
-def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[nn.Module, tuple]:
     """What shape, without the batch, each Conv2d and Linear sees; the largest of several runs."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, LINEAR)}
+    layers, shapes = [module for module in model.modules() if isinstance(module, LINEAR)], {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen = tuple(inputs[0].shape[1:]) if inputs[0].ndim == 4 else (layer.in_features, 1, 1)
-        shapes[layers[layer]] = max(shapes.get(layers[layer], (0,)), seen, key=math.prod)
+        shapes[layer] = max(shapes.get(layer, (0,)), seen, key=math.prod)
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+            model(torch.zeros(1, *input_shape, device=layers[0].weight.device))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: shapes[name] for name in layers.values() if name in shapes}
+    return {layer: shapes[layer] for layer in layers if layer in shapes}
 
 
-# A geometry is [stride, padding, dilation, groups], as torch's convolutions take them; a linear layer
-# is a 1 x 1 convolution. A vector is one map [1, C, H, W], normalised group by group.
+# A geometry is [stride, padding, dilation, groups]; a linear layer is a 1 x 1 convolution; a vector
+# is one map [1, C, H, W], normalised group by group.
 
 
 def _geometry(layer: LINEAR) -> list:
@@ -241,15 +230,8 @@ class QuickInputGradient(TorchFunctionMode):
     """Context for a forward pass whose input gradient is differentiated again (gradient penalty).
 
     torch's own second derivative of a grouped convolution loops over the groups, up to 960 in
-    MobileNetV2; the same sums can be had from three ordinary convolutions. Inside, only the gradient
-    with respect to the input may be taken with create_graph=True.
-
-    >>> layer, x = nn.Conv2d(4, 4, 3, groups=4, bias=False), torch.rand(1, 4, 5, 5).requires_grad_()
-    >>> with QuickInputGradient():
-    ...     y = layer(x).square().sum()
-    >>> torch.autograd.grad(y, x, create_graph=True)[0].square().sum().backward()
-    >>> layer.weight.grad.shape
-    torch.Size([4, 1, 3, 3])
+    MobileNetV2; three ordinary convolutions give the same sums. Inside, only the gradient by the
+    input may be taken with create_graph=True.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -63,11 +63,11 @@ def read_weights(
     """State dict of a .pth, .bin or .safetensors file, and its name without the folder for the log.
 
     "imagenet" is the file that the environment variable `variable` names, else what `download`
-    gives (by default torchvision's MobileNetV2). Raises: FileNotFoundError; ValueError for a file of
+    gives (default: torchvision's MobileNetV2). Raises: FileNotFoundError; ValueError for a file of
     another kind; RuntimeError without internet.
     """
     if str(weights) == "imagenet" and not os.environ.get(variable):
-        return (download or _download)()
+        return (download or _imagenet)()
     path = Path(os.environ[variable] if str(weights) == "imagenet" else weights)
     if not path.is_file():
         fix = f"correct `weights=` or {variable}, or use weights=None"
@@ -82,22 +82,20 @@ def read_weights(
     return state, f"file {path.name}"
 
 
-def _download() -> tuple[dict[str, Tensor], str]:
+def load_weights(
+    backbone: nn.Module, state: dict[str, Tensor], origin: str, *, head: Sequence[str] = HEAD
+) -> None:
+    """Load all but a last layer that is absent or of another width; refuse any other difference."""
+    from_file = load_strictly(backbone, state, origin=origin, head=head)
+    last = "from the file" if from_file else "drawn anew"
+    log.info("%s: %s, last layer %s", type(backbone).__name__, origin, last)
+
+
+def _imagenet() -> tuple[dict[str, Tensor], str]:
     # The first recipe's weights: features trained without label smoothing usually transfer better.
     try:
         state = MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
-        fix = (
-            "switch the internet on, name a file by `weights=` or DLIA_WEIGHTS, or use weights=None"
-        )
+        fix = "switch the internet on, name a file by DLIA_WEIGHTS, or train with weights=None"
         raise RuntimeError(f"the ImageNet weights could not be downloaded: {fix}") from error
     return state, "torchvision ImageNet weights"
-
-
-def load_weights(
-    backbone: nn.Module, state: dict[str, Tensor], origin: str, *, head: Sequence[str] = HEAD
-) -> None:
-    """Load all but a last layer that is absent or of another width; refuse every other difference."""
-    from_file = load_strictly(backbone, state, origin=origin, head=head)
-    last = "from the file" if from_file else "drawn anew"
-    log.info("%s: %s, last layer %s", type(backbone).__name__, origin, last)

@@ -26,9 +26,8 @@ def backbone(
 ) -> PixelModel:
     """A network by its name, for images in [0, 1], with a last layer for `num_classes`.
 
-    name: "mobilenet_v2" or "resnet50_v2", which are the suite's; a classification model of
-    torchvision; else one of timm, where that is installed. pretrained: with its ImageNet weights and a
-    last layer drawn from `seed`; else all is drawn from `seed`.
+    name: "mobilenet_v2", "resnet50_v2" (the suite's), or one of torchvision's or, if installed,
+    timm's. pretrained: with ImageNet weights and a last layer drawn from `seed`.
     Raises: ValueError for an unknown name; RuntimeError for weights that cannot be had.
 
     >>> model = backbone("resnet18", num_classes=3).eval()
@@ -43,61 +42,48 @@ def backbone(
     options = {"arch": name, "num_classes": num_classes, "pretrained": pretrained, "seed": seed}
     known = torchvision.models.list_models(module=torchvision.models)
     if name in known:
-        return from_torchvision(**options)
-    timm = _timm()
+        return build("torchvision", **options)
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        timm = None
     if timm is not None and timm.is_model(name.split(".")[0]):  # after the dot: which weights
-        return from_timm(**options)
+        return build("timm", **options)
     known = {*OWN, *known, *(timm.list_models() if timm else [])}
     near = difflib.get_close_matches(name.lower(), sorted(known), n=4, cutoff=0.5)
     missing = "" if timm else "; timm, which knows more, is not installed (pip install timm)"
     raise ValueError(f"unknown network {name!r}; near: {', '.join(near) or 'none'}{missing}")
 
 
-def _timm():
-    try:
-        return importlib.import_module("timm")
-    except ImportError:
-        return None
-
-
-def from_torchvision(
-    *, arch: str, num_classes: int = 2, pretrained: bool = False, seed: int = 0
+def build(
+    source: str, *, arch: str, num_classes: int = 2, pretrained: bool = False, seed: int = 0
 ) -> PixelModel:
-    """`backbone` for a name of torchvision: what the recipe of such a model is made of."""
-    build, options = torchvision.models.get_model_builder(arch), OPTIONS.get(arch, {})
+    """`backbone` for a name of "torchvision" or "timm": what their recipes are made of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not pretrained:
-            network = build(weights=None, num_classes=num_classes, **options)
+        if source == "timm":
+            advice = "begin from random weights with pretrained=False"
+            network = timm_model(arch, advice, pretrained=pretrained, num_classes=num_classes)
         else:
-            weights = torchvision.models.get_model_weights(arch).DEFAULT
-            try:
-                network = build(weights=weights, progress=False, **options)
-            except OSError as error:
-                place = f"put {weights.url} into `checkpoints` of torch.hub.get_dir()"
-                fix = f"switch the internet on, {place}, or use pretrained=False"
-                raise RuntimeError(
-                    f"the weights of {arch} could not be downloaded: {fix}"
-                ) from error
-            last = last_linear(trace(network))
-            features = network.get_submodule(last).in_features
-            network.set_submodule(last, nn.Linear(features, num_classes))
-    return _finished(network, "torchvision", arch, num_classes)
-
-
-def from_timm(
-    *, arch: str, num_classes: int = 2, pretrained: bool = False, seed: int = 0
-) -> PixelModel:
-    """`backbone` for a name of timm: what the recipe of such a model is made of."""
-    advice = "begin from random weights with pretrained=False"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = timm_model(arch, advice, pretrained=pretrained, num_classes=num_classes)
-    return _finished(network, "timm", arch, num_classes)
-
-
-def _finished(network: nn.Module, source: str, arch: str, num_classes: int) -> PixelModel:
+            network = _torchvision(arch, num_classes, pretrained)
     trained = getattr(network, "pretrained_cfg", {})  # timm's: what the network was trained with
     mean, std = trained.get("mean", IMAGENET_MEAN), trained.get("std", IMAGENET_STD)
     recipe = {"name": source, "arch": arch, "num_classes": num_classes}
     return wrap(network, mean=mean, std=std, recipe=recipe)
+
+
+def _torchvision(arch: str, num_classes: int, pretrained: bool) -> nn.Module:
+    make, options = torchvision.models.get_model_builder(arch), OPTIONS.get(arch, {})
+    if not pretrained:
+        return make(weights=None, num_classes=num_classes, **options)
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    try:
+        network = make(weights=weights, progress=False, **options)
+    except OSError as error:
+        place = f"put {weights.url} into `checkpoints` of torch.hub.get_dir()"
+        fix = f"switch the internet on, {place}, or use pretrained=False"
+        raise RuntimeError(f"the weights of {arch} could not be downloaded: {fix}") from error
+    last = last_linear(trace(network))
+    features = network.get_submodule(last).in_features
+    network.set_submodule(last, nn.Linear(features, num_classes))
+    return network

@@ -22,13 +22,8 @@ WRAPPING = "models.wrap(net, mean=, std=)"
 class PixelModel(nn.Module):
     """A classifier that takes images in [0, 1], grey or colour, and normalises them itself.
 
-    Args: `backbone` maps normalised [B, C, H, W] to logits [B, K]; `mean`, `std`: one per channel;
-    `recipe`: what `models.create` needs to build it; `checked`: values outside [0, 1] are refused.
-    Shapes: [B, 1, H, W] (repeated to C channels) or [B, C, H, W] -> [B, K].
-
-    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    >>> PixelModel(net, mean=[0.5] * 3, std=[0.25] * 3)(torch.rand(5, 1, 4, 4)).shape
-    torch.Size([5, 2])
+    `mean`, `std`: one per channel; `recipe`: what `models.create` takes; `checked`: values outside
+    [0, 1] are refused. Shapes: [B, 1, H, W] (repeated) or [B, C, H, W] -> logits [B, K].
     """
 
     def __init__(
@@ -40,7 +35,7 @@ class PixelModel(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Pixels [B, 1 or C, H, W] in [0, 1] -> normalised [B, C, H, W]; one channel is repeated."""
+        """Pixels [B, 1 or C, H, W] in [0, 1] -> normalised [B, C, H, W]; grey is repeated."""
         channels = self.mean.shape[1]
         if x.ndim != 4 or x.shape[1] not in (1, channels):
             colour = f" or [B, {channels}, H, W]" if channels > 1 else ""
@@ -54,7 +49,7 @@ class PixelModel(nn.Module):
 
 
 class FeatureModel(PixelModel):
-    """A `PixelModel` whose backbone tells features from the head, whose name is `backbone.HEAD`."""
+    """A `PixelModel` whose backbone tells features from the head, the layer `backbone.HEAD`."""
 
     @property
     def head(self) -> nn.Module:
@@ -79,10 +74,10 @@ def check_pixels(x: Tensor) -> None:
 def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> PixelModel:
     """Your own network as a model of the suite: images in [0, 1] go in, normalised inside.
 
-    mean, std: what it was trained with, for pixels in [0, 1], one number or one per channel; neither:
-    it takes [0, 1] itself. recipe: what `models.create` needs; without one give `models.load` a function.
+    mean, std: what it was trained with, for pixels in [0, 1], a number or one per channel; neither:
+    it takes [0, 1] itself. recipe: what `models.create` needs to build it again.
     Shapes: [B, 1 or C, H, W] -> what `net` returns; C is what the first convolution reads.
-    Raises: TypeError for no nn.Module; ValueError for a wrapped model, numbers that cannot be these.
+    Raises: TypeError, ValueError for what is no bare network, and numbers that cannot be these.
 
     >>> net, x = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()), torch.rand(2, 1, 8, 8)
     >>> model = wrap(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -124,10 +119,6 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequenc
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError("images must be floats [N, C, H, W] in [0, 1]; of uint8: x.float() / 255")
     check_pixels(images)
-    place = next((p.device for p in model.parameters()), images.device)
-    if place != images.device:
-        fix = f"model.to({str(images.device)!r})"
-        raise ValueError(f"the model is on {place} but the images on {images.device}: {fix}")
     try:
         with evaluating(model), torch.no_grad():
             output = model(images[:2].clone())
@@ -167,9 +158,6 @@ class TwoLogits(nn.Module):
     """`model` with one column per class: a scalar logit z becomes [-z, z]. Its input is copied.
 
     half: [-z / 2, z / 2], whose softmax gives class 1 the probability sigmoid(z).
-
-    >>> TwoLogits(nn.Flatten(), half=True)(torch.tensor([[3.0]]))
-    tensor([[-1.5000,  1.5000]])
     """
 
     def __init__(self, model: nn.Module, *, half: bool = False) -> None:
@@ -194,10 +182,10 @@ def two_logits(output: Tensor) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """A network of normalised images: `features` [B, 3, H, W] -> [B, C], then the head named `HEAD`.
+    """A network of normalised images: `features` [B, 3, H, W] -> [B, C], then the layer `HEAD`.
 
-    `BLOCK`: the class of its blocks, what transfer learning freezes one by one; `MAP`: the layer of the
-    last map, "" the last block. Submodules are registered in the order of the forward pass.
+    `BLOCK`: the class of its blocks, which transfer learning freezes one by one; `MAP`: the layer
+    of the last map, "" the last block. Submodules are registered in the order of the forward pass.
     """
 
     HEAD = "fc"
@@ -206,6 +194,13 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self, self.HEAD)(self.features(x))
+
+
+def group(block: type, inputs: int, outputs: int, depth: int, stride: int, **options):
+    """A chain of `depth` blocks of one width; only the first may stride."""
+    blocks = [block(inputs, outputs, stride, first=True, **options)]
+    blocks += [block(outputs, outputs, 1, first=False, **options) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)
 
 
 def scaled(channels: int, width: float) -> int:
@@ -242,7 +237,7 @@ def load_strictly(
 
 
 def fast_copy(model: nn.Module) -> nn.Module:
-    """A frozen eval-mode copy, channels last, each batch norm folded into the convolution before it.
+    """A frozen eval-mode copy, channels last, batch norms folded into the convolutions before them.
 
     Same logits (to 1e-4) and input gradients in less time and memory. Of a model with a `.backbone`
     that part is folded. What torch.fx cannot trace is copied unfolded, with a warning.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .mobilenet import load_weights, read_weights
-from .pixel import Backbone, PixelModel, scaled
+from .pixel import Backbone, PixelModel, group, scaled
 
 TIMM_NAME = "resnetv2_50.a1h_in1k"
 TIMM_MEAN = TIMM_STD = (0.5, 0.5, 0.5)  # what those weights were trained with
@@ -59,11 +59,10 @@ class PreActResNet(Backbone):
         conv = nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False)
         self.stem = nn.Sequential(OrderedDict(conv=conv, pool=nn.MaxPool2d(3, 2, padding=1)))
         self.stages = nn.Sequential()
-        for k, (inputs, outputs) in enumerate(zip(channels, channels[1:], strict=False)):
-            blocks = [PreActBottleneck(inputs, outputs, 1 if k == 0 else 2, first=True)]
-            for _ in range(depths[k] - 1):
-                blocks.append(PreActBottleneck(outputs, outputs, 1, first=False))
-            self.stages.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks))))
+        for k, depth in enumerate(depths):
+            sides, stride = channels[k : k + 2], 1 if k == 0 else 2
+            blocks = group(PreActBottleneck, *sides, depth, stride)
+            self.stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
         self.norm = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
         self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels[-1], num_classes)))
@@ -83,10 +82,9 @@ def resnet50_v2(
 ) -> PixelModel:
     """Pre-activation ResNet-50 (He et al. 2016, arXiv 1603.05027), [B, 1 or 3, H, W] in [0, 1].
 
-    weights: None (random, drawn from `seed`); a file with the keys of timm's resnetv2_50, the variant
-    with batch norm; or "imagenet": the file that DLIA_RESNETV2_WEIGHTS names, else timm's download.
-    A last layer that does not fit is drawn from `seed`; see `read_weights`, `load_weights`. As in
-    timm, a block strides in its 3 x 3 convolution. Public files have width 1 and these depths.
+    weights: None (random, drawn from `seed`); a file with the keys of timm's resnetv2_50 with batch
+    norm; or "imagenet": the file that DLIA_RESNETV2_WEIGHTS names, else timm's download. See
+    `read_weights`, `load_weights`. Public files have this width and these depths.
 
     >>> model = resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).eval()
     >>> model(torch.rand(2, 1, 64, 64)).shape
@@ -152,8 +150,7 @@ class CifarResNet(Backbone):
         super().__init__()
         channels = [scaled(c, width) for c in (64, 64, 128, 256, 512)]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.relu = nn.ReLU()
+        self.bn1, self.relu = nn.BatchNorm2d(channels[0]), nn.ReLU()
         for k, stride in enumerate((1, 2, 2, 2)):
             first = BasicBlock(channels[k], channels[k + 1], stride)
             stage = nn.Sequential(first, BasicBlock(channels[k + 1], channels[k + 1], 1))
@@ -169,13 +166,9 @@ class CifarResNet(Backbone):
 def resnet18_cifar(
     *, num_classes: int = 2, width: float = 1.0, mean: float = 0.5, std: float = 0.5, seed: int = 0
 ) -> PixelModel:
-    """ResNet-18 in the form for small images in [0, 1] (He et al. 2015, arXiv 1512.03385).
+    """ResNet-18 for small images in [0, 1] (He et al. 2015, arXiv 1512.03385): 32 px end as 4 x 4.
 
-    Stages `layer1` to `layer4` of two blocks; a 32 x 32 image ends as a 4 x 4 map. mean, std: what
-    pixels are normalised by, for all channels. Shapes: [B, 1 or 3, H, W] -> [B, num_classes].
-
-    >>> resnet18_cifar(width=1 / 8).eval()(torch.rand(2, 1, 28, 28)).shape
-    torch.Size([2, 2])
+    mean, std: of pixels in [0, 1], for all channels. [B, 1 or 3, H, W] -> [B, num_classes].
     """
     mean, std = float(mean), float(std)
     with torch.random.fork_rng(devices=[]):
@@ -187,7 +180,7 @@ def resnet18_cifar(
 
 
 def _initialise(network: nn.Module) -> None:
-    """The start of He et al. 2015 (arXiv 1502.01852): maps keep their variance through the ReLUs."""
+    """The start of He et al. 2015 (arXiv 1502.01852): maps keep their variance."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

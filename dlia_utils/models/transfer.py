@@ -1,7 +1,6 @@
 """Transfer learning: a trained body kept, frozen but for its last blocks, under a fresh head.
 
-A frozen part stays in eval mode whatever `train()` is called: else its batch norms would take over the
-statistics of the new images, and the body would drift although no weight is trained.
+A frozen part stays in eval mode whatever `train()` is called: else its batch norms would drift.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ OURS = (Backbone, MobileNetV2)  # networks whose blocks and last map are known
 
 
 class HeadOnBody(nn.Module):
-    """Body [B, 3, H, W] -> [B, C], then head -> [B, K]; what `live` does not name stays in eval mode."""
+    """Body [B, 3, H, W] -> [B, C], then head -> [B, K]; all but `live` stays in eval mode."""
 
     HEAD = "head"
 
@@ -58,13 +57,13 @@ def with_head(
     unfrozen: int | str = 0,
     seed: int = 0,
 ) -> TransferModel:
-    """A new model: a copy of `model`'s body, frozen but for its last blocks, and a head from `seed`.
+    """A new model: a copy of `model`'s body, frozen but for its last blocks, and a new head.
 
-    model: any of the suite's or a wrapped network; the body is all of it but its last layer (of a
-    transfer model, its head). head: "linear" (dropout, linear layer) or "mlp" (dropout, linear layer to
-    `hidden`, ReLU, batch norm, dropout, linear layer). unfrozen: see `unfreeze`. The gradient still
-    flows through the frozen part. Shapes: [B, 1 or 3, H, W] in [0, 1] -> [B, num_classes].
-    Raises: ValueError for an unknown head, or a network that does not end in an nn.Linear.
+    model: the body is all of it but its last layer (of a transfer model, its head). head, drawn by
+    `seed`: "linear", or "mlp" (to `hidden`, ReLU, batch norm, linear), both after dropout.
+    unfrozen: see `unfreeze`. The gradient still flows through the frozen part to the image.
+    Shapes: [B, 1 or 3, H, W] -> [B, num_classes]. Raises: ValueError for a network without a last
+    nn.Linear, another head.
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> model = with_head(mobilenet_v2(width=0.25), num_classes=3).train()
@@ -107,18 +106,18 @@ def _behind(model: PixelModel, network: nn.Module) -> TransferModel:
 
 
 def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
-    """Let the last `unfrozen` of `blocks(model)` train, or "all" of the body; freeze the rest. In place.
+    """Let the last `unfrozen` of `blocks(model)` train, or "all" of the body; freeze the rest.
 
-    What follows the last block (a final norm, a fully connected layer) trains with it, the stem only
-    with "all". A transformer has no blocks: 0 or "all". A trained head is kept. Make an optimiser after
-    this call. Raises: ValueError for another number.
+    In place. What follows the last block trains with it, the stem only with "all". A transformer
+    has no blocks: 0 or "all". Make an optimiser after this call. Raises: ValueError.
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> model = unfreeze(with_head(mobilenet_v2(width=0.25)), 1)
     >>> [name for name, p in model.named_parameters() if p.requires_grad][0]
     'backbone.body.features.18.0.weight'
     """
-    _check_kind(model)
+    if not isinstance(model, TransferModel):
+        raise ValueError(f"a model made by with_head is wanted, not a {type(model).__name__}")
     _, body, found = _network(model)
     parts, names = _parts(body, found)
     if unfrozen == "all":
@@ -138,27 +137,15 @@ def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
     return model.train(model.training)
 
 
-def _check_kind(model: nn.Module) -> None:
-    if not isinstance(model, TransferModel):
-        raise ValueError(f"a model made by with_head is wanted, not a {type(model).__name__}")
-
-
 def cached_features(
     model: TransferModel, dataset: Dataset, *, batch_size: int = 64, progress: bool = True
 ) -> TensorDataset:
     """The frozen body's features of all images, computed once: (feature [C], label), and the row.
 
-    dataset: yields (x [1 or 3, H, W] in [0, 1], y) or (x, y, row), without augmentation. A head is then
-    trained in seconds, `train.fit(model.head, objective, features, ...)`; the model holds that head
-    (`model.to(device)` brings both together again). Features of a MeanSparse body belong to its
-    statistics and alpha: set these before. Raises: ValueError if part of the body trains.
-
-    >>> from dlia_utils.models import mobilenet_v2
-    >>> data = TensorDataset(torch.rand(3, 1, 32, 32), torch.tensor([0, 1, 0]))
-    >>> cached_features(with_head(mobilenet_v2(width=0.25)), data, progress=False)[0][0].shape
-    torch.Size([1280])
+    dataset: yields (x [1 or 3, H, W] in [0, 1], y) or (x, y, row), without augmentation. Then
+    `train.fit(model.head, objective, features, ...)` trains the head, which the model holds.
+    Those of a MeanSparse body belong to its alpha. Raises: ValueError if part of the body trains.
     """
-    _check_kind(model)
     if any(parameter.requires_grad for parameter in model.backbone.body.parameters()):
         raise ValueError("part of the body trains, so its features change: unfreeze(model, 0)")
     body = _behind(model, model.backbone.body)
@@ -175,10 +162,9 @@ def cached_features(
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """Dotted names of the body's blocks, the first one first: what `unfreeze` counts from the end.
+    """Dotted names of the body's blocks, the first one first, each with an output [B, C, h, w].
 
-    The outputs are maps [B, C, h, w], so each is also a layer for Grad-CAM. Raises: ValueError for a
-    network without such blocks, such as a transformer.
+    Raises: ValueError for a network without such blocks, such as a transformer.
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> blocks(mobilenet_v2(width=0.25))[-2:]
@@ -195,8 +181,6 @@ def blocks(model: nn.Module) -> list[str]:
 def last_map_layer(model: nn.Module) -> str:
     """Dotted name of the layer whose output [B, C, h, w] is pooled for the head: Grad-CAM's layer.
 
-    Raises: ValueError for a network without such a layer, and for a transformer.
-
     >>> from dlia_utils.models import mobilenet_v2
     >>> last_map_layer(with_head(mobilenet_v2(width=0.25)))
     'backbone.body.features.18'
@@ -208,7 +192,7 @@ def last_map_layer(model: nn.Module) -> str:
 
 
 def _network(model: nn.Module) -> tuple[str, nn.Module, Call | None]:
-    """The network with the blocks in `model`, its names' prefix, its forward pass if it is unknown."""
+    """The network with the blocks in `model`, its names' prefix, its trace if it is unknown."""
     prefix, network = "", model
     if isinstance(getattr(model, "backbone", None), HeadOnBody):
         prefix, network = "backbone.body.", model.backbone.body
@@ -235,9 +219,8 @@ def _parts(network: nn.Module, found: Call | None) -> tuple[list[str], list[str]
         # What does not run itself, such as the last layer inside an attention, is with its parent.
         return order[name] if name in order else place(name.rpartition(".")[0])
 
-    own = [
-        name
-        for name, module in modules.items()
-        if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
-    ]
-    return sorted(own, key=place), block_names(found)
+    own = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    own |= {name for name, module in modules.items() if not any(module.children())}
+    return sorted(own, key=lambda name: (place(name), list(modules).index(name))), block_names(
+        found
+    )

@@ -1,7 +1,7 @@
 """MeanSparse (Amini et al. 2024, arXiv 2406.05927): features close to their channel mean become it.
 
-Its exact gradient is zero there, which hides directions from an attack: report the worse of the exact
-attack and the one inside `straight_through`. `attacks.alpha.select_alpha` sets it up for new images.
+Its exact gradient is zero there, which hides directions from an attack: report the worse of the
+exact attack and the one inside `straight_through`. `attacks.alpha.select_alpha` sets alpha.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ ALPHAS = tuple(round(0.05 * step, 2) for step in range(11))  # the authors' grid
 class MeanSparse(nn.Module):
     """y = mean where |x - mean| < alpha * std per channel, else x; [B, C, H, W] -> the same.
 
-    The buffers bear the names of the public checkpoints: `threshold` is alpha (0: identity), the last
-    two are kept for the file format only.
+    Buffers as in the public checkpoints: `threshold` is alpha (0: identity), the last two unused.
 
     >>> operator = set_alpha(MeanSparse(1), 0.5)  # mean 0, variance 1
     >>> operator(torch.tensor([-0.6, 0.4, 0.5]).view(1, 1, 1, 3)).flatten()
@@ -32,10 +31,11 @@ class MeanSparse(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        start = {"running_mean": torch.zeros(channels), "running_var": torch.ones(channels)}
-        start |= {"threshold": torch.tensor(0.0), "flag_update_statistics": torch.tensor(0)}
-        for name, value in (start | {"batch_num": torch.tensor(0.0)}).items():
-            self.register_buffer(name, value)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("flag_update_statistics", torch.tensor(0))
+        self.register_buffer("batch_num", torch.tensor(0.0))
         self.straight_through = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def operators(model: nn.Module) -> list[MeanSparse]:
 
 
 def set_alpha(model: nn.Module, alpha: float) -> nn.Module:
-    """Set the width of every dead zone, in standard deviations, in place; 0 switches MeanSparse off."""
+    """Set the width of every dead zone, in standard deviations, in place; 0 switches it off."""
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
     for operator in operators(model):
@@ -66,14 +66,7 @@ def set_alpha(model: nn.Module, alpha: float) -> nn.Module:
 
 @contextmanager
 def straight_through(model: nn.Module) -> Iterator[nn.Module]:
-    """Context: the backward pass takes each operator for the identity (BPDA, arXiv 1802.00420).
-
-    >>> model = set_alpha(nn.Sequential(MeanSparse(1)), 1.0)
-    >>> x = torch.zeros(1, 1, 1, 1, requires_grad=True)
-    >>> with straight_through(model):
-    ...     torch.autograd.grad(model(x).sum(), x)[0].item()
-    1.0
-    """
+    """Context: the backward pass takes each operator for the identity (BPDA, arXiv 1802.00420)."""
     before = {operator: operator.straight_through for operator in operators(model)}
     try:
         for operator in before:
@@ -88,12 +81,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Modu
     """Replace mean and variance of every MeanSparse operator by those of `batches`, in place.
 
     `batches`: training images [B, 1 or 3, H, W] in [0, 1], for one pass in eval mode with alpha 0.
-    Raises: ValueError without operators or images, or if a statistic is not finite; nothing changes.
-
-    >>> x = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
-    >>> operator = recompute_statistics(MeanSparse(1), [x])
-    >>> operator.running_mean, operator.running_var
-    (tensor([0.5000]), tensor([0.2500]))
+    Raises: ValueError without operators or images, or for a statistic that is not finite.
     """
     found, count = operators(model), 0
     alphas = [operator.threshold.clone() for operator in found]

@@ -1,7 +1,7 @@
-"""The wide ResNets of the robust models (arXiv 1605.07146), with the module names of their public files.
+"""The wide ResNets of the robust models (arXiv 1605.07146), with their public files' module names.
 
-They take normalised images [B, 3, H, W] of any size: the published 8 x 8 pooling is the mean over the
-map. No module runs twice or in place, so that hooks of explanation methods see what they expect.
+They take normalised images [B, 3, H, W] of any size: the published 8 x 8 pooling is the mean over
+the map. No module runs twice or in place, so that hooks of heat maps see what they expect.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from ..pixel import Backbone, scaled
+from ..pixel import Backbone, group, scaled
 from .meansparse import MeanSparse
 
 
-def group(
-    block: type[nn.Module], inputs: int, outputs: int, depth: int, stride: int, **options: bool
-) -> nn.Sequential:
-    """`depth` blocks of one width; only the first may stride."""
-    blocks = [block(inputs, outputs, stride, first=True, **options)]
-    blocks += [block(outputs, outputs, 1, first=False, **options) for _ in range(depth - 1)]
-    return nn.Sequential(*blocks)
+def _conv(inputs: int, outputs: int, stride: int = 1, padding: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding, bias=False)
 
 
 class TradesBlock(nn.Module):
@@ -31,9 +26,9 @@ class TradesBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, *, first: bool) -> None:
         super().__init__()
         self.bn1, self.relu1 = nn.BatchNorm2d(inputs), nn.ReLU()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv1 = _conv(inputs, outputs, stride)
         self.bn2, self.relu2 = nn.BatchNorm2d(outputs), nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = _conv(outputs, outputs)
         self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,47 +38,38 @@ class TradesBlock(nn.Module):
 
 
 class TradesWideResNet(Backbone):
-    """Wide ResNet with ReLU and symmetric padding, as in the code of TRADES (arXiv 1901.08573)."""
+    """Wide ResNet with ReLU and symmetric padding, as in the code of TRADES (arXiv 1901.08573).
+
+    huang: with the names of WRN-34-R (Huang et al. 2021, arXiv 2110.03825), a narrow last stage.
+    """
 
     MAP = "relu"
     BLOCK = TradesBlock
 
-    def __init__(self, num_classes: int, width: float, *, depth: int, factor: int) -> None:
+    def __init__(
+        self, num_classes: int, width: float, *, widths: tuple, depth: int, huang: bool = False
+    ) -> None:
         super().__init__()
-        channels = [scaled(c, width) for c in (16, 16 * factor, 32 * factor, 64 * factor)]
-        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        channels = [scaled(c, width) for c in (16, *widths)]
+        self.add_module("stem_conv" if huang else "conv1", _conv(3, channels[0]))
+        groups = []
         for k, stride in enumerate((1, 2, 2)):
-            layer = group(TradesBlock, channels[k], channels[k + 1], (depth - 4) // 6, stride)
-            self.add_module(f"block{k + 1}", nn.Sequential(OrderedDict(layer=layer)))
+            layer = group(TradesBlock, channels[k], channels[k + 1], depth, stride)
+            groups.append(nn.Sequential(OrderedDict(layer=layer)))
+        if huang:
+            self.blocks = nn.Sequential(*groups)
+        else:
+            self.block1, self.block2, self.block3 = groups
         self.bn1 = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
         self.fc = nn.Linear(channels[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        if hasattr(self, "blocks"):
+            x = self.blocks(self.stem_conv(x))
+        else:
+            x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.relu(self.bn1(x)).mean(dim=(2, 3))
-
-
-class HuangWideResNet(Backbone):
-    """Wide ResNet 34-R of Huang et al. 2021 (arXiv 2110.03825): a last stage of less capacity."""
-
-    MAP = "relu"
-    BLOCK = TradesBlock
-
-    def __init__(self, num_classes: int, width: float) -> None:
-        super().__init__()
-        channels = [scaled(c, width) for c in (16, 320, 640, 512)]
-        self.stem_conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.blocks = nn.Sequential()
-        for k, stride in enumerate((1, 2, 2)):
-            layer = group(TradesBlock, channels[k], channels[k + 1], 5, stride)
-            self.blocks.append(nn.Sequential(OrderedDict(layer=layer)))
-        self.bn1 = nn.BatchNorm2d(channels[-1])
-        self.relu = nn.ReLU()
-        self.fc = nn.Linear(channels[-1], num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.blocks(self.stem_conv(x)))).mean(dim=(2, 3))
 
 
 class DeepMindBlock(nn.Module):
@@ -100,12 +86,10 @@ class DeepMindBlock(nn.Module):
         momentum = 0.01 if squeeze else 0.1
         operator = MeanSparse if sparse else nn.Identity
         self.stride = stride
-        self.batchnorm_0 = nn.BatchNorm2d(inputs, momentum=momentum)
-        self.relu_0 = nn.SiLU()
-        self.conv_0 = nn.Conv2d(inputs, outputs, 3, stride, padding=2 - stride, bias=False)
-        self.batchnorm_1 = nn.BatchNorm2d(outputs, momentum=momentum)
-        self.relu_1 = nn.SiLU()
-        self.conv_1 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.batchnorm_0, self.relu_0 = nn.BatchNorm2d(inputs, momentum=momentum), nn.SiLU()
+        self.conv_0 = _conv(inputs, outputs, stride, 2 - stride)
+        self.batchnorm_1, self.relu_1 = nn.BatchNorm2d(outputs, momentum=momentum), nn.SiLU()
+        self.conv_1 = _conv(outputs, outputs)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if first else None
         self.se = SqueezeExcitation(outputs, max(1, round(outputs / 4))) if squeeze else None
         self.meansparse_0, self.meansparse_1 = operator(inputs), operator(outputs)
@@ -140,7 +124,7 @@ class DeepMindWideResNet(Backbone):
     ) -> None:
         super().__init__()
         channels = [scaled(c, width) for c in widths]
-        self.init_conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.init_conv = _conv(3, channels[0])
         self.layer = nn.Sequential()
         for k, stride in enumerate((1, 2, 2)):
             sides = channels[k], channels[k + 1]

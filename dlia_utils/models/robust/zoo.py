@@ -17,20 +17,22 @@ from torch import Tensor
 from ...data.sources import cache_root
 from ...files import atomic_path
 from ..pixel import FeatureModel, load_strictly
-from .nets import DeepMindWideResNet, HuangWideResNet, TradesWideResNet
+from .nets import DeepMindWideResNet, TradesWideResNet
 
 RAW = ((0.0,) * 3, (1.0,) * 3)
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+TRADES = partial(TradesWideResNet, widths=(160, 320, 640), depth=4)
+HUANG = partial(TradesWideResNet, widths=(320, 640, 512), depth=5, huang=True)
 WIDE = partial(DeepMindWideResNet, widths=(16, 160, 320, 640), depths=(5, 5, 5))
 WIDER = partial(DeepMindWideResNet, widths=(16, 256, 512, 1024))
 RA = partial(DeepMindWideResNet, widths=(96, 216, 432, 864), depths=(30, 31, 10), squeeze=True)
 NETWORKS = {  # what builds the network, and what it normalises by
-    "chen2024_wrn_34_20": (partial(TradesWideResNet, depth=34, factor=20), RAW),
-    "gairat_wrn_28_10": (partial(TradesWideResNet, depth=28, factor=10), RAW),
-    "huang2021_wrn_34_r": (HuangWideResNet, RAW),
+    "chen2024_wrn_34_20": (partial(TRADES, widths=(320, 640, 1280), depth=5), RAW),
+    "gairat_wrn_28_10": (TRADES, RAW),
+    "huang2021_wrn_34_r": (HUANG, RAW),
     "hat_wrn_34_10": (WIDE, CIFAR),
     "rebuffi2021_wrn_70_16": (partial(WIDER, depths=(11, 11, 11)), CIFAR),
-    "standard_wrn_28_10": (partial(TradesWideResNet, depth=28, factor=10), RAW),
+    "standard_wrn_28_10": (TRADES, RAW),
     "meansparse_wrn_94_16": (partial(WIDER, depths=(15, 15, 15), sparse=True), CIFAR),
     "ra_wrn_70_16": (RA, CIFAR),
 }
@@ -93,10 +95,10 @@ def create(
 ) -> RobustModel:
     """Build a robust model by name, for images of any size, [B, 1 or 3, H, W] in [0, 1].
 
-    pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, or "public",
-    which downloads it. All but the head is loaded strictly; the head is the file's if it has
-    `num_classes`, else drawn from `seed`. width: of every channel count; public files have 1.
-    Raises: ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError (download).
+    pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, or
+    "public", which downloads it. All but the head is loaded strictly; the head is the file's if it
+    has `num_classes`, else drawn from `seed`. width: of every channel count; public files have 1.
+    Raises: ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError.
 
     >>> create("hat_wrn_34_10", width=1 / 16).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
@@ -136,11 +138,10 @@ def download(name: str) -> Path:
             return target
         except OSError as error:
             failures.append(f"{url} ({type(error).__name__}: {error})")
-    raise RuntimeError(
-        f"the checkpoint of {name} could not be downloaded; tried {'; '.join(failures)}. Switch the "
-        "internet on (Google Drive also refuses files that were fetched too often: wait, or fetch it "
-        "in a browser), then pass the file's path as pretrained="
-    )
+    reasons = f"the checkpoint of {name} could not be downloaded; tried {'; '.join(failures)}"
+    advice = "Google Drive also refuses files that were fetched too often: wait, or use a browser"
+    fix = "switch the internet on, or pass the path of the file as pretrained="
+    raise RuntimeError(f"{reasons}: {fix} ({advice})")
 
 
 def _load(model: RobustModel, path: Path, name: str) -> str:
@@ -167,9 +168,9 @@ def _load(model: RobustModel, path: Path, name: str) -> str:
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     if all(bool((norm.running_var == 1).all()) for norm in norms):
         raise ValueError(f"{origin}: every batch norm's variance is 1: weights never trained")
+    entries, last = len(own) - len(head), "from the file" if from_file else "drawn anew"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    entries, last = len(own) - len(head), "from the file" if from_file else "drawn anew"
     what = f"{origin} ({size:.1f} MB, sha256 {digest})"
     return f"{what}: {entries} of {entries} entries; head {last}"
 
@@ -184,9 +185,8 @@ def _weights(path: Path, model: RobustModel) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        fix = "fetch it again; if you trust it, re-save the weights alone: torch.save(state_dict, path)"
-        reason = f"{path.name} is damaged, or no checkpoint that weights_only=True reads"
-        raise ValueError(f"{reason}: {fix}") from error
+        reason = f"{path.name} is damaged, or holds more than weights_only=True reads"
+        raise ValueError(f"{reason}: fetch it again, or save its weights alone") from error
     for key in ("state_dict", "model_state", "model_state_dict", "last"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
@@ -198,7 +198,5 @@ def _weights(path: Path, model: RobustModel) -> dict[str, Tensor]:
     for key, ours in owned.items():
         theirs = content.pop(key, ours)
         if not np.allclose(theirs.flatten(), ours.flatten(), atol=1e-3):
-            raise ValueError(
-                f"{path.name} normalises by {key} {theirs.flatten().tolist()}: not ours"
-            )
+            raise ValueError(f"{path.name} normalises by {key} {theirs.flatten().tolist()}")
     return dict(content)
