@@ -1,7 +1,6 @@
-"""The networks trained from scratch and the pre-activation ResNet: structure, public keys, weights, summary."""
+"""The CNN, the two ResNets and the table of layers: structure, public keys, weights."""
 
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -19,69 +18,39 @@ def tiny_resnet(**options) -> models.PixelModel:
     return models.resnet50_v2(width=1 / 16, depths=(1, 2, 1, 1), **options)
 
 
+def kept(model: nn.Module) -> dict:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def randomised(model: nn.Module) -> nn.Module:
+    """In eval mode, with batch norms as after training, so that they do something."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if hasattr(module, "running_var"):
             module.running_mean.uniform_(-0.3, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 2.0, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.uniform_(module.bias, -0.3, 0.3, generator=generator)
     return model.eval()
 
 
-# ------------------------------------------------------------------ the CNN
-
-
 def test_the_cnn_computes_its_layers_one_after_the_other():
-    model = randomised(
-        models.cnn(channels=(4, 6), hidden=5, kernel=5, mean=0.4, std=0.2, num_classes=3)
-    )
+    options = dict(channels=(4, 6), hidden=5, kernel=5, mean=0.4, std=0.2, num_classes=3)
+    model = randomised(models.cnn(**options, dropout=0.3))
     x = torch.rand(2, 1, 21, 32)
     h = ((x - 0.4) / 0.2).expand(-1, 3, -1, -1)
     for block in model.backbone.blocks:
         h = F.max_pool2d(F.relu(block.norm(F.conv2d(h, block.conv.weight, padding=2))), 2)
     h = F.relu(model.backbone.hidden(F.adaptive_avg_pool2d(h, 4).flatten(1)))
     torch.testing.assert_close(model(x), model.backbone.fc(h))
-    assert model.backbone.hidden.in_features == 6 * 16
-
-
-def test_dropout_batch_norm_and_default_widths_are_as_asked():
-    model = models.cnn()
-    assert [block.conv.out_channels for block in model.backbone.blocks] == [32, 64, 128]
-    assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.25] * 3
-    assert model.backbone.dropout.p == 0.5
-    norms = [
-        m
-        for m in models.cnn(batch_norm=False, dropout=0.1).modules()
-        if isinstance(m, nn.BatchNorm2d)
-    ]
-    assert not norms
-    x = torch.rand(2, 1, 16, 16)
-    model.train()
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"channels": ()}, "channels"),
-        ({"channels": (8, 0)}, "channels"),
-        ({"kernel": 4}, "kernel must be odd"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"std": 0.0}, "std must be positive"),
-        ({"num_classes": 0}, "num_classes"),
-    ],
-)
-def test_a_cnn_that_makes_no_sense_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        models.cnn(**options)
+    assert model.backbone.dropout.p == 0.3 and model.backbone.hidden.in_features == 6 * 16
+    with pytest.raises(ValueError, match="channels"):
+        models.cnn(channels=())
 
 
 @pytest.mark.parametrize(
@@ -101,65 +70,33 @@ def test_seed_file_and_folded_copy(create, size, tmp_path):
     model, x = randomised(create(num_classes=3)), torch.rand(2, 1, size, size)
     again = models.load(models.save(model, tmp_path / "model.pt", meta={}))
     assert again.recipe == model.recipe and torch.equal(again(x), model(x))
-    folded = fast_copy(model)
-    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
-    assert (
-        type(folded.backbone).__name__ == "GraphModule" or "fx" in type(folded.backbone).__module__
-    )
-    before, after = (
-        sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, folded)
-    )
-    assert after < before or not before
+    torch.testing.assert_close(fast_copy(model)(x), model(x), rtol=1e-4, atol=1e-4)
     assert not any(getattr(module, "inplace", False) for module in model.modules())
-    runs = Counter()
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda *_, name=name: runs.update([name]))
-    model(x)
-    assert set(runs.values()) == {1}
-
-
-# ------------------------------------------------------------------ summary
+    leaves = models.summary(model, size).layer[:-1]
+    assert leaves.is_unique  # every module runs once, as hooks of heat maps expect
 
 
 def test_the_summary_has_a_row_per_layer_and_the_whole_number_of_parameters():
     model = models.with_head(models.cnn(channels=(4, 8), hidden=8), num_classes=3).train()
     table = models.summary(model, (16, 24))
-    assert table.columns.tolist() == ["layer", "kind", "output", "parameters", "trainable"]
-    kinds = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 2 + [
-        "Linear",
-        "ReLU",
-        "Dropout",
-        "Identity",
-    ]
-    assert table.kind.tolist() == [*kinds, "Dropout", "Linear", "total"]
-    first = table.iloc[0]
+    block, end = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"], ["Linear", "ReLU", "Dropout"]
+    assert table.kind.tolist() == [*block * 2, *end, "Identity", "Dropout", "Linear", "total"]
+    first, total = table.iloc[0], table.iloc[-1]
     assert first.layer == "backbone.body.blocks.0.conv" and first.output == "[1, 4, 16, 24]"
     assert first.parameters == 4 * 3 * 9 and first.trainable == 0
-    total = table.iloc[-1]
-    assert (
-        total.parameters
-        == table.parameters[:-1].sum()
-        == sum(p.numel() for p in model.parameters())
-    )
+    assert total.parameters == table.parameters[:-1].sum()
+    assert total.parameters == sum(p.numel() for p in model.parameters())
     assert total.trainable == 8 * 3 + 3 == table.trainable[:-1].sum()
     assert model.training and not model.backbone.body.training
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_layer_that_runs_twice_is_shown_twice_and_counted_once():
-    layer = nn.Linear(16, 16)
+    layer = nn.Linear(16, 16)  # runs twice: shown twice and counted once
     table = models.summary(nn.Sequential(nn.Flatten(), layer, layer), 4)
     assert table.parameters.tolist() == [0, 272, 0, 272]
 
 
-# ------------------------------------------------------------------ ResNet-50 V2
-
-
 def norm(key: str, channels: int) -> dict:
-    per_channel = {
-        f"{key}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")
-    }
-    return per_channel | {f"{key}.num_batches_tracked": ()}
+    parts = ("weight", "bias", "running_mean", "running_var")
+    return {f"{key}.{part}": (channels,) for part in parts} | {f"{key}.num_batches_tracked": ()}
 
 
 def published_keys() -> dict:
@@ -169,50 +106,39 @@ def published_keys() -> dict:
         keys |= {f"stages.{s}.blocks.0.downsample.conv.weight": (outputs, inputs, 1, 1)}
         for b in range(depth):
             block, inner = f"stages.{s}.blocks.{b}", outputs // 4
-            keys |= (
-                norm(f"{block}.norm1", inputs)
-                | norm(f"{block}.norm2", inner)
-                | norm(f"{block}.norm3", inner)
-            )
+            for number, channels in enumerate((inputs, inner, inner), start=1):
+                keys |= norm(f"{block}.norm{number}", channels)
             keys |= {f"{block}.conv1.weight": (inner, inputs, 1, 1)}
             keys |= {f"{block}.conv2.weight": (inner, inner, 3, 3)}
             keys |= {f"{block}.conv3.weight": (outputs, inner, 1, 1)}
             inputs = outputs
-    return (
-        keys | norm("norm", 2048) | {"head.fc.weight": (1000, 2048, 1, 1), "head.fc.bias": (1000,)}
-    )
+    return keys | norm("norm", 2048) | {"head.fc.weight": (1000, 2048), "head.fc.bias": (1000,)}
 
 
-def test_the_keys_shapes_and_parameters_are_timms():
+def test_the_keys_shapes_and_parameters_are_timms_and_those_of_every_cifar_table():
     with torch.device("meta"):
-        network = PreActResNet(1000, 1.0, (3, 4, 6, 3))
-    ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    assert ours == published_keys() | {"head.fc.weight": (1000, 2048)}
-    assert len(ours) == 300 and sum(p.numel() for p in network.parameters()) == 25_549_352
-    assert network.stages(network.stem(torch.empty(1, 3, 224, 224, device="meta"))).shape == (
-        1,
-        2048,
-        7,
-        7,
+        network, small = PreActResNet(1000, 1.0, (3, 4, 6, 3)), CifarResNet(10, 1.0)
+        maps = network.stages(network.stem(torch.empty(1, 3, 224, 224)))
+        ends = small.layer4(small.layer3(small.layer2(torch.empty(1, 64, 32, 32))))
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == (
+        published_keys()
     )
+    assert sum(p.numel() for p in network.parameters()) == 25_549_352
+    assert sum(p.numel() for p in small.parameters()) == 11_173_962
+    assert maps.shape == (1, 2048, 7, 7) and ends.shape == (1, 512, 4, 4)
 
 
-def test_a_block_activates_first_and_strides_in_its_second_convolution():
+def test_the_blocks_compute_what_their_papers_draw():
     block = randomised(PreActBottleneck(8, 16, 2, first=True))
     x = torch.rand(2, 8, 9, 9) - 0.5
     a = F.relu(block.norm1(x))
-    h = F.conv2d(
-        F.relu(block.norm2(F.conv2d(a, block.conv1.weight))),
-        block.conv2.weight,
-        stride=2,
-        padding=1,
-    )
+    h = F.relu(block.norm2(F.conv2d(a, block.conv1.weight)))
+    h = F.conv2d(h, block.conv2.weight, stride=2, padding=1)  # as in timm
     h = F.conv2d(F.relu(block.norm3(h)), block.conv3.weight)
     torch.testing.assert_close(block(x), F.conv2d(a, block.downsample.conv.weight, stride=2) + h)
-    block = randomised(PreActBottleneck(16, 16, 1, first=False))
-    nn.init.zeros_(block.conv3.weight)
-    x = torch.rand(2, 16, 5, 5)
-    assert torch.equal(block(x), x)
+    block = randomised(models.resnet18_cifar(width=1 / 8)).backbone.layer2[0]
+    h = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(block(x), F.relu(block.downsample(x) + h))
 
 
 def public_file(classes: int = 1000) -> dict:
@@ -233,86 +159,37 @@ def test_a_public_file_gives_the_body_and_the_seed_the_head(kind, tmp_path, monk
     own = model.backbone.state_dict()
     assert all(torch.equal(own[key], state[key]) for key in own if not key.startswith("head."))
     assert torch.equal(own["head.fc.weight"], tiny_resnet(seed=3).backbone.head.fc.weight)
-    assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5] * 3
     assert path.name in caplog.text and str(tmp_path) not in caplog.text
 
 
 def test_a_head_that_fits_is_taken_and_what_does_not_fit_is_refused(tmp_path):
-    path = tmp_path / "weights.pth"
-    state = public_file(classes=2)
+    path, state = tmp_path / "weights.pth", public_file(classes=2)
     torch.save(state, path)
-    assert torch.equal(
-        tiny_resnet(weights=path).backbone.head.fc.weight, state["head.fc.weight"].flatten(1)
-    )
-    for content, message in [
-        (
-            {key: value for key, value in state.items() if key != "norm.weight"},
-            "missing norm.weight",
-        ),
-        ({**state, "extra": torch.zeros(1)}, "unknown extra"),
-        (
-            {**state, "stem.conv.weight": torch.zeros(1)},
-            r"ResNet-50 V2 .*stem.conv.weight: \(1,\) in the file",
-        ),
-    ]:
-        torch.save(content, path)
-        with pytest.raises(ValueError, match=message):
-            tiny_resnet(weights=path)
-    with pytest.raises(FileNotFoundError, match="DLIA_RESNETV2_WEIGHTS"):
-        tiny_resnet(weights=tmp_path / "nowhere.pth")
+    head = tiny_resnet(weights=path).backbone.head.fc.weight
+    assert torch.equal(head, state["head.fc.weight"].flatten(1))
+    torch.save({**state, "stem.conv.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"PreActResNet .*stem.conv.weight: \(1,\), expected"):
+        tiny_resnet(weights=path)
 
 
 def test_imagenet_comes_through_timm_if_it_is_there(monkeypatch):
     monkeypatch.delenv("DLIA_RESNETV2_WEIGHTS", raising=False)
-    state, asked = public_file(), []
+    state = public_file()
 
     def create_model(name, *, pretrained):
-        asked.append((name, pretrained))
+        assert (name, pretrained) == ("resnetv2_50.a1h_in1k", True)
         return SimpleNamespace(state_dict=lambda: state)
-
-    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
-    model = tiny_resnet(weights="imagenet")
-    assert asked == [("resnetv2_50.a1h_in1k", True)]
-    assert torch.equal(model.backbone.stem.conv.weight, state["stem.conv.weight"])
 
     def offline(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=offline))
-    with pytest.raises(RuntimeError, match="ConnectionError.*DLIA_RESNETV2_WEIGHTS"):
-        tiny_resnet(weights="imagenet")
-    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-    with pytest.raises(RuntimeError, match="timm.*DLIA_RESNETV2_WEIGHTS.*weights=None"):
-        tiny_resnet(weights="imagenet")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [({"depths": (1,) * 5}, "depths"), ({"depths": (1, 0)}, "depths"), ({"width": 0}, "width")],
-)
-def test_a_resnet_that_makes_no_sense_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        models.resnet50_v2(**options)
-
-
-# ------------------------------------------------------------------ ResNet-18 for small images
-
-
-def test_the_small_images_resnet_18_has_the_known_size_and_maps():
-    with torch.device("meta"):
-        network = CifarResNet(10, 1.0)
-    assert sum(p.numel() for p in network.parameters()) == 11_173_962  # as in every CIFAR-10 table
-    x, sides = torch.empty(1, 3, 32, 32, device="meta"), []
-    x = network.bn1(network.conv1(x))
-    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
-        assert len(stage) == 2
-        x = stage(x)
-        sides.append(tuple(x.shape[1:3]))
-    assert sides == [(64, 32), (128, 16), (256, 8), (512, 4)]
-
-
-def test_a_basic_block_adds_before_its_last_relu():
-    block = randomised(models.resnet18_cifar(width=1 / 8)).backbone.layer2[0]
-    x = torch.rand(2, 8, 6, 6)
-    h = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
-    torch.testing.assert_close(block(x), F.relu(block.downsample(x) + h))
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    model = tiny_resnet(weights="imagenet")
+    assert torch.equal(model.backbone.stem.conv.weight, state["stem.conv.weight"])
+    for timm, message in [
+        (SimpleNamespace(create_model=offline), "ConnectionError.*internet.*DLIA_RESNETV2_WEIGHTS"),
+        (None, "pip install timm.*DLIA_RESNETV2_WEIGHTS.*weights=None"),  # not installed
+    ]:
+        monkeypatch.setitem(sys.modules, "timm", timm)
+        with pytest.raises(RuntimeError, match=message):
+            tiny_resnet(weights="imagenet")

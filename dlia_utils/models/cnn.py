@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import untouched
+from .layers import traced
 from .pixel import Backbone, PixelModel
-
-GRID = 4  # side of the pooled map
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch norm if wanted, ReLU, 2 x 2 maximum: [B, C, h, w] -> [B, C', h / 2, w / 2]."""
+    """Convolution, batch norm if wanted, ReLU, 2 x 2 maximum."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, batch_norm: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, batch_norm: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not batch_norm)
         self.norm = nn.BatchNorm2d(outputs) if batch_norm else nn.Identity()
-        self.relu = nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.relu(self.norm(self.conv(x))))
@@ -35,30 +32,17 @@ class ConvNet(Backbone):
     BLOCK = ConvBlock
 
     def __init__(
-        self,
-        num_classes: int,
-        channels: Sequence[int],
-        *,
-        kernel: int,
-        hidden: int,
-        dropout: float,
-        batch_norm: bool,
+        self, classes: int, channels: list, kernel: int, hidden: int, dropout: float, norm: bool
     ) -> None:
         super().__init__()
-        inputs = (3, *channels[:-1])
-        self.blocks = nn.Sequential(
-            *(
-                ConvBlock(i, o, kernel, batch_norm=batch_norm)
-                for i, o in zip(inputs, channels, strict=True)
-            )
-        )
-        self.hidden = nn.Linear(channels[-1] * GRID * GRID, hidden)
-        self.relu = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(hidden, num_classes)
+        pairs = zip((3, *channels[:-1]), channels, strict=True)
+        self.blocks = nn.Sequential(*(ConvBlock(i, o, kernel, norm) for i, o in pairs))
+        self.hidden = nn.Linear(channels[-1] * 16, hidden)
+        self.relu, self.dropout = nn.ReLU(), nn.Dropout(dropout)
+        self.fc = nn.Linear(hidden, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        grid = F.adaptive_avg_pool2d(self.blocks(x), GRID)
+        grid = F.adaptive_avg_pool2d(self.blocks(x), 4)
         return self.dropout(self.relu(self.hidden(grid.flatten(1))))
 
 
@@ -74,87 +58,49 @@ def cnn(
     std: float = 0.25,
     seed: int = 0,
 ) -> PixelModel:
-    """A plain CNN for training from scratch, of the kind of LeCun et al. 1998 (Proc. IEEE 86, 2278).
+    """A plain CNN to train from scratch, of the kind of LeCun et al. 1998 (Proc. IEEE 86, 2278).
 
-    One block (convolution, batch norm, ReLU, 2 x 2 maximum) per entry of `channels`; the last map is averaged
-    to 4 x 4, so images of any size of at least 2 ** len(channels) pixels go in; then a hidden layer, dropout
-    and the last layer. mean, std: what pixels in [0, 1] are normalised by, for all channels.
-    Shapes: [B, 1 or 3, H, W] in [0, 1] -> [B, num_classes].
-    Raises: ValueError for numbers that make no sense.
+    One block per entry of `channels`. mean, std: of pixels in [0, 1], for all channels.
+    Shapes: [B, 1 or 3, H, W], H and W at least 2 ** len(channels) -> [B, num_classes].
 
     >>> cnn(channels=(4, 8), hidden=8).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
     """
-    channels = tuple(int(c) for c in channels)
-    if not channels or min(*channels, num_classes, hidden) < 1:
-        raise ValueError(
-            f"channels, num_classes and hidden must be at least 1, not {channels}, {num_classes}, {hidden}"
-        )
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be odd, so that a map keeps its size, not {kernel}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-    if not std > 0:
-        raise ValueError(f"std must be positive, not {std}")
-    options = {"kernel": kernel, "hidden": hidden, "dropout": dropout, "batch_norm": batch_norm}
-    # The caller's random stream stays as it is: the same seed gives the same start wherever the call stands.
-    with torch.random.fork_rng(devices=[]):
+    channels, mean, std = [int(c) for c in channels], float(mean), float(std)
+    if not channels or min(channels) < 1:
+        raise ValueError(f"channels must be at least 1, not {channels}")
+    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
         torch.manual_seed(seed)
-        backbone = ConvNet(num_classes, channels, **options)
-    recipe = {
-        "name": "cnn",
-        "num_classes": num_classes,
-        "channels": list(channels),
-        **options,
-        "mean": float(mean),
-        "std": float(std),
-    }
-    return PixelModel(backbone, [float(mean)] * 3, [float(std)] * 3, recipe=recipe)
+        network = ConvNet(num_classes, channels, kernel, hidden, dropout, batch_norm)
+    recipe = {"name": "cnn", "num_classes": num_classes, "channels": channels, "kernel": kernel}
+    recipe |= {"hidden": hidden, "dropout": dropout, "batch_norm": batch_norm}
+    return PixelModel(network, [mean] * 3, [std] * 3, recipe=recipe | {"mean": mean, "std": std})
 
 
 def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
-    """One row per layer in the order of a forward pass, and a row "total": the architecture as a table.
+    """One row per layer in the order of a forward pass, and a row "total": the architecture.
 
-    size: side of a square image, or (height, width). Columns: layer (dotted name), kind, output (shape for a
-    batch of one), parameters, trainable (how many of them train). Layers that share parameters or run again
-    count them once. The model and its training flags stay as they are.
+    size: side of a square image, or (height, width). Columns: layer, kind, output (shape for one
+    image), parameters, trainable (how many train). Shared parameters count once.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> summary(net, 4)[["kind", "output", "parameters"]].values.tolist()[-2:]
     [['Linear', '[1, 2]', 18], ['total', '', 38]]
     """
     height, width = (size, size) if isinstance(size, int) else size
-    weights = next((p for p in model.parameters()), torch.zeros(1))
-    names = {module: name for name, module in model.named_modules() if not any(module.children())}
+    weights = next(model.parameters(), torch.zeros(1))
     rows, counted = [], set()
+    for call in traced(model, weights.new_zeros(1, 1, height, width)).ended():
+        if call.leaf:
+            fresh = set(call.module.parameters()) - counted
+            counted |= fresh
+            rows.append(
+                (call.name, type(call.module).__name__, str(list(call.shape)), *_sizes(fresh))
+            )
+    rows.append(("", "total", "", *_sizes(model.parameters())))
+    return pd.DataFrame(rows, columns=["layer", "kind", "output", "parameters", "trainable"])
 
-    def note(module: nn.Module, _inputs: tuple, output: object) -> None:
-        fresh = [p for p in module.parameters() if p not in counted]
-        counted.update(fresh)
-        rows.append(
-            {
-                "layer": names[module],
-                "kind": type(module).__name__,
-                "output": str(list(output.shape))
-                if isinstance(output, Tensor)
-                else type(output).__name__,
-                "parameters": sum(p.numel() for p in fresh),
-                "trainable": sum(p.numel() for p in fresh if p.requires_grad),
-            }
-        )
 
-    handles = [module.register_forward_hook(note) for module in names]
-    try:
-        with untouched(model):
-            model(torch.zeros(1, 1, height, width, device=weights.device, dtype=weights.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = {
-        "layer": "",
-        "kind": "total",
-        "output": "",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-    return pd.DataFrame([*rows, total])
+def _sizes(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    sizes = [(p.numel(), p.requires_grad) for p in parameters]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)

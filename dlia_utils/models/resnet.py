@@ -1,4 +1,4 @@
-"""Residual networks: the pre-activation ResNet-50 (V2) with public weights, and ResNet-18 for small images."""
+"""Pre-activation ResNet-50 with timm's weights, and ResNet-18 for small images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .mobilenet import load_weights, read_weights
-from .pixel import Backbone, PixelModel, pooled, scaled
+from .pixel import Backbone, PixelModel, group, scaled
 
 TIMM_NAME = "resnetv2_50.a1h_in1k"
 TIMM_MEAN = TIMM_STD = (0.5, 0.5, 0.5)  # what those weights were trained with
@@ -22,28 +22,22 @@ VARIABLE = "DLIA_RESNETV2_WEIGHTS"
 log = logging.getLogger("dlia_utils")
 
 
-# ------------------------------------------------------------------ ResNet-50 V2
-
-
 class PreActBottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolution, each after its norm and ReLU; the first of a stage may stride."""
+    """1 x 1, 3 x 3 and 1 x 1 convolution, each after its norm and ReLU; the 3 x 3 may stride."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, first: bool) -> None:
         super().__init__()
         inner = outputs // 4
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.relu1 = nn.ReLU()
+        self.norm1, self.relu1 = nn.BatchNorm2d(inputs), nn.ReLU()
         self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
-        self.relu2 = nn.ReLU()
+        self.norm2, self.relu2 = nn.BatchNorm2d(inner), nn.ReLU()
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(inner)
-        self.relu3 = nn.ReLU()
+        self.norm3, self.relu3 = nn.BatchNorm2d(inner), nn.ReLU()
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
         self.downsample = None
         if first:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(OrderedDict(conv=convolution))
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(OrderedDict(conv=shortcut))
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu1(self.norm1(x))
@@ -53,7 +47,7 @@ class PreActBottleneck(nn.Module):
 
 
 class PreActResNet(Backbone):
-    """ResNet V2 of bottlenecks (He et al. 2016, arXiv 1603.05027), with the module names of timm's file."""
+    """ResNet V2 of bottlenecks (He et al. 2016, arXiv 1603.05027), with timm's module names."""
 
     HEAD = "head"
     MAP = "relu"
@@ -61,30 +55,21 @@ class PreActResNet(Backbone):
 
     def __init__(self, num_classes: int, width: float, depths: Sequence[int]) -> None:
         super().__init__()
-        channels = [scaled(c, width) for c in (64, 256, 512, 1024, 2048)]
-        self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False),
-                pool=nn.MaxPool2d(3, 2, padding=1),
-            )
-        )
+        channels = [scaled(c, width) for c in (64, 256, 512, 1024, 2048)][: len(depths) + 1]
+        conv = nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False)
+        self.stem = nn.Sequential(OrderedDict(conv=conv, pool=nn.MaxPool2d(3, 2, padding=1)))
         self.stages = nn.Sequential()
         for k, depth in enumerate(depths):
-            blocks = [
-                PreActBottleneck(channels[k], channels[k + 1], 1 if k == 0 else 2, first=True)
-            ]
-            blocks += [
-                PreActBottleneck(channels[k + 1], channels[k + 1], 1, first=False)
-                for _ in range(depth - 1)
-            ]
-            self.stages.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks))))
-        self.norm = nn.BatchNorm2d(channels[len(depths)])
+            sides, stride = channels[k : k + 2], 1 if k == 0 else 2
+            blocks = group(PreActBottleneck, *sides, depth, stride)
+            self.stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
+        self.norm = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
-        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels[len(depths)], num_classes)))
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels[-1], num_classes)))
         _initialise(self)
 
     def features(self, x: Tensor) -> Tensor:
-        return pooled(self.relu(self.norm(self.stages(self.stem(x)))))
+        return self.relu(self.norm(self.stages(self.stem(x)))).mean(dim=(2, 3))
 
 
 def resnet50_v2(
@@ -95,67 +80,46 @@ def resnet50_v2(
     weights: str | Path | None = None,
     seed: int = 0,
 ) -> PixelModel:
-    """Pre-activation ResNet-50 that takes images in [0, 1] (He et al. 2016, arXiv 1603.05027).
+    """Pre-activation ResNet-50 (He et al. 2016, arXiv 1603.05027), [B, 1 or 3, H, W] in [0, 1].
 
-    weights: None (random, drawn from `seed`); a file with the keys of timm's resnetv2_50, the variant with
-    batch norm (.pth, .bin or .safetensors); or "imagenet": the file that the environment variable
-    DLIA_RESNETV2_WEIGHTS names, else timm's download (timm is optional). A file may lack the last layer or
-    have another number of classes there: that layer is then drawn from `seed`. Anything else that is missing,
-    unknown or of another shape is refused. As in timm, the stride of a block is in its 3 x 3 convolution.
-    width, depths: smaller networks for quick tests; public files have width 1 and (3, 4, 6, 3).
-    Shapes: [B, 1 or 3, H, W] -> [B, num_classes].
-    Raises: FileNotFoundError, ValueError (the keys that do not fit), RuntimeError ("imagenet" that cannot
-    be had).
+    weights: None (random, drawn from `seed`); a file with the keys of timm's resnetv2_50 with batch
+    norm; or "imagenet": the file that DLIA_RESNETV2_WEIGHTS names, else timm's download. See
+    `read_weights`, `load_weights`. Public files have this width and these depths.
 
     >>> model = resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).eval()
     >>> model(torch.rand(2, 1, 64, 64)).shape
     torch.Size([2, 2])
     """
-    depths = tuple(int(d) for d in depths)
-    if not 1 <= len(depths) <= 4 or min(depths) < 1:
-        raise ValueError(f"depths must be one to four numbers of at least 1, not {depths}")
-    _check(num_classes, width)
-    # The caller's random stream stays as it is: the same seed gives the same start wherever the call stands.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
         torch.manual_seed(seed)
         backbone = PreActResNet(num_classes, width, depths)
     if weights is None:
         log.info("ResNet-50 V2: random weights, seed %d", seed)
     else:
-        state, origin = read_weights(weights, variable=VARIABLE, download=_from_timm)
+        state, origin = read_weights(weights, variable=VARIABLE, download=_download)
         if HEAD[0] in state:  # timm's last layer is a 1 x 1 convolution
             state = {**state, HEAD[0]: state[HEAD[0]].flatten(1)}
-        load_weights(backbone, state, origin, head=HEAD, name="ResNet-50 V2")
-    recipe = {
-        "name": "resnet50_v2",
-        "num_classes": num_classes,
-        "width": width,
-        "depths": list(depths),
-    }
-    return PixelModel(backbone, TIMM_MEAN, TIMM_STD, recipe=recipe)
+        load_weights(backbone, state, origin, head=HEAD)
+    recipe = {"name": "resnet50_v2", "num_classes": num_classes, "width": width}
+    return PixelModel(backbone, TIMM_MEAN, TIMM_STD, recipe=recipe | {"depths": list(depths)})
 
 
-def _from_timm() -> tuple[dict[str, Tensor], str]:
-    advice = (
-        f"name a file with timm's resnetv2_50 weights by `weights=` or the environment variable {VARIABLE}, "
-        "or train from scratch with weights=None"
-    )
+def _download() -> tuple[dict[str, Tensor], str]:
+    advice = f"name a file by `weights=` or {VARIABLE}, or train with weights=None"
+    return timm_model(TIMM_NAME, advice, pretrained=True).state_dict(), f"timm {TIMM_NAME}"
+
+
+def timm_model(arch: str, advice: str, **options) -> nn.Module:
+    """`timm.create_model`. Raises: RuntimeError without timm or internet, with `advice`."""
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise RuntimeError(
-            f"the ImageNet weights come through timm (pip install timm); or {advice}"
-        ) from error
+        raise RuntimeError(f"{arch} comes with timm (pip install timm); or {advice}") from error
     try:
-        model = timm.create_model(TIMM_NAME, pretrained=True)
-    except Exception as error:  # the hub's client raises types of its own
-        raise RuntimeError(
-            f"timm could not fetch {TIMM_NAME} ({type(error).__name__}): switch the internet on, or {advice}"
-        ) from error
-    return model.state_dict(), f"timm {TIMM_NAME}"
-
-
-# ------------------------------------------------------------------ ResNet-18 for small images
+        return timm.create_model(arch, **options)
+    except (OSError, RuntimeError, ValueError, LookupError) as error:
+        reason = f"timm could not make {arch} ({type(error).__name__}: {error})"
+        raise RuntimeError(f"{reason}: switch the internet on, or {advice}") from error
 
 
 class BasicBlock(nn.Module):
@@ -164,15 +128,12 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu1 = nn.ReLU()
+        self.bn1, self.relu1 = nn.BatchNorm2d(outputs), nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
+        self.bn2, self.downsample = nn.BatchNorm2d(outputs), None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +142,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(Backbone):
-    """ResNet-18 with a 3 x 3 stem and no first pooling: four stages of two blocks, strides 1, 2, 2, 2."""
+    """ResNet-18 with a 3 x 3 stem and no first pooling: four stages of two blocks."""
 
     BLOCK = BasicBlock
 
@@ -189,8 +150,7 @@ class CifarResNet(Backbone):
         super().__init__()
         channels = [scaled(c, width) for c in (64, 64, 128, 256, 512)]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
-        self.relu = nn.ReLU()
+        self.bn1, self.relu = nn.BatchNorm2d(channels[0]), nn.ReLU()
         for k, stride in enumerate((1, 2, 2, 2)):
             first = BasicBlock(channels[k], channels[k + 1], stride)
             stage = nn.Sequential(first, BasicBlock(channels[k + 1], channels[k + 1], 1))
@@ -200,46 +160,27 @@ class CifarResNet(Backbone):
 
     def features(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
-        return pooled(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
 
 
 def resnet18_cifar(
     *, num_classes: int = 2, width: float = 1.0, mean: float = 0.5, std: float = 0.5, seed: int = 0
 ) -> PixelModel:
-    """ResNet-18 in the form for small images that takes them in [0, 1] (He et al. 2015, arXiv 1512.03385).
+    """ResNet-18 for small images in [0, 1] (He et al. 2015, arXiv 1512.03385): 32 px end as 4 x 4.
 
-    Stages `layer1` to `layer4` of two blocks with `conv1` and `conv2`; a 32 x 32 image ends as a 4 x 4 map.
-    mean, std: what pixels are normalised by, for all channels. Weights are drawn from `seed`.
-    Shapes: [B, 1 or 3, H, W] -> [B, num_classes]. Raises: ValueError for numbers that make no sense.
-
-    >>> resnet18_cifar(width=1 / 8).eval()(torch.rand(2, 1, 28, 28)).shape
-    torch.Size([2, 2])
+    mean, std: of pixels in [0, 1], for all channels. [B, 1 or 3, H, W] -> [B, num_classes].
     """
-    _check(num_classes, width)
-    if not std > 0:
-        raise ValueError(f"std must be positive, not {std}")
+    mean, std = float(mean), float(std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = CifarResNet(num_classes, width)
-    recipe = {
-        "name": "resnet18_cifar",
-        "num_classes": num_classes,
-        "width": width,
-        "mean": float(mean),
-        "std": float(std),
-    }
-    return PixelModel(backbone, [float(mean)] * 3, [float(std)] * 3, recipe=recipe)
-
-
-def _check(num_classes: int, width: float) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    if not width > 0:
-        raise ValueError(f"width must be positive, not {width}")
+    recipe = {"name": "resnet18_cifar", "num_classes": num_classes, "width": width}
+    recipe |= {"mean": mean, "std": std}
+    return PixelModel(backbone, [mean] * 3, [std] * 3, recipe=recipe)
 
 
 def _initialise(network: nn.Module) -> None:
-    """The start of He et al. 2015 (arXiv 1502.01852): maps keep their variance through the ReLUs."""
+    """The start of He et al. 2015 (arXiv 1502.01852): maps keep their variance."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -70,13 +70,7 @@ FULL |= {
 }
 # Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
-ZOO += (
-    "rebuffi2021_wrn_70_16",
-    "standard_wrn_28_10",
-    "meansparse_wrn_94_16",
-    "ra_wrn_70_16",
-    "ra_resnet_50",
-)
+ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
 FULL |= {
     "zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
