@@ -30,6 +30,7 @@ from . import files, models, train
 from .data import augment, cache, datasets, sources, split
 from .device import fingerprint
 from .run import Run, digest, for_dataset
+from .train import OutOfTime
 
 log = logging.getLogger("dlia_utils")
 
@@ -41,18 +42,6 @@ FREE = (
     "on_epoch",
 )  # they change no weight of a training
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
-
-
-class OutOfTime(RuntimeError):
-    """A training met the budget `max_minutes`; its checkpoints are kept and the same call goes on from them."""
-
-    def __init__(self, name: str, *, done: int, epochs: int, limit: float) -> None:
-        more = f"{4 * limit:g}"
-        super().__init__(
-            f"{name} stopped after {done} of {epochs} epochs: the next would not end within max_minutes = {limit:g}. "
-            "What is done is kept: run again to go on from there (the same command, or Run All). For more time: --set "
-            f'max_minutes={more} on the command line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
-        )
 
 
 _OPEN: dict[tuple[str, Path], Study] = {}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import curves, once, report, search, study
+from dlia_utils import once, plots, report, search, study
 from dlia_utils.data import cache, datasets, explore, phantom, sources, split
 from tools import notebooks
 
@@ -54,12 +54,12 @@ def patched(tmp_path_factory):
         patch.delenv("DLIA_DATA", raising=False)
         drawn = {
             report: "save_figure",
-            curves: "figure_curves",
-            search: "figure_search",
             explore: "figure_augmentations",
         }
         for module, name in drawn.items():  # drawing is a third of the time and learns nothing
             patch.setattr(module, name, lambda *_, **__: None)
+        for name in ("figure_curves", "figure_search"):
+            patch.setattr(plots, name, lambda *_, **__: None)
         yield patch
 
 
