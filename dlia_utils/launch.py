@@ -35,8 +35,8 @@ def each(
 
     `devices` are values of CUDA_VISIBLE_DEVICES (default: all GPUs). The function may be a notebook
     cell's; what it returns travels between processes: tables and numbers, not models. Output goes
-    to `log_dir`/NAME.log. A failed job lets the others end; an interrupt stops all.
-    Raises: RuntimeError naming the failed jobs, with the end of each log.
+    to `log_dir`/NAME.log. A failed job lets the others end, an interrupt stops all.
+    Raises: RuntimeError with the end of the failed jobs' logs.
 
     >>> each(str.upper, ["baseline", "papernot"], log_dir="logs", devices=[])
     {'baseline': 'BASELINE', 'papernot': 'PAPERNOT'}
@@ -67,10 +67,8 @@ def each(
                 process.terminate()
             status = process.wait()
         free.put(device)
-        if status:
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            return "\n".join([f"{name} ended with status {status}; the end of {log.name}:", *tail])
-        return ""
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        return "\n".join([f"{name} ended with status {status}:", *tail]) if status else ""
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(devices)) as pool:
         jobs = [pool.submit(job, name) for name in names]

@@ -66,7 +66,7 @@ class Range:
         return "low" if share <= EDGE else "high" if share >= 1 - EDGE else ""
 
     def widen(self, side: str) -> tuple[Range, list[float]] | None:
-        """Grown by half its width, and what to try first: the middle and the end of the new part."""
+        """Grown by half its width; to be tried first: the middle and the end of the new part."""
         sign, end = (-1, self.low) if side == "low" else (1, self.high)
         grown = end + sign * (self.high - self.low) / 2
         if self.log:
@@ -104,7 +104,7 @@ class Choice:
         return {first + len(self.values) - 1: "high", first: "low"}.get(drawn, "")
 
     def widen(self, side: str) -> tuple[Choice, list[int]] | None:
-        """Grown by the next value, and its place, which is what to try first."""
+        """Grown by the next value; to be tried first: its place."""
         lower, higher = map(tuple, self.beyond)
         if side == "low" and lower:
             return Choice((lower[-1], *self.values), (lower[:-1], higher)), [len(lower) - 1]
@@ -121,7 +121,7 @@ Space = Mapping[str, Range | Choice]
 class SearchResult:
     """What `search` found: the values of the best complete run, its score, and tables.
 
-    runs: one row a run. extensions: a dict for each widened side. ranges: a row a parameter with the
+    runs: a row a run. extensions: a dict for each widened side. ranges: a row a parameter, the
     range asked for and searched; `edge` says why a best value still lies on an edge, else "".
     """
 
@@ -147,14 +147,14 @@ def search(
     """Search `space` for the best score: TPE, median pruning, ranges that grow where they must.
 
     `objective_fn(params, report)` trains a NEW model and returns a dict with "score" and other
-    metrics, all of validation data. `report(epoch, score)`, if called, ends a run that is below the
-    median (`optuna.TrialPruned`, to be let through). If after `trials` runs a best value lies on an
+    metrics, all of validation data. `report(epoch, score)`, if called, ends a run below the median
+    (`optuna.TrialPruned`, to be let through). If after `trials` runs a best value lies on an
     edge (the outer 10 % of its range, an end of a choice), the range grows there and trials // 2
     more runs are made, at most `extend` times.
 
     `folder` receives runs.csv and extensions.csv. States: complete, pruned, diverged (the score is
     no number, or FloatingPointError), failed (another error, which goes on to the caller, or a kill;
-    made anew by the next call). Draws depend on `seed` and the scores so far: an interrupted search
+    the next call makes it anew). Draws depend on `seed` and the scores so far: an interrupted search
     ends as one that was not. `config` is what else the scores depend on.
     Raises: ValueError (a folder of other settings, no complete run), RuntimeError (folder in use).
     """
@@ -272,10 +272,8 @@ def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[op
             saved = study.user_attrs.get("settings", settings)
             if saved != settings:
                 names = [name for name in settings if saved[name] != settings[name]]
-                raise ValueError(
-                    f"{folder} holds a search with other settings ({', '.join(names)}): take another "
-                    "folder, or resume=False to start anew"
-                )
+                text = f"{folder} holds a search with other settings ({', '.join(names)}): "
+                raise ValueError(text + "take another folder, or resume=False to start anew")
             study.set_user_attr("settings", settings)
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 study.tell(trial.number, state=TrialState.FAIL)  # a killed process left it
@@ -372,14 +370,14 @@ def finetune_with_drop_rule(
     tolerance: float = 0.02,
     **options: Any,
 ) -> FineTuned:
-    """Fine-tune with the largest rate of `lrs` that lets no training fall; else keep the start model.
+    """Fine-tune with the largest rate of `lrs` without a fall, or keep the start model.
 
     `make_model()` returns the start model anew, unfrozen; `baseline` has its "train_accuracy",
-    measured as in a training, and its `monitor`. An attempt ends as soon as the training accuracy is
+    measured as in a training, and its `monitor`. An attempt ends once the training accuracy is
     more than `tolerance` below its highest so far, the baseline's included, or the loss is not
-    finite; then the next smaller rate is tried. An attempt that ends well is kept if its best epoch
-    beats the baseline. Attempt n is `train.fit(..., **options)` in run_dir/attempt{n}, so a killed
-    call goes on; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
+    finite; the next smaller rate follows. An attempt that ends well is kept if its best epoch beats
+    the baseline. Attempt n is `train.fit(..., **options)` in run_dir/attempt{n}, so a killed call
+    goes on; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
     """
     if not lrs or list(lrs) != sorted({*lrs}, reverse=True):
         raise ValueError(f"lrs must be falling rates, e.g. (1e-4, 1e-5); got {list(lrs)}")

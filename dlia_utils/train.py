@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from . import models
 from .device import evaluating, pick_device
@@ -47,12 +47,15 @@ class OutOfTime(RuntimeError):
 
     def __init__(self, name: str, *, done: int, epochs: int, limit: float) -> None:
         more = f"{4 * limit:g}"
-        super().__init__(
-            f"{name} stopped after {done} of {epochs} epochs: the next would not end within "
+        text = f"{name} stopped after {done} of {epochs} epochs: the next would not end within "
+        text += (
             f"max_minutes = {limit:g}. What is done is kept: run again to go on from there (the "
-            f"same command, or Run All). For more time: --set max_minutes={more} on the command "
-            f'line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
         )
+        text += (
+            f"same command, or Run All). For more time: --set max_minutes={more} on the command "
+        )
+        text += f'line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
+        super().__init__(text)
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
-            known = (
-                f"optimizer is one of {', '.join(OPTIMIZERS)}, schedule of {', '.join(SCHEDULES)}"
-            )
+            known = f"known are {', '.join([*OPTIMIZERS])} and {', '.join(SCHEDULES)}"
             raise ValueError(f"{known}; got {self}")
         low = min(self.epochs, self.batch_size, self.accumulate, self.lr) <= 0
         if low or not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                "epochs, batch_size, accumulate and lr must be positive, "
-                f"warmup_epochs fewer than epochs; got {self}"
-            )
+            rule = "epochs, batch_size, accumulate, lr must be positive, warm-up fewer than epochs"
+            raise ValueError(f"{rule}; got {self}")
 
 
 @dataclass(frozen=True)
@@ -123,15 +122,14 @@ def fit(
 
     Data sets yield (x float [C, H, W] in [0, 1], y int, ...), or what `collate` makes batches of;
     `train_set.set_epoch(epoch)` is called if it exists. `val_metric(model)` adds columns to the
-    history. `on_epoch(row)` gets every saved row, after a resume the old rows first; what it raises
-    ends the call. GPUs work in half precision unless the objective differentiates gradients. Under
-    torchrun every process calls `fit` (DDP).
+    history, `on_epoch(row)` gets every saved row of it, also those before a resume. GPUs work in
+    half precision unless the objective differentiates gradients; torchrun is understood (DDP).
 
-    `run_dir` receives last.pt (everything), best.pt (see `models.load`) and metrics.csv after every
-    epoch: a killed run goes on, on one CPU process to bit-equal weights, a finished one returns at
-    once, one of other settings or `config` is refused; `resume=False` starts anew. No epoch after
-    the first begins that would not end within `max_minutes`. The model ends in eval mode; random
-    numbers and Accelerate's state stay the caller's. Raises: ValueError, FloatingPointError.
+    `run_dir` receives last.pt, best.pt (see `models.load`) and metrics.csv after every epoch: a
+    killed run goes on to bit-equal weights (one CPU process), a finished one returns at once, one
+    of other settings or `config` is refused; `resume=False` starts anew. No epoch after the first
+    begins that would not end within `max_minutes`. The model ends in eval mode; random numbers and
+    Accelerate's state stay the caller's. Raises: ValueError, FloatingPointError.
 
     >>> import tempfile
     >>> from dlia_utils.objectives import cross_entropy
@@ -155,7 +153,11 @@ def fit(
         run.load(train_set, num_workers=num_workers, collate_fn=collate)
         run.start(resume)
         status = run.train(on_epoch, max_minutes, progress)
-    return run.result(status)
+    history, best = pd.DataFrame(run.state["history"]), run.state["best_state"]
+    model.load_state_dict(best or model.state_dict())
+    model.eval()
+    best = run.state["best_epoch"], run.state["best_score"]
+    return FitResult(history, *best, status, float(sum(history.get("seconds", ()))))
 
 
 class _Trained(nn.Module):
@@ -169,36 +171,26 @@ class _Trained(nn.Module):
         return self.model(*inputs)
 
 
-class _EpochBatches(Sampler[list[int]]):
-    """Batches of row numbers in an order that depends on (seed, epoch) only."""
+class _Batches(list):
+    """Row numbers of the batches of an epoch, in an order that depends on (seed, epoch) only."""
 
     drop_last = False
 
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
+    def __init__(self, images: int, recipe: Recipe) -> None:
+        self.images, self.seed, self.batch_size = images, recipe.seed, recipe.batch_size
+        self.shuffle(0)
+
+    def shuffle(self, epoch: int) -> None:
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.images).tolist()
         # Batch normalisation cannot train on one image: a last batch of one is left out.
-        self.starts = range(0, images - 1 if batch_size > 1 else images, batch_size)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images).tolist()
-        yield from (order[start : start + self.batch_size] for start in self.starts)
+        starts = range(0, self.images - (self.batch_size > 1), self.batch_size)
+        self[:] = [order[start : start + self.batch_size] for start in starts]
 
 
 class _Run:
     """One call of `fit`: what is prepared, and `state`, the part of it that is plain numbers."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        measure: Callable[[nn.Module], dict[str, float]],
-        run_dir: Path,
-        recipe: Recipe,
-        settings: dict[str, Any],
-    ) -> None:
+    def __init__(self, model, objective, measure, run_dir, recipe: Recipe, settings) -> None:
         self.objective, self.measure, self.recipe = objective, measure, recipe
         self.run_dir, self.name = run_dir, run_dir.name
         self.settings = json.loads(json.dumps(settings, default=str))
@@ -209,14 +201,17 @@ class _Run:
         # Convolutions are faster channels-last, second derivatives of batch norms much slower.
         layout = torch.contiguous_format if second_order else torch.channels_last
         self.model = model.to(self.accelerator.device, memory_format=layout)
-        self.average = _average(self.model, recipe.ema)
-        self.judged = self.average.module if self.average else self.model
+        self.average, self.judged = None, self.model
+        if recipe.ema:
+            blend = partial(_blend, recipe.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
+            self.judged = self.average.module
 
     def load(self, train_set: Dataset, **options: Any) -> None:
         """Prepare what walks over the training images: loader, optimiser and schedule."""
         recipe = self.recipe
         self.train_set = train_set
-        self.batches = _EpochBatches(len(train_set), recipe.batch_size, recipe.seed)
+        self.batches = _Batches(len(train_set), recipe)
         options["pin_memory"] = self.accelerator.device.type == "cuda"
         loader = DataLoader(train_set, batch_sampler=self.batches, **options)
         # One fused kernel instead of one loop per parameter, which costs time on a CPU.
@@ -234,15 +229,18 @@ class _Run:
         self.parts |= {"scheduler": self.scheduler, "scaler": self.accelerator.scaler}
 
     def start(self, resume: bool) -> None:
-        """Take up what `run_dir` holds, or begin anew; remove files that a kill left half-written."""
+        """Take up what `run_dir` holds, or begin anew; remove files that a kill left unfinished."""
         set_seed(self.recipe.seed, device_specific=True)
-        last = self.run_dir / "last.pt"
-        saved = None
+        last, saved = self.run_dir / "last.pt", None
         if resume and last.is_file():
             saved = torch.load(last, map_location="cpu", weights_only=True)
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
                 raise ValueError(f"{last} is not of this `fit`: remove it, or pass resume=False")
-            _check_same(saved["settings"], self.settings, self.run_dir)
+            old, new = saved["settings"], self.settings
+            changed = [key for key in new if old.get(key) != new[key]]
+            if changes := "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed):
+                text = f"{self.run_dir} holds a run with other settings ({changes}): "
+                raise ValueError(text + "take another run_dir, or resume=False to start anew")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -351,7 +349,7 @@ class _Run:
         """One pass over the training images."""
         # Accelerate counts epochs in every process and would tell the data set so after a resume.
         self.loader.set_epoch(number - 1)
-        self.batches.epoch = number - 1
+        self.batches.shuffle(number - 1)
         if hasattr(self.train_set, "set_epoch"):
             self.train_set.set_epoch(number - 1)
         self.model.train()
@@ -379,8 +377,8 @@ class _Run:
         accelerator, recipe, images = self.accelerator, self.recipe, len(y)
         # Every image of a step weighs the same, also where the last group of batches is smaller.
         first = number - number % recipe.accumulate
-        group = self.batches.starts[first : first + recipe.accumulate]
-        weight = recipe.accumulate * images / (min(group.stop, self.batches.images) - group.start)
+        group = self.batches[first : first + recipe.accumulate]
+        weight = recipe.accumulate * images / sum(map(len, group))
         if accelerator.num_processes > 1:  # Accelerate makes all batches of one size
             weight = recipe.accumulate / min(recipe.accumulate, len(self.loader) - first)
         with accelerator.accumulate(self.trained):
@@ -399,20 +397,8 @@ class _Run:
         parts = loss.detach() * images, right, images
         return torch.stack([torch.as_tensor(part).to(loss) for part in parts])
 
-    def result(self, status: str) -> FitResult:
-        """Give the model its best weights and describe the run."""
-        state = self.state
-        if state["best_state"]:
-            self.model.load_state_dict(state["best_state"])
-        self.model.eval()
-        seconds = float(sum(row["seconds"] for row in state["history"]))
-        history, best = pd.DataFrame(state["history"]), (state["best_epoch"], state["best_score"])
-        return FitResult(history, *best, status, seconds)
 
-
-def _measure(
-    model: nn.Module, val_set: Dataset | None, val_metric: Callable | None, images: int
-) -> dict[str, float]:
+def _measure(model: nn.Module, val_set, val_metric, images: int) -> dict[str, float]:
     """Loss, accuracy and AUC (of class 1, or one against the rest) and `val_metric`'s."""
     row = {}
     if val_set is not None:
@@ -481,16 +467,6 @@ def _logits(
     return together, labels, np.arange(len(together)) if rows is None else rows
 
 
-def _check_same(saved: dict[str, Any], asked: dict[str, Any], run_dir: Path) -> None:
-    names = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
-    changes = "; ".join(f"{name}: {saved.get(name)!r} -> {asked.get(name)!r}" for name in names)
-    if names:
-        raise ValueError(
-            f"{run_dir} holds a run with other settings ({changes}): take another run_dir, "
-            "or resume=False to start anew"
-        )
-
-
 def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
     gpu = pick_device()[0] == "cuda"
     # Second derivatives underflow in half precision.
@@ -505,14 +481,10 @@ def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
     )
 
 
-def _average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Moving average of the weights; its decay rises to `decay`, so the start is soon forgotten."""
-
-    def blend(averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
-        rising = (1 + steps.item()) / (10 + steps.item())
-        get_ema_multi_avg_fn(min(decay, rising))(averaged, current, steps)
-
-    return AveragedModel(model, multi_avg_fn=blend, use_buffers=True) if decay else None
+def _blend(decay: float, averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+    """Moving average; its decay rises to `decay`, so that the start is soon forgotten."""
+    rising = (1 + steps.item()) / (10 + steps.item())
+    get_ema_multi_avg_fn(min(decay, rising))(averaged, current, steps)
 
 
 def _factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:

@@ -52,10 +52,7 @@ def patched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.delenv("DLIA_DATA", raising=False)
-        drawn = {
-            report: "save_figure",
-            explore: "figure_augmentations",
-        }
+        drawn = {report: "save_figure", explore: "figure_augmentations"}
         for module, name in drawn.items():  # drawing is a third of the time and learns nothing
             patch.setattr(module, name, lambda *_, **__: None)
         for name in ("figure_curves", "figure_search"):

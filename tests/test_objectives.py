@@ -380,7 +380,7 @@ def test_unusable_numbers_are_refused(make, message):
 def fragile():
     """One strong pixel that is right nine times in ten, 48 weak ones that together always are.
 
-    The setting of Tsipras et al. 2019 (arXiv 1805.12152): who uses the weak ones falls at eps = 0.1.
+    The setting of Tsipras et al. (arXiv 1805.12152): who uses the weak ones falls at eps = 0.1.
     """
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(200) % 2

@@ -1,4 +1,4 @@
-"""The search finds known optima, widens ranges, prunes, survives kills; fine-tuning steps back in time."""
+"""The search finds known optima, widens ranges, survives kills; fine-tuning steps back."""
 
 import math
 import os
