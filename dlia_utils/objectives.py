@@ -1,282 +1,390 @@
-"""What training minimises: functions that return `objective(model, x, y) -> (loss, logits)`.
+"""What training minimises: `trades(eps=4 / 255)` makes an objective(model, x, y) -> (loss, logits).
 
-Every objective takes images [B, 1 or 3, H, W] in [0, 1] and labels int64 [B]; the loss is a mean over the
-batch. `objective.settings` holds its name and numbers; `train.fit` stores them with the run, so that a run
-made with other numbers is not taken for this one. `objective.second_order` tells `fit` that gradients are
-differentiated. `detection` differs: its labels are lists of boxes, and it has no logits.
+Images x [B, 1 or 3, H, W] lie in [0, 1], labels y [B] are int64, the loss is a mean over the batch;
+`eps`, step sizes and `sigma` are in pixel units, `weight` is one factor per class. Below stand the
+losses; `@_maker` makes of each the function that readers call. `train.fit` reads on an objective:
+`settings` (name and numbers), `second_order` (float32 only), `replays` (calls per batch).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._objective import (
-    Objective,
-    ce_attack,
-    check_ball,
-    check_positive,
-    describe,
-    kl,
-    kl_attack,
-    weighted_cross_entropy,
-)
-from .defences import (
-    fast_adversarial,
-    free_adversarial,
-    gairat,
-    gairat_weights,
-    gaussian_noise,
-    hat,
-    margin_gradient,
-    mart,
-    mart_loss,
-    overfitting_monitor,
-)
 from .device import evaluating, fingerprint
 from .models.lipschitz import quick_input_gradient
 
-__all__ = [
-    "Objective",
-    "cross_entropy",
-    "cross_entropy_at",
-    "detection",
-    "distillation",
-    "evaluating",
-    "fast_adversarial",
-    "fingerprint",
-    "free_adversarial",
-    "gairat",
-    "gairat_weights",
-    "gaussian_noise",
-    "hat",
-    "lipschitz",
-    "margin_gradient",
-    "mart",
-    "mart_loss",
-    "overfitting_monitor",
-    "pgd_adversarial",
-    "trades",
-]
+Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
+
+LEAST = dict(eps=0, steps=1, replays=1, beta=0, gamma=0, helper=1, penalty=0, alpha=0)
+LEAST |= dict(temperature=1e-9, hard_temperature=1e-9, sigma=1e-9)
+
+log = logging.getLogger("dlia_utils")
 
 
-def cross_entropy(
-    *, weight: Sequence[float] | None = None, label_smoothing: float = 0.0
-) -> Objective:
-    """Cross-entropy; `weight` is one factor per class.
+def _ce(weight=None, label_smoothing=0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean cross-entropy of (logits, y) in float32."""
+    factors = None if weight is None else torch.tensor(weight, dtype=torch.float32)
+
+    def ce(logits: Tensor, y: Tensor) -> Tensor:
+        nonlocal factors
+        factors = None if factors is None else factors.to(logits.device)  # copied once
+        return F.cross_entropy(logits.float(), y, factors, label_smoothing=label_smoothing)
+
+    return ce
+
+
+def _kl(target: Tensor, logits: Tensor) -> Tensor:
+    """Sum over the batch of KL(target || softmax(logits)); `target` [B, K] are probabilities."""
+    return F.kl_div(logits.float().log_softmax(1), target, reduction="sum")
+
+
+def _class_mean(losses: Tensor, y: Tensor, weight) -> Tensor:
+    """Mean over the batch with one factor per class, as cross-entropy takes it."""
+    factors = torch.tensor([1.0] if weight is None else weight, device=y.device)
+    return losses.mean() if weight is None else (losses * factors[y]).sum() / factors[y].sum()
+
+
+def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_size) -> Tensor:
+    """Images of PGD that raise the cross-entropy with y or, without it, the KL to the clean answer.
+
+    The last iterate as it is, of the model in eval mode, which is left unchanged; draws come from
+    torch's global random stream. `watch` sees every iterate's logits.
+    """
+    # DDP's wrapper would wait for the gradients of parameters.
+    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    with evaluating(bare):
+        if y is None:
+            with torch.no_grad():
+                target = bare(x).float().softmax(1)
+        low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
+        x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
+        for _ in range(steps):
+            logits = bare(x_adv.requires_grad_())
+            watch(logits.detach())
+            # Sums: images must not depend on each other, and fp16 loses small gradients.
+            loss = _kl(target, logits) if y is None else F.cross_entropy(logits, y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
+    return x_adv
+
+
+# The parts that a loss may ask for: how they are made, and of which numbers with which defaults
+PARTS = {"ce": (_ce, dict(weight=None, label_smoothing=0.0)), "state": (dict, {})}
+PARTS["attack"] = partial(partial, _attack), dict(eps=inspect.Parameter.empty, step_size=None)
+
+
+def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
+    """Of a loss (model, x, y, ...) make the maker of an objective, which takes its other arguments.
+
+    The loss gets the PARTS that it asks for (attacks with step sizes of `step` * eps unless given),
+    models copied and frozen. Raises: ValueError for numbers out of range.
+    """
+
+    def decorate(loss: Callable) -> Callable[..., Objective]:
+        own = list(inspect.signature(loss).parameters.values())[3:]
+        parts = {p.name: PARTS[p.name] for p in own if p.name in PARTS}
+        public = [p for p in own if p.name not in PARTS]
+        defaults = {name: value for _, numbers in parts.values() for name, value in numbers.items()}
+        for name, value in (defaults | steps).items():
+            public.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value))
+
+        @wraps(loss)
+        def make(*args: Any, **options: Any) -> Objective:
+            given = make.__signature__.bind(*args, **options)
+            given.apply_defaults()
+            values = given.arguments
+            if values.get("step_size", 0) is None:
+                values["step_size"] = step * values["eps"]
+            for name, least in LEAST.items():
+                high = 1 if name in ("eps", "alpha") else math.inf
+                if not least <= values.get(name, 1) <= high:
+                    text = f"{loss.__name__}: {name} = {values[name]} is not in [{least}, {high}]"
+                    raise ValueError(f"{text}; eps is in pixel units, e.g. 4/255")
+            nets = {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+            inner = values | {name: copy.deepcopy(net).eval() for name, net in nets.items()}
+            for name in nets:
+                inner[name].requires_grad_(False)
+            for name, (make_part, numbers) in parts.items():
+                names = [*numbers, *steps] if name == "attack" else numbers
+                inner[name] = make_part(**{key: inner.pop(key) for key in names})
+            objective = partial(loss, **inner)
+            marks = {name: fingerprint(net) for name, net in nets.items()}
+            objective.settings = {"name": loss.__name__} | values | marks
+            objective.second_order, objective.replays = second_order, values.get("replays", 1)
+            return objective
+
+        make.__signature__ = inspect.Signature(public)
+        return make
+
+    return decorate
+
+
+@_maker()
+def cross_entropy(model, x, y, *, ce):
+    """Cross-entropy.
 
     >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
     >>> loss, logits = cross_entropy()(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
     >>> loss.shape, logits.shape
     (torch.Size([]), torch.Size([4, 2]))
     """
-    ce = weighted_cross_entropy(weight, label_smoothing)
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(x)
-        return ce(logits, y), logits
-
-    return describe(objective, "cross_entropy", weight=weight, label_smoothing=label_smoothing)
+    logits = model(x)
+    return ce(logits, y), logits
 
 
-def cross_entropy_at(
-    temperature: float, *, weight: Sequence[float] | None = None, label_smoothing: float = 0.0
-) -> Objective:
-    """Cross-entropy of logits / T, for the teacher of defensive distillation (Papernot, arXiv 1511.04508).
+@_maker()
+def cross_entropy_at(model, x, y, temperature: float, *, ce):
+    """Cross-entropy of logits / T: the teacher of defensive distillation (arXiv 1511.04508).
 
-    The model is used at T = 1 afterwards; its logits are then about T times larger than usual, which is what
-    hides its gradients. Raises: ValueError for T <= 0.
-
-    >>> cross_entropy_at(50).settings["temperature"]
-    50
+    The model is used at T = 1 afterwards: logits T times larger than usual hide its gradients.
     """
-    check_positive(temperature=temperature)
-    ce = weighted_cross_entropy(weight, label_smoothing)
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(x)
-        return ce(logits / temperature, y), logits
-
-    return describe(
-        objective,
-        "cross_entropy_at",
-        temperature=temperature,
-        weight=weight,
-        label_smoothing=label_smoothing,
-    )
+    logits = model(x)
+    return ce(logits / temperature, y), logits
 
 
-def distillation(
-    teacher: nn.Module, *, temperature: float, alpha: float = 0.9, hard_temperature: float = 1.0
-) -> Objective:
-    """Knowledge distillation (Hinton, arXiv 1503.02531): soft labels of a teacher, and the hard ones.
+@_maker()
+def distillation(model, x, y, teacher, *, temperature: float, alpha=0.9, hard_temperature=1.0):
+    """Knowledge distillation (Hinton, arXiv 1503.02531): soft labels of a teacher, and hard ones.
 
     loss = alpha T^2 KL(teacher_T || student_T) + (1 - alpha) CE(student / hard_temperature, y).
-
-    alpha = 0.9 with a teacher trained at T = 1 is the published study's recipe. Defensive distillation
-    (Papernot, arXiv 1511.04508) takes a teacher trained by `cross_entropy_at(T)` and the same T here, in both
-    terms. The teacher is copied, frozen and in eval mode; the caller's stays as it is.
-    Raises: ValueError for a temperature <= 0 or alpha outside [0, 1].
-
-    >>> teacher, student = (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for _ in range(2))
-    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> distillation(teacher, temperature=35, alpha=1.0)(teacher, x, y)[0].abs().item() < 1e-3
-    True
+    Defensive distillation (arXiv 1511.04508): a teacher of `cross_entropy_at(T)` and the same T.
     """
-    check_positive(temperature=temperature, hard_temperature=hard_temperature)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    settings = {"temperature": temperature, "alpha": alpha, "hard_temperature": hard_temperature}
-    settings["teacher"] = fingerprint(teacher)
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            soft = F.log_softmax(teacher.to(x.device)(x) / temperature, dim=1)
-        logits = model(x)
-        student = F.log_softmax(logits / temperature, dim=1)
-        # T^2 undoes the 1/T^2 that the two softmaxes put on the gradient.
-        loss = (
-            alpha * temperature**2 * F.kl_div(student, soft, reduction="batchmean", log_target=True)
-        )
-        return loss + (1 - alpha) * F.cross_entropy(logits / hard_temperature, y), logits
-
-    return describe(objective, "distillation", **settings)
+    with torch.no_grad():
+        soft = F.log_softmax(teacher.to(x.device)(x) / temperature, dim=1)
+    logits = model(x)
+    student = F.log_softmax(logits / temperature, dim=1)
+    # T^2 undoes the 1/T^2 that the two softmaxes put on the gradient.
+    share = alpha * temperature**2
+    loss = share * F.kl_div(student, soft, reduction="batchmean", log_target=True)
+    return loss + (1 - alpha) * F.cross_entropy(logits / hard_temperature, y), logits
 
 
-def lipschitz(
-    *,
-    penalty: float = 0.05,
-    input_std: Sequence[float] | None = None,
-    weight: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-) -> Objective:
-    """Cross-entropy + penalty * mean over the batch of || d max_k softmax_k(x) / dx ||_2^2, one forward pass.
+@_maker()
+def gaussian_noise(model, x, y, *, ce, sigma: float):
+    """Cross-entropy on x + N(0, sigma^2), training for randomised smoothing (arXiv 1902.02918).
 
-    The gradient is taken with respect to pixels in [0, 1] of x as given (one channel for a radiograph). With
-    `input_std` (one number per channel of a three-channel normalisation) it is taken per colour channel and
-    in units of the normalised input: this is the published study's penalty, whose 0.05 is much weaker.
-    float32 only: second derivatives underflow in half precision. Raises: ValueError for penalty < 0.
-
-    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> loss, _ = lipschitz(penalty=0.05)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
-    >>> loss.requires_grad
-    True
+    The noise is not cut to [0, 1]: neither is it when `smoothing.certify` certifies.
     """
-    if penalty < 0:
-        raise ValueError(f"penalty must not be negative, got {penalty}")
-    ce = weighted_cross_entropy(weight, label_smoothing)
-    std = (
-        None
-        if input_std is None
-        else torch.tensor(input_std, dtype=torch.float32).view(1, -1, 1, 1)
-    )
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float() if std is None else x.float().expand(-1, std.shape[1], -1, -1)
-            x = x.detach().requires_grad_()
-            with quick_input_gradient():
-                logits = model(x)
-            confidence = logits.softmax(dim=1).amax(dim=1).sum()
-            (gradient,) = torch.autograd.grad(confidence, x, create_graph=True)
-            if std is not None:
-                gradient = gradient * std.to(x.device)
-            return ce(logits, y) + penalty * gradient.square().flatten(1).sum(1).mean(), logits
-
-    settings = {
-        "penalty": penalty,
-        "input_std": input_std,
-        "weight": weight,
-        "label_smoothing": label_smoothing,
-    }
-    return describe(objective, "lipschitz", second_order=True, **settings)
+    logits = model(x + sigma * torch.randn_like(x))
+    return ce(logits, y), logits
 
 
-def pgd_adversarial(
-    *,
-    eps: float,
-    steps: int = 2,
-    step_size: float | None = None,
-    weight: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-) -> Objective:
-    """Adversarial training: cross-entropy on PGD images made on the spot (Madry, arXiv 1706.06083).
+def _with_slope(model, x, y, ce, penalty, score, std=None):
+    """`ce` + penalty * squared length of the gradient of `score`, in one forward pass."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float() if std is None else x.float().expand(-1, std.shape[1], -1, -1)
+        x = x.detach().requires_grad_()
+        with quick_input_gradient():
+            logits = model(x)
+        (gradient,) = torch.autograd.grad(score(logits, y).sum(), x, create_graph=True)
+        gradient = gradient if std is None else gradient * std
+        return ce(logits, y) + penalty * gradient.square().flatten(1).sum(1).mean(), logits
 
-    `eps` and `step_size` (default 0.7 eps, right for two steps) are in pixel units, e.g. 4/255. The attack
-    sees the model in eval mode: with batch statistics it would attack a model that nobody uses. The returned
-    logits are those of the adversarial images. Raises: ValueError for eps outside [0, 1] or steps < 1.
 
-    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> loss, _ = pgd_adversarial(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
+@_maker(second_order=True)
+def lipschitz(model, x, y, *, ce, penalty=0.05, input_std=None):
+    """Cross-entropy + penalty * mean over the batch of || d max_k softmax_k(x) / dx ||_2^2.
+
+    The gradient is that of pixels in [0, 1]. With `input_std` (a number a channel) it is taken per
+    colour channel in units of the normalised input: the published penalty, much weaker at 0.05.
     """
-    step_size = check_ball(eps, steps, step_size)
-    ce = weighted_cross_entropy(weight, label_smoothing)
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x_adv = ce_attack(model, x, y, eps=eps, steps=steps, step_size=step_size)
-        logits = model(x_adv)
-        return ce(logits, y), logits
-
-    settings = {"eps": eps, "steps": steps, "step_size": step_size}
-    return describe(
-        objective, "pgd_adversarial", **settings, weight=weight, label_smoothing=label_smoothing
-    )
+    std = None if input_std is None else torch.tensor(input_std, device=x.device).view(1, -1, 1, 1)
+    return _with_slope(model, x, y, ce, penalty, lambda z, y: z.softmax(dim=1).amax(dim=1), std)
 
 
-def trades(
-    *,
-    eps: float,
-    beta: float = 6.0,
-    steps: int = 2,
-    step_size: float | None = None,
-    weight: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-) -> Objective:
-    """TRADES: clean cross-entropy + beta KL(clean || attacked) (Zhang et al. 2019, arXiv 1901.08573).
+@_maker(second_order=True)
+def margin_gradient(model, x, y, *, ce, penalty: float):
+    """Cross-entropy + penalty * mean over the batch of || d margin / dx ||_2^2.
 
-    The attacked image is the one in the eps ball whose answer differs most from the clean answer, whatever the
-    label; beta weighs stability against clean accuracy. `eps` and `step_size` (default 0.7 eps, right for two
-    steps) are in pixel units, e.g. 4/255; the attack sees the model in eval mode. The returned logits are those of
-    the clean images. Raises: ValueError for eps outside [0, 1], steps < 1 or beta < 0.
-
-    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> loss, logits = trades(eps=4 / 255)(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
-    >>> logits.shape
-    torch.Size([4, 2])
-    """
-    step_size = check_ball(eps, steps, step_size)
-    if beta < 0:
-        raise ValueError(f"beta must not be negative, got {beta}")
-    ce = weighted_cross_entropy(weight, label_smoothing)
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x_adv = kl_attack(model, x, eps=eps, steps=steps, step_size=step_size)
-        logits = model(x)
-        stability = kl(logits.float().softmax(1), model(x_adv)) / len(x)
-        return ce(logits, y) + beta * stability, logits
-
-    settings = {"eps": eps, "beta": beta, "steps": steps, "step_size": step_size}
-    return describe(objective, "trades", **settings, weight=weight, label_smoothing=label_smoothing)
-
-
-def detection() -> Objective:
-    """Faster R-CNN's four losses, summed: objectness and box of proposals, class and box of regions (1506.01497).
-
-    `x` images and `y` the list of targets, as `augment.collate_boxes` makes them; the model is a
-    `models.Detector` in training mode. No logits are returned.
-
-    >>> detection().settings["name"]
-    'detection'
+    margin = z_y - max_{k != y} z_k. Unlike a penalty on the loss or on probabilities (Drucker &
+    Le Cun 1992; arXiv 1711.09404) it cannot be met by saturating the softmax. The gradient is in
+    logits per unit of a pixel: start with a `penalty` of 1e-4 to 1e-2.
     """
 
-    def objective(
-        model: nn.Module, x: Tensor, y: Sequence[dict[str, Tensor]]
-    ) -> tuple[Tensor, None]:
-        return torch.stack(list(model(x, y).values())).sum(), None
+    def margin(logits: Tensor, y: Tensor) -> Tensor:
+        own = y[:, None]
+        return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).amax(1)
 
-    return describe(objective, "detection")
+    return _with_slope(model, x, y, ce, penalty, margin)
+
+
+@_maker(steps=2)
+def pgd_adversarial(model, x, y, *, ce, attack):
+    """Adversarial training: cross-entropy on PGD images made on the spot (arXiv 1706.06083).
+
+    The step size, by default 0.7 eps, is right for two steps. The logits are the attacked images'.
+    """
+    logits = model(attack(model, x, y))
+    return ce(logits, y), logits
+
+
+@_maker(step=1.25)
+def fast_adversarial(model, x, y, *, ce, attack):
+    """Fast adversarial training: one large step from a random start (arXiv 2001.03994).
+
+    It may overfit catastrophically within a few hundred steps: the model answers this one step and
+    falls to PGD. Give `overfitting_monitor` to `train.fit` and choose by "val_pgd_accuracy".
+    """
+    logits = model(attack(model, x, y, steps=1))
+    return ce(logits, y), logits
+
+
+def overfitting_monitor(x: Tensor, y: Tensor, *, eps: float) -> Callable[[nn.Module], dict]:
+    """Watch for catastrophic overfitting (arXiv 2001.03994): a `val_metric` for `train.fit`.
+
+    Returns monitor(model) -> val_single_step_accuracy, val_pgd_accuracy, val_overfitting_gap: of
+    validation images x with labels y under fast training's own step and under ten steps of PGD, and
+    the difference; a gap above 0.2 is logged. Model and random stream stay as they are.
+    """
+    attacks = {"val_single_step_accuracy": dict(steps=1, step_size=1.25 * eps)}
+    attacks["val_pgd_accuracy"] = dict(steps=10, step_size=0.25 * eps)
+
+    def monitor(model: nn.Module) -> dict[str, float]:
+        device = next((parameter.device for parameter in model.parameters()), x.device)
+        row, cuda = dict.fromkeys(attacks, 0.0), [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), evaluating(model):
+            torch.manual_seed(0)
+            for images, labels in zip(x.split(64), y.split(64), strict=True):
+                images, labels = images.to(device), labels.to(device)
+                for name, how in attacks.items():
+                    with torch.enable_grad():
+                        attacked = _attack(model, images, labels, eps=eps, **how)
+                    with torch.no_grad():
+                        row[name] += (model(attacked).argmax(1) == labels).sum().item() / len(x)
+        gap = row["val_single_step_accuracy"] - row["val_pgd_accuracy"]
+        if gap > 0.2:
+            text = "catastrophic overfitting: accuracy %.3f under one step but %.3f under PGD-10; "
+            text += "go back to an earlier epoch, lower step_size, or train with pgd_adversarial"
+            log.warning(text, *row.values())
+        return row | {"val_overfitting_gap": gap}
+
+    return monitor
+
+
+@_maker(step=1.0)
+def free_adversarial(model, x, y, *, ce, state, eps: float, replays=4, step_size=None):
+    """Free adversarial training: one backward pass for weights and attack (arXiv 1904.12843).
+
+    loss = CE(f(x + d), y); its gradient also moves d by `step_size` (default eps) times its sign,
+    cut to [-eps, eps]. d lives on into the next minibatch; it is 0 for a new model and after a
+    resume. `train.fit` takes `replays` steps with each batch, so divide the epochs by `replays`, as
+    the paper does. The attack sees the model in train mode.
+    """
+    if state.get("model", lambda: None)() is not model or len(state["d"]) < len(x):
+        state |= {"model": weakref.ref(model), "d": torch.zeros_like(x)}
+    d = state["d"][: len(x)]
+    point = (x + d).clamp_(0, 1).requires_grad_()
+
+    def move(gradient: Tensor) -> None:
+        # Loss scaling in half precision may give inf or NaN.
+        d.add_(step_size * gradient.nan_to_num().sign()).clamp_(-eps, eps)
+
+    point.register_hook(move)
+    logits = model(point)
+    return ce(logits, y), logits
+
+
+@_maker(steps=2)
+def trades(model, x, y, *, ce, attack, beta=6.0):
+    """TRADES: clean cross-entropy + beta KL(clean || attacked) (Zhang et al., arXiv 1901.08573).
+
+    Attacked is the image whose answer differs most from the clean one. The logits are the clean.
+    """
+    x_adv = attack(model, x)
+    logits = model(x)
+    stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+    return ce(logits, y) + beta * stability, logits
+
+
+@_maker(steps=2)
+def hat(model, x, y, standard, *, ce, attack, beta=2.5, gamma=0.5, helper=2.0):
+    """Helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022): less excess margin.
+
+    TRADES + gamma CE(f(x + helper (x' - x)), argmax standard(x')): an image beyond the attacked x'
+    gets the label that a `standard` (plainly trained) model gives to x', so that the border is not
+    pushed out further than needed. The logits are the clean images'; the paper takes 10 steps.
+    """
+    x_adv = attack(model, x)
+    with torch.no_grad():
+        helped = standard.to(x.device)(x_adv).argmax(1)
+    logits = model(x)
+    stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+    further = (x + helper * (x_adv - x)).clamp_(0, 1)
+    help_loss = F.cross_entropy(model(further).float(), helped)
+    return ce(logits, y) + beta * stability + gamma * help_loss, logits
+
+
+def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float) -> Tensor:
+    """MART's loss per image [B] of logits [B, K] (Wang et al., ICLR 2020).
+
+    BCE(attacked, y) + beta KL(clean || attacked) (1 - p_y(clean)), where BCE = -log p_y(attacked) -
+    log(1 - max_{k != y} p_k(attacked)): what is wrong when clean is made stable most of all.
+    """
+    clean, attacked, own = clean.float(), attacked.float(), y[:, None]
+    best_wrong = attacked.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+    # log(1 - p_k) as the share of all other classes: exact also where p_k is 1 in float32.
+    not_wrong = attacked.scatter(1, best_wrong, -torch.inf).logsumexp(1) - attacked.logsumexp(1)
+    bce = F.cross_entropy(attacked, y, reduction="none") - not_wrong
+    p = clean.softmax(1)
+    stability = F.kl_div(attacked.log_softmax(1), p, reduction="none").sum(1)
+    return bce + beta * stability * (1 - p.gather(1, own)[:, 0])
+
+
+@_maker(steps=2)
+def mart(model, x, y, *, attack, beta=5.0, weight=None):
+    """Misclassification-aware adversarial training: `mart_loss` on PGD images.
+
+    The paper takes 10 steps of eps / 4. The logits are the clean images'.
+    """
+    x_adv = attack(model, x, y)
+    logits = model(x)
+    return _class_mean(mart_loss(logits, model(x_adv), y, beta=beta), y, weight), logits
+
+
+def gairat_weights(kappa: Tensor, *, steps: int, lam: float = -1.0) -> Tensor:
+    """Weights per image [B]: (1 + tanh(lam + 5 (1 - 2 kappa / steps))) / 2, over their mean.
+
+    >>> gairat_weights(torch.tensor([0, 5, 10]), steps=10)
+    tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
+    """
+    # (1 + tanh(u)) / 2 = sigmoid(2 u), which float32 would round to 0.
+    w = torch.sigmoid(2 * (lam + 5 * (1 - 2 * kappa.double() / steps)))
+    return (w / w.mean()).float()
+
+
+@_maker(step=0.25, steps=10)
+def gairat(model, x, y, *, attack, lam=-1.0, weight=None, label_smoothing=0.0):
+    """Geometry-aware instance-reweighted adversarial training (ICLR 2021, arXiv 2010.01736).
+
+    loss = mean of w_i CE(f(x'_i), y_i), w of `gairat_weights`: kappa counts the steps of PGD that
+    an image stays right, so that images near the border weigh most. Go on with it from a
+    `pgd_adversarial` model: a random start can collapse. Known to hide its gradients: judge it by
+    the suite's worst case. The logits are the attacked images'.
+    """
+    kappa = torch.zeros_like(y)
+    x_adv = attack(model, x, y, lambda logits: kappa.add_(logits.argmax(1) == y))
+    logits = model(x_adv)
+    options = dict(reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits.float(), y, **options)
+    weights = gairat_weights(kappa, steps=attack.keywords["steps"], lam=lam)
+    return _class_mean(weights * losses, y, weight), logits
+
+
+@_maker()
+def detection(model, x, y):
+    """Faster R-CNN's four losses, summed (arXiv 1506.01497); there are no logits.
+
+    `y` is the list of targets that `augment.collate_boxes` makes, the model a `models.Detector`.
+    """
+    return torch.stack(list(model(x, y).values())).sum(), None

@@ -201,3 +201,75 @@ def _captioned(figure: Figure, axis: plt.Axes, caption: str) -> Figure:
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
     figure.suptitle(caption, fontsize=9)
     return figure
+
+
+def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
+    """Loss, accuracy, validation AUC per epoch; training solid, validation dashed, a colour each."""
+    figure, axes = panels(3, width=3.9, height=3.3)
+    for number, (name, history) in enumerate(histories.items()):
+        style = {"color": COLORS[number % len(COLORS)], "ms": 3}
+        for axis, column in zip(axes[0], ("loss", "accuracy", "auc"), strict=True):
+            for part, line in (("train", "o-"), ("val", "s--")):
+                if f"{part}_{column}" in history:
+                    values = history[f"{part}_{column}"]
+                    axis.plot(history["epoch"], values, line, label=name, **style)
+    for axis, title in zip(axes[0], ("loss", "accuracy", "validation AUC"), strict=True):
+        axis.set(xlabel="epoch", ylabel=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+    if not axes[0, 2].lines:
+        axes[0, 2].set_axis_off()
+        text = "no validation:\nall images train"
+        axes[0, 2].text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
+    solid = [line for line in axes[0, 0].lines if line.get_linestyle() == "-"]
+    axes[0, 0].legend(handles=solid, fontsize=7, frameon=False)
+    figure.suptitle(f"solid: training, dashed: validation; {caption}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximize") -> Figure:
+    """Score against each parameter of `search.search`'s runs; pruned ones hollow, the best a star.
+
+    Extensions are coloured; runs without a score (diverged, failed) are only counted.
+    """
+    names = list(runs.columns[1 : runs.columns.get_loc("score")])
+    shown = runs[runs["state"].isin(["complete", "pruned"]) & runs["score"].notna()]
+    complete = shown[shown["state"] == "complete"].sort_values("score", kind="stable")
+    best = complete.iloc[[-1 if direction == "maximize" else 0]]
+    columns = min(4, len(names))
+    figure, axes = panels(columns, rows=-(-len(names) // columns), width=2.9, height=2.9)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        place = runs[name]
+        if not pd.api.types.is_numeric_dtype(place):
+            codes, labels = pd.factorize(place.astype(str))
+            place = pd.Series(codes, runs.index)
+            axis.set_xticks(range(len(labels)), labels, fontsize=7)
+        elif place.min() > 0 and place.max() / place.min() >= 20:
+            axis.set_xscale("log")
+        for (extension, state), part in shown.groupby(["extension", "state"]):
+            color = COLORS[int(extension) % len(COLORS)]
+            style = {"edgecolors": color, "facecolors": color if state == "complete" else "none"}
+            axis.scatter(place[part.index], part["score"], s=26, lw=1.1, **style)
+        axis.scatter(place[best.index], best["score"], marker="*", s=150, color="black", zorder=3)
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.25)
+    for row in axes:
+        row[0].set_ylabel("score")
+    signs = [("complete", {}), ("best", {"marker": "*", "color": "black", "ms": 9})]
+    if len(complete) < len(shown):
+        signs.insert(1, ("pruned", {"markerfacecolor": "none"}))
+    if shown["extension"].max() > 0:
+        for number in sorted(shown["extension"].unique()):
+            style = {"color": COLORS[int(number) % len(COLORS)], "marker": "s"}
+            signs.append((f"extension {number}" if number else "ranges as asked", style))
+    common = {"ls": "", "marker": "o", "color": "0.4", "ms": 5}
+    handles = [plt.Line2D([], [], label=label, **common | style) for label, style in signs]
+    figure.legend(handles=handles, fontsize=7, frameon=False, ncol=4, loc="lower center")
+    others = len(runs) - len(shown)
+    unscored = f", {others} without a score" if others else ""
+    figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure

@@ -30,6 +30,7 @@ from . import files, metrics, models, train
 from .data import augment, cache, datasets, sources, split
 from .device import fingerprint
 from .run import FORMAT, Run, differences, digest, for_dataset
+from .train import OutOfTime
 
 log = logging.getLogger("dlia_utils")
 
@@ -38,19 +39,6 @@ LINKED = (".pt", ".npz")  # always replaced, never written into: a second name c
 SUITE_USES = "attacks eps_grid pgd_steps pgd_restarts budgets expensive attack_batch seed".split()
 AGAIN = " (AGAIN, forced)"
 OWN = "the reader's own"
-
-
-class OutOfTime(RuntimeError):
-    """A training met the budget `max_minutes`; the same call goes on from its checkpoints."""
-
-    def __init__(self, name: str, *, done: int, epochs: int, limit: float) -> None:
-        more = f"{4 * limit:g}"
-        super().__init__(
-            f"{name} stopped after {done} of {epochs} epochs: the next would not end within "
-            f"max_minutes = {limit:g}. What is done is kept: run again to go on from there (the "
-            f"same command, or Run All). For more time: --set max_minutes={more} on the command "
-            f'line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
-        )
 
 
 class AlreadyOpened(RuntimeError):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import curves, execute, report, search, study
+from dlia_utils import execute, plots, report, search, study
 from dlia_utils.data import cache, datasets, explore, phantom, sources, split
 from tools import notebooks
 
@@ -52,14 +52,11 @@ def patched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.delenv("DLIA_DATA", raising=False)
-        drawn = {
-            report: "save_figure",
-            curves: "figure_curves",
-            search: "figure_search",
-            explore: "figure_augmentations",
-        }
+        drawn = {report: "save_figure", explore: "figure_augmentations"}
         for module, name in drawn.items():  # drawing is a third of the time and learns nothing
             patch.setattr(module, name, lambda *_, **__: None)
+        for name in ("figure_curves", "figure_search"):
+            patch.setattr(plots, name, lambda *_, **__: None)
         yield patch
 
 

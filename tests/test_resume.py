@@ -1,4 +1,4 @@
-"""From one Kaggle session to the next: an earlier run attached as an input is taken up where it was cut off."""
+"""From one Kaggle session to the next: an earlier run attached as an input is taken up again."""
 
 import json
 import os
@@ -20,6 +20,37 @@ NOTEBOOK = "01_pneumonia_robustness"
 TINY = {"epochs": 4, "per_class": 12, "size": 32, "stages": 2}
 LAYOUTS = ("input/my-run", "input/notebooks/me/my-run", "input/datasets/me/my-run")
 
+# The first session: killed from outside in the middle of an epoch, as after Kaggle's twelve hours.
+SESSION = f"""
+import os, signal
+from dlia_utils import objectives, study
+from dlia_utils import execute
+(source,) = execute.pick(["{NOTEBOOK}"])
+opened = study.open_study(execute.opened(source, PROFILE="smoke", CHANGES={TINY}))
+calls = []
+def objective(model, x, y):
+    calls.append(1)
+    if len(calls) == 6:  # 24 images in batches of 16: in the third epoch
+        os.kill(os.getpid(), signal.SIGKILL)
+    return objectives.cross_entropy()(model, x, y)
+objective.settings = objectives.cross_entropy().settings
+study.train_model(opened, "baseline", objective, progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The runs folder of a session that was killed."""
+    place = tmp_path_factory.mktemp("session")
+    (place / "kaggle" / "input").mkdir(parents=True)
+    new = {"DLIA_KAGGLE_ROOT": str(place / "kaggle"), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    kept = {name: v for name, v in os.environ.items() if name not in ("DLIA_DATA", "DLIA_RUNS")}
+    new |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SESSION]
+    done = subprocess.run(command, env=kept | new, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return place / "kaggle" / "working" / "runs"
+
 
 @pytest.fixture
 def kaggle(tmp_path, monkeypatch):
@@ -32,118 +63,67 @@ def kaggle(tmp_path, monkeypatch):
     return tmp_path / "kaggle"
 
 
-def train(**options):
-    opened = study.open_study(start_run(NOTEBOOK, **TINY))
-    return study.train_model(
-        opened, "baseline", objectives.cross_entropy(), progress=False, **options
-    )
-
-
-# The first session: killed from outside, as at the end of Kaggle's twelve hours, in the middle of an epoch.
-SESSION = """
-import os, signal, sys
-from dlia_utils import objectives, study
-from tools import notebooks
-(source,) = execute.pick(["{notebook}"])
-opened = study.open_study(execute.opened(source, PROFILE="smoke", CHANGES={tiny}))
-calls = 0
-def objective(model, x, y):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return objectives.cross_entropy()(model, x, y)
-objective.settings = objectives.cross_entropy().settings
-study.train_model(opened, "baseline", objective, progress=False)
-"""
-
-
-def killed_session(kaggle, call):
-    code = SESSION.format(notebook=NOTEBOOK, tiny=TINY)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(call)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    return kaggle / "working" / "runs"
-
-
 def attach(runs, mount):
-    """The output of a session becomes a read-only input of the next, whose working folder is empty."""
-    mount.mkdir(parents=True)
-    shutil.move(runs, mount / "runs")
+    """The output of a session as a read-only input of the next, whose working folder is empty."""
+    shutil.copytree(runs, mount / "runs")
     for path in [mount, *mount.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
+def train(**changes):
+    opened = study.open_study(start_run(NOTEBOOK, **TINY | changes))
+    return study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_session_that_was_cut_off_loses_at_most_one_epoch(kaggle, layout, caplog):
-    # 24 images in batches of 16: two batches an epoch; the kill comes in the third epoch.
-    attach(killed_session(kaggle, call=6), kaggle / layout)
+def test_a_session_that_was_cut_off_loses_at_most_one_epoch(killed, kaggle, layout, caplog):
+    attach(killed, kaggle / layout)
     result = train()
     assert "continues the run of an earlier session" in caplog.text
     assert result.status == "done" and result.history["epoch"].tolist() == [1, 2, 3, 4]
-    before = pd.read_csv(next((kaggle / layout).rglob("metrics.csv")))
+    before = pd.read_csv(next(killed.rglob("metrics.csv")))
     assert before["epoch"].tolist() == [1, 2]  # the third, not finished, is all that was lost
     pd.testing.assert_frame_equal(result.history.head(2), before)
+    run_dir = start_run(NOTEBOOK, **TINY).run_dir
+    assert all(os.stat(path).st_mode & 0o200 for path in [run_dir, *run_dir.rglob("*")])
+    assert json.loads((run_dir / "config.json").read_text())["notebook"] == NOTEBOOK
 
-    shutil.rmtree(kaggle / "working")
-    shutil.rmtree(kaggle / "input")
-    (kaggle / "input").mkdir()
+
+def test_it_ends_as_a_session_that_was_not_cut_off(killed, kaggle):
     straight = train()
-    columns = ["train_loss", "val_loss"]
-    pd.testing.assert_frame_equal(
-        result.history[columns], straight.history[columns], check_exact=True
-    )
+    shutil.rmtree(kaggle / "working")
+    attach(killed, kaggle / LAYOUTS[0])
+    pair = [one.history[["train_loss", "val_loss"]] for one in (straight, train())]
+    pd.testing.assert_frame_equal(*pair, check_exact=True)
 
 
-def test_of_several_earlier_sessions_the_furthest_is_taken(kaggle):
-    runs = killed_session(kaggle, call=6)
+def test_of_several_earlier_sessions_the_furthest_is_taken(killed, kaggle):
     older = kaggle / "input" / "a-first-version"
-    shutil.copytree(runs, older / "runs")
+    shutil.copytree(killed, older / "runs")
     for path in older.rglob("last.pt"):
+        torch.save(torch.load(path, weights_only=True) | {"epoch": 0}, path)
         os.utime(path, (1, 1))
-        saved = torch.load(path, weights_only=True)
-        torch.save(saved | {"epoch": 0}, path)
-        os.utime(path, (1, 1))
-    attach(runs, kaggle / "input" / "notebooks" / "me" / "second-version")
+    attach(killed, kaggle / "input" / "notebooks" / "me" / "second-version")
     run_dir = start_run(NOTEBOOK, **TINY).run_dir
     assert torch.load(run_dir / "baseline" / "last.pt", weights_only=True)["epoch"] == 2
 
 
-def test_a_run_of_other_settings_is_not_continued(kaggle, caplog):
-    attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    run_dir = start_run(NOTEBOOK, **TINY | {"epochs": 5}).run_dir
-    assert not (run_dir / "baseline").exists()
-    named = start_run(NOTEBOOK, name=attached_name(kaggle), **TINY | {"epochs": 5}).run_dir
-    assert (
-        "has other settings: it is not continued" in caplog.text
-        and not (named / "baseline").exists()
-    )
-
-
-def attached_name(kaggle):
-    return next((kaggle / "input").rglob("config.json")).parent.name
-
-
-def test_what_a_changed_setting_does_not_touch_is_taken_from_an_attached_run(kaggle, caplog):
-    attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    caplog.set_level("INFO")
-    opened = study.open_study(start_run(NOTEBOOK, **TINY, bootstrap_draws=50))
-    result = study.train_model(opened, "baseline", objectives.cross_entropy(), progress=False)
-    assert "baseline is taken over from the run smoke-synthetic" in caplog.text
-    assert "resumed after epoch 2 of 4" in caplog.text and len(result.history) == 4
-
-
-def test_resume_false_leaves_an_attached_run_alone(kaggle):
-    attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
+def test_a_run_of_other_settings_is_not_continued(killed, kaggle, caplog):
+    attach(killed, kaggle / "input" / "my-run")
+    name = next((kaggle / "input").rglob("config.json")).parent.name
+    for options in ({}, {"name": name}):
+        run_dir = start_run(NOTEBOOK, **options, **TINY | {"epochs": 5}).run_dir
+        assert not (run_dir / "baseline").exists()
+    assert "has other settings: it is not continued" in caplog.text
     run_dir = start_run(NOTEBOOK, resume=False, **TINY).run_dir
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.json", "env.json"]
 
 
-def test_what_was_imported_can_be_written(kaggle):
-    attach(killed_session(kaggle, call=6), kaggle / "input" / "my-run")
-    run_dir = start_run(NOTEBOOK, **TINY).run_dir
-    assert all(os.stat(path).st_mode & 0o200 for path in [run_dir, *run_dir.rglob("*")])
-    assert json.loads((run_dir / "config.json").read_text())["notebook"] == NOTEBOOK
-    assert not list(run_dir.parent.glob(".import-*"))
+def test_what_a_changed_setting_does_not_touch_is_taken_from_an_attached_run(
+    killed, kaggle, caplog
+):
+    attach(killed, kaggle / "input" / "my-run")
+    caplog.set_level("INFO")
+    assert len(train(bootstrap_draws=50).history) == 4
+    assert "baseline is taken over from the run smoke-synthetic" in caplog.text
+    assert "resumed after epoch 2 of 4" in caplog.text

@@ -65,7 +65,8 @@ FULL |= {
     "temperatures": (35.0, 50.0),
     "alpha": 0.9,
 }
-# Adversarial training: which, on what ball; a "free" epoch replays every batch, gairat goes on from pgd_at
+# Adversarial training: which, on what ball; "free" makes free_epochs / free_replays passes and replays
+# every batch, gairat goes on from pgd_at
 FULL |= {"adversarial": ("pgd_at", "fast_at", "free_at", "trades", "mart", "hat", "gairat")}
 FULL |= {
     "at_eps": 4 / 255,
@@ -392,10 +393,8 @@ def train_adversarial(study, name):
     elif name == "hat":
         objective = objectives.hat(load_models(study, ["baseline"])["baseline"], **steps)
     elif name == "free_at":
-        objective, options["epochs"] = (
-            objectives.free_adversarial(**ball, replays=run.free_replays),
-            run.free_epochs,
-        )
+        objective = objectives.free_adversarial(**ball, replays=run.free_replays)
+        options["epochs"] = run.free_epochs // run.free_replays  # as the paper counts
     elif name == "gairat":
         count = run.gairat_steps
         objective = objectives.gairat(**ball, steps=count, step_size=2 * run.at_eps / count)

@@ -143,7 +143,7 @@ from IPython.display import Markdown, display
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dlia_utils import curves, files, launch, metrics, models, plots, report, search
+from dlia_utils import files, launch, metrics, models, plots, report, search
 from dlia_utils.data import augment, explore, split
 from dlia_utils.device import fingerprint
 from dlia_utils.objectives import cross_entropy
@@ -178,6 +178,51 @@ def network(study, *, width, dropout):
 def score_of(probability):
     """What the metrics take: the probability of class 1, or of more than two classes all of them."""
     return probability[:, 1] if probability.shape[1] == 2 else probability
+
+
+# %%
+# Rules for reading training curves, so that every sentence about one can be checked.
+RISE = 0.1  # of the lowest validation loss: a later loss so much higher is a sign of overfitting
+GAP = 0.05  # training accuracy above validation accuracy: another one
+JUMPS = 0.25  # mean step of the validation loss from epoch to epoch, as a share of its median
+WEAK = 0.8  # a training accuracy below this, while the loss still falls: underfitting
+
+
+def facts(histories):
+    """What the curves of some trainings say, one row each; NaN where there is no validation."""
+    columns, rows = "train_loss train_accuracy val_loss val_accuracy val_auc".split(), []
+    for name, history in histories.items():
+        table = history.set_index("epoch").reindex(columns=columns)
+        loss, accuracy, val_loss, val_accuracy, auc = (table[column] for column in columns)
+        later = val_loss.iloc[len(val_loss) // 2 :] if len(val_loss) > 3 else val_loss
+        row = {"run": name, "epochs": len(table), "train_loss_first": loss.iloc[0]}
+        row |= {"train_loss_last": loss.iloc[-1], "falls": (loss.diff().iloc[1:] < 0).mean()}
+        row["train_accuracy_last"] = accuracy.iloc[-1]
+        row["best_epoch"] = auc.idxmax() if auc.notna().any() else np.nan
+        row |= {"val_auc_best": auc.max(), "val_auc_last": auc.iloc[-1]}
+        row["val_loss_epoch"] = val_loss.idxmin() if val_loss.notna().any() else np.nan
+        row["val_loss_rise"] = val_loss.iloc[-1] / val_loss.min() - 1
+        row["gap"] = accuracy.iloc[-1] - val_accuracy.iloc[-1]
+        rows.append(row | {"jumps": later.diff().abs().mean() / later.median()})
+    return pd.DataFrame(rows)
+
+
+# %%
+def signs_of(row):
+    """The signs of overfitting, unrest and underfitting in a row of `facts`, each with its rule."""
+    lowest, rise = f"{row['val_loss_epoch']:.0f}", f"{row['val_loss_rise']:.0%}"
+    weak = row["train_accuracy_last"] < WEAK and row["falls"] > 0.5
+    found = {
+        f"overfitting: the validation loss was lowest in epoch {lowest} and ends {rise} higher "
+        f"(rule: more than {RISE:.0%})": row["val_loss_rise"] > RISE,
+        f"overfitting: training accuracy ends {row['gap']:.3f} above validation accuracy "
+        f"(rule: more than {GAP})": row["gap"] > GAP,
+        f"unrest: the validation loss moves by {row['jumps']:.0%} of its median from epoch to "
+        f"epoch (rule: more than {JUMPS:.0%})": row["jumps"] > JUMPS,
+        f"underfitting: training accuracy ends at {row['train_accuracy_last']:.3f} while the loss "
+        f"mostly falls (rule: below {WEAK})": weak,
+    }
+    return [text for text, there in found.items() if there]
 
 
 # %% [markdown]
@@ -471,21 +516,21 @@ def train_first(name):
 
 first = launch.each(train_first, ["initial", "unaugmented"], log_dir=run.run_dir / "logs")
 histories = {name: fitted.history for name, fitted in first.items()}
-figure = curves.figure_curves(histories, run.caption)
+figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_initial")
 display(figure)
-read = curves.facts(histories)
+read = facts(histories)
 read.set_index("run").T.round(3)
 
 # %% [markdown]
-# The rules that read the curves stand in `dlia_utils/curves.py`, so that the sentences can be checked. (Training
+# The rules that read the curves stand above the first section, so that the sentences can be checked. (Training
 # accuracy is measured during training, with dropout and augmentation: it understates what the network knows.)
 
 # %%
 for _, row in read.iterrows():
     print(
         f"{row['run']}:",
-        "; ".join(curves.signs(row)) or "no sign of overfitting, unrest or underfitting",
+        "; ".join(signs_of(row)) or "no sign of overfitting, unrest or underfitting",
     )
 
 
@@ -582,7 +627,7 @@ display(pd.DataFrame(found.extensions))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, run.caption)
+figure = plots.figure_search(found.runs, run.caption)
 report.save_figure(figure, run, "search")
 figure
 
@@ -642,7 +687,7 @@ pd.DataFrame(tried).round(4)
 # %%
 section = "6 Early stopping, optimiser and loss"
 histories = {name: pd.read_csv(made_by(run, f"{name}/metrics.csv", section)) for name in RECIPES}
-figure = curves.figure_curves(histories, run.caption)
+figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_recipes")
 figure
 
@@ -681,10 +726,10 @@ fitted = fit_model(
 )
 chosen = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv").head(choice["epochs"])
 histories = {"final baseline": fitted.history, f"{choice['recipe']}, on training films": chosen}
-figure = curves.figure_curves(histories, run.caption)
+figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_final")
 display(figure)
-curves.facts(histories)[
+facts(histories)[
     ["run", "epochs", "train_loss_first", "train_loss_last", "train_accuracy_last"]
 ].round(3)
 
@@ -850,7 +895,7 @@ first = {
     name: pd.read_csv(made_by(run, f"{name}/metrics.csv", "4 The first network"))
     for name in ("initial", "unaugmented")
 }
-read = curves.facts(first).set_index("run")
+read = facts(first).set_index("run")
 early, plain = read.loc["initial"], read.loc["unaugmented"]
 answers = {
     4: f"Files of {side} pixels are decoded once to {run.size} x {run.size}. Short trainings gave an AUC on "
@@ -898,7 +943,7 @@ outcome = (
 )
 half = (outcome["ci_high"] - outcome["ci_low"]) / 2
 majority = manifest.loc[manifest["split"].eq("test"), "label"].value_counts(normalize=True).max()
-signs = {name: curves.signs(read.loc[name]) for name in read.index}
+signs = {name: signs_of(read.loc[name]) for name in read.index}
 overfit = {
     name: "; ".join(s for s in told if s.startswith("overfitting")) for name, told in signs.items()
 }
@@ -946,7 +991,7 @@ apart = recipes["val_auc"].max() - recipes["val_auc"].min()
 held_out = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv")["train_loss"][
     choice["epochs"] - 1
 ]
-final = curves.facts({"final": pd.read_csv(run.run_dir / "baseline" / "metrics.csv")}).iloc[0]
+final = facts({"final": pd.read_csv(run.run_dir / "baseline" / "metrics.csv")}).iloc[0]
 answers = {
     10: f"Neither a grid nor one value at a time: TPE draws all four together, each time by the scores so far. {len(runs)} "
     f"runs ({states}); a pruned run was below the median of the others at the same epoch. The ranges were set upfront and "

@@ -135,7 +135,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from dlia_utils.data import augment, datasets
 from dlia_utils import device
 from dlia_utils import plots
-from dlia_utils import curves, files, metrics, models, objectives, report
+from dlia_utils import files, metrics, models, objectives, report
 from dlia_utils import search, shortcuts, train
 from dlia_utils.data import split
 from dlia_utils.explain import figures
@@ -365,7 +365,7 @@ heads.round(3)
 histories = {
     name: pd.read_csv(run.run_dir / f"initial_{name}_head" / "metrics.csv") for name in run.heads
 }
-figure = curves.figure_curves(histories, run.caption)
+figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "initial")
 figure
 
@@ -430,7 +430,7 @@ display(search.top_runs(found.runs, count=6, direction="minimize").round(4))
 found.ranges
 
 # %%
-figure = search.figure_search(found.runs, run.caption, direction="minimize")
+figure = plots.figure_search(found.runs, run.caption, direction="minimize")
 report.save_figure(figure, run, "search")
 figure
 
@@ -467,7 +467,7 @@ before, after = (
 print(
     f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}"
 )
-figure = curves.figure_curves(
+figure = plots.figure_curves(
     {"final, train + val": final.history, "selected, held-out": fitted.history}, run.caption
 )
 report.save_figure(figure, run, "frozen")
@@ -589,7 +589,7 @@ attempts = {
     for row in tuned.attempts.itertuples()
     if row.epochs
 }
-figure = curves.figure_curves(attempts, run.caption)
+figure = plots.figure_curves(attempts, run.caption)
 report.save_figure(figure, run, "tuning")
 figure
 
@@ -649,7 +649,7 @@ folders = {
 }
 folders |= {name: run.run_dir / name for name in trained(study, ["finetuned"])}
 histories = {name: pd.read_csv(folder / "metrics.csv") for name, folder in folders.items()}
-figure = curves.figure_curves(histories, run.caption)
+figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "final_curves")
 figure
 
