@@ -88,7 +88,7 @@ def test_scales_really_differ_and_brightness_is_fixed():
 
 
 def test_boxes_come_back_in_original_pixels_and_inside_the_image():
-    # A film of 200 x 100 (height, width) lies in the left half of its padded square.
+    # An image of 200 x 100 (height, width) lies in the left half of its padded square.
     table = predict(
         FindsTheBrightBox(), fake_cache([(200, 100)] * 4), [0, 1, 2], views=[PLAIN], progress=False
     )
@@ -130,8 +130,6 @@ def test_the_model_is_left_as_it_was(small):
     assert small.rcnn.transform.min_size == (SIZE,)
 
 
-def test_no_images_give_an_empty_table_and_no_views_an_error(small):
+def test_no_images_give_an_empty_table(small):
     table = predict(small, fake_cache(), [], progress=False)
     assert len(table) == 0 and set(COLUMNS) == set(table.columns)
-    with pytest.raises(ValueError, match="views is empty"):
-        predict(small, fake_cache(), [0], views=[])
