@@ -96,9 +96,7 @@ def build(
         again = kept[:1] * [1, 1, 1, 1, 0, 1]  # its best box once more, with confidence 0
         chosen[name] = np.vstack([kept, np.repeat(again, wanted - len(kept), axis=0)])
     if not usable:
-        raise ValueError(
-            "no image of the mapping has a usable box: lower the detector's score floor"
-        )
+        raise ValueError("no image of the mapping has a usable box: train longer")
     turn = mapping.groupby("image_id").cumcount()
     picked = np.array([chosen[name][n] for name, n in zip(mapping["image_id"], turn, strict=True)])
     table = mapping.reset_index(drop=True).assign(**dict(zip(NUMBERS, picked.T[:5], strict=True)))
@@ -133,8 +131,8 @@ def leak_guard(train_names: Iterable[str], mapping: Table) -> None:
     both = pd.Series(trained, dtype=object)[lambda names: names.isin(_mapping(mapping)["image_id"])]
     if len(both):
         raise ValueError(
-            f"{both.nunique()} training images ({len(both)} rows) stand in the competition's mapping: "
-            f"{_listed(sorted(both.unique()))}. Fix: remove these rows from training"
+            f"{both.nunique()} training images ({len(both)} rows) stand in the competition's "
+            f"mapping: {_listed(sorted(both.unique()))}. Fix: remove these rows from training"
         )
 
 
@@ -175,21 +173,14 @@ def check(
 
 def _cells(submission: Table, expected: list[str]) -> tuple[str, pd.DataFrame]:
     """Name and cells (text, by line number) of a submission; a table as the CSV it would become."""
-    if isinstance(submission, pd.DataFrame):
-        name, text = "the submission", submission.to_csv(index=False)
-    else:
-        name, raw = str(submission), Path(submission).read_bytes()
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = raw[: error.start].count(b"\n") + 1
-            fix = "Fix: to_csv(encoding='utf-8')"
-            raise _error(name, [f"line {line} is not UTF-8. {fix}"]) from error
+    table = isinstance(submission, pd.DataFrame)
+    name = "the submission" if table else str(submission)
     options = dict(dtype=str, keep_default_na=False, skip_blank_lines=False)
     try:
+        text = submission.to_csv(index=False) if table else Path(submission).read_text("utf-8")
         cells = pd.read_csv(io.StringIO(text.rstrip()), **options)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        fix = "Fix: quote commas within cells"
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        fix = "Fix: write UTF-8, with commas between cells and none within them"
         raise _error(name, [f"not readable as CSV ({error}). {fix}"]) from error
     if list(cells.columns) != expected or not len(cells) or text.startswith("\ufeff"):
         wanted = f"Fix: the header is {','.join(expected)}, without index or byte order mark"
@@ -250,10 +241,9 @@ def write(
     images: Sizes = None,
     classes: Sequence[str] = NIH_CLASSES,
 ) -> Path:
-    """Check `table`, write it as CSV, read it back and check again; only then does `path` appear.
+    """Check `table`, write it, read it back and check again; only then does `path` appear.
 
-    Options as in `check`. Returns the path. Errors: `SubmissionError`; the file at `path` is then
-    as before.
+    Options as in `check`. Errors: `SubmissionError`; the file at `path` is then as before.
     """
     checked = check(table, mapping, images=images, classes=classes)
     with files.atomic_path(path) as temporary:
@@ -264,15 +254,7 @@ def write(
 
 
 def summary(table: pd.DataFrame) -> str:
-    """A checked submission in four lines: rows, images, boxes per label, confidence.
-
-    >>> ids = pd.DataFrame({"id": [1], "image_id": ["a.png"]})
-    >>> print(summary(ids.assign(x_min=5., confidence=.5, label="Mass")))
-    rows        1, ids 1 to 1
-    images      1
-    labels      Mass 1
-    confidence  0.5 to 0.5, median 0.5
-    """
+    """A checked submission in four lines: rows, images, boxes per label, confidence."""
     ids, confidence = table.iloc[:, 0], table["confidence"]
     labels = ", ".join(f"{label} {count}" for label, count in table["label"].value_counts().items())
     low, high, median = confidence.min(), confidence.max(), confidence.median()
@@ -286,22 +268,15 @@ def summary(table: pd.DataFrame) -> str:
 def _mapping(mapping: Table) -> pd.DataFrame:
     """The id table (`id` in edition A, `ID` in B) with its two columns in order."""
     name = "the mapping" if isinstance(mapping, pd.DataFrame) else str(mapping)
-    if not isinstance(mapping, pd.DataFrame):
-        try:
-            mapping = pd.read_csv(mapping, encoding="utf-8-sig")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is not a CSV of ids and images ({error})") from error
-    identity = [column for column in mapping.columns if column in ("id", "ID")]
-    if len(identity) != 1 or "image_id" not in mapping.columns:
-        raise ValueError(
-            f"{name} has the columns {_listed(mapping.columns)}; it needs `id` or `ID`, and "
-            "`image_id`. Fix: pass the competition's ID_to_Image_Mapping.csv"
-        )
-    mapping = mapping[[*identity, "image_id"]]
-    ids = mapping[identity[0]]
-    if mapping.empty or mapping.isna().any(axis=None) or ids.duplicated().any():
+    table = mapping if isinstance(mapping, pd.DataFrame) else pd.read_csv(mapping)
+    identity = [column for column in table.columns if column in ("id", "ID")]
+    if len(identity) != 1 or "image_id" not in table.columns:
+        told = f"{name} has the columns {_listed(table.columns)}; it needs `id` or `ID`, and "
+        raise ValueError(f"{told}`image_id`. Fix: the competition's ID_to_Image_Mapping.csv")
+    table = table[[*identity, "image_id"]]
+    if table.empty or table.isna().any(axis=None) or table[identity[0]].duplicated().any():
         raise ValueError(f"{name} needs an image for each id, and each id once")
-    return mapping
+    return table
 
 
 def _sizes(images: Sizes, wanted: set[str]) -> dict[str, tuple[int, int]]:

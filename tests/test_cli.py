@@ -212,7 +212,7 @@ def test_submission_check_sums_up_a_good_file(sent, capsys):
 def test_submission_check_prints_problems_and_fails(sent, capsys):
     command = ["submission", "check", str(sent / "mine.csv"), "--mapping", str(sent / "map.csv")]
     assert cli.main([*command, "--images", str(sent)]) == 1
-    assert "x_max beyond its width in 1 row: line 3 (30 > 20)" in capsys.readouterr().out
+    assert "x_max: beyond the image's width in 1 row: line 3 ('30')" in capsys.readouterr().out
     assert cli.main([*command, "--classes", "Mass", "Effusion"]) == 1
     assert "unknown label in 1 row: line 3 ('Nodule')" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The one matching pass against pycocotools and torchmetrics; curves and intervals against brute force."""
+"""Matching against pycocotools and torchmetrics; curves and intervals against brute force."""
 
 import contextlib
 import io

@@ -57,14 +57,11 @@ def curve(n=30):
     cut = np.linspace(0.01, 0.99, n)
     table = pd.DataFrame({"threshold": cut, "precision": 0.2 + 0.7 * cut, "recall": 1 - cut})
     f1 = 2 * table.precision * table.recall / (table.precision + table.recall)
-    return table.assign(f1=f1, mAP50=np.linspace(0.2, 0.1, n), fp_per_image=3 * (1 - cut))
+    return table.assign(f1=f1, fp_per_image=3 * (1 - cut))
 
 
-HISTORY = pd.DataFrame({"epoch": [1, 2, 3], "lr": 1e-3, "train_loss": [1.5, 0.8, 0.6]})
-HISTORY["val_mAP50"] = [0.2, np.nan, 0.1]
 VIEWS = pd.DataFrame({"name": ["plain", "all views, wbf"], "value": [0.3, 0.33], "ci_low": 0.2})
 VIEWS = VIEWS.assign(ci_high=0.4, difference=[0, 0.03], difference_low=-0.1, difference_high=0.1)
-BEST = {"threshold": 0.4, "f1": 0.65, "fp_per_image": 1.5}
 
 
 @pytest.mark.parametrize("classes, n, found", [(EIGHT, 4, 60), (ONE, 1, 9), (EIGHT, 2, 0)])
@@ -73,21 +70,13 @@ def test_every_figure_is_drawn_and_says_what_data(classes, n, found):
     both = [figures.boxes_by_image(table, range(n)) for table in (truth, predictions)]
     shown = (pictures(n), *both, [f"image {row}" for row in range(n)], classes, CAPTION)
     curves = {name: curve() if found else curve()[:0] for name in classes}
-    hits, per_image = predictions.score.to_numpy() > 0.6, [0, 0, 2, 1]
-    manifest = pd.DataFrame({"patient": ["a", "a", "b", None]})
     for figure in (
-        figures.figure_data(truth, manifest, classes, CAPTION),
-        figures.figure_data(truth[:0], manifest, classes, CAPTION),
         figures.figure_boxes(*shown, threshold=0.2),
         figures.figure_boxes(*shown, threshold=0.2, beside=True),
         figures.figure_boxes(*shown, maps=np.random.default_rng(2).random((n, SIDE, SIDE))),
         figures.figure_froc(curves, CAPTION),
         figures.figure_pr(curves, CAPTION),
-        figures.figure_thresholds(curve(), BEST, CAPTION),
-        figures.figure_scores(predictions.score, hits, per_image, CAPTION, threshold=0.3),
         figures.figure_tta(VIEWS, CAPTION),
-        figures.figure_training(HISTORY, CAPTION),
-        figures.figure_training(HISTORY[1:2], CAPTION),
     ):
         assert CAPTION in drawn(figure)
 
@@ -120,8 +109,6 @@ def test_a_crowd_is_cut_and_a_threshold_that_nothing_reaches_is_said():
         options = {"threshold": threshold}
         figure = figures.figure_boxes(pictures(1), known, [crowd], ["a"], ONE, CAPTION, **options)
         assert said in drawn(figure) and len(rectangles(figure.axes[0])) == 1
-    figure = figures.figure_thresholds(curve(), BEST | {"threshold": np.nan}, CAPTION)
-    assert "no cut keeps a true positive" in drawn(figure)
 
 
 def test_boxes_by_image_keeps_order_scales_and_leaves_the_table_alone():
@@ -147,19 +134,11 @@ def test_froc_points_take_the_best_sensitivity_within_the_allowance():
 def test_the_best_is_marked_and_what_is_unknown_is_not_it():
     table = curve(3).assign(f1=[0.33, 0.65, 0.18], threshold=[0.1, 0.4, 0.8])
     assert "F1 0.65 at 0.40" in drawn(figures.figure_pr({"a": table}, CAPTION))
-    said = drawn(figures.figure_thresholds(table, pd.Series(BEST), CAPTION))
-    assert "best F1 0.65 at 0.40: 1.5 false positives" in said and "can only lower" in said
-    assert "best: 0.200 in epoch 1" in drawn(figures.figure_training(HISTORY, CAPTION))
     nothing = curve(3).assign(recall=np.nan, f1=np.nan)
     assert "a (no true box)" in drawn(figures.figure_froc({"a": nothing}, CAPTION))
     assert "a: no true box" in drawn(figures.figure_pr({"a": nothing}, CAPTION))
-    figure = figures.figure_scores([0.9], [True], [1, 0, 0, 0], CAPTION, threshold=0.5)
-    heights = {round(bar.get_center()[0]): bar.get_height() for bar in rectangles(figure.axes[1])}
-    assert heights == {0: 3, 1: 1} and "75% of 4 images" in drawn(figure)
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(ValueError, match="val_mAP50.*train_loss"):
-        figures.figure_training(HISTORY.drop(columns="val_mAP50"), CAPTION)
     with pytest.raises(ValueError, match="'a'.*recall"):
         figures.figure_froc({"a": pd.DataFrame({"fp_per_image": [1.0]})}, CAPTION)

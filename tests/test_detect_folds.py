@@ -70,7 +70,7 @@ def test_an_official_split_is_kept(fresh_runs):
 
 
 def test_the_best_weights_give_the_logged_score_and_a_finished_fold_is_read_back(opened):
-    """The original study's "best" weights were an alias of the last ones: 0.1405 logged, 0.1349 measured."""
+    """The original study's "best" weights were an alias of the last ones."""
     (fold,), folder = folds.folds(opened), opened.run.run_dir / "fold0"
     history = pd.read_csv(folder / "metrics.csv")
     model = load_models(opened, ["fold0"])["fold0"]
@@ -119,7 +119,7 @@ JOB_SETTINGS |= dict(freeze_bn=True, ema=None, flip=0.0, lr=0.01)
 JOB = """
 import sys, torch
 torch.set_num_threads(1)
-# Faster R-CNN learns from a random sample of anchors and regions: without it both runs do the same sums.
+# Faster R-CNN learns from a random sample of regions: without it both runs do the same sums.
 torch.randperm = lambda n, *, device=None, **options: torch.arange(n, device=device)
 from dlia_utils.detect import job
 sys.exit(job.main([sys.argv[1], "fold0"]))
@@ -146,7 +146,7 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_same_global_batch(
         command = [sys.executable, *start, str(tmp_path / "job.py"), str(folder)]
         done = subprocess.run(command, **options)
         history = folder / "fold0" / "metrics.csv"
-        # The file and not the exit code: gloo was seen to abort now and then after all work was done.
+        # Not the exit code: gloo was seen to abort now and then after all work was done.
         assert history.exists(), done.stderr[-3000:]
         curves.append(pd.read_csv(history))
     assert curves[0]["epoch"].tolist() == curves[1]["epoch"].tolist() == [1, 2, 3]

@@ -96,7 +96,7 @@ ALL = {"nms": fuse.nms, "one": fuse.one_per_class, "wbf": lambda table: fuse.wbf
 
 @pytest.mark.parametrize("function", ALL.values(), ids=ALL)
 def test_what_all_have_in_common(function):
-    """Images and classes do not meet, equal scores keep the order, and the table stays as it was."""
+    """Images and classes do not meet, equal scores keep their order, the table stays as it was."""
     table = predictions(0, images=5)
     before, whole = table.copy(), function(table)
     assert whole.image.is_monotonic_increasing

@@ -1,4 +1,4 @@
-"""What detectors learn: the evidence that labels, boxes and decoding are right. These tests take minutes."""
+"""What detectors learn: labels, boxes and decoding are right. These tests take minutes."""
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ def test_the_light_detector_learns_the_four_real_nih_images_by_heart(real_data, 
 
 
 def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypatch):
-    """Five folds of the smoke profile's detector on all phantom images; minutes, in two processes."""
+    """Five folds of the smoke profile's detector on all phantom images, in two processes."""
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
     sizes = dict(images=None, folds=5, run_folds=5, epochs=11)

@@ -101,8 +101,11 @@ FILES = {
     "decimal comma": (GOOD.replace("30.25", "30,25"), "more cells than the header"),
     "another one": (GOOD.replace(",0.0,", ",0,0,"), "line 4, saw 9"),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD.encode(), "without index or byte order mark"),
-    "UTF-16": (GOOD.encode("utf-16"), "line 1 is not UTF-8"),
-    "Latin-1": (GOOD.replace("Atel", "Atél").encode("latin-1"), "line 3 is not UTF-8"),
+    "UTF-16": (GOOD.encode("utf-16"), "not readable as CSV ('utf-8' codec"),
+    "Latin-1": (
+        GOOD.replace("Atel", "Atél").encode("latin-1"),
+        "not readable as CSV ('utf-8' codec",
+    ),
     "constant": (
         text([LINES[0], *(f"{line[:7]},0,0,1.5,1,0.01,Mass" for line in LINES[1:])]),
         "every row holds the same prediction",
@@ -270,7 +273,7 @@ def test_build_refuses(change, message):
 
 
 def drawn(rng, images, sizes, mean):
-    """Random predictions: images without any, ties, boxes over the border, inverted and of no width."""
+    """Random predictions: images without any, ties, boxes over the border, inverted."""
     # A whole-image box, so that no draw leaves every list empty.
     rows = [(images[0], -1, -1, 9999, 9999, 1, rng.random())]
     for image in images:

@@ -18,7 +18,7 @@ BOXES = np.array([[10, 20, 50, 40], [60, 30, 90, 80], [0, 0, 100, 100], [20, 70,
 
 
 class FindsTheBrightBox(nn.Module):
-    """An identity detector: it returns the rectangle that is brighter than half of the image's brightest pixel.
+    """Returns the rectangle that is brighter than half of the image's brightest pixel.
 
     Resizing and the way back are torchvision's own, as in a real detector.
     """
@@ -48,7 +48,7 @@ class FindsTheBrightBox(nn.Module):
 
 
 def fake_cache(shapes=None):
-    """What `predict` needs of an `ImageCache`: bytes, original shapes and the scale between the two."""
+    """What `predict` needs of an `ImageCache`: bytes, shapes and the scale between them."""
     images = np.full((len(BOXES), SIZE, SIZE), 40, np.uint8)
     for image, (x1, y1, x2, y2) in zip(images, BOXES.astype(int), strict=True):
         image[y1:y2, x1:x2] = 200

@@ -285,9 +285,7 @@ def _ap(hits: np.ndarray, seen: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.where(truth > 0, (gained * envelope).sum(1) / len(RECALLS), np.nan)
 
 
-def _counts(
-    matches: Matches, label: int | None, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _counts(matches: Matches, label: int | None, weights: np.ndarray) -> tuple:
     """Distinct scores [M], descending; weighted true and false positives [B,M] from each on."""
     chosen = np.argsort(-matches.score, kind="stable")
     if label is not None:
@@ -324,8 +322,8 @@ def _rates(matches, label, threshold, tp: np.ndarray, fp: np.ndarray) -> pd.Data
 def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool = True):
     """Group (class x images + place of the image among the sorted ids), corners [4,n] and score."""
     image, corners, label, score = read_boxes(table, name, scored=scored)
-    refuse(label > classes, name, f"a label above {classes}, the number of classes")
     place = np.searchsorted(images, image).clip(max=len(images) - 1)
+    refuse(label > classes, name, f"a label above {classes}, the number of classes")
     refuse(images[place] != image, name, "an image id that `images` lacks")
     return (label.astype(np.int64) - 1) * len(images) + place, corners, score
 
@@ -367,18 +365,12 @@ def ranks(groups: np.ndarray) -> np.ndarray:
     return number - np.maximum.accumulate(np.where(new, number, 0))
 
 
-def _greedy(
-    known: np.ndarray,
-    true_corners: np.ndarray,
-    group: np.ndarray,
-    corners: np.ndarray,
-    iou: np.ndarray,
-) -> np.ndarray:
+def _greedy(known, true_corners, group, corners, iou: np.ndarray) -> np.ndarray:
     """hit [T,D]: greedy matching of all groups side by side, the predictions best first.
 
     In each step of the loop every group hands out a true box to its next candidate.
     """
-    hit, free = (np.full((len(iou), len(part)), part is known) for part in (group, known))
+    hit, free = np.zeros((len(iou), len(group)), bool), np.ones((len(iou), len(known)), bool)
     # All pairs of a prediction and a true box of one group that overlap enough.
     first = np.searchsorted(known, group, side="left")
     count = np.searchsorted(known, group, side="right") - first

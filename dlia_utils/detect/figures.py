@@ -41,52 +41,6 @@ def boxes_by_image(
     return [part.assign(**own) for part, own in zip(tables, scaled, strict=True)]
 
 
-def figure_data(
-    boxes: pd.DataFrame, manifest: pd.DataFrame, classes: Sequence[str], caption: str
-) -> Figure:
-    """Boxes per class, their sizes, boxes per image, images per patient.
-
-    boxes: columns image, x1, y1, x2, y2, label, in pixels of the files. manifest: a column patient.
-    """
-    figure, axes = panels(2, rows=2, width=5.2, height=max(2.6, 1.2 + 0.25 * len(classes)))
-    (count, size), (per_image, per_patient) = axes
-    rng = np.random.default_rng(0)
-    side = np.sqrt((boxes.x2 - boxes.x1) * (boxes.y2 - boxes.y1)).astype(float)
-    for place in range(len(classes)):
-        own = side[boxes.label.eq(place + 1)]
-        count.bar_label(count.barh(place, len(own), 0.7, color=COLORS[0]), fontsize=9, padding=2)
-        spread = place + rng.uniform(-0.28, 0.28, len(own))
-        size.plot(own, spread, ".", ms=4, alpha=0.35, color=COLORS[0], mew=0)
-        low, median, high = own.quantile([0.25, 0.5, 0.75])
-        size.plot([low, high], [place] * 2, color=COLORS[1], lw=2.5, solid_capstyle="butt")
-        size.plot(median, place, "o", ms=5, color=COLORS[1], mec="white", mew=0.8)
-    count.set(xlabel="boxes", title="boxes per class")
-    count.margins(x=0.12)
-    size.set(xlabel="square root of the area, px of the file", xlim=(0, None))
-    size.set_title("box size: points, quartiles, median")
-    for axis, names in ((count, classes), (size, [""] * len(classes))):
-        axis.set_yticks(range(len(classes)), names)
-        axis.set_ylim(len(classes) - 0.4, -0.6)
-    unknown = manifest.patient.isna().sum()
-    more = f", {unknown} without a patient" if unknown else ""
-    patients = manifest.groupby("patient").size()
-    _count_bars(per_image, boxes.groupby("image").size(), "boxes per image", "images with a box")
-    _count_bars(per_patient, patients, "images of one patient", "patients")
-    per_patient.set_title(f"{len(patients)} patients, {len(manifest)} images{more}")
-    return finish(figure, caption)
-
-
-def _count_bars(axis: Axes, sizes: pd.Series, xlabel: str, ylabel: str) -> None:
-    """Bars of how often each whole number occurs in `sizes`."""
-    numbers = sizes.value_counts().sort_index()
-    bars = axis.bar(numbers.index, numbers, 0.8, color=COLORS[0])
-    if 0 < len(numbers) <= 12:
-        axis.bar_label(bars, fontsize=9)
-    axis.margins(y=0.12)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-
-
 # ------------------------------------------------------------------------------------ images
 
 
@@ -242,64 +196,6 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     return finish(figure, caption)
 
 
-def figure_thresholds(sweep: pd.DataFrame, best: Mapping[str, float], caption: str) -> Figure:
-    """What a score cut does: mAP can only fall with it; F1 has a best cut, which is marked.
-
-    sweep: of `evaluate.threshold_sweep`. best: threshold, f1 and fp_per_image at the best F1, such
-    as a row of `best_thresholds`; a NaN threshold says that no cut is better than another.
-    """
-    need(sweep, "sweep", "threshold", "mAP50", "precision", "recall", "f1")
-    figure, axes = panels(2, width=4.8, height=3.6)
-    left, right = axes[0]
-    left.plot(sweep.threshold, sweep.mAP50, "o-", ms=3, color=COLORS[0])
-    left.set(xlabel="score cut", ylabel="mAP at IoU 0.5", title="a cut can only lower mAP")
-    left.set_ylim(0, max(float(sweep.mAP50.max()) * 1.15, 0.05))
-    for number, name in enumerate(("F1", "precision", "recall")):
-        look = line_style(number) | {"label": name, "ms": 3, "lw": 1.2 if number else 2.0}
-        right.plot(sweep.threshold, sweep[name.lower()], **look)
-    right.set(xlabel="score cut", ylim=(-0.02, 1.05), title="no cut keeps a true positive")
-    if np.isfinite(best["threshold"]):
-        right.axvline(best["threshold"], color="0.4", lw=1, ls="--", label="best F1")
-        head = f"best F1 {best['f1']:.2f} at {best['threshold']:.2f}"
-        right.set_title(f"{head}: {best['fp_per_image']:.2g} false positives per image")
-    _legend_right(right)
-    for axis in axes[0]:
-        axis.grid(alpha=0.25)
-    return finish(figure, caption)
-
-
-def figure_scores(
-    score: np.ndarray,
-    hits: np.ndarray,
-    per_image: Sequence[int],
-    caption: str,
-    *,
-    threshold: float = 0.0,
-) -> Figure:
-    """Scores of true and false positives (bool `hits`), and how many boxes an image gets.
-
-    per_image: for every evaluated image its number of predictions that reach the threshold.
-    """
-    figure, axes = panels(2, width=5.0, height=3.4)
-    (axis, right), bins = axes[0], np.linspace(0, 1, 41)
-    score, hits, numbers = np.asarray(score), np.asarray(hits, bool), pd.Series(per_image)
-    for name, values, color, style in (
-        ("false positives", score[~hits], COLORS[1], "--"),
-        ("true positives", score[hits], COLORS[0], "-"),
-    ):
-        axis.hist(values, bins, histtype="stepfilled", color=color, alpha=0.25)
-        outline = {"histtype": "step", "color": color, "ls": style, "lw": 1.6}
-        axis.hist(values, bins, label=f"{name} ({len(values)})", **outline)
-    axis.set(xlim=(0, 1), xlabel="score", ylabel="predictions (log scale)")
-    axis.set_yscale("log" if len(score) else "linear")
-    axis.set_ylim(0.7, max(10.0, axis.get_ylim()[1]))
-    axis.legend(fontsize=9, frameon=False, loc="upper right")
-    _count_bars(right, numbers, "predictions per image", "images")
-    none = f"{numbers.eq(0).mean():.0%} of {len(numbers)} images without any"
-    right.set_title(f"{_cut_text(threshold)}: {numbers.mean():.2f} per image,\n{none}")
-    return finish(figure, caption)
-
-
 def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     """mAP of each view and fusion with its interval, and its paired difference to the first row.
 
@@ -321,33 +217,6 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     axes[0, 1].axvline(0, color="0.4", lw=1, ls="--")
     axes[0, 0].set_xlabel("mAP at IoU 0.5, 95 % interval")
     axes[0, 1].set_xlabel(f"difference to {table['name'].iloc[0]!r}, 95 % interval")
-    return finish(figure, caption)
-
-
-def figure_training(history: pd.DataFrame, caption: str) -> Figure:
-    """Training loss and learning rate on the left; validation mAP and its best epoch on the right.
-
-    history: columns epoch, train_loss, lr and val_mAP50.
-    """
-    need(history, "history", "epoch", "train_loss", "lr", "val_mAP50")
-    figure, axes = panels(2, width=5.0, height=3.5)
-    left, right = axes[0]
-    left.plot(history.epoch, history.train_loss, "o-", ms=3, color=COLORS[0])
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    rate = left.twinx()
-    rate.plot(history.epoch, history.lr, color="0.5", lw=1, ls="--")
-    rate.set(ylabel="learning rate (dashed)", ylim=(0, None))
-    measured = history.dropna(subset=["val_mAP50"])
-    right.plot(measured.epoch, measured.val_mAP50, "o-", ms=3, color=COLORS[0])
-    if len(measured):
-        best = measured.loc[measured.val_mAP50.idxmax()]
-        right.axvline(best.epoch, color="0.4", lw=1, ls="--")
-        right.plot(best.epoch, best.val_mAP50, "*", ms=12, color=COLORS[1], mec="black", mew=0.6)
-        right.set_title(f"best: {best.val_mAP50:.3f} in epoch {best.epoch:.0f}")
-    right.set(xlabel="epoch", ylabel="validation mAP at IoU 0.5", ylim=(0, None))
-    right.grid(alpha=0.25)
-    for axis in axes[0]:
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     return finish(figure, caption)
 
 

@@ -45,7 +45,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Target:
-    """Images that a submission is wanted for: their data set, rows, id table, and the models to ask."""
+    """Images that a submission is wanted for, their id table, and the models to ask."""
 
     name: str
     dataset: datasets.Dataset
@@ -118,7 +118,7 @@ def matches(study: Study, rows: Sequence[int], found: pd.DataFrame, **options) -
     return evaluate.match(truth(study, rows), found, images=rows, classes=classes, **options)
 
 
-def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found: pd.DataFrame) -> tuple:
+def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> tuple:
     """What figures take: the images of `rows`, true and found boxes in their pixels, and titles."""
     scale = study.cache.scale(rows)
     both = (figures.boxes_by_image(table, rows, scale=scale) for table in (known, found))
@@ -127,9 +127,9 @@ def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found: pd.
 
 
 def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -> Detector:
-    """A fresh detector of these `DETECTOR` options; weights.txt in `folder` says what it starts from.
+    """A fresh detector; weights.txt in `folder` says what it starts from.
 
-    Without its starting weights at hand it goes on from random ones, and says so.
+    Without the weights of `options` (see `DETECTOR`) it goes on from random ones, and says so.
     """
     record, weights = folder / "weights.txt", options["weights"]
     began = record.read_text(encoding="utf-8") if record.exists() else ""
@@ -179,7 +179,7 @@ def train_fold(
 
 
 def targets(study: Study) -> list[Target]:
-    """What a submission can be written for: every edition beside this data set, or the scored images.
+    """What a submission is wanted for: every edition beside this data set, or the scored images.
 
     An edition whose mapping names an image that this run trained or chose on is refused.
     """

@@ -19,7 +19,7 @@ from . import folds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the named fold; exit status 2: wrong argument or data, 3: out of time (start it again)."""
+    """Train the named fold; exit status 2: wrong argument or data, 3: out of time."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("run_folder", metavar="RUN_FOLDER")

@@ -1,4 +1,4 @@
-"""Faster R-CNN detectors (torchvision) that take grey images in [0, 1] or bytes, and normalise them."""
+"""Faster R-CNN detectors (torchvision) that take grey images in [0, 1] or bytes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def faster_rcnn(
     seed: int = 0,
     **options: float,
 ) -> Detector:
-    """Faster R-CNN with an FPN (Ren et al. 2015, arXiv 1506.01497; Lin et al. 2017, arXiv 1612.03144).
+    """Faster R-CNN with an FPN (Ren et al. 2015, 1506.01497; Lin et al. 2017, 1612.03144).
 
     num_classes counts findings, without the background. Every image is resized so that its sides
     are at most `size`. weights: None (drawn from `seed`), "coco" (for the two torchvision
@@ -122,10 +122,9 @@ def faster_rcnn(
     if weights is not None and (arch == MOBILENET_V2) == (str(weights) == "coco"):
         known = "a file or 'imagenet'" if arch == MOBILENET_V2 else "'coco'"
         raise ValueError(f"weights={str(weights)!r} do not go with {arch}; known: None, {known}")
-    recipe = dict(name="faster_rcnn", arch=arch, num_classes=num_classes, size=size)
-    recipe |= dict(freeze_bn=freeze_bn, trainable_layers=trainable_layers)
+    recipe = dict(name="faster_rcnn", arch=arch, num_classes=num_classes, size=size, width=width)
+    recipe |= dict(freeze_bn=freeze_bn, trainable_layers=trainable_layers, channels=channels)
     recipe |= dict(anchor_sizes=anchor_sizes and [list(level) for level in anchor_sizes])
-    recipe |= dict(channels=channels, width=width)
     chosen = dict(min_size=size, max_size=size, rpn_score_thresh=0.0)
     for name, (theirs, usual) in OPTIONS.items():
         recipe[name] = options.get(name, usual)
@@ -166,7 +165,7 @@ def scaled(model: Detector, scale: float) -> Iterator[Detector]:
 
 
 def _torchvision(arch, num_classes, anchor_sizes, weights, options) -> FasterRCNN:
-    """A detector of torchvision's, always with plain batch norms: its keys do not depend on `weights`."""
+    """A detector of torchvision's, always with plain batch norms, whatever the `weights`."""
     build = getattr(detection, arch)
     rcnn = build(weights=None, weights_backbone=None, num_classes=COCO_CLASSES, **options)
     if weights is not None:
@@ -184,8 +183,8 @@ def _load_coco(rcnn: FasterRCNN, weights) -> None:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise RuntimeError(
-            "the COCO weights could not be downloaded: switch the internet on, attach them as a data "
-            "set under torch's hub folder, or train from scratch with weights=None"
+            "the COCO weights could not be downloaded: switch the internet on, attach them under "
+            "torch's hub folder, or train from scratch with weights=None"
         ) from error
     missing, unknown = rcnn.load_state_dict(state, strict=False)
     # The light detector's weights were trained with frozen batch norms, which do not count batches.

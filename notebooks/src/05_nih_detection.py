@@ -104,7 +104,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from dlia_utils import files, launch, report, submission
+from dlia_utils import files, launch, plots, report, submission
 from dlia_utils.data import cache, datasets, split
 from dlia_utils.detect import evaluate, figures, fuse, views
 from dlia_utils.detect.folds import (
@@ -203,9 +203,30 @@ study.dataset.ignored["reason"].value_counts().rename("not used").to_frame()
 # thirty times as much.
 
 # %%
-about = study.dataset.boxes, study.dataset.manifest, study.dataset.box_classes
-figure = figures.figure_data(*about, run.caption)
-report.save_figure(figure, run, "data")
+boxes, classes = study.dataset.boxes, list(study.dataset.box_classes)
+side = ((boxes["x2"] - boxes["x1"]) * (boxes["y2"] - boxes["y1"])) ** 0.5
+figure, axes = plots.panels(2, rows=2, width=5.2, height=3.3)
+(count, size), (per_image, per_patient) = axes
+numbers = boxes["label"].value_counts().reindex(range(1, len(classes) + 1), fill_value=0)
+bars = count.barh(classes, numbers, color=plots.COLORS[0])
+count.set(xlabel="boxes", title="boxes per class")
+count.bar_label(bars)
+spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(boxes))
+size.plot(side, boxes["label"] - 1 + spread, ".", ms=4, alpha=0.35, color=plots.COLORS[0])
+groups = [side[boxes["label"].eq(label)] for label in numbers.index]
+size.boxplot(groups, orientation="horizontal", positions=numbers.index - 1, showfliers=False)
+size.set(xlabel="square root of the area, px of the file", title="box size: points, quartiles")
+size.set_yticks(range(len(classes)), [""] * len(classes))
+for axis in (count, size):
+    axis.set_ylim(len(classes) - 0.4, -0.6)
+patients, manifest = study.dataset.manifest["patient"].value_counts(), study.dataset.manifest
+for axis, sizes in ((per_image, boxes["image"].value_counts()), (per_patient, patients)):
+    sizes.value_counts().sort_index().plot.bar(ax=axis, rot=0, color=plots.COLORS[0])
+    axis.bar_label(axis.containers[0])
+per_image.set(xlabel="boxes per image", ylabel="images with a box")
+unknown = f"{manifest['patient'].isna().sum()} images without a patient"
+per_patient.set(xlabel="images of one patient", ylabel="patients", title=unknown)
+report.save_figure(figures.finish(figure, run.caption), run, "data")
 figure
 
 # %% [markdown]
@@ -269,12 +290,20 @@ rows = launch.each(train_one, list(by_name), log_dir=run.run_dir / "logs")
 pd.DataFrame(rows.values()).round(3)
 
 # %%
-histories = {
-    fold.name: pd.read_csv(made_by(run, f"{fold.name}/metrics.csv", "2 Training"))
-    for fold in folds(study)
-}
-figure = figures.figure_training(next(iter(histories.values())), run.caption)
-report.save_figure(figure, run, "training")
+history = pd.read_csv(made_by(run, f"{folds(study)[0].name}/metrics.csv", "2 Training"))
+best = history.loc[history["val_mAP50"].idxmax()]
+figure, axes = plots.panels(2, width=5.2, height=3.4)
+left, right = axes[0]
+left.plot(history["epoch"], history["train_loss"], "o-", ms=3, color=plots.COLORS[0])
+left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+rate = left.twinx()
+rate.plot(history["epoch"], history["lr"], "--", lw=1, color="0.5")
+rate.set(ylabel="learning rate (dashed)", ylim=(0, None))
+right.plot(history["epoch"], history["val_mAP50"], "o-", ms=3, color=plots.COLORS[0])
+right.plot(best["epoch"], best["val_mAP50"], "*", ms=12, color=plots.COLORS[1])
+right.set(xlabel="epoch", ylabel="validation mAP at IoU 0.5", ylim=(0, None))
+right.set_title(f"best: {best['val_mAP50']:.3f} in epoch {best['epoch']:.0f}")
+report.save_figure(figures.finish(figure, run.caption), run, "training")
 figure
 
 # %% [markdown]
@@ -351,9 +380,24 @@ views_found = pd.concat([look(study, fold, "select") for fold in folds(study)])
 selecting = matches(study, chosen_on, joined(views_found))
 sweep = evaluate.threshold_sweep(selecting)
 best = evaluate.best_thresholds(selecting, objective="f1")
-figure = figures.figure_thresholds(sweep, best[best["label"].eq("all")].iloc[0], run.caption)
-report.save_figure(figure, run, "thresholds")
-display(sweep.round(4))
+sweep.round(4)
+
+# %%
+pooled = best[best["label"].eq("all")].iloc[0]
+figure, axes = plots.panels(2, width=4.8, height=3.6)
+left, right = axes[0]
+left.plot(sweep["threshold"], sweep["mAP50"], "o-", color=plots.COLORS[0])
+left.set(xlabel="score cut", ylabel="mAP at IoU 0.5", title="a cut can only lower mAP")
+left.set_ylim(0, max(1.15 * sweep["mAP50"].max(), 0.05))
+for number, name in enumerate(("f1", "precision", "recall")):
+    right.plot(sweep["threshold"], sweep[name], label=name, **plots.line_style(number))
+right.set(xlabel="score cut", ylim=(-0.02, 1.05), title="no cut keeps a true positive")
+if np.isfinite(pooled["threshold"]):
+    right.axvline(pooled["threshold"], color="0.4", ls="--", label="best f1")
+    head = f"best f1 {pooled['f1']:.2f} at {pooled['threshold']:.2f}"
+    right.set_title(f"{head}: {pooled['fp_per_image']:.2g} false positives per image")
+right.legend(frameon=False)
+report.save_figure(figures.finish(figure, run.caption), run, "thresholds")
 figure
 
 # %% [markdown]
@@ -398,10 +442,23 @@ figure
 
 # %%
 own = matches(study, fold.score, found)
+figure, axes = plots.panels(2, width=5.2, height=3.4)
+left, right = axes[0]
+for number, name in ((1, "false"), (0, "true")):
+    score = own.score[own.hit[0] == (name == "true")]
+    look = {"color": plots.COLORS[number], "ls": ["-", "--"][number], "lw": 1.6}
+    look |= {"histtype": "step", "log": True}
+    left.hist(score, np.linspace(0, 1, 41), label=f"{name} positives ({len(score)})", **look)
+left.set(xlabel="score", ylabel="predictions (log scale)")
+left.legend(frameon=False)
 reached = found.loc[found["score"] >= threshold, "image"].value_counts()
 numbers = reached.reindex(fold.score, fill_value=0)
-figure = figures.figure_scores(own.score, own.hit[0], numbers, run.caption, threshold=threshold)
-report.save_figure(figure, run, "scores")
+numbers.value_counts().sort_index().plot.bar(ax=right, rot=0, color=plots.COLORS[0])
+right.bar_label(right.containers[0])
+right.set(xlabel="predictions per image", ylabel="images")
+none = f"{numbers.eq(0).mean():.0%} of {len(numbers)} images without any"
+right.set_title(f"score at least {threshold:.3g}: {numbers.mean():.2f} per image, {none}")
+report.save_figure(figures.finish(figure, run.caption), run, "scores")
 figure
 
 # %% [markdown]
