@@ -1,76 +1,62 @@
-"""What detectors learn: the evidence that labels, boxes and decoding are right. These tests take minutes."""
+"""What detectors learn: labels, boxes and decoding are right. These tests take minutes."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from small import start_run
 
-from dlia_utils import models, objectives, train
+from dlia_utils import launch, models, objectives, train
 from dlia_utils.data import augment, cache, datasets, sources
-from dlia_utils.detect import evaluate, study, views
+from dlia_utils.detect import evaluate, folds, fuse, views
 from dlia_utils.models.detector import LIGHT, faster_rcnn
 
-NOTEBOOK = "05_nih_detection"
-OVERFIT = {"epochs": 120, "lr": 0.02, "warmup_epochs": 5, "batch_size": 4, "clip_norm": 5.0}
-OUT_OF_FOLD = {"images": None, "folds": 5, "run_folds": 5, "epochs": 11}
-
-
-def learn(model, images, rows, boxes, classes, *, transform=None, run_dir, **options):
-    """Train on `rows` alone and return their mAP@0.5."""
-
-    def score(candidate):
-        found = views.predict(candidate, images, rows, progress=False)
-        known = boxes[boxes["image"].isin(rows)]
-        return {
-            "mAP50": evaluate.summary(evaluate.match(known, found, images=rows, classes=classes))[
-                "mAP50"
-            ]
-        }
-
-    return train.fit(
-        model,
-        objectives.detection(),
-        augment.CachedBoxes(images, rows, boxes, transform=transform),
-        None,
-        run_dir=run_dir,
-        val_metric=score,
-        monitor="mAP50",
-        collate=augment.collate_boxes,
-        optimizer="sgd",
-        schedule="cosine",
-        progress=False,
-        **options,
-    )
+OVERFIT = dict(epochs=120, lr=0.02, warmup_epochs=5, batch_size=4, clip_norm=5.0)
 
 
 @pytest.mark.real
-def test_the_light_detector_learns_the_four_real_nih_films_by_heart(real_data, tmp_path):
-    """Labels, boxes and decoding are right, class 1 (Atelectasis) included: with labels from 0 it cannot be found."""
-    dataset = datasets.boxed(datasets.load(sources.find("nih", real_data), allow_missing=True))
-    assert len(dataset.manifest) == 4 and 1 in set(dataset.boxes["label"])
-    images = cache.build(dataset, size=320, fit="pad")
-    model = faster_rcnn(
-        arch=LIGHT, num_classes=8, size=320, rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32
-    )
-    fitted = learn(model, images, range(4), dataset.boxes, 8, run_dir=tmp_path, **OVERFIT)
+def test_the_light_detector_learns_the_four_real_nih_images_by_heart(real_data, tmp_path):
+    """Class 1 (Atelectasis) included: with labels from 0 it cannot be found."""
+    nih = datasets.load(sources.find("nih", real_data), allow_missing=True)
+    boxes = datasets.boxed(nih).boxes
+    assert boxes["image"].nunique() == 4 and 1 in set(boxes["label"])
+    images = cache.build(datasets.boxed(nih), size=320, fit="pad")
+    cheap = dict(rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32)
+    model = faster_rcnn(arch=LIGHT, num_classes=8, size=320, **cheap)
+
+    def score(candidate):
+        found = views.predict(candidate, images, range(4), progress=False)
+        own = evaluate.match(boxes, found, images=range(4), classes=8)
+        return {"mAP50": evaluate.summary(own)["mAP50"]}
+
+    options = dict(run_dir=tmp_path, val_metric=score, monitor="mAP50", progress=False)
+    options |= dict(collate=augment.collate_boxes, optimizer="sgd", schedule="cosine", **OVERFIT)
+    train_set = augment.CachedBoxes(images, range(4), boxes)
+    fitted = train.fit(model, objectives.detection(), train_set, None, **options)
     assert fitted.best_score >= 0.95, fitted.history.tail()
     found = views.predict(models.load(tmp_path / "best.pt"), images, range(4), progress=False)
-    atelectasis = dataset.boxes.loc[dataset.boxes["label"].eq(1), "image"]
     best = found.sort_values("score").groupby("image").tail(1).set_index("image")
-    assert (best.loc[atelectasis, "label"] == 1).all()
+    assert (best.loc[boxes.loc[boxes["label"].eq(1), "image"], "label"] == 1).all()
 
 
 def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypatch):
-    """Five folds of the smoke profile's detector on all phantom films; minutes, in two processes."""
+    """Five folds of the smoke profile's detector on all phantom images, in two processes."""
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    one = study.open_detection(start_run(NOTEBOOK, **OUT_OF_FOLD))
-    study.train_folds(one, devices=["", ""])
-    found = [study.look(one, fold, "score", looks=(views.PLAIN,)) for fold in study.folds(one)]
-    scored = np.concatenate([fold.score for fold in study.folds(one)])
-    joined = study.join(pd.concat(found), method="wbf", views_used=(0,), run=one.run)
-    own = study.matches(one, scored, joined)
-    assert len(scored) == (one.dataset.manifest["label"] >= 0).sum()
+    sizes = dict(images=None, folds=5, run_folds=5, epochs=11)
+    study = folds.open_detection(start_run("05_nih_detection", **sizes))
+    run, by_name = study.run, {fold.name: fold for fold in folds.folds(study)}
+    uses = {"detector": run.pick(*folds.DETECTOR), "recipe": run.pick(*folds.RECIPE)}
+
+    def look(name):
+        folds.train_fold(study, by_name[name], flip=run.flip, **uses)
+        model = models.load(run.run_dir / name / "best.pt")
+        return views.predict(model, study.cache, by_name[name].score, progress=False)
+
+    parts = launch.each(look, list(by_name), log_dir=tmp_path / "logs", devices=["", ""])
+    scored = np.concatenate([fold.score for fold in by_name.values()])
+    found = fuse.one_per_class(pd.concat(parts.values(), ignore_index=True))
+    own = folds.matches(study, scored, found)
+    assert len(scored) == (study.dataset.manifest["label"] >= 0).sum()
     by_class = evaluate.average_precision(own)[0.5]
     assert evaluate.summary(own)["mAP50"] >= 0.6, by_class
     assert by_class.loc[1] >= 0.4, "Atelectasis, label 1"

@@ -18,7 +18,7 @@ BOXES = np.array([[10, 20, 50, 40], [60, 30, 90, 80], [0, 0, 100, 100], [20, 70,
 
 
 class FindsTheBrightBox(nn.Module):
-    """An identity detector: it returns the rectangle that is brighter than half of the image's brightest pixel.
+    """Returns the rectangle that is brighter than half of the image's brightest pixel.
 
     Resizing and the way back are torchvision's own, as in a real detector.
     """
@@ -48,7 +48,7 @@ class FindsTheBrightBox(nn.Module):
 
 
 def fake_cache(shapes=None):
-    """What `predict` needs of an `ImageCache`: bytes, original shapes and the scale between the two."""
+    """What `predict` needs of an `ImageCache`: bytes, shapes and the scale between them."""
     images = np.full((len(BOXES), SIZE, SIZE), 40, np.uint8)
     for image, (x1, y1, x2, y2) in zip(images, BOXES.astype(int), strict=True):
         image[y1:y2, x1:x2] = 200
@@ -88,7 +88,7 @@ def test_scales_really_differ_and_brightness_is_fixed():
 
 
 def test_boxes_come_back_in_original_pixels_and_inside_the_image():
-    # A film of 200 x 100 (height, width) lies in the left half of its padded square.
+    # An image of 200 x 100 (height, width) lies in the left half of its padded square.
     table = predict(
         FindsTheBrightBox(), fake_cache([(200, 100)] * 4), [0, 1, 2], views=[PLAIN], progress=False
     )
@@ -130,8 +130,6 @@ def test_the_model_is_left_as_it_was(small):
     assert small.rcnn.transform.min_size == (SIZE,)
 
 
-def test_no_images_give_an_empty_table_and_no_views_an_error(small):
+def test_no_images_give_an_empty_table(small):
     table = predict(small, fake_cache(), [], progress=False)
     assert len(table) == 0 and set(COLUMNS) == set(table.columns)
-    with pytest.raises(ValueError, match="views is empty"):
-        predict(small, fake_cache(), [0], views=[])

@@ -1,0 +1,200 @@
+"""The data of a detection study, its folds, and the training of one.
+
+Three sets of images per fold never mix: `train`, `select` (epoch, fusion, thresholds) and `score`
+(read last). With an official split they are train, val and test; else fold k scores, fold k + 1
+selects and the others train: every image is scored once, by a model that neither saw nor was
+chosen on its patient.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import files, objectives, submission, train
+from ..data import augment, cache, datasets, sources, split
+from ..models.detector import Detector, faster_rcnn
+from ..study import Study, fit_model
+from . import evaluate, figures, views
+
+log = logging.getLogger("dlia_utils")
+
+# The settings that `train_fold` wants: run.pick(*DETECTOR), run.pick(*RECIPE)
+DETECTOR = "arch weights size trainable_layers freeze_bn nms rpn_pre_nms rpn_post_nms".split()
+DETECTOR += "roi_batch anchor_sizes channels width seed".split()
+RECIPE = "weight_decay warmup_epochs lr_min accumulate clip_norm ema".split()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Manifest rows by use; `name` is also the model's folder in the run."""
+
+    name: str
+    train: np.ndarray
+    select: np.ndarray
+    score: np.ndarray
+
+
+@dataclass(frozen=True)
+class Target:
+    """Images that a submission is wanted for, their id table, and the models to ask."""
+
+    name: str
+    dataset: datasets.Dataset
+    rows: np.ndarray
+    mapping: pd.DataFrame
+    folds: tuple[Fold, ...]
+
+
+@functools.lru_cache(maxsize=1)
+def open_detection(run) -> Study:
+    """Find, check, split and decode the boxed images of a `run`; asking again opens nothing again.
+
+    An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are
+    drawn, saved as `split.json` and read back on resume. Errors: `datasets.BadData`, before
+    anything is trained.
+    """
+    dataset = datasets.load(run.location)
+    dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
+    problems = datasets.check(dataset)
+    if len(problems):
+        raise datasets.BadData(datasets.problem_text(problems))
+    saved = run.run_dir / "split.json"
+    if saved.exists():
+        dataset = split.load(dataset, saved)
+    elif not _official(dataset):
+        dataset = split.folds(dataset, n=run.folds, seed=run.seed)
+    decoded = cache.build(dataset, size=run.size, fit="pad")
+    if not saved.exists():
+        split.save(dataset, saved)
+    return Study(run, dataset, decoded)
+
+
+def folds(study: Study) -> list[Fold]:
+    """The folds of this run: one named "official", or the first `run.run_folds` of `run.folds`.
+
+    Where `run.images` says so, at most that many images of each use, the same ones whenever asked.
+    """
+    manifest, run = study.dataset.manifest, study.run
+
+    def some(salt: int, wanted: np.ndarray) -> np.ndarray:
+        rows = np.flatnonzero(wanted)
+        if run.images is None or len(rows) <= run.images:
+            return rows
+        return np.sort(np.random.default_rng([run.seed, salt]).permutation(rows)[: run.images])
+
+    if _official(study.dataset):
+        uses = [manifest["split"].eq(name) for name in ("train", "val", "test")]
+        return [Fold("official", *map(some, range(3), uses))]
+    number, result = manifest["fold"].to_numpy(), []
+    for k in range(run.run_folds):
+        chosen = (k + 1) % run.folds
+        uses = ((number >= 0) & (number != k) & (number != chosen), number == chosen, number == k)
+        result.append(Fold(f"fold{k}", *map(some, range(3), uses)))
+    return result
+
+
+def _official(dataset: datasets.Dataset) -> bool:
+    return {"train", "val", "test"} <= set(dataset.manifest["split"])
+
+
+def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
+    """The true boxes of `rows`, in pixels of the original files."""
+    boxes = study.dataset.boxes
+    return boxes[boxes["image"].isin(rows)].reset_index(drop=True)
+
+
+def matches(study: Study, rows: Sequence[int], found: pd.DataFrame, **options) -> evaluate.Matches:
+    """`evaluate.match` on these rows of the study."""
+    classes = len(study.dataset.box_classes)
+    return evaluate.match(truth(study, rows), found, images=rows, classes=classes, **options)
+
+
+def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> tuple:
+    """What figures take: the images of `rows`, true and found boxes in their pixels, and titles."""
+    scale = study.cache.scale(rows)
+    both = (figures.boxes_by_image(table, rows, scale=scale) for table in (known, found))
+    titles = [Path(path).stem for path in study.dataset.manifest["path"].to_numpy()[rows]]
+    return np.asarray(study.cache.images[rows]), *both, titles
+
+
+def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -> Detector:
+    """A fresh detector; weights.txt in `folder` says what it starts from.
+
+    Without the weights of `options` (see `DETECTOR`) it goes on from random ones, and says so.
+    """
+    record, weights = folder / "weights.txt", options["weights"]
+    began = record.read_text(encoding="utf-8") if record.exists() else ""
+    if weights is not None and began != "random":
+        try:
+            model = faster_rcnn(num_classes=num_classes, **options)
+        except RuntimeError as error:
+            log.warning("training starts from RANDOM weights and will be much weaker: %s", error)
+        else:
+            own_file = weights == "imagenet" and os.environ.get("DLIA_WEIGHTS")
+            files.write_text(f"file {Path(own_file).name}" if own_file else weights, record)
+            return model
+    files.write_text("random", record)
+    # Running statistics of random weights mean nothing: batch norm must learn.
+    random = {**options, "weights": None, "freeze_bn": False}
+    return faster_rcnn(num_classes=num_classes, **random)
+
+
+def train_fold(
+    study: Study,
+    fold: Fold,
+    *,
+    detector: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    flip: float = 0.5,
+) -> train.FitResult:
+    """Train the detector of `fold`, or read the finished one back.
+
+    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Early stopping and the best
+    epoch go by mAP@0.5 on `fold.select`. Errors: `study.OutOfTime`.
+    """
+    dataset, images = study.dataset, study.cache
+    model = build_detector(study.run.run_dir, len(dataset.box_classes), detector)
+    boxes, transform = truth(study, fold.train), augment.box_transform(flip=flip)
+    train_set = augment.CachedBoxes(
+        images, fold.train, boxes, transform=transform, seed=study.run.seed
+    )
+
+    def select_by(candidate: Detector) -> dict[str, float]:
+        size = study.run.batch_size
+        found = views.predict(candidate, images, fold.select, batch_size=size, progress=False)
+        return {"val_mAP50": evaluate.summary(matches(study, fold.select, found))["mAP50"]}
+
+    options = dict(monitor="val_mAP50", val_metric=select_by, collate=augment.collate_boxes)
+    options |= dict(optimizer="sgd", schedule="cosine", **recipe)
+    return fit_model(study, fold.name, model, objectives.detection(), train_set, None, **options)
+
+
+def targets(study: Study) -> list[Target]:
+    """What a submission is wanted for: every edition beside this data set, or the scored images.
+
+    An edition whose mapping names an image that this run trained or chose on is refused.
+    """
+    chosen, dataset = tuple(folds(study)), study.dataset
+    paths = dataset.manifest["path"].to_numpy()
+    if dataset.mapping is None:
+        first = chosen[0]
+        names = [Path(path).name for path in paths[first.score]]
+        mapping = pd.DataFrame({"ID": range(len(names)), "image_id": names})
+        return [Target(f"{dataset.name}_{first.name}", dataset, first.score, mapping, (first,))]
+    used = np.unique(np.concatenate([part for one in chosen for part in (one.train, one.select)]))
+    result = []
+    for location in sources.siblings(study.run.location):
+        edition = dataset if location.root == dataset.root else datasets.load(location)
+        submission.leak_guard(paths[used], edition.mapping)
+        rows = np.flatnonzero(edition.manifest["split"].eq("test"))
+        result.append(Target(location.root.name, edition, rows, edition.mapping, chosen))
+    return result
