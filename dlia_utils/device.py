@@ -69,3 +69,8 @@ def fingerprint(model: nn.Module) -> str:
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def device_of(model: nn.Module, images: torch.Tensor) -> torch.device:
+    """Where the model's parameters lie, or the images for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), images.device)
