@@ -1,7 +1,7 @@
-"""Randomised smoothing (Cohen et al. 2019, arXiv 1902.02918): a classifier whose L2 robustness is certified.
+"""Randomised smoothing (Cohen et al. 2019, arXiv 1902.02918): a certified L2 robustness.
 
-The smoothed classifier gives the class that the model gives most often to x + N(0, sigma^2). Train the model on
-the same noise (`objectives.gaussian_noise`), else it abstains nearly everywhere.
+The smoothed classifier gives the class that the model gives most often to x + N(0, sigma^2). Train
+the model on the same noise (`objectives.gaussian_noise`), else it abstains nearly everywhere.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def certify(
     seed: int = 0,
     batch_size: int = 256,
 ) -> pd.DataFrame:
-    """The smoothed class of each image and the L2 radius in which it is certain (Cohen et al. 2019, CERTIFY).
+    """The smoothed class of each image and the L2 radius in which it is certain (CERTIFY).
 
-    `n0` noisy copies choose the class; of `n` others, k get it. p_lower is the lower Clopper-Pearson bound of its
-    probability with error alpha, radius = sigma Phi^-1(p_lower). Where p_lower <= 1/2 the answer is ABSTAIN (-1)
-    and the radius 0. The certificate holds for every attack, with probability 1 - alpha over the draws.
-    x [B,C,H,W] in [0,1], y int64 [B]; sigma and radius in pixel units of x as given. The noisy images are not cut
-    to [0,1]. The noise depends on (seed, id) only, ids being row numbers by default. The model is used in eval mode.
-    Returns one row per image: image (its id), predicted, radius, p_lower, k, label, correct (an abstention is not).
+    `n0` noisy copies choose the class; of `n` others, k get it. p_lower is the lower Clopper-Pearson
+    bound of its probability with error alpha, radius = sigma Phi^-1(p_lower). Where p_lower <= 1/2
+    the answer is ABSTAIN (-1). The certificate holds for every attack, with probability 1 - alpha.
+    x [B,C,H,W] in [0,1], y int64 [B]; sigma and radius in pixel units. The noisy images are not cut
+    to [0,1]; the noise depends on (seed, id) only. Columns: image (its id), predicted, radius,
+    p_lower, k, label, correct (an abstention is not).
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> table = certify(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]), sigma=0.25, n=50)
@@ -72,10 +72,10 @@ def certify(
 def certified_accuracy(
     table: pd.DataFrame, radii: Sequence[float], groups: Sequence, *, draws: int = 2000
 ) -> pd.DataFrame:
-    """The share of images that are right and certified at each L2 radius, of all images of a `certify` table.
+    """The share of images that are right and certified at each L2 radius, of a `certify` table.
 
-    groups: patient of each row. Columns: metric, value, ci_low, ci_high (95 %, by patient), n, radius. At radius
-    0 this is the smoothed model's accuracy, with abstentions as errors.
+    groups: patient of each row. Columns: metric, value, ci_low, ci_high (95 %, by patient), n,
+    radius. At radius 0 this is the smoothed model's accuracy, with abstentions as errors.
 
     >>> table = pd.DataFrame({"correct": [True, True, False], "radius": [0.5, 0.1, 0.9]})
     >>> certified_accuracy(table, [0, 0.2], groups="abc", draws=50).value.round(2).tolist()
@@ -87,19 +87,14 @@ def certified_accuracy(
 
 
 def _counts(
-    model: nn.Module,
-    image: Tensor,
-    n: int,
-    sigma: float,
-    draws: np.random.Generator,
-    batch_size: int,
+    model: nn.Module, image: Tensor, n: int, sigma: float, draws: np.random.Generator, batch: int
 ) -> np.ndarray:
     """How often the model gives each class [K] to n noisy copies of one image [C,H,W]."""
     device = device_of(model, image)
     image, counts = image.to(device), 0
-    for start in range(0, n, batch_size):
+    for start in range(0, n, batch):
         # numpy's normal draws are the same in one piece or in several, torch's are not.
-        noise = draws.standard_normal((min(batch_size, n - start), *image.shape), dtype=np.float32)
+        noise = draws.standard_normal((min(batch, n - start), *image.shape), dtype=np.float32)
         logits = model(image + sigma * torch.from_numpy(noise).to(device))
         counts += torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu().numpy()
     return counts

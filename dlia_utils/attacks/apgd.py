@@ -27,12 +27,11 @@ def apgd(
     stop_when_fooled: bool = True,
     seed: base.Seed = 0,
 ) -> base.AttackResult:
-    """PGD whose step starts at 2 eps and halves when it stalls. Source: Croce and Hein, arXiv 2003.01690.
+    """PGD whose step starts at 2 eps and halves when it stalls (Croce and Hein, arXiv 2003.01690).
 
-    At set checks an image goes back to its best point with half the step, when fewer than 3/4 of its steps
-    since the last check raised the loss, or when neither its step nor its best loss changed since then.
-    loss: "ce", or "margin", which needs two classes only (the paper's DLR loss needs three). The other
-    arguments, `first_success_step` and the errors are those of `pgd`.
+    At set checks an image goes back to its best point with half the step, when fewer than 3/4 of its
+    steps since the last check raised the loss, or neither its step nor its best loss changed.
+    The margin loss needs two classes only (the paper's DLR needs three). Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> result = apgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
@@ -42,7 +41,7 @@ def apgd(
     x, keys = base.check_attack(model, x, y, eps=eps, norm=norm), base.pairs(seed, len(x))
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
-    search = base.Search(model, x, y, objective=base.choose_loss(loss))
+    search = base.Search(model, x, y, loss=loss)
     with base.frozen(model):
         search.look()
         for restart in range(restarts):
@@ -55,63 +54,54 @@ def apgd(
         return search.result()
 
 
+def _climb(
+    search: base.Search,
+    rows: Tensor,
+    points: Tensor,
+    first: int,
+    steps: int,
+    eps: float,
+    norm: str,
+    stop: bool,
+) -> None:
+    """One start for the images `rows`; every point, also the last, is judged."""
+    n, checks = _Climbers(rows, search.x[rows], points), _checks(steps)
+    for step in range(steps):
+        count = first + max(step, 1)
+        fooled, value, gradient = search.gradient(n.rows, points, count, lazy=stop)
+        if gradient is None:
+            return
+        n.arrive(points, value, gradient)
+        if step in checks:
+            n.judge(step - max((check for check in checks if check < step), default=0))
+        if stop and bool(fooled.any()):
+            n.keep(~fooled)
+        points = n.next(eps, norm, push=step > 0)
+    search.ask(n.rows, points, first + steps)
+
+
 def _checks(steps: int) -> list[int]:
-    """Steps after which the step size is judged: after 22 % of them, then at ever shorter intervals.
+    """Steps after which the step size is judged: 0, 22 % of them, then at shorter intervals.
 
     >>> _checks(100)
-    [22, 41, 57, 70, 80, 87, 93, 99]
+    [0, 22, 41, 57, 70, 80, 87, 93, 99]
     """
-    places, last, place = [], 0.0, 0.22
+    places, last, place = [0], 0.0, 0.22
     while place < 1:
         places.append(math.ceil(round(place * steps, 6)))
         last, place = place, place + max(place - last - 0.03, 0.06)
     return places
 
 
-def _climb(
-    search: base.Search,
-    rows: Tensor,
-    start: Tensor,
-    first: int,
-    steps: int,
-    eps: float,
-    norm: str,
-    stop_when_fooled: bool,
-) -> None:
-    """One start for the images `rows`; every point is judged, the first one as step `first` + 1."""
-    fooled, value, gradient = search.gradient(rows, start, first + 1, lazy=stop_when_fooled)
-    if gradient is None:
-        return
-    n = _Climbers(rows, search.x[rows], start, value, gradient)
-    checks, last_check = _checks(steps), 0
-    for step in range(1, steps + 1):
-        if stop_when_fooled and bool(fooled.any()):
-            n.keep(~fooled)
-        points = n.next(eps, norm, push=step > 1)
-        if step == steps:  # nothing follows that would need the gradient
-            search.ask(n.rows, points, first + step)
-            return
-        fooled, value, gradient = search.gradient(
-            n.rows, points, first + step, lazy=stop_when_fooled
-        )
-        if gradient is None:
-            return
-        n.arrive(points, value, gradient)
-        if step in checks:
-            n.judge(step - last_check)
-            last_check = step
-
-
 class _Climbers:
     """What every image still attacked carries along, all [n,...]."""
 
-    def __init__(
-        self, rows: Tensor, x: Tensor, start: Tensor, value: Tensor, gradient: Tensor
-    ) -> None:
+    def __init__(self, rows: Tensor, x: Tensor, start: Tensor) -> None:
         self.rows, self.x, self.points, self.previous, self.best = rows, x, start, start, start
-        self.value = self.best_value = self.checked_value = value  # checked: best at the last check
-        self.gradient = self.best_gradient = gradient
-        self.step_size = torch.full_like(value, 2.0)  # in units of eps
+        self.gradient = self.best_gradient = start
+        self.value = torch.full_like(x[:, 0, 0, 0], torch.inf)
+        self.best_value = self.checked_value = -self.value  # checked: best at the last check
+        self.step_size = torch.full_like(self.value, 2.0)  # in units of eps
         self.rises = torch.zeros_like(rows)  # since the last check
         self.halved = torch.zeros_like(rows, dtype=torch.bool)  # at the last check
 
@@ -120,7 +110,7 @@ class _Climbers:
             setattr(self, name, values[rows])
 
     def next(self, eps: float, norm: str, *, push: bool) -> Tensor:
-        """The next points: along the gradient and, with push, along the last move."""
+        """The next points, along the gradient and, with push, along the last move."""
         move = per_image(self.step_size) * eps * base.ascent(self.gradient, norm)
         moved = base.project(self.points + move, self.x, eps, norm)
         if not push:

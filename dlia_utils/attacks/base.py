@@ -1,4 +1,4 @@
-"""What every attack shares: the result, the check at the door, the ball, the draws, the search's book-keeping."""
+"""What every attack shares: result, check at the door, losses, ball, draws, book-keeping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
 TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
-# Modules of torch.nn.modules whose layers do the same in training mode, and the exceptions among them.
+# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
 HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
 RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
 
@@ -27,10 +27,10 @@ class AttackResult:
 
     x_adv               [B,C,H,W] in [0,1]
     success             [B] bool: the model is wrong on x_adv
-    first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it first
+    first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it
     queries             [B] int64: forward passes spent on each image
     linf, l2            [B]: size of x_adv - x in pixel units
-    backwards           image-passes of the whole batch
+    backwards           image-passes of the whole batch, as `forwards`
     """
 
     x_adv: Tensor
@@ -43,39 +43,27 @@ class AttackResult:
 
     @property
     def forwards(self) -> int:
-        """Forward image-passes of the whole batch."""
         return int(self.queries.sum())
 
 
-# ------------------------------------------------------------------------------------------- checks
-
-
 def check_attack(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor, norm: str = "linf"
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 0.0, norm: str = "linf"
 ) -> Tensor:
-    """The door of every attack: refuses what would silently give a wrong number; returns x, clamped.
+    """The door of every attack: refuses what would give a wrong number; returns x, clamped.
 
-    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: pixel units of [0,1], a number or, for "linf", a tensor
-    [C,1,1]. Raises: TypeError or ValueError that names the argument and the fix.
+    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
     check_model(model)
-    x = check_images(x)
+    x, values = check_images(x), torch.as_tensor(eps)
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise TypeError("y must be an int64 tensor of class numbers; use labels.long()")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have shape [{len(x)}], one label per image, not {list(y.shape)}")
-    if y.min() < 0:
-        raise ValueError(f"y holds the negative label {int(y.min())}")
+    if y.shape != x.shape[:1] or y.min() < 0:
+        raise ValueError(f"y must hold one label per image, none negative; got {y.tolist()[:10]}")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
-    values = torch.as_tensor(eps)
-    if not bool((values >= 0).all()):
-        raise ValueError(f"eps must be >= 0, not {eps}")
-    if norm == "linf" and bool((values > 1).any()):
-        raise ValueError(
-            f"eps={eps} is larger than the pixel range [0,1]: give pixel units, such as 8/255"
-        )
-    if values.shape not in ((), (x.shape[1], 1, 1) if norm == "linf" else ()):
+    if not bool((values >= 0).all()) or (norm == "linf" and bool((values > 1).any())):
+        raise ValueError(f"eps must be >= 0 in pixel units of [0,1], such as 8/255, not {eps}")
+    if values.ndim and (norm == "l2" or values.shape != (x.shape[1], 1, 1)):
         raise ValueError(
             f"eps must be a number, or for 'linf' one per channel [{x.shape[1]},1,1], not "
             f"{list(values.shape)}; expand grey images first with x.expand(-1, 3, -1, -1)"
@@ -96,45 +84,39 @@ def check_model(model: nn.Module) -> None:
 
 
 def _changes_in_training(module: nn.Module) -> bool:
-    if parametrize.is_parametrized(module):  # such as spectral_norm, whose buffers change
-        return True
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    if any(module.children()):
-        return isinstance(module, RANDOM) or type(module).__module__.startswith("torchvision")
+    # A parametrization such as spectral_norm changes its buffers.
+    if isinstance(module, RANDOM) or parametrize.is_parametrized(module):
+        return True
     kind = type(module).__module__.removeprefix("torch.nn.modules.")
-    return kind not in HARMLESS or isinstance(module, RANDOM)
+    return not any(module.children()) and kind not in HARMLESS
 
 
 def check_images(x: Tensor) -> Tensor:
     """Images [B,C,H,W], detached and clamped to [0,1]; refuses another type, shape or range."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            "x must be a float32 or float64 tensor in [0,1]; for uint8 use images.float() / 255, for "
-            "half precision x.float() and torch.autocast inside the model"
+            "x must be a float32 or float64 tensor in [0,1]; for uint8 use images.float() / 255, "
+            "for half precision x.float() and torch.autocast inside the model"
         )
     if x.ndim != 4 or not x.numel():
         raise ValueError(f"x must be a non-empty batch [B,C,H,W], not {tuple(x.shape)}")
     low, high = (value.item() for value in x.detach().aminmax())
-    if np.isnan(low) or np.isnan(high):
-        raise ValueError("x contains NaN")
-    if low < -TOLERANCE or high > 1 + TOLERANCE:
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN compares false
         raise ValueError(
-            f"x must lie in [0,1] but spans [{low:.4g}, {high:.4g}]: pass pixels before normalisation, "
-            "the model owns its mean and std: models.wrap(net, mean=, std=)"
+            f"x must lie in [0,1] but spans [{low:.4g}, {high:.4g}]: pass pixels before "
+            "normalisation, the model owns its mean and std: models.wrap(net, mean=, std=)"
         )
     return x.detach().clamp(0, 1)
 
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Return the logits [B,K] when they fit the labels; an error that names the fix otherwise."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model must return a tensor of logits [B,K], not {type(logits).__name__}: wrap it"
-        )
-    if logits.ndim != 2 or logits.shape[1] < 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f"the model must return logits [B,K] with K >= 2 classes, not {tuple(logits.shape)}; a "
+            f"the model must return logits [B,K] with K >= 2 classes, not "
+            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}; a "
             "single logit z of class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if int(y.max()) >= logits.shape[1]:
@@ -146,9 +128,6 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     return logits
 
 
-# ------------------------------------------------------------------------------------------- model and losses
-
-
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Parameters take no gradient inside; every flag is put back on leaving, also after an error.
@@ -157,17 +136,16 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     >>> with frozen(layer):
     ...     layer.weight.requires_grad
     False
-    >>> layer.weight.requires_grad
-    True
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield model
+        yield model.requires_grad_(False)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+# ------------------------------------------------------------------------ losses, ball, draws
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -185,15 +163,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others - logits.gather(1, y[:, None])[:, 0]
 
 
-def choose_loss(name: str) -> Loss:
-    """The loss by name, "ce" or "margin"; ValueError otherwise."""
-    losses = {"ce": cross_entropy, "margin": margin}
-    if name not in losses:
-        raise ValueError(f"loss must be one of {sorted(losses)}, not {name!r}")
-    return losses[name]
-
-
-# ------------------------------------------------------------------------------------------- ball and draws
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
 
 
 def per_image(value: Tensor) -> Tensor:
@@ -202,11 +172,7 @@ def per_image(value: Tensor) -> Tensor:
 
 
 def size(change: Tensor, norm: str) -> Tensor:
-    """Length of a change [B,C,H,W] per image [B]: "linf" the largest pixel, "l2" the Euclidean length.
-
-    >>> size(torch.tensor([[[[0.3, -0.4]]]]), "l2")
-    tensor([0.5000])
-    """
+    """Length of a change [B,C,H,W] per image [B]: the largest pixel, or the Euclidean length."""
     flat = change.flatten(1)
     return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
 
@@ -227,14 +193,20 @@ def ascent(gradient: Tensor, norm: str) -> Tensor:
 def project(points: Tensor, x: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """Points moved into the ball round x cut with [0,1]; eps: a number, or what broadcasts with x.
 
-    An L2 change is cut to [0,1] first and then shortened: the other way round, black borders would use
-    up the budget.
+    An L2 change is cut to [0,1] before it is shortened: the other way round, black borders would
+    use up the budget.
     """
     if norm == "linf":
         return torch.clamp(points, (x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
     change = points.clamp(0, 1) - x
     share = (eps / per_image(size(change, "l2").clamp_min(TINY))).clamp(max=1)
     return torch.clamp(x + change * share, 0, 1)
+
+
+def reach(draw: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """The point at eps times a draw in [-1,1] or, for "l2", in its direction at the length eps."""
+    draw = ascent(draw, norm) if norm == "l2" else draw
+    return project(x + eps * draw, x, eps, norm)
 
 
 def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
@@ -246,9 +218,7 @@ def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
     given = [(seed, i) for i in range(count)] if np.ndim(seed) == 0 else seed
     found = [(int(one), int(image)) for one, image in given]
     if len(found) != count or min(map(min, found)) < 0:
-        raise ValueError(
-            f"seed must be a number >= 0, or {count} pairs (seed, image), one per image"
-        )
+        raise ValueError(f"seed must be a number >= 0, or {count} pairs (seed, image)")
     return found
 
 
@@ -263,26 +233,22 @@ def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
     return torch.from_numpy(np.stack(draws)).to(x) * 2 - 1
 
 
-def reach(draw: Tensor, x: Tensor, eps: float | Tensor, norm: str) -> Tensor:
-    """The point in the direction of a draw in [-1,1]: at eps times the draw; "l2": at the length eps."""
-    draw = ascent(draw, norm) if norm == "l2" else draw
-    return project(x + eps * draw, x, eps, norm)
-
-
-# ------------------------------------------------------------------------------------------- book-keeping
+# ------------------------------------------------------------------------ the record
 
 
 class Search:
-    """Keeps each image's strongest point (fooling before not, then the higher value); counts passes.
+    """Keeps each image's strongest point (fooling first, then the higher value) and counts passes.
 
-    The value of a point is the objective's or, with `norm`, how small its change is. All passes of an
-    attack go through `ask` and `gradient`; `rows` are the numbers of the images that points belong to.
+    The value of a point is the loss or, with `norm`, how small its change is. `rows` are the
+    numbers of the images that points belong to; their first answers are checked against the labels.
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, objective: Loss = margin, norm: str = ""
+        self, model: nn.Module, x: Tensor, y: Tensor, *, loss: str = "margin", norm: str = ""
     ) -> None:
-        self.model, self.x, self.y, self.objective, self.norm = model, x, y, objective, norm
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
+        self.model, self.x, self.y, self.objective, self.norm = model, x, y, LOSSES[loss], norm
         self.everyone = torch.arange(len(x), device=x.device)
         self.x_adv, self.checked, self.backwards = x.clone(), False, 0
         self.value = torch.full((len(x),), -torch.inf, device=x.device)
@@ -294,7 +260,7 @@ class Search:
         return torch.nonzero(~self.fooled)[:, 0]
 
     def answer(self, rows: Tensor, points: Tensor) -> Tensor:
-        """The model's logits; the first of a search are checked against the labels."""
+        """The model's logits."""
         self.queries[rows] += 1
         logits = self.model(points)
         if not self.checked:
@@ -316,7 +282,7 @@ class Search:
     def gradient(
         self, rows: Tensor, points: Tensor, step: int, *, objective: Loss | None = None, lazy=False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(who is fooled [n], objective [n], its gradient); lazy: None where every image is fooled."""
+        """(who is fooled [n], objective [n], its gradient); lazy: None where all are fooled."""
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.answer(rows, points)
@@ -332,7 +298,7 @@ class Search:
     def record(
         self, rows: Tensor, points: Tensor, logits: Tensor, value: Tensor, step: int
     ) -> Tensor:
-        """Note points and what the model said; returns who is fooled [n]: no number is no wrong answer."""
+        """Note what the model said; returns who is fooled [n]: no number is no wrong answer."""
         fooled = (logits.argmax(1) != self.y[rows]) & logits.isfinite().all(1)
         value = -size(points - self.x[rows], self.norm) if self.norm else value
         value, held_fooled, held = value.float(), self.fooled[rows], self.value[rows]
@@ -347,13 +313,7 @@ class Search:
     def result(self, x_adv: Tensor | None = None, success: Tensor | None = None) -> AttackResult:
         """The strongest points, or the points that the attack itself chose."""
         x_adv = self.x_adv if x_adv is None else x_adv
-        change = (x_adv - self.x).flatten(1)
-        return AttackResult(
-            x_adv=x_adv,
-            success=self.fooled if success is None else success,
-            first_success_step=self.first_step,
-            queries=self.queries,
-            linf=change.abs().amax(1),
-            l2=change.norm(dim=1),
-            backwards=self.backwards,
-        )
+        success = self.fooled if success is None else success
+        linf, l2 = (size(x_adv - self.x, norm) for norm in ("linf", "l2"))
+        about = (x_adv, success, self.first_step, self.queries)
+        return AttackResult(*about, linf, l2, self.backwards)

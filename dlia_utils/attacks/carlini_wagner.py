@@ -1,4 +1,4 @@
-"""Carlini and Wagner's L2 attack: distance and margin minimised together, their balance searched."""
+"""Carlini and Wagner's L2 attack: distance and margin minimised together."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ FLOOR = 1e-12  # of Adam's division
 def carlini_wagner(
     model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 200, searches: int = 6
 ) -> base.AttackResult:
-    """The nearest fooling image in L2, by projected Adam. Source: Carlini and Wagner, arXiv 1608.04644.
+    """The nearest fooling image in L2, by projected Adam (Carlini and Wagner, arXiv 1608.04644).
 
-    Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant starts, per image,
-    at twice what the linearised model needs; it goes halfway down after a success and ten times up (later
-    halfway up) after a failure. The learning rate falls to a tenth during a search and lets about five times
-    the distance to the linearised boundary be walked, twice as much after each search without a success.
-    Each step is cut to [0,1], as in the paper's section V.B; its tanh variables hardly move in black borders.
-    It costs (steps + 1) * searches passes for every image that the model gets right (the paper: 1000 * 9).
-    Nothing is random. Shapes and errors: as `pgd`.
+    Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant starts, per
+    image, at twice what the linearised model needs; it goes halfway down after a success and ten
+    times up (later halfway up) after a failure. Each step is cut to [0,1], as in section V.B; the
+    tanh variables hardly move in black borders. It costs (steps + 1) * searches passes an image.
+    Nothing is random. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -33,7 +31,7 @@ def carlini_wagner(
     >>> bool(carlini_wagner(model, x, model(x).argmax(1), steps=50).success[0])
     True
     """
-    x = base.check_attack(model, x, y, eps=0.0, norm="l2")
+    x = base.check_attack(model, x, y, norm="l2")
     if steps < 1 or searches < 1:
         raise ValueError(f"steps and searches must be >= 1, not {steps} and {searches}")
     search = base.Search(model, x, y, norm="l2")
@@ -55,7 +53,7 @@ def carlini_wagner(
 
 
 def _scales(search: base.Search, rows: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """First constant and learning rate [n] from the linearised model; without a gradient the usual ones."""
+    """First constant and learning rate [n] of the linearised model; else the usual ones."""
     x = search.x[rows]
     _, value, gradient = search.gradient(rows, x, 0)
     gap, rise = value.abs().to(x), base.rise(gradient, "l2")
@@ -69,7 +67,7 @@ def _scales(search: base.Search, rows: Tensor, steps: int) -> tuple[Tensor, Tens
 def _descend(
     search: base.Search, rows: Tensor, weight: Tensor, pace: Tensor, steps: int, first: int
 ) -> Tensor:
-    """One search at the weights [n] with Adam at the learning rates [n]; returns who fell at some step [n]."""
+    """One search at these weights and learning rates [n]; returns who fell at some step [n]."""
     x = points = search.x[rows]
     mean, square = torch.zeros_like(x), torch.zeros_like(x)
     ever = torch.zeros_like(rows, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Is an evaluation to be believed? The check list of Carlini et al. (arXiv 1902.06705), and its page."""
+"""Is an evaluation to be believed? The check list of Carlini et al. (arXiv 1902.06705), its page."""
 
 from __future__ import annotations
 
@@ -21,89 +21,40 @@ SPAN, BETTER = 0.1, 0.1  # of [0,1] an image should fill; balanced accuracy in a
 POINTS = 2.0  # per cent of the images that twice the steps may add
 LATE = ("one_pixel", "square")  # black boxes that run after everything else
 
-# The check, what it means when it holds, what it means and asks for when it fails.
-CHECKS = {
-    "threat": (
-        "threat model stated",
-        "Goal, norm, eps, knowledge and budget are printed with the result (threat())",
-        "",
-    ),
-    "clean": (
-        "clean accuracy above always answering the largest class",
-        "The model reads the images, so there is something to attack",
-        "A model that gives nearly every image the same answer is not robust: report balanced accuracy",
-    ),
-    "range": (
-        "the model wants pixels in [0,1], and the images fill them",
-        "eps in pixel units means what it says",
-        "eps of k/255 is another share of the contrast than it seems: let the model own its "
-        "normalisation, and scale the pixels once",
-    ),
-    "iterated": (
-        "PGD fools at least what FGSM fools",
-        "Many steps find at least what a single one finds, at every eps",
-        "A single step beats many: gradients mislead after the first step, or the steps are badly set",
-    ),
-    "noise": (
-        "random noise is weaker than PGD",
-        "Directions chosen by gradients are better than random ones",
-        "Gradients say nothing here: look for a step without a gradient, and believe the black boxes",
-    ),
-    "loss": (
-        "cross-entropy finds what the margin loss finds (no masking)",
-        "Both losses lead to the same images, so cross-entropy does not saturate",
-        "Cross-entropy has lost its gradient (logits too large): report the margin loss, or the worst case",
-    ),
-    BPDA: (
-        "exact gradients find what {} finds (no masking)",
-        "Exact gradients show what the way through the operator shows",
-        "The operator hides its gradient: report the worst case",
-    ),
-    "monotone": (
-        "a larger eps never fools fewer",
-        "No attack fools fewer images in a larger ball",
-        "An attack has not converged: raise its steps or restarts; the worst case adds up over eps",
-    ),
-    "black box": (
-        "white box beats black box",
-        "Whatever was fooled without gradients was fooled with them too",
-        "An attack that sees less did more: gradients are masked, or their attacks too short (with no "
-        "black box among the attacks: add square)",
-    ),
-    "rising": (
-        "a larger eps fools more",
-        "Every larger ball fools further images, until all have fallen",
-        "The steps of the grid are too small for so few images, or the attacks are stuck",
-    ),
-    "everything": (
-        "a large eps fools every image",
-        "Nothing is robust when everything may change, so the attacks do reach where they should",
-        "Inside this ball lie images of every class, yet PGD finds no way: the answer does not depend on "
-        "the image, or its gradient leads nowhere",
-    ),
-    "converged": (
-        "twice the steps add nothing",
-        f"At most {POINTS:g} points: the attacks have converged",
-        f"More than {POINTS:g} points: the accuracy is too high; double the steps until this passes",
-    ),
-    "zero": (
-        "no input gradient is exactly zero",
-        "Every image has a direction to go",
-        "Where cross-entropy alone vanishes (saturated logits) report the margin loss, where both do "
-        "believe Square: gradient attacks cannot move these images",
-    ),
-    "random": (
-        "the model answers alike each time",
-        "One pass tells what an attack achieved",
-        "The model is random (dropout left on, noise at test time): a gradient of one pass misleads, and "
-        "an image fooled once may be right the next time. Switch it off",
-    ),
-    "union": (
-        "the worst case is taken per image",
-        "An image counts as robust only if it withstands every attack, at this eps and below",
-        "The best attack on average is not the worst case: count an image that any attack fools",
-    ),
-}
+# By key: the check, and below it what a WARN means and asks for.
+TEXTS = """\
+threat: threat model stated
+
+clean: clean accuracy above always answering the largest class
+A model that gives nearly every image the same answer is not robust: report balanced accuracy
+range: the model wants pixels in [0,1], and the images fill them
+eps of k/255 is another share of the contrast than it seems: let the model own its normalisation
+fgsm: PGD fools at least what FGSM fools
+A single step beats many: gradients mislead after the first step, or the steps are badly set
+noise: random noise is weaker than PGD
+Gradients say nothing here: look for a step without a gradient, and believe the black boxes
+loss: cross-entropy finds what the margin loss finds (no masking)
+Cross-entropy has lost its gradient (logits too large): report the margin loss, or the worst case
+through: exact gradients find what {} finds (no masking)
+The operator hides its gradient: report the worst case
+monotone: a larger eps never fools fewer
+An attack has not converged: raise its steps or restarts; the worst case adds up over eps
+black box: white box beats black box
+An attack that sees less did more, or there was none (add square): gradients may be masked
+rising: a larger eps fools more
+The steps of the grid are too small for so few images, or the attacks are stuck
+everything: a large eps fools every image
+Here lie images of every class, yet PGD finds no way: its gradient leads nowhere
+converged: twice the steps add nothing
+The attacks were stopped early and the accuracy is too high: double the steps until this passes
+zero: no input gradient is exactly zero
+Report the margin loss where cross-entropy alone vanishes, and believe Square where both do
+random: the model answers alike each time
+Dropout left on, or noise at test time: a gradient of one pass misleads; switch it off
+union: the worst case is taken per image
+The best attack on average is not the worst case: count an image that any attack fools
+""".splitlines()
+CHECKS = {head.split(": ")[0]: (head.split(": ")[1], why) for head, why in zip(*[iter(TEXTS)] * 2)}
 
 Line = tuple[str, str, str, str]
 
@@ -111,10 +62,10 @@ Line = tuple[str, str, str, str]
 def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     """What an evaluation of robustness must show, PASS or WARN with the reason.
 
-    subset: the most images that anything is run on anew: all attacks in full when fooled images were
-    dropped, twice the steps, the balls in which every image must fall, gradients. Columns: check, verdict,
-    value (what was found), why (what it means; after WARN also what to do). A check is left out where it
-    does not apply. A WARN says that the robust accuracy may be too high, or speaks of something else.
+    subset: the most images that anything is run on anew: all attacks in full when fooled images
+    were dropped, twice the steps, the ball in which every image must fall. Columns: check, verdict,
+    value (what was found), why (after WARN: what it means). A WARN says that the robust accuracy may
+    be too high, or speaks of something else. A check is left out where it does not apply.
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)
@@ -124,10 +75,9 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     """
     rows, said = found.rows, found.settings
     right = np.flatnonzero(~_fooled(found, rows, "clean", 0.0))
-    threat = (
-        f"{said['norm']}, eps {balls(found)}, {len(said['attacks'])} attacks, seed {said['seed']}"
-    )
-    lines = [_line("threat", True, threat), _clean(found, right), _range(found, subset)]
+    stated = f"{said['norm']}, eps {balls(found)}, {len(said['attacks'])} attacks"
+    lines = [_line("threat", True, f"{stated}, seed {said['seed']}")]
+    lines += [_clean(found, right), _range(found, subset)]
     if len(right):  # else there is nothing to attack, which the second line says
         full, note, some = rows, "", _spread(right, subset)
         if said["early_drop"]:
@@ -143,10 +93,10 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     """One page: threat model, table, cost, and the check list where `report(found)` is given."""
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
-    said = "Every attack was run on every image that the model gets right; columns are over all images."
+    said = "Every attack was run on every image that the model gets right; columns are over all."
     if found.settings["early_drop"]:
-        said = "Fooled images were dropped: an attack's column is over the images that still stood when "
-        said += "it came (-: none); clean and worst are over all."
+        said = "Fooled images were dropped: an attack's column is over the images that still stood "
+        said += "when it came (-: none); clean and worst are over all."
     by = "image (no patients given)" if found.groups is None else "patient"
     table = found.table().drop(columns="eps").set_index("ball")
     for name in ("clean", "worst"):
@@ -185,7 +135,7 @@ def threat(found: Evaluation) -> str:
         "limits": "none besides: every pixel and channel may change",
         "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
         "attacks": "; ".join(budgets),
-        "operators": "exact gradients" + ", and straight through" * said["straight_through"],
+        "operators": "also straight through" if said["straight_through"] else "exact gradients",
         "draws": f"seed {said['seed']}",
     }
     return "\n".join(f"  {name:10}{line}" for name, line in lines.items())
@@ -202,29 +152,25 @@ def _text(found: Evaluation, eps: float) -> str:
 
 
 def _line(key: str, passed: bool, value: str, name: str = "") -> Line:
-    check, good, bad = CHECKS[key]
-    return check.format(name), "PASS" if passed else "WARN", value, good if passed else bad
+    check, why = CHECKS[key]
+    return check.format(name), "PASS" if passed else "WARN", value, "" if passed else why
 
 
 def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], names, **changes):
     """`robust` once more on some of the images, every attack in full."""
     said, some = found.settings, torch.from_numpy(positions)
-    own = {name: said["attacks"][name] for name in names if name in said["attacks"]}
-    budgets = {name: {k: v for k, v in own[name].items() if k != "norm"} for name in own}
     options = {key: said[key] for key in ("norm", "seed", "batch_size", "fast")}
-    options |= {"budgets": budgets, "ids": said["ids"][positions], "attacks": names} | changes
+    options |= {"budgets": said["attacks"], "ids": said["ids"][positions]} | changes
+    known = {name: own for name, own in options["budgets"].items() if name in names}
+    options["budgets"] = {n: {k: v for k, v in known[n].items() if k != "norm"} for n in known}
     data = (found.images[some], found.labels[some])
-    return robust(found.model, data, grid, early_drop=False, progress=False, **options)
+    options |= {"attacks": names, "early_drop": False, "progress": False}
+    return robust(found.model, data, grid, **options)
 
 
 def _spread(positions: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the positions, evenly spread.
-
-    >>> _spread(np.arange(10), 3)
-    array([0, 4, 9])
-    """
-    if len(positions) <= most:
-        return positions
+    """At most so many of the positions, evenly spread."""
+    most = min(most, len(positions))
     return positions[np.linspace(0, len(positions) - 1, most).astype(int)]
 
 
@@ -249,50 +195,39 @@ def _clean(found: Evaluation, right: np.ndarray) -> Line:
 
 
 def _compared(found: Evaluation, full: pd.DataFrame, note: str) -> list[Line]:
-    """What the rows of attacks run in full say of each other, at the eps that they have in common."""
-    rows = full[~full.attack.isin(["clean", "worst"])]
-    counts = rows.pivot_table(index="attack", columns="eps", values="fooled", aggfunc="sum")
-    names, n, lines = list(dict.fromkeys(rows.attack)), rows.image.nunique(), []
-    flags = rows.pivot_table(
-        index=["eps", "image"], columns="attack", values="fooled", aggfunc="any"
-    )
-    strong = [name for name in names if not kind(name).blind and name != "fgsm"]
-    for key, weak in (("iterated", "fgsm"), ("noise", "noise")):
-        met = flags.reindex(columns=[*strong, weak]).dropna(subset=[weak])
-        met = met[met[strong].notna().any(axis=1)].fillna(False).astype(bool)
+    """What attacks run in full say of each other, at the eps that they have in common."""
+    rows, lines = full[~full.attack.isin(["clean", "worst"])], []
+    names = list(dict.fromkeys(rows.attack))
+    wide = rows.set_index(["eps", "image", "attack"]).fooled.unstack().astype(float)
+    strong = wide[[name for name in names if not kind(name).blind and name != "fgsm"]].max(axis=1)
+    for weak in ("fgsm", "noise"):
+        met = pd.DataFrame({"ours": strong, "theirs": wide.get(weak, np.nan)}).dropna()
+        sums = met.groupby("eps").sum().astype(int)
+        said = [
+            (_text(found, eps), a, ">=" if a >= b else "<", b) for eps, a, b in sums.itertuples()
+        ]
+        value = "; ".join(f"{at}: {a} {sign} {b}" for at, a, sign, b in said)
+        value += f"; fooled by {weak} only: {(met.theirs > met.ours).sum()}{note}"
         if len(met):
-            ours, theirs = met[strong].any(axis=1), met[weak]
-            pairs = zip(
-                *(part.groupby("eps").sum().items() for part in (ours, theirs)), strict=True
-            )
-            said = [
-                (_text(found, eps), a, b, ">=" if a >= b else "<") for (eps, a), (_, b) in pairs
-            ]
-            value = "; ".join(f"{at}: {a} {sign} {b}" for at, a, b, sign in said)
-            value += f"; fooled by {weak} only: {(theirs & ~ours).sum()}{note}"
-            lines.append(_line(key, all(a >= b for _, a, b, _ in said), value))
-    through = [(BPDA, name, name.removesuffix(BPDA)) for name in names if name.endswith(BPDA)]
-    for key, strong, weak in [("loss", "pgd_margin", "pgd_ce"), *through]:
-        lead = (
-            (counts.loc[strong] - counts.loc[weak]).dropna() / n
-            if {strong, weak} <= {*names}
-            else []
-        )
+            lines.append(_line(weak, bool((sums.ours >= sums.theirs).all()), value))
+    through = [("through", name, name.removesuffix(BPDA)) for name in names if name.endswith(BPDA)]
+    for key, more, less in [("loss", "pgd_margin", "pgd_ce"), *through]:
+        pair = wide.reindex(columns=[more, less])
+        lead = (pair[more] - pair[less]).groupby("eps").mean().dropna()
         if len(lead):
-            eps, what = (
-                lead.idxmax(),
-                "the margin loss" if key == "loss" else "the way through the operator",
-            )
-            value = f"largest lead of {what}: {lead[eps]:.1%} of the images at {_text(found, eps)}"
-            lines.append(_line(key, lead[eps] <= LEAD, value + note, strong))
-    falls = [
-        f"{name} {_text(found, low)} -> {_text(found, high)}: {own[low]:.0f} -> {own[high]:.0f}"
-        for name, own in ((name, counts.loc[name].dropna()) for name in names)
-        for low, high in zip(own.index[:-1], own.index[1:], strict=True)
-        if own[high] < own[low]
+            what = "the margin loss" if key == "loss" else "the way through the operator"
+            value = f"largest lead of {what}: {lead.max():.1%} of the images at "
+            value += _text(found, lead.idxmax()) + note
+            lines.append(_line(key, lead.max() <= LEAD, value, more))
+    falls = []
+    for name in names:
+        counts = wide[name].groupby("eps").sum(min_count=1).dropna()
+        for eps in counts.index[counts.diff() < 0]:
+            falls.append(f"{name} at {_text(found, eps)}: {counts[eps]:.0f}")
+    return [
+        *lines,
+        _line("monotone", not falls, ("; ".join(falls) or "holds for every attack") + note),
     ]
-    value = "; ".join(falls) or "holds for every attack"
-    return [*lines, _line("monotone", not falls, value + note)]
 
 
 def _black_box(found: Evaluation, full: pd.DataFrame, note: str) -> Line:
@@ -311,7 +246,8 @@ def _black_box(found: Evaluation, full: pd.DataFrame, note: str) -> Line:
     shown = [f"image {i} by {name} at {_text(found, eps)}" for (i, name), eps in alone.items()]
     count = alone.reset_index().image.nunique()
     value = f"{count} image(s) fooled by {' or '.join(blind)} alone{note}"
-    value += f": {', '.join(shown[:10])}" * bool(shown) + " and more" * (len(shown) > 10)
+    if shown:
+        value += f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
     return _line("black box", count <= ALONE * rows.image.nunique(), value)
 
 
@@ -323,7 +259,7 @@ def _rising(found: Evaluation) -> Line:
 
 
 def _everything(found: Evaluation, subset: int) -> Line:
-    """In a ball that holds other images whole, every image must fall; half the range makes all grey."""
+    """In a ball that holds other images whole, every image must fall."""
     last = found.settings["eps_grid"][-1]
     some = _spread(np.flatnonzero(~_fooled(found, found.rows, "worst", last)), subset)
     if not len(some):
@@ -352,14 +288,13 @@ def _converged(found: Evaluation, subset: int) -> Line:
     eps = (unfinished - 0.5).abs().idxmin()
     standing = np.flatnonzero(~_fooled(found, found.rows, "worst", eps))
     some = _spread(standing, subset)
-    budgets = {name: {"steps": 10} | said["attacks"].get(name, {}) for name in names}
-    for own in budgets.values():
-        own["steps"] *= 2
-        own.pop("norm", None)
+    own = {name: said["attacks"].get(name, {"steps": 10}) for name in names}
+    budgets = {name: own[name] | {"steps": 2 * own[name]["steps"]} for name in names}
     again = _again(found, some, [eps], names, budgets=budgets)
     new = _fooled(found, again.rows, "worst", eps).mean()
     added = 100 * new * len(standing) / len(found.labels)
-    value = f"{added:.1f} points at {_text(found, eps)} ({new:.1%} of {len(some)} images that stood there)"
+    value = f"{added:.1f} points at {_text(found, eps)} "
+    value += f"({new:.1%} of {len(some)} images that stood there)"
     return _line("converged", added <= POINTS, value)
 
 
@@ -370,8 +305,8 @@ def _per_image(found: Evaluation) -> Line:
     first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
     missed = int((worst.fooled != (worst.eps >= first)).sum())
     said = [f"{_text(found, eps)}: {share:.1%}" for eps, share in _shares(found).items()]
-    value = f"fooled by any attack {'; '.join(said)}" + f"; {missed} outcomes differ" * bool(missed)
-    return _line("union", not missed, value)
+    differ = f"; {missed} outcomes differ" if missed else ""
+    return _line("union", not missed, f"fooled by any attack {'; '.join(said)}{differ}")
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -379,7 +314,7 @@ def _per_image(found: Evaluation) -> Line:
 
 @torch.no_grad()
 def _range(found: Evaluation, subset: int) -> Line:
-    """Whether the model wants another range of pixels, and the images fill theirs: else eps means nothing."""
+    """Whether the model wants another range of pixels, and the images fill theirs."""
     some = torch.from_numpy(_spread(np.arange(len(found.images)), subset))
     device = device_of(found.model, found.images)
     x, y = found.images[some].to(device), found.labels[some].to(device)
@@ -388,7 +323,8 @@ def _range(found: Evaluation, subset: int) -> Line:
     accuracy = {name: _balanced(found.model, other, y) for name, other in ranges.items()}
     best = max(accuracy, key=accuracy.get)
     span = float((x.flatten(1).amax(1) - x.flatten(1).amin(1)).median())
-    value = f"balanced accuracy {own:.1%} as given, {accuracy[best]:.1%} in {best}; an image spans {span:.2g}"
+    value = f"balanced accuracy {own:.1%} as given, {accuracy[best]:.1%} in {best}; "
+    value += f"an image spans {span:.2g}"
     return _line("range", accuracy[best] <= own + BETTER and span >= SPAN, value)
 
 
@@ -416,5 +352,6 @@ def _random(found: Evaluation) -> Line:
     logits = torch.stack([found.model(x) for _ in range(PASSES)]).float()
     spread = float((logits.amax(0) - logits.amin(0)).max())
     flips = int((logits.argmax(2) != logits[0].argmax(1)).any(0).sum())
-    value = f"{PASSES} passes differ by up to {spread:.2g}; the answer changes on {flips} of {len(x)} images"
+    value = f"{PASSES} passes differ by up to {spread:.2g}; "
+    value += f"the answer changes on {flips} of {len(x)} images"
     return _line("random", spread <= SAME * max(1.0, float(logits.abs().max())), value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import base
 from .base import TINY, per_image
 
-NUDGE = 1e-4  # length added to every step, as in the authors' code: exactly on the boundary the walk would end
+NUDGE = 1e-4  # length added to every step, as in the authors' code: past the boundary
 CANDIDATES = 10  # the likeliest wrong classes looked at per step, one backward pass each
 
 
@@ -23,10 +23,10 @@ def deepfool(
     steps: int = 50,
     overshoot: float = 0.02,
 ) -> base.AttackResult:
-    """Walk to the nearest linearised boundary until fooled. Source: Moosavi-Dezfooli, arXiv 1511.04599.
+    """Walk to the nearest linearised boundary until fooled (Moosavi-Dezfooli, arXiv 1511.04599).
 
-    norm: "l2" or "linf". overshoot: how far beyond the boundary. An image leaves once fooled;
-    `first_success_step` is the step. Nothing is random. Shapes and errors: as `pgd`.
+    overshoot: how far beyond the boundary. An image leaves once fooled; `first_success_step` is the
+    step. Nothing is random. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -34,7 +34,7 @@ def deepfool(
     >>> deepfool(model, x, model(x).argmax(1)).first_success_step
     tensor([1])
     """
-    x = base.check_attack(model, x, y, eps=0.0, norm=norm)
+    x = base.check_attack(model, x, y, norm=norm)
     if steps < 1 or not overshoot >= 0:
         raise ValueError(f"steps must be >= 1 and overshoot >= 0, not {steps} and {overshoot}")
     search = base.Search(model, x, y, norm=norm)
@@ -54,17 +54,17 @@ def deepfool(
 def _boundaries(
     search: base.Search, rows: Tensor, points: Tensor, step: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(who is fooled [n], per wrong class: logit gap [n], its gradient [n,C,H,W]); none when all are fooled."""
+    """(who is fooled [n], per wrong class: logit gap [n], its gradient); none when all are fooled."""
     points, gaps, gradients = points.detach().requires_grad_(), [], []
     with torch.enable_grad():
         logits = search.answer(rows, points)
-        said, true = logits.detach(), search.y[rows][:, None]
-        fooled = search.record(rows, points.detach(), said, base.margin(said, search.y[rows]), step)
+        said, y = logits.detach(), search.y[rows]
+        fooled = search.record(rows, points.detach(), said, base.margin(said, y), step)
         if bool(fooled.all()):
             return fooled, gaps, gradients
-        order = said.scatter(1, true, -torch.inf).argsort(1, descending=True)
+        order = said.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
         for other in order[:, : min(CANDIDATES, logits.shape[1] - 1)].T:
-            gap = (logits.gather(1, other[:, None]) - logits.gather(1, true))[:, 0]
+            gap = (logits.gather(1, other[:, None]) - logits.gather(1, y[:, None]))[:, 0]
             gradients += torch.autograd.grad(gap.sum(), points, retain_graph=True)
             gaps.append(gap.detach())
             search.backwards += len(rows)

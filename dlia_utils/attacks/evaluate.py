@@ -510,9 +510,7 @@ def zero_gradient_share(
     device, zeros = device_of(model, images), 0
     with base.frozen(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            search = base.Search(
-                model, x.to(device), y.to(device), objective=base.choose_loss(loss)
-            )
+            search = base.Search(model, x.to(device), y.to(device), loss=loss)
             _, _, gradient = search.gradient(search.everyone, search.x, 0)
             zeros += int((gradient.flatten(1) == 0).all(1).sum())
     return zeros / len(images)

@@ -13,10 +13,10 @@ from . import base
 def fgsm(
     model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor, loss: str = "ce"
 ) -> base.AttackResult:
-    """One step of size eps along the sign of the loss gradient. Source: Goodfellow et al., arXiv 1412.6572.
+    """One step of size eps along the sign of the gradient (Goodfellow et al., arXiv 1412.6572).
 
-    eps: pixel units, or a tensor [C,1,1] (`normalised_eps`); the rest as `pgd`. Every image is moved, also
-    one that is already wrong (`first_success_step` 0).
+    eps: pixel units, or a tensor [C,1,1] (`normalised_eps`). Every image is moved, also one that is
+    already wrong (`first_success_step` 0). Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> result = fgsm(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255)
@@ -25,7 +25,7 @@ def fgsm(
     """
     x = base.check_attack(model, x, y, eps=eps)
     eps = eps.to(x) if isinstance(eps, Tensor) else eps
-    search = base.Search(model, x, y, objective=base.choose_loss(loss))
+    search = base.Search(model, x, y, loss=loss)
     with base.frozen(model):
         _, _, gradient = search.gradient(search.everyone, x, 0)
         x_adv = base.project(x + eps * gradient.sign(), x, eps, "linf")

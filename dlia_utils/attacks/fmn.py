@@ -1,4 +1,4 @@
-"""Fast minimum-norm attack: a ball that shrinks while the model is fooled and grows while it is not."""
+"""Fast minimum-norm attack: a ball that shrinks while the model is fooled and grows otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import base
 from .base import TINY, per_image
 
-BEYOND = 1.02  # aims a little past the boundary: exactly on it rounding decides, at every step anew
+BEYOND = 1.02  # aims a little past the boundary: exactly on it rounding decides
 GAMMA = 0.05  # share by which the radius changes at first; it decays to nothing along a cosine
 STEP_SIZE = 1.0  # L2 length of the first step in pixel units; decays to a hundredth
 
@@ -18,13 +18,12 @@ STEP_SIZE = 1.0  # L2 length of the first step in pixel units; decays to a hundr
 def fmn(
     model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", steps: int = 100
 ) -> base.AttackResult:
-    """The smallest change, by a ball that finds its own radius. Source: Pintor et al., arXiv 2102.12827.
+    """The smallest change, by a ball that finds its own radius (Pintor et al., arXiv 2102.12827).
 
-    A step along the margin's gradient, then a projection on the ball, whose radius falls after a fooling
-    point and otherwise rises; before the first fooling point it is the linear estimate of the distance to
-    the boundary. norm: "linf" or "l2". All steps are run for every image that the model gets right. One run
-    gives the robust accuracy at every eps: the share of images with a larger `linf` (or `l2`), or not
-    fooled. Nothing is random. Shapes and errors: as `pgd`.
+    A step along the margin's gradient, then a projection on the ball, whose radius falls after a
+    fooling point and otherwise rises; before the first one it is the linear estimate of the distance.
+    One run gives the robust accuracy at every eps: the share of images with a larger `linf` (or
+    `l2`), or not fooled. Nothing is random. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -32,7 +31,7 @@ def fmn(
     >>> bool(fmn(model, x, model(x).argmax(1)).success[0])
     True
     """
-    x = base.check_attack(model, x, y, eps=0.0, norm=norm)
+    x = base.check_attack(model, x, y, norm=norm)
     if steps < 1:
         raise ValueError(f"steps must be >= 1, not {steps}")
     search = base.Search(model, x, y, norm=norm)

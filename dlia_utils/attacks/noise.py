@@ -17,15 +17,15 @@ def noise(
     draws: int = 10,
     seed: base.Seed = 0,
 ) -> base.AttackResult:
-    """Try `draws` random points of the ball, by turns inside and on its corners (arXiv 1902.06705).
+    """Try `draws` random points of the ball, inside and on its corners by turns (arXiv 1902.06705).
 
-    Odd draws are uniform in the L-infinity ball, even ones +eps or -eps in every pixel; with "l2" both are
-    brought to the length eps and then cut to [0,1]. Fooled images leave. Arguments, seed: as `pgd`.
-    `first_success_step` is the number of the draw.
+    Odd draws are uniform in the L-infinity ball, even ones +eps or -eps in every pixel; with "l2"
+    both are brought to the length eps, then cut to [0,1]. Fooled images leave. `first_success_step`
+    is the number of the draw. Arguments: as `pgd`.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = noise(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, draws=3)
+    >>> result = noise(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255)
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
     (True, 0)
     """

@@ -24,12 +24,12 @@ def one_pixel(
     cr: float = 0.9,
     seed: base.Seed = 0,
 ) -> base.AttackResult:
-    """Rewrite `pixels` pixels, searched by differential evolution. Source: Su et al., arXiv 1710.08864.
+    """Rewrite `pixels` pixels, searched by differential evolution (Su et al., arXiv 1710.08864).
 
-    DE/rand/1/bin: a trial is a + f * (b - c), crossed into its parent gene by gene with probability `cr`, and
-    replaces it when the margin (best wrong logit - true logit) is no lower. The genes of a pixel: row, column
-    and a value per channel, |value - pixel| <= eps. No gradient is needed; a fooled image leaves at once.
-    Shapes, seed and errors: as `pgd`. `first_success_step`: 1 is the first population, 1 + g generation g.
+    DE/rand/1/bin: a trial is a + f * (b - c), crossed into its parent gene by gene with probability
+    `cr`, and replaces it when the margin is no lower. The genes of a pixel: row, column and a value
+    per channel, |value - pixel| <= eps. A fooled image leaves at once. `first_success_step`: 1 is the
+    first population, 1 + g generation g. Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
@@ -38,22 +38,20 @@ def one_pixel(
     True
     """
     x, keys = base.check_attack(model, x, y, eps=eps), base.pairs(seed, len(x))
-    if pixels < 1 or iterations < 0:
-        raise ValueError(f"pixels must be >= 1 and iterations >= 0, not {pixels} and {iterations}")
-    if population < 4:
-        raise ValueError(f"population must be >= 4 (a trial mixes three others), not {population}")
-    if not (0 < f <= 2 and 0 <= cr <= 1):
-        raise ValueError(f"f must lie in (0,2] and cr in [0,1], not {f} and {cr}")
+    if pixels < 1 or iterations < 0 or population < 4 or not (0 < f <= 2 and 0 <= cr <= 1):
+        raise ValueError(
+            "pixels must be >= 1, iterations >= 0, population >= 4 (a trial mixes three others), f in "
+            f"(0,2] and cr in [0,1], not {pixels}, {iterations}, {population}, {f} and {cr}"
+        )
     search = base.Search(model, x, y)
     with base.frozen(model), torch.no_grad():
         search.look()
         rows, x_adv = search.standing(), x.clone()
-        if len(rows):
-            rngs = [np.random.default_rng(keys[row]) for row in rows.tolist()]
+        rngs = [np.random.default_rng(keys[row]) for row in rows.tolist()]
+        if rngs:
             shape = (population, pixels, 2 + x.shape[1])
-            x_adv[rows] = _write(
-                x[rows], _evolve(search, rows, rngs, shape, iterations, f, cr, eps), eps
-            )
+            genes = _evolve(search, rows, rngs, shape, iterations, f, cr, eps)
+            x_adv[rows] = _write(x[rows], genes, eps)
         fooled, _ = search.ask(search.everyone, x_adv, iterations + 1)  # judged by a plain forward
         search.first_step[~fooled] = -1
         return search.result(x_adv, fooled)
@@ -62,14 +60,14 @@ def one_pixel(
 def _evolve(
     search: base.Search,
     rows: Tensor,
-    rngs: list[np.random.Generator],
+    rngs: list,
     shape: tuple[int, int, int],
     iterations: int,
     f: float,
     cr: float,
     eps: float,
 ) -> np.ndarray:
-    """The genes [n,pixels,2+C] of the best candidate of each of the images `rows`, in populations of `shape`."""
+    """The best genes [n,pixels,2+C] of each of the images `rows`, of populations of `shape`."""
     size = np.array(search.x.shape[2:])
     genes = np.stack([_first_genes(rng, shape, size) for rng in rngs])
     margins, standing = np.full(genes.shape[:2], -np.inf, dtype=np.float32), np.arange(len(rows))
@@ -91,7 +89,7 @@ def _evolve(
 def _ask(
     search: base.Search, rows: Tensor, trials: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(margins [n,P], whose candidates fool [n]) of trials [n,P,pixels,2+C], in full batches across images."""
+    """(margins [n,P], whose candidates fool [n]) of trials [n,P,pixels,2+C], in full batches."""
     n, population = trials.shape[:2]
     images, flat = rows.repeat_interleave(population), trials.reshape(-1, *trials.shape[2:])
     margins, fooling = [], []
@@ -131,7 +129,7 @@ def _trials(
 ) -> np.ndarray:
     """One trial per member of a population [P,pixels,2+C] by DE/rand/1/bin.
 
-    Places are rounded and wrap round the border, as clipping would crowd them there; values are clipped.
+    Places are rounded and wrap round the border, where clipping would crowd them.
     """
     a, b, other = genes[_three_others(rng, len(genes))].swapaxes(0, 1)
     mutant = a + np.float32(f) * (b - other)
@@ -146,9 +144,8 @@ def _trials(
 def _three_others(rng: np.random.Generator, population: int) -> np.ndarray:
     """For each member three different members, none of them itself: [P,3].
 
-    >>> picks = _three_others(np.random.default_rng(0), 4)
-    >>> bool((np.sort(np.column_stack([np.arange(4), picks])) == np.arange(4)).all())
-    True
+    >>> _three_others(np.random.default_rng(0), 4).shape
+    (4, 3)
     """
     taken = np.arange(population)[:, None]
     for k in range(3):

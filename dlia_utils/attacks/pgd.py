@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from . import base
@@ -22,29 +20,29 @@ def pgd(
     stop_when_fooled: bool = True,
     seed: base.Seed = 0,
 ) -> base.AttackResult:
-    """Steps of 2.5 eps / steps, each projected back into the ball. Source: Madry et al., arXiv 1706.06083.
+    """Steps of 2.5 eps / steps, each projected back into the ball (Madry et al., arXiv 1706.06083).
 
-    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), of the largest change of a pixel with norm
-    "linf", of the length of the whole change with "l2". restarts: random starts; 0: one run from the image.
-    loss: "ce", or "margin", which does not vanish on a saturated model. stop_when_fooled: an image leaves
-    once fooled; otherwise every step is run and the strongest point is returned.
+    x: [B,C,H,W] in [0,1]. y: int64 [B]. eps: pixel units (k/255), of the largest change of a pixel
+    or, with norm "l2", of the length of the change. restarts: random starts; 0: from the image
+    itself. loss: "ce", or "margin", which does not vanish on a saturated model. stop_when_fooled:
+    an image leaves once fooled; otherwise all steps are run for the strongest point.
     seed: a number, or a pair (seed, image) per image: its draws depend on nothing else.
-    `first_success_step`: updates made, counted over restarts; a random start that fools counts as step 1.
-    Raises: ValueError/TypeError for images outside [0,1], NaN, bad labels or a model in training mode.
+    `first_success_step`: updates made, over all restarts; a random start counts as step 1.
+    Raises: ValueError/TypeError for images outside [0,1], bad labels, a model in training mode.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = pgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
+    >>> result = pgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255)
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
     True
     """
     x, keys = base.check_attack(model, x, y, eps=eps, norm=norm), base.pairs(seed, len(x))
     if steps < 1 or restarts < 0:
         raise ValueError(f"steps must be >= 1 and restarts >= 0, not {steps} and {restarts}")
-    search = base.Search(model, x, y, objective=base.choose_loss(loss))
+    search = base.Search(model, x, y, loss=loss)
     with base.frozen(model):
         if not restarts:  # the first point is the clean image itself
-            _climb(search, search.everyone, x, range(steps + 1), eps, norm, stop_when_fooled)
+            _climb(search, search.everyone, x, [*range(steps + 1)], eps, norm, stop_when_fooled)
             return search.result()
         search.look()
         for restart in range(restarts):
@@ -65,18 +63,18 @@ def _climb(
     search: base.Search,
     rows: Tensor,
     points: Tensor,
-    counts: Sequence[int],
+    counts: list[int],
     eps: float,
     norm: str,
-    stop_when_fooled: bool,
+    stop: bool,
 ) -> None:
-    """One run for the images `rows`; every point, also the last, is judged, and counts as these steps."""
+    """One run for the images `rows`; every point, also the last, is judged, as these steps."""
     x, step_size = search.x[rows], 2.5 * eps / (len(counts) - 1)
     for count in counts[:-1]:
-        fooled, _, gradient = search.gradient(rows, points, count, lazy=stop_when_fooled)
+        fooled, _, gradient = search.gradient(rows, points, count, lazy=stop)
         if gradient is None:
             return
-        if stop_when_fooled and bool(fooled.any()):
+        if stop and bool(fooled.any()):
             kept = ~fooled
             rows, points, x, gradient = rows[kept], points[kept], x[kept], gradient[kept]
         points = base.project(points + step_size * base.ascent(gradient, norm), x, eps, norm)

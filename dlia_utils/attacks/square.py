@@ -1,4 +1,4 @@
-"""Square attack in the L-infinity ball: a search with random squares that sees only the model's answers."""
+"""Square attack in the L-infinity ball: random squares, judged by the model's answers alone."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def square(
     restarts: int = 1,
     seed: base.Seed = 0,
 ) -> base.AttackResult:
-    """Change random squares and keep what helps. Source: Andriushchenko et al., arXiv 1912.00049.
+    """Change random squares and keep what helps (Andriushchenko et al., arXiv 1912.00049).
 
-    Without gradients; a change stays when the margin (best wrong logit - true logit) rises. It starts from
-    vertical stripes of +-eps, and a square replaces the change beneath it by +eps or -eps, one sign per
-    channel. steps: squares tried per restart, one forward pass each. Arguments, seed: as `pgd`. Fooled
-    images leave. `first_success_step`: 1 is the start, 1 + k the k-th square, counted over restarts.
+    Without gradients; a change stays when the margin rises. It starts from vertical stripes of +-eps;
+    a square replaces the change beneath it by +eps or -eps, one sign per channel. steps: squares per
+    restart, one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
+    the k-th square, over all restarts. Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = square(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
+    >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    >>> result = square(model, x, y, eps=8 / 255, steps=5)
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
     (True, 0)
     """
@@ -54,12 +55,7 @@ def square(
 
 
 def _search(
-    search: base.Search,
-    rows: Tensor,
-    rngs: list[np.random.Generator],
-    steps: int,
-    eps: float,
-    first: int,
+    search: base.Search, rows: Tensor, rngs: list, steps: int, eps: float, first: int
 ) -> None:
     """One start for the images `rows`, which counts as step `first`."""
     x, channels, width = search.x[rows], search.x.shape[1], search.x.shape[3]
@@ -79,10 +75,8 @@ def _search(
         trial = _square(x, best, rngs, _side(step / steps, *x.shape[2:]), eps)
 
 
-def _square(
-    x: Tensor, best: Tensor, rngs: list[np.random.Generator], side: int, eps: float
-) -> Tensor:
-    """A square of +eps or -eps takes the place of what lies beneath; one that changes nothing is turned round."""
+def _square(x: Tensor, best: Tensor, rngs: list, side: int, eps: float) -> Tensor:
+    """A square of +eps or -eps replaces what lies beneath; one that changes nothing is turned."""
     corners = np.stack([rng.integers(0, np.array(x.shape[2:]) - side + 1) for rng in rngs])
     signs = _signs(rngs, (x.shape[1], 1, 1), x)
     top, left = (torch.from_numpy(part).to(x.device)[:, None] for part in corners.T)
@@ -94,7 +88,7 @@ def _square(
     return torch.where(idle & inside, base.reach(-signs, x, eps, "linf"), trial)
 
 
-def _signs(rngs: list[np.random.Generator], shape: tuple[int, ...], x: Tensor) -> Tensor:
+def _signs(rngs: list, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """Random -1 and 1, [n, *shape]."""
     return torch.from_numpy(np.stack([rng.integers(0, 2, shape) * 2.0 - 1.0 for rng in rngs])).to(x)
 
