@@ -38,34 +38,21 @@ def apgd(
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
     True
     """
-    x, keys = base.check_attack(model, x, y, eps=eps, norm=norm), base.pairs(seed, len(x))
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
-    search = base.Search(model, x, y, loss=loss)
-    with base.frozen(model):
+    with base.search(model, x, y, eps=eps, norm=norm, loss=loss, seed=seed) as search:
         search.look()
-        for restart in range(restarts):
-            rows = search.standing() if stop_when_fooled else search.everyone
-            if not len(rows):
-                break
-            draw = base.uniform(x[rows], base.generators(keys, rows, restart))
-            start = base.reach(draw, x[rows], eps, norm)
-            _climb(search, rows, start, restart * steps, steps, eps, norm, stop_when_fooled)
+        for restart, rows, rngs in search.rounds(range(restarts), everyone=not stop_when_fooled):
+            start = search.reach(base.uniform(search.x[rows], rngs), search.x[rows])
+            _climb(search, rows, start, restart * steps, steps, stop_when_fooled)
         return search.result()
 
 
 def _climb(
-    search: base.Search,
-    rows: Tensor,
-    points: Tensor,
-    first: int,
-    steps: int,
-    eps: float,
-    norm: str,
-    stop: bool,
+    search: base.Search, rows: Tensor, points: Tensor, first: int, steps: int, stop: bool
 ) -> None:
     """One start for the images `rows`; every point, also the last, is judged."""
-    n, checks = _Climbers(rows, search.x[rows], points), _checks(steps)
+    n, checks, last = _Climbers(rows, search.x[rows], points), _checks(steps), 0
     for step in range(steps):
         count = first + max(step, 1)
         fooled, value, gradient = search.gradient(n.rows, points, count, lazy=stop)
@@ -73,10 +60,11 @@ def _climb(
             return
         n.arrive(points, value, gradient)
         if step in checks:
-            n.judge(step - max((check for check in checks if check < step), default=0))
+            n.judge(step - last)
+            last = step
         if stop and bool(fooled.any()):
             n.keep(~fooled)
-        points = n.next(eps, norm, push=step > 0)
+        points = n.next(search.eps, search.norm, push=step > 0)
     search.ask(n.rows, points, first + steps)
 
 

@@ -130,13 +130,7 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Parameters take no gradient inside; every flag is put back on leaving, also after an error.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> with frozen(layer):
-    ...     layer.weight.requires_grad
-    False
-    """
+    """Parameters take no gradient inside; every flag is put back on leaving, also after an error."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield model.requires_grad_(False)
@@ -145,7 +139,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(flag)
 
 
-# ------------------------------------------------------------------------ losses, ball, draws
+# ---------------------------------------- losses, ball, draws
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -203,12 +197,6 @@ def project(points: Tensor, x: Tensor, eps: float | Tensor, norm: str) -> Tensor
     return torch.clamp(x + change * share, 0, 1)
 
 
-def reach(draw: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
-    """The point at eps times a draw in [-1,1] or, for "l2", in its direction at the length eps."""
-    draw = ascent(draw, norm) if norm == "l2" else draw
-    return project(x + eps * draw, x, eps, norm)
-
-
 def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
     """(seed, image) of each image of a batch: its draws depend on nothing else.
 
@@ -222,38 +210,76 @@ def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
     return found
 
 
-def generators(keys: list[tuple[int, int]], rows: Tensor, stream: int) -> list[np.random.Generator]:
-    """The generators of some of the images, each from (seed, stream, image) only."""
-    return [np.random.default_rng([keys[i][0], stream, keys[i][1]]) for i in rows.tolist()]
-
-
 def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
     """Uniform draws in [-1,1] shaped like x, one generator per image."""
     draws = [rng.random(x.shape[1:], dtype=np.float32) for rng in rngs]
     return torch.from_numpy(np.stack(draws)).to(x) * 2 - 1
 
 
-# ------------------------------------------------------------------------ the record
+# ---------------------------------------- the record
 
 
+@contextmanager
+def search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor | None = None,
+    norm: str = "linf",
+    loss: str = "margin",
+    seed: Seed = 0,
+) -> Iterator[Search]:
+    """The frame of every attack: the check at the door, the model frozen, an empty record.
+
+    eps: None for an attack that looks for the smallest change.
+    """
+    x = check_attack(model, x, y, eps=0.0 if eps is None else eps, norm=norm)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
+    eps = eps.to(x) if isinstance(eps, Tensor) else eps
+    with frozen(model):
+        yield Search(model, x, y, eps, norm, LOSSES[loss], pairs(seed, len(x)))
+
+
+@dataclass
 class Search:
     """Keeps each image's strongest point (fooling first, then the higher value) and counts passes.
 
-    The value of a point is the loss or, with `norm`, how small its change is. `rows` are the
-    numbers of the images that points belong to; their first answers are checked against the labels.
+    The value of a point is the loss or, without eps, how small its change is. `rows` are the numbers
+    of the images that points belong to. The first answers of a search are checked.
     """
 
-    def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, loss: str = "margin", norm: str = ""
-    ) -> None:
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
-        self.model, self.x, self.y, self.objective, self.norm = model, x, y, LOSSES[loss], norm
-        self.everyone = torch.arange(len(x), device=x.device)
-        self.x_adv, self.checked, self.backwards = x.clone(), False, 0
-        self.value = torch.full((len(x),), -torch.inf, device=x.device)
-        self.fooled = torch.zeros_like(y, dtype=torch.bool)
-        self.first_step, self.queries = torch.full_like(y, -1), torch.zeros_like(y)
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float | Tensor | None
+    norm: str
+    objective: Loss
+    keys: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        self.everyone = torch.arange(len(self.x), device=self.x.device)
+        self.x_adv, self.checked, self.backwards = self.x.clone(), False, 0
+        self.value = torch.full((len(self.x),), -torch.inf, device=self.x.device)
+        self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
+        self.first_step, self.queries = torch.full_like(self.y, -1), torch.zeros_like(self.y)
+
+    def rounds(
+        self, streams: range, *, everyone: bool = False
+    ) -> Iterator[tuple[int, Tensor, list[np.random.Generator]]]:
+        """Rounds of the images that still stand: (stream, rows, a generator per image)."""
+        for stream in streams:
+            rows = self.everyone if everyone else self.standing()
+            if not len(rows):
+                return
+            keys = [self.keys[row] for row in rows.tolist()]
+            yield stream, rows, [np.random.default_rng([seed, stream, i]) for seed, i in keys]
+
+    def reach(self, draw: Tensor, x: Tensor) -> Tensor:
+        """The point at eps times a draw in [-1,1] or, for "l2", in its direction at the length eps."""
+        draw = ascent(draw, "l2") if self.norm == "l2" else draw
+        return project(x + self.eps * draw, x, self.eps, self.norm)
 
     def standing(self) -> Tensor:
         """Row numbers of the images not fooled yet."""
@@ -300,7 +326,7 @@ class Search:
     ) -> Tensor:
         """Note what the model said; returns who is fooled [n]: no number is no wrong answer."""
         fooled = (logits.argmax(1) != self.y[rows]) & logits.isfinite().all(1)
-        value = -size(points - self.x[rows], self.norm) if self.norm else value
+        value = -size(points - self.x[rows], self.norm) if self.eps is None else value
         value, held_fooled, held = value.float(), self.fooled[rows], self.value[rows]
         better = (fooled & ~held_fooled) | ((fooled == held_fooled) & (value > held))
         self.x_adv[rows[better]] = points[better]

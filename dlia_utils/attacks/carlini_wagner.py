@@ -21,9 +21,8 @@ def carlini_wagner(
 
     Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant starts, per
     image, at twice what the linearised model needs; it goes halfway down after a success and ten
-    times up (later halfway up) after a failure. Each step is cut to [0,1], as in section V.B; the
-    tanh variables hardly move in black borders. It costs (steps + 1) * searches passes an image.
-    Nothing is random. Arguments: as `pgd`.
+    times up (later halfway up) after a failure. Each step is cut to [0,1], as in section V.B.
+    It costs (steps + 1) * searches passes an image. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -31,24 +30,20 @@ def carlini_wagner(
     >>> bool(carlini_wagner(model, x, model(x).argmax(1), steps=50).success[0])
     True
     """
-    x = base.check_attack(model, x, y, norm="l2")
     if steps < 1 or searches < 1:
         raise ValueError(f"steps and searches must be >= 1, not {steps} and {searches}")
-    search = base.Search(model, x, y, norm="l2")
-    with base.frozen(model):
+    with base.search(model, x, y, norm="l2") as search:
         search.look()
-        rows = search.standing()
-        if not len(rows):
-            return search.result()
-        weight, pace = _scales(search, rows, steps)
-        lower, upper = torch.zeros_like(weight), torch.full_like(weight, NO_UPPER)
-        for number in range(searches):
-            fooled = _descend(search, rows, weight, pace, steps, first=number * steps)
-            upper = torch.where(fooled, torch.minimum(upper, weight), upper)
-            lower = torch.where(fooled, lower, torch.maximum(lower, weight))
-            found = upper < NO_UPPER
-            weight = torch.where(found, (lower + upper) / 2, weight * 10)
-            pace = torch.where(found, pace, pace * 2)
+        for _, rows, _ in search.rounds(range(1)):
+            weight, pace = _scales(search, rows, steps)
+            lower, upper = torch.zeros_like(weight), torch.full_like(weight, NO_UPPER)
+            for number in range(searches):
+                fooled = _descend(search, rows, weight, pace, steps, first=number * steps)
+                upper = torch.where(fooled, torch.minimum(upper, weight), upper)
+                lower = torch.where(fooled, lower, torch.maximum(lower, weight))
+                found = upper < NO_UPPER
+                weight = torch.where(found, (lower + upper) / 2, weight * 10)
+                pace = torch.where(found, pace, pace * 2)
         return search.result()
 
 

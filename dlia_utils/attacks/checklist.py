@@ -1,4 +1,4 @@
-"""Is an evaluation to be believed? The check list of Carlini et al. (arXiv 1902.06705), its page."""
+"""Is an evaluation to be believed? The check list of Carlini et al. (arXiv 1902.06705)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ Dropout left on, or noise at test time: a gradient of one pass misleads; switch 
 union: the worst case is taken per image
 The best attack on average is not the worst case: count an image that any attack fools
 """.splitlines()
-CHECKS = {head.split(": ")[0]: (head.split(": ")[1], why) for head, why in zip(*[iter(TEXTS)] * 2)}
+CHECKS = {
+    head.split(": ")[0]: (head.split(": ")[1], why)
+    for head, why in zip(TEXTS[::2], TEXTS[1::2], strict=True)
+}
 
 Line = tuple[str, str, str, str]
 
@@ -185,7 +188,7 @@ def _shares(found: Evaluation) -> pd.Series:
     return found.rows[found.rows.attack.eq("worst")].groupby("eps").fooled.mean()
 
 
-# ------------------------------------------------------------------------------------------- the evaluation
+# ---------------------------------------- the evaluation
 
 
 def _clean(found: Evaluation, right: np.ndarray) -> Line:
@@ -309,7 +312,7 @@ def _per_image(found: Evaluation) -> Line:
     return _line("union", not missed, f"fooled by any attack {'; '.join(said)}{differ}")
 
 
-# ------------------------------------------------------------------------------------------- the model
+# ---------------------------------------- the model
 
 
 @torch.no_grad()

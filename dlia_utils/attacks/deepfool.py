@@ -34,19 +34,18 @@ def deepfool(
     >>> deepfool(model, x, model(x).argmax(1)).first_success_step
     tensor([1])
     """
-    x = base.check_attack(model, x, y, norm=norm)
     if steps < 1 or not overshoot >= 0:
         raise ValueError(f"steps must be >= 1 and overshoot >= 0, not {steps} and {overshoot}")
-    search = base.Search(model, x, y, norm=norm)
-    rows, points, total = search.everyone, x, torch.zeros_like(x)
-    with base.frozen(model):
+    with base.search(model, x, y, norm=norm) as search:
+        rows = search.everyone
+        points, total = search.x, torch.zeros_like(search.x)
         for step in range(steps):
             fooled, gaps, gradients = _boundaries(search, rows, points, step)
             if bool(fooled.all()):
                 return search.result()
-            total = total + _shortest(gaps, gradients, norm)
-            rows, total = rows[~fooled], total[~fooled]
-            points = (x[rows] + (1 + overshoot) * total).clamp(0, 1)
+            total = (total + _shortest(gaps, gradients, norm))[~fooled]
+            rows = rows[~fooled]
+            points = (search.x[rows] + (1 + overshoot) * total).clamp(0, 1)
         search.ask(rows, points, steps)
         return search.result()
 
@@ -54,7 +53,7 @@ def deepfool(
 def _boundaries(
     search: base.Search, rows: Tensor, points: Tensor, step: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(who is fooled [n], per wrong class: logit gap [n], its gradient); none when all are fooled."""
+    """(who is fooled [n], per wrong class: logit gap [n], its gradient); none if all are fooled."""
     points, gaps, gradients = points.detach().requires_grad_(), [], []
     with torch.enable_grad():
         logits = search.answer(rows, points)
@@ -72,7 +71,7 @@ def _boundaries(
 
 
 def _shortest(gaps: list[Tensor], gradients: list[Tensor], norm: str) -> Tensor:
-    """The shortest change [n,C,H,W] that reaches a boundary of the model linearised at the points."""
+    """The shortest change [n,C,H,W] that reaches a boundary of the linearised model."""
     nudge = NUDGE if norm == "l2" else NUDGE / math.sqrt(gradients[0][0].numel())
     best, change = torch.full_like(gaps[0], torch.inf), torch.zeros_like(gradients[0])
     for gap, gradient in zip(gaps, gradients, strict=True):

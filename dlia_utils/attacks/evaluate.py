@@ -1,4 +1,4 @@
-"""Robust accuracy: the worst case per image over a suite of attacks at every eps (arXiv 1902.06705)."""
+"""Robust accuracy: the worst case per image over a suite of attacks (arXiv 1902.06705)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ from .square import square
 
 log = logging.getLogger("dlia_utils")
 
-BPDA = (
-    "_bpda"  # ends the name of an attack that goes straight through an operator (arXiv 1802.00420)
-)
+BPDA = "_bpda"  # ends the name of an attack straight through an operator (arXiv 1802.00420)
 COLUMNS = "attack eps image label fooled first_success_step queries".split()
 FORMAT = 3  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
@@ -50,18 +48,14 @@ PROBE, ALIKE = 16, 1e-3  # images a folded copy is compared on; share of the log
 
 @dataclass(frozen=True)
 class Kind:
-    """An attack as the suite calls it: its options, and what the check list must know of it.
-
-    blind: sees no gradient. smallest: looks for the smallest change, so one run counts at every eps. twice:
-    run straight through an operator as well. norm: the only one, where the attack has no choice.
-    """
+    """An attack as the suite calls it, and what the check list must know of it."""
 
     attack: Callable[..., base.AttackResult]
     options: Mapping[str, Any] = field(default_factory=dict)
-    blind: bool = False
-    smallest: bool = False
-    twice: bool = False
-    norm: str = "linf"
+    blind: bool = False  # sees no gradient
+    smallest: bool = False  # looks for the smallest change: one run counts at every eps
+    twice: bool = False  # run straight through an operator as well
+    norm: str = "linf"  # the only one, where the attack has no choice
 
 
 KINDS = {
@@ -78,10 +72,9 @@ KINDS = {
     "square": Kind(square, {"steps": 500, "restarts": 1}, blind=True),
 }
 # Cheap ones first; the black boxes last, to show what no gradient found.
-ORDER = (
-    "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda apgd_ce apgd_margin".split()
-)
-ORDER += "apgd_ce_bpda apgd_margin_bpda fmn carlini_wagner one_pixel square".split()
+ORDER = "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda".split()
+ORDER += "apgd_ce apgd_margin apgd_ce_bpda apgd_margin_bpda".split()
+ORDER += "fmn carlini_wagner one_pixel square".split()
 LINF = tuple(name for name, own in KINDS.items() if own.norm == "linf")
 SUITE = tuple("noise fgsm pgd_ce pgd_margin deepfool apgd_ce apgd_margin fmn square".split())
 CONTEXTS = {"": nullcontext, BPDA: straight_through}  # around an attack, by the end of its name
@@ -124,13 +117,13 @@ def robust(
 ) -> Evaluation:
     """The worst case per image: right, and fooled by no attack at this eps or a smaller one.
 
-    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255), with norm "l2"
-    the length of the change. attacks: names in `KINDS`. steps, restarts: of PGD; budgets: options of
-    single attacks; at: the eps of expensive attacks, if not all. groups: patients [N]. The draws depend
-    on seed and ids only. early_drop: a fooled image is not attacked again: "worst" is the same, an
-    attack's rows are of the images left. fast: attack a folded copy that answers alike; success is judged
-    on `model`. folder: finished blocks are kept there, and read back where nothing they depend on changed.
-    Raises: ValueError before any work.
+    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255), with norm
+    "l2" the length of the change. attacks: names in `KINDS`. steps, restarts: of PGD; budgets:
+    options of single attacks; at: the eps of expensive attacks. groups: patients [N]. The draws
+    depend on seed and ids only. early_drop: a fooled image is not attacked again: "worst" is the
+    same, an attack's rows are of the images left. fast: attack a folded copy that answers alike;
+    success is judged on `model`. folder: finished blocks are kept there, and read back where nothing
+    they depend on has changed. Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
@@ -155,12 +148,12 @@ def robust(
 class Evaluation:
     """What `robust` found.
 
-    rows       one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" for all images at every eps.
-               queries: passes that show this attack's outcome on the image, the clean one counted in
-    cost       one per (attack, eps), in the order they ran: attacked, fooled (images), forwards, backwards
-               (image-passes really made, judging included), seconds
-    settings   the threat model and the budget: norm, eps_grid, attacks with their options, seed, ...
-    groups     patients [N] or None; model, images, labels: what was attacked
+    rows      one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" for all at every eps;
+              queries: passes that show this attack's outcome on the image, the clean one counted in
+    cost      one per (attack, eps), as they ran: attacked, fooled (images), forwards, backwards
+              (image-passes really made, judging included), seconds
+    settings  the threat model and the budget: norm, eps_grid, attacks with their options, seed, ...
+    groups    patients [N] or None; model, images, labels: what was attacked
     """
 
     rows: pd.DataFrame
@@ -172,12 +165,12 @@ class Evaluation:
     labels: Tensor = field(repr=False)
 
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
-        """One row per eps: ball, images, clean, one column per attack, worst, sensitivity, specificity, ...
+        """One row per eps: ball, images, clean, one column per attack, worst, ...
 
-        clean and worst are accuracies over all images (a clean error counts as fooled), with 95 % intervals by
-        patient; attack_success is the share of the images right at first that are fooled. An attack's column
-        is over all images too, or, with early_drop, over those that still stood when it came (NaN: none, or
-        not run). sensitivity and specificity, of two classes: worst among the images of class 1 and of class 0.
+        clean and worst are accuracies over all images (a clean error counts as fooled), with 95 %
+        intervals by patient; attack_success is the share of the images right at first that are
+        fooled. An attack's column is over all images too or, with early_drop, over those that still
+        stood when it came (NaN: none, or not run). Of two classes: sensitivity and specificity.
         """
         groups = self.rows.groupby(["attack", "eps"], sort=False)
         right = {key: ~part.fooled.to_numpy() for key, part in groups}
@@ -188,9 +181,9 @@ class Evaluation:
         for eps in self.settings["eps_grid"]:
             worst = right["worst", eps]
             line = {"eps": eps, "ball": eps_text(eps, unit), "images": len(clean)}
-            line |= {"clean": clean.mean()}
+            line["clean"] = clean.mean()
             line |= {name: right.get((name, eps), np.array([np.nan])).mean() for name in names}
-            line |= {"worst": worst.mean()}
+            line["worst"] = worst.mean()
             if set(labels) == {0, 1}:
                 sides = {"sensitivity": labels == 1, "specificity": labels == 0}
                 line |= {name: worst[side].mean() for name, side in sides.items()}
@@ -202,7 +195,7 @@ class Evaluation:
         return pd.DataFrame(lines)
 
 
-# ------------------------------------------------------------------------------------------- what is asked
+# ---------------------------------------- what is asked
 
 
 def _knows(name: str, norm: str) -> bool:
@@ -212,7 +205,7 @@ def _knows(name: str, norm: str) -> bool:
 def _options(
     names: Iterable[str], norm: str, steps: int, restarts: int, budgets: Mapping | None
 ) -> dict[str, dict[str, Any]]:
-    """What each attack is called with, in the order they run: the shared options, its own, the caller's."""
+    """What each attack is called with: the shared options, its own, the caller's; in order."""
     names, budgets, options = set(names), budgets or {}, {}
     unknown = sorted(names - set(KINDS)) + sorted(set(budgets) - names)
     if unknown or not names:
@@ -220,9 +213,7 @@ def _options(
     x, y = torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, dtype=torch.int64)
     for name in sorted(names, key=ORDER.index):
         if not _knows(name, norm):
-            raise ValueError(
-                f"the attack {name!r} does not know norm={norm!r}; leave it out of attacks"
-            )
+            raise ValueError(f"the attack {name!r} does not know norm={norm!r}; leave it out")
         known = set(inspect.signature(KINDS[name].attack).parameters)
         free, own = known - set("model x y eps norm seed".split()), dict(budgets.get(name, {}))
         if not set(own) <= free:
@@ -230,15 +221,13 @@ def _options(
         shared = {"norm": norm, "steps": steps, "restarts": restarts}
         shared = {key: value for key, value in shared.items() if key in known}
         options[name] = shared | dict(KINDS[name].options) | own
-        # An image that this model gets wrong from the start: what the attack refuses is refused now.
-        KINDS[name].attack(
-            nn.Flatten(), x, y, **options[name], **({"eps": 0.0} if "eps" in known else {})
-        )
+        eps = {"eps": 0.0} if "eps" in known else {}
+        KINDS[name].attack(nn.Flatten(), x, y, **options[name], **eps)  # refuses bad options now
     return options
 
 
 def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str, list[float]]:
-    """By attack the eps of the grid at which it is run, for those that are not run at all of them."""
+    """By attack the eps at which it is run, for those that are not run at the whole grid."""
     chosen = {}
     for name, wanted in (at or {}).items():
         wanted = sorted(set(wanted))
@@ -246,8 +235,8 @@ def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str
         once = name not in options or KINDS[name].smallest
         if once or not chosen[name] or len(chosen[name]) < len(wanted):
             raise ValueError(
-                f"at[{name!r}] must be eps of the grid {grid}, and of an attack that is run at each eps "
-                f"(one for the smallest change runs once); got {wanted}"
+                f"at[{name!r}] must be eps of the grid {grid}, not {wanted}, and of an attack that is "
+                "run at each of them (one for the smallest change runs once)"
             )
     return chosen
 
@@ -309,7 +298,7 @@ class _Study:
 
 
 def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
-    """A folded copy, or the model itself where the copy is another function (random, or with hooks)."""
+    """A folded copy, or the model where the copy is another function (random, or with hooks)."""
     copied = fast_copy(model)  # with gradients on: straight through must not be traced away
     with torch.no_grad():
         answers = torch.stack([model(probe).float() for _ in range(PASSES)])
@@ -320,7 +309,7 @@ def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     return model
 
 
-# ------------------------------------------------------------------------------------------- running it
+# ---------------------------------------- running it
 
 
 @dataclass
@@ -344,7 +333,7 @@ class _Block:
         return cls(attack, eps, positions, -ones, ones.copy(), np.full(len(ones), np.inf))
 
     def inside(self, eps: float, positions: np.ndarray, *, again: bool) -> _Block:
-        """A search for the smallest change as an attack of the ball of this eps; again: at no cost."""
+        """A search for the smallest change as an attack in this ball; again: at no cost."""
         rows = np.searchsorted(self.positions, positions)
         step = np.where(self.distance[rows] <= eps, self.step[rows], -1)
         if not again:
@@ -367,10 +356,8 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
     attackable = np.flatnonzero(~fooled)
     names = list(study.settings["attacks"])
     names += [name + BPDA for name in names if BPDA in study.targets and kind(name).twice]
-    bar = Bar(
-        total=total * len(grid) * len(names), desc="attacks", unit="image", disable=not progress
-    )
-    with bar:
+    count = total * len(grid) * len(names)
+    with Bar(total=count, desc="attacks", unit="image", disable=not progress) as bar:
         for eps in grid:
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
                 bar.update(total)
@@ -453,13 +440,13 @@ def _rows(blocks: Sequence[_Block], study: _Study) -> pd.DataFrame:
     return pd.concat([*tables, *worst], ignore_index=True)[COLUMNS]
 
 
-# ------------------------------------------------------------------------------------------- going on
+# ---------------------------------------- going on
 
 
 def _kept(
     study: _Study, name: str, positions: np.ndarray, eps: float, compute: Callable[[], _Block]
 ) -> _Block:
-    """The block as the folder keeps it for just this model, these images and settings, or computed now."""
+    """The block that the folder keeps for this model, these images and settings, or a new one."""
     if study.folder is None:
         return compute()
     own = study.settings["attacks"].get(name.removesuffix(BPDA))
@@ -485,7 +472,7 @@ def _hash(values: Tensor) -> str:
 
 
 def _model_hash(model: nn.Module) -> str:
-    """Of the weights, of the layers and of the plain attributes of each: two models may share the weights only."""
+    """Of weights, layers and their plain attributes: two models may share the weights only."""
     plain = (bool, int, float, str, tuple, list)
     attributes = [
         (name, key, repr(value))
@@ -506,11 +493,9 @@ def zero_gradient_share(
     >>> zero_gradient_share(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))
     0.0
     """
-    images = base.check_attack(model, images, labels, eps=0.0)
     device, zeros = device_of(model, images), 0
-    with base.frozen(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            search = base.Search(model, x.to(device), y.to(device), loss=loss)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        with base.search(model, x.to(device), y.to(device), eps=0.0, loss=loss) as search:
             _, _, gradient = search.gradient(search.everyone, search.x, 0)
             zeros += int((gradient.flatten(1) == 0).all(1).sum())
     return zeros / len(images)

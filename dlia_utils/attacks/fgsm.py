@@ -23,14 +23,12 @@ def fgsm(
     >>> round(float(result.linf[0]) * 255), result.forwards, result.backwards
     (8, 2, 1)
     """
-    x = base.check_attack(model, x, y, eps=eps)
-    eps = eps.to(x) if isinstance(eps, Tensor) else eps
-    search = base.Search(model, x, y, loss=loss)
-    with base.frozen(model):
-        _, _, gradient = search.gradient(search.everyone, x, 0)
-        x_adv = base.project(x + eps * gradient.sign(), x, eps, "linf")
+    with base.search(model, x, y, eps=eps, loss=loss) as search:
+        clean, eps = search.x, search.eps
+        _, _, gradient = search.gradient(search.everyone, clean, 0)
+        x_adv = base.project(clean + eps * gradient.sign(), clean, eps, "linf")
         fooled, _ = search.ask(search.everyone, x_adv, 1)
-    return search.result(x_adv, fooled)
+        return search.result(x_adv, fooled)
 
 
 def normalised_eps(value: float, std: float | Sequence[float] | Tensor) -> Tensor:

@@ -21,9 +21,9 @@ def fmn(
     """The smallest change, by a ball that finds its own radius (Pintor et al., arXiv 2102.12827).
 
     A step along the margin's gradient, then a projection on the ball, whose radius falls after a
-    fooling point and otherwise rises; before the first one it is the linear estimate of the distance.
+    fooling point and otherwise rises; before the first one it is the distance by linear estimate.
     One run gives the robust accuracy at every eps: the share of images with a larger `linf` (or
-    `l2`), or not fooled. Nothing is random. Arguments: as `pgd`.
+    `l2`), or not fooled. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -31,19 +31,16 @@ def fmn(
     >>> bool(fmn(model, x, model(x).argmax(1)).success[0])
     True
     """
-    x = base.check_attack(model, x, y, norm=norm)
     if steps < 1:
         raise ValueError(f"steps must be >= 1, not {steps}")
-    search = base.Search(model, x, y, norm=norm)
-    with base.frozen(model):
+    with base.search(model, x, y, norm=norm) as search:
         search.look()
-        rows = search.standing()
-        if len(rows):
-            _search(search, rows, steps, norm)
+        for _, rows, _ in search.rounds(range(1)):
+            _run(search, rows, steps, norm)
         return search.result()
 
 
-def _search(search: base.Search, rows: Tensor, steps: int, norm: str) -> None:
+def _run(search: base.Search, rows: Tensor, steps: int, norm: str) -> None:
     """All steps for the images `rows`; the search keeps the nearest point that fools."""
     x = points = search.x[rows]
     radius = torch.full_like(x[:, 0, 0, 0], torch.inf)

@@ -29,17 +29,13 @@ def noise(
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
     (True, 0)
     """
-    x, keys = base.check_attack(model, x, y, eps=eps, norm=norm), base.pairs(seed, len(x))
     if draws < 1:
         raise ValueError(f"draws must be >= 1, not {draws}")
-    search = base.Search(model, x, y)
-    with base.frozen(model):
+    with base.search(model, x, y, eps=eps, norm=norm, seed=seed) as search:
         search.look()
-        for draw in range(1, draws + 1):
-            rows = search.standing()
-            if not len(rows):
-                break
-            unit = base.uniform(x[rows], base.generators(keys, rows, draw))
+        for draw, rows, rngs in search.rounds(range(1, draws + 1)):
+            points = search.x[rows]
+            unit = base.uniform(points, rngs)
             unit = unit.sign() if draw % 2 == 0 else unit
-            search.ask(rows, base.reach(unit, x[rows], eps, norm), draw)
+            search.ask(rows, search.reach(unit, points), draw)
         return search.result()

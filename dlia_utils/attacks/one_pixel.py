@@ -28,8 +28,8 @@ def one_pixel(
 
     DE/rand/1/bin: a trial is a + f * (b - c), crossed into its parent gene by gene with probability
     `cr`, and replaces it when the margin is no lower. The genes of a pixel: row, column and a value
-    per channel, |value - pixel| <= eps. A fooled image leaves at once. `first_success_step`: 1 is the
-    first population, 1 + g generation g. Arguments: as `pgd`.
+    per channel, |value - pixel| <= eps. A fooled image leaves. `first_success_step`: 1 is the first
+    population, 1 + g generation g. Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
@@ -37,21 +37,20 @@ def one_pixel(
     >>> int((result.x_adv != x).sum()) <= 1
     True
     """
-    x, keys = base.check_attack(model, x, y, eps=eps), base.pairs(seed, len(x))
     if pixels < 1 or iterations < 0 or population < 4 or not (0 < f <= 2 and 0 <= cr <= 1):
         raise ValueError(
-            "pixels must be >= 1, iterations >= 0, population >= 4 (a trial mixes three others), f in "
-            f"(0,2] and cr in [0,1], not {pixels}, {iterations}, {population}, {f} and {cr}"
+            "pixels must be >= 1, iterations >= 0, population >= 4 (a trial mixes three others), "
+            f"f in (0,2] and cr in [0,1], not {pixels}, {iterations}, {population}, {f}, {cr}"
         )
-    search = base.Search(model, x, y)
-    with base.frozen(model), torch.no_grad():
+    with base.search(model, x, y, eps=eps, seed=seed) as search, torch.no_grad():
         search.look()
-        rows, x_adv = search.standing(), x.clone()
-        rngs = [np.random.default_rng(keys[row]) for row in rows.tolist()]
+        rows, x, x_adv = search.standing(), search.x, search.x.clone()
+        rngs = [np.random.default_rng(search.keys[row]) for row in rows.tolist()]
         if rngs:
             shape = (population, pixels, 2 + x.shape[1])
-            genes = _evolve(search, rows, rngs, shape, iterations, f, cr, eps)
-            x_adv[rows] = _write(x[rows], genes, eps)
+            x_adv[rows] = _write(
+                x[rows], _evolve(search, rows, rngs, shape, iterations, f, cr), eps
+            )
         fooled, _ = search.ask(search.everyone, x_adv, iterations + 1)  # judged by a plain forward
         search.first_step[~fooled] = -1
         return search.result(x_adv, fooled)
@@ -65,7 +64,6 @@ def _evolve(
     iterations: int,
     f: float,
     cr: float,
-    eps: float,
 ) -> np.ndarray:
     """The best genes [n,pixels,2+C] of each of the images `rows`, of populations of `shape`."""
     size = np.array(search.x.shape[2:])
@@ -75,7 +73,7 @@ def _evolve(
     for step in range(1, iterations + 2):
         if step > 1:
             trials = np.stack([_trials(rngs[i], genes[i], f, cr, size) for i in standing])
-        margin, fooled = _ask(search, rows[torch.from_numpy(standing).to(rows.device)], trials, eps)
+        margin, fooled = _ask(search, rows[torch.from_numpy(standing).to(rows.device)], trials)
         better = margin >= margins[standing]
         genes[standing] = np.where(better[..., None, None], trials, genes[standing])
         margins[standing] = np.where(better, margin, margins[standing])
@@ -86,16 +84,14 @@ def _evolve(
     return genes[np.arange(len(genes)), margins.argmax(1)]
 
 
-def _ask(
-    search: base.Search, rows: Tensor, trials: np.ndarray, eps: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _ask(search: base.Search, rows: Tensor, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(margins [n,P], whose candidates fool [n]) of trials [n,P,pixels,2+C], in full batches."""
     n, population = trials.shape[:2]
     images, flat = rows.repeat_interleave(population), trials.reshape(-1, *trials.shape[2:])
     margins, fooling = [], []
     for start in range(0, len(images), BATCH):
         own = images[start : start + BATCH]
-        logits = search.model(_write(search.x[own], flat[start : start + BATCH], eps))
+        logits = search.model(_write(search.x[own], flat[start : start + BATCH], search.eps))
         margins.append(base.margin(logits, search.y[own]).float())
         fooling.append((logits.argmax(1) != search.y[own]) & logits.isfinite().all(1))
     search.queries[rows] += population

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from . import base
@@ -36,40 +38,26 @@ def pgd(
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
     True
     """
-    x, keys = base.check_attack(model, x, y, eps=eps, norm=norm), base.pairs(seed, len(x))
     if steps < 1 or restarts < 0:
         raise ValueError(f"steps must be >= 1 and restarts >= 0, not {steps} and {restarts}")
-    search = base.Search(model, x, y, loss=loss)
-    with base.frozen(model):
+    with base.search(model, x, y, eps=eps, norm=norm, loss=loss, seed=seed) as search:
         if not restarts:  # the first point is the clean image itself
-            _climb(search, search.everyone, x, [*range(steps + 1)], eps, norm, stop_when_fooled)
+            _climb(search, search.everyone, search.x, range(steps + 1), stop_when_fooled)
             return search.result()
         search.look()
-        for restart in range(restarts):
-            rows, first = (
-                search.standing() if stop_when_fooled else search.everyone,
-                restart * steps,
-            )
-            if not len(rows):
-                break
-            draw = base.uniform(x[rows], base.generators(keys, rows, restart))
-            counts = [first + max(step, 1) for step in range(steps + 1)]
-            start = base.reach(draw, x[rows], eps, norm)
-            _climb(search, rows, start, counts, eps, norm, stop_when_fooled)
+        for restart, rows, rngs in search.rounds(range(restarts), everyone=not stop_when_fooled):
+            start = search.reach(base.uniform(search.x[rows], rngs), search.x[rows])
+            counts = [restart * steps + max(step, 1) for step in range(steps + 1)]
+            _climb(search, rows, start, counts, stop_when_fooled)
         return search.result()
 
 
 def _climb(
-    search: base.Search,
-    rows: Tensor,
-    points: Tensor,
-    counts: list[int],
-    eps: float,
-    norm: str,
-    stop: bool,
+    search: base.Search, rows: Tensor, points: Tensor, counts: Sequence[int], stop: bool
 ) -> None:
     """One run for the images `rows`; every point, also the last, is judged, as these steps."""
-    x, step_size = search.x[rows], 2.5 * eps / (len(counts) - 1)
+    x, eps, norm = search.x[rows], search.eps, search.norm
+    step_size = 2.5 * eps / (len(counts) - 1)
     for count in counts[:-1]:
         fooled, _, gradient = search.gradient(rows, points, count, lazy=stop)
         if gradient is None:

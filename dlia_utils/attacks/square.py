@@ -28,9 +28,9 @@ def square(
 ) -> base.AttackResult:
     """Change random squares and keep what helps (Andriushchenko et al., arXiv 1912.00049).
 
-    Without gradients; a change stays when the margin rises. It starts from vertical stripes of +-eps;
-    a square replaces the change beneath it by +eps or -eps, one sign per channel. steps: squares per
-    restart, one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
+    Without gradients; a change stays when the margin rises. It starts from stripes of +-eps; a square
+    replaces the change beneath it by +eps or -eps, one sign per channel. steps: squares per restart,
+    one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
     the k-th square, over all restarts. Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -39,28 +39,20 @@ def square(
     >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
     (True, 0)
     """
-    x, keys = base.check_attack(model, x, y, eps=eps), base.pairs(seed, len(x))
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
-    search = base.Search(model, x, y)
-    with base.frozen(model):
+    with base.search(model, x, y, eps=eps, seed=seed) as search:
         search.look()
-        for restart in range(restarts):
-            rows = search.standing()
-            if not len(rows):
-                break
-            rngs = base.generators(keys, rows, restart)
-            _search(search, rows, rngs, steps, eps, restart * (steps + 1) + 1)
+        for restart, rows, rngs in search.rounds(range(restarts)):
+            _run(search, rows, rngs, steps, restart * (steps + 1) + 1)
         return search.result()
 
 
-def _search(
-    search: base.Search, rows: Tensor, rngs: list, steps: int, eps: float, first: int
-) -> None:
+def _run(search: base.Search, rows: Tensor, rngs: list, steps: int, first: int) -> None:
     """One start for the images `rows`, which counts as step `first`."""
-    x, channels, width = search.x[rows], search.x.shape[1], search.x.shape[3]
+    x, (channels, _, width) = search.x[rows], search.x.shape[1:]
     best, best_value = x, torch.full(rows.shape, -torch.inf, device=rows.device)
-    trial = base.reach(_signs(rngs, (channels, 1, width), x), x, eps, "linf")
+    trial = search.reach(_signs(rngs, (channels, 1, width), x), x)
     for step in range(steps + 1):
         fooled, value = search.ask(rows, trial, first + step)
         better = value.float() > best_value
@@ -72,10 +64,10 @@ def _search(
             kept = ~fooled
             rows, x, best, best_value = rows[kept], x[kept], best[kept], best_value[kept]
             rngs = [rng for rng, stays in zip(rngs, kept.tolist(), strict=True) if stays]
-        trial = _square(x, best, rngs, _side(step / steps, *x.shape[2:]), eps)
+        trial = _square(search, x, best, rngs, _side(step / steps, *x.shape[2:]))
 
 
-def _square(x: Tensor, best: Tensor, rngs: list, side: int, eps: float) -> Tensor:
+def _square(search: base.Search, x: Tensor, best: Tensor, rngs: list, side: int) -> Tensor:
     """A square of +eps or -eps replaces what lies beneath; one that changes nothing is turned."""
     corners = np.stack([rng.integers(0, np.array(x.shape[2:]) - side + 1) for rng in rngs])
     signs = _signs(rngs, (x.shape[1], 1, 1), x)
@@ -83,9 +75,9 @@ def _square(x: Tensor, best: Tensor, rngs: list, side: int, eps: float) -> Tenso
     row, column = (torch.arange(length, device=x.device)[None] for length in x.shape[2:])
     rows, columns = (row >= top) & (row < top + side), (column >= left) & (column < left + side)
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-    trial = torch.where(inside, base.reach(signs, x, eps, "linf"), best)
+    trial = torch.where(inside, search.reach(signs, x), best)
     idle = per_image((trial == best).flatten(1).all(1))
-    return torch.where(idle & inside, base.reach(-signs, x, eps, "linf"), trial)
+    return torch.where(idle & inside, search.reach(-signs, x), trial)
 
 
 def _signs(rngs: list, shape: tuple[int, ...], x: Tensor) -> Tensor:
