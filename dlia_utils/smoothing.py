@@ -36,12 +36,12 @@ def certify(
 ) -> pd.DataFrame:
     """The smoothed class of each image and the L2 radius in which it is certain (CERTIFY).
 
-    `n0` noisy copies choose the class; of `n` others, k get it. p_lower is the lower Clopper-Pearson
-    bound of its probability with error alpha, radius = sigma Phi^-1(p_lower). Where p_lower <= 1/2
-    the answer is ABSTAIN (-1). The certificate holds for every attack, with probability 1 - alpha.
-    x [B,C,H,W] in [0,1], y int64 [B]; sigma and radius in pixel units. The noisy images are not cut
-    to [0,1]; the noise depends on (seed, id) only. Columns: image (its id), predicted, radius,
-    p_lower, k, label, correct (an abstention is not).
+    `n0` noisy copies choose the class; of `n` others, k get it. p_lower is the lower Clopper-
+    Pearson bound of its probability with error alpha, radius = sigma Phi^-1(p_lower). Where p_lower
+    <= 1/2 the answer is ABSTAIN (-1). The certificate holds for every attack, with probability 1 -
+    alpha. x [B,C,H,W] in [0,1], y int64 [B]; sigma and radius in pixel units. The noisy images are
+    not cut to [0,1]; the noise depends on (seed, id) only. Columns: image (its id), predicted,
+    radius, p_lower, k, label, correct (an abstention is not).
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> table = certify(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]), sigma=0.25, n=50)

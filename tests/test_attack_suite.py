@@ -1,4 +1,4 @@
-"""How strong the attacks are: linear models, whose optimum is known, and each attack against the others."""
+"""How strong the attacks are: models whose optimum is known, and each against the others."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def linear_model(channels: int = 1, classes: int = 2, size: int = 4) -> nn.Modul
 
 
 def near_boundary(model: nn.Module, channels: int = 1, n: int = 12, size: int = 4):
-    """Images well inside [0,1], so that the nearest boundary of a linear model is reached inside it too."""
+    """Images well inside [0,1], so that the nearest boundary of a linear model lies inside, too."""
     x = 0.4 + 0.2 * torch.rand(n, channels, size, size, dtype=torch.float64)
     with torch.no_grad():
         model[1].bias -= model(x).mean(0)  # all classes about equally likely
@@ -23,7 +23,7 @@ def near_boundary(model: nn.Module, channels: int = 1, n: int = 12, size: int = 
 
 
 def boundary_distances(model: nn.Module, x, y, norm: str):
-    """Closed form: over the other classes, the least |logit gap| / dual norm of the weight difference."""
+    """Closed form: over the classes, the least |logit gap| / dual norm of the weight difference."""
     weight, logits = model[1].weight.detach(), model(x).detach()
     distances = []
     for other in range(logits.shape[1]):
@@ -51,7 +51,7 @@ def trained():
     return model.eval(), x, y
 
 
-# ------------------------------------------------------------------------------------------- known truth
+# ---------------------------------------- known truth
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -145,7 +145,7 @@ def test_normalised_eps_is_a_step_in_normalised_space():
 
 
 def test_carlini_wagner_finds_the_scale_of_the_model():
-    """Images 1000 times as near to the boundary fall to changes 1000 times as small, in as many steps."""
+    """Images 1000 times as near to the boundary fall to changes 1000 times as small."""
     model = linear_model(size=8)
     x, y = near_boundary(model, size=8)
     gaps, direction = -attacks.margin(model(x), y), model[1].weight[0] - model[1].weight[1]
@@ -158,7 +158,7 @@ def test_carlini_wagner_finds_the_scale_of_the_model():
 
 
 def test_apgd_halves_the_step_where_the_loss_swings():
-    """A valley that a step of 2 eps jumps across at once: fixed steps swing, APGD settles at the top."""
+    """A valley that a step of 2 eps jumps across: fixed steps swing, APGD settles at the top."""
 
     class Ridge(nn.Module):
         def forward(self, x):
@@ -170,7 +170,71 @@ def test_apgd_halves_the_step_where_the_loss_swings():
     torch.testing.assert_close(result.x_adv, torch.full_like(x, 0.513), atol=1e-3, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------- against each other
+class Shell(nn.Module):
+    """Class 1 outside the L2 ball of radius 1 round the grey image."""
+
+    def forward(self, x):
+        rise = (x - 0.5).flatten(1).square().sum(1) - 1
+        return torch.stack([torch.zeros_like(rise), rise], 1)
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "excess"),
+    [
+        (attacks.pgd, {"norm": "l2", "steps": 20, "loss": "margin"}, 1.05),
+        (attacks.apgd, {"norm": "l2", "steps": 30, "loss": "margin"}, 1.01),
+        (attacks.fmn, {"norm": "l2"}, 1.02),
+        (attacks.carlini_wagner, {"steps": 80}, 1.03),
+        (attacks.deepfool, {}, 1.09),
+    ],
+)
+def test_curved_boundary(attack, options, excess):
+    """0.9 from the centre of a ball: 0.1 to go, in a direction that differs by image."""
+    generator = torch.Generator().manual_seed(1)
+    way = 2 * torch.rand(8, 1, 6, 6, dtype=torch.float64, generator=generator) - 1
+    x = 0.5 + 0.9 * way / way.flatten(1).norm(dim=1)[:, None, None, None]
+    y, model = torch.zeros(8, dtype=torch.int64), Shell().eval()
+    if attack in (attacks.pgd, attacks.apgd):
+        assert attack(model, x, y, eps=0.1 * excess, **options).success.all()
+        assert not attack(model, x, y, eps=0.0999, **options).success.any()
+    else:
+        size = attack(model, x, y, **options).l2
+        assert (size >= 0.1 * (1 - 1e-9)).all() and (size <= 0.1 * excess).all(), size.max()
+
+
+def test_square_comes_near_the_optimum_without_gradients():
+    """Share of the highest margin in the ball, after 400 squares, of 108 free values."""
+    model = linear_model(3, size=6)
+    x, y = near_boundary(model, 3, size=6)
+    eps = float(boundary_distances(model, x, y, "linf").min()) * 0.9
+    best = eps * (model[1].weight[1 - y] - model[1].weight[y]).abs().sum(1)
+    gains = [
+        attacks.margin(model(result.x_adv), y) - attacks.margin(model(x), y)
+        for result in (
+            attacks.square(model, x, y, eps=eps, steps=400),
+            attacks.noise(model, x, y, eps=eps, draws=50),
+        )
+    ]
+    assert (gains[0] <= best * (1 + 1e-9)).all() and (gains[0] >= 0.8 * best).all()
+    assert gains[1].mean() < 0.8 * gains[0].mean()
+
+
+def test_one_pixel_finds_what_trying_every_pixel_finds():
+    """A linear model's best pixel goes to black or white, so every image's best change is known."""
+    model = linear_model(size=6)
+    x, _ = near_boundary(model, n=8, size=6)
+    weight = (model[1].weight[1] - model[1].weight[0]).detach().view(6, 6)
+    gain = torch.maximum(-x[:, 0] * weight, (1 - x[:, 0]) * weight).flatten(1).max(1).values
+    with torch.no_grad():
+        best = attacks.margin(model(x), torch.zeros(8, dtype=torch.int64)) + gain
+        model[1].bias[1] -= best.sort().values[3:5].mean()  # half can be fooled
+        y = model(x).argmax(1)
+    assert not y.any()
+    result = attacks.one_pixel(model, x, y, population=60, iterations=60)
+    assert torch.equal(result.success, best > best.sort().values[3:5].mean())
+
+
+# ---------------------------------------- against each other
 
 
 @pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
@@ -213,7 +277,7 @@ def test_a_full_run_returns_the_point_of_highest_loss(trained):
 
 
 def test_smallest_changes_are_ordered(trained):
-    """FMN and Carlini-Wagner find smaller L2 changes than DeepFool, which stops at its first success."""
+    """FMN and Carlini-Wagner find smaller L2 changes than DeepFool, which stops at once."""
     model, x, y = (trained[0], trained[1][:20], trained[2][:20])
     deepfool = attacks.deepfool(model, x, y).l2.median()
     assert attacks.fmn(model, x, y, norm="l2", steps=40).l2.median() <= deepfool

@@ -1,4 +1,4 @@
-"""The contract of every attack: feasible and true results, counted passes, an untouched model, clear errors."""
+"""The contract of every attack: true results, counted passes, an untouched model, errors."""
 
 import pytest
 import torch
@@ -168,7 +168,7 @@ def test_an_answer_that_is_no_number_is_no_success(name):
     assert not (found.success & ~model(found.x_adv).isfinite().all(1)).any()
 
 
-# ------------------------------------------------------------------------------------------- errors
+# ---------------------------------------- errors
 
 
 GOOD_X, GOOD_Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])

@@ -1,4 +1,4 @@
-"""The check list: a sound evaluation passes, and every check fails on a model or rows made to fail it."""
+"""The check list: a sound evaluation passes, and every check fails where it is made to fail."""
 
 import copy
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_attacks_run_at_some_eps_only(sound):
     assert any(pixel_text(eps) in doubled for eps in GRID[1:]), "not where pgd_ce was not run"
 
 
-# ------------------------------------------------------------------ models made to fail
+# ---------------------------------------- models made to fail
 
 
 class Maps(nn.Module):
@@ -179,7 +179,7 @@ def test_a_machine_that_fails_is_no_answer(evaluation, error):
         checklist.report(replace(evaluation, model=Maps(fails).eval()))
 
 
-# ------------------------------------------------------------------ rows made to fail
+# ---------------------------------------- rows made to fail
 
 
 def test_rows_that_cannot_be_right(evaluation):

@@ -140,7 +140,7 @@ def test_zero_gradient_share(study):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-# ------------------------------------------------------------------ through operators that hide gradients
+# ---------------------------------------- through operators that hide gradients
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_without_dead_zones_the_operator_changes_nothing(sparse):
     pd.testing.assert_frame_equal(*rows)
 
 
-# ------------------------------------------------------------------ the suite: known truth
+# ---------------------------------------- the suite: known truth
 
 
 @pytest.mark.parametrize("early_drop", [True, False])
@@ -280,7 +280,7 @@ def test_the_passes_counted_are_those_made(study, early_drop):
     assert found.cost[["forwards", "backwards"]].sum().to_dict() == seen
 
 
-# ------------------------------------------------------------------ going on, tables, refusals
+# ---------------------------------------- going on, tables, refusals
 
 
 def test_a_cut_off_run_goes_on_without_repeated_work(study, tmp_path):

@@ -1,4 +1,4 @@
-"""One-pixel attack: it finds a planted trigger, keeps its budget, and does not depend on the batches."""
+"""One-pixel attack: it finds a planted trigger, keeps its budget, in any company."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dlia_utils.attacks import one_pixel
 
 
 class Trigger(nn.Module):
-    """Class 1 when enough pixels of the middle are bright; the margin grows with their brightness."""
+    """Class 1 when enough pixels of the middle are bright; they raise the margin."""
 
     def __init__(self, needed: int = 1) -> None:
         super().__init__()

@@ -31,11 +31,11 @@ def select_alpha(
     """Recompute the statistics on training images, choose and set alpha (arXiv 2406.05927).
 
     The authors chose on the test set, by exact gradients. Here a validation image is robust when it
-    withstands PGD with exact gradients and straight through the operators. Of the alphas whose clean
-    accuracy lies at most `max_clean_drop` below that of alpha 0 (always tried) the most robust one is
-    set, the smallest if several are. train_batches: images [B,1 or 3,H,W], read once; eps in pixel
-    units. Returns one row per alpha: alpha, clean, exact, straight_through, robust (accuracies),
-    chosen. After an error the alphas are as they were.
+    withstands PGD with exact gradients and straight through the operators. Of the alphas whose
+    clean accuracy lies at most `max_clean_drop` below that of alpha 0 (always tried) the most
+    robust one is set, the smallest if several are. train_batches: images [B,1 or 3,H,W], read once;
+    eps in pixel units. Returns one row per alpha: alpha, clean, exact, straight_through, robust
+    (accuracies), chosen. After an error the alphas are as they were.
 
     >>> import torch
     >>> from dlia_utils.models.robust.meansparse import MeanSparse

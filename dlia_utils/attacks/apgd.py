@@ -29,8 +29,8 @@ def apgd(
 ) -> base.AttackResult:
     """PGD whose step starts at 2 eps and halves when it stalls (Croce and Hein, arXiv 2003.01690).
 
-    At set checks an image goes back to its best point with half the step, when fewer than 3/4 of its
-    steps since the last check raised the loss, or neither its step nor its best loss changed.
+    At set checks an image goes back to its best point with half the step, when fewer than 3/4 of
+    its steps since the last check raised the loss, or neither its step nor its best loss changed.
     The margin loss needs two classes only (the paper's DLR needs three). Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()

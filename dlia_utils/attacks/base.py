@@ -130,7 +130,7 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Parameters take no gradient inside; every flag is put back on leaving, also after an error."""
+    """Parameters take no gradient inside; every flag is put back, also after an error."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield model.requires_grad_(False)
@@ -246,8 +246,8 @@ def search(
 class Search:
     """Keeps each image's strongest point (fooling first, then the higher value) and counts passes.
 
-    The value of a point is the loss or, without eps, how small its change is. `rows` are the numbers
-    of the images that points belong to. The first answers of a search are checked.
+    The value of a point is the loss or, without eps, how small its change is. `rows` are the
+    numbers of the images that points belong to. The first answers of a search are checked.
     """
 
     model: nn.Module
@@ -277,7 +277,7 @@ class Search:
             yield stream, rows, [np.random.default_rng([seed, stream, i]) for seed, i in keys]
 
     def reach(self, draw: Tensor, x: Tensor) -> Tensor:
-        """The point at eps times a draw in [-1,1] or, for "l2", in its direction at the length eps."""
+        """The point at eps times a draw in [-1,1] or, for "l2", that way at the length eps."""
         draw = ascent(draw, "l2") if self.norm == "l2" else draw
         return project(x + self.eps * draw, x, self.eps, self.norm)
 

@@ -19,9 +19,9 @@ def carlini_wagner(
 ) -> base.AttackResult:
     """The nearest fooling image in L2, by projected Adam (Carlini and Wagner, arXiv 1608.04644).
 
-    Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant starts, per
-    image, at twice what the linearised model needs; it goes halfway down after a success and ten
-    times up (later halfway up) after a failure. Each step is cut to [0,1], as in section V.B.
+    Minimises |change|^2 + constant * max(true logit - best wrong logit, 0). The constant starts,
+    per image, at twice what the linearised model needs; it goes halfway down after a success and
+    ten times up (later halfway up) after a failure. Each step is cut to [0,1], as in section V.B.
     It costs (steps + 1) * searches passes an image. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)

@@ -67,8 +67,8 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 
     subset: the most images that anything is run on anew: all attacks in full when fooled images
     were dropped, twice the steps, the ball in which every image must fall. Columns: check, verdict,
-    value (what was found), why (after WARN: what it means). A WARN says that the robust accuracy may
-    be too high, or speaks of something else. A check is left out where it does not apply.
+    value (what was found), why (after WARN: what it means). A WARN says that the robust accuracy
+    may be too high, or speaks of something else. A check is left out where it does not apply.
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)

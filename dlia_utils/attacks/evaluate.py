@@ -122,8 +122,8 @@ def robust(
     options of single attacks; at: the eps of expensive attacks. groups: patients [N]. The draws
     depend on seed and ids only. early_drop: a fooled image is not attacked again: "worst" is the
     same, an attack's rows are of the images left. fast: attack a folded copy that answers alike;
-    success is judged on `model`. folder: finished blocks are kept there, and read back where nothing
-    they depend on has changed. Raises: ValueError before any work.
+    success is judged on `model`. folder: finished blocks are kept there, and read back where
+    nothing they depend on has changed. Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
@@ -235,8 +235,8 @@ def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str
         once = name not in options or KINDS[name].smallest
         if once or not chosen[name] or len(chosen[name]) < len(wanted):
             raise ValueError(
-                f"at[{name!r}] must be eps of the grid {grid}, not {wanted}, and of an attack that is "
-                "run at each of them (one for the smallest change runs once)"
+                f"at[{name!r}] must be eps of the grid {grid}, not {wanted}, of an attack that is "
+                "run at each eps (one for the smallest change runs once)"
             )
     return chosen
 
@@ -487,7 +487,7 @@ def _model_hash(model: nn.Module) -> str:
 def zero_gradient_share(
     model: nn.Module, images: Tensor, labels: Tensor, *, loss: str = "ce", batch_size: int = 64
 ) -> float:
-    """Share of images whose loss gradient is exactly zero in every pixel: no gradient attack moves these.
+    """Share of images whose loss gradient is exactly zero: no gradient attack moves these.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> zero_gradient_share(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))

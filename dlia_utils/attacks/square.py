@@ -28,9 +28,9 @@ def square(
 ) -> base.AttackResult:
     """Change random squares and keep what helps (Andriushchenko et al., arXiv 1912.00049).
 
-    Without gradients; a change stays when the margin rises. It starts from stripes of +-eps; a square
-    replaces the change beneath it by +eps or -eps, one sign per channel. steps: squares per restart,
-    one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
+    Without gradients; a change stays when the margin rises. It starts from stripes of +-eps; a
+    square replaces the change beneath it by +eps or -eps, one sign per channel. steps: squares per
+    restart, one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
     the k-th square, over all restarts. Arguments: as `pgd`.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
