@@ -177,7 +177,7 @@ BAD = {
     "half precision": ({"x": GOOD_X.half()}, TypeError, "x.float()"),
     "no batch": ({"x": GOOD_X[0]}, ValueError, r"\[B,C,H,W\]"),
     "empty": ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ValueError, "non-empty"),
-    "NaN": ({"x": GOOD_X * torch.nan}, ValueError, "NaN"),
+    "NaN": ({"x": GOOD_X * torch.nan}, ValueError, "spans .nan"),
     "normalised": ({"x": GOOD_X * 4 - 2.1}, ValueError, "before normalisation"),
     "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
     "label 12": ({"y": GOOD_Y + 12}, ValueError, "the model has classes"),

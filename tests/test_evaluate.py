@@ -371,7 +371,7 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(study):
     model.register_forward_hook(lambda *_: pytest.fail("the model was asked"))
     for word, bad in {
         "eps > 0": {"eps_grid": [0]},
-        "pixel range": {"eps_grid": [8]},
+        "pixel units": {"eps_grid": [8]},
         "eps must be >= 0": {"eps_grid": [-0.1, 0.1]},
         "must name some of": {"attacks": ("apgd",)},
         "budgets.*stepz": {"budgets": {"square": {"stepz": 3}}},

@@ -230,10 +230,14 @@ def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str
     """By attack the eps at which it is run, for those that are not run at the whole grid."""
     chosen = {}
     for name, wanted in (at or {}).items():
-        wanted = sorted(set(wanted))
-        chosen[name] = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
-        once = name not in options or KINDS[name].smallest
-        if once or not chosen[name] or len(chosen[name]) < len(wanted):
+        chosen[name] = [
+            eps for eps in grid if np.isclose(eps, list(wanted), rtol=1e-6, atol=0).any()
+        ]
+        if (
+            name not in options
+            or kind(name).smallest
+            or len(chosen[name]) < max(1, len(set(wanted)))
+        ):
             raise ValueError(
                 f"at[{name!r}] must be eps of the grid {grid}, not {wanted}, of an attack that is "
                 "run at each eps (one for the smallest change runs once)"
@@ -276,9 +280,10 @@ class _Study:
             with CONTEXTS[suffix](self.model):  # a copy keeps the operators' gradient as it is now
                 copied = _faithful_copy(self.model, probe) if settings["fast"] else self.model
             self.targets[suffix] = copied
-        parts = [self.images, self.labels, torch.as_tensor(ids)]
-        same = [FORMAT, settings["norm"], settings["seed"], settings["fast"]]
-        self.key = [*same, _model_hash(self.model), *map(_hash, parts)] if self.folder else same
+        self.key = [FORMAT, settings["norm"], settings["seed"], settings["fast"]]
+        if self.folder:  # what a kept block depends on
+            self.key += [fingerprint(self.model), _attributes(self.model)]
+            self.key.append(_hash(self.images, self.labels, torch.as_tensor(ids)))
 
     def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Images, labels, and the seeds of their draws."""
@@ -465,23 +470,22 @@ def _kept(
     return block
 
 
-def _hash(values: Tensor) -> str:
-    content = values.detach().cpu().contiguous().numpy().tobytes()
-    shape = f"{values.dtype}{tuple(values.shape)}".encode()
-    return hashlib.sha1(shape + content, usedforsecurity=False).hexdigest()
+def _hash(*tensors: Tensor) -> str:
+    content = b"".join(
+        str(t.shape).encode() + t.cpu().contiguous().numpy().tobytes() for t in tensors
+    )
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
-def _model_hash(model: nn.Module) -> str:
-    """Of weights, layers and their plain attributes: two models may share the weights only."""
+def _attributes(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Layers and their plain attributes: two models may share no more than the weights."""
     plain = (bool, int, float, str, tuple, list)
-    attributes = [
-        (name, key, repr(value))
+    return [
+        (name, type(module).__name__, f"{key}={value!r}")
         for name, module in model.named_modules()
-        for key, value in sorted(vars(module).items())
+        for key, value in [("", ""), *sorted(vars(module).items())]
         if key != "training" and not key.startswith("_") and isinstance(value, plain)
     ]
-    layers = hashlib.sha1(f"{model}{attributes}".encode(), usedforsecurity=False).hexdigest()[:8]
-    return f"{fingerprint(model)}-{layers}"
 
 
 def zero_gradient_share(
