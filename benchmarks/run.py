@@ -90,13 +90,7 @@ def gradient(options: argparse.Namespace, device: str) -> list[Row]:
     with torch.no_grad():
         y = model(x).argmax(1)
     fast = fast_copy(model)
-    full = {
-        "eps": EPS,
-        "steps": 10,
-        "step_size": STEP,
-        "random_start": False,
-        "stop_when_fooled": False,
-    }
+    full = {"eps": EPS, "steps": 10, "restarts": 0, "stop_when_fooled": False}
     cases = {
         "bare 1": lambda: bare(model, x, y, steps=1),
         "bare 10": lambda: bare(model, x, y, steps=10),
@@ -170,18 +164,18 @@ def pixel(options: argparse.Namespace, device: str) -> list[Row]:
     x = torch.rand(n, 3, options.size, options.size, device=device)
     with torch.no_grad():
         y = model(x).argmax(1)
-    search = {"population": 10, "iterations": 3, "batch_size": 64}
+    search = {"population": 10, "iterations": 3}
     queries = one_pixel(model, x, y, **search).forwards
     fast = fast_copy(model)
     cases = {
-        "forwards": lambda: plain_forwards(model, x, queries, search["batch_size"]),
+        "forwards": lambda: plain_forwards(model, x, queries, 256),
         "one_pixel": lambda: one_pixel(model, x, y, **search),
         "one_pixel fast": lambda: one_pixel(fast, x, y, **search),
         "one at a time": lambda: one_at_a_time(model, x, y, queries),
     }
     time_of = seconds(cases, rounds=options.rounds, device=device, group="pixel")
     plain, loop = (
-        f"{queries} plain forwards, batch 64",
+        f"{queries} plain forwards, batch 256",
         f"the original study's loop, {queries} forwards of one image",
     )
     return [

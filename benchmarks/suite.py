@@ -3,7 +3,7 @@
     python benchmarks/suite.py                           both tables, some minutes
     python benchmarks/suite.py --only dropping --images 40 --size 48 --epochs 6
 
-A small CNN trained on the pneumonia films (those in the folder DLIA_DATA names, otherwise synthetic ones).
+A small CNN trained on the pneumonia images (those in the folder DLIA_DATA names, otherwise synthetic ones).
 All ways of running the suite must fool the same images at every eps, or the benchmark stops. Time is CPU time
 of this process on one thread, or wall time on a GPU; image-passes include the judging of every result. The
 second table: PGD with cross-entropy and with the margin loss on models distilled as by Papernot et al. (arXiv
@@ -33,7 +33,9 @@ from dlia_utils.models import cnn
 from dlia_utils.units import pixel_eps, pixel_text
 
 MOST = 0.2  # accuracy left where most images have fallen
-EVERY_STEP = {name: {"stop_when_fooled": False} for name in evaluate.TWICE}  # as the libraries do
+# As the libraries do.
+FULLY = [name for name, kind in evaluate.KINDS.items() if kind.twice]
+EVERY_STEP = {name: {"stop_when_fooled": False} for name in FULLY}
 WAYS = {
     "dropped": {},
     "full": {"early_drop": False},
@@ -55,14 +57,14 @@ def main() -> None:
         if device == "cuda"
         else f"{platform.machine()} CPU, one thread"
     )
-    films, source = read(options)
+    images, source = read(options)
     print(
         f"{hardware}; torch {torch.__version__}; CNN, {options.size} px, {options.epochs} epochs on "
-        f"{len(films['train'][0])} {source} films, {len(films['test'][0])} attacked; "
+        f"{len(images['train'][0])} {source} images, {len(images['test'][0])} attacked; "
         f"fastest of {options.rounds} rounds; {'wall' if device == 'cuda' else 'CPU'} time\n"
     )
     for name in options.only:
-        GROUPS[name](films, options, device)
+        GROUPS[name](images, options, device)
 
 
 def arguments() -> argparse.Namespace:
@@ -70,9 +72,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=int, default=64, help="image side in pixels")
-    parser.add_argument("--images", type=int, default=60, help="test films attacked")
+    parser.add_argument("--images", type=int, default=60, help="test images attacked")
     parser.add_argument(
-        "--per-class", type=int, default=300, help="most films of a class read, all splits"
+        "--per-class", type=int, default=300, help="most images of a class read, all splits"
     )
     parser.add_argument(
         "--epochs",
@@ -92,14 +94,14 @@ def arguments() -> argparse.Namespace:
 
 
 def read(options: argparse.Namespace) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
-    """Films and labels of the splits "train" and "test", and what kind of films they are."""
+    """Images and labels of the splits "train" and "test", and what kind of images they are."""
     location = sources.find("pneumonia", download=False)
-    films = split.subset(datasets.load(location), per_class=options.per_class, seed=0)
-    decoded = cache.build(films, size=options.size, progress=False)
+    images = split.subset(datasets.load(location), per_class=options.per_class, seed=0)
+    decoded = cache.build(images, size=options.size, progress=False)
     found = {}
     for name in ("train", "test"):
-        rows = films.manifest.index[films.manifest["split"] == name].to_numpy()
-        labels = torch.from_numpy(films.manifest["label"].to_numpy()[rows]).long()
+        rows = images.manifest.index[images.manifest["split"] == name].to_numpy()
+        labels = torch.from_numpy(images.manifest["label"].to_numpy()[rows]).long()
         found[name] = decoded.batch(rows), labels
     order = torch.randperm(len(found["test"][0]), generator=torch.Generator().manual_seed(0))[
         : options.images
@@ -109,14 +111,14 @@ def read(options: argparse.Namespace) -> tuple[dict[str, tuple[Tensor, Tensor]],
 
 
 def trained(
-    objective: objectives.Objective, films: tuple[Tensor, Tensor], epochs: int, device: str
+    objective: objectives.Objective, images: tuple[Tensor, Tensor], epochs: int, device: str
 ) -> nn.Module:
     model = cnn(channels=(16, 32, 64), hidden=64, dropout=0.2)
     with tempfile.TemporaryDirectory() as folder:
         train.fit(
             model,
             objective,
-            TensorDataset(*films),
+            TensorDataset(*images),
             None,
             run_dir=folder,
             epochs=epochs,
@@ -131,18 +133,18 @@ def trained(
 
 
 def dropping(
-    films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
+    images: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
 ) -> None:
     """The suite with fooled images dropped against the same attacks in full."""
-    model = trained(objectives.cross_entropy(), films["train"], options.epochs, device)
+    model = trained(objectives.cross_entropy(), images["train"], options.epochs, device)
     grid = pixel_eps(*options.levels)
-    found, spent = run_all(model, films["test"], grid, ["dropped", "full"], options.rounds, device)
+    found, spent = run_all(model, images["test"], grid, ["dropped", "full"], options.rounds, device)
     table = found["dropped"].table()
     print(table.drop(columns="eps").round(3).to_string(index=False))
     rows = ratios(f"all {len(grid)} eps", found, spent, "")
     fallen = table.eps[table.worst <= MOST]
     eps = float(fallen.iloc[0]) if len(fallen) else grid[-1]
-    found, spent = run_all(model, films["test"], (eps,), list(WAYS), options.rounds, device)
+    found, spent = run_all(model, images["test"], (eps,), list(WAYS), options.rounds, device)
     share = 1 - found["full"].table().worst.iloc[-1]
     rows += ratios(f"{pixel_text(eps)} alone, {share:.0%} fooled", found, spent, ">= 3x")
     print("\nHow many times as much as with dropping:")
@@ -151,7 +153,7 @@ def dropping(
 
 def run_all(
     model: nn.Module,
-    films: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor],
     eps_grid: Sequence[float],
     ways: Sequence[str],
     rounds: int,
@@ -162,7 +164,7 @@ def run_all(
     for _ in range(rounds):
         for way in ways:
             start = clock(device)
-            found[way] = evaluate.robust(model, films, eps_grid, progress=False, **WAYS[way])
+            found[way] = evaluate.robust(model, images, eps_grid, progress=False, **WAYS[way])
             spent[way] = min(spent[way], clock(device) - start)
     same_answer(found)
     return found, spent
@@ -202,17 +204,19 @@ def same_answer(found: dict[str, evaluate.Evaluation]) -> None:
 
 
 def distilled(
-    films: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
+    images: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
 ) -> None:
     """PGD with both losses on a plain model and on distilled ones, all deployed at temperature 1."""
     epochs = 3 * options.epochs
-    models = {"plain": trained(objectives.cross_entropy(), films["train"], epochs, device)}
+    models = {"plain": trained(objectives.cross_entropy(), images["train"], epochs, device)}
     for temperature in options.temperatures:
         hot = objectives.cross_entropy_at(temperature)
-        teacher = trained(hot, films["train"], epochs, device)
+        teacher = trained(hot, images["train"], epochs, device)
         student = objectives.distillation(teacher, temperature=temperature, alpha=1.0)
-        models[f"distilled, T = {temperature:g}"] = trained(student, films["train"], epochs, device)
-    x, y = (part.to(device) for part in films["test"])
+        models[f"distilled, T = {temperature:g}"] = trained(
+            student, images["train"], epochs, device
+        )
+    x, y = (part.to(device) for part in images["test"])
     print(
         "\n| model | clean accuracy | zero CE gradient | eps | fooled, PGD CE | fooled, PGD margin |"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -272,4 +273,48 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     unscored = f", {others} without a score" if others else ""
     figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
+    return figure
+
+
+def figure_worst_case(found: Any, caption: str) -> Figure:
+    """Accuracy against eps (worst case with its band), and which attack fooled the images first.
+
+    `found` is what `attacks.evaluate.robust` returned. An attack's own line is drawn where it was run on
+    every image (early_drop=False).
+    """
+    table, rows, scale = found.table(), found.rows, 255 if found.settings["norm"] == "linf" else 1
+    names = [name for name in dict.fromkeys(rows.attack) if name != "worst"]
+    figure, axes = panels(2, width=5.6, height=3.9)
+    left, right = axes[0]
+    x = np.r_[0, table.eps * scale]
+    for number, name in enumerate(names[1:] if not found.settings["early_drop"] else []):
+        style = line_style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
+        left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
+    worst = np.r_[table.clean[0], table.worst]
+    left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
+    band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
+    left.fill_between(x, *band, color="0.2", alpha=0.12, lw=0)
+    unit = "k/255, pixel units" if scale == 255 else "L2 length, pixel units"
+    left.set(xlabel=f"eps ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
+    left.set_title(f"Worst case over the suite\n{caption}", fontsize=9)
+    left.grid(alpha=0.25)
+    left.legend(fontsize=7, frameon=False)
+    first = rows[rows.fooled & rows.attack.isin(names)].assign(
+        turn=lambda t: t.attack.map(names.index)
+    )
+    first = first.sort_values(["eps", "turn"]).drop_duplicates("image")
+    below = np.zeros(len(table))
+    for number, name in enumerate([*names, "none"]):
+        counts = [(first.attack.eq(name) & first.eps.le(eps)).sum() for eps in table.eps]
+        share = 1 - below if name == "none" else np.array(counts) / table.images
+        color = {"clean": "0.2", "none": "0.93"}.get(name, COLORS[(number - 1) % len(COLORS)])
+        hatch = "//" if number > len(COLORS) and name != "none" else None
+        label = {"clean": "wrong from the start", "none": "robust"}.get(name, name)
+        right.bar(table.ball, share, bottom=below, color=color, hatch=hatch, label=label)
+        below = below + share
+    right.set(xlabel="eps", ylabel="share of the images", ylim=(0, 1))
+    right.set_title("fooled first by", fontsize=9)
+    right.tick_params(axis="x", labelsize=7)
+    right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
     return figure

@@ -1,269 +1,124 @@
-"""FGSM, PGD and noise against known truth: linear models, feasibility, an untouched model, clear errors."""
+"""The contract of every attack: true results, counted passes, an untouched model, errors."""
 
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from dlia_utils import attacks
-from dlia_utils.attacks import _contract
+from dlia_utils.attacks import base
 
 EPS = 8 / 255
 
 
-def linear_model(channels: int, classes: int, size: int = 4, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes)).double().eval()
-
-
-def batch(
-    channels: int, model: nn.Module, n: int = 9, size: int = 4, low: float = 0.0, high: float = 1.0
-):
-    x = low + (high - low) * torch.rand(n, channels, size, size, dtype=torch.float64)
-    return x, model(x).argmax(1)
-
-
-def small_cnn(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    layers = [
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-    ]
-    return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(6 * 16, 2))
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A small CNN that knows a bright centre from a dark one, and 64 images it was trained on."""
-    model = small_cnn()
-    y = torch.arange(64) % 2
-    x = 0.5 + 0.1 * torch.randn(64, 1, 8, 8)
-    x[:, :, 2:6, 2:6] += 0.25 * (y.float()[:, None, None, None] - 0.5)
-    x = x.clamp(0, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(40):
+@pytest.fixture(scope="module", params=[2, 10])
+def trained(request):
+    """A small CNN of 2 or 10 classes and 40 images of 8 x 8 that it was trained on."""
+    classes = request.param
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1), nn.Linear(6 * 16, classes))
+    y = torch.arange(40) % classes
+    patterns = 0.5 + 0.15 * torch.randn(classes, 1, 8, 8)
+    x = (patterns[y] + 0.05 * torch.randn(40, 1, 8, 8)).clamp(0, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval(), x, y
 
 
-def best_for_linear(model: nn.Module, x, y, eps):
-    """The point of the ball that raises the two-class margin most: each pixel at the bound that helps."""
-    weight = model[1].weight
-    direction = (weight[1 - y] - weight[y]).view_as(x).sign()
-    lower, upper = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
-    return torch.where(direction > 0, upper, torch.where(direction < 0, lower, x))
-
-
-# ------------------------------------------------------------------------------------------- known truth
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3])
-@pytest.mark.parametrize("loss", ["ce", "margin"])
-def test_linear_optimum_of_two_classes(channels, loss):
-    model = linear_model(channels, 2)
-    x, y = batch(channels, model)
-    best = best_for_linear(model, x, y, EPS)
-    torch.testing.assert_close(attacks.fgsm(model, x, y, eps=EPS, loss=loss).x_adv, best)
-    result = attacks.pgd(model, x, y, eps=EPS, loss=loss, steps=5, stop_when_fooled=False)
-    torch.testing.assert_close(result.x_adv, best)
-    assert torch.equal(result.success, model(best).argmax(1) != y)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_linear_optimum_of_four_classes(channels):
-    """An image can be fooled exactly when for some other class the best point of the ball wins."""
-    model = linear_model(channels, 4)
-    x, y = batch(channels, model, n=20)
-    weight, bias = model[1].weight, model[1].bias
-    lower, upper = _contract.ball(x, EPS)
-    possible = torch.zeros(len(x), dtype=torch.bool)
-    for other in range(4):
-        difference = (weight[other] - weight[y]).view_as(x)
-        gain = torch.where(difference > 0, upper * difference, lower * difference).flatten(1).sum(1)
-        possible |= (gain + bias[other] - bias[y] > 0) & (y != other)
-    result = attacks.pgd(model, x, y, eps=EPS, loss="margin", steps=40, restarts=3)
-    assert 0 < int(possible.sum()) < len(x)
-    assert torch.equal(result.success, possible)
-
-
-def test_grey_shares_one_perturbation():
-    model = linear_model(3, 2)
-    x = torch.rand(5, 1, 4, 4, dtype=torch.float64).expand(-1, 3, -1, -1)
-    y = model(x).argmax(1)
-    weight = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sum(1, keepdim=True)
-    best = torch.clamp(x + EPS * weight.sign(), 0, 1)
-    torch.testing.assert_close(attacks.fgsm(model, x, y, eps=EPS, grey=True).x_adv, best)
-    for attack in (attacks.pgd, attacks.noise):
-        change = attack(model, x, y, eps=EPS, grey=True).x_adv - x
-        assert torch.equal(change[:, :1].expand_as(change), change)
-
-
-def test_normalised_eps_is_a_step_in_normalised_space():
-    model = linear_model(3, 2)
-    x, y = batch(3, model, low=0.3, high=0.7)
-    std = torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
-    change = attacks.fgsm(model, x, y, eps=attacks.normalised_eps(0.1, std)).x_adv - x
-    torch.testing.assert_close((change / std).abs(), torch.full_like(x, 0.1), atol=1e-7, rtol=1e-6)
-
-
-def test_margin_fools_a_saturated_model_where_cross_entropy_has_no_gradient(trained):
-    model, x, y = trained
-    right = model(x).argmax(1) == y
-    x, y, saturated = x[right], y[right], nn.Sequential(model, Scale(1e4)).eval()
-    assert not attacks.pgd(saturated, x, y, eps=0.2, loss="ce", random_start=False).success.any()
-    assert (
-        attacks.pgd(saturated, x, y, eps=0.2, loss="margin", random_start=False)
-        .success.float()
-        .mean()
-        > 0.9
-    )
-
-
-class Scale(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, logits):
-        return logits * self.factor
-
-
-# ------------------------------------------------------------------------------------------- every result
-
-
-RUNS = {
-    "fgsm": lambda m, x, y, **kw: attacks.fgsm(m, x, y, **kw),
-    "pgd_ce": lambda m, x, y, **kw: attacks.pgd(m, x, y, restarts=2, **kw),
-    "pgd_margin": lambda m, x, y, **kw: attacks.pgd(m, x, y, loss="margin", **kw),
-    "pgd_full": lambda m, x, y, **kw: attacks.pgd(m, x, y, stop_when_fooled=False, **kw),
-    "noise": lambda m, x, y, **kw: attacks.noise(m, x, y, **kw),
-    "one_pixel": lambda m, x, y, **kw: attacks.one_pixel(m, x, y, population=6, iterations=3, **kw),
+IN_BALL = {  # attacks inside a given ball: (attack, its options)
+    "fgsm": (attacks.fgsm, {}),
+    "noise": (attacks.noise, {}),
+    "noise_l2": (attacks.noise, {"norm": "l2"}),
+    "pgd": (attacks.pgd, {"steps": 6, "restarts": 2}),
+    "pgd_still": (attacks.pgd, {"steps": 6, "restarts": 0, "loss": "margin"}),
+    "pgd_full": (attacks.pgd, {"steps": 6, "stop_when_fooled": False}),
+    "pgd_l2": (attacks.pgd, {"steps": 6, "norm": "l2"}),
+    "apgd": (attacks.apgd, {"steps": 6, "restarts": 2}),
+    "apgd_full": (attacks.apgd, {"steps": 6, "loss": "margin", "stop_when_fooled": False}),
+    "apgd_l2": (attacks.apgd, {"steps": 6, "norm": "l2"}),
+    "square": (attacks.square, {"steps": 8, "restarts": 2}),
+    "one_pixel": (attacks.one_pixel, {"population": 6, "iterations": 3}),
 }
+SMALLEST = {  # attacks that look for the smallest change
+    "fmn": (attacks.fmn, {"steps": 20}),
+    "fmn_l2": (attacks.fmn, {"steps": 20, "norm": "l2"}),
+    "deepfool": (attacks.deepfool, {"norm": "linf"}),
+    "deepfool_l2": (attacks.deepfool, {}),
+    "carlini_wagner": (attacks.carlini_wagner, {"steps": 9, "searches": 3}),
+}
+ALL = IN_BALL | SMALLEST
+FREE = ("fgsm", "pgd_still", *SMALLEST)  # nothing is drawn
+DIRECT = {attack.__name__: attack for attack, _ in ALL.values()}
 
 
-@pytest.mark.parametrize("name", RUNS)
+def run(name, model, x, y, *, share=1.0, **options):
+    """One attack, in a ball of `share` times the usual size."""
+    attack, own = ALL[name]
+    eps = {"eps": share * (0.5 if own.get("norm") == "l2" else 0.1)} if name in IN_BALL else {}
+    return attack(model, x, y, **eps, **own, **options)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_result_is_feasible_and_true(name, trained):
     model, x, y = trained
-    x = x[:12].clone()
-    x[:, :, 0], x[:, :, 1], y = 0.0, 1.0, y[:12].clone()  # pixels at both ends of the range
-    y[0] = 1 - y[0]  # one clean error
+    x, y = x[:12].clone(), y[:12].clone()
+    x[:, :, 0], x[:, :, 1] = 0.0, 1.0  # pixels at both ends of the range
+    y[0] = (model(x[:1]).argmax() + 1) % 2  # one clean error
     before, labels = x.clone(), y.clone()
-    result = RUNS[name](model, x, y, eps=0.1)
-    assert torch.equal(x, before) and torch.equal(y, labels)
-    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
-    change = result.x_adv - x
-    assert change.abs().max() <= 0.1 + 1e-6
-    torch.testing.assert_close(result.linf, change.abs().flatten(1).amax(1))
-    torch.testing.assert_close(result.l2, change.flatten(1).norm(dim=1))
-    torch.testing.assert_close(result.l0, (change != 0).flatten(1).sum(1).float())
-    assert torch.equal(result.success, model(result.x_adv).argmax(1) != y)
-    assert torch.equal(result.first_success_step == 0, model(x).argmax(1) != y)
-    assert (result.first_success_step[result.success] >= 0).all()
-    assert result.forwards == int(result.queries.sum())
-    assert not result.x_adv.requires_grad and not result.x_adv.is_inference()
+    for share in (1.0, 0.0):
+        result = run(name, model, x, y, share=share)
+        assert torch.equal(x, before) and torch.equal(y, labels)
+        assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+        change = result.x_adv - x
+        if name in IN_BALL:
+            l2 = ALL[name][1].get("norm") == "l2"
+            size, eps = (result.l2, 0.5) if l2 else (result.linf, 0.1)
+            assert (size <= share * eps + 1e-6).all()
+        torch.testing.assert_close(result.linf, change.abs().flatten(1).amax(1))
+        torch.testing.assert_close(result.l2, change.flatten(1).norm(dim=1))
+        assert torch.equal(result.success, model(result.x_adv).argmax(1) != y)
+        assert torch.equal(result.first_success_step == 0, model(x).argmax(1) != y)
+        assert torch.equal(result.first_success_step >= 0, result.success)
+        assert result.forwards == int(result.queries.sum())
+        assert not result.x_adv.requires_grad and not result.x_adv.is_inference()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ALL)
 def test_passes_are_counted_as_the_model_sees_them(name, trained):
     model, x, y = trained
-    seen = []
-    handle = model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    result = RUNS[name](model, x[:12], y[:12], eps=0.05)
-    handle.remove()
-    assert sum(seen) == result.forwards
+    seen, asked = [], []
+    forward = model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    backward = model[0].register_full_backward_hook(lambda module, gi, go: asked.append(len(go[0])))
+    result = run(name, model, x[:12], y[:12], share=0.5)
+    forward.remove(), backward.remove()
+    assert sum(seen) == result.forwards and sum(asked) == result.backwards
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_eps_zero_changes_nothing(name, trained):
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_is_attacked_alike_in_any_batch_and_under_no_grad(name, trained):
     model, x, y = trained
-    result = RUNS[name](model, x[:6], y[:6], eps=0.0)
-    assert torch.equal(result.x_adv, x[:6])
-    assert torch.equal(result.success, model(x[:6]).argmax(1) != y[:6])
-
-
-@pytest.mark.parametrize("name", ["fgsm", "pgd_ce", "noise"])
-def test_works_inside_no_grad_and_per_image(name, trained):
-    """Results do not depend on the batch an image is attacked in."""
-    model, x, y = trained
-    options = {} if name == "fgsm" else {"seed": 3}
+    seeds = [(3, image) for image in range(10)]
     with torch.no_grad():
-        together = RUNS[name](model, x[:10], y[:10], eps=0.05, **options)
-    for part in (torch.arange(3), torch.tensor([7]), torch.tensor([9, 2])):
-        extra = {} if name == "fgsm" else {"ids": part}
-        alone = RUNS[name](model, x[part], y[part], eps=0.05, **options, **extra)
-        torch.testing.assert_close(alone.x_adv, together.x_adv[part], atol=1e-5, rtol=0)
+        options = {} if name in FREE else {"seed": seeds}
+        together = run(name, model, x[:10], y[:10], share=0.5, **options)
+    for part in ([0, 1, 2], [7], [9, 2]):
+        options = {} if name in FREE else {"seed": [seeds[image] for image in part]}
+        alone = run(name, model, x[part], y[part], share=0.5, **options)
+        torch.testing.assert_close(alone.x_adv, together.x_adv[part], atol=1e-4, rtol=0)
         assert torch.equal(alone.success, together.success[part])
-
-
-# ------------------------------------------------------------------------------------------- PGD
-
-
-@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
-def test_pgd_fools_at_least_what_fgsm_fools(eps, trained):
-    model, x, y = trained
-    fgsm = int(attacks.fgsm(model, x, y, eps=eps).success.sum())
-    assert int(attacks.pgd(model, x, y, eps=eps, steps=20).success.sum()) >= fgsm
-
-
-@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
-@pytest.mark.parametrize("random_start", [True, False])
-def test_stopping_early_fools_the_same_images(eps, random_start, trained):
-    model, x, y = trained
-    options = {"eps": eps, "random_start": random_start, "seed": 5}
-    early = attacks.pgd(model, x, y, **options)
-    full = attacks.pgd(model, x, y, stop_when_fooled=False, **options)
-    assert torch.equal(early.success, full.success)
-    assert torch.equal(early.first_success_step, full.first_success_step)
-    assert early.forwards < full.forwards
-
-
-def test_full_run_returns_the_point_of_highest_loss(trained):
-    model, x, y = trained
-    one = attacks.pgd(
-        model, x, y, eps=0.1, steps=1, step_size=0.1, random_start=False, stop_when_fooled=False
-    )
-    assert one.forwards == 2 * len(x) and one.backwards == len(x)
-    reached = _contract.cross_entropy(model(one.x_adv), y)
-    assert (reached >= _contract.cross_entropy(model(x), y)).all()
-    assert one.linf.max() > 0.09  # the last update is evaluated and returned
-
-
-def test_more_restarts_never_fool_fewer(trained):
-    model, x, y = trained
-    once, thrice = (attacks.pgd(model, x, y, eps=0.04, steps=3, restarts=k).success for k in (1, 3))
-    assert (thrice | ~once).all()
-
-
-# ------------------------------------------------------------------------------------------- the model
-
-
-def state(model: nn.Module) -> list:
-    tensors = [t.clone() for t in model.state_dict().values()]
-    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    return [
-        tensors,
-        grads,
-        [p.requires_grad for p in model.parameters()],
-        [m.training for m in model.modules()],
-    ]
-
-
-def assert_same_state(one: list, two: list) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-    assert all(
-        (a is None and b is None) or torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True)
-    )
-    assert one[2:] == two[2:]
+    if name not in FREE:
+        one, two = (run(name, model, x[:6], y[:6], share=0.2, seed=seed).x_adv for seed in (0, 1))
+        assert not torch.equal(one, two)
 
 
 class Breaks(nn.Module):
     """Fails on the second pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         super().__init__()
         self.model, self.passes = model, 0
 
@@ -274,85 +129,117 @@ class Breaks(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_model_is_left_bit_equal(name, trained):
+@pytest.mark.parametrize("name", ALL)
+def test_model_is_left_bit_equal_also_after_an_error(name, trained):
     model, x, y = trained
     model[0].bias.requires_grad_(False)
     model[1].weight.grad = torch.ones_like(model[1].weight)
-    before = state(model)
+
+    def state():
+        flags = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+        return [t.clone() for t in model.state_dict().values()], flags, [m.training for m in model]
+
     try:
-        RUNS[name](model, x[:4], y[:4], eps=0.05)
-        assert_same_state(before, state(model))
+        before = state()
+        run(name, model, x[:4], y[:4])
         with pytest.raises(RuntimeError, match="out of memory"):
-            RUNS[name](Breaks(model).eval(), x[:4], y[:4], eps=0.05)
-        assert_same_state(before, state(model))
+            run(name, Breaks(model).eval(), x[:4], y[:4])
+        assert all(torch.equal(a, b) for a, b in zip(before[0], state()[0], strict=True))
+        assert state()[1:] == before[1:]
+        assert torch.equal(model[1].weight.grad, torch.ones_like(model[1].weight))
     finally:
         model[0].bias.requires_grad_(True)
         model[1].weight.grad = None
 
 
-# ------------------------------------------------------------------------------------------- errors
+class Log(nn.Module):
+    """Defined where pixels are above 0.02, NaN below."""
+
+    def forward(self, x):
+        rise = torch.log(x.flatten(1) - 0.02).sum(1)
+        return torch.stack([torch.zeros_like(rise), rise + 8], 1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_answer_that_is_no_number_is_no_success(name):
+    model, x = Log().eval(), torch.full((4, 1, 2, 2), 0.06)
+    y = model(x).argmax(1)
+    found = run(name, model, x, y, share=0.5)
+    assert not (found.success & ~model(found.x_adv).isfinite().all(1)).any()
+
+
+# ---------------------------------------- errors
 
 
 GOOD_X, GOOD_Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
 BAD = {
     "uint8": ({"x": (GOOD_X * 255).to(torch.uint8)}, TypeError, "255"),
+    "half precision": ({"x": GOOD_X.half()}, TypeError, "x.float()"),
     "no batch": ({"x": GOOD_X[0]}, ValueError, r"\[B,C,H,W\]"),
     "empty": ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ValueError, "non-empty"),
-    "NaN": ({"x": GOOD_X * torch.nan}, ValueError, "NaN"),
+    "NaN": ({"x": GOOD_X * torch.nan}, ValueError, "spans .nan"),
     "normalised": ({"x": GOOD_X * 4 - 2.1}, ValueError, "before normalisation"),
     "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
-    "int32 label": ({"y": GOOD_Y.int()}, TypeError, "int64"),
-    "label 2": ({"y": GOOD_Y + 1}, ValueError, "classes 0..1"),
+    "label 12": ({"y": GOOD_Y + 12}, ValueError, "the model has classes"),
     "label -1": ({"y": GOOD_Y - 1}, ValueError, "negative"),
     "three labels": ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, "one label per image"),
-    "eps 8": ({"eps": 8}, ValueError, "8/255"),
-    "eps -0.1": ({"eps": -0.1}, ValueError, ">= 0"),
+    "no module": ({"model": lambda x: x}, TypeError, "Module"),
+    "training mode": ({"model": nn.Dropout()}, ValueError, r"\(Dropout\).*model\.eval\(\)"),
+    "one logit": (
+        {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), "y": 0 * GOOD_Y},
+        ValueError,
+        "K >= 2",
+    ),
 }
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd_ce", "noise", "one_pixel"])
+@pytest.mark.parametrize("name", DIRECT)
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused(attack, case):
+def test_bad_input_is_refused(name, case, trained):
     arguments, error, words = BAD[case]
-    given = {"x": GOOD_X, "y": GOOD_Y, "eps": EPS} | arguments
+    given = {"model": trained[0], "x": GOOD_X, "y": GOOD_Y} | arguments
+    given |= {} if name in ("fmn", "deepfool", "carlini_wagner") else {"eps": EPS}
     with pytest.raises(error, match=words):
-        RUNS[attack](small_cnn().eval(), given["x"], given["y"], eps=given["eps"])
+        DIRECT[name](**given)
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd_ce", "noise", "one_pixel"])
-def test_model_in_training_mode_is_refused(attack):
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        RUNS[attack](small_cnn().train(), GOOD_X, GOOD_Y, eps=EPS)
-    half = small_cnn().eval()
-    half[5].train()  # dropout alone left on
-    with pytest.raises(ValueError, match=r"5 \(Dropout\).*model\.eval\(\)"):
-        RUNS[attack](half, GOOD_X, GOOD_Y, eps=EPS)
+@pytest.mark.parametrize(
+    ("attack", "options", "words"),
+    [
+        ("fgsm", {"eps": 8}, "8/255"),
+        ("fgsm", {"eps": -0.1}, ">= 0"),
+        ("fgsm", {"eps": attacks.normalised_eps(0.1, [0.2] * 3)}, "expand"),
+        ("pgd", {"eps": EPS, "loss": "dlr"}, "loss"),
+        ("pgd", {"eps": EPS, "norm": "l1"}, "norm"),
+        ("pgd", {"eps": torch.full((1, 1, 1), 0.1), "norm": "l2"}, "a number"),
+        ("apgd", {"eps": EPS, "steps": 0}, "steps"),
+        ("noise", {"eps": EPS, "seed": [(0, 1)]}, "2 pairs"),
+        ("deepfool", {"overshoot": -1}, "overshoot"),
+    ],
+)
+def test_other_errors_name_the_argument(attack, options, words, trained):
+    with pytest.raises(ValueError, match=words):
+        DIRECT[attack](trained[0], GOOD_X, GOOD_Y, **options)
 
 
-def test_rounding_just_outside_the_range_is_tolerated():
+@pytest.mark.parametrize(
+    "layer", [nn.RReLU(), nn.FeatureAlphaDropout(), nn.BatchNorm1d(64), StochasticDepth(0.5, "row")]
+)
+def test_any_layer_that_changes_in_training_mode_is_refused(layer):
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 2))
+    with pytest.raises(ValueError, match=r"1 \(\w+\) is in training mode"):
+        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=EPS)
+    layer.eval()  # the rest does the same in both modes
+    assert len(attacks.fgsm(model, GOOD_X, GOOD_Y, eps=EPS).success) == 2
+
+
+def test_rounding_just_outside_the_range_is_tolerated(trained):
     x = GOOD_X.clone()
     x[0, 0, 0, 0], x[0, 0, 0, 1] = -3e-8, 1 + 1e-7
-    assert attacks.fgsm(small_cnn().eval(), x, GOOD_Y, eps=EPS).x_adv.min() >= 0
+    assert attacks.fgsm(trained[0], x, GOOD_Y, eps=EPS).x_adv.min() >= 0
 
 
-def test_other_errors_name_the_argument():
-    model = small_cnn().eval()
-    with pytest.raises(ValueError, match="loss"):
-        attacks.pgd(model, GOOD_X, GOOD_Y, eps=EPS, loss="dlr")
-    with pytest.raises(ValueError, match="steps"):
-        attacks.pgd(model, GOOD_X, GOOD_Y, eps=EPS, steps=0)
-    with pytest.raises(ValueError, match="random_start"):
-        attacks.pgd(model, GOOD_X, GOOD_Y, eps=EPS, restarts=2, random_start=False)
-    with pytest.raises(ValueError, match="ids"):
-        attacks.noise(model, GOOD_X, GOOD_Y, eps=EPS, ids=[0])
-    with pytest.raises(ValueError, match="expand"):
-        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=attacks.normalised_eps(0.1, [0.2, 0.2, 0.2]))
-    with pytest.raises(ValueError, match="grey"):
-        attacks.fgsm(
-            linear_model(3, 2), torch.rand(2, 3, 4, 4).double(), GOOD_Y, eps=EPS, grey=True
-        )
-    with pytest.raises(ValueError, match="logits"):
-        attacks.fgsm(nn.Flatten(0), GOOD_X, GOOD_Y, eps=EPS)
-    with pytest.raises(TypeError, match="Module"):
-        attacks.fgsm(lambda x: x, GOOD_X, GOOD_Y, eps=EPS)
+def test_an_l2_change_stays_in_the_ball_and_in_the_range():
+    x = torch.full((1, 1, 2, 2), 0.9)
+    inside = base.project(x + 10, x, 0.5, "l2")
+    assert float(inside.max()) == 1 and float(base.size(inside - x, "l2")[0]) <= 0.5 + 1e-6

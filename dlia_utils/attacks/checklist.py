@@ -1,482 +1,360 @@
-"""Is the evaluation itself to be believed? The check list of Carlini et al. as checks that can fail."""
+"""Is an evaluation to be believed? The check list of Carlini et al. (arXiv 1902.06705)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any
+import re
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..units import pixel_text
-from . import evaluate as e
-from ._contract import device_of
-from .evaluate import PASSES, Evaluation, outcomes, robust, row_checks, zero_gradient_share
+from ..device import device_of
+from ..units import eps_text
+from .evaluate import BPDA, KINDS, PASSES, Evaluation, kind, robust, zero_gradient_share
 
-PASS, WARN = "PASS", "WARN"
-COLUMNS = ["check", "verdict", "value", "why"]
-AVERAGED = 10  # passes per look (eot) that make up for a random model
 SAME = 1e-4  # of the logits, or of their size where that is above 1
 ALONE = 0.002  # share of images that a black box may fool alone (as AutoAttack's flag)
-LEAD = 0.1  # by which the balanced accuracy may be higher in another input range
-SPAN = 0.1  # of [0,1] that an image should fill
-LATE = ("transfer", "one_pixel", "square")  # black boxes that run after everything else
+LEAD = 0.05  # share of the images by which one loss, or one kind of gradient, may beat another
+SPAN, BETTER = 0.1, 0.1  # of [0,1] an image should fill; balanced accuracy in another range
+POINTS = 2.0  # per cent of the images that twice the steps may add
+LATE = ("one_pixel", "square")  # black boxes that run after everything else
 
-# key of `evaluate.row_checks`: (what it means when it holds, what it means and asks for when it fails)
-REASONS = {
-    "iterated": (
-        "Many steps find at least what a single one finds, at every eps",
-        "A single step beats many: gradients mislead after the first step, or the steps are badly set. Raise "
-        "steps and restarts, and attack past the operator that hides the gradient (bpda=)",
-    ),
-    "noise": (
-        "Directions chosen by gradients are better than random ones",
-        "Random noise does better than gradients: they say nothing here. Look for a step without a gradient "
-        "(rounding, a large temperature) and attack past it (bpda=), and believe the black boxes",
-    ),
-    "loss": (
-        "Both losses lead to the same images, so cross-entropy does not saturate",
-        "Cross-entropy has lost its gradient (logits too large, as after training at a high temperature): "
-        "what it leaves standing is not robust. Report the margin loss, or the worst case",
-    ),
-    "monotone": (
-        "No attack fools fewer images in a larger ball",
-        "An attack fools fewer images in a larger ball, which contains the smaller one: it has not "
-        "converged. Raise its steps or restarts; the worst case is right, as it adds up over eps",
-    ),
+# By key: the check, and below it what a WARN means and asks for.
+TEXTS = """\
+threat: threat model stated
+
+clean: clean accuracy above always answering the largest class
+A model that gives nearly every image the same answer is not robust: report balanced accuracy
+range: the model wants pixels in [0,1], and the images fill them
+eps of k/255 is another share of the contrast than it seems: let the model own its normalisation
+fgsm: PGD fools at least what FGSM fools
+A single step beats many: gradients mislead after the first step, or the steps are badly set
+noise: random noise is weaker than PGD
+Gradients say nothing here: look for a step without a gradient, and believe the black boxes
+loss: cross-entropy finds what the margin loss finds (no masking)
+Cross-entropy has lost its gradient (logits too large): report the margin loss, or the worst case
+through: exact gradients find what {} finds (no masking)
+The operator hides its gradient: report the worst case
+monotone: a larger eps never fools fewer
+An attack has not converged: raise its steps or restarts; the worst case adds up over eps
+black box: white box beats black box
+An attack that sees less did more, or there was none (add square): gradients may be masked
+rising: a larger eps fools more
+The steps of the grid are too small for so few images, or the attacks are stuck
+everything: a large eps fools every image
+Here lie images of every class, yet PGD finds no way: its gradient leads nowhere
+converged: twice the steps add nothing
+The attacks were stopped early and the accuracy is too high: double the steps until this passes
+zero: no input gradient is exactly zero
+Report the margin loss where cross-entropy alone vanishes, and believe Square where both do
+random: the model answers alike each time
+Dropout left on, or noise at test time: a gradient of one pass misleads; switch it off
+union: the worst case is taken per image
+The best attack on average is not the worst case: count an image that any attack fools
+""".splitlines()
+CHECKS = {
+    head.split(": ")[0]: (head.split(": ")[1], why)
+    for head, why in zip(TEXTS[::2], TEXTS[1::2], strict=True)
 }
-THROUGH = (
-    "Exact gradients show what the way through the operator shows",
-    "The operator hides its gradient: robustness against exact gradients is not real. Report the worst case",
-)
+
+Line = tuple[str, str, str, str]
 
 
-def checklist(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    evidence: Evaluation | pd.DataFrame,
-    *,
-    subset: int = 50,
-    points: float = 2.0,
-    progress: bool = False,
-    **options,
-) -> pd.DataFrame:
-    """What an evaluation of robustness must show, PASS or WARN with the reason. Source: arXiv 1902.06705.
+def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
+    """What an evaluation of robustness must show, PASS or WARN with the reason.
 
-    images: [N,C,H,W] in [0,1]; labels: int64 [N]. evidence: what `robust` returned for them, or its rows
-    with early_drop=False, with `options` then saying how they were made (norm, steps, grey, mask, bpda,
-    ids, ...: the options of `robust`). subset: the most images that anything is run on anew: all attacks in
-    full when the evidence dropped fooled images, twice the steps, the balls in which every image must fall,
-    gradients. points: what twice the steps may add to the worst case, in per cent of all images.
-    Columns: check, verdict, value (what was found), why (what it means; after WARN also what to do). A check
-    is left out where it does not apply: with a mask no ball need fool every image.
-    A WARN says that the robust accuracy may be too high, or speaks of something else than it seems to.
-    Errors: ValueError for rows that do not belong to `images`, and what `robust` refuses.
+    subset: the most images that anything is run on anew: all attacks in full when fooled images
+    were dropped, twice the steps, the ball in which every image must fall. Columns: check, verdict,
+    value (what was found), why (after WARN: what it means). A WARN says that the robust accuracy
+    may be too high, or speaks of something else. A check is left out where it does not apply.
 
     >>> _ = torch.manual_seed(0)
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x = torch.rand(8, 1, 2, 2)
-    >>> found = robust(model, (x, model(x).argmax(1)), [0.1, 0.5], early_drop=False, progress=False)
-    >>> checklist(model, x, model(x).argmax(1), found).set_index("check").verdict["white box beats black box"]
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)
+    >>> found = robust(model, (x, model(x).argmax(1)), [0.1, 0.5], progress=False)
+    >>> report(found).set_index("check").verdict["white box beats black box"]
     'PASS'
     """
-    known = isinstance(evidence, Evaluation)
-    rows = evidence.rows if known else evidence
-    call = {**evidence.call} if known else {"ids": np.arange(len(images)), **options}
-    if known and options:
-        raise TypeError(
-            f"options {sorted(options)} are those of the evaluation itself; give them to robust"
-        )
-    if set(rows.image) != set(np.asarray(call["ids"]).tolist()):
-        raise ValueError(
-            f"the rows name {rows.image.nunique()} images, not these {len(images)}: pass the same ids"
-        )
-    again = _Again(model, images, labels, call, progress)
-    eps_text = pixel_text if call.get("norm", "linf") == "linf" else "{:g}".format
-    right = np.flatnonzero(~_fooled(rows, "clean", 0.0, call["ids"]))
-    stated = [
-        _threat(evidence if known else None),
-        _clean(labels, right),
-        _range(model, images, labels, subset),
+    rows, said = found.rows, found.settings
+    right = np.flatnonzero(~_fooled(found, rows, "clean", 0.0))
+    stated = f"{said['norm']}, eps {balls(found)}, {len(said['attacks'])} attacks"
+    lines = [_line("threat", True, f"{stated}, seed {said['seed']}")]
+    lines += [_clean(found, right), _range(found, subset)]
+    if len(right):  # else there is nothing to attack, which the second line says
+        full, note, some = rows, "", _spread(right, subset)
+        if said["early_drop"]:
+            names = [name for name in said["attacks"] if name not in LATE] or ["pgd_margin"]
+            full = _again(found, some, said["eps_grid"], names, at=said["at"]).rows
+            note = f" (all attacks in full on {len(some)} images)"
+        lines += [*_compared(found, full, note), _black_box(found, full, note), _rising(found)]
+        lines += [_everything(found, subset), _converged(found, subset)]
+        lines += [_zero_gradients(found, some), _random(found), _per_image(found)]
+    return pd.DataFrame(lines, columns=["check", "verdict", "value", "why"])
+
+
+def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
+    """One page: threat model, table, cost, and the check list where `report(found)` is given."""
+    spent = found.cost[["forwards", "backwards", "seconds"]].sum()
+    said = "Every attack was run on every image that the model gets right; columns are over all."
+    if found.settings["early_drop"]:
+        said = "Fooled images were dropped: an attack's column is over the images that still stood "
+        said += "when it came (-: none); clean and worst are over all."
+    by = "image (no patients given)" if found.groups is None else "patient"
+    table = found.table().drop(columns="eps").set_index("ball")
+    for name in ("clean", "worst"):
+        low, high = table.pop(f"{name}_low"), table.pop(f"{name}_high")
+        cells = zip(table[name], low, high, strict=True)
+        table[name] = [f"{value:.3f} [{least:.3f}, {most:.3f}]" for value, least, most in cells]
+    parts = [
+        "Robust accuracy, worst case per image (arXiv 1902.06705)",
+        threat(found),
+        table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"),
+        f"{said} Brackets: 95 % by {by}.\nSpent: {spent.forwards:.0f} forward and "
+        f"{spent.backwards:.0f} backward image-passes, {spent.seconds:.0f} s.",
     ]
-    if not len(right):  # there is nothing to attack, which the second line says
-        return pd.DataFrame(stated, columns=COLUMNS)
-    full, note = rows, ""
-    if known and evidence.settings["early_drop"]:
-        some = _spread(right, subset)
-        names = [name for name in call["attacks"] if name not in LATE] or ["pgd_margin"]
-        grid = evidence.settings["eps_grid"]
-        full = again(some, grid, attacks=names, early_drop=False, surrogate=None).rows
-        note = f" (all attacks in full on {len(some)} images)"
-    checks = [
-        *stated,
-        *_compared(full, note, eps_text),
-        _black_box(rows, full, call, note, eps_text),
-        _rising(rows, eps_text),
-        *_everything(again, rows, subset, eps_text),
-        _converged(again, rows, subset, points, eps_text),
-        _zero_gradients(model, images, labels, _spread(right, subset)),
-        _random(model, images, call),
-        _per_image(rows, eps_text),
-    ]
-    return pd.DataFrame(checks, columns=COLUMNS)
+    if checks is not None:
+        passed = int(checks.verdict.eq("PASS").sum())
+        remarks = checks.why.radd(". ").where(checks.verdict.eq("WARN"), "")
+        lines = "  " + checks.verdict + "  " + checks.check + ": " + checks.value + remarks
+        counts = f"Check list: {passed} PASS, {len(checks) - passed} WARN"
+        parts.append("\n".join([counts, *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
-class _Again:
-    """`robust` once more on some of the images, with the options of the evaluation, or others."""
+def threat(found: Evaluation) -> str:
+    """The threat model in words."""
+    said = found.settings
+    blind = [name for name in said["attacks"] if KINDS[name].blind]
+    unit = "largest change of a pixel" if said["norm"] == "linf" else "length of the whole change"
+    budgets = []
+    for name, own in said["attacks"].items():
+        words = [f"{key} {value}" for key, value in own.items() if key not in ("norm", "loss")]
+        words += [f"only at {balls(found, name)}"] if name in said["at"] else []
+        budgets.append(f"{name} ({', '.join(words)})" if words else name)
+    lines = {
+        "goal": "any wrong class (of two, the other one: targeted and untargeted are the same)",
+        "ball": f"{said['norm']} ({unit}), eps {balls(found)}, pixels in [0,1]",
+        "limits": "none besides: every pixel and channel may change",
+        "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
+        "attacks": "; ".join(budgets),
+        "operators": "also straight through" if said["straight_through"] else "exact gradients",
+        "draws": f"seed {said['seed']}",
+    }
+    return "\n".join(f"  {name:10}{line}" for name, line in lines.items())
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        call: Mapping[str, Any],
-        progress: bool,
-    ) -> None:
-        self.model, self.images, self.labels, self.call, self.progress = (
-            model,
-            images,
-            labels,
-            call,
-            progress,
-        )
 
-    def __call__(self, positions: np.ndarray, eps_grid: list[float], **changes) -> Evaluation:
-        options = {**self.call, **changes, "ids": np.asarray(self.call["ids"])[positions]}
-        for own in ("budgets", "at"):
-            if options.get(own):
-                options[own] = {k: v for k, v in options[own].items() if k in options["attacks"]}
-        mask, some = options.get("mask"), torch.from_numpy(positions)
-        if mask is not None and len(mask) > 1:
-            options["mask"] = mask[some]
-        data = (self.images[some], self.labels[some])
-        return robust(self.model, data, eps_grid, **options, progress=self.progress)
+def balls(found: Evaluation, name: str = "") -> str:
+    """The eps grid in words, or those eps at which the attack `name` is run."""
+    grid = found.settings["at"].get(name, found.settings["eps_grid"])
+    return ", ".join(_text(found, eps) for eps in grid)
+
+
+def _text(found: Evaluation, eps: float) -> str:
+    return eps_text(eps, "pixel" if found.settings["norm"] == "linf" else "length")
+
+
+def _line(key: str, passed: bool, value: str, name: str = "") -> Line:
+    check, why = CHECKS[key]
+    return check.format(name), "PASS" if passed else "WARN", value, "" if passed else why
+
+
+def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], names, **changes):
+    """`robust` once more on some of the images, every attack in full."""
+    said, some = found.settings, torch.from_numpy(positions)
+    options = {key: said[key] for key in ("norm", "seed", "batch_size", "fast")}
+    options |= {"budgets": said["attacks"], "ids": said["ids"][positions]} | changes
+    known = {name: own for name, own in options["budgets"].items() if name in names}
+    options["budgets"] = {n: {k: v for k, v in known[n].items() if k != "norm"} for n in known}
+    data = (found.images[some], found.labels[some])
+    options |= {"attacks": names, "early_drop": False, "progress": False}
+    return robust(found.model, data, grid, **options)
 
 
 def _spread(positions: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the positions, evenly spread.
-
-    >>> _spread(np.arange(10), 3)
-    array([0, 4, 9])
-    """
-    if len(positions) <= most:
-        return positions
+    """At most so many of the positions, evenly spread."""
+    most = min(most, len(positions))
     return positions[np.linspace(0, len(positions) - 1, most).astype(int)]
 
 
-def _fooled(rows: pd.DataFrame, attack: str, eps: float, ids) -> np.ndarray:
+def _fooled(found: Evaluation, rows: pd.DataFrame, attack: str, eps: float) -> np.ndarray:
     """Bool [N] in the order of the images."""
     part = rows[rows.attack.eq(attack) & rows.eps.eq(eps)].set_index("image").fooled
-    if part.empty:
-        raise ValueError(f"the rows lack {attack!r} at eps {eps:g}: take them as robust gives them")
-    return part.loc[np.asarray(ids)].to_numpy(bool)
+    return part.reindex([i for i in found.settings["ids"] if i in part.index]).to_numpy(bool)
 
 
-def _grid(rows: pd.DataFrame) -> list[float]:
-    return sorted(set(rows.eps) - {0.0})
+def _shares(found: Evaluation) -> pd.Series:
+    """The share of the images fooled in the worst case, by eps."""
+    return found.rows[found.rows.attack.eq("worst")].groupby("eps").fooled.mean()
 
 
-def _share(rows: pd.DataFrame, eps: float) -> float:
-    return float(rows[rows.attack.eq("worst") & rows.eps.eq(eps)].fooled.mean())
+# ---------------------------------------- the evaluation
 
 
-def _line(check: str, passed: bool, value: str, good: str, bad: str) -> tuple[str, str, str, str]:
-    return check, PASS if passed else WARN, value, good if passed else bad
+def _clean(found: Evaluation, right: np.ndarray) -> Line:
+    largest = float(found.labels.bincount().max()) / len(found.labels)
+    accuracy = len(right) / len(found.labels)
+    return _line("clean", accuracy > largest, f"{accuracy:.1%} against {largest:.1%}")
 
 
-# ------------------------------------------------------------------------------------------- what is claimed
+def _compared(found: Evaluation, full: pd.DataFrame, note: str) -> list[Line]:
+    """What attacks run in full say of each other, at the eps that they have in common."""
+    rows, lines = full[~full.attack.isin(["clean", "worst"])], []
+    names = list(dict.fromkeys(rows.attack))
+    wide = rows.set_index(["eps", "image", "attack"]).fooled.unstack().astype(float)
+    strong = wide[[name for name in names if not kind(name).blind and name != "fgsm"]].max(axis=1)
+    for weak in ("fgsm", "noise"):
+        met = pd.DataFrame({"ours": strong, "theirs": wide.get(weak, np.nan)}).dropna()
+        sums = met.groupby("eps").sum().astype(int)
+        said = [
+            (_text(found, eps), a, ">=" if a >= b else "<", b) for eps, a, b in sums.itertuples()
+        ]
+        value = "; ".join(f"{at}: {a} {sign} {b}" for at, a, sign, b in said)
+        value += f"; fooled by {weak} only: {(met.theirs > met.ours).sum()}{note}"
+        if len(met):
+            lines.append(_line(weak, bool((sums.ours >= sums.theirs).all()), value))
+    through = [("through", name, name.removesuffix(BPDA)) for name in names if name.endswith(BPDA)]
+    for key, more, less in [("loss", "pgd_margin", "pgd_ce"), *through]:
+        pair = wide.reindex(columns=[more, less])
+        lead = (pair[more] - pair[less]).groupby("eps").mean().dropna()
+        if len(lead):
+            what = "the margin loss" if key == "loss" else "the way through the operator"
+            value = f"largest lead of {what}: {lead.max():.1%} of the images at "
+            value += _text(found, lead.idxmax()) + note
+            lines.append(_line(key, lead.max() <= LEAD, value, more))
+    falls = []
+    for name in names:
+        counts = wide[name].groupby("eps").sum(min_count=1).dropna()
+        for eps in counts.index[counts.diff() < 0]:
+            falls.append(f"{name} at {_text(found, eps)}: {counts[eps]:.0f}")
+    return [
+        *lines,
+        _line("monotone", not falls, ("; ".join(falls) or "holds for every attack") + note),
+    ]
 
 
-def _threat(evidence: Evaluation | None) -> tuple[str, str, str, str]:
-    value = "not known"
-    if evidence is not None:
-        said = evidence.settings
-        value = f"{said['norm']}, eps {evidence.balls()}, {len(said['attacks'])} attacks, seed {said['seed']}"
-    return _line(
-        "threat model stated",
-        evidence is not None,
-        value,
-        "Goal, norm, eps, knowledge and budget of every attack are printed with the result (threat())",
-        "Rows alone say neither norm nor budget: pass what robust returned, or print both beside the table",
-    )
+def _black_box(found: Evaluation, full: pd.DataFrame, note: str) -> Line:
+    """Images that only an attack without gradients fools, inside the ball of some eps."""
+    rows, names = found.rows, list(found.settings["attacks"])
+    blind = [name for name in names if KINDS[name].blind]
+    if not set(names) & set(LATE):
+        return _line("black box", False, "no black-box attack was run")
+    hit = full[full.fooled & ~full.attack.isin(["clean", "worst"])]
+    first = hit[~hit.attack.isin(blind)].groupby("image").eps.min()
+    hit = hit[hit.attack.isin(blind)]
+    alone = hit[hit.eps < hit.image.map(first).fillna(np.inf)]
+    if full is not rows:  # what these fooled had withstood every gradient
+        alone, note = pd.concat([alone, rows[rows.attack.isin(LATE) & rows.fooled]]), ""
+    alone = alone.groupby(["image", "attack"]).eps.min()
+    shown = [f"image {i} by {name} at {_text(found, eps)}" for (i, name), eps in alone.items()]
+    count = alone.reset_index().image.nunique()
+    value = f"{count} image(s) fooled by {' or '.join(blind)} alone{note}"
+    if shown:
+        value += f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
+    return _line("black box", count <= ALONE * rows.image.nunique(), value)
 
 
-def _clean(labels: Tensor, right: np.ndarray) -> tuple[str, str, str, str]:
-    largest, accuracy = float(labels.bincount().max()) / len(labels), len(right) / len(labels)
-    return _line(
-        "clean accuracy above always answering the largest class",
-        accuracy > largest,
-        f"{accuracy:.1%} against {largest:.1%}",
-        "The model reads the images, so there is something to attack",
-        "A model that gives nearly every image the same answer cannot be attacked and is not robust: report "
-        "balanced accuracy, and do not call it a defence",
-    )
+def _rising(found: Evaluation) -> Line:
+    shares = _shares(found)
+    stuck = bool(((shares.diff() <= 0) & (shares < 1)).any())
+    said = [f"{_text(found, eps)}: {share:.1%} fooled" for eps, share in shares.items()]
+    return _line("rising", not stuck, "; ".join(said))
+
+
+def _everything(found: Evaluation, subset: int) -> Line:
+    """In a ball that holds other images whole, every image must fall."""
+    last = found.settings["eps_grid"][-1]
+    some = _spread(np.flatnonzero(~_fooled(found, found.rows, "worst", last)), subset)
+    if not len(some):
+        return _line("everything", True, f"all fooled at {_text(found, last)}")
+    whole = 1.0 if found.settings["norm"] == "linf" else found.images[0].numel() ** 0.5
+    far = [eps for eps in (0.5 * whole, whole) if eps > last] or [last]
+    names = ["pgd_ce", "pgd_margin"]
+    again = _again(found, some, far, names, budgets={name: {"steps": 20} for name in names})
+    left = int((~_fooled(found, again.rows, "worst", far[-1])).sum())
+    value = f"of {len(some)} images that stand at {_text(found, last)}, {left} still stand at "
+    return _line("everything", not left, value + _text(found, far[-1]))
+
+
+def _converged(found: Evaluation, subset: int) -> Line:
+    """Twice the steps, on images that still stand at the eps where about half have fallen.
+
+    An eps at which an expensive attack was not run is not converged: another one is taken.
+    """
+    said, shares = found.settings, _shares(found)
+    names = [name for name in said["attacks"] if KINDS[name].twice] or ["pgd_margin"]
+    ran = [eps for eps in shares.index if all(eps in said["at"].get(name, [eps]) for name in names)]
+    unfinished = shares.reindex(ran or shares.index)
+    unfinished = unfinished[unfinished < 1]
+    if not len(unfinished):
+        return _line("converged", True, "no image stands at any eps")
+    eps = (unfinished - 0.5).abs().idxmin()
+    standing = np.flatnonzero(~_fooled(found, found.rows, "worst", eps))
+    some = _spread(standing, subset)
+    own = {name: said["attacks"].get(name, {"steps": 10}) for name in names}
+    budgets = {name: own[name] | {"steps": 2 * own[name]["steps"]} for name in names}
+    again = _again(found, some, [eps], names, budgets=budgets)
+    new = _fooled(found, again.rows, "worst", eps).mean()
+    added = 100 * new * len(standing) / len(found.labels)
+    value = f"{added:.1f} points at {_text(found, eps)} "
+    value += f"({new:.1%} of {len(some)} images that stood there)"
+    return _line("converged", added <= POINTS, value)
+
+
+def _per_image(found: Evaluation) -> Line:
+    """Whether "worst" is the union of all attacks per image, and not the best of their averages."""
+    worst = found.rows[found.rows.attack.eq("worst")]
+    single = found.rows[~found.rows.attack.eq("worst") & found.rows.fooled]
+    first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
+    missed = int((worst.fooled != (worst.eps >= first)).sum())
+    said = [f"{_text(found, eps)}: {share:.1%}" for eps, share in _shares(found).items()]
+    differ = f"; {missed} outcomes differ" if missed else ""
+    return _line("union", not missed, f"fooled by any attack {'; '.join(said)}{differ}")
+
+
+# ---------------------------------------- the model
 
 
 @torch.no_grad()
-def _range(
-    model: nn.Module, images: Tensor, labels: Tensor, subset: int
-) -> tuple[str, str, str, str]:
-    """Whether the model wants another range of pixels, and the images fill theirs: else eps means nothing."""
-    some = torch.from_numpy(_spread(np.arange(len(images)), subset))
-    device = device_of(model, images)
-    x, y = images[some].to(device), labels[some].to(device)
+def _range(found: Evaluation, subset: int) -> Line:
+    """Whether the model wants another range of pixels, and the images fill theirs."""
+    some = torch.from_numpy(_spread(np.arange(len(found.images)), subset))
+    device = device_of(found.model, found.images)
+    x, y = found.images[some].to(device), found.labels[some].to(device)
     ranges = {"[0,255]": x * 255, "[-1,1]": x * 2 - 1, "standardised": (x - 0.45) / 0.225}
-    own, accuracy = _balanced(model(x).argmax(1), y), dict.fromkeys(ranges, 0.0)
-    for name, z in ranges.items():
-        with suppress(
-            Exception
-        ):  # a model that refuses other pixels, as those of `models.robust`, answers as it should
-            accuracy[name] = _balanced(model(z).argmax(1), y)
+    own = _balanced(found.model, x, y)
+    accuracy = {name: _balanced(found.model, other, y) for name, other in ranges.items()}
     best = max(accuracy, key=accuracy.get)
-    flat = x.flatten(1)
-    span = float((flat.amax(1) - flat.amin(1)).median())
-    return _line(
-        "the model wants pixels in [0,1], and the images fill them",
-        accuracy[best] <= own + LEAD and span >= SPAN,
-        f"balanced accuracy {own:.1%} as given, {accuracy[best]:.1%} in {best}; an image spans {span:.2g}",
-        "eps in pixel units means what it says",
-        f"The model does better in {best}, or the images fill less than {SPAN:g} of [0,1]: eps of k/255 is "
-        "then another share of the contrast than it seems. Let the model own its normalisation, and scale "
-        "the pixels once",
-    )
+    span = float((x.flatten(1).amax(1) - x.flatten(1).amin(1)).median())
+    value = f"balanced accuracy {own:.1%} as given, {accuracy[best]:.1%} in {best}; "
+    value += f"an image spans {span:.2g}"
+    return _line("range", accuracy[best] <= own + BETTER and span >= SPAN, value)
 
 
-def _balanced(predicted: Tensor, y: Tensor) -> float:
-    """Mean over the classes of the share that is right: the same answer for all scores like chance."""
-    right = (predicted == y).float()
+def _balanced(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Mean over the classes of the share that is right; 0 for a model that refuses such pixels."""
+    try:
+        right = (model(x).argmax(1) == y).float()
+    except (ValueError, RuntimeError) as error:
+        if re.search("out of memory|allocate memory|cuda", str(error), re.IGNORECASE):
+            raise  # the machine failed, the model did not answer
+        return 0.0
     return float(torch.stack([right[y == label].mean() for label in y.unique()]).mean())
 
 
-# ------------------------------------------------------------------------------------------- attacks compared
-
-
-def _compared(full: pd.DataFrame, note: str, eps_text: Callable) -> list[tuple[str, str, str, str]]:
-    """What the rows of attacks run in full say."""
-    return [
-        _line(check, passed, detail + note, *REASONS.get(key, THROUGH))
-        for key, (check, passed, detail) in row_checks(full, eps_text=eps_text).items()
-    ]
-
-
-def _black_box(
-    rows: pd.DataFrame, full: pd.DataFrame, call: Mapping[str, Any], note: str, eps_text: Callable
-) -> tuple[str, str, str, str]:
-    """Images that only an attack without gradients fools, inside the ball of some eps."""
-    tables = {name: table for name, table in outcomes(full).items() if name in e.ORDER}
-    blind = [name for name in tables if e.kind(name).blind]
-    grid = sorted({eps for table in tables.values() for eps in table})
-    tables = {name: table.reindex(columns=grid, fill_value=False) for name, table in tables.items()}
-    white = sum(
-        (table for name, table in tables.items() if name not in blind),
-        0 * next(iter(tables.values())),
-    )
-    alone = {}
-    for name in blind:
-        found = tables[name] & ~white.astype(bool).cummax(axis=1)
-        alone |= {
-            (image, name): eps
-            for eps in reversed(found.columns)
-            for image in found.index[found[eps]]
-        }
-    if (
-        full is not rows
-    ):  # fooled images were dropped: what these fooled had withstood every gradient
-        blind += [
-            name for name in LATE if name in call["attacks"]
-        ]  # also one that found no image standing
-        late = rows[rows.attack.isin(LATE) & rows.fooled].sort_values("eps", ascending=False)
-        alone |= {(line.image, line.attack): line.eps for line in late.itertuples()}
-        note = ""
-    images = {image for image, _ in alone}
-    check, shown = (
-        "white box beats black box",
-        [
-            f"image {image} by {name} at {eps_text(eps)}"
-            for (image, name), eps in sorted(alone.items())
-        ],
-    )
-    if not set(blind) & set(LATE):
-        remedy = "Add square to the attacks: only an attack without gradients can show that they are masked"
-        return check, WARN, "no black-box attack was run", remedy
-    listed = f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
-    return _line(
-        check,
-        len(images) <= ALONE * rows.image.nunique(),
-        f"{len(images)} image(s) fooled by {' or '.join(blind)} alone{note}"
-        + (listed if shown else ""),
-        "Whatever was fooled without gradients was fooled with them too",
-        "An attack that sees less did more, so the gradients are masked or the gradient attacks too short: "
-        "attack past the masking operator (bpda=), raise steps and restarts",
-    )
-
-
-def _rising(rows: pd.DataFrame, eps_text: Callable) -> tuple[str, str, str, str]:
-    grid = _grid(rows)
-    shares = [_share(rows, eps) for eps in grid]
-    flat = [
-        f"{eps_text(low)} -> {eps_text(high)}"
-        for low, high, few, many in zip(grid[:-1], grid[1:], shares[:-1], shares[1:], strict=True)
-        if few >= many and many < 1
-    ]
-    return _line(
-        "a larger eps fools more",
-        not flat,
-        "; ".join(
-            f"{eps_text(eps)}: {share:.1%} fooled" for eps, share in zip(grid, shares, strict=True)
-        ),
-        "Every larger ball fools further images, until all have fallen",
-        f"Not one image more from {', '.join(flat)}: the steps of the grid are too small for so few images, "
-        "or the attacks are stuck. Take more images or wider steps; if it stays, look for masked gradients",
-    )
-
-
-def _everything(
-    again: _Again, rows: pd.DataFrame, subset: int, eps_text: Callable
-) -> list[tuple[str, str, str, str]]:
-    """In a ball that holds other images whole, every image must fall; half the range makes all grey."""
-    if again.call.get("mask") is not None:
-        return []
-    last = _grid(rows)[-1]
-    some = _spread(np.flatnonzero(~_fooled(rows, "worst", last, again.call["ids"])), subset)
-    left, value = np.zeros(0, dtype=bool), f"all fooled at {eps_text(last)}"
-    if len(some):
-        whole = (
-            1.0
-            if again.call.get("norm", "linf") == "linf"
-            else float(np.sqrt(again.images[0].numel()))
-        )
-        far = [eps for eps in (0.5 * whole, whole) if eps > last] or [last]
-        found = again(
-            some,
-            far,
-            attacks=["pgd_ce", "pgd_margin"],
-            budgets=None,
-            at=None,
-            steps=20,
-            surrogate=None,
-        )
-        left = ~_fooled(found.rows, "worst", far[-1], found.call["ids"])
-        stand = f"of {len(some)} images that stand at {eps_text(last)}"
-        value = f"{stand}, {left.sum()} still stand at {eps_text(far[-1])}"
-    line = _line(
-        "a large eps fools every image",
-        not left.any(),
-        value,
-        "Nothing is robust when everything may change, so the attacks do reach where they should",
-        "Inside this ball lie images of every class, yet PGD finds no way: the answer does not depend on the "
-        "image, or its gradient leads nowhere. Check the clean accuracy, then attack without gradients",
-    )
-    return [line]
-
-
-def _converged(
-    again: _Again, rows: pd.DataFrame, subset: int, points: float, eps_text: Callable
-) -> tuple[str, str, str, str]:
-    """Twice the steps, on images that still stand at the eps where about half have fallen.
-
-    An eps at which a dear attack was not run is not converged and was not meant to be: another one is taken.
-    """
-    check, call = "twice the steps add nothing", again.call
-    names = [name for name in call.get("attacks", rows.attack.unique()) if name in e.TWICE] or [
-        "pgd_margin"
-    ]
-    at = call.get("at") or {}
-    ran = [eps for eps in _grid(rows) if all(eps in at.get(name, [eps]) for name in names)]
-    unfinished = [eps for eps in ran or _grid(rows) if _share(rows, eps) < 1]
-    if not unfinished:
-        return (
-            check,
-            PASS,
-            "no image stands at any eps",
-            "There is nothing left that more steps could fool",
-        )
-    eps = min(unfinished, key=lambda eps: abs(_share(rows, eps) - 0.5))
-    standing = np.flatnonzero(~_fooled(rows, "worst", eps, call["ids"]))
-    some = _spread(standing, subset)
-    budgets = {name: dict((call.get("budgets") or {}).get(name, {})) for name in names}
-    for name, own in budgets.items():
-        steps = e.KINDS[name].options.get("steps", call.get("steps", 10))
-        own["steps"] = 2 * own.get("steps", steps)
-    found = again(some, [eps], attacks=names, budgets=budgets, at=None, surrogate=None)
-    new = _fooled(found.rows, "worst", eps, found.call["ids"]).mean()
-    added = 100 * new * len(standing) / rows.image.nunique()
-    return _line(
-        check,
-        added <= points,
-        f"{added:.1f} points at {eps_text(eps)} ({new:.1%} of {len(some)} images that stood there)",
-        f"At most {points:g} points: the attacks have converged",
-        f"More than {points:g} points: the attacks were stopped early and the accuracy is too high. Double "
-        "the steps until this passes",
-    )
-
-
-# ------------------------------------------------------------------------------------------- the model
-
-
-def _zero_gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, some: np.ndarray
-) -> tuple[str, str, str, str]:
-    rows = torch.from_numpy(some)
-    x, y = images[rows], labels[rows]
-    ce, margin = (zero_gradient_share(model, x, y, loss=loss) for loss in ("ce", "margin"))
-    remedy = (
-        "Not even the margin has a gradient there: gradient attacks cannot move these images at all. Attack "
-        "past the step without a gradient (bpda=), and believe Square"
-        if margin
-        else "Cross-entropy attacks do not move these images at all (saturated logits); the margin loss "
-        "does. Do not report cross-entropy attacks alone"
-    )
-    return _line(
-        "no input gradient is exactly zero",
-        ce == 0 and margin == 0,
-        f"cross-entropy {ce:.1%}, margin {margin:.1%} of {len(some)} images",
-        "Every image has a direction to go",
-        remedy,
-    )
+def _zero_gradients(found: Evaluation, some: np.ndarray) -> Line:
+    x, y = (part[torch.from_numpy(some)] for part in (found.images, found.labels))
+    ce, margin = (zero_gradient_share(found.model, x, y, loss=loss) for loss in ("ce", "margin"))
+    value = f"cross-entropy {ce:.1%}, margin {margin:.1%} of {len(some)} images"
+    return _line("zero", ce == 0 and margin == 0, value)
 
 
 @torch.no_grad()
-def _random(model: nn.Module, images: Tensor, call: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    device = device_of(model, images)
-    x = images[: call.get("batch_size", 64)].to(device)
-    logits = torch.stack([model(x) for _ in range(PASSES)]).float()
+def _random(found: Evaluation) -> Line:
+    x = found.images[: found.settings["batch_size"]].to(device_of(found.model, found.images))
+    logits = torch.stack([found.model(x) for _ in range(PASSES)]).float()
     spread = float((logits.amax(0) - logits.amin(0)).max())
     flips = int((logits.argmax(2) != logits[0].argmax(1)).any(0).sum())
-    eot = call.get("eot", 1)
-    return _line(
-        "the model answers alike each time",
-        spread <= SAME * max(1.0, float(logits.abs().max())) or eot >= AVERAGED,
-        f"{PASSES} passes differ by up to {spread:.2g}; the answer changes on {flips} of {len(x)} images",
-        "One pass tells what an attack achieved"
-        if eot == 1
-        else f"{eot} passes are averaged per look",
-        "The model is random (dropout left on, noise at test time): a gradient of one pass misleads, and an "
-        "image fooled once may be right the next time. Switch it off if it is a mistake, otherwise average "
-        f"over passes: eot={AVERAGED} or more (it was {eot})",
-    )
-
-
-def _per_image(rows: pd.DataFrame, eps_text: Callable) -> tuple[str, str, str, str]:
-    """Whether "worst" is the union of all attacks per image, and not the best of their averages."""
-    worst = rows[rows.attack == "worst"].set_index(["image", "eps"]).fooled
-    single = rows[(rows.attack != "worst") & rows.fooled]
-    first = single.groupby("image").eps.min()
-    images, eps = (worst.index.get_level_values(level) for level in ("image", "eps"))
-    union = eps >= images.map(first).fillna(np.inf)
-    missed = int((worst.to_numpy() != union).sum())
-    shown = "; ".join(
-        f"{eps_text(eps)}: {share:.1%}" for eps, share in worst.groupby("eps").mean().items()
-    )
-    return _line(
-        "the worst case is taken per image",
-        len(worst) > 0 and not missed,
-        f"fooled by any attack {shown}",
-        "An image counts as robust only if it withstands every attack, at this eps and below",
-        f"{missed} outcomes differ from the union over attacks: the best attack on average is not the worst "
-        "case. Count an image as fooled when any attack fools it",
-    )
+    value = f"{PASSES} passes differ by up to {spread:.2g}; "
+    value += f"the answer changes on {flips} of {len(x)} images"
+    return _line("random", spread <= SAME * max(1.0, float(logits.abs().max())), value)

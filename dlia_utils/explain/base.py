@@ -9,7 +9,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ..attacks._contract import check_inputs
+from ..attacks.base import check_images, check_model
 from ..models.pixel import TwoLogits, two_logits  # noqa: F401 (the maps take them from here)
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
@@ -67,10 +67,8 @@ def check(model: nn.Module, x: Tensor, *, batch_size: int = 1) -> Tensor:
     """A clamped copy of the images; refuses a model in training mode and images outside [0,1]."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, not {batch_size}")
-    # The attacks' check wants labels; what is not a tensor it refuses before it looks at them.
-    tensor = isinstance(x, Tensor) and x.ndim
-    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if tensor else x
-    return check_inputs(model, x, labels, eps=0)[0]
+    check_model(model)
+    return check_images(x)
 
 
 def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:

@@ -172,8 +172,7 @@ from dlia_utils import calibration, files, launch, metrics, models, objectives
 from dlia_utils.data import datasets
 from dlia_utils import report, smoothing, train
 from dlia_utils.data import split
-from dlia_utils.attacks import evaluate, fgsm, normalised_eps, one_pixel, pgd
-from dlia_utils.attacks.checklist import checklist
+from dlia_utils.attacks import checklist, evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.models.pixel import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
 from dlia_utils.study import SUITE_USES, attack_subset, load_models, made_by, open_study, stored
@@ -734,7 +733,7 @@ def evaluated(name):
     stored(
         study,
         f"checks_{name}",
-        lambda: checklist(found.model, found.images, found.labels, found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_films),
         model=name,
         uses=(*SUITE_USES, "check_films"),
     )
@@ -799,13 +798,14 @@ cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().as
 
 # %% [markdown]
 # **One model on one page.** This is what the call gives for any two-class model in [0, 1]: the threat model, a row per
-# eps, the cost, and a figure of who fooled the films first. (`found.text()` adds the check list of the next section.)
+# eps, the cost, and a figure of who fooled the films first. (`checklist.page(found, checklist.report(found))` adds the
+# check list of the next section.)
 
 # %%
 study = open_study(run)
 found = suite(study, (run.adversarial or MODELS)[0])
-print(found.text(checks=False))
-figure = found.figure(run.caption)
+print(checklist.page(found))
+figure = plots.figure_worst_case(found, run.caption)
 report.save_figure(figure, run, "one_page")
 figure
 
@@ -938,8 +938,7 @@ def attack_one_pixel(model, study, rows, setting):
         iterations=iterations,
         f=f,
         cr=cr,
-        seed=run.seed,
-        ids=rows,
+        seed=[(run.seed, row) for row in rows],
     )
     before, after = (train.predict(model, images)[0][:, 1] for images in (x, result.x_adv))
     return pd.DataFrame(
@@ -1028,7 +1027,7 @@ for name, model in trained.items():
         steps=run.pgd_steps,
         loss="margin",
         stop_when_fooled=False,
-        ids=rows,
+        seed=[(0, row) for row in rows],
     ).x_adv
     attacked[name] = adversarial.cpu().numpy()
     for caption, p in zip(captions, train.predict(model, adversarial)[0], strict=True):

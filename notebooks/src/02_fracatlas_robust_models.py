@@ -163,9 +163,8 @@ from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
 from dlia_utils import files, launch, metrics, models, objectives, plots, report, train
-from dlia_utils.attacks import evaluate
+from dlia_utils.attacks import checklist, evaluate
 from dlia_utils.attacks.alpha import select_alpha
-from dlia_utils.attacks.checklist import checklist
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
@@ -587,7 +586,7 @@ def attacked(name):
     stored(
         own,
         f"checks_{name}",
-        lambda: checklist(model, images, labels, found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_films),
         model=name,
         uses=(*SUITE_USES, "check_films"),
     )

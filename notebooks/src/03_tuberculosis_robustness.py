@@ -167,8 +167,7 @@ from dlia_utils import plots
 from dlia_utils import files, launch, metrics, models, objectives, report
 from dlia_utils import shortcuts, train
 from dlia_utils.data import split
-from dlia_utils.attacks import evaluate
-from dlia_utils.attacks.checklist import checklist
+from dlia_utils.attacks import checklist, evaluate
 from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
 from dlia_utils.attacks.alpha import select_alpha
@@ -770,7 +769,7 @@ def attacked(name):
     stored(
         own,
         f"checks_{name}",
-        lambda: checklist(model, images, labels, found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_films),
         model=name,
         uses=(*SUITE_USES, "check_films"),
     )

@@ -1,0 +1,345 @@
+"""What every attack shares: result, check at the door, losses, ball, draws, book-keeping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+TOLERANCE = 1e-6
+TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
+# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
+HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
+RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B,K], y [B]) -> value per image [B]
+Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per image
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, per image of the batch.
+
+    x_adv               [B,C,H,W] in [0,1]
+    success             [B] bool: the model is wrong on x_adv
+    first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it
+    queries             [B] int64: forward passes spent on each image
+    linf, l2            [B]: size of x_adv - x in pixel units
+    backwards           image-passes of the whole batch, as `forwards`
+    """
+
+    x_adv: Tensor
+    success: Tensor
+    first_success_step: Tensor
+    queries: Tensor
+    linf: Tensor
+    l2: Tensor
+    backwards: int
+
+    @property
+    def forwards(self) -> int:
+        return int(self.queries.sum())
+
+
+def check_attack(
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 0.0, norm: str = "linf"
+) -> Tensor:
+    """The door of every attack: refuses what would give a wrong number; returns x, clamped.
+
+    x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
+    """
+    check_model(model)
+    x, values = check_images(x), torch.as_tensor(eps)
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError("y must be an int64 tensor of class numbers; use labels.long()")
+    if y.shape != x.shape[:1] or y.min() < 0:
+        raise ValueError(f"y must hold one label per image, none negative; got {y.tolist()[:10]}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if not bool((values >= 0).all()) or (norm == "linf" and bool((values > 1).any())):
+        raise ValueError(f"eps must be >= 0 in pixel units of [0,1], such as 8/255, not {eps}")
+    if values.ndim and (norm == "l2" or values.shape != (x.shape[1], 1, 1)):
+        raise ValueError(
+            f"eps must be a number, or for 'linf' one per channel [{x.shape[1]},1,1], not "
+            f"{list(values.shape)}; expand grey images first with x.expand(-1, 3, -1, -1)"
+        )
+    return x
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, and one that training mode would make random or change."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if module.training and _changes_in_training(module):
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(
+                f"{where} is in training mode and would be random or change; call model.eval()"
+            )
+
+
+def _changes_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # A parametrization such as spectral_norm changes its buffers.
+    if isinstance(module, RANDOM) or parametrize.is_parametrized(module):
+        return True
+    kind = type(module).__module__.removeprefix("torch.nn.modules.")
+    return not any(module.children()) and kind not in HARMLESS
+
+
+def check_images(x: Tensor) -> Tensor:
+    """Images [B,C,H,W], detached and clamped to [0,1]; refuses another type, shape or range."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            "x must be a float32 or float64 tensor in [0,1]; for uint8 use images.float() / 255, "
+            "for half precision x.float() and torch.autocast inside the model"
+        )
+    if x.ndim != 4 or not x.numel():
+        raise ValueError(f"x must be a non-empty batch [B,C,H,W], not {tuple(x.shape)}")
+    low, high = (value.item() for value in x.detach().aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN compares false
+        raise ValueError(
+            f"x must lie in [0,1] but spans [{low:.4g}, {high:.4g}]: pass pixels before "
+            "normalisation, the model owns its mean and std: models.wrap(net, mean=, std=)"
+        )
+    return x.detach().clamp(0, 1)
+
+
+def check_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logits [B,K] when they fit the labels; an error that names the fix otherwise."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return logits [B,K] with K >= 2 classes, not "
+            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}; a "
+            "single logit z of class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
+    if int(y.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model returns NaN or infinite logits on these images")
+    return logits
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Parameters take no gradient inside; every flag is put back, also after an error."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield model.requires_grad_(False)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+# ---------------------------------------- losses, ball, draws
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy per image [B]; its gradient is exactly zero where float32 softmax saturates."""
+    return nn.functional.cross_entropy(logits.float(), y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Best wrong logit minus true logit, per image [B] (arXiv 1608.04644): cannot saturate.
+
+    >>> margin(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+    tensor([-2.,  2.])
+    """
+    others = logits.scatter(1, y[:, None], -torch.inf).max(1).values
+    return others - logits.gather(1, y[:, None])[:, 0]
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+
+
+def per_image(value: Tensor) -> Tensor:
+    """[B] as [B,1,1,1]."""
+    return value[:, None, None, None]
+
+
+def size(change: Tensor, norm: str) -> Tensor:
+    """Length of a change [B,C,H,W] per image [B]: the largest pixel, or the Euclidean length."""
+    flat = change.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else flat.norm(dim=1)
+
+
+def rise(gradient: Tensor, norm: str) -> Tensor:
+    """How much a linear function rises per unit of the norm, per image [B]: the dual norm."""
+    flat = gradient.flatten(1)
+    return flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)
+
+
+def ascent(gradient: Tensor, norm: str) -> Tensor:
+    """The change of length 1 in the norm along which the gradient promises most."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / per_image(size(gradient, "l2").clamp_min(TINY))
+
+
+def project(points: Tensor, x: Tensor, eps: float | Tensor, norm: str) -> Tensor:
+    """Points moved into the ball round x cut with [0,1]; eps: a number, or what broadcasts with x.
+
+    An L2 change is cut to [0,1] before it is shortened: the other way round, black borders would
+    use up the budget.
+    """
+    if norm == "linf":
+        return torch.clamp(points, (x - eps).clamp_(min=0), (x + eps).clamp_(max=1))
+    change = points.clamp(0, 1) - x
+    share = (eps / per_image(size(change, "l2").clamp_min(TINY))).clamp(max=1)
+    return torch.clamp(x + change * share, 0, 1)
+
+
+def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
+    """(seed, image) of each image of a batch: its draws depend on nothing else.
+
+    >>> pairs(5, 2), pairs([(5, 40), (5, 41)], 2)
+    ([(5, 0), (5, 1)], [(5, 40), (5, 41)])
+    """
+    given = [(seed, i) for i in range(count)] if np.ndim(seed) == 0 else seed
+    found = [(int(one), int(image)) for one, image in given]
+    if len(found) != count or min(map(min, found)) < 0:
+        raise ValueError(f"seed must be a number >= 0, or {count} pairs (seed, image)")
+    return found
+
+
+def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
+    """Uniform draws in [-1,1] shaped like x, one generator per image."""
+    draws = [rng.random(x.shape[1:], dtype=np.float32) for rng in rngs]
+    return torch.from_numpy(np.stack(draws)).to(x) * 2 - 1
+
+
+# ---------------------------------------- the record
+
+
+@contextmanager
+def search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor | None = None,
+    norm: str = "linf",
+    loss: str = "margin",
+    seed: Seed = 0,
+) -> Iterator[Search]:
+    """The frame of every attack: the check at the door, the model frozen, an empty record.
+
+    eps: None for an attack that looks for the smallest change.
+    """
+    x = check_attack(model, x, y, eps=0.0 if eps is None else eps, norm=norm)
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
+    eps = eps.to(x) if isinstance(eps, Tensor) else eps
+    with frozen(model):
+        yield Search(model, x, y, eps, norm, LOSSES[loss], pairs(seed, len(x)))
+
+
+@dataclass
+class Search:
+    """Keeps each image's strongest point (fooling first, then the higher value) and counts passes.
+
+    The value of a point is the loss or, without eps, how small its change is. `rows` are the
+    numbers of the images that points belong to. The first answers of a search are checked.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float | Tensor | None
+    norm: str
+    objective: Loss
+    keys: list[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        self.everyone = torch.arange(len(self.x), device=self.x.device)
+        self.x_adv, self.checked, self.backwards = self.x.clone(), False, 0
+        self.value = torch.full((len(self.x),), -torch.inf, device=self.x.device)
+        self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
+        self.first_step, self.queries = torch.full_like(self.y, -1), torch.zeros_like(self.y)
+
+    def rounds(
+        self, streams: range, *, everyone: bool = False
+    ) -> Iterator[tuple[int, Tensor, list[np.random.Generator]]]:
+        """Rounds of the images that still stand: (stream, rows, a generator per image)."""
+        for stream in streams:
+            rows = self.everyone if everyone else self.standing()
+            if not len(rows):
+                return
+            keys = [self.keys[row] for row in rows.tolist()]
+            yield stream, rows, [np.random.default_rng([seed, stream, i]) for seed, i in keys]
+
+    def reach(self, draw: Tensor, x: Tensor) -> Tensor:
+        """The point at eps times a draw in [-1,1] or, for "l2", that way at the length eps."""
+        draw = ascent(draw, "l2") if self.norm == "l2" else draw
+        return project(x + self.eps * draw, x, self.eps, self.norm)
+
+    def standing(self) -> Tensor:
+        """Row numbers of the images not fooled yet."""
+        return torch.nonzero(~self.fooled)[:, 0]
+
+    def answer(self, rows: Tensor, points: Tensor) -> Tensor:
+        """The model's logits."""
+        self.queries[rows] += 1
+        logits = self.model(points)
+        if not self.checked:
+            check_logits(logits, self.y)
+        self.checked = True
+        return logits
+
+    def ask(self, rows: Tensor, points: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Judge points of the images `rows`: (who is fooled [n], objective [n])."""
+        with torch.no_grad():
+            logits = self.answer(rows, points)
+            value = self.objective(logits, self.y[rows])
+        return self.record(rows, points, logits, value, step), value
+
+    def look(self) -> None:
+        """Judge the clean images: those that the model gets wrong are fooled at step 0."""
+        self.ask(self.everyone, self.x, 0)
+
+    def gradient(
+        self, rows: Tensor, points: Tensor, step: int, *, objective: Loss | None = None, lazy=False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(who is fooled [n], objective [n], its gradient); lazy: None where all are fooled."""
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.answer(rows, points)
+            value = (objective or self.objective)(logits, self.y[rows])
+            total = value.sum()
+        value = value.detach()
+        fooled = self.record(rows, points.detach(), logits.detach(), value, step)
+        if lazy and bool(fooled.all()):
+            return fooled, value, None
+        self.backwards += len(rows)
+        return fooled, value, torch.autograd.grad(total, points)[0]
+
+    def record(
+        self, rows: Tensor, points: Tensor, logits: Tensor, value: Tensor, step: int
+    ) -> Tensor:
+        """Note what the model said; returns who is fooled [n]: no number is no wrong answer."""
+        fooled = (logits.argmax(1) != self.y[rows]) & logits.isfinite().all(1)
+        value = -size(points - self.x[rows], self.norm) if self.eps is None else value
+        value, held_fooled, held = value.float(), self.fooled[rows], self.value[rows]
+        better = (fooled & ~held_fooled) | ((fooled == held_fooled) & (value > held))
+        self.x_adv[rows[better]] = points[better]
+        self.value[rows] = torch.where(better, value, held)
+        first = self.first_step[rows]
+        self.first_step[rows] = torch.where(fooled & (first < 0), step, first)
+        self.fooled[rows] = held_fooled | fooled
+        return fooled
+
+    def result(self, x_adv: Tensor | None = None, success: Tensor | None = None) -> AttackResult:
+        """The strongest points, or the points that the attack itself chose."""
+        x_adv = self.x_adv if x_adv is None else x_adv
+        success = self.fooled if success is None else success
+        linf, l2 = (size(x_adv - self.x, norm) for norm in ("linf", "l2"))
+        about = (x_adv, success, self.first_step, self.queries)
+        return AttackResult(*about, linf, l2, self.backwards)
