@@ -797,9 +797,7 @@ def scored(name):
     for kind in ("box", "outline"):
         regions = localisation.regions_of(study.dataset, rows, study.cache, kind=kind)
         films = study.images(rows).cpu()
-        per_film, _ = localisation.localise(
-            maps, films, regions, groups=study.patients(rows), draws=2
-        )
+        per_film = localisation.localise(maps, films, regions, groups=study.patients(rows))
         tables.append(per_film.assign(region=kind))
     return pd.concat(tables), notes
 

@@ -793,7 +793,7 @@ print(
 )
 caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
 figure = figures.figure_overlays(
-    x, {"by hand": heat}, captions=[caption], caption=run.caption, alpha=0.4
+    x, {"by hand": heat}, captions=[caption], caption=run.caption
 )
 report.save_figure(figure, run, "gradcam_by_hand")
 figure
@@ -917,7 +917,7 @@ x = study.images(rows)
 maps = {name: gradcam(model, x).heat().cpu().numpy() for name, model in compared.items()}
 captions = study.dataset.manifest.loc[rows, "class_name"].tolist()
 figure = figures.figure_overlays(
-    x.cpu().numpy(), maps, captions=captions, caption=run.caption, alpha=0.4
+    x.cpu().numpy(), maps, captions=captions, caption=run.caption
 )
 report.save_figure(figure, run, "gradcam_networks")
 figure
