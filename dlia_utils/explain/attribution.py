@@ -1,4 +1,4 @@
-"""Maps by one call: saliency, integrated gradients, occlusion (captum), DeepLIFT and Grad-CAM (ours)."""
+"""Maps by one call: captum's saliency, integrated gradients, occlusion; our DeepLIFT, Grad-CAM."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from .gradcam import gradcam
 
 # Functions of torch with one output for one input: DeepLIFT's rescale rule holds for each.
 ELEMENTWISE = set(
-    "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh "
-    "softplus softsign log_sigmoid threshold clamp".split()
+    "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh "
+    "sigmoid tanh softplus softsign log_sigmoid threshold clamp".split()
 )
 PRODUCTS = set("mul matmul bmm div true_divide einsum".split())  # no rule if both factors vary
 NO_RULE = set(
-    "softmax log_softmax layer_norm group_norm instance_norm local_response_norm bilinear lp_pool2d "
-    "adaptive_max_pool2d scaled_dot_product_attention multi_head_attention_forward".split()
+    "softmax log_softmax layer_norm group_norm instance_norm local_response_norm bilinear "
+    "lp_pool2d adaptive_max_pool2d scaled_dot_product_attention "
+    "multi_head_attention_forward".split()
 )
 TOLERANCE = 0.05  # completeness error beyond which a map is doubted
+BATCH = 32  # images in one pass
+
 log = logging.getLogger("dlia_utils")
 
 
 def explain(
     method: str, model: nn.Module, x: Tensor, target: int | Tensor | None = None, **options
 ) -> base.Attribution:
-    """One map per image by `method`: a name of METHODS, whose function says which `options` it takes.
+    """One map per image by `method`: a name of METHODS, whose function has the `options`.
 
     x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class. A head
     with one logit z is read as class 1 = z, class 0 = -z. The model is in eval mode and left as it
-    was. Errors: ValueError/TypeError for an unknown method, a model in training mode, or images
-    outside [0,1].
+    was. Errors: ValueError for an unknown method, a model in training mode, or images outside
+    [0,1].
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> found = explain("integrated_gradients", net, torch.rand(3, 1, 2, 2), target=1)
@@ -51,15 +54,15 @@ def explain(
 
 
 def saliency(
-    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None, batch_size: int = 32
+    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None
 ) -> base.Attribution:
-    """Size of the logit's gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
-    x, chosen, score = _start(model, x, target, batch_size)
-    scored = TwoLogits(model)
+    """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
+    x, chosen, score = _start(model, x, target)
+    method = Saliency(TwoLogits(model))
     with frozen(model), torch.enable_grad():
         parts = [
-            Saliency(scored).attribute(images.requires_grad_(), target=classes)
-            for images, classes in _batches(batch_size, x, chosen)
+            method.attribute(images.requires_grad_(), target=classes)
+            for images, classes in _batches(BATCH, x, chosen)
         ]
     return base.Attribution("saliency", torch.cat(parts).detach().amax(1).float(), chosen, score)
 
@@ -69,26 +72,22 @@ def integrated_gradients(
     x: Tensor,
     *,
     target: int | Tensor | None = None,
-    baseline: float | Tensor = 0.0,
+    baseline: float = 0.0,
     steps: int = 50,
-    batch_size: int = 32,
 ) -> base.Attribution:
-    """Gradients summed from the baseline to the image. Source: Sundararajan et al., arXiv 1703.01365.
+    """Gradients summed from baseline to image. Source: Sundararajan et al., arXiv 1703.01365.
 
-    baseline: what stands for "nothing there", a grey level in [0,1] or a tensor [1|B,C,H,W]. steps:
-    points of the Gauss-Legendre rule, batch_size of them in one pass; more bring `error` down, and
-    one above 0.05 is logged. maps: in logits, signed, summed over channels.
+    baseline: the grey level in [0,1] that stands for "nothing there". steps: points of the
+    Gauss-Legendre rule; more bring `error` down, and one above 0.05 is logged. maps: in logits,
+    signed, summed over channels.
     """
-    x, chosen, score = _start(model, x, target, batch_size)
-    below = _baseline(x, baseline)
-    quick = TwoLogits(fast_copy(model))
-    method = partial(
-        IntegratedGradients(quick).attribute, n_steps=steps, internal_batch_size=batch_size
-    )
+    x, chosen, score = _start(model, x, target)
+    below, quick = torch.full_like(x, baseline), TwoLogits(fast_copy(model))
+    method = partial(IntegratedGradients(quick).attribute, n_steps=steps, internal_batch_size=BATCH)
     with torch.enable_grad():  # one image at a time: its map does not depend on its neighbours
         parts = [method(*pair, target=one) for *pair, one in _batches(1, x, below, chosen)]
     maps = torch.cat(parts).detach().sum(1).float()
-    error = _error(quick, maps, x, below, chosen, batch_size)
+    error = _error(quick, maps, x, below, chosen)
     if bool((error > TOLERANCE).any()):
         log.warning("integrated gradients: error up to %.2g; raise steps=%d", error.max(), steps)
     return base.Attribution("integrated_gradients", maps, chosen, score, error)
@@ -99,94 +98,88 @@ def occlusion(
     x: Tensor,
     *,
     target: int | Tensor | None = None,
-    baseline: float | Tensor = 0.0,
+    baseline: float = 0.0,
     window: int | tuple[int, int] = 16,
     stride: int | tuple[int, int] | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
 ) -> base.Attribution:
     """Mean drop of the logit when a window is covered. Source: Zeiler & Fergus, arXiv 1311.2901.
 
     window, stride (default: half a window): pixels, one number or (down, across); windows are cut
-    at the border. baseline: what covers, as in `integrated_gradients`. batch_size: windows in one
-    pass, which goes through a folded copy of the model (same logits to 1e-4). maps: in logits,
-    signed, the mean over a pixel's windows.
+    at the border. baseline: the grey level that covers. batch_size: windows in one pass, through a
+    folded copy of the model (same logits to 1e-4). maps: in logits, signed, the mean over a pixel's
+    windows.
     """
-    x, chosen, score = _start(model, x, target, batch_size)
+    x, chosen, score = _start(model, x, target)
     window = (window, window) if isinstance(window, int) else tuple(window)
     stride = tuple(max(1, side // 2) for side in window) if stride is None else stride
     stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    pairs = list(zip(stride, window, x.shape[2:], strict=True))
-    if not all(1 <= step <= side <= length for step, side, length in pairs):
+    steps = zip(stride, window, x.shape[2:], strict=True)
+    if not all(1 <= step <= side <= length for step, side, length in steps):
         raise ValueError(
-            f"stride {stride} must not exceed the window {window}, nor that the images {tuple(x.shape[2:])}"
+            f"stride {stride} must not exceed the window {window}, nor that the images"
         )
     method = partial(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
+        baselines=baseline,
         sliding_window_shapes=(x.shape[1], *window),
         strides=(x.shape[1], *stride),
         perturbations_per_eval=batch_size,
     )
     with torch.no_grad():
-        parts = [
-            method(image, baselines=below, target=one)
-            for image, below, one in _batches(1, x, _baseline(x, baseline), chosen)
-        ]
+        parts = [method(image, target=one) for image, one in _batches(1, x, chosen)]
     # A window covers all channels at once, so captum gives each of them the same number.
     return base.Attribution("occlusion", torch.cat(parts)[:, 0].float(), chosen, score)
 
 
 def deeplift(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    target: int | Tensor | None = None,
-    baseline: float | Tensor = 0.0,
-    batch_size: int = 16,
+    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None, baseline: float = 0.0
 ) -> base.Attribution:
     """DeepLIFT, rescale rule, by `Rescale`. Source: Shrikumar et al., arXiv 1704.02685.
 
     captum's leaves out ReLU6, SiLU and activations called as functions, refuses reused ones, and
-    loses shares where pooling windows overlap. Runs on a folded copy; baseline, maps: as in
-    `integrated_gradients`. Products of two activations (squeeze-excite, attention) have no rule: a
-    completeness `error` above 0.05 is refused. Errors: ValueError so, and for a model that reads a
-    tensor after an activation has changed it in place.
+    loses shares where pooling windows overlap. baseline, maps: as in `integrated_gradients`.
+    Products of two activations (squeeze-excite, attention) have no rule: a completeness `error`
+    above 0.05 is refused. Errors: ValueError so, and for a model that reads a tensor after an
+    activation has changed it in place.
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(16, 2)).eval()
+    >>> net = nn.Sequential(nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> bool((deeplift(net, torch.rand(2, 1, 4, 4)).error < 1e-3).all())
     True
     """
-    x, chosen, score = _start(model, x, target, batch_size)
-    below, scored = _baseline(x, baseline), TwoLogits(fast_copy(model))
+    x, chosen, score = _start(model, x, target)
+    below, scored = torch.full_like(x, baseline), TwoLogits(fast_copy(model))
     parts, again, unknown = [], [], set()
-    for images, dark, classes in _batches(batch_size, x, below, chosen):
+    for images, dark, classes in _batches(BATCH // 2, x, below, chosen):
         with torch.enable_grad(), Rescale(2 * len(images)) as rules:
             logits = scored(torch.cat([images.requires_grad_(), dark]))
             own = base.pick(logits, classes.repeat(2))
             total = own.sum()
         (multiplier,) = torch.autograd.grad(total, images)
         parts.append((images.detach() - dark) * multiplier)
-        again.append(own.detach()[: len(images)])
+        again.append(own.detach()[: len(images)].float())
         unknown |= rules.unknown
-    if not torch.allclose(torch.cat(again).float(), score, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(torch.cat(again), score, rtol=1e-3, atol=1e-3):
         raise ValueError(
-            "the model reads a tensor after an activation has changed it in place: set inplace=False in "
-            "the model and look at what it then computes"
+            "the model reads a tensor after an activation has changed it in place: set "
+            "inplace=False in the model and look at what it then computes"
         )
     maps = torch.cat(parts).sum(1).float()
-    error = _error(scored, maps, x, below, chosen, batch_size)
+    error = _error(scored, maps, x, below, chosen)
     if not bool((error <= TOLERANCE).all()):
         names = ", ".join(sorted(unknown)) or "nothing known by name"
         raise ValueError(
-            f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. Without "
-            f"a rule for: {names}. Use integrated_gradients"
+            f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. "
+            f"Without a rule for: {names}. Use integrated_gradients"
         )
     return base.Attribution("deeplift", maps, chosen, score, error)
 
 
 class Rescale(TorchFunctionMode):
-    """While entered, activations and max pooling of a batch (images, then baselines) get DeepLIFT's gradient.
+    """While entered, activations and max pooling of a batch get DeepLIFT's gradient.
 
-    size: of that batch. unknown: names of the functions called that have no rule.
+    size: of the batch, images and then their baselines. unknown: the functions met that have no
+    rule.
     """
 
     def __init__(self, size: int) -> None:
@@ -200,9 +193,8 @@ class Rescale(TorchFunctionMode):
         rule = _pooled if plain == "max_pool2d" else _divided if plain in ELEMENTWISE else None
         varies = [isinstance(part, Tensor) and part.requires_grad for part in args]
         if rule and varies and varies[0] and len(args[0]) == self.size:
-            if name != plain or options.get("inplace"):  # the input is needed as it was
+            if name != plain or options.pop("inplace", False):  # the input is needed as it was
                 func = getattr(nn.functional, plain, None) or getattr(torch, plain)
-                options.pop("inplace", None)
             return _Ruled.apply(args[0], lambda x: func(x, *args[1:], **options), rule)
         if name in NO_RULE or (name in PRODUCTS and sum(varies) > 1):
             self.unknown.add(name)
@@ -235,9 +227,9 @@ def _pooled(function: Callable, x: Tensor, y: Tensor, gradient: Tensor) -> Tenso
     image, below = y.chunk(2)
     top = torch.maximum(image, below)
     # The vector-Jacobian product adds up the shares of overlapping windows.
-    share = sum(_plain(function, x, gradient * torch.cat([top - below, image - top])).chunk(2))
+    share = _plain(function, x, gradient * torch.cat([top - below, image - top]))
     run = torch.sub(*x.chunk(2))
-    return torch.cat(2 * [torch.where(run.abs() < 1e-10, 0.0, share / run)])
+    return torch.cat(2 * [torch.where(run.abs() < 1e-10, 0.0, sum(share.chunk(2)) / run)])
 
 
 def _plain(function: Callable, x: Tensor, gradient: Tensor) -> Tensor:
@@ -247,18 +239,18 @@ def _plain(function: Callable, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _start(
-    model: nn.Module, x: Tensor, target: int | Tensor | None, batch_size: int
+    model: nn.Module, x: Tensor, target: int | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked images, the class of each, and its logit."""
     x = base.check(model, x)
-    logits = _logits(TwoLogits(model), x, batch_size)
+    logits = _logits(TwoLogits(model), x)
     chosen = base.choose_target(logits, target)
     return x, chosen, base.pick(logits, chosen)
 
 
-def _logits(scored: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+def _logits(scored: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([scored(part) for part in x.split(batch_size)]).float()
+        return torch.cat([scored(part) for part in x.split(BATCH)]).float()
 
 
 def _batches(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -266,19 +258,9 @@ def _batches(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*([part.detach() for part in tensor.split(size)] for tensor in tensors), strict=True)
 
 
-def _baseline(x: Tensor, baseline: float | Tensor) -> Tensor:
-    """The baseline as images like x."""
-    values = torch.as_tensor(baseline).to(x)
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError("baseline must lie in [0,1], as the images do")
-    return values.expand_as(x)
-
-
-def _error(
-    scored: nn.Module, maps: Tensor, x: Tensor, below: Tensor, chosen: Tensor, batch_size: int
-) -> Tensor:
+def _error(scored: nn.Module, maps: Tensor, x: Tensor, below: Tensor, chosen: Tensor) -> Tensor:
     """Completeness error of each map [B]."""
-    above, dark = (base.pick(_logits(scored, images, batch_size), chosen) for images in (x, below))
+    above, dark = (base.pick(_logits(scored, images), chosen) for images in (x, below))
     return (maps.sum((1, 2)) - (above - dark)).abs() / (above - dark).abs().clamp(min=0.01)
 
 

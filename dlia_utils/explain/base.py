@@ -16,13 +16,12 @@ REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no mo
 
 @dataclass(frozen=True)
 class Attribution:
-    """Maps of a batch, and what is needed to judge them.
+    """Maps [B,H,W] of a batch at image size, the class explained [B] and its logit [B].
 
-    maps: float32 [B,H,W] at image size: [0,1] for Grad-CAM, else signed and in logits (saliency:
-    logits per unit of grey, >= 0). target: int64 [B], the class explained; score [B]: its logit.
-    error [B]: completeness error |sum of the map - (f(x) - f(b))| / max(|f(x) - f(b)|, 0.01), None
-    for methods that promise no sum. grid: Grad-CAM's map [B,h,w] before it is resized and scaled.
-    zero [B]: the map is 0 everywhere.
+    maps: [0,1] for Grad-CAM, else signed and in logits (saliency: logits per unit of grey, >= 0).
+    error [B]: completeness error |sum of the map - d| / max(|d|, 0.01) with d the change of the
+    logit from the baseline; None for methods that promise no sum. grid: Grad-CAM's map [B,h,w] as
+    computed.
 
     >>> Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2).heat()
     tensor([[[0., 0., 1.]]])
@@ -37,10 +36,11 @@ class Attribution:
 
     @property
     def zero(self) -> Tensor:
+        """Whether the map is 0 everywhere [B]."""
         return self.maps.abs().amax((1, 2)) <= TINY
 
     def heat(self) -> Tensor:
-        """Maps [B,H,W] in [0,1] for overlays and scores: what speaks for the class, over its maximum."""
+        """Maps in [0,1] for overlays and scores: what speaks for the class, over its maximum."""
         return scale(self.maps.clamp(min=0))
 
 
@@ -58,9 +58,9 @@ def check_eval(model: nn.Module) -> None:
 
 
 def check(model: nn.Module, x: Tensor) -> Tensor:
-    """A clamped copy of the images [B,C,H,W]; refuses others than floats in [0,1], and a model in training mode."""
+    """A clamped copy of images [B,C,H,W] in [0,1]; refuses others, and a model in training mode."""
     check_eval(model)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4 or not x.numel():
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
         raise TypeError("images must be a floating-point batch [B,C,H,W] in [0,1]: x.float() / 255")
     low, high = x.detach().aminmax()
     if not (low >= -1e-6 and high <= 1 + 1e-6):
@@ -72,7 +72,7 @@ def check(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    """The class of each image, int64 [B]: as given, or the predicted one; refuses classes the model lacks."""
+    """The class of each image, int64 [B]: as given, or the predicted one."""
     if not bool(logits.isfinite().all()):
         raise ValueError("the model returns NaN or infinite logits on these images")
     if target is None:
@@ -110,19 +110,16 @@ def feature_map(output: object, name: str) -> Tensor:
 
 
 def moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of maps [...,H,W] in SSIM's window: Gaussian, deviation 1.5, 11 wide, mirrored."""
+    """Mean and variance [...,H,W] in SSIM's window: Gaussian, deviation 1.5, 11 wide, mirrored."""
     mean = _window(maps)
     return mean, _window(maps**2) - mean**2
 
 
 def ssim(a: np.ndarray, b: np.ndarray, of_a=None, of_b=None) -> np.ndarray:
-    """Structural similarity [...] of maps [...,H,W] in [0,1]; of_a, of_b: their `moments`, if known.
+    """Structural similarity [...] of maps [...,H,W] in [0,1]; of_a, of_b: `moments`, if known.
 
-    Source: Wang et al., IEEE TIP 13:600, 2004. torchmetrics' refuses maps of fewer than 6 pixels a
-    side.
-
-    >>> round(float(ssim(np.eye(4), np.eye(4))), 9)
-    1.0
+    Source: Wang et al., IEEE TIP 13:600, 2004. torchmetrics' refuses maps of 5 pixels a side or
+    less.
     """
     (mean_a, variance_a), (mean_b, variance_b) = of_a or moments(a), of_b or moments(b)
     means, c1, c2 = mean_a * mean_b, 0.01**2, 0.03**2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -39,10 +40,9 @@ KEYS = ["image", "corruption", "severity", "method", "layer", "target"]
 def map_layers(model: nn.Module) -> dict[str, str]:
     """Label and dotted name of the layers whose maps are followed, shallow to deep.
 
-    resnet18_cifar: the second convolution of all eight blocks, under the names of the original
-    study ("layer{k}_2" is the last block but one of stage k). mobilenet_v2: eight inverted residual
-    blocks, evenly spread, "block03" being the third. Any other network: up to eight of its
-    `models.blocks` and the last map. Errors: ValueError where none is found: pass layers yourself.
+    resnet18_cifar: the second convolution of all eight blocks ("layer{k}_2" is the last block but
+    one of stage k). mobilenet_v2: eight inverted residual blocks, evenly spread, "block03" being
+    the third. Any other network: up to eight of its `models.blocks` and the last map.
 
     >>> from dlia_utils.models import resnet18_cifar
     >>> map_layers(resnet18_cifar(width=1 / 8))["layer1_2"]
@@ -52,7 +52,7 @@ def map_layers(model: nn.Module) -> dict[str, str]:
         names, last = blocks(model), last_map_layer(model)
     except ValueError as error:
         raise ValueError(
-            f"no default layers for a {type(model).__name__}: pass layers={{'label': 'dotted.name'}}"
+            f"no default layers for a {type(model).__name__}: pass layers={{'label': 'name'}}"
         ) from error
     kinds = [type(model.get_submodule(name)) for name in names]
     if set(kinds) == {BasicBlock}:  # two in each stage
@@ -109,7 +109,7 @@ def _read(
     methods: Sequence[str],
     layers: Mapping[str, str],
 ) -> tuple[np.ndarray, Tensor, dict[tuple[str, str], Tensor]]:
-    """Probabilities [B,K], the class explained and the maps: the one path of all images, clean or corrupted."""
+    """Probabilities [B,K], the class explained, the maps: the one path of all images."""
     if not methods:
         with torch.no_grad():
             output = model(base.check(model, x))
@@ -135,7 +135,7 @@ def _probability(output: Tensor) -> np.ndarray:
     return logits.softmax(1).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------ scores
 
 
 def prepared(heat: Tensor | np.ndarray) -> dict[str, np.ndarray]:
@@ -172,7 +172,7 @@ def _count(flat: np.ndarray) -> int:
 
 
 def compared(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """How far each map lies from its partner, of two `prepared` stacks; `SIGN` says which way each score goes.
+    """How far each map lies from its partner; `SIGN` says which way each score goes.
 
     Of maps scaled to [0,1]: rmse, root mean square difference times 255, as in the original study;
     ssim (Arun et al., Radiology: AI 3:e200267, 2021). Whatever the scale: spearman, rank
@@ -196,7 +196,7 @@ def compared(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[s
     return columns | {"zero": a["zero"] | b["zero"]}
 
 
-# ------------------------------------------------------------------------------------------- measurement
+# ------------------------------------------------------------------------------------- measurement
 
 
 def measure(
@@ -214,23 +214,14 @@ def measure(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions and map drift of every image under every corruption and severity: two tables.
 
-    images: [N,1|3,H,W] in [0,1], N >= 2. ids: rows of the manifest, on which an image's corruption
-    depends (names, severities, seed, scale: see `corrupt.apply`). methods: as for `maps`, at
-    `map_layers`; () takes the predictions only. Explained is the class predicted on the clean
-    image, also in its corrupted copies. A copy of the model works, on its device.
-
-    predictions: image (its id), label, corruption ("clean" once per image), severity (0 for clean),
-    predicted, p0 ... p{K-1}; a head with one logit z is read as classes 0 and 1, p1 = sigmoid(z).
-    drift: image, corruption, severity, method, layer, target, then the scores of `compared` against
-    the clean map. Its reference rows have severity 0: FLOOR, the clean image explained again in
-    another batch, and CEILING, another image (a partner drawn from `seed`, everyone's once)
-    explained for the first one's class.
-
-    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    >>> predictions, drift = measure(net, torch.rand(3, 1, 16, 16), [0, 1, 1], [7, 8, 9], names=["contrast"],
-    ...                              severities=[1, 5], methods=["gradcam"])
-    >>> len(predictions), len(drift), drift["corruption"].unique().tolist()
-    (9, 12, ['same image', 'random pair', 'contrast'])
+    ids: rows of the manifest, on which an image's corruption depends (names, severities, seed,
+    scale: see `corrupt.apply`). methods: as for `maps`, at `map_layers`; () takes the predictions
+    only. Explained is the class predicted on the clean image, also in its corrupted copies.
+    predictions: image (its id), label, corruption ("clean" once), severity (0 for clean),
+    predicted, p0 ... p{K-1}; one logit z is read as two classes, p1 = sigmoid(z). drift: KEYS, then
+    the scores of `compared` against the clean map. Its reference rows have severity 0: FLOOR, the
+    clean image explained again in another batch, and CEILING, another image (a partner drawn from
+    `seed`, everyone's once) explained for the first one's class.
     """
     images, layers = base.check(model, images), _layers(model, methods, None)
     labels, ids = (np.asarray(torch.as_tensor(values).cpu()) for values in (labels, ids))
@@ -239,41 +230,35 @@ def measure(
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -1)  # the next on a ring in random order
-    weights = [*model.parameters(), *model.buffers()]
-    device = weights[0].device if weights else images.device
+    weights = [*model.parameters(), *model.buffers(), images]
     # The same numbers but for rounding, and the maps cost a fifth less than in the usual layout.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    copies = [(name, severity) for name in names for severity in severities]
-    predictions, moved = [], []
-    with Bar(total=len(images) * (1 + len(copies)), desc="drift", unit="image") as bar:
-        for rows in np.array_split(
-            np.arange(len(images)), range(batch_size, len(images), batch_size)
-        ):
-            x = images[rows].to(device)
-            clean, target, heats = _read(model, x, None, methods, layers)
+    options = {"seed": seed, "scale": scale}
+    copies = {
+        (n, s): partial(corrupt.apply, n, severity=s, **options) for n in names for s in severities
+    }
+    read = partial(_read, model, methods=methods, layers=layers)
+    seen, moved = [], []
+    with Bar(total=len(images), desc="drift", unit="image") as bar:
+        for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
+            x, other = (images[part].to(weights[0].device) for part in (rows, partners[rows]))
+            probability, target, heats = read(x, None)
             kept = {key: prepared(heat) for key, heat in heats.items()}
             who = {"image": ids[rows], "label": labels[rows]}
-            predictions.append(_predicted(who, CLEAN, 0, clean))
-            if methods:
-                pairs = zip(x, images[partners[rows]].to(device), target, strict=True)
-                # In twos, each image with its partner: another batch than that of the clean maps.
-                twos = [
-                    _read(model, torch.stack(two), one.repeat(2), methods, layers)[2]
-                    for *two, one in pairs
-                ]
-                for place, which in enumerate((FLOOR, CEILING)):
-                    found = {key: torch.stack([two[key][place] for two in twos]) for key in kept}
-                    moved += _drifted(ids[rows], which, 0, target, kept, found)
-            bar.update(len(rows))
-            for name, severity in copies:
-                seen = corrupt.apply(name, x, severity, seed=seed, ids=ids[rows], scale=scale)
-                probability, _, found = _read(model, seen, target, methods, layers)
-                predictions.append(_predicted(who, name, severity, probability))
+            seen.append(_predicted(who, CLEAN, 0, probability))
+            # In twos, each image with its partner: another batch than that of the clean maps.
+            pairs = zip(x, other, target, strict=True) if methods else ()
+            twos = [read(torch.stack(two), one.repeat(2))[2] for *two, one in pairs]
+            for place, which in enumerate((FLOOR, CEILING)):
+                found = {key: torch.stack([two[key][place] for two in twos]) for key in kept}
+                moved += _drifted(ids[rows], which, 0, target, kept, found)
+            for (name, severity), corrupted in copies.items():
+                probability, _, found = read(corrupted(x, ids=ids[rows]), target)
+                seen.append(_predicted(who, name, severity, probability))
                 moved += _drifted(ids[rows], name, severity, target, kept, found)
-                bar.update(len(rows))
-    return _table(predictions, ids), _table(
-        moved or [pd.DataFrame(columns=[*KEYS, *SIGN, "zero"])], ids
-    )
+            bar.update(len(rows))
+    nothing = pd.DataFrame(columns=[*KEYS, *SIGN, "zero"])
+    return _table(seen, ids), _table(moved, ids) if moved else nothing
 
 
 def _predicted(who: dict, corruption: str, severity: int, probability: np.ndarray) -> pd.DataFrame:
@@ -299,25 +284,3 @@ def _table(parts: list[pd.DataFrame], ids: np.ndarray) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     place = pd.Series(np.arange(len(ids)), index=ids)[table["image"]].to_numpy()
     return table.iloc[np.argsort(place, kind="stable")].reset_index(drop=True)
-
-
-def position(drift: pd.DataFrame) -> pd.DataFrame:
-    """Where the mean drift lies between the floor (0) and the ceiling (1), of `measure`'s second table.
-
-    One row per corruption, severity, method and layer, with a column per score; above 1 the maps
-    differ more than those of two images. NaN where floor and ceiling are equal.
-
-    >>> one = {"severity": 0, "method": "gradcam", "layer": "a"} | dict.fromkeys(SIGN, 0.0)
-    >>> rows = [("same image", 1.0), ("random pair", 9.0), ("contrast", 3.0)]
-    >>> table = position(pd.DataFrame([one | {"corruption": name, "rmse": value} for name, value in rows]))
-    >>> table[["corruption", "rmse"]].to_numpy().tolist()
-    [['contrast', 0.25]]
-    """
-    keys = ["corruption", "severity", "method", "layer"]
-    means = drift.groupby(keys, sort=False)[list(SIGN)].mean()
-    floor, ceiling = (means.xs((which, 0), level=keys[:2]) for which in (FLOOR, CEILING))
-    copies = means.drop(index=[FLOOR, CEILING], level="corruption")
-    cells = copies.index.droplevel(keys[:2])
-    low, span = (part.reindex(cells).to_numpy() for part in (floor, ceiling - floor))
-    shares = (copies.to_numpy() - low) / np.where(span == 0, np.nan, span)
-    return pd.DataFrame(shares, index=copies.index, columns=list(SIGN)).reset_index()

@@ -15,25 +15,22 @@ CORNERS = ["x1", "y1", "x2", "y2"]
 
 
 def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
-    """Saliency maps [B,H,W] in [0,1]: the activations projected on their first principal component.
+    """Maps [B,H,W] in [0,1]: the activations projected on their first principal component.
 
-    Source: Muhammad and Yeasin, arXiv 2008.00299. Each image's activations are a matrix A [H*W, C],
-    not centred, and the map is A v, v its first right singular vector, with the sign that makes it
-    high where the activations are strong. activations: [B,C,h,w]. size: side, or (H, W), to which
-    the map is resized. Each map is stretched to [0,1] by its own range, so two maps' heights cannot
-    be compared; a constant one becomes zeros. Errors: ValueError for another shape, NaN or infinite
-    values.
+    Source: Muhammad and Yeasin, arXiv 2008.00299. Each image's activations [C,h,w] are a matrix A
+    [h*w, C], not centred, and the map is A v, v its first right singular vector, with the sign that
+    makes it high where the activations are strong. size: side, or (H, W), of the map. Each map is
+    stretched by its own range; a constant one becomes zeros. Errors: ValueError for NaN
+    activations.
 
     >>> place = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
     >>> eigencam(torch.stack([place, 3 * place])[None])[0]
     tensor([[0.0000, 0.2500],
             [0.5000, 1.0000]])
     """
-    if activations.ndim != 4 or not activations.is_floating_point():
-        raise ValueError(f"activations must be floats [B,C,H,W], not {list(activations.shape)}")
     if not bool(activations.isfinite().all()):
         raise ValueError("activations contain NaN or infinite values: the model's output is broken")
-    # One image at a time: a batch in float64 could fill a GPU, and the batch size would change the rounding.
+    # One at a time: a batch in float64 could fill a GPU, and its size would change the rounding.
     return torch.stack([_map(image.detach(), size) for image in activations]).float()
 
 
@@ -41,7 +38,7 @@ def _map(image: Tensor, size: int | tuple[int, int] | None) -> Tensor:
     """The finished map of one image's activations [C,h,w]."""
     matrix = image.double().flatten(1)  # [C, h*w]: A transposed
     tall = matrix.shape[1] > matrix.shape[0]
-    # The eigenvectors of the smaller Gram matrix are one side of the SVD, for a fraction of its work.
+    # The eigenvectors of the smaller Gram matrix are one side of the SVD, for less work.
     _, vectors = torch.linalg.eigh(matrix @ matrix.T if tall else matrix.T @ matrix)
     projected = vectors[:, -1] @ (matrix if tall else matrix.T @ matrix)
     if projected @ matrix.norm(dim=0) < 0:
@@ -63,12 +60,11 @@ def activations(
     *,
     level: str | None = None,
 ) -> Tensor:
-    """What `layer` returns while `model` reads `x`: a detached copy [B,C,H,W].
+    """What `layer` (a module or its dotted name) returns while `model` reads `x`: a copy [B,C,H,W].
 
-    layer: a module of the model, or its dotted name. level: which map of a layer that returns
-    several by name, such as "0" (finest) to "3" of torchvision's FPN backbone. The model is left as
-    it was. Errors: ValueError for a model in training mode, an unknown layer or level, a layer
-    without maps, or that does not run exactly once.
+    level: which map of a layer that returns several by name, such as "0" (finest) to "3" of
+    torchvision's FPN. The model is left as it was. Errors: ValueError for a model in training mode,
+    an unknown layer or level, a layer without maps, or one that does not run exactly once.
 
     >>> activations(nn.Sequential(nn.Conv2d(1, 3, 3)).eval(), torch.rand(2, 1, 8, 8), "0").shape
     torch.Size([2, 3, 6, 6])
@@ -78,13 +74,11 @@ def activations(
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
-        if level is not None or isinstance(output, Mapping):
-            if not isinstance(output, Mapping) or level not in output:
-                known = list(output) if isinstance(output, Mapping) else "one map"
-                raise ValueError(f"{name} returns {known}, not level={level!r}")
-            output = output[level]
+        levels = output if isinstance(output, Mapping) else {None: output}
+        if level not in levels:
+            raise ValueError(f"{name} returns the levels {list(levels)}, not level={level!r}")
         # Cloned at once: an in-place ReLU after the layer would otherwise change what was seen.
-        seen.append(base.feature_map(output, name).clone())
+        seen.append(base.feature_map(levels[level], name).clone())
 
     with module.register_forward_hook(note), torch.no_grad():
         model(x)
@@ -94,26 +88,20 @@ def activations(
 
 
 def energy_inside(maps: Tensor | np.ndarray, boxes: Sequence[pd.DataFrame]) -> np.ndarray:
-    """Share of each map's sum that lies inside its boxes, beside the share of the area they cover: [N,2].
+    """Share of each map's sum inside its boxes, beside the share of the area they cover: [N,2].
 
-    Source: the energy-based pointing game of Wang et al., arXiv 1910.01279. A flat map scores
-    exactly the area share. maps: [N,H,W] >= 0. boxes: a table per map with x1, y1, x2, y2 in the
-    map's pixels; overlaps count once. Without a box both numbers are NaN; a map of zeros has a NaN
-    share. Errors: ValueError for a negative map.
+    Source: the energy-based pointing game of Wang et al., arXiv 1910.01279. A flat map scores the
+    area share. maps: [N,H,W] >= 0. boxes: a table per map with x1, y1, x2, y2 in its pixels;
+    overlaps count once. Without a box both numbers are NaN; a map of zeros has a NaN share.
 
-    >>> heat = np.zeros((1, 4, 4))
-    >>> heat[0, 1, 1], heat[0, 3, 3] = 3, 1
-    >>> energy_inside(heat, [pd.DataFrame([{"x1": 0, "y1": 0, "x2": 2, "y2": 2}])])
-    array([[0.75, 0.25]])
+    >>> energy_inside(np.eye(4)[None], [pd.DataFrame([{"x1": 0, "y1": 0, "x2": 2, "y2": 2}])])
+    array([[0.5 , 0.25]])
     """
+    shares = np.full((len(boxes), 2), np.nan)
     maps = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps, dtype=float)
-    if not (maps >= 0).all():
-        raise ValueError("maps hold negative or NaN values: a share of their sum means nothing")
-    shares = np.full((len(maps), 2), np.nan)
     for row, (heat, table) in enumerate(zip(maps, boxes, strict=True)):
-        mask = inside(table, heat.shape)
+        mask, total = inside(table, heat.shape), heat.sum()
         if len(table):
-            total = heat.sum()
             shares[row] = heat[mask].sum() / total if total > 0 else np.nan, mask.mean()
     return shares
 

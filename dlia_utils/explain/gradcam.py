@@ -1,4 +1,4 @@
-"""Grad-CAM and Grad-CAM++ from their formulas, at the price of a forward pass and the head's gradient."""
+"""Grad-CAM and Grad-CAM++ from their formulas: a forward pass and the head's gradient."""
 
 from __future__ import annotations
 
@@ -25,21 +25,18 @@ def gradcam(
 ) -> base.Attribution:
     """Where `layer` holds evidence for a class. Source: Selvaraju et al., arXiv 1610.02391.
 
-    With A [C,h,w] the layer's output and g the gradient of the class's logit, channel c weighs w_c
-    = mean of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
-    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c), 0 where
-    that is not defined. x: [B,1|3,H,W] in [0,1]. layer: a module or its dotted name; None takes
-    `models.last_map_layer`. target: a class or int64 [B]; None takes the predicted one. A head with
-    one logit z is read as class 1 = z, class 0 = -z. The model may be frozen and is left as it was.
-    Errors: ValueError for a model in training mode, images outside [0,1], an unknown class or
-    layer, a layer without maps, or that does not run exactly once.
+    With A the layer's output and g the gradient of the class's logit, channel c weighs w_c = mean
+    of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
+    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). x:
+    [B,1|3,H,W] in [0,1]. layer: a module or its dotted name; None takes `models.last_map_layer`.
+    target: a class or int64 [B]; None takes the predicted one. A head with one logit z is read as
+    class 1 = z, class 0 = -z. The model may be frozen and is left as it was. Errors: ValueError for
+    a model in training mode, images outside [0,1], an unknown class or layer, one without maps, or
+    that does not run once.
 
-    >>> net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    >>> net[0].load_state_dict({"weight": torch.ones(1, 1, 1, 1), "bias": torch.zeros(1)})
-    <All keys matched successfully>
-    >>> gradcam(net, torch.tensor([[[[0.0, 0.5], [0.0, 1.0]]]]), "0", target=1).maps
-    tensor([[[0.0000, 0.5000],
-             [0.0000, 1.0000]]])
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    >>> gradcam(net, torch.rand(3, 1, 8, 8), "0").grid.shape
+    torch.Size([3, 6, 6])
     """
     once = one_pass(model, x, [last_map_layer(model) if layer is None else layer], target)
     found = grid(once.kept[0], once.gradients[0], plus=plus)
@@ -49,8 +46,8 @@ def gradcam(
 
 
 class Pass(NamedTuple):
-    """One forward and one backward pass: what the model returned, the class explained and its logit [B], each
-    layer's output and gradient [B,C,h,w], and the gradient at the images, if asked for."""
+    """The model's output, the class explained and its logit [B], each layer's output and gradient
+    [B,C,h,w], and the gradient at the images, if asked for."""
 
     output: Tensor
     target: Tensor
@@ -68,7 +65,7 @@ def one_pass(
     *,
     to_input: bool = False,
 ) -> Pass:
-    """Run the model once and differentiate the target's logit down to the lowest of `layers`; errors as `gradcam`."""
+    """Run the model once and differentiate the target's logit down to the lowest of `layers`."""
     found = [base.find_layer(model, layer) for layer in layers]
     x = base.check(model, x).requires_grad_(to_input)
     runs: list[list[Tensor]] = [[] for _ in found]
@@ -87,10 +84,9 @@ def one_pass(
             gradients = [None] * len(roots)
             if score.requires_grad:
                 gradients = list(torch.autograd.grad(score.sum(), roots, allow_unused=True))
-    names = [name for _, name in found] + ["the images"]
-    for name, gradient in zip(names, gradients, strict=False):
+    for name, gradient in zip([n for _, n in found] + ["the images"], gradients, strict=False):
         if gradient is None:
-            raise ValueError(f"the output does not depend on {name}: choose what it depends on")
+            raise ValueError(f"the output does not depend on {name}: choose a layer that it needs")
     kept = [outputs[0].detach() for outputs in runs]
     at_input = gradients.pop() if to_input else None
     return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
@@ -101,7 +97,7 @@ def _keep(outputs: list[Tensor], name: str) -> Callable:
 
     def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         kept = base.feature_map(output, name)
-        # The graph begins at the lowest layer, since parameters are frozen; higher ones lie in it already.
+        # Parameters are frozen: the graph begins at the lowest layer, and holds higher ones.
         outputs.append(kept if kept.requires_grad else kept.detach().requires_grad_())
         return outputs[-1].clone()  # whatever follows may work in place
 
@@ -109,10 +105,10 @@ def _keep(outputs: list[Tensor], name: str) -> Callable:
 
 
 def grid(kept: Tensor, gradient: Tensor, *, plus: bool = False) -> Tensor:
-    """The map [B,h,w] of one layer at its own resolution, from its output and gradient [B,C,h,w]."""
+    """The map [B,h,w] of one layer from its output and gradient [B,C,h,w]."""
     weights = gradient.mean((2, 3))
     if plus:
-        # alpha does not change when A grows and g shrinks alike, and its powers then stay in float32's range.
+        # alpha is the same when A grows and g shrinks alike, and stays in float32's range.
         size = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=base.TINY)
         g, total = gradient / size, (kept * size).sum((2, 3), keepdim=True)
         below = 2 * g**2 + g**3 * total

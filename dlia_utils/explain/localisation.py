@@ -1,4 +1,4 @@
-"""Does a map lie on the finding? Scores beside maps that know nothing, and a check that weights matter."""
+"""Does a map lie on the finding? Scores beside maps that know nothing; do weights matter?"""
 
 from __future__ import annotations
 
@@ -30,26 +30,17 @@ Region = pd.DataFrame | np.ndarray  # boxes (x1, y1, x2, y2 in the map's pixels)
 def regions_of(
     dataset: Dataset, rows: Sequence[int] | np.ndarray, cache: ImageCache, *, kind: str = "box"
 ) -> list[Region]:
-    """The true findings of `rows` in the cached images' pixels, as `score_maps` and the figures take them.
+    """The true findings of `rows` in the cached images' pixels, as `score_maps` takes them.
 
-    kind: "box", per image the rows of `dataset.boxes`; or "outline", a mask bool [S,S] of all its
-    polygons, where a pixel belongs when its centre lies inside (even-odd rule). What is too small
-    to hold a centre gets a pixel. Errors: ValueError for images without a finding, by name.
-
-    >>> manifest = pd.DataFrame({"path": ["a.jpg"]})
-    >>> boxes = pd.DataFrame([{"image": 0, "x1": 10.0, "y1": 10.0, "x2": 30.0, "y2": 20.0, "label": 1}])
-    >>> data = Dataset("demo", None, manifest, ("no", "yes"), None, True, "", boxes=boxes)
-    >>> half = ImageCache(None, 20, "", None, (), shapes=np.array([[40, 40]]))
-    >>> regions_of(data, [0], half)[0][["x1", "y1", "x2", "y2"]].values
-    array([[ 5.,  5., 15., 10.]])
+    kind: "box", per image the rows of `dataset.boxes`; or "outline", a mask [S,S] of all its
+    polygons, where a pixel belongs when its centre lies inside. What is too small to hold a centre
+    gets a pixel. Errors: ValueError for images without a finding, by name.
     """
     rows = np.asarray(rows, dtype=np.int64)
     table = {"box": dataset.boxes, "outline": dataset.outlines}[kind]
     without = dataset.manifest["path"].iloc[rows[~np.isin(rows, table["image"])]]
     if len(without):
-        raise ValueError(
-            f"{len(without)} images have no {kind}, {', '.join(without[:3])} among them: leave them out"
-        )
+        raise ValueError(f"leave out images without a {kind}: {', '.join(without[:3])}")
     parts, found = dict(list(table.groupby("image"))), []
     for row, by in zip(rows.tolist(), cache.scale(rows), strict=True):
         if kind == "box":
@@ -62,7 +53,7 @@ def regions_of(
 
 
 def _at_least_a_pixel(boxes: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Boxes that hold no pixel's centre along an axis grow to the pixel that their middle lies in."""
+    """Boxes that hold no pixel's centre along an axis grow to the pixel of their middle."""
     low, high = np.split(boxes.to_numpy(float), 2, axis=1)
     empty = np.ceil(high - 0.5).clip(max=size) <= np.ceil(low - 0.5).clip(min=0)
     pixel = np.floor((low + high) / 2).clip(0, size - 1)
@@ -71,7 +62,7 @@ def _at_least_a_pixel(boxes: pd.DataFrame, size: int) -> pd.DataFrame:
 
 
 def _filled(corners: np.ndarray, size: int) -> np.ndarray:
-    """Mask of the pixels whose centre lies in a polygon [n,2] of x, y; of its corners when none does."""
+    """Mask of the pixels whose centre lies in a polygon [n,2], or of its corners if none does."""
     centres, mask = np.arange(size) + 0.5, np.zeros((size, size), bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, 0), strict=True):
         crossed = np.flatnonzero((centres >= min(y1, y2)) & (centres < max(y1, y2)))
@@ -83,7 +74,7 @@ def _filled(corners: np.ndarray, size: int) -> np.ndarray:
     return mask
 
 
-# ------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------ scores
 
 
 def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataFrame:
@@ -97,12 +88,9 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
     and zero maps score chance. Errors: ValueError for other shapes, maps that are negative or NaN,
     a region without a pixel.
 
-    >>> heat = np.zeros((1, 4, 5))
-    >>> heat[0, 1, 1] = 1
-    >>> boxes = pd.DataFrame([{"x1": 0, "y1": 0, "x2": 2, "y2": 2}])
-    >>> score_maps(heat, [boxes])[["area", "coverage", "auprc"]]
-       area  coverage  auprc
-    0   0.2      0.25    0.4
+    >>> score_maps(np.eye(8)[None], [np.eye(8, dtype=bool)])[["area", "pointing", "auprc"]]
+        area  pointing  auprc
+    0  0.125       1.0    1.0
     """
     maps = _heights(maps)
     rows = []
@@ -138,18 +126,20 @@ def localise(
     *,
     groups: Sequence,
 ) -> pd.DataFrame:
-    """`score_maps` of several methods' maps and of `reference_maps`, after columns map, image, group.
+    """`score_maps` of several maps and of `reference_maps`, after columns map, image, group.
 
     maps: name -> [N,H,W] >= 0, such as `Attribution.heat()`. images: [N,1|3,H,W] in [0,1]. groups:
-    patient of each image. Errors: ValueError for a name of a reference map.
+    patient of each image.
 
     >>> images, boxes = torch.rand(2, 1, 8, 8), [np.eye(8, dtype=bool)] * 2
-    >>> table = localise({"mine": np.stack(boxes).astype(float)}, images, boxes, groups=[1, 2])
+    >>> table = localise({"mine": np.stack(boxes)}, images, boxes, groups=[1, 2])
     >>> summarise(table, draws=50).query("score == 'auprc'").set_index("map")["value"].idxmax()
     'mine'
     """
-    if taken := set(maps) & set(base.REFERENCES):
-        raise ValueError(f"{', '.join(taken)} is the name of a reference map: give yours another")
+    if set(maps) & set(base.REFERENCES):
+        raise ValueError(
+            f"{', '.join(base.REFERENCES)} are the reference maps: name yours otherwise"
+        )
     tables = []
     for name, heats in {**maps, **reference_maps(images)}.items():
         table = score_maps(heats, regions)
@@ -159,10 +149,9 @@ def localise(
 
 
 def summarise(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
-    """Means of `localise`'s table, with intervals from resampling whole patients.
+    """Means of `localise`'s table by map and score, with intervals from resampling whole patients.
 
-    Columns map, score, value, ci_low, ci_high, n, zero_maps, for coverage_gain, pointing,
-    energy_gain and auprc.
+    Columns map, score, value, ci_low, ci_high, n, zero_maps.
     """
     rows = []
     for name, table in per_image.groupby("map", sort=False):
@@ -177,49 +166,39 @@ def summarise(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
 
 
 def against_references(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
-    """Does a map beat the maps that know nothing, image by image? Paired differences of `localise`'s table.
+    """Does a map beat the maps that know nothing, image by image? Of `localise`'s table.
 
-    Columns map, score, reference, value (mean of map - reference), ci_low, ci_high, n; intervals
-    from resampling whole patients. A method has found the region when every `ci_low` of its score
-    is above 0.
+    Columns map, score, reference, value (mean of map - reference), ci_low, ci_high, n. A method has
+    found the region when every `ci_low` of its score is above 0.
     """
-    tables = dict(iter(per_image.groupby("map", sort=False)))
-    rows = [
-        {"map": name, "score": score, "reference": other}
-        | _gain(tables[name], tables[other], score, draws)
-        for name in tables
-        if name not in base.REFERENCES
-        for score in SCORES
-        for other in base.REFERENCES
-    ]
-    return pd.DataFrame(rows)
+    parts = []
+    for reference in base.REFERENCES:
+        other = per_image[per_image["map"].eq(reference)].drop(columns="map")
+        others = [other.assign(map=name) for name in per_image["map"].unique()]
+        gains = against_model(per_image, pd.concat(others), draws=draws)
+        gains.insert(2, "reference", reference)
+        parts.append(gains)
+    return pd.concat(parts, ignore_index=True)
 
 
 def against_model(
     per_image: pd.DataFrame, other: pd.DataFrame, *, draws: int = 2000
 ) -> pd.DataFrame:
-    """Do the maps of one model beat those of another on the same images, method by method? Of two `localise` tables.
+    """Do a model's maps beat another's on the same images? Of two `localise` tables.
 
-    Columns map, score, value (mean of this model - the other), ci_low, ci_high, n. Methods that
-    only one model has are left out, and so are the reference maps. Errors: ValueError where `other`
-    lacks an image.
+    Columns map, score, value (mean of this - the other), ci_low, ci_high, n, method by method.
+    Methods that only one model has are left out, and so are the reference maps. Errors: ValueError
+    where `other` lacks an image.
     """
     if missing := set(per_image["image"]) - set(other["image"]):
         raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score the same")
-    ours, theirs = (dict(iter(table.groupby("map", sort=False))) for table in (per_image, other))
-    rows = [
-        {"map": name, "score": score} | _gain(ours[name], theirs[name], score, draws)
-        for name in ours
-        if name in theirs and name not in base.REFERENCES
-        for score in SCORES
-    ]
+    pairs = per_image.merge(other, on=["map", "image"], suffixes=("", "_other"))
+    rows = []
+    for name, table in pairs[~pairs["map"].isin(base.REFERENCES)].groupby("map", sort=False):
+        for score in SCORES:
+            gain = (table[score] - table[f"{score}_other"]).to_numpy(float)
+            rows.append({"map": name, "score": score} | _mean(gain, table["group"], draws))
     return pd.DataFrame(rows)
-
-
-def _gain(table: pd.DataFrame, other: pd.DataFrame, score: str, draws: int) -> dict:
-    """Mean of this score minus the other's on the same images."""
-    paired = other.set_index("image")[score].reindex(table["image"])
-    return _mean(table[score].to_numpy(float) - paired.to_numpy(float), table["group"], draws)
 
 
 def _mean(values: np.ndarray, groups: Sequence, draws: int) -> dict:
@@ -229,14 +208,10 @@ def _mean(values: np.ndarray, groups: Sequence, draws: int) -> dict:
 
 
 def reference_maps(images: Tensor) -> dict[str, np.ndarray]:
-    """Maps [N,H,W] that no model made: random pixels, a Gaussian at the centre, and edges of the image.
+    """Maps [N,H,W] that no model made: random pixels, a Gaussian at the centre, the image's edges.
 
-    A method that does not beat them found nothing. Random: uniform, drawn from the image's number.
-    Centre: standard deviation a quarter of each side. Edges: Sobel magnitude of the mean over
-    channels.
-
-    >>> sorted(reference_maps(torch.rand(2, 3, 6, 5)))
-    ['centre prior', 'edges', 'random']
+    Random: uniform, drawn from the image's number. Centre: standard deviation a quarter of each
+    side. Edges: Sobel magnitude.
     """
     grey = _heights(images.mean(1))
     height, width = grey.shape[1:]
@@ -246,9 +221,6 @@ def reference_maps(images: Tensor) -> dict[str, np.ndarray]:
     edges = [np.hypot(sobel(image, 0), sobel(image, 1)) for image in grey]
     maps = np.stack(random), np.repeat(centre[None], len(grey), 0), np.stack(edges)
     return dict(zip(base.REFERENCES, maps, strict=True))
-
-
-# ------------------------------------------------------------------------------------------- randomisation
 
 
 def sanity(
@@ -261,7 +233,7 @@ def sanity(
     seed: int = 0,
     **options,
 ) -> pd.DataFrame:
-    """Does the map change when weights are lost? Cascading randomisation, Adebayo et al., arXiv 1810.03292.
+    """Does the map change when weights are lost? Source: Adebayo et al., arXiv 1810.03292.
 
     Layers with weights are randomised from the output downwards, in `steps` equal shares, on a
     copy: each parameter is drawn from a normal with mean zero and its own root mean square. The

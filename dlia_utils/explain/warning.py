@@ -1,4 +1,4 @@
-"""Does a drifting map warn of a wrong answer? Drift and simple competitors as predictors, by patient.
+"""Does a drifting map warn of a wrong answer? Drift and simple competitors as predictors.
 
 Input are the two tables of `drift.measure`, of one model. Every drift score is turned so that it
 grows with drift; no direction is ever chosen from the data.
@@ -7,6 +7,7 @@ grows with drift; no direction is ever chosen from the data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,14 +23,10 @@ CELLS = {  # what the copies compared have in common
     "mixed": [],
 }
 READINGS = tuple(CELLS)
-WHERE = {
-    "within": "At equal corruption and severity",
-    "same answer": "At equal corruption, severity and clean answer",
-    "mixed": "Over all corruptions and severities mixed",
-}
 COMPETITORS = ("uncertainty", "p_shift", "severity")
-ENOUGH_PATIENTS = 10  # with an event, and without: below, the verdict says that there are too few
 CHUNK = 4_000_000  # weights that are looked at together: bounds the memory
+
+NAMES = ("predictor", "method", "layer", "score")
 
 Predictor = tuple[str, str, str]  # method, layer, score
 
@@ -78,26 +75,22 @@ def warning(
     readings: Sequence[str] = READINGS,
     against: Sequence[str] = ("uncertainty",),
     draws: int = 500,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """AUROC of drift, and of its competitors, for what went wrong, with intervals by patient.
 
     AUROC is the probability that a copy with the event has the higher score than a copy of another
     image without it; ties and undefined scores (NaN) count one half. predictors: (method, layer,
-    score), None for all in `drift`. events: of OUTCOMES; new_error is asked only of images that were
-    right when clean. readings say which copies are compared:
+    score), None for all. new_error is asked only of images that were right when clean. Readings:
+    "within" compares copies under the same corruption and severity, so that neither can be the
+    cause. "same answer": and of images with the same answer when clean; a corruption that makes the
+    model call everything one class breaks the answers of one class only, and what tells the classes
+    apart then looks like a warning. "mixed": under any corruption and severity, each image weighing
+    the same; severity drives drift and errors alike, so it is a competitor here.
 
-    within: under the same corruption and severity, as a stratified AUROC: neither can be the cause.
-    same answer: and of images with the same answer when clean. A corruption that makes the model call
-    everything one class breaks the answers of one class only, and what tells the classes apart then
-    looks like a warning. Here it does not.
-    mixed: under any corruption and severity, each image weighing the same: the value to which drawing
-    one copy per image tends. Severity drives drift and errors alike, so it is a competitor here.
-
-    Columns: reading, outcome, predictor, method, layer, score ("" for competitors), metric (auroc, and
-    for drift auroc_over_... of each competitor in `against`, paired), value, ci_low, ci_high, n
-    (images), copies, events, event_patients and other_patients (with a copy that has the event, or has
-    not, in cells where both occur). Errors: ValueError for unknown predictors and missing copies.
+    Columns: reading, outcome, predictor, method, layer, score ("" for competitors), metric (auroc,
+    and for drift auroc_over_... of each competitor in `against`, paired), value, ci_low, ci_high, n
+    (images), copies, events, event_patients and other_patients (with a copy that has the event, or
+    has not, in cells where both occur). Errors: ValueError for unknown predictors, missing copies.
     """
     copies, scores = _copies(predictions, drift, predictors)
     unit = pd.factorize(patients_of(copies["image"].to_numpy(), patients))[0]
@@ -106,42 +99,38 @@ def warning(
     for event in events:
         asked = copies["clean_right"].to_numpy() | (event != "new_error")
         for reading in readings:
-            rivals = (
-                COMPETITORS if reading == "mixed" else COMPETITORS[:2]
-            )  # else severity is equal
+            pairs = _Pairs(copies[asked], unit[asked], event, reading)
+            rivals = COMPETITORS[: 3 if reading == "mixed" else 2]  # else severity is equal
             judged = {(name, "", "", ""): copies[name].to_numpy(float) for name in rivals}
             judged |= {(" ".join(key), *key): score for key, score in scores.items()}
-            pairs = _Pairs(copies[asked], unit[asked], event, reading)
             metrics = [(key, "auroc", "") for key in judged]
             metrics += [(k, f"auroc_over_{r}", r) for k in judged if k[1] for r in against]
-
-            def values(
-                weights: np.ndarray, pairs=pairs, judged=judged, metrics=metrics, asked=asked
-            ):
-                auroc = {key: pairs.auroc(score[asked], weights) for key, score in judged.items()}
-                gains = {r: auroc[r, "", "", ""] for r in against} | {"": 0.0}
-                return np.stack([auroc[key] - gains[rival] for key, _, rival in metrics], 1)
-
-            table = bootstrap(values, patient, draws=draws, seed=seed).to_dict("records")
+            values = partial(_metrics, pairs, {k: s[asked] for k, s in judged.items()}, metrics)
+            table = bootstrap(values, patient, draws=draws).to_dict("records")
             for (key, metric, _), row in zip(metrics, table, strict=True):
-                names = ("predictor", "method", "layer", "score")
-                about = {"reading": reading, "outcome": event} | dict(zip(names, key, strict=True))
+                about = {"reading": reading, "outcome": event} | dict(zip(NAMES, key, strict=True))
                 rows.append(about | {"metric": metric} | row | pairs.counts)
     return pd.DataFrame(rows)
+
+
+def _metrics(pairs: _Pairs, judged: dict, metrics: list, weights: np.ndarray) -> np.ndarray:
+    """AUROCs, and what they are above a rival's [draws,metrics]."""
+    auroc = {key: pairs.auroc(score, weights) for key, score in judged.items()}
+    rival = {key[0]: values for key, values in auroc.items()} | {"": 0.0}
+    return np.stack([auroc[key] - rival[name] for key, _, name in metrics], 1)
 
 
 def _copies(
     predictions: pd.DataFrame, drift: pd.DataFrame, predictors: Sequence[Predictor] | None
 ) -> tuple[pd.DataFrame, dict[Predictor, np.ndarray]]:
-    """`outcomes` of the copies in `drift`, and every predictor's scores, turned to grow with drift."""
+    """`outcomes` of the copies in `drift`, and the scores, turned to grow with drift."""
     drift, maps = drift[drift["severity"].ne(0)], ["method", "layer"]
     if drift.duplicated([*KEY, *maps]).any():
         raise ValueError("drift has copies twice for one map: pass one model at a time")
     known = [score for score in SIGN if score in drift]
     wide = drift.set_index([*KEY, *maps])[known].unstack(maps)
-    every = [
-        (*key, score) for key in dict.fromkeys(zip(*drift[maps].T.to_numpy())) for score in known
-    ]
+    pairs = drift[maps].drop_duplicates().itertuples(index=False, name=None)
+    every = [(*pair, score) for pair in pairs for score in known]
     chosen = every if predictors is None else [tuple(one) for one in predictors]
     if unknown := [one for one in chosen if one not in every]:
         raise ValueError(f"drift has no predictor {unknown[0]}")
@@ -204,9 +193,10 @@ def _won(happened: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
-    """The (method, layer, score) with the highest AUROC for errors *within*, to be judged on others.
+    """The (method, layer, score) with the highest AUROC for errors, to be judged on other images.
 
-    Of equals, the first in alphabetical order. Errors: ValueError where nothing, or all, went wrong.
+    Of equals, the first in alphabetical order. Errors: ValueError where nothing, or all, went
+    wrong.
     """
     images = predictions["image"].unique()
     options = {"events": ["error"], "readings": ["within"], "against": [], "draws": 0}
@@ -214,56 +204,18 @@ def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
     table = table[table["method"].ne("")]
     if table["value"].isna().any():
         raise ValueError(
-            "no cell of these images holds copies with a wrong answer and without, so nothing can be "
-            "chosen: take more images or stronger corruptions"
+            "no cell of these images holds copies with a wrong answer and with a right one: take "
+            "more images or stronger corruptions"
         )
     table = table.assign(value=table["value"].round(12)).sort_values(["method", "layer", "score"])
     return tuple(table.loc[table["value"].idxmax(), ["method", "layer", "score"]])
 
 
-def verdict(table: pd.DataFrame, *, reading: str = "within") -> str:
-    """One or two plain sentences on the drift predictor in `warning`'s table: the intervals decide.
-
-    Warns: the interval of its AUROC for errors lies above 1/2. Better or worse than the model's own
-    uncertainty: that of the paired difference lies above or below 0. With fewer than ENOUGH_PATIENTS
-    patients that have an error, or that have none, it says only that.
-    """
-    own = table[
-        table["outcome"].eq("error") & table["reading"].eq(reading) & table["method"].ne("")
-    ]
-    found = own.set_index("metric").loc[["auroc", "auroc_over_uncertainty"]]
-    (auroc, gain), name = (row for _, row in found.iterrows()), own["predictor"].iloc[0]
-    if min(auroc["event_patients"], auroc["other_patients"]) < ENOUGH_PATIENTS:
-        return (
-            f"Too few wrong answers to judge {name}: {auroc['events']} copies from "
-            f"{auroc['event_patients']} patients (and {auroc['other_patients']} patients without); "
-            f"{ENOUGH_PATIENTS} are needed on either side."
-        )
-    says = "no warning of wrong answers by drift can be shown"
-    if auroc["ci_low"] > 0.5:
-        says = "drift warns of wrong answers: copies with them drift more"
-    elif auroc["ci_high"] < 0.5:
-        says = "drift does not warn of wrong answers: copies with them drift less"
-    compared = "No difference to the model's own uncertainty can be shown"
-    if gain["ci_low"] > 0:
-        compared = "It ranks them better than the model's own uncertainty does"
-    elif gain["ci_high"] < 0:
-        compared = "The model's own uncertainty, which needs no map, ranks them better"
-    value, more = (
-        f"{row['value']:{sign}.3f} [{row['ci_low']:{sign}.3f}, {row['ci_high']:{sign}.3f}]"
-        for row, sign in ((auroc, ""), (gain, "+"))
-    )
-    return (
-        f"{WHERE[reading]}, {says} ({name}, AUROC {value}, {auroc['events']} of {auroc['copies']} "
-        f"copies). {compared} (drift minus uncertainty {more})."
-    )
-
-
 def rows(table: pd.DataFrame) -> pd.DataFrame:
     """`warning`'s table as metric rows for `report.result_rows`, which adds model and context.
 
-    "warning " and the predictor go under attack; metric, outcome and reading under metric. NaN values
-    are left out.
+    "warning " and the predictor go under attack; metric, outcome and reading under metric. NaN
+    values are left out.
     """
     named = table.assign(
         attack="warning " + table["predictor"],

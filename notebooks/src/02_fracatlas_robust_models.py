@@ -849,8 +849,8 @@ report.map_table(pd.concat(better))
 # %%
 for name in looked[:3]:
     part = scores[scores.model.eq(name) & scores.region.eq("box")]
-    figure = figures.figure_localisation(part, run.caption)
-    figure.suptitle(f"{name}; {len(rows)} fractured test films; {run.data_name}", fontsize=9)
+    caption = f"{name}; {len(rows)} fractured test films; {run.data_name}; dotted: random pixels"
+    figure = figures.figure_forest(part, caption, panel="score", row="map", chance="random")
     report.save_figure(figure, run, f"localisation_{name}")
     display(figure)
 

@@ -136,7 +136,8 @@ run = start(
 print(run)
 
 # %% tags=["imports"]
-import numpy as np  # noqa: I001 (one line a module keeps this cell readable)
+import matplotlib.pyplot as plt  # noqa: I001 (one line a module keeps this cell readable)
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
@@ -532,13 +533,16 @@ for plain, augmented in PAIRS.items():
 # trusted: two empty maps agree perfectly.
 
 # %%
-shares = []
+shares, key = [], ["method", "layer"]
 for name in MODELS:
-    place = drift.position(moved["test", name]).query("severity == @run.severities[-1]")
-    deepest = place[place["method"].eq("gradcam++")]["layer"].iloc[-1]
+    means = moved["test", name].groupby(["corruption", "severity", *key], sort=False)["rmse"].mean()
+    means = means.unstack("corruption")
+    floor, ceiling = (means[which].xs(0) for which in (drift.FLOOR, drift.CEILING))
+    place = means.xs(run.severities[-1]).sub(floor, axis=0).div(ceiling - floor, axis=0)
+    deepest = [layer for method, layer in place.index if method == "gradcam++"][-1]
     for method, layer in (("gradcam++", deepest), ("saliency", "input")):
-        own = place[place["method"].eq(method) & place["layer"].eq(layer)]
-        shares.append(own.set_index("corruption")["rmse"].rename(f"{name} {method} {layer}"))
+        own = place.loc[(method, layer), list(run.mapped)]
+        shares.append(own.rename(f"{name} {method} {layer}"))
 pd.concat(shares, axis=1).T.round(2)
 
 # %% [markdown]
@@ -605,7 +609,12 @@ for name in MODELS:
     )
     made = report.result_rows(warning.rows(tables[name]), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
-figure = figures.figure_warning(tables, run.caption)
+cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
+cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
+counts = cells["events"].astype(str) + " of " + cells["copies"].astype(str) + " copies wrong"
+marked = cells.assign(model=cells["model"] + ": " + counts)
+options = {"panel": "reading", "row": "predictor", "series": "model", "chance": 0.5}
+figure = figures.figure_forest(marked, f"AUROC for wrong answers, {run.caption}", **options)
 report.save_figure(figure, run, "warning")
 figure
 
@@ -656,8 +665,6 @@ Markdown("\n".join(lines))
 # map. A drift that does not beat `p_shift` tells nothing that the two probabilities did not tell already.
 
 # %%
-cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
-cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
 cells = cells.assign(cell=[report.with_interval(row) for _, row in cells.iterrows()])
 cells.pivot_table(
     index=["model", "predictor"], columns="reading", values="cell", aggfunc="first", sort=False
@@ -669,12 +676,18 @@ cells.pivot_table(
 # are not.
 
 # %%
-name = "resnet18"
-method, layer, score = chosen[name]
-options = {"score": score, "method": method, "layer": layer}
-caption = f"{name}, {run.caption}"
-figure = figures.figure_kept_flipped(*maps_of(name, study), caption, **options)
+name, key = "resnet18", ["image", "corruption", "severity"]
+(method, layer, score), (seen, moved) = chosen[name], maps_of(name, study)
+own = moved[moved["method"].eq(method) & moved["layer"].eq(layer)].merge(seen, on=key)
+before = seen[seen["corruption"].eq("clean")].set_index("image")["predicted"]
+turned = own["predicted"].ne(own["image"].map(before))
+own = own.assign(answer=np.where(turned, "turned", "kept"))
+each = own.groupby(["corruption", "answer", "image"])[score].mean().reset_index()  # an image once a box
+looks = {"by": ["corruption", "answer"], "showfliers": False, "rot": 60, "figsize": (9, 4)}
+figure = each.boxplot(score, whis=(5, 95), **looks).figure
+figure.suptitle(f"{name}, {method}, {layer}, {run.caption}", fontsize=9)
 report.save_figure(figure, run, "kept_flipped")
+plt.close(figure)
 figure
 
 # %% [markdown]
