@@ -99,31 +99,28 @@ def occlusion(
     *,
     target: int | Tensor | None = None,
     baseline: float = 0.0,
-    window: int | tuple[int, int] = 16,
-    stride: int | tuple[int, int] | None = None,
+    window: int = 16,
+    stride: int | None = None,
     batch_size: int = BATCH,
 ) -> base.Attribution:
     """Mean drop of the logit when a window is covered. Source: Zeiler & Fergus, arXiv 1311.2901.
 
-    window, stride (default: half a window): pixels, one number or (down, across); windows are cut
+    window, stride (default: half a window): pixels; windows are cut
     at the border. baseline: the grey level that covers. batch_size: windows in one pass, through a
     folded copy of the model (same logits to 1e-4). maps: in logits, signed, the mean over a pixel's
     windows.
     """
     x, chosen, score = _start(model, x, target)
-    window = (window, window) if isinstance(window, int) else tuple(window)
-    stride = tuple(max(1, side // 2) for side in window) if stride is None else stride
-    stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    steps = zip(stride, window, x.shape[2:], strict=True)
-    if not all(1 <= step <= side <= length for step, side, length in steps):
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window <= min(x.shape[2:]):
         raise ValueError(
             f"stride {stride} must not exceed the window {window}, nor that the images"
         )
     method = partial(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
         baselines=baseline,
-        sliding_window_shapes=(x.shape[1], *window),
-        strides=(x.shape[1], *stride),
+        sliding_window_shapes=(x.shape[1], window, window),
+        strides=(x.shape[1], stride, stride),
         perturbations_per_eval=batch_size,
     )
     with torch.no_grad():

@@ -38,14 +38,6 @@ def outcomes(predictions: pd.DataFrame) -> pd.DataFrame:
     what the clean image got) and new_error (an error on an image that was right when clean);
     clean_right, clean_predicted; and the competitors uncertainty (1 minus the highest probability),
     p_shift (total variation from the clean probabilities) and severity.
-
-    >>> clean = pd.DataFrame({"image": [0, 1], "label": [0, 1], "corruption": "clean",
-    ...                       "severity": 0, "predicted": [0, 0], "p0": [.9, .7], "p1": [.1, .3]})
-    >>> copy = clean.assign(corruption="blur", severity=1, predicted=1, p0=[.4, .2], p1=[.6, .8])
-    >>> outcomes(pd.concat([clean, copy]))[["error", "flip", "new_error", "p_shift"]].round(3)
-       error  flip  new_error  p_shift
-    0   True  True       True      0.5
-    1  False  True      False      0.5
     """
     columns = check(predictions)
     is_clean = predictions["corruption"].eq(CLEAN)

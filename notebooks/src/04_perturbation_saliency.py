@@ -681,11 +681,15 @@ name, key = "resnet18", ["image", "corruption", "severity"]
 own = moved[moved["method"].eq(method) & moved["layer"].eq(layer)].merge(seen, on=key)
 before = seen[seen["corruption"].eq("clean")].set_index("image")["predicted"]
 turned = own["predicted"].ne(own["image"].map(before))
-own = own.assign(answer=np.where(turned, "turned", "kept"))
-each = own.groupby(["corruption", "answer", "image"])[score].mean().reset_index()  # an image once a box
-looks = {"by": ["corruption", "answer"], "showfliers": False, "rot": 60, "figsize": (9, 4)}
-figure = each.boxplot(score, whis=(5, 95), **looks).figure
+own["group"] = own["corruption"] + np.where(turned, " turned", " kept")
+each = own.groupby(["group", "image"])[score].mean().reset_index()  # an image once a box
+looks = {"whis": (5, 95), "showfliers": False, "grid": False, "rot": 40, "figsize": (9, 4)}
+axis = each.boxplot(score, by="group", **looks)
+axis.set(title="", xlabel="", ylabel=score)
+axis.set_xticklabels(axis.get_xticklabels(), ha="right")
+figure = axis.figure
 figure.suptitle(f"{name}, {method}, {layer}, {run.caption}", fontsize=9)
+figure.tight_layout()
 report.save_figure(figure, run, "kept_flipped")
 plt.close(figure)
 figure
