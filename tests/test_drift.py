@@ -1,4 +1,4 @@
-"""Drift scores against known answers and scipy; one class, one path and fair references in `measure`."""
+"""Drift scores against known answers and scipy; one class, one path, fair references."""
 
 import copy
 
@@ -11,11 +11,15 @@ from torch import nn
 
 from dlia_utils.explain import drift
 from dlia_utils.explain.attribution import saliency
+from dlia_utils.explain.base import ssim
 from dlia_utils.explain.gradcam import gradcam
-from dlia_utils.explain.localisation import ssim
 from dlia_utils.models import cnn, mobilenet_v2, resnet18_cifar, with_head
 
-KEYS = ["image", "corruption", "severity", "method", "layer"]
+KEYS = drift.KEYS[:5]
+
+
+def scores(a, b):
+    return pd.DataFrame(drift.compared(drift.prepared(a), drift.prepared(b)))
 
 
 def random_maps(n, h, w, seed=0):
@@ -34,7 +38,7 @@ def films(n, side=32, seed=1):
 
 
 def seesaw():
-    """Class 0 where the image is light, class 1 where it is dark; the map is the image, or its negative."""
+    """Class 0 where the image is light, class 1 where it is dark; its map, or the negative."""
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     net[0].load_state_dict(
         {"weight": torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), "bias": torch.tensor([0.0, 1.0])}
@@ -42,18 +46,18 @@ def seesaw():
     return net
 
 
-# ------------------------------------------------------------------------------------------- scores
+# scores
 
 
 def test_identical_maps_do_not_drift_and_the_sign_turns_every_score_to_grow_with_drift():
     a = random_maps(4, 6, 9)
-    table = drift.scores(a, a)
+    table = scores(a, a)
     known = {"rmse": 0, "rmse_raw": 0, "ssim": 1, "spearman": 1, "top10": 1, "centre_shift": 0}
     for name, value in known.items():
         np.testing.assert_allclose(table[name], value, atol=1e-12)
     assert not table["zero"].any() and set(drift.SIGN) == set(known)
     noise = random_maps(4, 6, 9, seed=1)
-    steps = [drift.scores(a, (1 - share) * a + share * noise).mean() for share in (0.1, 0.4, 1.0)]
+    steps = [scores(a, (1 - share) * a + share * noise).mean() for share in (0.1, 0.4, 1.0)]
     for name, sign in drift.SIGN.items():
         turned = [sign * step[name] for step in steps]
         assert turned[0] < turned[1] < turned[2], name
@@ -61,33 +65,33 @@ def test_identical_maps_do_not_drift_and_the_sign_turns_every_score_to_grow_with
 
 def test_rmse_is_that_of_maps_scaled_to_255_and_rmse_raw_of_the_maps_themselves():
     a, b = np.array([[[0.0, 2.0], [1.0, 1.0]]]), np.array([[[3.0, 1.0], [2.0, 2.0]]])
-    table = drift.scores(a, b)
+    table = scores(a, b)
     assert table["rmse"][0] == pytest.approx(255 * np.sqrt((1 + 1) / 4))
     assert table["rmse_raw"][0] == pytest.approx(np.sqrt((9 + 1 + 1 + 1) / 4))
 
 
 def test_scaling_a_map_changes_rmse_raw_alone():
     a, b = random_maps(3, 7, 7), random_maps(3, 7, 7, seed=1)
-    once, scaled = drift.scores(a, b), drift.scores(a, 1e-9 * b)
+    once, scaled = scores(a, b), scores(a, 1e-9 * b)
     changed = {name for name in drift.SIGN if not np.allclose(once[name], scaled[name], rtol=1e-9)}
     assert changed == {"rmse_raw"}
 
 
 def test_inverted_ranks_give_minus_one_and_ties_are_those_of_scipy():
     a = random_maps(1, 5, 5)
-    assert drift.scores(a, 1 - a)["spearman"][0] == pytest.approx(-1)
+    assert scores(a, 1 - a)["spearman"][0] == pytest.approx(-1)
     first, other = (np.round(4 * random_maps(6, 5, 8, seed=k)) for k in (1, 2))
     expected = [
         spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(first, other, strict=True)
     ]
-    np.testing.assert_allclose(drift.scores(first, other)["spearman"], expected, atol=1e-12)
+    np.testing.assert_allclose(scores(first, other)["spearman"], expected, atol=1e-12)
 
 
 def test_a_shifted_bump_moves_by_its_shift_over_the_diagonal():
     bump = np.zeros((1, 20, 30))
     bump[0, 4:7, 5:8] = [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
     moved = np.roll(bump, (3, 4), (1, 2))
-    assert drift.scores(bump, moved)["centre_shift"][0] == pytest.approx(5 / np.hypot(20, 30))
+    assert scores(bump, moved)["centre_shift"][0] == pytest.approx(5 / np.hypot(20, 30))
 
 
 def test_top10_counts_by_hand_and_shares_ties():
@@ -97,7 +101,7 @@ def test_top10_counts_by_hand_and_shares_ties():
         return heat.reshape(1, 4, 5)
 
     def top10(a, b):
-        return drift.scores(a, b)["top10"][0]
+        return scores(a, b)["top10"][0]
 
     assert top10(ranked(0, 1), ranked(1, 2)) == 0.5  # two of 20 places
     flat = np.ones((1, 4, 5))
@@ -113,50 +117,33 @@ def test_top10_counts_by_hand_and_shares_ties():
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4), (2, 14, 23)])
-def test_ssim_is_the_package_s_own_on_maps_scaled_to_one(shape):
+def test_ssim_is_that_of_maps_scaled_to_one(shape):
     a, b = random_maps(*shape), random_maps(*shape, seed=1)
-
-    def unit(heat):
-        return (heat - heat.min()) / np.ptp(heat)
-
-    expected = [ssim(unit(p), unit(q)) for p, q in zip(a, b, strict=True)]
-    np.testing.assert_allclose(drift.scores(a, b)["ssim"], expected, atol=1e-12)
+    unit = [[(heat - heat.min()) / np.ptp(heat) for heat in maps] for maps in (a, b)]
+    expected = [ssim(p, q) for p, q in zip(*unit, strict=True)]
+    np.testing.assert_allclose(scores(a, b)["ssim"], expected, atol=1e-12)
 
 
 def test_zero_constant_and_single_place_maps_have_the_scores_that_are_defined():
     heat = random_maps(3, 6, 6)
     other = np.stack([np.zeros((6, 6)), np.full((6, 6), 0.1), heat[2]])
     other[1, 0, 0] += 1e-9  # rounding does not make a pattern
-    table = drift.scores(heat, other)
+    table = scores(heat, other)
     assert table["zero"].tolist() == [True, False, False]
     assert table["spearman"].isna().tolist() == [True, True, False]
     assert table["centre_shift"].isna().tolist() == [True, False, False]
     np.testing.assert_allclose(table["top10"][:2], 4 / 36)  # chance
     unit = (heat[0] - heat[0].min()) / np.ptp(heat[0])
     assert table["rmse"][0] == pytest.approx(255 * np.sqrt((unit**2).mean()))
-    both = drift.scores(np.zeros((1, 6, 6)), np.zeros((1, 6, 6))).iloc[0]
+    both = scores(np.zeros((1, 6, 6)), np.zeros((1, 6, 6))).iloc[0]
     assert both["zero"] and both["rmse"] == both["rmse_raw"] == 0
-    lone = drift.scores(np.ones((1, 1, 1)), np.full((1, 1, 1), 3.0)).iloc[0]
+    lone = scores(np.ones((1, 1, 1)), np.full((1, 1, 1), 3.0)).iloc[0]
     assert lone["rmse_raw"] == 2 and lone.drop(["rmse_raw", "zero"]).isna().all()
 
 
-def test_scores_are_symmetric_take_tensors_and_refuse_what_they_cannot_read():
+def test_scores_are_symmetric_and_take_tensors():
     a, b = random_maps(2, 5, 6), random_maps(2, 5, 6, seed=1)
-    pd.testing.assert_frame_equal(
-        drift.scores(a, b), drift.scores(torch.tensor(b), torch.tensor(a))
-    )
-    for wrong, words in (
-        (b - 1, "other_maps hold negative"),
-        (b * np.nan, "NaN"),
-        (b[0], r"\[N,h,w\]"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            drift.scores(a, wrong)
-    with pytest.raises(ValueError, match="differ in shape"):
-        drift.scores(a, b[:1])
-
-
-# ------------------------------------------------------------------------------------------- layers and maps
+    pd.testing.assert_frame_equal(scores(a, b), scores(torch.tensor(b), torch.tensor(a)))
 
 
 def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
@@ -209,136 +196,81 @@ def test_a_first_layer_that_works_in_place_changes_neither_the_maps_nor_the_imag
     before, heats = x.clone(), []
     for inplace in (False, True):
         net = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=inplace), *seesaw()).eval()
-        heats.append(drift.maps(net, x, target=0, layers=["1"]))
+        heats.append(drift.maps(net, x, target=0, layers={"1": "1"}))
     for key, heat in heats[0].items():
         assert torch.equal(heat, heats[1][key]) and heat.amax() > 0
     assert torch.equal(x, before)
 
 
-def test_bad_methods_and_layers_are_refused():
+def test_bad_methods_layers_and_models_are_refused():
     net, x = seesaw(), films(2, side=8)
-    for methods in ("gradcam", ["gradcam", "occlusion"], ["gradcam", "gradcam"]):
-        with pytest.raises(ValueError, match="methods must be a list"):
-            drift.maps(net, x, target=None, methods=methods, layers=["0"])
-    for layers, words in (
-        ("0", "layers must map"),
-        ({"a": "0", "b": "0"}, "twice"),
-        ({"a": "9"}, "no layer '9'"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            drift.maps(net, x, target=None, layers=layers)
-    with pytest.raises(ValueError, match="does not depend on the images"):
-        drift.maps(Constant().eval(), x, target=None, methods=["saliency"])
+    with pytest.raises(ValueError, match="methods must be some of"):
+        drift.maps(net, x, target=None, methods=["occlusion"])
+    with pytest.raises(ValueError, match="no layer '9'"):
+        drift.maps(net, x, target=None, layers={"a": "9"})
+    constant = nn.Sequential(
+        nn.Flatten(), nn.Threshold(2.0, 0.0), nn.Linear(64, 2, bias=False)
+    ).eval()
+    nn.init.zeros_(constant[2].weight)
+    assert not drift.maps(constant, x, target=None, methods=["saliency"])["saliency", "input"].any()
 
 
-class Constant(nn.Module):
-    def forward(self, x):
-        return torch.zeros(len(x), 2)
-
-
-# ------------------------------------------------------------------------------------------- measure
+# measure
 
 
 def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips():
-    x = 0.25 + 0.2 * (
-        films(3, side=8) - 0.4
-    )  # dark: class 1; 0.5 lighter: class 0, and nothing is clipped
-    predictions, moved = drift.measure(
-        seesaw(),
-        x,
-        [1, 1, 1],
-        [5, 2, 9],
-        names=["brightness"],
-        severities=[5],
-        methods=["gradcam"],
-        layers=["0"],
-        progress=False,
-    )
-    by = predictions.set_index(["corruption", "image"])
-    assert (by.loc["clean", "predicted"] == 1).all() and (
-        by.loc["brightness", "predicted"] == 0
-    ).all()
+    # Dark: class 1; 0.5 lighter: class 0, and nothing is clipped.
+    x = 0.25 + 0.2 * (films(3, side=8) - 0.4)
+    options = {"names": ["brightness"], "severities": [5], "methods": ["gradcam"]}
+    predictions, moved = drift.measure(seesaw(), x, [1, 1, 1], [5, 2, 9], **options)
+    by = predictions.set_index(["corruption", "image"])["predicted"]
+    assert (by["clean"] == 1).all() and (by["brightness"] == 0).all()
     copies = moved[moved["corruption"] == "brightness"]
     assert (moved["target"] == 1).all() and (moved["layer"] == "0").all()
     np.testing.assert_allclose(copies["spearman"], 1, atol=0.01)  # the map of class 0 would give -1
     np.testing.assert_allclose(copies["rmse"], 0, atol=1e-3)
-    np.testing.assert_allclose(
-        copies["rmse_raw"], 0.5 / 64, rtol=1e-4
-    )  # weight 1/64 times the shift by 0.5
+    # Weight 1/64 times the shift by 0.5.
+    np.testing.assert_allclose(copies["rmse_raw"], 0.5 / 64, rtol=1e-4)
     assert moved["image"].unique().tolist() == [5, 2, 9]
 
 
 def test_tables_have_the_agreed_columns_and_rows():
     net, x = resnet18_cifar(width=1 / 8, num_classes=3).eval(), films(3, side=16)
-    before = copy.deepcopy(net.state_dict())
-    predictions, moved = drift.measure(
-        net,
-        x,
-        torch.tensor([0, 2, 1]),
-        [4, 0, 7],
-        names=["contrast"],
-        severities=[2, 5],
-        layers={"low": "backbone.layer1.0", "high": "backbone.layer4.1"},
-        progress=False,
-    )
-    assert list(predictions) == [
-        "image",
-        "label",
-        "corruption",
-        "severity",
-        "predicted",
-        "p0",
-        "p1",
-        "p2",
-    ]
-    assert list(moved) == [*KEYS, "target", *drift.SIGN, "zero"]
-    assert len(predictions) == 3 * 3 and len(moved) == 3 * (2 + 2) * 5
-    assert (
-        not predictions.duplicated(["image", "corruption", "severity"]).any()
-        and not moved.duplicated(KEYS).any()
-    )
+    before, options = copy.deepcopy(net.state_dict()), {"names": ["contrast"], "severities": [2, 5]}
+    labels, ids = torch.tensor([0, 2, 1]), [4, 0, 7]
+    predictions, moved = drift.measure(net, x, labels, ids, **options)
+    assert list(predictions) == [*"image label corruption severity predicted p0 p1 p2".split()]
+    assert list(moved) == [*drift.KEYS, *drift.SIGN, "zero"]
+    assert len(predictions) == 3 * 3 and len(moved) == 3 * (2 + 2) * 17
+    assert not predictions.duplicated(["image", "corruption", "severity"]).any()
+    assert not moved.duplicated(KEYS).any() and moved["severity"].isin([0, 2, 5]).all()
     clean = predictions[predictions["corruption"] == "clean"]
     assert clean["severity"].eq(0).all() and clean["label"].tolist() == [0, 2, 1]
     expected = net(x).softmax(1).detach()
     np.testing.assert_allclose(clean[["p0", "p1", "p2"]], expected, atol=1e-6)
     assert clean["predicted"].tolist() == expected.argmax(1).tolist()
-    assert (
-        moved.groupby("image")["target"].first().loc[[4, 0, 7]].to_numpy()
-        == clean["predicted"].to_numpy()
-    ).all()
+    assert (moved.groupby("image")["target"].first()[ids].to_numpy() == clean["predicted"]).all()
     assert moved.loc[moved["method"] == "saliency", "layer"].eq("input").all()
-    assert moved["zero"].dtype == bool and moved["severity"].isin([0, 2, 5]).all()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    alone, nothing = drift.measure(
-        net,
-        x,
-        [0, 2, 1],
-        [4, 0, 7],
-        names=["contrast"],
-        severities=[2, 5],
-        methods=(),
-        progress=False,
-    )
+    alone, nothing = drift.measure(net, x, labels, ids, methods=(), **options)
     pd.testing.assert_frame_equal(alone, predictions, check_exact=False, atol=1e-6)
     assert len(nothing) == 0 and list(nothing) == list(moved)
 
 
 def test_rows_depend_on_the_image_and_its_id_not_on_batches_or_order():
-    net, x, ids = resnet18_cifar(width=1 / 8).eval(), films(5, side=16), np.array([3, 11, 4, 8, 6])
-    options = {
-        "names": ["gaussian_noise"],
-        "severities": [3],
-        "methods": ["gradcam", "saliency"],
-        "progress": False,
-    }
-    options |= {"layers": ["backbone.layer2.1", "backbone.layer4.1"]}
+    net, x, ids = (
+        mobilenet_v2(width=0.25, stages=2).eval(),
+        films(5, side=16),
+        np.array([3, 11, 4, 8, 6]),
+    )
+    options = {"names": ["gaussian_noise"], "severities": [3], "methods": ["gradcam", "saliency"]}
 
     def measured(which, ids, **more):
         return drift.measure(net, x[which], np.zeros(len(which), int), ids, **options, **more)
 
     def same(tables, others):
         for a, b in zip(tables, others, strict=True):
-            pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=1e-4, atol=1e-3)
+            pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=1e-3, atol=0.02)
 
     def copies(tables):
         keys = (KEYS[:3], KEYS)
@@ -350,95 +282,49 @@ def test_rows_depend_on_the_image_and_its_id_not_on_batches_or_order():
     order = [4, 0, 2, 1, 3]
     same(copies(first), copies(measured(order, ids[order], batch_size=3)))
     for other in (measured(range(5), ids + 100), measured(range(5), ids, seed=1)):  # other noise
-        assert np.abs(copies(first)[1]["rmse"] - copies(other)[1]["rmse"]).min() > 1e-3
+        rmse = [
+            copies(tables)[1].query("method == 'saliency'")["rmse"] for tables in (first, other)
+        ]
+        assert np.abs(rmse[0] - rmse[1]).min() > 1e-3
 
 
 def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling():
     net, x = resnet18_cifar(width=1 / 8).eval(), films(6, side=32)
-    _, moved = drift.measure(
-        net,
-        x,
-        [0] * 6,
-        range(6),
-        names=["brightness"],
-        severities=[1],
-        scale="medmnist-c",
-        batch_size=4,
-        progress=False,
-    )
+    options = {"names": ["brightness"], "severities": [1], "scale": "medmnist-c", "batch_size": 4}
+    _, moved = drift.measure(net, x, [0] * 6, range(6), **options)
     floor = moved[moved["corruption"] == drift.FLOOR]
-    assert (
-        floor["rmse"].max() < 0.1
-        and floor["spearman"].min() > 0.999
-        and floor["centre_shift"].max() < 1e-4
-    )
-    levels = drift.reference_levels(moved)
-    assert len(levels) == 17 * len(drift.SIGN) * 2 and levels["n"].eq(6).all()
-    middle = levels.pivot(index=["method", "layer", "score"], columns="reference", values="median")[
-        "ceiling"
-    ]
-    assert (middle.xs("rmse", level="score") > 5).all()
-    own = moved[
-        (moved["corruption"] == drift.CEILING)
-        & (moved["layer"] == "layer2_1")
-        & (moved["method"] == "gradcam")
-    ]
-    assert middle["gradcam", "layer2_1", "ssim"] == pytest.approx(own["ssim"].median())
-    place = drift.position(moved)
-    assert len(place) == 17 and place[["rmse", "ssim", "spearman"]].min().min() > 0
-    assert place["rmse"].mean() < 0.7 and (place["rmse"] < 1).mean() > 0.8
-    for missing in (drift.FLOOR, drift.CEILING):
-        part = moved[moved["corruption"] != missing]
-        for function in (drift.reference_levels, drift.position):
-            with pytest.raises(ValueError, match=f"no rows '{missing}'"):
-                function(part)
+    assert floor["rmse"].max() < 0.1 and floor["spearman"].min() > 0.999
+    assert floor["centre_shift"].max() < 1e-4
+    means = moved.groupby(["corruption", "method", "layer"])["rmse"].mean().unstack("corruption")
+    assert len(means) == 17 and (means[drift.CEILING] > 5).all()
+    assert (means["brightness"] < means[drift.CEILING]).mean() > 0.8
 
 
 def test_the_random_pair_is_another_image_explained_for_the_first_one_s_class():
-    x = torch.stack(
-        [0.9 - 0.2 * films(1, side=8)[0], 0.1 + 0.2 * films(1, side=8)[0]]
-    )  # class 0 and class 1
-    _, moved = drift.measure(
-        seesaw(), x, [0, 1], [0, 1], names=[], methods=["gradcam"], layers=["0"], progress=False
-    )
+    spot = 0.2 * films(1, side=8)[0]
+    x = torch.stack([0.9 - spot, 0.1 + spot])  # class 0 and class 1
+    _, moved = drift.measure(seesaw(), x, [0, 1], [0, 1], names=[], methods=["gradcam"])
     pair = moved[moved["corruption"] == drift.CEILING]
     assert pair["target"].tolist() == [0, 1]
-    # One image is the other's negative: their maps are opposite for one class, alike for each its own.
+    # One image is the other's negative: their maps are opposite for one class.
     np.testing.assert_allclose(pair["spearman"], -1, atol=0.01)
-    for count in (2, 3, 10):
-        for seed in range(5):
-            partners = drift._partners(count, seed)
-            assert sorted(partners) == list(range(count)) and (partners != np.arange(count)).all()
 
 
 def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
     net = resnet18_cifar(width=1 / 8).eval()
     nn.init.zeros_(net.backbone.fc.weight)
-    _, moved = drift.measure(
-        net, films(2, side=16), [0, 1], [0, 1], names=["contrast"], severities=[1], progress=False
-    )
-    assert (
-        moved["zero"].all()
-        and moved["spearman"].isna().all()
-        and moved["centre_shift"].isna().all()
-    )
-    assert moved["rmse"].eq(0).all()
-    levels = drift.reference_levels(moved).query("score == 'spearman'")
-    assert levels["n"].eq(0).all() and levels["median"].isna().all()
-    assert drift.position(moved)["rmse"].isna().all()
+    options = {"names": ["contrast"], "severities": [1]}
+    _, moved = drift.measure(net, films(2, side=16), [0, 1], [0, 1], **options)
+    assert moved["zero"].all() and moved["rmse"].eq(0).all()
+    assert moved[["spearman", "centre_shift"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
 def test_one_logit_is_read_as_two_classes(squeeze):
     torch.manual_seed(3)
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)
-    )
-    net = net.append(nn.Flatten(0)).eval() if squeeze else net.eval()
-    x = films(3, side=8)
-    predictions, moved = drift.measure(
-        net, x, [0, 1, 1], [0, 1, 2], names=[], layers=["1"], progress=False
-    )
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)]
+    net, x = nn.Sequential(*layers, *([nn.Flatten(0)] if squeeze else [])).eval(), films(3, side=8)
+    predictions, moved = drift.measure(net, x, [0, 1, 1], [0, 1, 2], names=[])
     z = net(x).reshape(-1).detach()
     np.testing.assert_allclose(predictions["p1"], z.sigmoid(), atol=1e-6)
     np.testing.assert_allclose(predictions["p0"] + predictions["p1"], 1)
@@ -447,25 +333,16 @@ def test_one_logit_is_read_as_two_classes(squeeze):
 
 
 def test_measure_refuses_bad_input_before_any_work():
-    net, x = seesaw(), films(2, side=8)
-    runs = []
+    net, x, runs = seesaw(), films(2, side=8), []
     net.register_forward_hook(lambda *_: runs.append(1))
-    good = {"images": x, "labels": [0, 1], "ids": [0, 1], "layers": ["0"], "progress": False}
-    for wrong, words in (
+    good = {"images": x, "labels": [0, 1], "ids": [0, 1], "methods": ()}
+    for wrong, said in (
         ({"images": 2 * x}, r"must lie in \[0,1\]"),
         ({"images": x[:1], "labels": [0], "ids": [0]}, "two images or more"),
-        ({"labels": [0]}, "labels must be 2 integers"),
-        ({"labels": [0.0, 1.0]}, "labels must be 2 integers"),
-        ({"ids": [0, -1]}, "ids must be 2 integers"),
-        ({"ids": [3, 3]}, "ids holds a number twice"),
-        ({"names": ["fog"]}, "corruption must be one of"),
-        ({"names": "contrast"}, "names must be a list"),
-        ({"severities": [0, 1]}, "severities must be whole numbers"),
-        ({"scale": "mine"}, "scale must be one of"),
-        ({"layers": ["7"]}, "no layer '7'"),
-        ({"methods": ["cam"]}, "methods must be a list"),
-        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"labels": [0]}, "one label"),
+        ({"ids": [3, 3]}, "an id of its own"),
+        ({"methods": ["cam"]}, "methods must be some of"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=said):
             drift.measure(net, **(good | wrong))
     assert not runs

@@ -1,6 +1,4 @@
-"""Figures of maps: what is drawn where, what is said of zero maps and empty groups, what is refused."""
-
-from types import SimpleNamespace
+"""Figures of maps: what is drawn where, every number one of the table's, no text on another."""
 
 import numpy as np
 import pandas as pd
@@ -8,21 +6,23 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from scipy.stats import spearmanr
 
 from dlia_utils.explain import figures
-from dlia_utils.explain.localisation import localise
+from dlia_utils.explain.drift import CEILING, FLOOR
+from dlia_utils.explain.figures import Picture
+from dlia_utils.explain.localisation import localise, summarise
 
-SIDE = 24
-CONFIG = SimpleNamespace(
-    profile="smoke", size=SIDE, data_name="fracatlas (SYNTHETIC)"
-)  # what the figures read
+SIDE, CAPTION = 24, "fracatlas (SYNTHETIC), smoke profile"
+NAMES, LAYERS, SEVERITIES = ["contrast", "motion_blur"], ["layer1_2", "layer4_1"], [1, 2, 3]
 pytestmark = [
     pytest.mark.filterwarnings(f"error::{kind}")
     for kind in ("UserWarning", "RuntimeWarning", "FutureWarning")
 ]
 
 
-def films(count):
+def images(count):
     return torch.rand(count, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
@@ -32,215 +32,170 @@ def heats(count, *, zero=()):
     return maps
 
 
+def drift(seed=0):
+    cells = [(FLOOR, 0), (CEILING, 0), *((name, s) for name in NAMES for s in SEVERITIES)]
+    rows = [
+        (image, *cell, method, layer)
+        for image in range(5)
+        for cell in cells
+        for method, layers in (("gradcam++", LAYERS), ("saliency", ["input"]))
+        for layer in layers
+    ]
+    table = pd.DataFrame(rows, columns=["image", "corruption", "severity", "method", "layer"])
+    return table.assign(rmse=np.random.default_rng(seed).random(len(table)))
+
+
+def grid(seed=0):
+    cells = [("clean", 0), *((name, s) for name in NAMES for s in SEVERITIES)]
+    table = pd.DataFrame(cells, columns=["corruption", "severity"])
+    value = 0.9 - 0.5 * np.random.default_rng(seed).random(len(table))
+    return table.assign(
+        value=value, drop=value[0] - value, ci_low=value - 0.04, ci_high=value + 0.03
+    )
+
+
+DRIFT = {"resnet18": drift(), "resnet18_augmented": drift(1)}
+GRID = {"resnet18": grid(), "resnet18_augmented": grid(1)}
+
+
 def words(figure):
-    return " ".join(
-        text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))
-    )
+    return " ".join(text.get_text() for text in figure.findobj(Text))
 
 
-def panels(figure):
-    return [axis for axis in figure.axes if axis.get_subplotspec() is not None]
+def shown(figure):
+    return [axis for axis in figure.axes if axis.axison]
 
 
-def test_one_film_is_a_row_of_input_map_and_overlay_with_its_boxes():
-    maps, table = heats(1), pd.DataFrame([{"x1": 2.0, "y1": 4.0, "x2": 10.0, "y2": 9.0}])
-    x = films(1)
-    figure = figures.figure_overlays(
-        x, {"gradcam": maps}, captions=["a"], caption=CONFIG.caption, boxes=[table]
-    )
-    film, alone, over = panels(figure)
-    assert [axis.get_title() for axis in (film, alone, over)] == ["a", "gradcam", "overlay"]
+def clean(figure):
+    """Whether all titles and headings stand in the figure and none on another."""
+    figure.draw_without_rendering()  # the canvas of a closed figure draws nothing
+    texts = [figure._suptitle, *(axis.title for axis in shown(figure))]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    boxes = [text.get_window_extent() for text in texts if text.get_text().strip()]
+    inside = all(box.x0 > -1 and box.x1 < figure.bbox.x1 + 1 for box in boxes)
+    below = all(box.y0 > -1 and box.y1 < figure.bbox.y1 + 1 for box in boxes)
+    pairs = [(a, b) for k, a in enumerate(boxes) for b in boxes[k + 1 :]]
+    return inside and below and not any(a.shrunk(0.96, 0.9).overlaps(b) for a, b in pairs)
+
+
+def test_overlays_have_input_map_and_overlay_with_its_boxes_and_name_zero_maps():
+    maps = {name: heats(2, zero=[1] if name == "d" else []) for name in "abcde"}
+    boxes, x = [pd.DataFrame([{"x1": 2.0, "y1": 4.0, "x2": 10.0, "y2": 9.0}])] * 2, images(2)
+    options = {"captions": ["IMG0003298.jpg, read as not fractured", "two"], "caption": CAPTION}
+    figure = figures.figure_overlays(x, maps, boxes=boxes, **options)
+    axes = np.reshape(figure.axes, (4, 7))  # two lines an image
+    titles = [axis.get_title() for axis in axes[0]]
+    assert titles == ["input", "a", "overlay", "b", "overlay", "c", "overlay"]
+    assert axes[3, 1].get_title() == "d\nzero map" and axes[1, 1].get_title() == "d"
+    film, alone, over = axes[0, :3]
     np.testing.assert_array_equal(film.images[0].get_array(), x[0, 0].double())
-    np.testing.assert_array_equal(alone.images[0].get_array(), maps[0])
+    np.testing.assert_array_equal(alone.images[0].get_array(), maps["a"][0])
     below, above = over.images
     np.testing.assert_array_equal(below.get_array(), x[0, 0].double())
-    np.testing.assert_array_equal(above.get_array(), maps[0])
+    np.testing.assert_array_equal(above.get_array(), maps["a"][0])
     assert above.get_alpha() == 0.4 and above.get_clim() == alone.images[0].get_clim() == (0, 1)
     for axis in (film, over):
         (frame,) = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         # Pixel i is drawn from i - 0.5 to i + 0.5, so a box from edge 2 starts at 1.5.
         assert frame.get_bbox().extents.tolist() == [1.5, 3.5, 9.5, 8.5]
-    assert not alone.patches and "SYNTHETIC" in words(figure)
-
-
-def test_a_mask_is_outlined_where_it_lies_and_at_the_border_too():
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[0:5, 10:20] = True
-    figure = figures.figure_overlays(
-        films(2), {"m": heats(2)}, captions="ab", caption=CONFIG.caption, boxes=[mask, None]
-    )
-    first, second = panels(figure)[0], panels(figure)[3]
-    (line,) = first.collections
-    corners = np.concatenate([path.vertices for path in line.get_paths()])
-    assert corners.min(0).tolist() == [9.5, -0.5] and corners.max(0).tolist() == [19.5, 4.5]
-    assert not second.collections
-    assert first.get_xlim() == (-0.5, SIDE - 0.5) and first.get_ylim() == (SIDE - 0.5, -0.5)
-
-
-def test_five_methods_take_two_lines_a_film_and_fit_a_notebook():
-    maps = {name: heats(2) for name in "abcde"}
-    figure = figures.figure_overlays(
-        films(2), maps, captions=["one", "two"], caption=CONFIG.caption
-    )
-    assert panels(figure)[0].get_gridspec().get_geometry() == (4, 7)
+    assert not alone.patches and "SYNTHETIC" in words(figure) and clean(figure)
     assert figure.get_figwidth() * 72 <= 900
-    shown = [axis.get_title() for axis in panels(figure) if axis.images]
-    assert [title for title in shown if title != "overlay"] == ["one", *"abcde", "two", *"abcde"]
-    assert shown.count("overlay") == 10
 
 
-def test_zero_maps_are_called_so_and_signed_maps_have_colours_of_their_own():
-    signed = heats(2) * 2 - 1
-    maps = {"gradcam": heats(2, zero=[1]), "deeplift": signed}
-    figure = figures.figure_overlays(
-        films(2), maps, captions="ab", caption=CONFIG.caption, signed=["deeplift"]
-    )
-    titles = [axis.get_title() for axis in panels(figure)]
-    assert titles[1] == "gradcam" and titles[6] == "gradcam\nzero map"
-    looks = {axis.get_title(): axis.images[0].get_clim() for axis in panels(figure)}
-    assert looks["deeplift"] == (-1, 1) and looks["gradcam"] == (0, 1)
-    assert len(figure.axes) - len(panels(figure)) == 2  # a colour bar each
-    figure.canvas.draw()
+def test_a_small_map_covers_its_image_and_lines_may_be_shorter():
+    x = images(1)[0]
+    lines = [("clean\nNORMAL", [Picture("film", x), Picture("layer4", x, np.eye(3), 0.5)])]
+    figure = figures.figure_grid([*lines, ("contrast", [Picture("", x)])], CAPTION)
+    over = figure.axes[1].images[1]
+    assert over.get_alpha() == 0.5 and list(over.get_extent()) == [-0.5, 23.5, 23.5, -0.5]
+    assert figure.axes[0].get_ylabel() == "clean\nNORMAL" and not figure.axes[3].images
+    assert clean(figure)
 
 
-def test_a_long_caption_is_wrapped_and_no_title_meets_a_film():
-    captions = ["IMG0003298.jpg: fractured, read as not fractured, probability 0.0312", "b"]
-    figure = figures.figure_overlays(
-        films(2), {name: heats(2) for name in "abc"}, captions=captions, caption=CONFIG.caption
-    )
-    figure.canvas.draw()
-    boxes = [axis.get_window_extent() for axis in panels(figure)]
-    for axis in panels(figure):
-        place = axis.title.get_window_extent()
-        assert axis.get_title().strip() and not any(box.overlaps(place) for box in boxes), (
-            axis.get_title()
-        )
-        assert figure.bbox.y1 >= place.y1
-
-
-def test_overlays_refuse_what_does_not_fit():
-    def draw(maps, **more):
-        options = {"captions": ["a", "b"], "config": CONFIG} | more
-        figures.figure_overlays(films(2), maps, **options)
-
-    for maps, more, message in [
-        ({"m": heats(3)}, {}, "m maps are .3, 24, 24.*resize or select"),
-        ({"m": heats(2) * 3}, {}, r"m maps leave \[0,1\]: pass Attribution.heat"),
-        ({"m": heats(2) - 0.5}, {}, "name them in signed"),
-        ({"m": heats(2) * np.nan}, {}, "leave"),
-        ({"m": heats(2)}, {"captions": ["a"]}, "captions"),
-        ({"m": heats(2)}, {"boxes": [None]}, "boxes"),
-        ({"m": heats(2)}, {"signed": ["n"]}, "signed names n"),
-        ({}, {}, "at least one"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            draw(maps, **more)
-    with pytest.raises(ValueError, match="full scale"):
-        figures.figure_overlays(
-            films(1) * 255, {"m": heats(1)}, captions="a", caption=CONFIG.caption
-        )
-
-
-def test_the_four_groups_hold_their_films_in_order_of_error():
-    labels = np.array([1, 1, 0, 0, 0, 1])
-    probabilities = np.array([0.7, 0.9, 0.2, 0.6, 0.95, 0.5])  # 0.5 is read as class 0
-    maps = heats(6, zero=[4])
-    figure = figures.figure_groups(
-        films(6), maps, labels, probabilities, ("Normal", "COVID"), CONFIG.caption, per_group=2
-    )
-    axes = np.array(panels(figure)).reshape(4, 2)
-    assert [axis.get_title(loc="left").split("\n")[0] for axis in axes[:, 0]] == [
-        "true positives: COVID read as COVID, 2 of 2 shown",
-        "true negatives: Normal read as Normal, 1 of 1 shown",
-        "false positives: Normal read as COVID, 2 of 2 shown",
-        "false negatives: COVID read as Normal, 1 of 1 shown",
-    ]
-    shown = [
-        [1, 0],
-        [2, None],
-        [4, 3],
-        [5, None],
-    ]  # the smallest error first, and of the wrong ones the largest
-    for axis, row in zip(axes.flat, np.ravel(shown), strict=True):
-        if row is None:
-            assert not axis.images
-        else:
-            np.testing.assert_array_equal(axis.images[1].get_array(), maps[row])
-            assert axis.images[1].get_alpha() == 0.4
-            assert f"p(COVID) {probabilities[row]:.3f}" in axis.get_title(loc="left")
-            assert ("zero map" in axis.get_title(loc="left")) == (row == 4)
-    assert "error 0.950" in axes[2, 0].get_title(loc="left")
-
-
-def test_empty_groups_are_named_and_bad_labels_refused():
-    figure = figures.figure_groups(
-        films(3), heats(3), [1, 1, 0], [0.9, 0.8, 0.1], ("no", "yes"), CONFIG.caption
-    )
-    assert panels(figure)[0].get_gridspec().get_geometry() == (2, 4)
-    assert "no false positives: no read as yes" in words(figure)
-    assert "no false negatives: yes read as no" in words(figure)
-    for labels, p, classes, message in [
-        ([1, 2, 0], [0.5] * 3, ("a", "b"), "labels 0 or 1"),
-        ([1, 0, 0], [0.5] * 3, ("a", "b", "c"), "3 classes"),
-        ([1, 0], [0.5] * 3, ("a", "b"), "labels"),
-        ([1, 0, 0], [0.5, 3.0, 0.1], ("a", "b"), "probabilities must lie"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            figures.figure_groups(films(3), heats(3), labels, p, classes, CONFIG.caption)
-
-
-def test_scores_are_drawn_with_their_intervals_and_references_grey():
+def test_the_forest_has_every_value_with_its_interval_and_references_grey():
     masks = [np.eye(SIDE, dtype=bool)] * 6
     maps = {"mine": np.stack(masks).astype(float), "none": np.zeros((6, SIDE, SIDE))}
-    _, summary = localise(maps, films(6), masks, groups=range(6), draws=50)
-    figure = figures.figure_localisation(summary, CONFIG.caption)
-    assert len(figure.axes) == 4
-    axis = figure.axes[3]
-    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert names == ["mine", "none\n(6 zero maps)", "random", "centre prior", "edges"]
-    bars = [
-        line
-        for line in axis.lines
-        if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2
-    ]
-    table = summary.query("score == 'auprc'").set_index("map")
-    for place, (name, bar) in enumerate(
-        zip(["mine", "none", "random", "centre prior", "edges"], bars, strict=True)
-    ):
-        assert list(bar.get_xdata()) == table.loc[name, ["ci_low", "ci_high"]].tolist()
-        assert set(bar.get_ydata()) == {place}
-        assert (to_hex(bar.get_color()) == "#8c8c8c") == (place >= 2)
-    chance = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == ":"]
-    assert chance == [table.loc["random", "value"]]
-    assert "6 films with a finding" in words(figure)
-    with pytest.raises(ValueError, match="zero_maps"):
-        figures.figure_localisation(summary.drop(columns="zero_maps"), CONFIG.caption)
+    table = summarise(localise(maps, images(6), masks, groups=range(6)), draws=50)
+    figure = figures.figure_forest(table, CAPTION, panel="score", row="map", chance="random")
+    names = ["mine", "none", "random", "centre prior", "edges"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == names
+    for axis, (_, part) in zip(figure.axes, table.groupby("score", sort=False), strict=True):
+        bars, dots = axis.collections
+        ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+        np.testing.assert_allclose(ends, part[["ci_low", "ci_high"]])
+        np.testing.assert_allclose(dots.get_offsets(), np.c_[part["value"], range(5)])
+        assert [to_hex(c) == "#8c8c8c" for c in bars.get_colors()] == [False] * 2 + [True] * 3
+        chance = part.set_index("map").loc["random", "value"]
+        assert axis.lines[0].get_xdata()[0] == chance
+    assert clean(figure)
 
 
-def test_randomisation_has_a_curve_a_method_and_another_films_level_dotted():
-    table = pd.DataFrame(
-        {
-            "layers": [0, 3, 6, 0],
-            "down_to": ["none", "b", "a", "another image"],
-            "zero": [0, 0, 2, 0],
-            "spearman": [1, 0.5, 0.1, 0.2],
-            "ssim": [1, 0.6, 0.3, 0.35],
-        }
-    )
-    tables = {
-        "gradcam": table,
-        "saliency": table.iloc[:3].assign(zero=0, spearman=[1, 0.2, np.nan]),
-    }
-    figure = figures.figure_randomisation(tables, CONFIG.caption)
+def test_series_of_a_forest_stand_beside_one_another_and_panels_share_their_axis():
+    rows = [(r, p, m) for r in ("within", "mixed") for p in ("drift", "p_shift") for m in "ab"]
+    table = pd.DataFrame(rows, columns=["reading", "predictor", "model"])
+    table = table.assign(value=np.linspace(0.4, 0.9, 8), ci_low=0.3, ci_high=0.95)
+    options = {"panel": "reading", "row": "predictor", "series": "model", "chance": 0.5}
+    figure = figures.figure_forest(table, CAPTION, **options)
+    first, second = shown(figure)
+    assert first.get_xlim() == second.get_xlim() and first.lines[0].get_xdata()[0] == 0.5
+    dots = [part.get_offsets() for part in first.collections[1::2]]
+    np.testing.assert_allclose(np.array(dots)[:, :, 1], [[-0.1, 0.9], [0.1, 1.1]])
+    np.testing.assert_allclose(dots[0][:, 0], table["value"].iloc[[0, 2]])
+    assert clean(figure)
+
+
+def test_randomisation_has_a_curve_a_method_and_another_image_s_level_dotted():
+    table = pd.DataFrame({"layers": [0, 3, 6, 0], "down_to": ["none", "b", "a", "another image"]})
+    table = table.assign(zero=[0, 0, 2, 0], spearman=[1, 0.5, 0.1, 0.2], ssim=[1, 0.6, 0.3, 0.35])
+    tables = {"gradcam": table, "saliency": table.iloc[:3].assign(zero=0, spearman=[1, 0.2, 0.1])}
+    figure = figures.figure_randomisation(tables, CAPTION)
     for axis, score in zip(figure.axes, ("spearman", "ssim"), strict=True):
-        dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
-        curves = [line for line in axis.lines if line.get_linestyle() != ":"]
-        assert [list(line.get_ydata()) for line in dotted] == [[table[score].iloc[3]] * 2]
-        assert dotted[0].get_color() == curves[0].get_color() != curves[1].get_color()
-        assert list(curves[0].get_xdata()) == [0, 3, 6]
-        assert list(curves[0].get_ydata()) == table[score].tolist()[:3]
-    assert "gradcam\n(up to 2 zero maps)" in words(figure)
-    with pytest.raises(ValueError, match="spearman"):
-        figures.figure_randomisation({"m": table.drop(columns="spearman")}, CONFIG.caption)
-    with pytest.raises(ValueError, match="at least one"):
-        figures.figure_randomisation({}, CONFIG.caption)
+        curve, level, other = axis.lines
+        assert list(curve.get_xdata()) == [0, 3, 6]
+        assert list(curve.get_ydata()) == table[score].tolist()[:3]
+        assert list(level.get_ydata()) == [table[score].iloc[3]] * 2
+        assert level.get_color() == curve.get_color() != other.get_color()
+    assert "gradcam (up to 2 zero maps)" in words(figure) and clean(figure)
+
+
+def test_auc_lines_begin_at_the_clean_value_and_have_their_interval():
+    figure = figures.figure_auc_lines(GRID, CAPTION)
+    assert [axis.get_title() for axis in shown(figure)] == ["contrast", "motion blur"]
+    for axis, name in zip(shown(figure), NAMES, strict=True):
+        for line, band, table in zip(axis.lines, axis.collections, GRID.values(), strict=True):
+            own = table[table["corruption"].isin(["clean", name])]
+            assert list(line.get_xdata()) == [0, *SEVERITIES]
+            np.testing.assert_allclose(line.get_ydata(), own["value"])
+            edges = band.get_paths()[0].vertices[:, 1]
+            assert edges.min() == own["ci_low"].min() and edges.max() == own["ci_high"].max()
+    assert "resnet18_augmented" in words(figure) and clean(figure)
+
+
+def test_drift_is_drawn_layer_by_layer_between_floor_and_ceiling():
+    figure = figures.figure_drift(DRIFT, CAPTION)
+    for line, table in zip(np.reshape(shown(figure), (2, 3)), DRIFT.values(), strict=True):
+        own = table[table["method"].eq("gradcam++")]
+        means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean()
+        for axis, severity in zip(line, SEVERITIES, strict=True):
+            cells = [(name, severity) for name in NAMES] + [(FLOOR, 0), (CEILING, 0)]
+            for drawn, cell in zip(axis.lines, cells, strict=True):
+                np.testing.assert_allclose(drawn.get_ydata(), means[cell][LAYERS])
+            pairs = own[own["corruption"].eq(CEILING)].groupby("layer")["rmse"]
+            edges = axis.collections[0].get_paths()[0].vertices[:, 1]
+            assert edges.max() == pytest.approx(pairs.quantile(0.75).max())
+    assert clean(figure)
+
+
+def test_the_scatter_has_one_point_per_cell_and_their_correlation():
+    figure = figures.figure_scatter(GRID, DRIFT, CAPTION)
+    for axis, (name, table) in zip(shown(figure), DRIFT.items(), strict=True):
+        own = table[table["method"].eq("gradcam++") & table["severity"].gt(0)]
+        means = own.groupby(["corruption", "severity"])["rmse"].mean()
+        drops = GRID[name].set_index(["corruption", "severity"])["drop"][means.index]
+        points = np.concatenate([dots.get_offsets() for dots in axis.collections])
+        np.testing.assert_allclose(points, np.c_[means, drops])
+        sizes = np.concatenate([dots.get_sizes() for dots in axis.collections])
+        assert (np.diff(sizes.reshape(len(NAMES), -1), axis=1) > 0).all()
+        rank = spearmanr(means, drops).statistic
+        assert axis.get_title() == f"{name}: Spearman {rank:+.2f} over 6 cells"
+    assert clean(figure)

@@ -8,7 +8,7 @@ from captum.attr import LayerGradCam
 from torch import nn
 
 from dlia_utils.explain import gradcam
-from dlia_utils.explain.gradcam import gradcam_layers
+from dlia_utils.explain.gradcam import grid, one_pass
 from dlia_utils.models import mobilenet_v2, resnet18_cifar
 
 
@@ -122,7 +122,7 @@ def test_hooks_and_flags_are_put_back_after_an_error():
 
 def test_an_in_place_activation_after_the_layer_changes_nothing():
     plain, in_place = network(2), network(2)
-    in_place[5], plain[5] = nn.ReLU(inplace=True), nn.ReLU()
+    in_place[5], plain[5] = nn.ReLU(inplace=True).eval(), nn.ReLU().eval()
     torch.testing.assert_close(
         gradcam(plain, images(), "4").grid, gradcam(in_place, images(), "4").grid
     )
@@ -134,48 +134,18 @@ def test_bad_input_is_refused_with_the_reason():
         gradcam(net, x, "conv1")
     with pytest.raises(ValueError, match=r"8 returns \[3, 2\], not feature maps"):
         gradcam(net, x, "8")
-    with pytest.raises(ValueError, match=r"class outside 0\.\.1"):
+    with pytest.raises(ValueError, match=r"a class 0\.\.1"):
         gradcam(net, x, "4", target=2)
-    with pytest.raises(ValueError, match="int64"):
-        gradcam(net, x, "4", target=torch.tensor([0.0, 1.0, 0.0]))
-    with pytest.raises(ValueError, match=r"must lie in \[0,1\]"):
-        gradcam(net, 3 * x, "4")
-    with pytest.raises(ValueError, match="training mode"):
-        gradcam(network(2).train(), x, "4")
     shared = nn.Conv2d(1, 1, 3, padding=1)
     twice = nn.Sequential(shared, nn.Sequential(shared), nn.Flatten(), nn.Linear(400, 2)).eval()
     with pytest.raises(ValueError, match="ran 2 times"):
         gradcam(twice, x, "0")
 
 
-# ------------------------------------------------------------------------------------------- several layers
-
-
 @pytest.mark.parametrize("frozen", [False, True])
-def test_eight_layers_in_one_pass_equal_one_at_a_time_and_leave_the_model_bit_equal(frozen):
-    net = resnet18_cifar(width=1 / 8).eval().requires_grad_(not frozen)
-    names = [
-        f"backbone.layer{k}.{block}.conv2" for k in (3, 1, 4, 2) for block in (1, 0)
-    ]  # in no order
-    x, before, runs = images(2, 16), copy.deepcopy(net.state_dict()), []
-    counter = net.register_forward_hook(lambda *_: runs.append(1))
-    for plus in (False, True):
-        runs.clear()
-        together = gradcam_layers(net, x, names, target=1, plus=plus)
-        assert list(together) == names and len(runs) == 1
-        for name, found in together.items():
-            alone = gradcam(net, x, name, target=1, plus=plus)
-            assert alone.grid.amax() > 0 and found.method == alone.method
-            assert (found.grid - alone.grid).abs().max() <= 1e-6 * alone.grid.amax()
-            torch.testing.assert_close(found.maps, alone.maps, rtol=0, atol=1e-6)
-            assert torch.equal(found.score, alone.score) and torch.equal(found.target, alone.target)
-    counter.remove()
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert all(part.requires_grad is not frozen and part.grad is None for part in net.parameters())
-    assert not any(module._forward_hooks for module in net.modules())
+def test_layers_in_one_pass_equal_one_at_a_time(frozen):
+    """In no order, in parallel branches, one inside another, and before an in-place activation."""
 
-
-def test_layers_in_parallel_branches_inside_one_another_and_before_an_in_place_activation():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,31 +158,18 @@ def test_layers_in_parallel_branches_inside_one_another_and_before_an_in_place_a
             return self.head(torch.cat([self.left(x), self.right(x)], 1))
 
     torch.manual_seed(4)
-    net, x = Branches().eval(), images(2, 8)
-    names = ["right", "left", "left.0", "head.0", "left.1"]
-    for name, found in gradcam_layers(net, x, names, target=0).items():
-        torch.testing.assert_close(
-            found.grid, gradcam(net, x, name, target=0).grid, rtol=1e-6, atol=0
-        )
-    assert found.grid.amax() > 0
-
-
-def test_bad_layers_are_refused_by_name():
-    net, x = network(2), images()
-    for wrong in ("0", [], ["0", "4", "0"]):
-        with pytest.raises(ValueError, match="twice" if len(wrong) == 3 else "list of one or more"):
-            gradcam_layers(net, x, wrong)
-    with pytest.raises(ValueError, match="no layer 'conv1'"):
-        gradcam_layers(net, x, ["0", "conv1"])
-
-    class Aside(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = network(2), nn.Conv2d(1, 2, 3)
-
-        def forward(self, x):
-            self.unused(x)
-            return self.used(x)
-
-    with pytest.raises(ValueError, match="does not depend on unused"):
-        gradcam_layers(Aside().eval(), x, ["used.0", "unused"])
+    cases = {Branches(): ["right", "left", "left.0", "head.0", "left.1"]}
+    cases[resnet18_cifar(width=1 / 8)] = [f"backbone.layer{k}.1.conv2" for k in (3, 1, 4, 2)]
+    for net, names in cases.items():
+        net.eval().requires_grad_(not frozen)
+        x, runs = images(2, 16), []
+        counter = net.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        once = one_pass(net, x, names, 1)
+        counter.remove()
+        assert len(runs) == 1 and not any(module._forward_hooks for module in net.modules())
+        for name, kept, gradient in zip(names, once.kept, once.gradients, strict=True):
+            for plus in (False, True):
+                alone = gradcam(net, x, name, target=1, plus=plus)
+                found = grid(kept, gradient, plus=plus)
+                assert (found - alone.grid).abs().max() <= 1e-6 * alone.grid.amax()
+                assert torch.equal(once.score, alone.score)

@@ -1,7 +1,6 @@
-"""Where a model looks: class activation maps, attributions, and how much of a map lies on a finding.
+"""Where a model looks: class activation maps, attributions, and how much of a map is on a finding.
 
-`attribution` and `localisation` need captum and are imported by name, so that the maps here work without it;
-so is `figures`, which brings matplotlib.
+`attribution` and `localisation` (captum) and `figures` (matplotlib) are imported by name.
 """
 
 from .base import Attribution

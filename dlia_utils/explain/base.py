@@ -1,7 +1,8 @@
-"""What every map shares: the result, two logits from any head, the checks, the target class."""
+"""What every map shares: the result, the checks, the class explained, structural similarity."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,32 +10,21 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ..attacks.base import check_images, check_model
-from ..models.pixel import TwoLogits, two_logits  # noqa: F401 (the maps take them from here)
-
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Maps of a batch, and what is needed to judge them.
+    """Maps [B,H,W] of a batch at image size, the class explained [B] and its logit [B].
 
-    method   name of the method
-    maps     float32 [B,H,W] at image size: [0,1] for Grad-CAM, else signed and in logits (saliency: logits
-             per unit of grey, >= 0)
-    target   int64 [B]: the class that is explained; score [B]: its logit
-    zero     bool [B]: the map is zero everywhere and says nothing
-    error    [B]: completeness error |sum of the map - (f(x) - f(b))| over |f(x) - f(b)|, where differences
-             below 0.01 logit count as 0.01; None for methods that promise no sum
-    baseline what stands for "nothing there", in words; "" when the method needs none
-    grid     Grad-CAM's map [B,h,w] as computed, before it is resized and scaled; else None
+    maps: [0,1] for Grad-CAM, else signed and in logits (saliency: logits per unit of grey, >= 0).
+    error [B]: completeness error |sum of the map - d| / max(|d|, 0.01) with d the change of the
+    logit from the baseline; None for methods that promise no sum. grid: Grad-CAM's map [B,h,w] as
+    computed.
 
-    >>> map = Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2)
-    >>> map.heat()
+    >>> Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2).heat()
     tensor([[[0., 0., 1.]]])
-    >>> map.heat(absolute=True)
-    tensor([[[1.0000, 0.0000, 0.5000]]])
     """
 
     method: str
@@ -42,19 +32,16 @@ class Attribution:
     target: Tensor
     score: Tensor
     error: Tensor | None = None
-    baseline: str = ""
     grid: Tensor | None = None
 
     @property
     def zero(self) -> Tensor:
+        """Whether the map is 0 everywhere [B]."""
         return self.maps.abs().amax((1, 2)) <= TINY
 
-    def heat(self, *, absolute: bool = False) -> Tensor:
-        """Maps [B,H,W] in [0,1] for overlays and scores: what speaks for the class, over its maximum.
-
-        absolute: what speaks against it counts too, by its size.
-        """
-        return scale(self.maps.abs() if absolute else self.maps.clamp(min=0))
+    def heat(self) -> Tensor:
+        """Maps in [0,1] for overlays and scores: what speaks for the class, over its maximum."""
+        return scale(self.maps.clamp(min=0))
 
 
 def scale(maps: Tensor) -> Tensor:
@@ -63,31 +50,37 @@ def scale(maps: Tensor) -> Tensor:
     return torch.where(top > TINY, maps / top.clamp(min=TINY), 0.0)
 
 
-def check(model: nn.Module, x: Tensor, *, batch_size: int = 1) -> Tensor:
-    """A clamped copy of the images; refuses a model in training mode and images outside [0,1]."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, not {batch_size}")
-    check_model(model)
-    return check_images(x)
+def check_eval(model: nn.Module) -> None:
+    """Refuse a model with layers in training mode: it would be random, or change."""
+    for name, part in model.named_modules():
+        if part.training and not any(part.children()):
+            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval()")
+
+
+def check(model: nn.Module, x: Tensor) -> Tensor:
+    """A clamped copy of images [B,C,H,W] in [0,1]; refuses others, and a model in training mode."""
+    check_eval(model)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
+        raise TypeError("images must be a floating-point batch [B,C,H,W] in [0,1]: x.float() / 255")
+    low, high = x.detach().aminmax()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(
+            f"images must lie in [0,1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
+            "normalisation, the model owns its mean and std: models.wrap(net, mean=, std=)"
+        )
+    return x.detach().clamp(0, 1)
 
 
 def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    """The class of each image, int64 [B]: as given, or the predicted one; refuses classes the model lacks."""
+    """The class of each image, int64 [B]: as given, or the predicted one."""
     if not bool(logits.isfinite().all()):
         raise ValueError("the model returns NaN or infinite logits on these images")
     if target is None:
         return logits.argmax(1)
-    chosen = torch.as_tensor(target, device=logits.device)
-    if (
-        chosen.is_floating_point()
-        or chosen.dtype == torch.bool
-        or chosen.shape not in ((), logits.shape[:1])
-    ):
-        raise ValueError(
-            f"target must be None, one class number, or int64 [{len(logits)}], not {target!r}"
-        )
-    if not bool(((chosen >= 0) & (chosen < logits.shape[1])).all()):
-        raise ValueError(f"target holds a class outside 0..{logits.shape[1] - 1}: {target!r}")
+    chosen, last = torch.as_tensor(target, device=logits.device), logits.shape[1] - 1
+    whole = chosen.dtype in (torch.int64, torch.int32) and chosen.shape in ((), logits.shape[:1])
+    if not whole or not bool(((chosen >= 0) & (chosen <= last)).all()):
+        raise ValueError(f"target must be None, a class 0..{last} or int64 [B], not {target!r}")
     return chosen.long().expand(len(logits))
 
 
@@ -96,23 +89,43 @@ def pick(logits: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None])[:, 0]
 
 
-def window(maps: np.ndarray) -> np.ndarray:
-    """Maps [...,H,W] averaged in the window of structural similarity: Gaussian, deviation 1.5, 11 wide, mirrored."""
-    return gaussian_filter(maps, 1.5, truncate=3.5, axes=(-2, -1))
+def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[nn.Module, str]:
+    """A module of the model and its dotted name, or an error that names the nearest ones."""
+    modules = dict(model.named_modules())
+    name = layer if isinstance(layer, str) else {m: n for n, m in modules.items()}.get(layer)
+    if name in modules:
+        return modules[name], name or "the model"
+    if name is None:
+        raise ValueError(f"this {type(layer).__name__} is not a part of the model")
+    near = ", ".join(difflib.get_close_matches(name, modules, n=3, cutoff=0.3)) or "none"
+    raise ValueError(f"the model has no layer {name!r}; near: {near} (named_modules())")
 
 
-def likeness(
-    mean_a: np.ndarray,
-    mean_b: np.ndarray,
-    variance_a: np.ndarray,
-    variance_b: np.ndarray,
-    product: np.ndarray,
-) -> np.ndarray:
-    """Structural similarity [...] of maps on [0,1], K1 = 0.01, K2 = 0.03; `product` is the window's mean of a * b.
+def feature_map(output: object, name: str) -> Tensor:
+    """What a layer returned, if it is a map [B,C,h,w]."""
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output
+    what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(f"{name} returns {what}, not feature maps [B,C,H,W]: choose a convolution")
 
-    Source: Wang et al., IEEE TIP 13:600, 2004. All arguments are [...,H,W] as `window` gives them.
+
+def moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance [...,H,W] in SSIM's window: Gaussian, deviation 1.5, 11 wide, mirrored."""
+    mean = _window(maps)
+    return mean, _window(maps**2) - mean**2
+
+
+def ssim(a: np.ndarray, b: np.ndarray, of_a=None, of_b=None) -> np.ndarray:
+    """Structural similarity [...] of maps [...,H,W] in [0,1]; of_a, of_b: `moments`, if known.
+
+    Source: Wang et al., IEEE TIP 13:600, 2004. torchmetrics' refuses maps of 5 pixels a side or
+    less.
     """
-    means = mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    above = (2 * means + c1) * (2 * (product - means) + c2)
+    (mean_a, variance_a), (mean_b, variance_b) = of_a or moments(a), of_b or moments(b)
+    means, c1, c2 = mean_a * mean_b, 0.01**2, 0.03**2
+    above = (2 * means + c1) * (2 * (_window(a * b) - means) + c2)
     return (above / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))).mean((-2, -1))
+
+
+def _window(maps: np.ndarray) -> np.ndarray:
+    return gaussian_filter(maps, 1.5, truncate=3.5, axes=(-2, -1))

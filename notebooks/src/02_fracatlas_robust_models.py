@@ -798,9 +798,7 @@ def scored(name):
     for kind in ("box", "outline"):
         regions = localisation.regions_of(study.dataset, rows, study.cache, kind=kind)
         films = study.images(rows).cpu()
-        per_film, _ = localisation.localise(
-            maps, films, regions, groups=study.patients(rows), draws=2
-        )
+        per_film = localisation.localise(maps, films, regions, groups=study.patients(rows))
         tables.append(per_film.assign(region=kind))
     return pd.concat(tables), notes
 
@@ -852,8 +850,8 @@ map_table(pd.concat(better))
 # %%
 for name in looked[:3]:
     part = scores[scores.model.eq(name) & scores.region.eq("box")]
-    figure = figures.figure_localisation(part, run.caption)
-    figure.suptitle(f"{name}; {len(rows)} fractured test films; {run.data_name}", fontsize=9)
+    caption = f"{name}; {len(rows)} fractured test films; {run.data_name}; dotted: random pixels"
+    figure = figures.figure_forest(part, caption, panel="score", row="map", chance="random")
     report.save_figure(figure, run, f"localisation_{name}")
     display(figure)
 

@@ -134,6 +134,7 @@ import re  # noqa: I001 (one line a module keeps this cell readable)
 import time
 from contextlib import contextmanager
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
@@ -145,7 +146,7 @@ from dlia_utils.data import augment, datasets
 from dlia_utils import plots
 from dlia_utils import corrupt, corruption_error, files, models, objectives, report
 from dlia_utils.data import split
-from dlia_utils.explain import drift, drift_figures, warning
+from dlia_utils.explain import drift, figures, warning
 from dlia_utils.study import (
     fit_model,
     load_models,
@@ -273,15 +274,15 @@ split.audit(study.dataset)
 # %%
 study = open_study(run)
 film = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
-figure = drift_figures.figure_corruptions(
-    study_of("mobilenet_v2", study).images([film])[0],
-    study_of("mobilenet_v2", study).run.caption,
-    row=int(film),
-    names=run.corruptions,
-    severities=run.severities,
-    seed=run.seed,
-    scale=run.scale,
-)
+own, steps, lines = study_of("mobilenet_v2", study), (0, *run.severities), []
+for name in run.corruptions:
+    options = {"seed": run.seed, "ids": [film], "scale": run.scale}
+    seen = [corrupt.apply(name, own.images([film]), step, **options)[0] for step in steps]
+    titles = [f"severity {step}" if step else "clean" for step in steps]
+    titles = titles if not lines else [""] * len(steps)  # above the first line
+    pictures = [figures.Picture(*pair) for pair in zip(titles, seen, strict=True)]
+    lines.append((name.replace("_", " "), pictures))
+figure = figures.figure_grid(lines, f"scale {run.scale}, {own.run.caption}")
 report.save_figure(figure, run, "corruptions")
 figure
 
@@ -422,7 +423,7 @@ pd.DataFrame(
 # %%
 for plain, augmented in PAIRS.items():
     pair = {name: grids[name] for name in (plain, augmented)}
-    figure = drift_figures.figure_auc_lines(pair, study_of(plain, study).run.caption)
+    figure = figures.figure_auc_lines(pair, study_of(plain, study).run.caption)
     report.save_figure(figure, run, f"auc_{plain}")
     display(figure)
 
@@ -497,22 +498,18 @@ for kind in run.trained_on:
         kind, shown["clean"], severity, seed=run.seed, ids=film, scale=run.scale
     )
 test_opened(study, "maps of one film")
-answer, cams, target = {}, {}, None
+lines, target = [], None
 for kind, x in shown.items():
     p = model(x).softmax(1)[0].detach().cpu().numpy()
-    target = (
-        int(p.argmax()) if target is None else target
-    )  # the class of the clean film, which comes first
-    answer[kind] = (study.dataset.classes[p.argmax()], p.max())
-    found = drift.maps(model, x, target=target, methods=["gradcam++"])
-    cams[kind] = {layer: heat[0].cpu() for (_, layer), heat in found.items()}
-figure = drift_figures.figure_maps(
-    {kind: x[0].cpu() for kind, x in shown.items()},
-    cams,
-    own.run.caption,
-    answers=answer,
-    told=f"{name}, severity {severity}",
-)
+    target = int(p.argmax()) if target is None else target  # of the clean film, which comes first
+    cams = drift.maps(model, x, target=target, methods=["gradcam++"])
+    pictures = [figures.Picture("" if lines else "film", x[0])]
+    for (_, layer), heat in cams.items():
+        unit = drift.prepared(heat)["unit"][0]  # by its own minimum and maximum
+        pictures.append(figures.Picture("" if lines else layer, x[0], unit, alpha=0.5))
+    label = f"{kind}\n{study.dataset.classes[p.argmax()]}\n{p.max():.3f}"
+    lines.append((label.replace("_", " "), pictures))
+figure = figures.figure_grid(lines, f"{name}, severity {severity}, {own.run.caption}")
 report.save_figure(figure, run, "maps_of_one_film")
 figure
 
@@ -540,13 +537,9 @@ for name in MODELS:
 
 # %%
 for plain, augmented in PAIRS.items():
-    own = study_of(plain, study).run
-    figure = drift_figures.figure_rmse_lines(moved["test", plain], own.caption, told=plain)
-    report.save_figure(figure, run, f"rmse_{plain}")
-    display(figure)
     pair = {name: moved["test", name] for name in (plain, augmented)}
-    figure = drift_figures.figure_layers(pair, own.caption, severity=max(run.severities))
-    report.save_figure(figure, run, f"layers_{plain}")
+    figure = figures.figure_drift(pair, study_of(plain, study).run.caption)
+    report.save_figure(figure, run, f"drift_{plain}")
     display(figure)
 
 # %% [markdown]
@@ -557,13 +550,16 @@ for plain, augmented in PAIRS.items():
 # trusted: two empty maps agree perfectly.
 
 # %%
-shares = []
+shares, key = [], ["method", "layer"]
 for name in MODELS:
-    place = drift.position(moved["test", name]).query("severity == @run.severities[-1]")
-    deepest = place[place["method"].eq("gradcam++")]["layer"].iloc[-1]
+    means = moved["test", name].groupby(["corruption", "severity", *key], sort=False)["rmse"].mean()
+    means = means.unstack("corruption")
+    floor, ceiling = (means[which].xs(0) for which in (drift.FLOOR, drift.CEILING))
+    place = means.xs(run.severities[-1]).sub(floor, axis=0).div(ceiling - floor, axis=0)
+    deepest = [layer for method, layer in place.index if method == "gradcam++"][-1]
     for method, layer in (("gradcam++", deepest), ("saliency", "input")):
-        own = place[place["method"].eq(method) & place["layer"].eq(layer)]
-        shares.append(own.set_index("corruption")["rmse"].rename(f"{name} {method} {layer}"))
+        own = place.loc[(method, layer), list(run.mapped)]
+        shares.append(own.rename(f"{name} {method} {layer}"))
 pd.concat(shares, axis=1).T.round(2)
 
 # %% [markdown]
@@ -585,16 +581,8 @@ grids = {
 }
 for plain, augmented in PAIRS.items():
     two = [{name: tables[name] for name in (plain, augmented)} for tables in (grids, moved)]
-    figure = drift_figures.figure_scatter(*two, study_of(plain, study).run.caption)
+    figure = figures.figure_scatter(*two, study_of(plain, study).run.caption)
     report.save_figure(figure, run, f"scatter_{plain}")
-    display(figure)
-
-# %%
-for name in PAIRS:
-    figure = drift_figures.figure_box(
-        grids[name], moved[name], study_of(name, study).run.caption, by="corruption", told=name
-    )
-    report.save_figure(figure, run, f"box_{name}")
     display(figure)
 
 # %% [markdown]
@@ -638,15 +626,54 @@ for name in MODELS:
     )
     made = report.result_rows(warning.rows(tables[name]), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
-figure = drift_figures.figure_warning(tables, run.caption)
+cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
+cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
+counts = cells["events"].astype(str) + " of " + cells["copies"].astype(str) + " copies wrong"
+marked = cells.assign(model=cells["model"] + ": " + counts)
+options = {"panel": "reading", "row": "predictor", "series": "model", "chance": 0.5}
+figure = figures.figure_forest(marked, f"AUROC for wrong answers, {run.caption}", **options)
 report.save_figure(figure, run, "warning")
 figure
+
+# %% [markdown]
+# **In words.** The intervals decide: drift warns where the one of its AUROC lies above 0.5, and is better than the
+# uncertainty where that of the difference, on the same films, lies above 0. Where fewer than ten patients have a wrong
+# answer, or none but wrong ones, nothing is said.
+
+# %%
+WHERE = {
+    "within": "At equal corruption and severity",
+    "same answer": "At equal corruption, severity and clean answer",
+    "mixed": "Over all corruptions and severities mixed",
+}
+
+
+def verdict(table, reading):
+    """Two sentences on the drift score in `table`."""
+    own = table[table["outcome"].eq("error") & table["reading"].eq(reading) & table["method"].ne("")]
+    auroc, gain = (own[own["metric"].eq(m)].iloc[0] for m in ("auroc", "auroc_over_uncertainty"))
+    if min(auroc["event_patients"], auroc["other_patients"]) < 10:
+        return f"{WHERE[reading]}, too few patients with wrong answers, or with right ones, to judge."
+    says = "no warning of wrong answers by drift can be shown"
+    if auroc["ci_low"] > 0.5:
+        says = "drift warns of wrong answers: copies with them drift more"
+    elif auroc["ci_high"] < 0.5:
+        says = "drift does not warn of wrong answers: copies with them drift less"
+    compared = "No difference to the model's own uncertainty can be shown"
+    if gain["ci_low"] > 0:
+        compared = "It ranks them better than the model's own uncertainty does"
+    elif gain["ci_high"] < 0:
+        compared = "The model's own uncertainty, which needs no map, ranks them better"
+    value = f"AUROC {report.with_interval(auroc)}, {auroc['events']} of {auroc['copies']} copies"
+    more = f"drift minus uncertainty {report.with_interval(gain, signed=True)}"
+    return f"{WHERE[reading]}, {says} ({value}). {compared} ({more})."
+
 
 # %%
 lines = []
 for name, table in tables.items():
     lines.append(f"**{name}** (chosen on validation: {' '.join(chosen[name])})\n")
-    lines += [f"- {warning.verdict(table, reading=reading)}" for reading in warning.READINGS]
+    lines += [f"- {verdict(table, reading)}" for reading in warning.READINGS]
     lines.append("")
 Markdown("\n".join(lines))
 
@@ -655,8 +682,6 @@ Markdown("\n".join(lines))
 # map. A drift that does not beat `p_shift` tells nothing that the two probabilities did not tell already.
 
 # %%
-cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
-cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
 cells = cells.assign(cell=[report.with_interval(row) for _, row in cells.iterrows()])
 cells.pivot_table(
     index=["model", "predictor"], columns="reading", values="cell", aggfunc="first", sort=False
@@ -668,12 +693,22 @@ cells.pivot_table(
 # are not.
 
 # %%
-name = "resnet18"
-method, layer, score = chosen[name]
-figure = drift_figures.figure_kept_flipped(
-    *maps_of(name, study), run.caption, score=score, method=method, layer=layer, told=name
-)
+name, key = "resnet18", ["image", "corruption", "severity"]
+(method, layer, score), (seen, moved) = chosen[name], maps_of(name, study)
+own = moved[moved["method"].eq(method) & moved["layer"].eq(layer)].merge(seen, on=key)
+before = seen[seen["corruption"].eq("clean")].set_index("image")["predicted"]
+turned = own["predicted"].ne(own["image"].map(before))
+own["group"] = own["corruption"] + np.where(turned, " turned", " kept")
+each = own.groupby(["group", "image"])[score].mean().reset_index()  # an image once a box
+looks = {"whis": (5, 95), "showfliers": False, "grid": False, "rot": 40, "figsize": (9, 4)}
+axis = each.boxplot(score, by="group", **looks)
+axis.set(title="", xlabel="", ylabel=score)
+axis.set_xticklabels(axis.get_xticklabels(), ha="right")
+figure = axis.figure
+figure.suptitle(f"{name}, {method}, {layer}, {run.caption}", fontsize=9)
+figure.tight_layout()
 report.save_figure(figure, run, "kept_flipped")
+plt.close(figure)
 figure
 
 # %% [markdown]

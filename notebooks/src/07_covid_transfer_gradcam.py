@@ -788,7 +788,7 @@ print(
 )
 caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
 figure = figures.figure_overlays(
-    x, {"by hand": heat}, captions=[caption], caption=run.caption, alpha=0.4
+    x, {"by hand": heat}, captions=[caption], caption=run.caption
 )
 report.save_figure(figure, run, "gradcam_by_hand")
 figure
@@ -912,7 +912,7 @@ x = study.images(rows)
 maps = {name: gradcam(model, x).heat().cpu().numpy() for name, model in compared.items()}
 captions = study.dataset.manifest.loc[rows, "class_name"].tolist()
 figure = figures.figure_overlays(
-    x.cpu().numpy(), maps, captions=captions, caption=run.caption, alpha=0.4
+    x.cpu().numpy(), maps, captions=captions, caption=run.caption
 )
 report.save_figure(figure, run, "gradcam_networks")
 figure
@@ -941,7 +941,9 @@ maps = torch.cat(
 masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
 read = (probability > 0.5).astype(int)
 groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": read != labels}
-groups |= {name: (labels == label) & (read == positive) for name, label, positive in figures.GROUPS}
+for label, positive in ((1, 1), (0, 0), (0, 1), (1, 0)):
+    kind = f"{'true' if label == positive else 'false'} {'positive' if positive else 'negative'}"
+    groups[kind] = (labels == label) & (read == positive)
 draws, tables = run.bootstrap_draws, []
 for group, members in groups.items():
     if members.any():
@@ -964,7 +966,20 @@ energy.pivot_table(
 )
 
 # %%
-figure = figures.figure_groups(x, maps, labels, probability, study.dataset.classes, run.caption)
+error, lines, empty = np.abs(probability - labels), [], []
+for kind in list(groups)[3:]:
+    members = np.flatnonzero(groups[kind])
+    order = np.argsort(error[members], kind="stable")[:: 1 if "true" in kind else -1]
+    chosen = members[order][:4]  # of the right answers the surest, of the wrong ones the worst
+    titles = [f"p {probability[row]:.3f}, error {error[row]:.3f}" for row in chosen]
+    pairs = zip(titles, chosen, strict=True)
+    pictures = [figures.Picture(title, x[row], maps[row], alpha=0.4) for title, row in pairs]
+    if len(members):
+        lines.append((f"{kind}: {len(chosen)} of {len(members)} shown", pictures))
+    else:
+        empty.append(f"no {kind}")
+about = f"p: of {study.dataset.classes[1]}; {run.caption}"
+figure = figures.figure_grid(lines, "\n".join([about, *empty]))
 report.save_figure(figure, run, "groups")
 figure
 
