@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 def read(options: argparse.Namespace) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
     """Films and labels of the splits "train" and "test", and what kind of films they are."""
-    location = sources.find("pneumonia", download=False)
+    location = sources.find("pneumonia")
     films = split.subset(datasets.load(location), per_class=options.per_class, seed=0)
     decoded = cache.build(films, size=options.size, progress=False)
     found = {}

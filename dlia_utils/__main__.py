@@ -159,7 +159,7 @@ def list_all(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     from tools import notebooks
 
-    from .data.readers import DataNotFound
+    from .data.tables import DataNotFound
     from .run import parse_change
 
     changes = dict(map(parse_change, options.changes))
@@ -245,7 +245,7 @@ def results_text(path: Path) -> str:
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from .data import cache, datasets, medmnist, sources, split
+    from .data import cache, datasets, medmnist, sources, split, tables
 
     name = options.dataset
     known = name in sources.SOURCES or medmnist.meant(name)
@@ -261,7 +261,7 @@ def data_check(options: argparse.Namespace) -> int:
         print(f"not read: {count} files, {reason}")
     problems, truncated = cache.examine(dataset)
     print(
-        f"used although they end too early: {len(truncated)} files {', '.join(truncated[: datasets.SHOWN])}"
+        f"used although they end too early: {len(truncated)} files {', '.join(truncated[: tables.SHOWN])}"
     )
     if len(problems):
         print("\n" + datasets.problem_text(problems))
@@ -274,8 +274,8 @@ def data_check(options: argparse.Namespace) -> int:
     alike = dataset.manifest.groupby("look")["path"].agg(list)
     alike = alike[alike.map(len) > 1]
     print(f"near-duplicates: {len(alike)} groups of images that look the same")
-    for paths in alike.head(datasets.SHOWN):
-        print(f"  {' = '.join(paths[: datasets.SHOWN])}")
+    for paths in alike.head(tables.SHOWN):
+        print(f"  {' = '.join(paths[: tables.SHOWN])}")
     if set(dataset.manifest["split"]) & {"val", "test"}:
         title, audit = f"the split that is {dataset.split_rule}", split.audit(dataset)
         # A warning is for published splits, which nobody can mend: this one is the reader's own.
@@ -291,7 +291,7 @@ def data_check(options: argparse.Namespace) -> int:
 def _own_location(path: str, asked: argparse.Namespace):
     """The reader's own folder, or an error that says what it holds instead."""
     from .data import sources
-    from .data.readers import DataNotFound
+    from .data.tables import DataNotFound
 
     if asked.data:
         raise ValueError(
@@ -313,9 +313,9 @@ def _own_location(path: str, asked: argparse.Namespace):
 
 def submission_check(options: argparse.Namespace) -> int:
     from . import submission
-    from .data import datasets
+    from .data.readers import NIH_CLASSES
 
-    classes = options.classes or datasets.NIH_CLASSES
+    classes = options.classes or NIH_CLASSES
     try:
         table = submission.check(
             options.file, options.mapping, images=options.images or None, classes=classes

@@ -28,7 +28,7 @@ from torch import nn
 
 from . import files, threads
 from .data import datasets, sources
-from .data.readers import BadData, DataNotFound
+from .data.tables import BadData, DataNotFound
 from .device import hardware, pick_device
 from .units import pixel_text
 
@@ -515,9 +515,7 @@ def _find_data(
     """The notebook's data set, the first of several that is there and whole, or the reader's own folder."""
     told = data_dir or os.environ.get("DLIA_DATA", "")
     try:
-        if isinstance(names, str):
-            return sources.find(names, data_dir or None)
-        return sources.find_first(names, data_dir or None)
+        return sources.find(names, data_dir or None)
     except DataNotFound as missing:
         if not told or not (own_classes or own_boxes):
             raise

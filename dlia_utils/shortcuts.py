@@ -24,9 +24,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from . import metrics, train
-from .data import datasets, explore
-from .data.cache import ImageCache, _content
-from .data.datasets import BadData, Dataset
+from .data import datasets
+from .data.cache import ImageCache, content_size, shapes
+from .data.datasets import Dataset
+from .data.tables import BadData
 from .plots import COLORS, panels
 from .report import with_interval
 from .study import Study
@@ -178,7 +179,7 @@ def lung_masks(
     empty = ~masks.any((1, 2))
     for place in np.flatnonzero(empty):
         height, width = cache.shapes[rows[place]].tolist()
-        masks[place] = crude_lung_box(cache.size, _content(height, width, cache.size, cache.fit))
+        masks[place] = crude_lung_box(cache.size, content_size(height, width, cache.size, cache.fit))
     if empty.all():
         return masks, CRUDE_BOX
     words = "the data set's masks"
@@ -765,7 +766,7 @@ def _mask_paths(dataset: Dataset) -> Mapping[int, list[str]]:
 def _contents(dataset: Dataset, size: int, fit: str) -> list[tuple[int, int]]:
     """Height and width that each film takes up in the cached square."""
     return [
-        _content(height, width, size, fit) for height, width in explore.shapes(dataset).tolist()
+        content_size(height, width, size, fit) for height, width in shapes(dataset).tolist()
     ]
 
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from . import files, models, train
 from .data import augment, cache, datasets, sources, split
+from .data.tables import BadData
 from .device import fingerprint
 from .run import Run, digest, for_dataset
 
@@ -70,11 +71,9 @@ class Study:
     def key(self) -> dict[str, Any]:
         """The data that whatever is made in this run depends on."""
         # Lengths and not times of the files: a copy of the data is the same data.
-        paths = self.dataset.manifest["path"]
-        lengths = [(path, os.stat(self.dataset.root / path).st_size) for path in paths]
         return {
             "data": self.run.data_name,
-            "files": digest(lengths),
+            "files": digest(datasets.lengths(self.dataset)),
             "split": split.split_hash(self.dataset),
             "size": self.cache.size,
             "fit": self.cache.fit,
@@ -149,7 +148,7 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
     stays (val is drawn where there is none), else all three are drawn, near-duplicates kept together. At most
     `unusable_share` of the files may be left out when they do not decode; the log names them. Models of the
     reader's own (`run.own`) are tried on two images.
-    `dataset` takes the place of the one that the run names. Errors: `datasets.BadData` naming unreadable files,
+    `dataset` takes the place of the one that the run names. Errors: `BadData` naming unreadable files,
     ValueError for a model of one's own that cannot take part;
     before anything is trained.
     """
@@ -158,7 +157,7 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
         dataset = datasets.load(run.location) if dataset is None else dataset
         problems = datasets.check(dataset)
         if len(problems):
-            raise datasets.BadData(datasets.problem_text(problems))
+            raise BadData(datasets.problem_text(problems))
         official, drawn = set(dataset.manifest["split"]), bool(run.settings.get("test_share"))
         anew = drawn and ("" in official or "test" not in official)
         if anew and official != {""} and run.location.kind == "folder":
@@ -200,7 +199,7 @@ def _decode(dataset: datasets.Dataset, run: Run) -> tuple[datasets.Dataset, cach
     options = {"size": run.size, "fit": run.settings.get("fit", "squash")}
     try:
         return dataset, cache.build(dataset, **options)
-    except datasets.BadData as error:
+    except BadData as error:
         lost = getattr(error, "problems", pd.DataFrame({"path": []}))["path"]
         if not 0 < len(lost) <= run.settings.get("unusable_share", 0) * len(dataset.manifest):
             raise

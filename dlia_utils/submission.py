@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from . import files
-from .data.datasets import NIH_CLASSES
+from .data.readers import NIH_CLASSES
 
 CORNERS = ("x1", "y1", "x2", "y2")
 COORDINATES = ("x_min", "y_min", "x_max", "y_max")

@@ -1,489 +1,553 @@
-"""Each published layout is read into plain tables: images, what was ignored, boxes, outlines, masks, ids."""
+"""Each published layout is read into the fields of a `Dataset`: images, what was ignored, boxes, outlines, masks."""
 
 from __future__ import annotations
 
-import inspect
+import base64
+import io
+import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
-from . import medmnist
-from ._fracatlas import fracatlas
 from .tables import (
-    BOX_COLUMNS,
-    COLUMNS,
     CORNERS,
-    SHOWN,
+    REPAIR,
+    SLACK,
     BadData,
     DataNotFound,
-    Tables,
-    absent,
     box_table,
-    gap_text,
-    ignored_table,
-    image_files,
-    manifest_table,
-    need_columns,
-    need_files,
-    need_folders,
-    need_images,
-    no_boxes,
-    no_masks,
-    no_outlines,
-    orientation,
-    read_csv,
+    rarest_class,
+    refuse,
     shapes_of,
     sort_files,
-    trace,
-    upright_shape,
+    tables,
 )
-
-__all__ = [
-    "BOX_COLUMNS",
-    "COLUMNS",
-    "CORNERS",
-    "LAYOUTS",
-    "NIH_CLASSES",
-    "SHOWN",
-    "BadData",
-    "DataNotFound",
-    "Tables",
-    "no_boxes",
-    "no_masks",
-    "no_outlines",
-    "orientation",
-    "read",
-    "trace",
-    "upright_shape",
-]
 
 log = logging.getLogger("dlia_utils")
 
 # The order is part of every detection result: label k is NIH_CLASSES[k - 1], and 0 is the background.
-NIH_CLASSES = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltrate",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
+NIH_CLASSES = tuple(
+    "Atelectasis Cardiomegaly Effusion Infiltrate Mass Nodule Pneumonia Pneumothorax".split()
 )
-NIH_SPELLINGS = {"Infiltration": "Infiltrate"}  # Data_Entry_2017.csv and some copies write it out.
-UNLABELLED = "unlabelled"  # class_name of a competition's test image; its label is -1
-
 NIH_BOXES = "BBox_List_2017.csv"
 DLIA_TRAIN, DLIA_MAPPING = "train.csv", "ID_to_Image_Mapping.csv"
-TUBERCULOSIS_CLASSES = ("Normal", "Tuberculosis")
-COVID_CLASSES = ("Normal", "COVID")
-COVID_OTHERS = (
-    "Lung_Opacity",
-    "Viral Pneumonia",
-)  # folders of the Radiography Database that are not read
+TABLES = (NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING)
+LEAK = "its image is in the competition's test set too (leak)"
+UNLABELLED = "unlabelled"  # class_name of an image without a label, which is then -1
+TUBERCULOSIS_CLASSES, COVID_CLASSES = ("Normal", "Tuberculosis"), ("Normal", "COVID")
+FRAC_CLASSES = ("Non_fractured", "Fractured")
+FRAC_TABLE, FRAC_BOXES = "dataset.csv", "Annotations/COCO JSON/COCO_fracture_masks.json"
+FRAC_SPLITS = {
+    split: f"Utilities/Fracture Split/{split}.csv" for split in ("train", "valid", "test")
+}
+NINJA_SPLITS = {
+    "train": "train",
+    "val": "val",
+    "test": "test",
+    "not fractured": "",
+}  # folder: split
+SPELLINGS = {"Infiltration": "Infiltrate", "fractured": "fracture", "Fractured": "fracture"}
+SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def read(dataset: str, root: Path, **options: bool) -> Tables:
-    """Read `root` as the layout named `dataset`; `options` that are True go to its function.
+# ----------------------------------------------------------------------------------- class folders
 
-    Of a MedMNIST set `root` is the folder that `medmnist.unpack` gives.
-    Errors: `ValueError` for an option that this layout does not have, else those of the layout.
+
+def pneumonia(root: Path) -> dict:
+    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/ with NORMAL/, PNEUMONIA/.
+
+    The archive's second copy in chest_xray/chest_xray and its junk files are listed in `ignored`, never read.
     """
-    layout = LAYOUTS.get(dataset) or partial(medmnist.layout, dataset)
-    given = {name: True for name, value in options.items() if value}
-    if unknown := [name for name in given if name not in inspect.signature(layout).parameters]:
-        raise ValueError(f"{dataset} has no option {', '.join(unknown)}; leave it out")
-    return layout(root, **given)
+    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _splits(root), pneumonia_patient)
+    odd = fields["manifest"].query("group == 'unknown'")["path"]
+    if len(odd):
+        log.warning("%d file names tell no patient, first: %s", len(odd), ", ".join(odd[:3]))
+    return fields
 
 
-def pneumonia(root: Path) -> Tables:
-    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018.
+def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
+    """Patient and group read from a file name of the pneumonia set; another name is a patient of its own.
 
-    `root` holds train/, test/ and perhaps val/ (16 images), each with NORMAL/ and PNEUMONIA/. The published
-    archive also carries a second copy in chest_xray/chest_xray and Finder's litter: listed in `ignored`,
-    never read.
+    The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful reading: nothing
+    published says whether the numbers of the two kinds are separate.
+
+    >>> pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
+    ('person-12', 'virus')
+    >>> pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
+    ('NORMAL2-IM-0501', 'normal')
     """
-    classes = ("NORMAL", "PNEUMONIA")
-    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    need_folders(root, [f"{split}/{name}" for split in splits for name in classes])
-    found, ignored = sort_files(root, lambda path: _class_folder_reason(path, splits, classes))
-    rows = []
-    for path in found:
-        patient, group = pneumonia_patient(path.name)
-        rows.append(
-            (str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0])
-        )
-    manifest = manifest_table(rows)
-    need_images(manifest, root, splits, classes)
-    _say_odd(manifest)
-    _say_small_val(manifest)
-    return Tables(manifest, classes, ignored_table(ignored))
-
-
-def pneumonia_patient(name: str) -> tuple[str, str]:
-    """Patient and group read from a file name of the pneumonia set.
-
-    The number N of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful reading:
-    nothing published says whether the numbers of the two kinds are separate. Another name is a patient of its
-    own.
-
-    >>> pneumonia_patient("person12_virus_48.jpeg"), pneumonia_patient("NORMAL2-IM-0501-0001-0002.jpeg")
-    (('person-12', 'virus'), ('NORMAL2-IM-0501', 'normal'))
-    >>> pneumonia_patient("IM-0115-0001.jpeg"), pneumonia_patient("scan.jpeg")
-    (('IM-0115', 'normal'), ('scan', 'unknown'))
-    """
-    if match := re.match(r"person(\d+)_(bacteria|virus)_", name):
+    if match := re.match(r"person(\d+)_(bacteria|virus)_", path.name):
         return f"person-{int(match[1])}", match[2]
-    if match := re.match(r"((?:NORMAL2-)?IM-\d+)-", name):
+    if match := re.match(r"((?:NORMAL2-)?IM-\d+)-", path.name):
         return match[1], "normal"
-    return PurePosixPath(name).stem, "unknown"
+    return path.stem, "unknown"
 
 
-def nih(root: Path, *, allow_missing: bool = False) -> Tables:
-    """NIH ChestX-ray8, the images with boxes: Wang et al., CVPR 2017; 984 boxes on 880 images.
+def tuberculosis(root: Path) -> dict:
+    """TB Chest Radiography Database, Rahman et al. 2020: Normal/ and Tuberculosis/; no split, no patients."""
+    return _class_folders(root, TUBERCULOSIS_CLASSES)
 
-    `root` holds BBox_List_2017.csv and the images in images_001/images to images_012/images, in images/ or
-    beside the list. No split is published for the boxes: every image is "train". Errors: `BadData` for
-    unusable rows, and when boxed images are missing, unless `allow_missing` keeps those that are there.
+
+def covid(root: Path) -> dict:
+    """COVID-19 against normal chests, in either of two trees; each image counts as a patient.
+
+    The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021): COVID/ and Normal/ with images/ and
+    perhaps masks/ of the lungs, read into `masks`; old versions have the images in the class folders themselves. No
+    split is published. Or covid_xray: train/, test/ and perhaps val/, with normal/ and COVID/ in any case.
     """
-    raw = _nih_rows(root / NIH_BOXES)
-    found, ignored = image_files(root, _nih_folder, known=[NIH_BOXES])
-    missing = absent(raw["name"], found, "train")
-    need_files(missing, raw["name"].nunique(), "boxed", root, allow_missing=allow_missing)
-    names = sorted({name for _, name in found} & set(raw["name"]))
-    ignored += [(path, "has no box") for (_, name), path in found.items() if name not in set(names)]
-    images = [(name, found["train", name], "train") for name in names]
-    rule = "none published: every image is in train"
-    return _detection_tables(root, NIH_BOXES, raw, images, ignored, split_rule=rule)
-
-
-def nih_gap(root: Path) -> str:
-    """Why the NIH copy in `root` cannot be used: boxed images that are missing; "" when there are none."""
-    names = _nih_rows(root / NIH_BOXES)["name"]
-    missing = absent(names, image_files(root, _nih_folder)[0], "train")
-    return gap_text(missing, names.nunique(), "boxed")
-
-
-def nih_patient(name: str) -> str:
-    """Patient of an NIH file name: its first eight characters; another name is a patient of its own.
-
-    >>> nih_patient("00013118_008.png"), nih_patient("film.png")
-    ('00013118', 'film')
-    """
-    return name[:8] if re.match(r"\d{8}_", name) else PurePosixPath(name).stem
-
-
-def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> Tables:
-    """The DLIA class competition (cut from the NIH boxes), both editions, told apart by their columns.
-
-    Edition A has the NIH list's header (x, y, w, h) in train.csv and a mapping `id,image_id` where an image
-    may have several ids; edition B has `image_id,x_min,y_min,x_max,y_max,label` and a mapping `ID,image_id`.
-    Images lie in train/ and test/ (or train_images/, test_images/). Training rows whose image stands in the
-    mapping too (edition A has 25 such images) are refused with a warning and listed in `ignored`, unless
-    `allow_leak`. Errors: `BadData` for other columns, unusable rows, ids that repeat, and missing images,
-    unless `allow_missing` keeps those that are there.
-    """
-    edition, raw = _dlia_rows(root / DLIA_TRAIN)
-    mapping = _dlia_mapping(root / DLIA_MAPPING)
-    wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
-    found, ignored = image_files(root, _dlia_folder, known=[DLIA_TRAIN, DLIA_MAPPING])
-    missing = [name for split, names in wanted.items() for name in absent(names, found, split)]
-    total = sum(map(len, wanted.values()))
-    need_files(missing, total, "listed", root, allow_missing=allow_missing)
-    leaked = set() if allow_leak else wanted["train"] & wanted["test"]
-    if leaked:
-        log.warning(
-            "%d training images with %d boxes are refused: they stand in the competition's test set too",
-            len(leaked),
-            int(raw["name"].isin(leaked).sum()),
-        )
-    images = []
-    for (split, name), path in sorted(
-        found.items(), key=lambda item: (item[0][0] == "test", item[0][1])
-    ):
-        if name not in wanted[split]:
-            ignored.append(
-                (path, f"not listed in {DLIA_TRAIN if split == 'train' else DLIA_MAPPING}")
-            )
-        elif split == "train" and name in leaked:
-            ignored.append((path, "its image is in the competition's test set too (leak)"))
-        else:
-            images.append((name, path, split))
-    rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
-    tables = _detection_tables(root, DLIA_TRAIN, raw, images, ignored, split_rule=rule)
-    return Tables(**{**vars(tables), "mapping": mapping})
-
-
-def dlia_gap(root: Path) -> str:
-    """Why the competition in `root` cannot be used: images that are missing; "" when there are none."""
-    train = _dlia_rows(root / DLIA_TRAIN)[1]["name"]
-    test = _dlia_mapping(root / DLIA_MAPPING)["image_id"]
-    found = image_files(root, _dlia_folder)[0]
-    missing = absent(train, found, "train") + absent(test, found, "test")
-    return gap_text(missing, train.nunique() + test.nunique(), "listed")
-
-
-def tuberculosis(root: Path) -> Tables:
-    """TB Chest Radiography Database, Rahman et al., IEEE Access 2020: 3,500 Normal and 700 Tuberculosis.
-
-    `root` holds Normal/ and Tuberculosis/ with PNG files, and tables about them that are not read. No split
-    and no patients are published: `split` is "" and each image counts as a patient. Errors: `DataNotFound`
-    for a missing class folder, `BadData` for an empty one.
-    """
-    classes = TUBERCULOSIS_CLASSES
-    need_folders(root, classes)
-    found, ignored = sort_files(
-        root,
-        lambda path: (
-            "" if path.parts[0] in classes and len(path.parts) == 2 else "outside the class folders"
-        ),
+    if (root / "train").is_dir():
+        return _class_folders(root, COVID_CLASSES, _splits(root))
+    fields = _class_folders(root, COVID_CLASSES, below=("images", "masks"))
+    manifest = fields["manifest"]
+    key = manifest["patient"].str.replace("/(images|masks)/", "/", regex=True)
+    of_mask = manifest["path"].str.contains("^[^/]+/masks/")
+    again = key.where(~of_mask).duplicated(keep="last") & ~of_mask  # beside images/, in some copies
+    kept = ~of_mask & ~again
+    row_of = {one: row for row, one in enumerate(key[kept])}
+    masks = pd.DataFrame({"image": key.map(row_of), "path": manifest["path"]})[of_mask]
+    lost, masks = masks[masks["image"].isna()], masks.dropna().astype({"image": "int64"})
+    bare = (len(row_of) - len(masks)) * int(of_mask.any())
+    if bare or len(lost):
+        text = "%s: %d images have no mask and %d masks have no image"
+        log.warning(text, root, bare, len(lost))
+    extra = [(path, "mask without an image") for path in lost["path"]]
+    extra += [(path, "second copy of an image") for path in manifest["path"][again]]
+    ignored = pd.concat([fields["ignored"], pd.DataFrame(extra, columns=["path", "reason"])])
+    images, masks = (
+        manifest[kept].reset_index(drop=True),
+        masks.sort_values("image", ignore_index=True),
     )
-    rows = [_unknown_patient(path, path.parts[0], classes) for path in found]
-    return _class_folder_tables(root, rows, classes, ignored, rule="none published")
+    return fields | dict(manifest=images, masks=masks, ignored=ignored.reset_index(drop=True))
 
 
-def covid(root: Path) -> Tables:
-    """COVID-19 against normal chest films, in either of two trees.
-
-    The COVID-19 Radiography Database, Chowdhury et al. 2020 and Rahman et al. 2021: COVID/ and Normal/ with
-    images/ and, in newer versions, masks/ (the lungs, under the image's name: read into `masks`); in old
-    versions the images lie in the class folders themselves. Lung_Opacity/ and `Viral Pneumonia/` are not
-    read. Nothing tells from which of its sources an image came, no split is published: `group` and `split`
-    are "". Second tree, covid_xray: train/, test/ and perhaps val/, each with normal/ and COVID/ in any case:
-    the official split.
-    Each image counts as a patient, since no patients are known. Images without a mask, and masks without an
-    image, are counted in a warning. Errors: `DataNotFound` for a missing folder, `BadData` for one without
-    images.
-    """
-    return _covid_splits(root) if (root / "train").is_dir() else _covid_radiography(root)
+def _splits(root: Path) -> list[str]:
+    return [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
 
 
-def _covid_radiography(root: Path) -> Tables:
-    classes = COVID_CLASSES
-    need_folders(root, classes)
-    found, ignored = sort_files(root, _covid_reason)
-    images: dict[tuple[str, str], PurePosixPath] = {}
-    masks: dict[tuple[str, str], PurePosixPath] = {}
-    # Images of an old version that lie beside an images/ folder are the same films once more.
-    for path in sorted(found, key=lambda path: (len(path.parts) == 2, path)):
-        kind = masks if path.parts[1] == "masks" else images
-        if kind.setdefault((path.parts[0], path.stem), path) != path:
-            ignored.append((str(path), "second copy of an image"))
-    paths = sorted(images.values())
-    rows = [_unknown_patient(path, path.parts[0], classes) for path in paths]
-    lost = [str(path) for key, path in masks.items() if key not in images]
-    ignored += [(path, "mask without an image") for path in lost]
-    bare = sum(
-        (root / name / "masks").is_dir() and (name, stem) not in masks for name, stem in images
-    )
-    if lost or bare:
-        log.warning("%s: %d images have no mask and %d masks have no image", root, bare, len(lost))
-    row_of = {(path.parts[0], path.stem): row for row, path in enumerate(paths)}
-    table = [(row_of[key], str(path)) for key, path in masks.items() if key in row_of]
-    organs = pd.DataFrame(sorted(table), columns=["image", "path"]) if table else no_masks()
-    return _class_folder_tables(root, rows, classes, ignored, rule="none published", masks=organs)
-
-
-def _covid_splits(root: Path) -> Tables:
-    classes = COVID_CLASSES
-    spelled = {name.casefold(): name for name in classes}
-    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    need_folders(root, splits)
+def _class_folders(
+    root: Path,
+    classes: Sequence[str],
+    splits: Sequence[str] = (),
+    patient: Callable = lambda path: (str(path.with_suffix("")), ""),
+    *,
+    below: tuple[str, ...] = (),
+) -> dict:
+    """Images in the folders of `classes`, perhaps below `splits`; `below` are folders that they may lie in."""
+    spelled, level = {name.casefold(): name for name in classes}, int(bool(splits))
 
     def reason(path: PurePosixPath) -> str:
-        if path.parts[0] not in splits or len(path.parts) != 3:
-            return "outside the split and class folders"
-        return "" if path.parts[1].casefold() in spelled else "not a class of this study"
+        if path.parts[0] == "chest_xray":
+            return "second copy of the data set (nested chest_xray)"
+        if splits and path.parts[0] not in splits:
+            return "outside the folders of the splits"
+        if len(path.parts) > level + 1 and path.parts[level].casefold() not in spelled:
+            return "not a class of this data set"
+        inside = path.parts[level + 1 : -1] in ((), *((name,) for name in below))
+        return "" if inside and len(path.parts) > level + 1 else "outside the class folders"
 
-    found, ignored = sort_files(root, reason)
-    rows = [
-        _unknown_patient(path, spelled[path.parts[1].casefold()], classes, path.parts[0])
-        for path in found
-    ]
-    return _class_folder_tables(root, rows, classes, ignored, splits=splits)
+    found, ignored = sort_files(root, reason, SUFFIXES)
+    rows = []
+    for path in found:
+        name, split = spelled[path.parts[level].casefold()], path.parts[0] if splits else ""
+        rows.append((str(path), classes.index(name), name, *patient(path), split))
+    there = {(row[5], row[2]) for row in rows}
+    wanted = [(split, name) for split in splits or [""] for name in classes]
+    empty = ["no images in " + "/".join(filter(None, one)) for one in wanted if one not in there]
+    refuse(f"{root}", empty, REPAIR)
+    return tables(rows, classes, ignored, split_rule="official" if splits else "none published")
 
 
-def _unknown_patient(
-    path: PurePosixPath, class_name: str, classes: tuple[str, ...], split: str = ""
-) -> tuple[str, int, str, str, str, str]:
-    """A row of the manifest for an image of which nothing but its class is known."""
-    return str(path), classes.index(class_name), class_name, str(path.with_suffix("")), "", split
+# ------------------------------------------------------------------------------------------- boxes
 
 
-def _class_folder_tables(
+def nih(root: Path, *, allow_missing: bool = False) -> dict:
+    """NIH ChestX-ray8, the images with boxes (Wang et al., CVPR 2017): 984 boxes on 880 images, all in "train".
+
+    `root` holds BBox_List_2017.csv and the images in images_001/images ..., in images/ or beside the list.
+    """
+    raw = _box_rows(root / NIH_BOXES)[1]
+    pattern = r"\.|images(_\d+)?(/images)?"
+    found, ignored = _named_files(
+        root, lambda folder: "train" * bool(re.fullmatch(pattern, folder))
+    )
+    _need_files(root, {"train": set(raw["name"])}, found, allow_missing=allow_missing)
+    rule = "none published: every image is in train"
+    return _findings(root, NIH_BOXES, raw, {"train": set(raw["name"])}, found, ignored, rule)
+
+
+def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> dict:
+    """The DLIA class competition (cut from the NIH boxes), both editions, told apart by their columns.
+
+    Edition A has the NIH list's header in train.csv and a mapping `id,image_id` where an image may have several ids;
+    edition B has `image_id,x_min,y_min,x_max,y_max,label` and `ID,image_id`. Images lie in train/ and test/ (or
+    train_images/, test_images/). Training images that stand in the mapping too are left out unless `allow_leak`.
+    """
+    edition, raw = _box_rows(root / DLIA_TRAIN)
+    mapping = read_csv(root / DLIA_MAPPING, ["image_id"])
+    key = mapping.columns.intersection(["id", "ID"])
+    if (
+        not len(key)
+        or mapping[[*key, "image_id"]].isna().any(axis=None)
+        or mapping[key[0]].duplicated().any()
+    ):
+        fix = "Fix: download the file again."
+        raise BadData(f"{root / DLIA_MAPPING} needs a column id or ID, filled, each once. {fix}")
+
+    def kind(folder: str) -> str:
+        match = re.fullmatch(r"(train|test)(_images)?", folder)
+        return match[1] if match else ""
+
+    found, ignored = _named_files(root, kind)
+    wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
+    _need_files(root, wanted, found, allow_missing=allow_missing)
+    if not allow_leak:
+        leaked = wanted["train"] & wanted["test"]
+        ignored += [
+            (found.pop(("train", name)), LEAK) for name in leaked if ("train", name) in found
+        ]
+    rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
+    fields = _findings(root, DLIA_TRAIN, raw, wanted, found, ignored, rule)
+    return fields | {"mapping": mapping}
+
+
+def _named_files(
+    root: Path, kind: Callable[[str], str]
+) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
+    """Images by (kind of their folder, name), and (path, reason) of the rest; kind "" is no image folder."""
+
+    def reason(path: PurePosixPath) -> str:
+        return "" if kind(str(path.parent)) else "outside the image folders"
+
+    paths, ignored = sort_files(root, reason, SUFFIXES)
+    found: dict[tuple[str, str], str] = {}
+    for path in paths:
+        if found.setdefault((kind(str(path.parent)), path.name), str(path)) != str(path):
+            ignored.append((str(path), "second copy of an image"))
+    return found, ignored
+
+
+def _need_files(
+    root: Path, wanted: dict[str, set], found: Collection, *, allow_missing: bool
+) -> None:
+    """`BadData` for images that are missing; with `allow_missing` a warning, unless all are."""
+    asked = [(kind, name) for kind, names in wanted.items() for name in names]
+    missing = sorted(name for kind, name in asked if (kind, name) not in found)
+    if missing:
+        first = f"first: {', '.join(missing[:3])}"
+        text = f"{root}: {len(missing)} of the {len(asked)} listed images are missing, {first}"
+        if not allow_missing or len(missing) == len(asked):
+            how = "or load the rest with datasets.load(location, allow_missing=True)"
+            raise BadData(f"{text}; fix: {REPAIR}, {how}")
+        log.warning("%s; the others are used", text)
+
+
+def _findings(
     root: Path,
-    rows: Sequence[tuple],
-    classes: tuple[str, ...],
-    ignored: Sequence[tuple[str, str]],
-    *,
-    splits: Sequence[str] = ("",),
-    rule: str = "official",
-    masks: pd.DataFrame | None = None,
-) -> Tables:
-    manifest = manifest_table(rows)
-    need_images(manifest, root, splits, classes)
-    _say_small_val(manifest)
-    masks = no_masks() if masks is None else masks
-    return Tables(manifest, classes, ignored_table(sorted(ignored)), rule, masks=masks)
+    file: str,
+    raw: pd.DataFrame,
+    wanted: dict[str, set],
+    found: dict[tuple[str, str], str],
+    ignored: list[tuple[str, str]],
+    rule: str,
+) -> dict:
+    """Fields of a set of NIH findings, of the images `found` that are `wanted`; those of "test" have no boxes."""
+    images = []
+    for (split, name), path in sorted(
+        found.items(), key=lambda one: (one[0][0] == "test", one[0][1])
+    ):
+        if name in wanted[split]:
+            images.append((split, name, path))
+        else:
+            ignored.append((path, "has no box" if file == NIH_BOXES else "listed in no table"))
+    row_of = {name: row for row, (split, name, _) in enumerate(images) if split != "test"}
+    shapes = dict(
+        zip(row_of, shapes_of(root, [images[row][2] for row in row_of.values()]), strict=True)
+    )
+    boxes, problems = box_table(raw, NIH_CLASSES, row_of, shapes)
+    refuse(f"{root / file}", problems, "correct or delete these rows, or download the file again")
+    labels = rarest_class(boxes, len(images))
+    rows = []
+    for label, (split, name, path) in zip(labels, images, strict=True):
+        patient = name[:8] if re.match(r"\d{8}_", name) else PurePosixPath(name).stem
+        class_name = NIH_CLASSES[label] if label >= 0 else UNLABELLED
+        rows.append((path, label, class_name, patient, "", split))
+    more = dict(boxes=boxes, box_classes=NIH_CLASSES, split_rule=rule)
+    return tables(rows, NIH_CLASSES, [one for one in ignored if one[0] not in TABLES], **more)
 
 
-LAYOUTS: dict[str, Callable[..., Tables]] = {
-    "pneumonia": pneumonia,
-    "nih": nih,
-    "dlia": dlia,
-    "fracatlas": fracatlas,
-    "tuberculosis": tuberculosis,
-    "covid": covid,
-}
+def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+    """A CSV file, whose rows may end in more commas than its header; `BadData` when it lacks a column."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)
+        table = pd.read_csv(path, index_col=False)  # else pandas would shift the columns
+    table = table.rename(columns=lambda name: str(name).strip())
+    if missing := [name for name in needed if name not in table]:
+        there = ", ".join(table.columns)
+        raise BadData(f"{path} has no column {', '.join(missing)}; it has {there}. Fix: {REPAIR}.")
+    return table
 
 
-# --- files and folders
-
-
-def _nih_folder(path: PurePosixPath) -> str:
-    return "train" if re.fullmatch(r"\.|images(_\d+)?(/images)?", str(path.parent)) else ""
-
-
-def _dlia_folder(path: PurePosixPath) -> str:
-    match = re.fullmatch(r"(train|test)(_images)?", str(path.parent))
-    return match[1] if match else ""
-
-
-def _covid_reason(path: PurePosixPath) -> str:
-    if path.parts[0] in COVID_OTHERS:
-        return "not a class of this study"
-    if path.parts[0] not in COVID_CLASSES:
-        return "outside the class folders"
-    inside = len(path.parts) == 2 or len(path.parts) == 3 and path.parts[1] in ("images", "masks")
-    return "" if inside else "outside the image folders"
-
-
-def _class_folder_reason(path: PurePosixPath, splits: list[str], classes: tuple[str, ...]) -> str:
-    if path.parts[0] == "chest_xray":
-        return "second copy of the data set (nested chest_xray)"
-    if path.parts[0] not in splits or len(path.parts) != 3:
-        return "outside the split and class folders"
-    if path.parts[1] not in classes:
-        return "not a class of this data set"
-    return ""
-
-
-def _say_odd(manifest: pd.DataFrame) -> None:
-    odd = manifest.loc[manifest["group"] == "unknown", "path"]
-    if len(odd):
-        log.warning(
-            "%d file names tell no patient; each counts as its own: %s",
-            len(odd),
-            ", ".join(odd[:SHOWN]),
-        )
-
-
-def _say_small_val(manifest: pd.DataFrame) -> None:
-    val = int((manifest["split"] == "val").sum())
-    if 0 < val < 100:
-        log.info(
-            "the official val split has only %d images: draw a larger one with split.grouped", val
-        )
-
-
-# --- tables
-
-
-def _nih_rows(path: Path) -> pd.DataFrame:
-    """The raw boxes of a table with the NIH header, whose `Bbox [x,y,w,h]` its own commas split into four."""
-    table = read_csv(path)
-    columns = [
+def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
+    """Edition and raw boxes (see `box_table`) of a table with the header of NIH ("A") or of edition B."""
+    nih_columns = [
         "Image Index",
         "Finding Label",
         "Bbox [x",
         "y",
         "w",
         "h]",
-    ]  # More, empty ones may follow.
-    need_columns(table, columns, path)
-    return _raw(table["Image Index"], table["Finding Label"], table[columns[2:]], xywh=True)
+    ]  # split by its own commas
+    columns = ["image_id", "label", "x_min", "y_min", "x_max", "y_max"]
+    edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
+    columns = nih_columns if edition == "A" else columns
+    raw = read_csv(path, columns)[columns].set_axis(["name", "class_name", *CORNERS], axis=1)
+    raw[CORNERS] = raw[CORNERS].apply(pd.to_numeric, errors="coerce").astype("float64")
+    if edition == "A":
+        raw["x2"] += raw["x1"]
+        raw["y2"] += raw["y1"]
+    for name in ("name", "class_name"):
+        raw[name] = raw[name].astype(object).where(raw[name].notna(), "").astype(str).str.strip()
+    raw["class_name"] = raw["class_name"].replace(SPELLINGS)
+    return edition, raw.assign(where=[f"line {row + 2}" for row in range(len(raw))])
 
 
-def _dlia_rows(path: Path) -> tuple[str, pd.DataFrame]:
-    """Edition ("A" or "B") and raw boxes of the competition's train.csv."""
-    table = read_csv(path)
-    if "Image Index" in table.columns:
-        return "A", _nih_rows(path)
-    corners = ["x_min", "y_min", "x_max", "y_max"]
-    if missing := [name for name in ("image_id", *corners, "label") if name not in table.columns]:
-        raise BadData(
-            f"{path} is of neither edition: no column {', '.join(missing)} (edition B) and no 'Image Index' "
-            f"(edition A); it has {', '.join(table.columns)}. Fix: download the competition's file again."
-        )
-    return "B", _raw(table["image_id"], table["label"], table[corners], xywh=False)
+# --------------------------------------------------------------------------------------- FracAtlas
 
 
-def _dlia_mapping(path: Path) -> pd.DataFrame:
-    table = read_csv(path)
-    need_columns(table, ("image_id",), path)
-    key = next((name for name in table.columns if name in ("id", "ID")), None)
-    if key is None:
-        raise BadData(f"{path} has no column id or ID; it has {', '.join(table.columns)}")
-    repeated = (
-        table.index[table[key].isna() | table["image_id"].isna() | table[key].duplicated()] + 2
-    )
-    if len(repeated):
-        lines = ", ".join(map(str, repeated[:SHOWN]))
-        raise BadData(
-            f"{path}: empty or repeated {key} in line {lines}. Fix: download the file again."
-        )
-    return table
+def fracatlas(root: Path) -> dict:
+    """FracAtlas (Abedeen et al., Scientific Data 2023), original or DatasetNinja layout; no patients.
 
-
-def _raw(names: pd.Series, labels: pd.Series, sides: pd.DataFrame, *, xywh: bool) -> pd.DataFrame:
-    """Raw boxes: columns name, class_name, x1, y1, x2, y2 and where (the line of the CSV file)."""
-    numbers = (
-        sides.apply(pd.to_numeric, errors="coerce").set_axis(CORNERS, axis=1).astype("float64")
-    )
-    if xywh:
-        numbers["x2"] += numbers["x1"]
-        numbers["y2"] += numbers["y1"]
-    names, labels = (
-        column.astype(object).where(column.notna(), "").astype(str).str.strip()
-        for column in (names, labels)
-    )
-    lines = [f"line {row + 2}" for row in range(len(numbers))]  # 1 is the header.
-    return numbers.assign(name=names, class_name=labels.replace(NIH_SPELLINGS), where=lines)
-
-
-def _detection_tables(
-    root: Path,
-    file: str,
-    raw: pd.DataFrame,
-    images: Sequence[tuple[str, str, str]],
-    ignored: Sequence[tuple[str, str]],
-    *,
-    split_rule: str,
-) -> Tables:
-    """Tables of a set of NIH findings; `images` holds (name, path, split), of which "test" has no boxes.
-
-    The class of an image is that of its boxes which is rarest in the whole set, so that folds stratified by
-    it spread the rare ones.
+    An image is Fractured by dataset.csv (original) or its folder (DatasetNinja), and wherever something is marked on
+    it. `group` is the body part (original). The official split names the fractured images only; `split` is "" for
+    the others. Boxes and outlines lie on the upright image (EXIF orientation applied), as the annotators saw it.
     """
-    labelled = {name: row for row, (name, _, split) in enumerate(images) if split != "test"}
-    shapes = shapes_of(root, {name: images[row][1] for name, row in labelled.items()})
-    boxes = box_table(raw, root / file, NIH_CLASSES, labelled, shapes)
-    frequency = boxes["label"].map(boxes["label"].value_counts())
-    rarest = (
-        boxes.assign(frequency=frequency)
-        .sort_values(["frequency", "label"])
-        .drop_duplicates("image")
+    read = _ninja if (root / "not fractured" / "ann").is_dir() else _original
+    images, ignored, marks = read(root)  # images: name, path, fractured by the tree, group, split
+    raw, outlines, annotated, problems = marks
+    marked = {*raw["name"], *(name for name, *_ in outlines)}
+    rows, row_of = [], {}
+    for row, (name, path, flag, group, split) in enumerate(images):
+        row_of[name], label = row, int(flag or name in marked)
+        rows.append((path, label, FRAC_CLASSES[label], PurePosixPath(name).stem, group, split))
+    paths = {name: path for name, path, *_ in images if name in marked}
+    shapes = dict(zip(paths, shapes_of(root, paths.values()), strict=True))
+    for name, shape in shapes.items():
+        if (
+            shape
+            and name in annotated
+            and np.abs(np.subtract(annotated[name], shape)).max() > SLACK
+        ):
+            problems.append(f"{name} is not of the size that it was annotated in")
+    boxes, wrong = box_table(raw, ["fracture"], row_of, shapes)
+    polygons, odd = _outline_table(outlines, row_of, shapes)
+    refuse(f"{root}", problems + wrong + odd, f"correct these files, or {REPAIR}")
+    more = dict(boxes=boxes, box_classes=("fracture",), outlines=polygons, split_rule="official")
+    return tables(rows, FRAC_CLASSES, ignored, **more)
+
+
+def _original(root: Path) -> tuple:
+    needed = [FRAC_TABLE, FRAC_BOXES, *FRAC_SPLITS.values()]
+    if missing := [name for name in needed if not (root / name).is_file()]:
+        raise DataNotFound(f"{root} has no {', '.join(missing)}: {REPAIR}")
+    # Some copies hold images/All_Images as well, or only that.
+    found, ignored = _named_files(
+        root, lambda folder: "x" * bool(re.fullmatch("images/[^/]+", folder))
     )
-    class_of = dict(zip(rarest["image"], rarest["class_name"], strict=True))
-    rows = []
-    for row, (name, path, split) in enumerate(images):
-        class_name = class_of.get(row, UNLABELLED)
-        label = NIH_CLASSES.index(class_name) if row in class_of else -1
-        rows.append((path, label, class_name, nih_patient(name), "", split))
-    return Tables(
-        manifest_table(rows), NIH_CLASSES, ignored_table(ignored), split_rule, boxes, NIH_CLASSES
+    parts = ["hand", "leg", "hip", "shoulder"]
+    table = read_csv(root / FRAC_TABLE, ["image_id", "fractured", *parts])
+    table = table.drop_duplicates("image_id").set_index("image_id")
+    splits = {
+        name: read_csv(root / file, ["image_id"])["image_id"] for name, file in FRAC_SPLITS.items()
+    }
+    split_of = {one: name.replace("valid", "val") for name, ones in splits.items() for one in ones}
+    _, raw, outlines, annotated, problems = read_coco(root / FRAC_BOXES)
+    listed = pd.concat(splits)
+    problems += [f"{name} is in two splits" for name in listed[listed.duplicated()]]
+    raw, boxed, images = raw.replace({"class_name": SPELLINGS}), set(raw["name"]), []
+    for (_, name), path in sorted(found.items()):
+        if name not in table.index:
+            ignored.append((path, f"not listed in {FRAC_TABLE}"))
+            continue
+        flag, here = (
+            bool(table.at[name, "fractured"]),
+            [part for part in parts if table.at[name, part]],
+        )
+        images.append(
+            (name, path, flag, here[0] if len(here) == 1 else "mixed", split_of.get(name, ""))
+        )
+        folder = PurePosixPath(path).parent.name
+        if (
+            len(
+                {flag, name in boxed, {"Fractured": True, "Non_fractured": False}.get(folder, flag)}
+            )
+            > 1
+        ):
+            text = "%s: fractured=%d in %s, its folder is %s, its boxes: %d; fractured if a flag or box says so"
+            log.warning(text, name, flag, FRAC_TABLE, folder, (raw["name"] == name).sum())
+    if lost := sorted(boxed - {name for name, *_ in images}):
+        log.warning("%d images with a box are not there, first: %s", len(lost), ", ".join(lost[:3]))
+    ignored = [one for one in ignored if one[0] not in needed]
+    return images, ignored, (raw, outlines, annotated, problems)
+
+
+def _ninja(root: Path) -> tuple:
+    def kind(folder: str) -> str:
+        top, _, rest = folder.partition("/")
+        return top if top in NINJA_SPLITS and rest == "img" else ""
+
+    found, ignored = _named_files(root, kind)
+    notes = sorted(path.relative_to(root).as_posix() for path in root.glob("*/ann/*.json"))
+    notes = [path for path in notes if path.split("/")[0] in NINJA_SPLITS and "/." not in path]
+    wanted = {f"{folder}/ann/{name}.json" for folder, name in found}
+    problems = [f"{path} has no image" for path in notes if path not in wanted]
+    problems += [f"{path} is missing: its image is there" for path in sorted(wanted - set(notes))]
+    names = pd.Series([name for _, name in found], dtype=str)
+    problems += [f"{name} lies in two of the folders" for name in names[names.duplicated()]]
+    rows, outlines, annotated = [], [], {}
+    for path in notes:
+        name = PurePosixPath(path).name.removesuffix(".json")
+        try:
+            note = json.loads((root / path).read_text(encoding="utf-8"))
+            annotated[name] = int(note["size"]["height"]), int(note["size"]["width"])
+            for number, one in enumerate(note["objects"]):
+                about = (name, SPELLINGS.get(one["classTitle"], one["classTitle"]))
+                corners, polygons = _ninja_object(one)
+                where = f"{path} object {number}"
+                rows += [(*about, *corners, where)] if corners else []
+                outlines += [(*about, points, where) for points in polygons]
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, zlib.error) as error:
+            problems.append(f"{path} cannot be read ({type(error).__name__}: {error})")
+    raw = pd.DataFrame(rows, columns=["name", "class_name", *CORNERS, "where"])
+    images = [
+        (name, path, folder != "not fractured", "", NINJA_SPLITS[folder])
+        for (folder, name), path in sorted(found.items(), key=lambda one: one[0][1])
+    ]
+    marked = {*raw["name"], *(name for name, *_ in outlines)}
+    for name, _, fractured, *_ in images:
+        if fractured != (name in marked):
+            log.warning("%s: its folder and its objects differ; taken as Fractured", name)
+    ignored = [one for one in ignored if one[0] not in set(notes)]
+    return (
+        images,
+        ignored,
+        (raw.astype(dict.fromkeys(CORNERS, "float64")), outlines, annotated, problems),
     )
+
+
+def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
+    """Corners of a rectangle, or outlines of a polygon or bitmap, of Supervisely's format."""
+    if one["geometryType"] == "bitmap":  # base64 of a zlib stream of a PNG, placed at `origin`
+        png = zlib.decompress(base64.b64decode(one["bitmap"]["data"]))
+        with Image.open(io.BytesIO(png)) as image:
+            # What counts is the opacity; an image without any is a mask by its grey values.
+            shown = "A" in image.getbands() or "transparency" in image.info
+            mask = image.convert("RGBA").getchannel("A") if shown else image.convert("L")
+        origin = np.asarray(one["bitmap"]["origin"], dtype=np.float64)
+        return [], [points + origin for points in trace(np.asarray(mask) > 0)]
+    points = np.asarray(one["points"]["exterior"], dtype=np.float64)
+    if one["geometryType"] == "polygon":
+        return [], [points]
+    if one["geometryType"] != "rectangle":
+        raise ValueError(f"{one['geometryType']} is none of rectangle, polygon, bitmap")
+    return [*points.min(0), *points.max(0)], []
+
+
+def _outline_table(
+    outlines: Sequence[tuple], row_of: dict[str, int], shapes: dict[str, tuple]
+) -> tuple[pd.DataFrame, list[str]]:
+    """Outlines (image, label, points) of the images in `row_of`, clipped to them, and what is wrong with others."""
+    rows, problems = [], []
+    for name, class_name, points, where in outlines:
+        height, width = shapes.get(name) or (np.inf, np.inf)
+        if SPELLINGS.get(class_name, class_name) != "fracture":
+            problems.append(f"{where}: {name}: unknown label {class_name}")
+        elif points.ndim != 2 or len(points) < 3 or not np.isfinite(points).all():
+            problems.append(f"{where}: {name}: no polygon of three or more points")
+        elif (points < -SLACK).any() or (points > np.add((width, height), SLACK)).any():
+            problems.append(f"{where}: {name}: the outline reaches out of its image")
+        elif name in row_of:
+            rows.append((row_of[name], 1, np.clip(points, 0, (width, height))))
+    table = pd.DataFrame(rows, columns=["image", "label", "points"])
+    table = table.astype({"image": "int64", "label": "int64", "points": object})
+    return table.sort_values(["image", "label"], kind="stable", ignore_index=True), problems
+
+
+def read_coco(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, list, dict[str, tuple], list[str]]:
+    """Of a COCO file: images (file, where, perhaps patient, split), raw boxes, raw outlines, sizes, problems.
+
+    Raw boxes as for `box_table`; outlines (name, class_name, points [n,2], where); sizes (height, width) by name.
+    """
+    try:
+        coco = json.loads(path.read_text(encoding="utf-8-sig"))
+        kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
+        named = [(one["id"], str(one["file_name"]).strip()) for one in coco["images"]]
+        annotations = list(coco["annotations"])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        fix = "Fix: export it again, with the lists images, annotations and categories."
+        raise BadData(f"{path} is not COCO ({what}). {fix}") from error
+    name_of, boxes, outlines, coded = dict(named), [], [], 0
+    keys = pd.Series([key for key, _ in named], dtype=object)
+    problems = [f"image id {key} is given more than once" for key in keys[keys.duplicated()]]
+    for number, one in enumerate(annotations):
+        try:
+            where = f"annotation {one.get('id', number)}"
+            x, y, width, height = map(float, one["bbox"])
+            about = name_of[one["image_id"]], kinds[one["category_id"]]
+            boxes.append((*about, x, y, x + width, y + height, where))
+            coded += isinstance(one.get("segmentation"), dict)
+            polygons = (
+                [] if isinstance(one.get("segmentation"), dict) else one.get("segmentation") or []
+            )
+            flat = [np.asarray(each, dtype=np.float64) for each in polygons]
+            points = [each if each.size % 2 else each.reshape(-1, 2) for each in flat]
+            outlines += [(*about, each, where) for each in points]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            what = "image_id and category_id must be listed, bbox be x, y, width, height"
+            problems.append(f"annotation {number}: {what}")
+    if coded:
+        log.warning("%s: %d outlines are run-length coded and not read", path, coded)
+    rows = pd.DataFrame(named, columns=["id", "file"], dtype=object)
+    rows["where"] = [f"image {key}" for key, _ in named]
+    for column in ("patient", "split"):
+        if any(column in one for one in coco["images"]):
+            rows[column] = [str(one.get(column, "")).strip() for one in coco["images"]]
+    sizes = {
+        n: (i.get("height"), i.get("width"))
+        for (_, n), i in zip(named, coco["images"], strict=True)
+    }
+    raw = pd.DataFrame(boxes, columns=["name", "class_name", *CORNERS, "where"])
+    raw = raw.astype(dict.fromkeys(CORNERS, "float64"))
+    return rows, raw, outlines, {name: size for name, size in sizes.items() if all(size)}, problems
+
+
+def trace(mask: np.ndarray) -> list[np.ndarray]:
+    """Outlines of a mask [h,w] along the edges of its pixels, float64 [n,2] of x, y each; holes are filled.
+
+    >>> mask = np.zeros((4, 5), bool)
+    >>> mask[1:3, 1:4] = True
+    >>> trace(mask)[0].tolist()
+    [[1.0, 1.0], [1.0, 3.0], [4.0, 3.0], [4.0, 1.0]]
+    """
+    import cv2  # comes with albumentations; nothing else here needs it
+
+    height, width = mask.shape
+    # OpenCV joins the centres of pixels. On a grid twice as fine a pixel covers its corners and edges too.
+    fine = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+    for place in range(9):
+        down, across = divmod(place, 3)
+        fine[down : down + 2 * height : 2, across : across + 2 * width : 2] |= mask.astype(np.uint8)
+    found = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
+    return [one.reshape(-1, 2) / 2 for one in found if len(one) > 2]
+
+
+READERS: dict[str, Callable[..., dict]] = {
+    one.__name__: one for one in (pneumonia, nih, dlia, fracatlas, tuberculosis, covid)
+}

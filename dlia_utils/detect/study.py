@@ -19,6 +19,7 @@ import pandas as pd
 
 from .. import files, launch, models, objectives, report, submission, train
 from ..data import augment, cache, datasets, sources, split
+from ..data.tables import BadData
 from ..models import faster_rcnn
 from ..run import Run, submissions_root
 from ..study import Study, fit_model, load_models, made_by, stored
@@ -55,7 +56,7 @@ def open_detection(run: Run) -> Study:
     """Find, check, split and decode the boxed images of a run; a second call decodes nothing again.
 
     An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are drawn, saved as
-    `split.json` and read back on resume. Errors: `datasets.BadData`, before anything is trained.
+    `split.json` and read back on resume. Errors: `BadData`, before anything is trained.
     """
     name = (run.key, run.run_dir)
     if name not in _OPEN:
@@ -63,7 +64,7 @@ def open_detection(run: Run) -> Study:
         dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
         problems = datasets.check(dataset)
         if len(problems):
-            raise datasets.BadData(datasets.problem_text(problems))
+            raise BadData(datasets.problem_text(problems))
         saved = run.run_dir / "split.json"
         if saved.exists():
             dataset = split.load(dataset, saved)
