@@ -1,4 +1,4 @@
-"""Training-time augmentation (albumentations): the same for every class, reproducible per image and epoch."""
+"""Augmentation of training images, the same for every class, reproducible per image and epoch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ with mock.patch.dict(os.environ, NO_ALBUMENTATIONS_UPDATE="1"):  # else it asks 
 
 
 def train_transform(*, flip: float = 0.5, exposure: float = 0.2, blur: float = 0.2) -> A.Compose:
-    """Random flip, rotation by up to 5 degrees, shift, zoom, exposure, and (p = `blur`) softness of uint8 [H,W].
+    """Random flip, rotation, shift, zoom, exposure, and (p = `blur`) softness of uint8 [H,W].
 
-    Flip and rotation are those of the pneumonia study. Zoom differs along the two axes: squashing images to a square
-    turns their format, which differs between the classes there, into a distortion that could be learnt. Exposure
-    (brightness, contrast, gamma) and softness stand for other machines; `exposure=0, blur=0` leaves the geometry
-    alone. Corners are filled by reflection, so they show no black edge.
+    Flip and rotation are those of the pneumonia study. Zoom differs along the two axes: squashing
+    images to a square turns their format, which differs between the classes there, into a
+    distortion that could be learnt. Exposure (brightness, contrast, gamma) and softness stand for
+    other machines; `exposure=0, blur=0` leaves the geometry alone. Corners are filled by
+    reflection, so they show no black edge.
     """
     place = dict(rotate=(-5, 5), translate_percent=(-0.05, 0.05), scale=(0.85, 1.15))
     steps = [A.HorizontalFlip(p=flip), A.Affine(**place, border_mode=cv2.BORDER_REFLECT_101, p=1)]
@@ -39,11 +40,12 @@ def train_transform(*, flip: float = 0.5, exposure: float = 0.2, blur: float = 0
 
 
 def box_transform(*, flip: float = 0.5) -> BoxTransform:
-    """Flip (with that probability), shift, zoom and rotation with the boxes, exposure, and erased rectangles.
+    """Flip, shift, zoom and rotation with the boxes, exposure, and erased rectangles.
 
-    A rotated box becomes the box of its inscribed ellipse: that of its corners would grow by a quarter at 15 degrees.
-    Boxes are clipped; one that keeps less than 0.3 of its area is dropped. Erased rectangles (DeVries & Taylor 2017) are
-    left out where they would hide more than half of a box.
+    A rotated box becomes the box of its inscribed ellipse: that of its corners would grow by a
+    quarter at 15 degrees. Boxes are clipped; one that keeps less than 0.3 of its area is dropped.
+    Erased rectangles (DeVries & Taylor 2017) are left out where they would hide more than half of
+    a box.
 
     >>> moved = box_transform()(image=np.zeros((64, 64), np.uint8), bboxes=np.array([[8, 8, 40, 30.0]]), labels=[1])
     >>> moved["image"].shape, len(moved["bboxes"])
@@ -68,7 +70,7 @@ def box_transform(*, flip: float = 0.5) -> BoxTransform:
 
 
 class BoxTransform:
-    """What `box_transform` returns: call it with image uint8 [H,W], bboxes [n,4] xyxy and labels [n] for a dict of these."""
+    """Call it with image uint8 [H,W], bboxes [n,4] xyxy and labels [n] for a dict of the same."""
 
     def __init__(self, together: A.Compose, erase: A.Compose) -> None:
         self.together, self.erase = together, erase
@@ -106,7 +108,7 @@ def strict() -> Iterator[None]:
 
 
 class _Seeded(torch.utils.data.Dataset):
-    """Rows of a cache; the augmentation depends on `seed`, epoch and row alone, not on workers or order."""
+    """Rows of a cache; the augmentation depends on `seed`, epoch and row alone."""
 
     def __init__(
         self, cache: ImageCache, rows: Sequence[int], transform: Callable | None, seed: int
@@ -115,7 +117,7 @@ class _Seeded(torch.utils.data.Dataset):
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation is drawn; call it before the epoch's loader starts."""
+        """Choose the epoch whose augmentation is drawn, before its loader starts."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -159,9 +161,10 @@ class CachedImages(_Seeded):
 
 
 class Balanced(torch.utils.data.Dataset):
-    """As many draws of every class in each epoch, with replacement: the alternative to class weights in the loss.
+    """As many draws of every class in each epoch: the alternative to class weights in the loss.
 
-    What an epoch draws depends on `seed` and epoch alone; an image drawn twice in one epoch is augmented alike.
+    What an epoch draws depends on `seed` and epoch alone; an image drawn twice in one epoch is
+    augmented alike.
     """
 
     def __init__(self, data: CachedImages, *, seed: int = 0) -> None:
@@ -186,10 +189,11 @@ class Balanced(torch.utils.data.Dataset):
 
 
 class CachedBoxes(_Seeded):
-    """Rows of an `ImageCache` with their boxes: (x uint8 [1,S,S], target), target a dict as torchvision wants it.
+    """Rows of an `ImageCache` with their boxes: (x uint8 [1,S,S], target as torchvision wants it).
 
-    `boxes` is a data set's box table (in pixels of the original files); targets are in pixels of the cached image:
-    boxes float32 [n,4] xyxy, labels int64 [n] from 1, image_id. Pixels stay bytes until the device.
+    `boxes` is a data set's box table (in pixels of the original files); targets are in pixels of
+    the cached image: boxes float32 [n,4] xyxy, labels int64 [n] from 1, image_id. Pixels stay
+    bytes until the device.
     """
 
     def __init__(

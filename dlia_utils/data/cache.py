@@ -1,4 +1,4 @@
-"""Decode every image once into a grey uint8 memory map, so that an epoch never waits for JPEG decoding."""
+"""Decode every image once into a grey uint8 memory map, which every epoch reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_MISSING = 0.25  # A truncated image that lacks more of its rows than this is
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Decoded images uint8 [N,S,S] in the manifest's order; `truncated` names files cut short but used.
+    """Decoded images uint8 [N,S,S] in the manifest's order; `truncated`: cut short but used.
 
     `shapes` int32 [N,2] holds the height and width of every original file, upright.
     """
@@ -50,9 +50,11 @@ class ImageCache:
         return torch.from_numpy(pixels).unsqueeze(1).float().div_(255)
 
     def scale(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-        """(sx, sy) float64 [n,2] of `rows`: cached position = position in the upright original x scale."""
+        """(sx, sy) float64 [n,2]: cached position = position in the upright original x scale."""
         shapes = self.shapes[np.asarray(rows, dtype=np.int64)].astype(np.int64).reshape(-1, 2)
-        inside = [content_size(height, width, self.size, self.fit) for height, width in shapes.tolist()]
+        inside = [
+            content_size(height, width, self.size, self.fit) for height, width in shapes.tolist()
+        ]
         return np.array(inside, dtype=np.float64).reshape(-1, 2)[:, ::-1] / shapes[:, ::-1]
 
     def __reduce__(self) -> tuple:
@@ -68,13 +70,14 @@ def build(
     root: str | Path | None = None,
     progress: bool = True,
 ) -> ImageCache:
-    """Decode `dataset` once to grey uint8 of `size` x `size` pixels, or reopen what an earlier call decoded.
+    """Decode `dataset` once to grey uint8 [N,S,S], or reopen what an earlier call decoded.
 
-    `fit="squash"` fills the square (aspect not kept, as the pneumonia study did); `fit="pad"` scales the long side to
-    `size`: the image lies at the top left, the rest is 0. Bilinear with antialiasing. The cache lies in `root` (default
-    `sources.cache_root()`), named by a hash of the files' paths, lengths and times, the size and the fit. Two processes
-    build it once; a killed build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable
-    file, as a table in its attribute `problems` too.
+    `fit="squash"` fills the square (aspect not kept, as the pneumonia study did); `fit="pad"`
+    scales the long side to `size`: the image lies at the top left, the rest is 0. Bilinear with
+    antialiasing. The cache lies in `root` (default `sources.cache_root()`), named by a hash of the
+    files' paths, lengths and times, the size and the fit. Two processes build it once; a killed
+    build leaves nothing that is taken for complete. Errors: `BadData` listing every unusable file,
+    as a table in its attribute `problems` too.
     """
     if size < 8 or fit not in ("squash", "pad"):
         raise ValueError(f"size is {size}, fit is {fit!r}; at least 8 pixels, squash or pad")
@@ -101,7 +104,7 @@ def build(
 
 
 def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Decode every file as `build` would and keep nothing: all unusable files (path, problem), and those cut short."""
+    """Decode as `build` would and keep nothing: all unusable files, and those cut short."""
     problems = datasets.check(dataset)
     rest = dataset.manifest[~dataset.manifest["path"].isin(problems["path"])]
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,7 +114,7 @@ def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, t
 
 
 def shapes(dataset: Dataset) -> np.ndarray:
-    """Height and width int32 [N,2] of each image, upright, from the headers; `ImageCache.shapes` holds the same."""
+    """Height and width int32 [N,2] of each image, upright, from the headers."""
     if dataset.archive:
         first = next(medmnist.images(dataset.archive, dataset.manifest["path"]))[1]
         return np.full((len(dataset.manifest), 2), len(first), np.int32)
@@ -153,7 +156,7 @@ def _open(folder: Path) -> ImageCache:
 def _decode_all(
     target: Path, dataset: Dataset, size: int, fit: str, *, progress: bool
 ) -> tuple[list[str], pd.DataFrame]:
-    """Decode into a new .npy file; returns the files cut short but used, and the unusable (path, problem)."""
+    """Decode into a new .npy file; returns the files cut short but used, and the unusable."""
     paths, unusable = list(dataset.manifest["path"]), []
     shape = (len(paths), size, size)
     images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
@@ -186,7 +189,7 @@ def _decode_all(
 
 
 def _decode(path: Path, size: int, fit: str, *, truncated: bool = False) -> np.ndarray:
-    """One image; with `truncated` also of a file that ends too early: rows that were not reached come out flat.
+    """One image; with `truncated` also of a file that ends too early, its missing rows flat.
 
     Pillow's switch for it is global, hence one file at a time, after the threads.
     """

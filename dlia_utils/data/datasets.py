@@ -1,4 +1,4 @@
-"""A data set as one table of images and tables of what is marked on them, whatever its published layout."""
+"""A data set as one table of images and tables of what is marked on them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def _empty(*columns: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set as a table: `manifest` has the columns `tables.COLUMNS`; the row number is an image's id.
+    """A data set as tables: `manifest` has the columns `COLUMNS`, its row number is an image's id.
 
-    `ignored` (path, reason) lists what was found but not read; `split_rule` says how `split` arose. `boxes` (columns
-    `tables.BOX_COLUMNS`, corners in pixels of the original file, label k named `box_classes[k - 1]`), `outlines`
-    (image, label, points [n,2] of x, y) and `masks` (image, path of a file that shows the lungs) have no rows where the
-    data set has none. A competition has its `mapping` of ids to images. MedMNIST's pixels lie in the `archive`.
+    `ignored` (path, reason) lists what was found but not read; `split_rule` says how `split`
+    arose. `boxes` (columns `tables.BOX_COLUMNS`, corners in pixels of the original file, label k
+    named `box_classes[k - 1]`), `outlines` (image, label, points [n,2] of x, y) and `masks`
+    (image, path of a file that shows the lungs) have no rows where the data set has none. A
+    competition has its `mapping` of ids to images. MedMNIST's pixels lie in the `archive`.
     """
 
     name: str
@@ -55,9 +56,10 @@ class Dataset:
 def load(location: Location, **options: bool) -> Dataset:
     """Read the data set at `location` (see `sources.find`, `find_own`); no image is decoded.
 
-    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there where others are missing;
-    `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set too.
-    Errors: `DataNotFound` for a missing file or folder; `BadData` listing what cannot be used.
+    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there where others are
+    missing; `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set
+    too. Errors: `DataNotFound` for a missing file or folder; `BadData` listing what cannot be
+    used.
     """
     if location.kind == "published":
         read = readers.READERS.get(location.dataset) or partial(medmnist.read, location.dataset)
@@ -80,18 +82,19 @@ def load(location: Location, **options: bool) -> Dataset:
 def from_folder(
     path: str | Path, *, classes: Sequence[str] | None = None, patient_pattern: str = ""
 ) -> Dataset:
-    """Your own images as a data set under the folder's name: a folder for each class, at any depth below.
+    """Your own images as a data set under the folder's name: a folder for each class.
 
-    Images are jpg, png, bmp, tif or webp, of 8 bits. The class folders may lie below train/, val/ and test/ (also
-    training, valid, validation, testing; train and one other at least), which are then the split; without them
-    `split` is "". One CSV with a column `file` (paths below `path`) may lie in the folder, or beside it as PATH.csv:
-    its column `label` replaces the class folders, `patient` names the patients, `split` the split, and images that
-    it does not list are ignored.
+    Images are jpg, png, bmp, tif or webp, of 8 bits. The class folders may lie below train/, val/
+    and test/ (also training, valid, validation, testing; train and one other at least), which are
+    then the split; without them `split` is "". One CSV with a column `file` (paths below `path`)
+    may lie in the folder, or beside it as PATH.csv: its column `label` replaces the class folders,
+    `patient` names the patients, `split` the split, and images that it does not list are ignored.
 
-    Labels count from 0 in the order of `classes`; without it, names that mean healthy come first, then alphabetical.
-    Of two classes label 1 is the disease that sensitivity speaks of. `patient_pattern` is a regular expression searched
-    in each image's path: its group `patient`, or the first one, is the patient. With neither, each image is a patient
-    of its own, with a warning. Errors: `DataNotFound`; `BadData` naming the files, folders or rows; `ValueError`.
+    Labels count from 0 in the order of `classes`; without it, names that mean healthy come first,
+    then alphabetical. Of two classes label 1 is the disease that sensitivity speaks of.
+    `patient_pattern` is a regular expression searched in each image's path: its group `patient`,
+    or the first one, is the patient. With neither, each image is a patient of its own, with a
+    warning. Errors: `DataNotFound`; `BadData` naming the files, folders or rows; `ValueError`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "mine"
@@ -114,12 +117,13 @@ def from_boxes(
 ) -> Dataset:
     """Your own boxes as a detection set under the name of the folder `images`.
 
-    `annotations` is a CSV with a row for each box: `file` (or filename, image, image_id; a path below `images`),
-    `label`, and the corners x1, y1, x2, y2 (or xmin, x_min, ...) in pixels of the upright image; a row without
-    corners and label is an image without boxes. Or it is a COCO JSON. `patient` and `split` may stand in the CSV's
-    columns or with COCO's images; without a split (or folders train/, val/, test/) every image is in train. Images that
-    are not listed are ignored. `classes`, `patient_pattern` and errors as for `from_folder`; label k is
-    `box_classes[k - 1]`, and an image's class is that of its rarest box.
+    `annotations` is a CSV with a row for each box: `file` (or filename, image, image_id; a path
+    below `images`), `label`, and the corners x1, y1, x2, y2 (or xmin, x_min, ...) in pixels of the
+    upright image; a row without corners and label is an image without boxes. Or it is a COCO JSON.
+    `patient` and `split` may stand in the CSV's columns or with COCO's images; without a split (or
+    folders train/, val/, test/) every image is in train. Images that are not listed are ignored.
+    `classes`, `patient_pattern` and errors as for `from_folder`; label k is `box_classes[k - 1]`,
+    and an image's class is that of its rarest box.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -144,7 +148,7 @@ def summary(dataset: Dataset) -> pd.DataFrame:
 
 
 def check(dataset: Dataset) -> pd.DataFrame:
-    """Look at each file's size and header, without decoding: columns path, problem (empty: all is well)."""
+    """Look at each file's header, without decoding: columns path, problem (empty: all is well)."""
     paths = [] if dataset.archive else list(dataset.manifest["path"])
     with ThreadPoolExecutor(8) as pool:
         problems = list(pool.map(lambda path: _file_problem(dataset.root / path), paths))
@@ -170,7 +174,7 @@ def _file_problem(path: Path) -> str:
 
 
 def problem_text(problems: pd.DataFrame) -> str:
-    """The message of a `BadData` error: the first files by name, the number of the rest, and the fix.
+    """The message of a `BadData` error: the first files, the number of the rest, and the fix.
 
     >>> print(problem_text(pd.DataFrame({"path": ["test/NORMAL/a.jpeg"], "problem": ["not an image"]})))
     1 unusable files:
@@ -185,7 +189,7 @@ def problem_text(problems: pd.DataFrame) -> str:
 
 
 def lengths(dataset: Dataset) -> list[tuple[str, int]]:
-    """Path and length of each file, or the arrays' check sums and the paths of an archive: what the data are known by."""
+    """Path and length of each file (of an archive: check sums): what the data are known by."""
     paths = dataset.manifest["path"].tolist()
     if dataset.archive:
         return [*medmnist.sums(dataset.archive), *((path, 0) for path in paths)]
@@ -193,7 +197,7 @@ def lengths(dataset: Dataset) -> list[tuple[str, int]]:
 
 
 def take(dataset: Dataset, rows: Sequence[int] | np.ndarray) -> Dataset:
-    """Only the images of `rows` (each at most once), numbered anew in that order, with all that is on them."""
+    """Only the images of `rows`, numbered anew in that order, with all that is marked on them."""
     rows = np.asarray(rows, dtype=np.int64)
     number, marked = pd.Series(np.arange(len(rows)), index=rows), {}
     for name in ("boxes", "outlines", "masks"):
@@ -212,8 +216,8 @@ def boxed(dataset: Dataset) -> Dataset:
 def box_summary(dataset: Dataset) -> pd.DataFrame:
     """Number and size of the boxes of each class, in pixels of the original files.
 
-    Columns class_name, boxes, images, patients, share (of the boxed images), width and height (medians), side_min,
-    side_median, side_max (square roots of the areas).
+    Columns class_name, boxes, images, patients, share (of the boxed images), width and height
+    (medians), side_min, side_median, side_max (square roots of the areas).
     """
     boxes = dataset.boxes.join(dataset.manifest["patient"], on="image")
     boxes = boxes.assign(width=boxes["x2"] - boxes["x1"], height=boxes["y2"] - boxes["y1"])

@@ -1,4 +1,4 @@
-"""Looking at a data set before training: sizes, grey values, how the splits were drawn, what the format gives away."""
+"""Looking at a data set before training: sizes, grey values, splits, what the format gives away."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EFFECTS = {"Cramer's V": (0.1, 0.3, 0.5), "epsilon squared": (0.01, 0.06, 0.14)}
 
 
 def rows_by_split(dataset: Dataset, *, together: bool = True) -> dict[tuple[str, str], np.ndarray]:
-    """Row numbers of each (split, class name), in the order train, val, test; (split, "all") too if `together`."""
+    """Row numbers of each (split, class name), and if `together` of each (split, "all")."""
     manifest, found = dataset.manifest, {}
     for split in SPLITS:
         inside = (manifest["split"] == split).to_numpy()
@@ -41,9 +41,9 @@ def rows_by_split(dataset: Dataset, *, together: bool = True) -> dict[tuple[str,
 def sizes(dataset: Dataset, shapes: np.ndarray) -> pd.DataFrame:
     """Do the images have one size? A row per split and class, in pixels of the original files.
 
-    `shapes` [N,2] are heights and widths, e.g. `cache.shapes`. Columns split, class_name, images, sizes (how many
-    different ones), commonest ("height x width"), share (of the images that have it), and the lowest, median and highest
-    height, width and aspect ratio (width over height).
+    `shapes` [N,2] are heights and widths, e.g. `cache.shapes`. Columns split, class_name, images,
+    sizes (how many different ones), commonest ("height x width"), share (of the images that have
+    it), and the lowest, median and highest height, width and aspect ratio (width over height).
     """
     table, rows = _format(shapes), []
     for (split, name), chosen in rows_by_split(dataset, together=False).items():
@@ -59,7 +59,7 @@ def sizes(dataset: Dataset, shapes: np.ndarray) -> pd.DataFrame:
 def mean_and_spread(
     cache: ImageCache, rows: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each pixel over the images of `rows`: two float64 [S,S], in units of [0,1]."""
+    """Mean and standard deviation of each pixel over `rows`: float64 [S,S] in units of [0,1]."""
     rows = np.asarray(rows, dtype=np.int64)
     total, squares = np.zeros((2, cache.size, cache.size))
     for start in range(0, len(rows), CHUNK):
@@ -73,11 +73,12 @@ def mean_and_spread(
 def pixel_statistics(
     cache: ImageCache, groups: Mapping[tuple[str, str], Sequence[int] | np.ndarray]
 ) -> pd.DataFrame:
-    """Grey values in units of [0,1], a row per set of images, such as those of `rows_by_split(dataset)`.
+    """Grey values in units of [0,1], a row per set of images, as `rows_by_split` gives them.
 
-    Columns split, class_name, images, min, max; mean and std of all pixels; contrast, the mean of the images' own
-    standard deviations; and of the mean image and the image of standard deviations the lowest and highest pixel:
-    pixel_mean_min, pixel_mean_max, pixel_std_min, pixel_std_max. Padding counts.
+    Columns split, class_name, images, min, max; mean and std of all pixels; contrast, the mean of
+    the images' own standard deviations; and of the mean image and the image of standard deviations
+    the lowest and highest pixel: pixel_mean_min, pixel_mean_max, pixel_std_min, pixel_std_max.
+    Padding counts.
     """
     statistics, rows = _image_statistics(cache), []
     for (split, class_name), chosen in groups.items():
@@ -93,7 +94,7 @@ def pixel_statistics(
 
 
 def _image_statistics(cache: ImageCache) -> pd.DataFrame:
-    """Columns grey (mean), contrast (standard deviation), min, max of every image, in units of [0,1]."""
+    """Columns grey (mean), contrast (deviation), min, max of every image, in units of [0,1]."""
     found = []
     for start in range(0, len(cache.images), CHUNK):
         block = np.asarray(cache.images[start : start + CHUNK], dtype=np.float32)
@@ -104,12 +105,13 @@ def _image_statistics(cache: ImageCache) -> pd.DataFrame:
 
 
 def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.05) -> pd.DataFrame:
-    """Could the splits be one pool divided at random? Class counts, mean grey and contrast, with Holm's correction.
+    """Could the splits be one pool divided at random? Tests of class counts, mean grey, contrast.
 
-    Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis test inside each class,
-    so that other class shares do not count twice. A patient's images of one class in one split count as one, their
-    mean. Columns test, class_name, p, p_holm (Holm 1979, over all rows), effect_name, effect (Cramer's V or epsilon
-    squared, 0 to 1), uneven (p_holm < `level`), detail (share or median per split) and meaning, in words.
+    Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis
+    test inside each class, so that other class shares do not count twice. A patient's images of
+    one class in one split count as one, their mean. Columns test, class_name, p, p_holm (Holm
+    1979, over all rows), effect_name, effect (Cramer's V or epsilon squared, 0 to 1), uneven
+    (p_holm < `level`), detail (share or median per split) and meaning, in words.
     """
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
@@ -162,12 +164,13 @@ def _meaning(row: pd.Series, tests: int) -> str:
 def size_shortcut(
     dataset: Dataset, shapes: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """How well the format alone tells the class: AUC of gradient boosting on height, width and aspect ratio.
+    """How well the format alone tells the class: AUC of boosting on height, width and aspect ratio.
 
-    `shapes` as for `sizes`. Cross-validated by patient in 5 folds; scores are ranked inside each fold, since those of
-    two fits cannot be compared. Columns features, metric ("auc"), value, ci_low, ci_high (patient bootstrap), n and
-    finding, in words. Unlabelled images are left out. Of more than two classes the AUC is the mean of each against the
-    rest. Errors: ValueError for fewer than two classes or two patients of a class.
+    `shapes` as for `sizes`. Cross-validated by patient in 5 folds; scores are ranked inside each
+    fold, since those of two fits cannot be compared. Columns features, metric ("auc"), value,
+    ci_low, ci_high (patient bootstrap), n and finding, in words. Unlabelled images are left out.
+    Of more than two classes the AUC is the mean of each against the rest. Errors: ValueError for
+    fewer than two classes or two patients of a class.
 
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")
@@ -223,10 +226,11 @@ def _format(shapes: np.ndarray) -> pd.DataFrame:
 def normalisations(
     cache: ImageCache, train_rows: Sequence[int] | np.ndarray
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Four ways to normalise images [N,1,S,S] in [0,1], by name; statistics are those of `train_rows` alone.
+    """Four ways to normalise images [N,1,S,S] in [0,1], by the statistics of `train_rows`.
 
-    "fixed": (x - 0.5) / 0.25. "sample": each image by its own mean and standard deviation (a flat image becomes zeros).
-    "training": one mean and one deviation for all pixels. "training, each pixel": a mean and a deviation for each place.
+    "fixed": (x - 0.5) / 0.25. "sample": each image by its own mean and standard deviation (a flat
+    image becomes zeros). "training": one mean and one deviation for all pixels. "training, each
+    pixel": a mean and a deviation for each place.
     """
     mean, spread = mean_and_spread(cache, train_rows)
     overall = float(mean.mean()), float(np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2))
@@ -266,7 +270,7 @@ def figure_classes(dataset: Dataset, caption: str) -> Figure:
 
 
 def figure_mean_images(cache: ImageCache, dataset: Dataset, caption: str) -> Figure:
-    """Mean image and standard deviation of each class in training, and the difference of the first two classes' means."""
+    """Mean image and deviation of each class in training, and the difference of two means."""
     groups = rows_by_split(dataset, together=False)
     maps = {
         c: mean_and_spread(cache, rows) for (s, c), rows in groups.items() if s in ("train", "")
@@ -306,7 +310,7 @@ def figure_augmentations(
     repeats: int = 2,
     seed: int = 0,
 ) -> Figure:
-    """Each transform alone, `repeats` draws in a row, then all of them combined; the original stands first.
+    """Each transform alone, `repeats` draws in a row, then all combined; the original is first.
 
     `image` uint8 [H,W], e.g. `cache.images[row]`. Give transforms with p=1 to see each one.
     """
@@ -315,7 +319,8 @@ def figure_augmentations(
     figure, axes = panels(repeats + 1, rows=len(lines), width=1.8, height=2.0)
     for line, (name, transform) in zip(axes, lines.items(), strict=True):
         for draw, axis in enumerate(line):
-            transform.set_random_seed(seed + draw - 1)
+            if draw:
+                transform.set_random_seed(seed + draw - 1)
             shown = transform(image=image)["image"] if draw else image
             axis.imshow(shown, cmap="gray", vmin=0, vmax=255)
             axis.set_title(name if draw else "original", fontsize=8)

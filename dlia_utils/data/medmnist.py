@@ -1,4 +1,4 @@
-"""MedMNIST (Yang et al., Scientific Data 2023): every 2-D set, in all four sizes, read from its .npz file.
+"""MedMNIST (Yang et al., Scientific Data 2023): the 2-D sets in all sizes, from their .npz files.
 
 A set is named as its file is, without the ending: `pneumoniamnist` (28 px), `pneumoniamnist_64`.
 """
@@ -53,7 +53,7 @@ def meant(name: str) -> bool:
 
 
 def parse(name: str) -> tuple[str, int, str]:
-    """Set, size and finding of FLAG, FLAG_SIZE or FLAG_SIZE-FINDING; without a size it is 28, as the files are named.
+    """Set, size (28 if not named) and finding of FLAG, FLAG_SIZE or FLAG_SIZE-FINDING.
 
     >>> parse("breastmnist_128"), parse("chestmnist-edema")
     (('breastmnist', 128, ''), ('chestmnist', 28, 'edema'))
@@ -75,13 +75,13 @@ def file_name(flag: str, size: int) -> str:
 
 
 def file_names(name: str) -> list[str]:
-    """The files that serve a data set's name, the best first: larger images can be made smaller, not the reverse."""
+    """The files that serve a name, the best first: larger images can be made smaller."""
     flag, asked, _ = parse(name)
     return [file_name(flag, size) for size in SIZES if size >= asked]
 
 
 def smaller(name: str, folder: Path) -> str:
-    """What a folder without the data set holds of it in smaller sizes, and the fix; "" when nothing."""
+    """What a folder holds of the set in smaller sizes, and the fix; "" when nothing."""
     flag, asked, _ = parse(name)
     there = [file_name(flag, size) for size in SIZES if size < asked]
     there = [file for file in there if (folder / file).is_file()]
@@ -97,7 +97,7 @@ def home() -> Path:
 
 
 def download(name: str) -> Path:
-    """Let the package `medmnist` download the file of `name` (it checks the MD5); returns `home()`."""
+    """Let the package `medmnist` download the file (it checks the MD5); returns `home()`."""
     flag, size, _ = parse(name)
     try:
         import medmnist
@@ -117,11 +117,12 @@ def download(name: str) -> Path:
 
 
 def read(name: str, root: Path) -> dict:
-    """The fields of a `Dataset` whose images lie in the `archive`, a .npz file in `root`; its splits are kept.
+    """The fields of a `Dataset` whose images lie in a .npz file in `root`; its splits are kept.
 
-    BreastMNIST's classes change places, so that class 1 is the disease. ChestMNIST, where an image may have several
-    findings, becomes "no finding" and "finding", or e.g. `chestmnist-edema` "no edema" and "edema". No patients are
-    published: each image counts as one. Errors: `BadData` when the file is not as published.
+    BreastMNIST's classes change places, so that class 1 is the disease. ChestMNIST, where an image
+    may have several findings, becomes "no finding" and "finding", or e.g. `chestmnist-edema` "no
+    edema" and "edema". No patients are published: each image counts as one. Errors: `BadData` when
+    the file is not as published.
     """
     flag, _, finding = parse(name)
     path = next((root / file for file in file_names(name) if (root / file).is_file()), None)
@@ -171,7 +172,7 @@ def read(name: str, root: Path) -> dict:
 
 
 def images(archive: Path, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and pixels [S,S] or [S,S,3] of the manifest's `paths`, in the archive's order; never all in memory."""
+    """Path and pixels [S,S] or [S,S,3] of `paths`, in the archive's order, one at a time."""
     wanted = set(paths)
     with zipfile.ZipFile(archive) as opened:
         for split in SPLITS:

@@ -14,13 +14,13 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pandas as pd
 
-from .readers import UNLABELLED, read_coco
+from .readers import UNLABELLED, other_sizes, raw_boxes, read_coco
 from .tables import (
     CORNERS,
-    SLACK,
     BadData,
     DataNotFound,
     box_table,
@@ -48,7 +48,7 @@ NEED_CORNERS = "corners are needed, x2 = x + width and y2 = y + height, in pixel
 def read_folder(
     root: Path, *, classes: Sequence[str] | None = None, patient_pattern: str = ""
 ) -> dict:
-    """Read class folders, perhaps below train/, val/ and test/, perhaps with a CSV: see `datasets.from_folder`."""
+    """Read class folders, perhaps below splits, perhaps with a CSV: see `datasets.from_folder`."""
     images, ignored = _images(root)
     file = _labels_file(root)
     rows, problems = pd.DataFrame({"path": images, "where": images}, dtype=object), []
@@ -95,15 +95,13 @@ def read_boxes(
     classes: Sequence[str] | None = None,
     patient_pattern: str = "",
 ) -> dict:
-    """Read boxes on the images below `root` from a CSV or a COCO JSON: see `datasets.from_boxes`."""
+    """Read boxes from a CSV or a COCO JSON: see `datasets.from_boxes`."""
     images, ignored = _images(root)
     file = annotations
     if not file.is_file():
         raise DataNotFound(f"{file} is not there; name the CSV or COCO JSON that holds the boxes")
-    if file.suffix.lower() == ".json":
-        rows, raw, _, annotated, problems = read_coco(file)
-    else:
-        rows, raw, annotated, problems = *_csv_boxes(file), {}, []
+    marks = read_coco(file) if file.suffix.lower() == ".json" else _csv_boxes(file)
+    rows, raw, problems = marks.images, marks.boxes, marks.problems
     if raw.empty:
         problems.append("it holds no box: export it again with the boxes")
     elif raw[CORNERS].max(axis=None) <= 1:
@@ -122,12 +120,8 @@ def read_boxes(
     names = class_order(set(raw["class_name"]) - {""}, classes)
     row_of = {path: row for row, path in enumerate(rows["path"])}
     shapes = dict(zip(row_of, shapes_of(root, row_of), strict=True))
-    for name, size in annotated.items():
-        shape = shapes[path_of[name]] or size
-        if max(abs(a - b) for a, b in zip(size, shape, strict=True)) > SLACK:
-            problems.append(
-                f"{name} is {shape[1]} x {shape[0]} px, but annotated as {size[1]} x {size[0]}"
-            )
+    sizes = {path_of[name]: size for name, size in marks.sizes.items()}
+    problems += other_sizes(sizes, shapes)
     boxes, wrong = box_table(raw, names, row_of, shapes)
     rows["split"], rule = _splits(rows, file, problems, train_alone=True)
     rows["patient"] = _patients(rows, patient_pattern, root, problems)
@@ -178,8 +172,8 @@ def _plain(name: str) -> str:
 def holds_classes(folder: Path) -> bool:
     """Whether a folder looks like class folders with images, or like images with a CSV of labels.
 
-    One class folder is enough, for an error about the others says more than that nothing is there; beside a table of
-    boxes it takes two.
+    One class folder is enough, for an error about the others says more than that nothing is there;
+    beside a table of boxes it takes two.
     """
     headers = [_header(path) for path in _csv_files(folder)]
     if any({"file", "label"} <= set(one) and not _corners(one) for one in headers):
@@ -368,7 +362,7 @@ def _lines(rows: pd.DataFrame, what: str) -> list[str]:
 
 
 def _located(rows: pd.DataFrame, images: list[str], root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The rows with `path`, the image below `root` that `file` means (or the one that has the name), and problems."""
+    """The rows with `path`, the image below `root` that `file` means, and problems."""
     there, named, found, problems = set(images), defaultdict(list), [], []
     for path in images:
         named[path.rpartition("/")[2].casefold()].append(path)
@@ -425,8 +419,8 @@ def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str])
     return patients
 
 
-def _csv_boxes(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows (file, where, perhaps patient, split) and raw boxes (see `box_table`) of a CSV with corners."""
+def _csv_boxes(file: Path) -> SimpleNamespace:
+    """As `read_coco`, of a CSV with corners."""
     table = _table(file)
     column = next((name for name in FILE_COLUMNS if name in table), "file")
     corners = _corners(table) or CORNERS
@@ -435,10 +429,11 @@ def _csv_boxes(file: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         fix = f"name the columns file, label, x1, y1, x2, y2 ({NEED_CORNERS})"
         raise BadData(f"{file} has no column {', '.join(missing)}; it has {there}. Fix: {fix}.")
     table = table.rename(columns={column: "file"})
-    numbers = table[corners].apply(pd.to_numeric, errors="coerce").set_axis(CORNERS, axis=1)
     # An image that was looked at and has nothing on it: a row without corners.
     healthy = table["label"].map(lambda text: _plain(text) in ("", *HEALTHY))
-    boxes = ~(healthy & (table[corners] == "").all(axis=1))
-    raw = numbers.astype("float64").assign(name=table["file"], class_name=table["label"])
-    kept = [name for name in ("file", "where", "patient", "split") if name in table]
-    return table[kept], raw.assign(where=table["where"])[boxes]
+    boxes = table[~(healthy & (table[corners] == "").all(axis=1))]
+    numbers = boxes[corners].apply(pd.to_numeric, errors="coerce")
+    columns = (boxes["file"], boxes["label"], *numbers.T.to_numpy(), boxes["where"])
+    kept = table[[name for name in ("file", "where", "patient", "split") if name in table]]
+    raw = raw_boxes(list(zip(*columns, strict=True)))
+    return SimpleNamespace(images=kept, boxes=raw, sizes={}, problems=[])

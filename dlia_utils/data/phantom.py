@@ -1,7 +1,7 @@
 """Synthetic radiographs in each data set's own tree, the default when no real data is there.
 
-Drawn from physics, not from patients: X-rays pass through simple solids (Beer-Lambert), the detector
-counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
+Drawn from physics, not from patients: X-rays pass through simple solids (Beer-Lambert), the
+detector counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def chest(
     spread: float = 1.0,
     patient: Patient | None = None,
 ) -> tuple[Array, Array, Array]:
-    """A frontal chest radiograph float32 [S,S] in [0,1], masks bool [S,S] of its opacities and of the lungs.
+    """A frontal chest float32 [S,S] in [0,1]; masks bool [S,S] of its opacities and of the lungs.
 
-    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart: pose, exposure and noise are
-    drawn alike. `spread` multiplies how differently patients are placed; `patient` comes from `anatomy`.
+    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart: pose, exposure
+    and noise are drawn alike. `spread` multiplies how differently patients are placed; `patient`
+    comes from `anatomy`.
 
     >>> image, opacities, lungs = chest(np.random.default_rng(0), size=48, pneumonia=True)
     >>> image.shape, bool(opacities.any()), 0.1 < float(lungs.mean()) < 0.5
@@ -90,10 +91,10 @@ def chest(
 def chest_with_findings(
     rng: Rng, names: Sequence[str], *, size: int, patient: Patient | None = None
 ) -> tuple[Array, list[Box]]:
-    """A chest radiograph float32 [S,S] with the findings `names` of `PAINTERS`, and a box (x1, y1, x2, y2) for each.
+    """A chest float32 [S,S] with the findings `names`, and a box (x1, y1, x2, y2) for each.
 
-    Two findings lie in different lungs. The same generator gives the same image but for the findings. Their
-    looks are exaggerated, so that a small detector learns them in minutes.
+    Two findings lie in different lungs. The same generator gives the same image but for the
+    findings. Their looks are exaggerated, so that a small detector learns them in minutes.
 
     >>> image, boxes = chest_with_findings(np.random.default_rng(0), ["Mass"], size=64)
     >>> image.shape, len(boxes), boxes[0][2] - boxes[0][0] > 6
@@ -110,7 +111,7 @@ def chest_with_findings(
     for name in names:
         out = side * _across(a, x, y, side)
         lung = SimpleNamespace(x=x, y=y, out=out, floor=_floor(a, x, side))
-        change = PAINTERS[name](planting, lung)
+        change = _finding(name, planting, lung)
         if name != "Cardiomegaly":
             change, side = change * (np.abs(out) < 1), -side
         change = change * (air > 0)
@@ -122,7 +123,7 @@ def chest_with_findings(
 
 
 def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, Box | None, Array]:
-    """A long bone float32 [H,W]; the box of its fracture, or None; the mask bool [H,W] of the gap with a rim of bone.
+    """A long bone float32 [H,W]; the box of its fracture or None; the mask bool [H,W] of the gap.
 
     >>> image, box, gap = bone(np.random.default_rng(0), height=96, width=64, fractured=True)
     >>> image.shape, box is not None, 20 < int(gap.sum()) < 600
@@ -161,7 +162,7 @@ def _grid(size: int) -> tuple[Array, Array]:
 
 
 def _pose(rng: Rng, size: int, *, spread: float = 1.0) -> tuple[Array, Array]:
-    """Patient coordinates of every pixel: x to the right, y downwards, a little turned, moved and scaled."""
+    """Patient coordinates of every pixel, a little turned, moved and scaled."""
     across, down = _grid(size)
     turn, scale = rng.normal(0, 0.026 * spread), rng.normal(1.0, 0.035 * spread)
     x = (across * math.cos(turn) + down * math.sin(turn)) / scale - rng.normal(0, 0.03 * spread)
@@ -181,7 +182,7 @@ def _tube(distance: Array, radius: Array | float) -> Array:
 
 
 def _across(a: Patient, x: Array, y: Array, side: int) -> Array:
-    """-1 at the left, 1 at the right edge of a lung; side -1: the right lung, at the left of the image."""
+    """-1 at the left, 1 at the right edge of a lung; side -1 is at the left of the image."""
     centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
     width = a.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
     return (x - centre) / width
@@ -204,7 +205,7 @@ def _lungs(a: Patient, x: Array, y: Array) -> Array:
 
 
 def _attenuation(a: Patient, x: Array, y: Array, aerated: Array) -> Array:
-    """Total attenuation along each ray through trunk, bones, lungs (`aerated`, in cm) and airways."""
+    """Attenuation along each ray through trunk, bones, lungs (`aerated`, in cm) and airways."""
     wide = x / (1 + 0.16 * expit((-0.62 - y) / 0.07))  # the shoulders
     trunk = a.depth * _dome(wide, np.zeros_like(y), (0, 0), (a.width + 0.08, 1), 3.2)
     body = trunk * expit((y + 1.05 - 0.5 * np.maximum(np.abs(x) - 0.22, 0)) / 0.05)
@@ -262,7 +263,7 @@ def _texture(rng: Rng, size: int) -> Array:
 
 
 def _opacities(rng: Rng, air: Array, *, lowest: float) -> Array:
-    """Share of the air replaced by fluid: one to three clouds, centred above the share `lowest` of the height."""
+    """Share of the air replaced by fluid: one to three clouds, none centred below `lowest`."""
     size = len(air)
     x, y = _grid(size)
     places = np.flatnonzero((air > 0.5 * air.max()) & (y < 2 * lowest - 1))
@@ -277,7 +278,7 @@ def _opacities(rng: Rng, air: Array, *, lowest: float) -> Array:
 
 
 def _exposed(rng: Rng, path: Array) -> Array:
-    """Exposure, scatter, photon noise, detector blur, then the machine's grey window; bone is white."""
+    """Exposure, scatter, photon noise, detector blur, then the grey window; bone is white."""
     exposure = PHOTONS * rng.uniform(0.7, 1.4)
     light = gaussian_filter(exposure * np.exp(-path), 0.003 * len(path))
     scatter = 0.10 * gaussian_filter(light, 0.12 * len(path))
@@ -289,8 +290,6 @@ def _exposed(rng: Rng, path: Array) -> Array:
 
 
 # --------------------------------------------------------------------------------------- findings
-# A painter gives the share [S,S] of the lung's air that fluid replaces or, below zero, free air. `out` runs from -1
-# (spine) to 1 (ribs), `floor` is the height of the diaphragm at each x, all in half widths of the image.
 
 
 def _edge(distance: Array, soft: float) -> Array:
@@ -310,64 +309,43 @@ def _place(rng: Rng, lung: Lung, out: Sequence, down: Sequence) -> tuple:
     return float(lung.x.flat[nearest]), float(lung.y.flat[nearest])
 
 
-def _atelectasis(rng: Rng, lung: Lung) -> Array:
-    """A flat, dense, slightly tilted band above the diaphragm."""
-    height, thick = rng.uniform(0.17, 0.27), rng.uniform(0.10, 0.12)
-    start, length = rng.uniform(-0.35, -0.15), rng.uniform(0.85, 1.05)
-    line = lung.floor.min() - height + rng.uniform(-0.12, 0.12) * lung.out
-    inside = _edge(thick / 2 - np.abs(lung.y - line), 0.012)
-    return 0.95 * inside * _edge(lung.out - start, 0.04) * _edge(start + length - lung.out, 0.04)
+def _finding(name: str, rng: Rng, lung: Lung) -> Array:
+    """Share [S,S] of the lung's air that fluid replaces or, below zero, free air.
 
-
-def _cardiomegaly(rng: Rng, lung: Lung) -> Array:
-    """A wide heart, far into the patient's left lung, whichever lung is given."""
-    radii = rng.uniform(0.43, 0.51), rng.uniform(0.36, 0.42)
-    return 0.97 * _disc(lung, (rng.uniform(0.10, 0.14), rng.uniform(0.20, 0.25)), radii, 0.02)
-
-
-def _effusion(rng: Rng, lung: Lung) -> Array:
-    """Fluid at the bottom of a lung, its surface rising towards the ribs like a meniscus."""
-    level = lung.floor.min() - rng.uniform(0.05, 0.16)
-    rise = rng.uniform(0.16, 0.25) * np.clip(lung.out + 0.5, 0, None) ** 2
-    return 0.97 * _edge(lung.y - (level - rise), 0.015)
-
-
-def _infiltrate(rng: Rng, lung: Lung) -> Array:
-    """A cloud of small faint patches with lung between them."""
-    centre = _place(rng, lung, (-0.1, 0.25), (-0.20, 0.15))
-    cloud = _disc(lung, centre, (rng.uniform(0.21, 0.27), rng.uniform(0.24, 0.32)), 0.05)
-    patches = gaussian_filter(rng.standard_normal(lung.x.shape), 0.017 * len(lung.x))
-    return 0.65 * cloud * expit((patches / patches.std() - 0.1) / 0.15)
-
-
-def _mass(rng: Rng, lung: Lung) -> Array:
-    """A large dense ball."""
-    radius = rng.uniform(0.15, 0.20)
-    return 0.95 * _disc(lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), [radius] * 2, 0.01)
-
-
-def _nodule(rng: Rng, lung: Lung) -> Array:
-    """A small dense ball."""
-    radius = rng.uniform(0.075, 0.09)
-    return 0.95 * _disc(lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), [radius] * 2, 0.01)
-
-
-def _pneumonia(rng: Rng, lung: Lung) -> Array:
-    """A whole upper lobe, evenly dense, that ends at a straight fissure."""
-    fissure = rng.uniform(-0.16, 0.0) + rng.uniform(-0.06, 0.06) * lung.out
-    top = rng.uniform(-0.62, -0.54)
-    return 0.85 * _edge(fissure - lung.y, 0.012) * _edge(lung.y - top, 0.05)
-
-
-def _pneumothorax(rng: Rng, lung: Lung) -> Array:
-    """Free air, black and without vessels, round the apex of a lung that has drawn back."""
-    gap, bottom = rng.uniform(0.32, 0.46), rng.uniform(-0.05, 0.20)
-    back = (lung.out / (1 - gap)) ** 2 + ((lung.y + 0.04) / (0.82 * (1 - gap))) ** 2
-    return -_edge(back - 1, 0.06) * _edge(bottom - lung.y, 0.03) * _edge(lung.out + 0.45, 0.06)
-
-
-_IN_ORDER = (_atelectasis, _cardiomegaly, _effusion, _infiltrate, _mass, _nodule, _pneumonia)
-PAINTERS = dict(zip(readers.NIH_CLASSES, (*_IN_ORDER, _pneumothorax), strict=True))
+    `lung.out` runs from -1 (spine) to 1 (ribs); `lung.floor` is the height of the diaphragm.
+    """
+    draw, out, y = rng.uniform, lung.out, lung.y
+    match name:
+        case "Atelectasis":  # a flat, dense, slightly tilted band above the diaphragm
+            height, thick = draw(0.17, 0.27), draw(0.10, 0.12)
+            start, length = draw(-0.35, -0.15), draw(0.85, 1.05)
+            line = lung.floor.min() - height + draw(-0.12, 0.12) * out
+            inside = 0.95 * _edge(thick / 2 - np.abs(y - line), 0.012)
+            return inside * _edge(out - start, 0.04) * _edge(start + length - out, 0.04)
+        case "Cardiomegaly":  # a wide heart, whichever lung is given
+            radii = draw(0.43, 0.51), draw(0.36, 0.42)
+            return 0.97 * _disc(lung, (draw(0.10, 0.14), draw(0.20, 0.25)), radii, 0.02)
+        case "Effusion":  # fluid at the bottom, its surface rising towards the ribs like a meniscus
+            level = lung.floor.min() - draw(0.05, 0.16)
+            rise = draw(0.16, 0.25) * np.clip(out + 0.5, 0, None) ** 2
+            return 0.97 * _edge(y - (level - rise), 0.015)
+        case "Infiltrate":  # a cloud of small faint patches with lung between them
+            centre = _place(rng, lung, (-0.1, 0.25), (-0.20, 0.15))
+            cloud = _disc(lung, centre, (draw(0.21, 0.27), draw(0.24, 0.32)), 0.05)
+            patches = gaussian_filter(rng.standard_normal(y.shape), 0.034 / (2 / len(y)))
+            return 0.65 * cloud * expit((patches / patches.std() - 0.1) / 0.15)
+        case "Mass":  # a large dense ball
+            radii = [draw(0.15, 0.20)] * 2
+            return 0.95 * _disc(lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), radii, 0.01)
+        case "Nodule":  # a small dense ball
+            radii = [draw(0.075, 0.09)] * 2
+            return 0.95 * _disc(lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), radii, 0.01)
+        case "Pneumonia":  # a whole upper lobe, evenly dense, that ends at a straight fissure
+            fissure = draw(-0.16, 0.0) + draw(-0.06, 0.06) * out
+            return 0.85 * _edge(fissure - y, 0.012) * _edge(y - draw(-0.62, -0.54), 0.05)
+    gap, bottom = draw(0.32, 0.46), draw(-0.05, 0.20)  # Pneumothorax: free air round the apex
+    back = (out / (1 - gap)) ** 2 + ((y + 0.04) / (0.82 * (1 - gap))) ** 2
+    return -_edge(back - 1, 0.06) * _edge(bottom - y, 0.03) * _edge(out + 0.45, 0.06)
 
 
 # ------------------------------------------------------------------------------------------ trees
@@ -382,9 +360,10 @@ def write_pneumonia(
 ) -> Path:
     """Write the tree of Chest X-Ray Images (Pneumonia); returns `root`/chest_xray.
 
-    `images` counts (NORMAL, PNEUMONIA) of each split. As in the archive: a second copy of the tree, macOS junk
-    files, a 16-image val, an identical pair, patients of train (bacteria) whose number is in test (virus). Masks of
-    the opacities lie in `root`/phantom_masks. As for all trees: the same seed, the same bytes; `MARKER` comes last.
+    `images` counts (NORMAL, PNEUMONIA) of each split. As in the archive: a second copy of the
+    tree, macOS junk files, a 16-image val, an identical pair, patients of train (bacteria) whose
+    number is in test (virus). Masks of the opacities lie in `root`/phantom_masks. As for all
+    trees: the same seed, the same bytes; `MARKER` comes last.
     """
     root = Path(root)
     tree = root / "chest_xray"
@@ -439,11 +418,12 @@ def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterato
 def write_competition(
     root: str | Path, *, seed: int = 0, images: Mapping[str, int] | None = None, size: int = 128
 ) -> Path:
-    """Write both editions of the DLIA competition, trained on the same images, tested on others; returns `root`.
+    """Write both editions of the DLIA competition; returns `root`.
 
-    `images` counts the images of one edition, at least 12 "train" and 8 "test". Edition A's ids are the boxes that
-    train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand in train and test; B's test images have one box each.
-    The boxes of the test images are in `root`/phantom_truth.csv.
+    `images` counts the images of one edition, at least 12 "train" and 8 "test". Edition A's ids
+    are the boxes that train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand in train and
+    test; B's test images have one box each. The boxes of the test images are in
+    `root`/phantom_truth.csv.
     """
     root, counts = Path(root), images or FINDING_IMAGES
     drawn = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
@@ -483,7 +463,7 @@ def write_competition(
 
 
 def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int = 128) -> Path:
-    """Write the tree of NIH ChestX-ray8 with `images` boxed images, and some without a box; returns `root`/nih."""
+    """Write NIH ChestX-ray8 with `images` boxed images, and some without; returns its folder."""
     root = Path(root)
     tree = root / "nih"
     drawn = _draw_findings(images, seed=seed, size=size)
@@ -499,7 +479,7 @@ def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int =
 
 
 def _draw_findings(count: int, *, seed: int, size: int) -> list[SimpleNamespace]:
-    """`count` images (name, image, names, boxes); every third has two findings, a quarter share a patient."""
+    """`count` images (name, image, names, boxes); every third has two findings."""
 
     def draw(job: tuple[str, list[str], list[int], list[int]]) -> SimpleNamespace:
         name, names, patient, key = job
@@ -547,10 +527,11 @@ def _save_all(tree: Path, **drawn: list[SimpleNamespace]) -> None:
 def write_fracatlas(
     root: str | Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
 ) -> Path:
-    """Write FracAtlas with long bones, boxes and outlines of the fractures; returns `root`/FracAtlas.
+    """Write FracAtlas with long bones, boxes and outlines of the fractures; returns its folder.
 
-    `images` counts (fractured, 4 at least, and not fractured); `size` is the long side. As in the archive: image 1
-    lies on its side (EXIF), 2 has a flag in dataset.csv that contradicts its box, 3 is cut short.
+    `images` counts (fractured, 4 at least, and not fractured); `size` is the long side. As in the
+    archive: image 1 lies on its side (EXIF), 2 has a flag in dataset.csv that contradicts its box,
+    3 is cut short.
     """
     root = Path(root)
     tree = root / "FracAtlas"
@@ -595,10 +576,7 @@ def write_fracatlas(
 def write_tuberculosis(
     root: str | Path, *, seed: int = 0, images: tuple[int, int] = (200, 40), size: int = 128
 ) -> Path:
-    """Write the TB Chest Radiography Database, opacities in the upper half; returns its folder in `root`.
-
-    `images` counts (Normal, Tuberculosis).
-    """
+    """Write the TB Chest Radiography Database, `images` counts (Normal, Tuberculosis)."""
     root = Path(root)
     tree = root / "TB_Chest_Radiography_Database"
 
@@ -615,11 +593,12 @@ def write_tuberculosis(
 def write_covid(
     root: str | Path, *, seed: int = 0, images: tuple[int, int] = (90, 90), size: int = 128
 ) -> Path:
-    """Write the COVID-19 Radiography Database with masks of the lungs and a planted shortcut; returns its folder.
+    """Write the COVID-19 Radiography Database with lung masks and a planted shortcut.
 
-    `images` counts (Normal, COVID). COVID has opacities, but a share `MARKED` of each class also bears a bright L in
-    the top left corner. `TWINS` of the images are another one of their class once more, re-encoded, under a name of
-    their own. The truth is in `root`/phantom_truth.csv (path, marker, twin_of).
+    `images` counts (Normal, COVID). COVID has opacities, but a share `MARKED` of each class also
+    bears a bright L in the top left corner. `TWINS` of the images are another one of their class
+    once more, re-encoded, under a name of their own. The truth is in `root`/phantom_truth.csv
+    (path, marker, twin_of).
     """
     root = Path(root)
     tree = root / "COVID-19_Radiography_Dataset"
@@ -654,7 +633,7 @@ def write_covid(
 
 
 def _plan_covid(seed: int, label: int, count: int) -> Iterator[tuple[str, int, str, list[int]]]:
-    """(path, marker, path of the image that it repeats, seed) of every image of a class; twins come last."""
+    """(path, marker, path of the image that it repeats, seed) of every image; twins come last."""
     rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
     own = count - int(count * TWINS)
     shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
@@ -668,9 +647,10 @@ def _plan_covid(seed: int, label: int, count: int) -> Iterator[tuple[str, int, s
 def write_medmnist(
     root: str | Path, name: str, *, seed: int = 0, images: Mapping[str, int] | None = None
 ) -> Path:
-    """Write the .npz file of the MedMNIST set `name` in the size that it asks for; returns `root`.
+    """Write the .npz file of the MedMNIST set `name`; returns `root`.
 
-    PneumoniaMNIST shows chests with and without opacities; in the other sets label k is a bright patch at place k.
+    PneumoniaMNIST shows chests with and without opacities; in the other sets label k is a bright
+    patch at place k.
     """
     root = Path(root)
     flag, size, _ = medmnist.parse(name)
@@ -692,7 +672,7 @@ def write_medmnist(
         if flag == "chestmnist":  # each image has none, one or two findings
             shown = [sorted({k, 3 * k % count})[: n % 3] for n, (k,) in enumerate(shown)]
             labels = np.array([[k in some for k in range(count)] for some in shown], np.uint8)
-        arrays[f"{split}_images"] = np.stack(_in_parallel(lambda job: draw(*job), zip(rngs, shown)))
+        arrays[f"{split}_images"] = np.stack([draw(*job) for job in zip(rngs, shown, strict=True)])
         arrays[f"{split}_labels"] = labels
     root.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(root / medmnist.file_name(flag, size), **arrays)
@@ -712,7 +692,7 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) ->
 
 
 def _marked(root: Path, tree: Path, seed: int) -> Path:
-    """`tree`, after a note in `root` that all is synthetic: a phantom left half-written has none."""
+    """`tree`, after a note in `root` that all is synthetic, which comes last."""
     note = (
         f"Synthetic images, drawn by dlia_utils.data.phantom {VERSION}, seed {seed}. No patients.\n"
     )
@@ -721,7 +701,7 @@ def _marked(root: Path, tree: Path, seed: int) -> Path:
 
 
 def _save(picture: Array, path: Path, kind: str, *, on_its_side: bool = False) -> None:
-    """Write grey values in [0, 1]; `on_its_side` stores them turned, with the EXIF tag that says so."""
+    """Write grey values in [0, 1], perhaps turned, with the EXIF tag that says so."""
     image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
     exif = Image.Exif()
     if on_its_side:

@@ -1,4 +1,4 @@
-"""Each published layout is read into the fields of a `Dataset`: images, what was ignored, boxes, outlines, masks."""
+"""Each published layout is read into the fields of a `Dataset`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from PIL import Image
 from .tables import (
     CORNERS,
     REPAIR,
+    SHOWN,
     SLACK,
     BadData,
     DataNotFound,
@@ -38,21 +40,13 @@ NIH_CLASSES = tuple(
 )
 NIH_BOXES = "BBox_List_2017.csv"
 DLIA_TRAIN, DLIA_MAPPING = "train.csv", "ID_to_Image_Mapping.csv"
-TABLES = (NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING)
 LEAK = "its image is in the competition's test set too (leak)"
 UNLABELLED = "unlabelled"  # class_name of an image without a label, which is then -1
 TUBERCULOSIS_CLASSES, COVID_CLASSES = ("Normal", "Tuberculosis"), ("Normal", "COVID")
 FRAC_CLASSES = ("Non_fractured", "Fractured")
 FRAC_TABLE, FRAC_BOXES = "dataset.csv", "Annotations/COCO JSON/COCO_fracture_masks.json"
-FRAC_SPLITS = {
-    split: f"Utilities/Fracture Split/{split}.csv" for split in ("train", "valid", "test")
-}
-NINJA_SPLITS = {
-    "train": "train",
-    "val": "val",
-    "test": "test",
-    "not fractured": "",
-}  # folder: split
+FRAC_SPLITS = {one: f"Utilities/Fracture Split/{one}.csv" for one in ("train", "valid", "test")}
+NINJA_FOLDERS = ("not fractured", "train", "val", "test")
 SPELLINGS = {"Infiltration": "Infiltrate", "fractured": "fracture", "Fractured": "fracture"}
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
@@ -61,9 +55,10 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 def pneumonia(root: Path) -> dict:
-    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/ with NORMAL/, PNEUMONIA/.
+    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/.
 
-    The archive's second copy in chest_xray/chest_xray and its junk files are listed in `ignored`, never read.
+    The archive's second copy in chest_xray/chest_xray and its junk files are listed in `ignored`,
+    never read.
     """
     fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _splits(root), pneumonia_patient)
     odd = fields["manifest"].query("group == 'unknown'")["path"]
@@ -73,10 +68,10 @@ def pneumonia(root: Path) -> dict:
 
 
 def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
-    """Patient and group read from a file name of the pneumonia set; another name is a patient of its own.
+    """Patient and group read from a file name of the pneumonia set; another name is its own.
 
-    The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful reading: nothing
-    published says whether the numbers of the two kinds are separate.
+    The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful
+    reading: nothing published says whether the numbers of the two kinds are separate.
 
     >>> pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
     ('person-12', 'virus')
@@ -91,40 +86,36 @@ def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
 
 
 def tuberculosis(root: Path) -> dict:
-    """TB Chest Radiography Database, Rahman et al. 2020: Normal/ and Tuberculosis/; no split, no patients."""
+    """TB Chest Radiography Database, Rahman et al. 2020: no split, no patients."""
     return _class_folders(root, TUBERCULOSIS_CLASSES)
 
 
 def covid(root: Path) -> dict:
     """COVID-19 against normal chests, in either of two trees; each image counts as a patient.
 
-    The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021): COVID/ and Normal/ with images/ and
-    perhaps masks/ of the lungs, read into `masks`; old versions have the images in the class folders themselves. No
-    split is published. Or covid_xray: train/, test/ and perhaps val/, with normal/ and COVID/ in any case.
+    The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021): COVID/ and
+    Normal/ with images/ and perhaps masks/ of the lungs, read into `masks`; old versions have the
+    images in the class folders themselves. No split is published. Or covid_xray: train/, test/ and
+    perhaps val/, with normal/ and COVID/ in any case.
     """
     if (root / "train").is_dir():
         return _class_folders(root, COVID_CLASSES, _splits(root))
     fields = _class_folders(root, COVID_CLASSES, below=("images", "masks"))
-    manifest = fields["manifest"]
-    key = manifest["patient"].str.replace("/(images|masks)/", "/", regex=True)
-    of_mask = manifest["path"].str.contains("^[^/]+/masks/")
-    again = key.where(~of_mask).duplicated(keep="last") & ~of_mask  # beside images/, in some copies
-    kept = ~of_mask & ~again
-    row_of = {one: row for row, one in enumerate(key[kept])}
-    masks = pd.DataFrame({"image": key.map(row_of), "path": manifest["path"]})[of_mask]
-    lost, masks = masks[masks["image"].isna()], masks.dropna().astype({"image": "int64"})
-    bare = (len(row_of) - len(masks)) * int(of_mask.any())
-    if bare or len(lost):
-        text = "%s: %d images have no mask and %d masks have no image"
-        log.warning(text, root, bare, len(lost))
-    extra = [(path, "mask without an image") for path in lost["path"]]
-    extra += [(path, "second copy of an image") for path in manifest["path"][again]]
+    table = fields["manifest"]
+    table["key"] = table["patient"].str.replace("/(images|masks)/", "/", regex=True)
+    of_mask = table["path"].str.contains("^[^/]+/masks/")
+    images = table[~of_mask].drop_duplicates("key", keep="last").reset_index(drop=True)
+    row_of = pd.Series(images.index, images["key"])
+    masks = table[of_mask].assign(image=table["key"].map(row_of)).dropna(subset="image")
+    lost, bare = of_mask.sum() - len(masks), len(images) - len(masks)
+    if of_mask.any() and (lost or bare):
+        log.warning("%s: %d images have no mask, %d masks have no image", root, bare, lost)
+    masks = masks[["image", "path"]].astype({"image": "int64"}).sort_values("image")
+    read, extra = {*images["path"], *masks["path"]}, "second copy, or a mask without an image"
+    extra = [(path, extra) for path in table["path"] if path not in read]
     ignored = pd.concat([fields["ignored"], pd.DataFrame(extra, columns=["path", "reason"])])
-    images, masks = (
-        manifest[kept].reset_index(drop=True),
-        masks.sort_values("image", ignore_index=True),
-    )
-    return fields | dict(manifest=images, masks=masks, ignored=ignored.reset_index(drop=True))
+    fields |= dict(manifest=images.drop(columns="key"), masks=masks.reset_index(drop=True))
+    return fields | dict(ignored=ignored.reset_index(drop=True))
 
 
 def _splits(root: Path) -> list[str]:
@@ -139,7 +130,7 @@ def _class_folders(
     *,
     below: tuple[str, ...] = (),
 ) -> dict:
-    """Images in the folders of `classes`, perhaps below `splits`; `below` are folders that they may lie in."""
+    """Images in folders of `classes`, perhaps below `splits`, perhaps in folders `below`."""
     spelled, level = {name.casefold(): name for name in classes}, int(bool(splits))
 
     def reason(path: PurePosixPath) -> str:
@@ -168,122 +159,93 @@ def _class_folders(
 
 
 def nih(root: Path, *, allow_missing: bool = False) -> dict:
-    """NIH ChestX-ray8, the images with boxes (Wang et al., CVPR 2017): 984 boxes on 880 images, all in "train".
+    """NIH ChestX-ray8, the images with boxes (Wang et al., CVPR 2017), all in "train".
 
-    `root` holds BBox_List_2017.csv and the images in images_001/images ..., in images/ or beside the list.
+    `root` holds BBox_List_2017.csv and the images in images_001/images ..., in images/ or beside
+    the list.
     """
-    raw = _box_rows(root / NIH_BOXES)[1]
-    pattern = r"\.|images(_\d+)?(/images)?"
-    found, ignored = _named_files(
-        root, lambda folder: "train" * bool(re.fullmatch(pattern, folder))
-    )
-    _need_files(root, {"train": set(raw["name"])}, found, allow_missing=allow_missing)
-    rule = "none published: every image is in train"
-    return _findings(root, NIH_BOXES, raw, {"train": set(raw["name"])}, found, ignored, rule)
+    raw, rule = _box_rows(root / NIH_BOXES)[1], "none published: every image is in train"
+    pattern, wanted = r"\.|images(?:_\d+)?(?:/images)?", {"train": set(raw["name"])}
+    return _findings(root, pattern, raw, wanted, allow_missing=allow_missing) | {"split_rule": rule}
 
 
 def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> dict:
-    """The DLIA class competition (cut from the NIH boxes), both editions, told apart by their columns.
+    """The DLIA class competition (cut from the NIH boxes), both editions, told by their columns.
 
-    Edition A has the NIH list's header in train.csv and a mapping `id,image_id` where an image may have several ids;
-    edition B has `image_id,x_min,y_min,x_max,y_max,label` and `ID,image_id`. Images lie in train/ and test/ (or
-    train_images/, test_images/). Training images that stand in the mapping too are left out unless `allow_leak`.
+    Edition A has the NIH list's header in train.csv and a mapping `id,image_id` where an image may
+    have several ids; edition B has `image_id,x_min,y_min,x_max,y_max,label` and `ID,image_id`.
+    Images lie in train/ and test/ (or train_images/, test_images/). Training images that stand in
+    the mapping too are left out unless `allow_leak`.
     """
     edition, raw = _box_rows(root / DLIA_TRAIN)
     mapping = read_csv(root / DLIA_MAPPING, ["image_id"])
-    key = mapping.columns.intersection(["id", "ID"])
-    if (
-        not len(key)
-        or mapping[[*key, "image_id"]].isna().any(axis=None)
-        or mapping[key[0]].duplicated().any()
-    ):
-        fix = "Fix: download the file again."
-        raise BadData(f"{root / DLIA_MAPPING} needs a column id or ID, filled, each once. {fix}")
-
-    def kind(folder: str) -> str:
-        match = re.fullmatch(r"(train|test)(_images)?", folder)
-        return match[1] if match else ""
-
-    found, ignored = _named_files(root, kind)
+    key = mapping.reindex(columns=["id", "ID"]).bfill(axis=1)["id"]
+    if key.isna().any() or mapping["image_id"].isna().any() or key.duplicated().any():
+        text = f"{root / DLIA_MAPPING} needs a column id or ID, each filled once, and image_id"
+        raise BadData(f"{text}. Fix: download the file again.")
     wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
-    _need_files(root, wanted, found, allow_missing=allow_missing)
-    if not allow_leak:
-        leaked = wanted["train"] & wanted["test"]
-        ignored += [
-            (found.pop(("train", name)), LEAK) for name in leaked if ("train", name) in found
-        ]
+    leaked = set() if allow_leak else wanted["train"] & wanted["test"]
+    options = dict(allow_missing=allow_missing, leaked=leaked)
+    fields = _findings(root, "(train|test)(?:_images)?", raw, wanted, **options)
     rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
-    fields = _findings(root, DLIA_TRAIN, raw, wanted, found, ignored, rule)
-    return fields | {"mapping": mapping}
+    return fields | {"mapping": mapping, "split_rule": rule}
 
 
-def _named_files(
-    root: Path, kind: Callable[[str], str]
-) -> tuple[dict[tuple[str, str], str], list[tuple[str, str]]]:
-    """Images by (kind of their folder, name), and (path, reason) of the rest; kind "" is no image folder."""
+def _named_files(root: Path, pattern: str) -> tuple[dict[tuple[str, str], str], list]:
+    """Images by (kind: the pattern's group, name), and (path, reason) of the rest."""
 
     def reason(path: PurePosixPath) -> str:
-        return "" if kind(str(path.parent)) else "outside the image folders"
+        return "" if re.fullmatch(pattern, str(path.parent)) else "outside the image folders"
 
     paths, ignored = sort_files(root, reason, SUFFIXES)
     found: dict[tuple[str, str], str] = {}
     for path in paths:
-        if found.setdefault((kind(str(path.parent)), path.name), str(path)) != str(path):
+        kind = (*re.fullmatch(pattern, str(path.parent)).groups(), "train")[0]
+        if found.setdefault((kind, path.name), str(path)) != str(path):
             ignored.append((str(path), "second copy of an image"))
-    return found, ignored
-
-
-def _need_files(
-    root: Path, wanted: dict[str, set], found: Collection, *, allow_missing: bool
-) -> None:
-    """`BadData` for images that are missing; with `allow_missing` a warning, unless all are."""
-    asked = [(kind, name) for kind, names in wanted.items() for name in names]
-    missing = sorted(name for kind, name in asked if (kind, name) not in found)
-    if missing:
-        first = f"first: {', '.join(missing[:3])}"
-        text = f"{root}: {len(missing)} of the {len(asked)} listed images are missing, {first}"
-        if not allow_missing or len(missing) == len(asked):
-            how = "or load the rest with datasets.load(location, allow_missing=True)"
-            raise BadData(f"{text}; fix: {REPAIR}, {how}")
-        log.warning("%s; the others are used", text)
+    tables_of_a_set = (NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING, FRAC_TABLE, FRAC_BOXES)
+    known = {*tables_of_a_set, *FRAC_SPLITS.values()}
+    return found, [one for one in ignored if one[0] not in known]
 
 
 def _findings(
     root: Path,
-    file: str,
+    pattern: str,
     raw: pd.DataFrame,
     wanted: dict[str, set],
-    found: dict[tuple[str, str], str],
-    ignored: list[tuple[str, str]],
-    rule: str,
+    *,
+    allow_missing: bool,
+    leaked: Collection[str] = (),
 ) -> dict:
-    """Fields of a set of NIH findings, of the images `found` that are `wanted`; those of "test" have no boxes."""
+    """Fields of a set of NIH findings: images `wanted` of each split, in folders of `pattern`."""
+    found, ignored = _named_files(root, pattern)
+    asked = [(split, name) for split, names in wanted.items() for name in names]
+    if missing := sorted(name for split, name in asked if (split, name) not in found):
+        text = f"{root}: {len(missing)} of the {len(asked)} listed images are missing"
+        text += f", first: {', '.join(missing[:3])}"
+        if not allow_missing or len(missing) == len(asked):
+            how = "or load the rest with datasets.load(location, allow_missing=True)"
+            raise BadData(f"{text}; fix: {REPAIR}, {how}")
+        log.warning("%s; the others are used", text)
     images = []
-    for (split, name), path in sorted(
-        found.items(), key=lambda one: (one[0][0] == "test", one[0][1])
-    ):
-        if name in wanted[split]:
+    for (split, name), path in sorted(found.items(), key=lambda one: (one[0][0] == "test", one[0])):
+        if name in wanted[split] and not (split == "train" and name in leaked):
             images.append((split, name, path))
         else:
-            ignored.append((path, "has no box" if file == NIH_BOXES else "listed in no table"))
-    row_of = {name: row for row, (split, name, _) in enumerate(images) if split != "test"}
-    shapes = dict(
-        zip(row_of, shapes_of(root, [images[row][2] for row in row_of.values()]), strict=True)
-    )
-    boxes, problems = box_table(raw, NIH_CLASSES, row_of, shapes)
-    refuse(f"{root / file}", problems, "correct or delete these rows, or download the file again")
-    labels = rarest_class(boxes, len(images))
+            ignored.append((path, LEAK if name in wanted[split] else "has no box"))
+    row_of = {name: row for row, (split, name, _) in enumerate(images) if split == "train"}
+    shapes = shapes_of(root, [path for split, _, path in images if split == "train"])
+    boxes, problems = box_table(raw, NIH_CLASSES, row_of, dict(zip(row_of, shapes, strict=True)))
+    refuse(f"{root}", problems, "correct or delete these rows, or download the file again")
     rows = []
-    for label, (split, name, path) in zip(labels, images, strict=True):
+    for label, (split, name, path) in zip(rarest_class(boxes, len(images)), images, strict=True):
         patient = name[:8] if re.match(r"\d{8}_", name) else PurePosixPath(name).stem
-        class_name = NIH_CLASSES[label] if label >= 0 else UNLABELLED
-        rows.append((path, label, class_name, patient, "", split))
-    more = dict(boxes=boxes, box_classes=NIH_CLASSES, split_rule=rule)
-    return tables(rows, NIH_CLASSES, [one for one in ignored if one[0] not in TABLES], **more)
+        rows.append((path, label, (*NIH_CLASSES, UNLABELLED)[label], patient, "", split))
+    return tables(rows, NIH_CLASSES, ignored, boxes=boxes, box_classes=NIH_CLASSES)
 
 
 def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """A CSV file, whose rows may end in more commas than its header; `BadData` when it lacks a column."""
+    """A CSV file, whose rows may end in more commas than its header, with all `needed` columns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)
         table = pd.read_csv(path, index_col=False)  # else pandas would shift the columns
@@ -295,16 +257,11 @@ def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 
 def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
-    """Edition and raw boxes (see `box_table`) of a table with the header of NIH ("A") or of edition B."""
-    nih_columns = [
-        "Image Index",
-        "Finding Label",
-        "Bbox [x",
-        "y",
-        "w",
-        "h]",
-    ]  # split by its own commas
-    columns = ["image_id", "label", "x_min", "y_min", "x_max", "y_max"]
+    """Edition and raw boxes (see `box_table`) of a table with NIH's header ("A") or that of B."""
+    nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(
+        ","
+    )  # as its own commas split it
+    columns = "image_id label x_min y_min x_max y_max".split()
     edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
     columns = nih_columns if edition == "A" else columns
     raw = read_csv(path, columns)[columns].set_axis(["name", "class_name", *CORNERS], axis=1)
@@ -322,123 +279,108 @@ def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
 
 
 def fracatlas(root: Path) -> dict:
-    """FracAtlas (Abedeen et al., Scientific Data 2023), original or DatasetNinja layout; no patients.
+    """FracAtlas (Abedeen et al., Scientific Data 2023), original or DatasetNinja layout.
 
-    An image is Fractured by dataset.csv (original) or its folder (DatasetNinja), and wherever something is marked on
-    it. `group` is the body part (original). The official split names the fractured images only; `split` is "" for
-    the others. Boxes and outlines lie on the upright image (EXIF orientation applied), as the annotators saw it.
+    An image is Fractured by dataset.csv (original) or its folder (DatasetNinja), and wherever
+    something is marked on it. `group` is the body part (original). The official split names the
+    fractured images only; `split` is "" for the others. Boxes and outlines lie on the upright
+    image (EXIF orientation applied), as the annotators saw it.
     """
     read = _ninja if (root / "not fractured" / "ann").is_dir() else _original
-    images, ignored, marks = read(root)  # images: name, path, fractured by the tree, group, split
-    raw, outlines, annotated, problems = marks
-    marked = {*raw["name"], *(name for name, *_ in outlines)}
-    rows, row_of = [], {}
-    for row, (name, path, flag, group, split) in enumerate(images):
-        row_of[name], label = row, int(flag or name in marked)
+    images, ignored, marks = read(root)  # images: name, path, called fractured, group, split
+    marked = {*marks.boxes["name"], *(name for name, *_ in marks.outlines)}
+    rows, row_of = [], {name: row for row, (name, *_) in enumerate(images)}
+    for name, path, flag, group, split in images:
+        label = int(flag or name in marked)
         rows.append((path, label, FRAC_CLASSES[label], PurePosixPath(name).stem, group, split))
+    if odd := [name for name, _, flag, *_ in images if flag != (name in marked)]:
+        text = (
+            "%d images are marked but not called fractured, or the reverse: taken as Fractured: %s"
+        )
+        log.warning(text, len(odd), ", ".join(odd[:SHOWN]))
+    if lost := sorted(marked - set(row_of)):
+        log.warning("%d marked images are not there, first: %s", len(lost), ", ".join(lost[:3]))
     paths = {name: path for name, path, *_ in images if name in marked}
     shapes = dict(zip(paths, shapes_of(root, paths.values()), strict=True))
-    for name, shape in shapes.items():
-        if (
-            shape
-            and name in annotated
-            and np.abs(np.subtract(annotated[name], shape)).max() > SLACK
-        ):
-            problems.append(f"{name} is not of the size that it was annotated in")
-    boxes, wrong = box_table(raw, ["fracture"], row_of, shapes)
-    polygons, odd = _outline_table(outlines, row_of, shapes)
-    refuse(f"{root}", problems + wrong + odd, f"correct these files, or {REPAIR}")
+    boxes, wrong = box_table(marks.boxes.replace(SPELLINGS), ["fracture"], row_of, shapes)
+    polygons, bad = _outline_table(marks.outlines, row_of, shapes)
+    problems = marks.problems + other_sizes(marks.sizes, shapes) + wrong + bad
+    refuse(f"{root}", problems, f"correct these files, or {REPAIR}")
     more = dict(boxes=boxes, box_classes=("fracture",), outlines=polygons, split_rule="official")
     return tables(rows, FRAC_CLASSES, ignored, **more)
+
+
+def other_sizes(sizes: dict[str, tuple], shapes: dict[str, tuple | None]) -> list[str]:
+    """The images whose (height, width) is not that of the annotations: every box would be off."""
+    pairs = [(name, size, shapes.get(name) or size) for name, size in sizes.items()]
+    return [
+        f"{name} is {there[1]} x {there[0]} px, but was annotated as {size[1]} x {size[0]}"
+        for name, size, there in pairs
+        if abs(size[0] - there[0]) > SLACK or abs(size[1] - there[1]) > SLACK
+    ]
 
 
 def _original(root: Path) -> tuple:
     needed = [FRAC_TABLE, FRAC_BOXES, *FRAC_SPLITS.values()]
     if missing := [name for name in needed if not (root / name).is_file()]:
         raise DataNotFound(f"{root} has no {', '.join(missing)}: {REPAIR}")
-    # Some copies hold images/All_Images as well, or only that.
-    found, ignored = _named_files(
-        root, lambda folder: "x" * bool(re.fullmatch("images/[^/]+", folder))
-    )
+    found, ignored = _named_files(root, "images/[^/]+")  # or images/All_Images, or both
     parts = ["hand", "leg", "hip", "shoulder"]
     table = read_csv(root / FRAC_TABLE, ["image_id", "fractured", *parts])
     table = table.drop_duplicates("image_id").set_index("image_id")
-    splits = {
-        name: read_csv(root / file, ["image_id"])["image_id"] for name, file in FRAC_SPLITS.items()
-    }
-    split_of = {one: name.replace("valid", "val") for name, ones in splits.items() for one in ones}
-    _, raw, outlines, annotated, problems = read_coco(root / FRAC_BOXES)
-    listed = pd.concat(splits)
-    problems += [f"{name} is in two splits" for name in listed[listed.duplicated()]]
-    raw, boxed, images = raw.replace({"class_name": SPELLINGS}), set(raw["name"]), []
+    splits = {one: read_csv(root / file, ["image_id"]) for one, file in FRAC_SPLITS.items()}
+    listed = (
+        pd.concat(splits).reset_index(level=0, names="split").replace({"split": {"valid": "val"}})
+    )
+    marks = read_coco(root / FRAC_BOXES)
+    again = listed["image_id"][listed["image_id"].duplicated()]
+    marks.problems.extend(f"{name} is in two splits" for name in again)
+    split_of, images = dict(zip(listed["image_id"], listed["split"], strict=True)), []
     for (_, name), path in sorted(found.items()):
-        if name not in table.index:
+        if name in table.index:
+            row = table.loc[name]
+            group = "".join(part for part in parts if row[part])
+            group = group if group in parts else "mixed"
+            images.append((name, path, bool(row["fractured"]), group, split_of.get(name, "")))
+        else:
             ignored.append((path, f"not listed in {FRAC_TABLE}"))
-            continue
-        flag, here = (
-            bool(table.at[name, "fractured"]),
-            [part for part in parts if table.at[name, part]],
-        )
-        images.append(
-            (name, path, flag, here[0] if len(here) == 1 else "mixed", split_of.get(name, ""))
-        )
-        folder = PurePosixPath(path).parent.name
-        if (
-            len(
-                {flag, name in boxed, {"Fractured": True, "Non_fractured": False}.get(folder, flag)}
-            )
-            > 1
-        ):
-            text = "%s: fractured=%d in %s, its folder is %s, its boxes: %d; fractured if a flag or box says so"
-            log.warning(text, name, flag, FRAC_TABLE, folder, (raw["name"] == name).sum())
-    if lost := sorted(boxed - {name for name, *_ in images}):
-        log.warning("%d images with a box are not there, first: %s", len(lost), ", ".join(lost[:3]))
-    ignored = [one for one in ignored if one[0] not in needed]
-    return images, ignored, (raw, outlines, annotated, problems)
+    return images, ignored, marks
 
 
 def _ninja(root: Path) -> tuple:
-    def kind(folder: str) -> str:
-        top, _, rest = folder.partition("/")
-        return top if top in NINJA_SPLITS and rest == "img" else ""
-
-    found, ignored = _named_files(root, kind)
-    notes = sorted(path.relative_to(root).as_posix() for path in root.glob("*/ann/*.json"))
-    notes = [path for path in notes if path.split("/")[0] in NINJA_SPLITS and "/." not in path]
+    folders = "|".join(NINJA_FOLDERS)
+    found, ignored = _named_files(root, f"({folders})/img")
+    notes = [path for path, _ in ignored if re.fullmatch(f"({folders})/ann/[^/]+[.]json", path)]
     wanted = {f"{folder}/ann/{name}.json" for folder, name in found}
-    problems = [f"{path} has no image" for path in notes if path not in wanted]
-    problems += [f"{path} is missing: its image is there" for path in sorted(wanted - set(notes))]
+    problems = [f"{path} has no partner" for path in sorted(wanted ^ set(notes))]
     names = pd.Series([name for _, name in found], dtype=str)
     problems += [f"{name} lies in two of the folders" for name in names[names.duplicated()]]
-    rows, outlines, annotated = [], [], {}
-    for path in notes:
+    rows, outlines, sizes = [], [], {}
+    for path in sorted(wanted & set(notes)):
         name = PurePosixPath(path).name.removesuffix(".json")
         try:
             note = json.loads((root / path).read_text(encoding="utf-8"))
-            annotated[name] = int(note["size"]["height"]), int(note["size"]["width"])
+            sizes[name] = int(note["size"]["height"]), int(note["size"]["width"])
             for number, one in enumerate(note["objects"]):
-                about = (name, SPELLINGS.get(one["classTitle"], one["classTitle"]))
                 corners, polygons = _ninja_object(one)
                 where = f"{path} object {number}"
-                rows += [(*about, *corners, where)] if corners else []
-                outlines += [(*about, points, where) for points in polygons]
+                rows += [(name, one["classTitle"], *corners, where)] if corners else []
+                outlines += [(name, one["classTitle"], points, where) for points in polygons]
         except (KeyError, TypeError, AttributeError, ValueError, OSError, zlib.error) as error:
             problems.append(f"{path} cannot be read ({type(error).__name__}: {error})")
-    raw = pd.DataFrame(rows, columns=["name", "class_name", *CORNERS, "where"])
-    images = [
-        (name, path, folder != "not fractured", "", NINJA_SPLITS[folder])
-        for (folder, name), path in sorted(found.items(), key=lambda one: one[0][1])
-    ]
-    marked = {*raw["name"], *(name for name, *_ in outlines)}
-    for name, _, fractured, *_ in images:
-        if fractured != (name in marked):
-            log.warning("%s: its folder and its objects differ; taken as Fractured", name)
+    images = []
+    for (folder, name), path in sorted(found.items(), key=lambda one: one[0][1]):
+        fractured = folder != NINJA_FOLDERS[0]
+        images.append((name, path, fractured, "", folder * fractured))
     ignored = [one for one in ignored if one[0] not in set(notes)]
-    return (
-        images,
-        ignored,
-        (raw.astype(dict.fromkeys(CORNERS, "float64")), outlines, annotated, problems),
-    )
+    marks = dict(boxes=raw_boxes(rows), outlines=outlines, sizes=sizes, problems=problems)
+    return images, ignored, SimpleNamespace(**marks)
+
+
+def raw_boxes(rows: Sequence[tuple]) -> pd.DataFrame:
+    """Raw boxes for `box_table`."""
+    raw = pd.DataFrame(rows, columns=["name", "class_name", *CORNERS, "where"])
+    return raw.astype(dict.fromkeys(CORNERS, "float64"))
 
 
 def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
@@ -462,7 +404,7 @@ def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
 def _outline_table(
     outlines: Sequence[tuple], row_of: dict[str, int], shapes: dict[str, tuple]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Outlines (image, label, points) of the images in `row_of`, clipped to them, and what is wrong with others."""
+    """Outlines (image, label, points) of the images in `row_of`, clipped to them, and problems."""
     rows, problems = [], []
     for name, class_name, points, where in outlines:
         height, width = shapes.get(name) or (np.inf, np.inf)
@@ -479,57 +421,61 @@ def _outline_table(
     return table.sort_values(["image", "label"], kind="stable", ignore_index=True), problems
 
 
-def read_coco(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, list, dict[str, tuple], list[str]]:
-    """Of a COCO file: images (file, where, perhaps patient, split), raw boxes, raw outlines, sizes, problems.
+def read_coco(path: Path) -> SimpleNamespace:
+    """A COCO file: images (file, where, perhaps patient, split), boxes, outlines, sizes, problems.
 
-    Raw boxes as for `box_table`; outlines (name, class_name, points [n,2], where); sizes (height, width) by name.
+    Boxes as for `box_table`; outlines (name, class_name, points [n,2], where); sizes (height,
+    width) by name.
     """
     try:
         coco = json.loads(path.read_text(encoding="utf-8-sig"))
         kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
-        named = [(one["id"], str(one["file_name"]).strip()) for one in coco["images"]]
+        images = pd.DataFrame([{"split": "", "patient": ""} | one for one in coco["images"]])
+        images = images.assign(
+            file=images["file_name"].str.strip(), where=images["id"].map("image {}".format)
+        )
         annotations = list(coco["annotations"])
     except (KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}"
+        text = f"{path} is not COCO ({type(error).__name__}: {error})"
         fix = "Fix: export it again, with the lists images, annotations and categories."
-        raise BadData(f"{path} is not COCO ({what}). {fix}") from error
-    name_of, boxes, outlines, coded = dict(named), [], [], 0
-    keys = pd.Series([key for key, _ in named], dtype=object)
-    problems = [f"image id {key} is given more than once" for key in keys[keys.duplicated()]]
+        raise BadData(f"{text}. {fix}") from error
+    name_of, boxes, outlines, problems = (
+        dict(zip(images["id"], images["file"], strict=True)),
+        [],
+        [],
+        [],
+    )
+    problems += [
+        f"{where} is given more than once" for where in images["where"][images["id"].duplicated()]
+    ]
     for number, one in enumerate(annotations):
         try:
-            where = f"annotation {one.get('id', number)}"
             x, y, width, height = map(float, one["bbox"])
+            where = f"annotation {one.get('id', number)}"
             about = name_of[one["image_id"]], kinds[one["category_id"]]
             boxes.append((*about, x, y, x + width, y + height, where))
-            coded += isinstance(one.get("segmentation"), dict)
-            polygons = (
-                [] if isinstance(one.get("segmentation"), dict) else one.get("segmentation") or []
-            )
-            flat = [np.asarray(each, dtype=np.float64) for each in polygons]
-            points = [each if each.size % 2 else each.reshape(-1, 2) for each in flat]
-            outlines += [(*about, each, where) for each in points]
+            coded = isinstance(one.get("segmentation"), dict)  # run-length coded: not read
+            for flat in () if coded else one.get("segmentation") or ():
+                points = np.asarray(flat, dtype=np.float64)
+                outlines.append(
+                    (*about, points if points.size % 2 else points.reshape(-1, 2), where)
+                )
         except (AttributeError, KeyError, TypeError, ValueError):
             what = "image_id and category_id must be listed, bbox be x, y, width, height"
             problems.append(f"annotation {number}: {what}")
-    if coded:
-        log.warning("%s: %d outlines are run-length coded and not read", path, coded)
-    rows = pd.DataFrame(named, columns=["id", "file"], dtype=object)
-    rows["where"] = [f"image {key}" for key, _ in named]
-    for column in ("patient", "split"):
-        if any(column in one for one in coco["images"]):
-            rows[column] = [str(one.get(column, "")).strip() for one in coco["images"]]
-    sizes = {
-        n: (i.get("height"), i.get("width"))
-        for (_, n), i in zip(named, coco["images"], strict=True)
-    }
-    raw = pd.DataFrame(boxes, columns=["name", "class_name", *CORNERS, "where"])
-    raw = raw.astype(dict.fromkeys(CORNERS, "float64"))
-    return rows, raw, outlines, {name: size for name, size in sizes.items() if all(size)}, problems
+    columns = [name for name in ("patient", "split") if images[name].astype(bool).any()]
+    sizes = images.reindex(columns=["file", "height", "width"]).dropna().itertuples(index=False)
+    return SimpleNamespace(
+        images=images[["id", "file", "where", *columns]].astype(str),
+        boxes=raw_boxes(boxes),
+        outlines=outlines,
+        sizes={name: size for name, *size in sizes},
+        problems=problems,
+    )
 
 
 def trace(mask: np.ndarray) -> list[np.ndarray]:
-    """Outlines of a mask [h,w] along the edges of its pixels, float64 [n,2] of x, y each; holes are filled.
+    """Outlines float64 [n,2] (x, y) of a mask [h,w] along the edges of its pixels, without holes.
 
     >>> mask = np.zeros((4, 5), bool)
     >>> mask[1:3, 1:4] = True
@@ -548,6 +494,5 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     return [one.reshape(-1, 2) / 2 for one in found if len(one) > 2]
 
 
-READERS: dict[str, Callable[..., dict]] = {
-    one.__name__: one for one in (pneumonia, nih, dlia, fracatlas, tuberculosis, covid)
-}
+_ALL = (pneumonia, nih, dlia, fracatlas, tuberculosis, covid)
+READERS: dict[str, Callable[..., dict]] = {one.__name__: one for one in _ALL}

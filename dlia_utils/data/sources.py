@@ -1,4 +1,4 @@
-"""Find a data set: argument, DLIA_DATA, Kaggle mounts, data/, a download, and else the synthetic phantom."""
+"""Find a data set: argument, DLIA_DATA, Kaggle mounts, data/, a download, else the phantom."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ MAX_DEPTH = 3  # How far below a mount or an argument the data set's own folder 
 class Location:
     """Where a data set lies: `root` is the folder that holds its published tree.
 
-    `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom", "~/.medmnist", "medmnist".
-    `kind` is "published", or the reader's own "folder" of class folders or "boxes", with `options` for the reader.
+    `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom",
+    "~/.medmnist", "medmnist". `kind` is "published", or the reader's own "folder" of class folders
+    or "boxes", with `options` for the reader.
     """
 
     dataset: str
@@ -43,8 +44,9 @@ class Location:
 class Source:
     """How a data set is recognised, its synthetic stand-in, and where to get it.
 
-    `trees` are those that it is published in: paths that must exist, the most telling first; "a|b": either.
-    `handle` is kagglehub's "owner/slug"; Kaggle's mounts bear the slug, or the name `mount`.
+    `trees` are those that it is published in: paths that must exist, the most telling first;
+    "a|b": either. `handle` is kagglehub's "owner/slug"; Kaggle's mounts bear the slug, or the name
+    `mount`.
     """
 
     write_phantom: Callable[[Path], Path]
@@ -62,7 +64,7 @@ _PNEUMONIA = ("train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA"
 _DLIA = (readers.DLIA_MAPPING, readers.DLIA_TRAIN, "train|train_images", "test|test_images")
 _FRAC = ("images/Fractured|images/All_Images", readers.FRAC_TABLE, readers.FRAC_BOXES)
 _FRAC += tuple(readers.FRAC_SPLITS.values())
-_NINJA = tuple(f"{one}/{kind}" for one in sorted(readers.NINJA_SPLITS) for kind in ("ann", "img"))
+_NINJA = tuple(f"{one}/{kind}" for one in readers.NINJA_FOLDERS for kind in ("ann", "img"))
 _COVID = tuple(
     "|".join(f"{split}/{one}" for one in (name, name.lower(), name.title(), name.upper()))
     for name in readers.COVID_CLASSES[::-1]
@@ -83,7 +85,7 @@ SOURCES: dict[str, Source] = {
 
 
 def source_of(dataset: str) -> Source:
-    """The row of `dataset` in `SOURCES`; MedMNIST's many names get their own. `ValueError`: unknown data set."""
+    """The row of `dataset` in `SOURCES`, or of a MedMNIST set. `ValueError`: unknown data set."""
     if dataset in SOURCES:
         return SOURCES[dataset]
     if not medmnist.meant(dataset):
@@ -99,23 +101,24 @@ def kaggle_root() -> Path:
 
 
 def on_kaggle() -> bool:
-    """True in a Kaggle kernel: the run type is set *and* the mounts exist (an API token alone is no sign)."""
+    """True in a Kaggle kernel: the run type is set and the mounts exist."""
     return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and (kaggle_root() / "input").is_dir()
 
 
 def cache_root() -> Path:
-    """Folder for decoded images and phantoms: `DLIA_CACHE`, Kaggle's scratch disk, or the user's cache."""
+    """Folder for decoded images and phantoms: `DLIA_CACHE`, Kaggle's scratch disk, the user's cache."""
     if os.environ.get("DLIA_CACHE"):
         return Path(os.environ["DLIA_CACHE"]).expanduser()
     return kaggle_root() / "temp" / "dlia" if on_kaggle() else Path.home() / ".cache" / "dlia_utils"
 
 
 def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> Location:
-    """Find a data set by its name in `SOURCES` or MedMNIST's; of several names the first of which a usable copy is there.
+    """Find a data set by name; of several names the first of which a usable copy is there.
 
-    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` in the working directory or above it, for MedMNIST
-    `~/.medmnist`, a download (only with `DLIA_DOWNLOAD=1`, never on Kaggle), and the synthetic phantom. Errors:
-    `DataNotFound` when `data_dir` or `DLIA_DATA` does not hold it; `ValueError` for an unknown name.
+    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` in the working directory or above it,
+    for MedMNIST `~/.medmnist`, a download (only with `DLIA_DOWNLOAD=1`, never on Kaggle), and the
+    synthetic phantom. Errors: `DataNotFound` when `data_dir` or `DLIA_DATA` does not hold it;
+    `ValueError` for an unknown name.
 
     >>> downloads = Path(tempfile.mkdtemp())
     >>> for folder in SOURCES["pneumonia"].trees[0]:
@@ -145,10 +148,10 @@ def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> L
 def find_own(
     data_dir: str | Path | None, *, kind: str = "folder", options: dict | None = None
 ) -> Location | None:
-    """The reader's own data in `data_dir`: class folders ("folder"), or one table of boxes with images ("boxes").
+    """The reader's own data in `data_dir`: class folders, or (kind "boxes") a table of boxes.
 
-    None when the folder does not look so, or holds a published data set. The folder is not searched, and whether
-    all is well with the data is for `datasets.load` to say.
+    None when the folder does not look so, or holds a published data set. The folder is not
+    searched, and whether all is well with the data is for `datasets.load` to say.
 
     >>> folder = Path(tempfile.mkdtemp()) / "mine"
     >>> for name in ("flu", "Normal"):
@@ -169,7 +172,7 @@ def find_own(
 
 
 def own(folder: str | Path, *, kind: str = "folder", options: dict | None = None) -> Location:
-    """The reader's own `folder` as a location, under the folder's name; a published name gets "-folder" behind it.
+    """The reader's own `folder` as a location, under its name (a published one gets "-folder").
 
     >>> own("data/mine").dataset, own("data/covid").dataset
     ('mine', 'covid-folder')
@@ -181,7 +184,7 @@ def own(folder: str | Path, *, kind: str = "folder", options: dict | None = None
 
 
 def published_in(folder: Path) -> list[str]:
-    """Names of the published data sets in `folder` or below it, down to `MAX_DEPTH`; of MedMNIST, of each file."""
+    """Names of the published data sets in `folder` or below it, down to `MAX_DEPTH`."""
     found = []
     for one in _folders(folder):
         found += [name for name, source in SOURCES.items() if _is_root(one, source)]
@@ -190,7 +193,7 @@ def published_in(folder: Path) -> list[str]:
 
 
 def siblings(location: Location) -> list[Location]:
-    """The usable copies of the data set beside `location.root`, itself included: perhaps two editions."""
+    """The usable copies of the set beside `location.root`, itself included: perhaps two editions."""
     source, found = source_of(location.dataset), []
     for folder in sorted({location.root, *_children(location.root.parent)}):
         one = _location(location.dataset, folder, location.origin)
@@ -208,7 +211,7 @@ def _need_usable(location: Location) -> None:
 
 
 def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
-    """Everything attached under Kaggle's input folder, in all its layouts; names in `slugs` first."""
+    """Everything attached under Kaggle's input folder; names in `slugs` first."""
     # Fixed-depth globs: rglob walks every image of every mount, and finds nested duplicates first.
     patterns = [p for s in slugs for p in (s, f"datasets/*/{s}", f"datasets/organizations/*/{s}")]
     patterns += "* datasets/*/* datasets/organizations/*/* competitions/* notebooks/*/*".split()
@@ -228,7 +231,7 @@ def _usual_places(dataset: str) -> Iterator[tuple[Path, str]]:
 
 
 def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
-    """A copy that is there already: where the user said (else `DataNotFound`) or in a usual place."""
+    """A copy that is there: where the user said (else `DataNotFound`) or in a usual place."""
     source = source_of(dataset)
     for told, origin in ((data_dir, "argument"), (os.environ.get("DLIA_DATA"), "DLIA_DATA")):
         if told:
@@ -286,7 +289,7 @@ def _download(dataset: str) -> Path:
 
 
 def _phantom(dataset: str) -> Path:
-    """Write the phantom once: one left half-written is never used, and two processes do not collide."""
+    """Write the phantom once: one left half-written is not used, two processes do not collide."""
     folder = cache_root() / "phantom" / f"{dataset}-{phantom.VERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
@@ -339,7 +342,7 @@ def _missing(folder: Path, tree: Sequence[str]) -> list[str]:
 
 
 def _nearly(dataset: str, top: Path) -> str:
-    """What the first folder lacks that has some of the data set, and the fix; "" when there is none."""
+    """What the first folder lacks that has some of the data set; "" when there is none."""
     for folder in _folders(top):
         if medmnist.meant(dataset) and (smaller := medmnist.smaller(dataset, folder)):
             return smaller

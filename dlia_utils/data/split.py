@@ -1,4 +1,4 @@
-"""Patient-grouped, stratified splits, saved with a hash; and the audit that shows what still leaks."""
+"""Patient-grouped, stratified splits, saved with a hash; and their audit."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ SAME_HASH, SAME_LOOK = 10, 0.98  # different bits of 63 at most, correlation of 
 
 
 def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Dataset:
-    """Keep the official test split; draw val anew from train+val: whole patients, stratified by class and group.
+    """Keep the official test split; draw val anew: whole patients, stratified by class and group.
 
-    Byte-identical files, and images of one `look` (see `with_looks`), count as one patient. `val_share`, at most a
-    half, is met to about 1/20. Errors: `BadData` when a class has fewer than two patients.
+    Byte-identical files, and images of one `look` (see `with_looks`), count as one patient.
+    `val_share`, at most a half, is met to about 1/20. Errors: `BadData` when a class has fewer
+    than two patients.
     """
     pool = np.flatnonzero((dataset.manifest["split"] != "test").to_numpy())
     parts = _parts(dataset, pool, seed=seed, needed=2, shuffle=True)
@@ -54,7 +55,7 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
 def drawn(
     dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, seed: int = 0
 ) -> Dataset:
-    """Draw train, val and test anew, whatever splits there were: patients, shares and errors as for `grouped`."""
+    """Draw train, val and test anew: patients, shares and errors as for `grouped`."""
     parts = _parts(dataset, np.arange(len(dataset.manifest)), seed=seed, needed=3)
     names = np.full(len(dataset.manifest), "train", dtype=object)
     start = 0
@@ -67,9 +68,10 @@ def drawn(
 
 
 def folds(dataset: Dataset, *, n: int = 5, seed: int = 0) -> Dataset:
-    """Add the manifest column `fold` (0 to n-1) for cross-validation: patients as for `grouped`, stratified by class.
+    """Add the manifest column `fold` (0 to n-1): patients as for `grouped`, stratified by class.
 
-    Only labelled images of train and val are dealt out; every other row gets -1. `BadData` when no class has n patients.
+    Only labelled images of train and val are dealt out; every other row gets -1. `BadData` when no
+    class has n patients.
     """
     manifest = dataset.manifest
     usable = manifest["split"].isin(["train", "val"]) & (manifest["label"] >= 0)
@@ -107,7 +109,7 @@ def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np
 def _parts(
     dataset: Dataset, rows: np.ndarray, *, seed: int, needed: int, shuffle: bool = False
 ) -> list[np.ndarray]:
-    """Positions in `rows` of up to `FOLDS` folds, stratified by class, and by group where it is frequent."""
+    """Positions in `rows` of up to `FOLDS` folds, stratified by class, and by frequent group."""
     manifest, units = dataset.manifest.iloc[rows], _units(dataset)[rows]
     labels = manifest["label"].to_numpy()
     fewest = pd.Series(units).groupby(labels).nunique().min()
@@ -122,7 +124,7 @@ def _parts(
 
 
 def _units(dataset: Dataset) -> np.ndarray:
-    """An integer per row: rows of one patient, with identical bytes, of one look, or linked by these, share it."""
+    """An integer per row: rows linked by patient, identical bytes or look share it."""
     patients = pd.factorize(dataset.manifest["patient"])[0]
     ties = [pd.factorize(byte_hashes(dataset))[0]]
     if "look" in dataset.manifest:
@@ -140,12 +142,13 @@ def _linked(one: np.ndarray, other: np.ndarray, nodes: int) -> np.ndarray:
 
 
 def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
-    """Add the manifest column `look`: images that look the same share a number, and splits keep them together.
+    """Add the manifest column `look`: images that look the same share a number.
 
-    `images` are grey uint8 [N,S,S] in the manifest's order, as the cache holds them. Two look the same when their
-    perceptual hashes (signs of 63 low DCT frequencies of the 32 x 32 thumbnail about their median) differ in at most
-    `SAME_HASH` bits, and the thumbnails correlate by `SAME_LOOK`: hashes alone would link hundreds of strangers.
-    Found so: another compression, brightness or size of one image.
+    `images` are grey uint8 [N,S,S] in the manifest's order, as the cache holds them. Two look the
+    same when their perceptual hashes (signs of 63 low DCT frequencies of the 32 x 32 thumbnail
+    about their median) differ in at most `SAME_HASH` bits, and the thumbnails correlate by
+    `SAME_LOOK`: hashes alone would link hundreds of strangers. Found so: another compression,
+    brightness or size of one image.
     """
     small = [Image.fromarray(one).resize((32, 32), Image.Resampling.BOX) for one in images]
     small = np.stack([np.asarray(one) for one in small]).astype(np.float32)
@@ -165,7 +168,7 @@ def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
 
 
 def byte_hashes(dataset: Dataset) -> pd.Series:
-    """An id of each image's bytes: sha1 where another file has the same length, else the path (bytes unique)."""
+    """An id of each image's bytes: sha1 where another file has the same length, else the path."""
     paths, ids = dataset.manifest["path"], dataset.manifest["path"].copy()
     if dataset.archive:
         pixels = medmnist.images(dataset.archive, paths)
@@ -187,7 +190,7 @@ def split_hash(dataset: Dataset) -> str:
 
 
 def save(dataset: Dataset, path: str | Path) -> str:
-    """Write the split as JSON (rule, hash, split of each path and its fold, if any) and return the hash."""
+    """Write the split as JSON (rule, hash, split and fold of each path) and return the hash."""
     saved = {"dataset": dataset.name, "rule": dataset.split_rule, "hash": split_hash(dataset)}
     for name in ("split", "fold"):
         if name in dataset.manifest:
@@ -197,7 +200,7 @@ def save(dataset: Dataset, path: str | Path) -> str:
 
 
 def load(dataset: Dataset, path: str | Path) -> Dataset:
-    """Apply a split written by `save`; `BadData` when it was edited or is not about exactly these images."""
+    """Apply a split written by `save`; `BadData` when it was edited or is of other images."""
     saved = files.read_json(path)
     if odd := set(dataset.manifest["path"]) ^ set(saved["split"]):
         text = f"{path} is the split of other images: {len(odd)} differ, first {min(odd)}"
@@ -218,12 +221,13 @@ def load(dataset: Dataset, path: str | Path) -> Dataset:
 def audit(dataset: Dataset) -> pd.DataFrame:
     """What the splits share: columns check, count, verdict ("ok", "warning", "leak"), detail.
 
-    A patient shared with the official test split is a warning, any other sharing a leak. Where patients' groups differ
-    (bacteria, virus), they are compared by number and kind too. Unlabelled images conflict with none.
+    A patient shared with the official test split is a warning, any other sharing a leak. Where
+    patients' groups differ (bacteria, virus), they are compared by number and kind too. Unlabelled
+    images conflict with none.
     """
     manifest = dataset.manifest.assign(content=byte_hashes(dataset).to_numpy())
     manifest["kind"] = manifest["patient"] + " " + manifest["group"]
-    several, looked = manifest["group"].nunique() > 1, "look" in manifest
+    several = manifest["group"].nunique() > 1
     parts = {name: part for name, part in manifest.groupby("split") if name in SPLITS}
     parts = {name: parts[name] for name in SPLITS if name in parts}
     rows = []
@@ -233,28 +237,30 @@ def audit(dataset: Dataset) -> pd.DataFrame:
         rows.append((check, len(found), verdict if len(found) else "ok", shown))
 
     for (one, left), (other, right) in itertools.combinations(parts.items(), 2):
-        where, shared = (
-            f"in {one} and {other}",
-            left.apply(lambda column: column.isin(right[column.name])),
-        )  # noqa: B023
-        by_number = sorted(set(left["patient"][shared["patient"]]))
-        add(f"patients {where}, by number", by_number, "warning" if other == "test" else "leak")
+        where = f"in {one} and {other}"
+
+        def shared(
+            column: str, left: pd.DataFrame = left, right: pd.DataFrame = right
+        ) -> pd.DataFrame:
+            return left[left[column].isin(right[column])]
+
+        verdict = "warning" if other == "test" else "leak"
+        by_number = sorted(set(shared("patient")["patient"]))
+        add(f"patients {where}, by number", by_number, verdict)
         if several:
-            by_kind = sorted(set(left["kind"][shared["kind"]]))
+            by_kind = sorted(set(shared("kind")["kind"]))
             add(f"patients {where}, by number and kind", by_kind, "leak")
-        add(f"identical files {where}", left["path"][shared["content"]].tolist(), "leak")
-        if looked:
-            add(f"near-duplicates {where}", left["path"][shared["look"]].tolist(), "leak")
+        add(f"identical files {where}", shared("content")["path"].tolist(), "leak")
+        if "look" in manifest:
+            add(f"near-duplicates {where}", shared("look")["path"].tolist(), "leak")
     for name, part in parts.items():
         copies = part["path"][part.duplicated("content")].tolist()
         add(f"identical files within {name}", copies, "warning")
-    for column, what, verdict in (
-        ("content", "identical files", "leak"),
-        ("look", "near-duplicates", "warning"),
-    ):
+    for column, what in (("content", "identical files"), ("look", "near-duplicates")):
         if column in manifest:
             labels = manifest[manifest["label"] >= 0].groupby(column)["label"].nunique()
             odd = manifest["path"][manifest[column].isin(labels.index[labels > 1])].tolist()
+            verdict = "leak" if column == "content" else "warning"
             add(f"{what} with different labels", odd, verdict)
     return pd.DataFrame(rows, columns=["check", "count", "verdict", "detail"])
 
@@ -262,7 +268,8 @@ def audit(dataset: Dataset) -> pd.DataFrame:
 def subset(dataset: Dataset, *, per_class: int | Sequence[int], seed: int = 0) -> Dataset:
     """At most `per_class` images of each class from each split, at random; rows are numbered anew.
 
-    One number for all classes, or one for each in the order of `dataset.classes`. An image stays in its split.
+    One number for all classes, or one for each in the order of `dataset.classes`. An image stays
+    in its split.
     """
     one = isinstance(per_class, int)
     counts = [per_class] * len(dataset.classes) if one else list(per_class)

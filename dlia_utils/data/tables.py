@@ -1,4 +1,4 @@
-"""What readers share: errors, the walk through a folder, box and outline tables, sizes from file headers."""
+"""What readers share: errors, the walk through a folder, box tables, sizes from headers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class DataNotFound(FileNotFoundError):
 
 
 class BadData(ValueError):
-    """Files or folders of the data set that cannot be used; the message lists them and says what to do."""
+    """Files of the data set that cannot be used; the message lists them and says what to do."""
 
 
 def refuse(head: str, problems: Sequence[str], fix: str) -> None:
-    """`BadData` that lists the first `problems` and counts the rest; nothing when there are none."""
+    """`BadData` that lists the first `problems` and counts the rest; nothing without any."""
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         lines = [f"  {line}" for line in [*problems[:SHOWN], *more]]
@@ -41,7 +41,7 @@ def refuse(head: str, problems: Sequence[str], fix: str) -> None:
 
 
 def tables(rows: Iterable[tuple], classes: Sequence[str], ignored: Iterable[tuple], **more) -> dict:
-    """The fields of a `Dataset`: manifest of `rows` (as `COLUMNS`), ignored (path, reason), and `more`."""
+    """The fields of a `Dataset`: manifest of `rows`, ignored (path, reason), and `more`."""
     manifest = pd.DataFrame(list(rows), columns=list(COLUMNS)).astype({"label": "int64"})
     left_out = pd.DataFrame(sorted(ignored), columns=["path", "reason"])
     return dict(manifest=manifest, classes=tuple(classes), ignored=left_out) | more
@@ -60,7 +60,7 @@ def junk_reason(path: PurePosixPath) -> str:
 def sort_files(
     root: Path, reason: Callable[[PurePosixPath], str], suffixes: Sequence[str]
 ) -> tuple[list[PurePosixPath], list[tuple[str, str]]]:
-    """The images below `root`, relative and sorted, for which `reason` is "", and (path, reason) of other files.
+    """The images below `root`, sorted, for which `reason` is "", and (path, reason) of other files.
 
     Links are followed, but never in a circle. Errors: `BadData` for a folder that cannot be read.
     """
@@ -109,17 +109,17 @@ def upright_shape(image: Image.Image) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 is upright, 5 to 8 swap the sides. A PNG counts as upright: Pillow would decode it whole."""
+    """EXIF orientation: 1 is upright, 5 to 8 swap the sides; of a PNG 1, as Pillow would decode it."""
     return 1 if image.format == "PNG" else image.getexif().get(0x0112, 1)
 
 
 def box_table(
     raw: pd.DataFrame, classes: Sequence[str], row_of: dict[str, int], shapes: dict[str, tuple]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """The boxes (`BOX_COLUMNS`) of the images in `row_of`, clipped to them, and what is wrong with rows of `raw`.
+    """The boxes (`BOX_COLUMNS`) of the images in `row_of`, clipped to them, and problems.
 
-    `raw` has the columns name (of the image), class_name, x1, y1, x2, y2 and where (in the file); `shapes` holds
-    (height, width) by name, as far as they are known.
+    `raw` has the columns name (of the image), class_name, x1, y1, x2, y2 and where (in the file);
+    `shapes` holds (height, width) by name, as far as they are known.
     """
     sides = [shapes.get(name) or (np.inf, np.inf) for name in raw["name"]]
     height, width = np.array(sides, dtype=float).reshape(-1, 2).T
@@ -152,7 +152,7 @@ def box_table(
 
 
 def rarest_class(boxes: pd.DataFrame, count: int) -> list[int]:
-    """Label from 0 of the rarest class on each of `count` images, -1 without a box: folds then spread the rare ones."""
+    """Label of the rarest class on each of `count` images, -1 without a box."""
     frequency = boxes["label"].map(boxes["label"].value_counts())
     rarest = boxes.assign(frequency=frequency).sort_values(["frequency", "label"])
     rarest = rarest.drop_duplicates("image").set_index("image")["label"]
