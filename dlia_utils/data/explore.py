@@ -126,7 +126,7 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
     counts = pd.crosstab(units["split"], units["class_name"]).loc[splits, names]
     outcome = chi2_contingency(counts)
     effect = np.sqrt(outcome.statistic / (counts.to_numpy().sum() * max(min(counts.shape) - 1, 1)))
-    shares = (counts[names[-1]] / counts.sum(1)).map("{:.1%}".format)
+    shares = (counts[names[-1]] / counts.sum(axis=1)).map("{:.1%}".format)
     row = dict(test="class counts", class_name="all", p=outcome.pvalue, effect_name="Cramer's V")
     detail = f"share of {names[-1]}: " + "; ".join(
         f"{split} {share}" for split, share in shares.items()
@@ -259,7 +259,7 @@ def figure_classes(dataset: Dataset, caption: str) -> Figure:
     colours = [COLORS[k % len(COLORS)] for k in range(len(dataset.classes))]
     counts.plot.bar(ax=axes[0, 0], width=0.8, color=colours, rot=0, xlabel="", ylabel="images")
     for name, bars in zip(dataset.classes, axes[0, 0].containers, strict=True):
-        shares = counts[name] / counts.sum(1)
+        shares = counts[name] / counts.sum(axis=1)
         texts = [f"{n}\n{share:.0%}" for n, share in zip(counts[name], shares, strict=True)]
         axes[0, 0].bar_label(bars, texts, fontsize=8)
     axes[0, 0].margins(y=0.2)

@@ -106,7 +106,7 @@ def covid(root: Path) -> dict:
     of_mask = table["path"].str.contains("^[^/]+/masks/")
     images = table[~of_mask].drop_duplicates("key", keep="last").reset_index(drop=True)
     row_of = pd.Series(images.index, images["key"])
-    masks = table[of_mask].assign(image=table["key"].map(row_of)).dropna(subset="image")
+    masks = table.assign(image=table["key"].map(row_of))[of_mask].dropna(subset="image")
     lost, bare = of_mask.sum() - len(masks), len(images) - len(masks)
     if of_mask.any() and (lost or bare):
         log.warning("%s: %d images have no mask, %d masks have no image", root, bare, lost)
@@ -350,7 +350,8 @@ def _original(root: Path) -> tuple:
 def _ninja(root: Path) -> tuple:
     folders = "|".join(NINJA_FOLDERS)
     found, ignored = _named_files(root, f"({folders})/img")
-    notes = [path for path, _ in ignored if re.fullmatch(f"({folders})/ann/[^/]+[.]json", path)]
+    pattern = f"({folders})/ann/[^./][^/]*[.]json"  # without macOS junk
+    notes = [path for path, _ in ignored if re.fullmatch(pattern, path)]
     wanted = {f"{folder}/ann/{name}.json" for folder, name in found}
     problems = [f"{path} has no partner" for path in sorted(wanted ^ set(notes))]
     names = pd.Series([name for _, name in found], dtype=str)

@@ -40,6 +40,8 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
     `val_share`, at most a half, is met to about 1/20. Errors: `BadData` when a class has fewer
     than two patients.
     """
+    if not 0 < val_share <= 0.5:
+        raise ValueError(f"val_share is {val_share}; it must lie in (0, 0.5]")
     pool = np.flatnonzero((dataset.manifest["split"] != "test").to_numpy())
     parts = _parts(dataset, pool, seed=seed, needed=2, shuffle=True)
     chosen = min(max(round(val_share * len(parts)), 1), len(parts) - 1)
@@ -56,6 +58,8 @@ def drawn(
     dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, seed: int = 0
 ) -> Dataset:
     """Draw train, val and test anew: patients, shares and errors as for `grouped`."""
+    if not (min(val_share, test_share) > 0 and val_share + test_share <= 0.5):
+        raise ValueError("val_share and test_share must be positive, together at most 0.5")
     parts = _parts(dataset, np.arange(len(dataset.manifest)), seed=seed, needed=3)
     names = np.full(len(dataset.manifest), "train", dtype=object)
     start = 0
