@@ -20,6 +20,7 @@ from .tables import BadData, DataNotFound, refuse, tables
 
 log = logging.getLogger("dlia_utils")
 
+DAMAGED = (KeyError, zipfile.BadZipFile, zlib.error, EOFError, ValueError)
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 _ORGANS = (
@@ -149,7 +150,7 @@ def read(name: str, root: Path) -> dict:
                     problems.append(
                         f"{split}_labels is not [{shape[0]}, {columns}] from 0 to {top}"
                     )
-    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise BadData(f"{path} is damaged or not of MedMNIST ({error}). Fix: {fix}.") from error
     refuse(f"{path} is not {flag} of {size} px", problems, fix)
     raw = np.concatenate([labels[split] for split in SPLITS]).astype(int)
@@ -174,14 +175,17 @@ def read(name: str, root: Path) -> dict:
 def images(archive: Path, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Path and pixels [S,S] or [S,S,3] of `paths`, in the archive's order, one at a time."""
     wanted = set(paths)
-    with zipfile.ZipFile(archive) as opened:
-        for split in SPLITS:
-            with opened.open(f"{split}_images.npy") as file:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for split in SPLITS:
+                file = opened.open(f"{split}_images.npy")
                 shape, _, _ = _header(file)
                 for number in range(shape[0]):
                     pixels = file.read(int(np.prod(shape[1:])))
                     if (path := f"{split}/{number:06d}") in wanted:
                         yield path, np.frombuffer(pixels, np.uint8).reshape(shape[1:])
+    except DAMAGED as error:
+        raise BadData(f"{archive} is damaged ({error}). Fix: download it again.") from error
 
 
 def sums(archive: Path) -> list[tuple[str, int]]:
