@@ -11,7 +11,7 @@ from PIL import Image
 
 from dlia_utils import __main__ as cli
 from dlia_utils.data import datasets, sources
-from dlia_utils.data.readers import DataNotFound
+from dlia_utils.data.tables import BadData, DataNotFound
 from tools import notebooks
 
 SOURCE = """\
@@ -251,7 +251,7 @@ def test_of_all_notebooks_those_without_data_in_the_folder_are_left_out_by_name(
     def run(asked, **options):
         if asked == lacking:
             raise (
-                datasets.BadData("spoilt")
+                BadData("spoilt")
                 if options["run_name"] == "spoilt"
                 else DataNotFound("it does not hold them")
             )

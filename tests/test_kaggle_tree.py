@@ -24,7 +24,7 @@ PROFILE = "auto"
 # %%
 import socket
 
-from dlia_utils import locate
+from dlia_utils.data import sources
 
 location = sources.find("nih")
 print(location.origin, location.synthetic, location.root, sources.on_kaggle(), sources.cache_root())
@@ -129,7 +129,7 @@ def real_films_on_kaggle(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    for part in sources.SOURCES["pneumonia"].signature:
+    for part in sources.SOURCES["pneumonia"].trees[0]:
         (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)
 
 

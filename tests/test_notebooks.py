@@ -17,7 +17,7 @@ from PIL import Image
 
 from dlia_utils import __version__
 from dlia_utils.data import sources
-from dlia_utils.data.readers import DataNotFound
+from dlia_utils.data.tables import DataNotFound
 from tools import notebooks
 
 TINY = """\

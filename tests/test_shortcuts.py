@@ -13,7 +13,7 @@ from torch import nn
 
 from dlia_utils import report, shortcuts
 from dlia_utils.data import cache, datasets
-from dlia_utils.data.readers import BadData
+from dlia_utils.data.tables import BadData
 from dlia_utils.shortcuts import REGIONS, Films
 
 SIDE = 32

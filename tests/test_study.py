@@ -12,6 +12,7 @@ from small import start_run
 
 from dlia_utils import device, models, objectives, study
 from dlia_utils.data import datasets, sources
+from dlia_utils.data.tables import BadData
 
 NOTEBOOK = "01_pneumonia_robustness"
 TINY = {"epochs": 1, "per_class": 12}
@@ -305,7 +306,7 @@ def test_bad_files_stop_the_study_before_any_training(opened, tmp_path):
         (tree / split / name).mkdir(parents=True)
         (tree / split / name / "person1_virus_1.jpeg").write_bytes(b"")
     run = start_run(NOTEBOOK, tmp_path / "data", "bad", **TINY)
-    with pytest.raises(datasets.BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
+    with pytest.raises(BadData, match="train/NORMAL/person1_virus_1.jpeg: empty file"):
         study.open_study(run)
 
 
@@ -314,7 +315,7 @@ def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkey
     cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/IM-*.jpeg"))[0]
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
     run = start_run(NOTEBOOK, tmp_path / "data", "cut", epochs=1, per_class=None)
-    with pytest.raises(datasets.BadData, match=f"{cut.name}: truncated"):
+    with pytest.raises(BadData, match=f"{cut.name}: truncated"):
         study.open_study(run)
     cut.unlink()
     assert len(study.open_study(run).dataset.manifest) == 319
@@ -353,7 +354,8 @@ def fractures(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     # Without this the films found, and spoilt below, would be the real ones.
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    location = sources.find("fracatlas", phantom_dir=tmp_path / "phantom")
+    monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
+    location = sources.find("fracatlas")
     assert location.synthetic and tmp_path in location.root.parents
     return location.root
 
@@ -396,7 +398,7 @@ def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(
     assert healthy[0].name in caplog.text and "left out" in caplog.text
     assert len(opened.dataset.manifest) == 119 and len(opened.cache.images) == 119
     healthy[1].write_bytes(healthy[1].read_bytes()[:900])
-    with pytest.raises(datasets.BadData, match="2 unusable files"):
+    with pytest.raises(BadData, match="2 unusable files"):
         open_fractures(fractures, "two-lost")
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dlia_utils import submission
-from dlia_utils.data.datasets import NIH_CLASSES
+from dlia_utils.data.readers import NIH_CLASSES
 
 PREDICTED = "x_min,y_min,x_max,y_max,confidence,label"
 SIZES = {"a.png": (100, 80), "b.png": (100, 80), "c.png": (60, 60)}
