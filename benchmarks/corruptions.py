@@ -119,7 +119,8 @@ def albumentations_nearest() -> dict[str, tuple[A.BasicTransform, bool]]:
         return corrupt.CORRUPTIONS[name].parameters(SEVERITY, "imagenet-c")[0]
 
     def make(build: Callable, **arguments) -> A.BasicTransform:
-        return augment.strict(build, p=1, **arguments)
+        with augment.strict():
+            return build(p=1, **arguments)
 
     sigma, speckle, photons = level("gaussian_noise"), level("speckle_noise"), level("shot_noise")
     kernel = 2 * int(level("motion_blur")) + 1

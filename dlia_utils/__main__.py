@@ -83,7 +83,7 @@ def list_all(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from . import execute
-    from .data.readers import DataNotFound
+    from .data.tables import DataNotFound
     from .run import parse_change
 
     changes = dict(map(parse_change, options.changes))
@@ -158,7 +158,7 @@ def results_text(path: Path) -> str:
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from .data import cache, datasets, medmnist, sources, split
+    from .data import cache, datasets, medmnist, sources, split, tables
 
     name = options.dataset
     known = name in sources.SOURCES or medmnist.meant(name)
@@ -173,7 +173,7 @@ def data_check(options: argparse.Namespace) -> int:
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
     problems, truncated = cache.examine(dataset)
-    cut = ", ".join(truncated[: datasets.SHOWN])
+    cut = ", ".join(truncated[: tables.SHOWN])
     print(f"used although they end too early: {len(truncated)} files {cut}")
     if len(problems):
         print("\n" + datasets.problem_text(problems))
@@ -190,13 +190,13 @@ def data_check(options: argparse.Namespace) -> int:
 def _own_audit(dataset):
     """Near-duplicates of a reader's own folder, printed, and the audit of its split, or of one
     drawn by patient."""
-    from .data import datasets, split
+    from .data import split, tables
 
     alike = dataset.manifest.groupby("look")["path"].agg(list)
     alike = alike[alike.map(len) > 1]
     print(f"near-duplicates: {len(alike)} groups of images that look the same")
-    for paths in alike.head(datasets.SHOWN):
-        print(f"  {' = '.join(paths[: datasets.SHOWN])}")
+    for paths in alike.head(tables.SHOWN):
+        print(f"  {' = '.join(paths[: tables.SHOWN])}")
     if not set(dataset.manifest["split"]) & {"val", "test"}:
         drawn = split.drawn(dataset, val_share=0.15, test_share=0.15)
         return "a split drawn by patient, near-duplicates kept together", split.audit(drawn)
@@ -210,7 +210,7 @@ def _own_audit(dataset):
 def _own_location(path: str, asked: argparse.Namespace):
     """The reader's own folder, or an error that says what it holds instead."""
     from .data import sources
-    from .data.readers import DataNotFound
+    from .data.tables import DataNotFound
 
     if asked.data:
         raise ValueError(
@@ -230,9 +230,9 @@ def _own_location(path: str, asked: argparse.Namespace):
 
 def submission_check(options: argparse.Namespace) -> int:
     from . import submission
-    from .data import datasets
+    from .data import readers
 
-    classes = options.classes or datasets.NIH_CLASSES
+    classes = options.classes or readers.NIH_CLASSES
     images = options.images or None
     try:
         table = submission.check(options.file, options.mapping, images=images, classes=classes)

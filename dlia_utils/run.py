@@ -23,7 +23,7 @@ from torch import nn
 
 from . import files
 from .data import datasets, sources
-from .data.readers import BadData, DataNotFound
+from .data.tables import BadData, DataNotFound
 from .device import choose_threads, hardware, pick_device
 from .units import eps_text
 
@@ -388,8 +388,7 @@ def _find_data(
     """The notebook's data set, the first of several that is there, or the reader's own folder."""
     names, told = settings["dataset"], data_dir or os.environ.get("DLIA_DATA", "")
     try:
-        find = sources.find if isinstance(names, str) else sources.find_first
-        return find(names, data_dir or None)
+        return sources.find(names, data_dir or None)
     except DataNotFound as missing:
         folder, kind = Path(told).expanduser(), "boxes" if own_data == "boxes" else "folder"
         options = {name: settings.get(name) for name in ("classes", "patient_pattern")}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from . import metrics, train
 from .data import datasets
 from .data.cache import ImageCache
-from .data.datasets import BadData, Dataset
+from .data.datasets import Dataset
+from .data.tables import BadData
 
 log = logging.getLogger("dlia_utils")
 

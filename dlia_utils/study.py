@@ -27,7 +27,7 @@ from filelock import FileLock
 from torch.utils.data import Dataset
 
 from . import files, metrics, models, train
-from .data import augment, cache, datasets, sources, split
+from .data import augment, cache, datasets, sources, split, tables
 from .device import fingerprint
 from .run import FORMAT, Run, differences, digest, for_dataset
 from .train import OutOfTime
@@ -124,7 +124,7 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
     the setting `test_share` the official test split stays, and val is drawn. With it an official
     split of all images stays (val is drawn where there is none), else all three are drawn, near-
     duplicates kept together. At most `unusable_share` of the files may be left out when they do not
-    decode; the log names them. Errors, before anything is trained: `datasets.BadData` naming
+    decode; the log names them. Errors, before anything is trained: `tables.BadData` naming
     unreadable files, ValueError for a model of the reader's own that cannot take part.
     """
     if run.key not in run.opened:
@@ -137,7 +137,7 @@ def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
 def _opened(run: Run, dataset: datasets.Dataset) -> Study:
     problems = datasets.check(dataset)
     if len(problems):
-        raise datasets.BadData(datasets.problem_text(problems))
+        raise tables.BadData(datasets.problem_text(problems))
     official, drawn = set(dataset.manifest["split"]), bool(run.test_share)
     anew = drawn and ("" in official or "test" not in official)
     if anew:
@@ -165,7 +165,7 @@ def _decoded(run: Run, dataset: datasets.Dataset) -> tuple[datasets.Dataset, cac
     """The decoded images, and the data set without the few that do not decode, if allowed."""
     try:
         return dataset, cache.build(dataset, size=run.size, fit=run.fit)
-    except datasets.BadData as error:
+    except tables.BadData as error:
         lost = getattr(error, "problems", pd.DataFrame({"path": []}))["path"]
         if not 0 < len(lost) <= run.unusable_share * len(dataset.manifest):
             raise

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from . import files
-from .data.datasets import NIH_CLASSES
+from .data.readers import NIH_CLASSES
 
 CORNERS = ["x1", "y1", "x2", "y2"]
 NUMBERS = ["x_min", "y_min", "x_max", "y_max", "confidence"]

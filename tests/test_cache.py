@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 from scipy.ndimage import gaussian_filter
 
 from dlia_utils.data import cache, datasets
+from dlia_utils.data.tables import BadData
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -114,11 +115,11 @@ def test_bad_files_are_listed_together_before_decoding(dataset, tmp_path, monkey
     (dataset.root / "1.jpeg").write_bytes(b"")
     (dataset.root / "4.jpeg").write_text("not an image")
     with pytest.raises(
-        datasets.BadData, match=r"2 unusable files:\n  1.jpeg: empty.*\n  4.jpeg: not an image"
+        BadData, match=r"2 unusable files:\n  1.jpeg: empty.*\n  4.jpeg: not an image"
     ):
         build(dataset, tmp_path)
     (dataset.root / "0.jpeg").unlink()
-    with pytest.raises(datasets.BadData, match="0.jpeg: cannot be read"):
+    with pytest.raises(BadData, match="0.jpeg: cannot be read"):
         build(dataset, tmp_path)
 
 
@@ -142,7 +143,7 @@ def test_truncated_beyond_use_is_refused_and_leaves_no_cache(dataset, tmp_path):
     cut(dataset.root / "1.jpeg", 0.5)
     cut(dataset.root / "3.jpeg", 0.6)
     with pytest.raises(
-        datasets.BadData, match=r"2 unusable(.|\n)*1.jpeg: truncated(.|\n)*3.jpeg: truncated"
+        BadData, match=r"2 unusable(.|\n)*1.jpeg: truncated(.|\n)*3.jpeg: truncated"
     ):
         build(dataset, tmp_path)
     assert not list((tmp_path / "cache").rglob("*.npy")) and not list(
@@ -163,7 +164,7 @@ def test_examine_lists_every_kind_of_bad_file_at_once(dataset, tmp_path):
 
 def test_sixteen_bits_are_refused(dataset, tmp_path):
     Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(dataset.root / "2.png")
-    with pytest.raises(datasets.BadData, match="2.png: more than 8 bits"):
+    with pytest.raises(BadData, match="2.png: more than 8 bits"):
         build(dataset, tmp_path)
 
 
@@ -213,20 +214,9 @@ def test_fit_is_part_of_the_key_and_checked(dataset, tmp_path):
     assert (
         squashed.key == hashlib.sha256(text.encode()).hexdigest()[:20]
     )  # As before there was a fit.
-    with pytest.raises(ValueError, match="fit is 'crop'; it must be one of squash, pad"):
-        cache.build(dataset, size=24, fit="crop", root=tmp_path / "cache")
-
-
-def test_cache_of_an_earlier_version_gets_its_shapes(dataset, tmp_path, monkeypatch):
-    first = build(dataset, tmp_path)
-    meta = json.loads((first.path / "meta.json").read_text())
-    del meta["fit"]
-    (first.path / "meta.json").write_text(json.dumps(meta))
-    (first.path / "shapes.npy").unlink()
-    monkeypatch.setattr(cache, "_decode_all", lambda *a, **k: pytest.fail("decoded again"))
-    again = build(dataset, tmp_path)
-    assert again.shapes.tolist() == [[80, 96]] * 6 and again.fit == "squash"
-    assert np.array_equal(pickle.loads(pickle.dumps(again)).shapes, again.shapes)
+    for wrong in ({"fit": "crop", "size": 24}, {"size": 4}):
+        with pytest.raises(ValueError, match="at least 8 pixels, squash or pad"):
+            cache.build(dataset, root=tmp_path / "cache", **wrong)
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad"])
@@ -243,23 +233,18 @@ def test_images_stored_on_their_side_are_turned_upright(dataset, tmp_path, fit):
     assert np.abs(cached.images[0].astype(int) - cached.images[1]).max() <= 6
 
 
-def test_size_is_checked(dataset, tmp_path):
-    with pytest.raises(ValueError, match="size is 4"):
-        build(dataset, tmp_path, size=4)
-
-
 SLOW_BUILD = """
 import sys, time
 sys.path[:0] = [{repository!r}, {tests!r}]
 from pathlib import Path
 import test_cache
-from dlia_utils import cache, datasets
+from dlia_utils.data import cache, datasets
 plain = cache._decode
-def slowly(path, size, fit):
+def slowly(path, size, fit, **options):
     with open({calls!r}, "a") as file:
         file.write(path.name + "\\n")
     time.sleep({pause})
-    return plain(path, size, fit)
+    return plain(path, size, fit, **options)
 cache._decode = slowly
 dataset = test_cache.dataset_at(Path({images!r}))
 print(cache.build(dataset, size=24, root={root!r}, progress=False).key)

@@ -122,7 +122,7 @@ def real_images_on_kaggle(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path))
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    for part in sources.SOURCES["pneumonia"].signature:
+    for part in sources.SOURCES["pneumonia"].trees[0]:
         (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)
 
 

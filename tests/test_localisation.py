@@ -255,7 +255,7 @@ def chests(seed, count, side=48):
         phantom.chest(np.random.default_rng([seed, k]), size=side, pneumonia=k % 2 == 1)
         for k in range(count)
     ]
-    films, masks = (np.stack(part) for part in zip(*drawn, strict=True))
+    films, masks = (np.stack(part) for part in list(zip(*drawn, strict=True))[:2])
     return torch.from_numpy(films)[:, None], masks
 
 

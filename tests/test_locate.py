@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from dlia_utils.data import phantom, sources
+from dlia_utils.data.tables import DataNotFound
 
-NINJA_FOLDERS = ("train", "val", "test", "not fractured")
-SIGNATURE = sources.SOURCES["pneumonia"].signature
+TREE = sources.SOURCES["pneumonia"].trees[0]
 
 
 def make_tree(root: Path, *, without: str = "") -> Path:
-    for part in SIGNATURE:
+    for part in TREE:
         if part != without:
             (root / part).mkdir(parents=True)
     return root
@@ -24,26 +24,24 @@ def nowhere(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
     monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        sources, "__file__", str(tmp_path / "repository" / "dlia_utils" / "locate.py")
-    )
+    for folder in ("repository", "work/deep/er"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "repository" / "pyproject.toml").touch()
+    monkeypatch.setattr(sources, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "work" / "deep" / "er")
 
 
 @pytest.fixture
 def quick_phantom(monkeypatch):
-    """A phantom of a few tiny films; returns the list of folders it was written to."""
+    """A phantom of a few tiny images; returns the list of folders it was written to."""
     written = []
 
     def write(root):
         written.append(root)
         return phantom.write_pneumonia(root, images={"train": (2, 2), "test": (1, 1)}, size=16)
 
-    source = sources.SOURCES["pneumonia"]
-    monkeypatch.setitem(
-        sources.SOURCES,
-        "pneumonia",
-        sources.Source(source.signature, source.slugs, source.handle, write),
-    )
+    quick = replace(sources.SOURCES["pneumonia"], write_phantom=write)
+    monkeypatch.setitem(sources.SOURCES, "pneumonia", quick)
     return written
 
 
@@ -64,57 +62,46 @@ def test_argument_wins_and_nearest_copy_is_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_wrong_path_is_an_error_that_names_it(tmp_path, monkeypatch, by):
+def test_a_wrong_path_is_an_error_that_says_what_is_wrong(tmp_path, monkeypatch, by):
     make_tree(tmp_path / "repository" / "data" / "chest_xray")  # Must not be used instead.
-    wrong = tmp_path / "no such folder"
-    if by == "environment":
-        monkeypatch.setenv("DLIA_DATA", str(wrong))
-    with pytest.raises(sources.DataNotFound, match="no such folder.*train/NORMAL"):
-        sources.find("pneumonia", wrong if by == "argument" else None)
-    wrong.mkdir()
-    with pytest.raises(sources.DataNotFound, match="does not hold pneumonia"):
-        sources.find("pneumonia", wrong if by == "argument" else None)
 
+    def need(path, message):
+        if by == "environment":
+            monkeypatch.setenv("DLIA_DATA", str(path))
+        with pytest.raises(DataNotFound, match=message):
+            sources.find("pneumonia", path if by == "argument" else None)
 
-def test_missing_class_folder_is_named(tmp_path):
-    root = make_tree(tmp_path / "told" / "chest_xray", without="test/NORMAL")
-    with pytest.raises(sources.DataNotFound, match="has no test/NORMAL"):
-        sources.find("pneumonia", root.parent)
-
-
-def test_folder_inside_the_data_set_names_the_right_one(tmp_path):
-    root = make_tree(tmp_path / "chest_xray")
-    with pytest.raises(
-        sources.DataNotFound, match="lies inside pneumonia; name .*chest_xray' instead"
-    ):
-        sources.find("pneumonia", root / "train")
-
-
-def test_unknown_data_set():
+    need(tmp_path / "no such folder", "no such folder.*train/NORMAL")
+    need(tmp_path / "work", "does not hold pneumonia.*class folders works in notebooks 01")
+    half = make_tree(tmp_path / "half" / "chest_xray", without="test/NORMAL")
+    need(half.parent, "looks like pneumonia but is not complete: .* has no test/NORMAL")
+    inside = make_tree(tmp_path / "whole" / "chest_xray") / "train"
+    need(inside, "lies inside pneumonia; name .*chest_xray' instead")
     with pytest.raises(ValueError, match="known: pneumonia"):
         sources.find("pnumonia")
 
 
-@pytest.mark.parametrize(
-    "mount",
-    [
-        "chest-xray-pneumonia/chest_xray",
-        "datasets/paultimothymooney/chest-xray-pneumonia/chest_xray",
-        "datasets/organizations/some-hospital/chest-xray-pneumonia/chest_xray",
-        "a-renamed-copy/archive/chest_xray",
-        "datasets/somebody/a-renamed-copy",
-        "notebooks/somebody/prepared/chest_xray",
-    ],
+MOUNTS = (
+    "chest-xray-pneumonia/chest_xray",
+    "datasets/paultimothymooney/chest-xray-pneumonia/chest_xray",
+    "datasets/organizations/some-hospital/chest-xray-pneumonia/chest_xray",
+    "a-renamed-copy/archive/chest_xray",
+    "notebooks/somebody/prepared/chest_xray",
 )
+
+
+@pytest.mark.parametrize("mount", MOUNTS)
 def test_kaggle_mounts_of_both_layouts(tmp_path, mount):
     root = make_tree(tmp_path / "kaggle" / "input" / mount)
-    found = sources.find("pneumonia")
-    assert (found.root, found.origin) == (root, "kaggle")
+    assert sources.find("pneumonia") == sources.Location("pneumonia", root, "kaggle", False)
 
 
-def test_repository_data_folder(tmp_path):
-    root = make_tree(tmp_path / "repository" / "data" / "chest_xray")
+@pytest.mark.parametrize("above", ["work/deep/er", "work/deep", "work", "repository"])
+def test_data_folder_here_above_or_in_the_repository(tmp_path, above, quick_phantom):
+    root = make_tree(tmp_path / above / "data" / "chest_xray")
     assert sources.find("pneumonia") == sources.Location("pneumonia", root, "data/", False)
+    (tmp_path / "repository" / "pyproject.toml").unlink()  # as in site-packages
+    assert (sources.find("pneumonia").origin == "data/") == (above != "repository")
 
 
 def test_half_a_data_set_in_a_usual_place_is_reported(tmp_path, quick_phantom, caplog):
@@ -129,24 +116,18 @@ def test_phantom_is_written_once_and_marked(quick_phantom, tmp_path):
     assert len(quick_phantom) == 1 and first.root.is_relative_to(tmp_path / "cache")
     told = sources.find("pneumonia", first.root.parent)
     assert told.origin == "argument" and told.synthetic  # However it is named, it stays synthetic.
-
-
-def test_half_written_phantom_is_written_again(quick_phantom, tmp_path):
-    folder = tmp_path / "mine"
-    make_tree(
-        folder / "chest_xray"
-    )  # Complete to the eye, but without the marker, which is written last.
-    (tmp_path / "mine.part-killed").mkdir()
-    found = sources.find("pneumonia", phantom_dir=folder)
-    assert list(found.root.glob("train/NORMAL/*.jpeg")) and (folder / phantom.MARKER).is_file()
-    assert not list(tmp_path.glob("mine.part-*"))
+    # Without the marker, which is written last, it was left half-written.
+    (first.root.parent / phantom.MARKER).unlink()
+    (first.root.parent.parent / f"{first.root.parent.name}.part-killed").mkdir()
+    again = sources.find("pneumonia").root
+    assert len(quick_phantom) == 2 and list(again.glob("train/NORMAL/*.jpeg"))
+    assert not list(first.root.parent.parent.glob("*.part-*"))
 
 
 def test_download_only_when_asked_and_never_on_kaggle(tmp_path, monkeypatch, quick_phantom):
     downloaded = make_tree(tmp_path / "downloaded")
     monkeypatch.setattr(sources, "_download", lambda dataset: downloaded)
     assert sources.find("pneumonia").origin == "phantom"
-    assert sources.find("pneumonia", download=True).origin == "kagglehub"
     monkeypatch.setenv("DLIA_DOWNLOAD", "1")
     assert sources.find("pneumonia").root == downloaded
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
@@ -154,47 +135,42 @@ def test_download_only_when_asked_and_never_on_kaggle(tmp_path, monkeypatch, qui
     assert sources.on_kaggle() and sources.find("pneumonia").origin == "phantom"
 
 
+def test_competition_cannot_be_downloaded(monkeypatch):
+    monkeypatch.setenv("DLIA_DOWNLOAD", "1")
+    with pytest.raises(DataNotFound, match="kagglehub has no data set dlia"):
+        sources.find("dlia")
+
+
 @pytest.mark.parametrize(
     "name, folders",
     [
-        ("fracatlas", [f"{part}/{kind}" for kind in ("img", "ann") for part in NINJA_FOLDERS]),
+        ("fracatlas", [one.replace("|", "") for one in sources.SOURCES["fracatlas"].trees[1]]),
         ("covid", ["COVID", "Normal"]),
         ("covid", ["train/covid", "train/normal", "test/covid", "test/normal"]),
         ("tuberculosis", ["Tuberculosis", "Normal"]),
     ],
 )
-def test_each_tree_of_a_data_set_is_recognised(tmp_path, monkeypatch, name, folders):
+def test_each_tree_of_a_data_set_is_recognised(tmp_path, name, folders):
     root = tmp_path / "kaggle" / "input" / "somebodys-copy" / "archive"
     for folder in folders:
         (root / folder).mkdir(parents=True)
     assert sources.find(name) == sources.Location(name, root, "kaggle", False)
     (root / folders[-1]).rmdir()
-    with pytest.raises(
-        sources.DataNotFound,
-        match=f"looks like {name} but is not complete: .* has no .*{folders[-1]}",
-    ):
+    missing = f"looks like {name} but is not complete: .* has no .*{folders[-1]}"
+    with pytest.raises(DataNotFound, match=missing):
         sources.find(name, root)
-
-
-def test_a_wrong_path_names_all_trees_of_the_data_set(tmp_path):
-    with pytest.raises(
-        sources.DataNotFound, match="images/All_Images, dataset.csv, .*; or not fractured/ann, not"
-    ):
-        sources.find("fracatlas", tmp_path)
 
 
 NIH_LIST = "Image Index,Finding Label,Bbox [x,y,w,h]\n00000001_000.png,Mass,1,2,3,4\n"
 
 
-def make_nih(root: Path, *, complete: bool = True) -> Path:
+def make_nih(root: Path) -> Path:
     (root / "images").mkdir(parents=True)
     (root / "BBox_List_2017.csv").write_text(NIH_LIST)
-    if complete:
-        (root / "images" / "00000001_000.png").write_bytes(b"x")
     return root
 
 
-def make_competition(root: Path, *, folders: tuple[str, str] = ("train", "test")) -> Path:
+def make_competition(root: Path, *, folders=("train", "test")) -> Path:
     for folder, name in zip(folders, ("00000001_000.png", "00000002_000.png"), strict=True):
         (root / folder).mkdir(parents=True)
         (root / folder / name).write_bytes(b"x")
@@ -203,89 +179,44 @@ def make_competition(root: Path, *, folders: tuple[str, str] = ("train", "test")
     return root
 
 
-@pytest.mark.parametrize("folders", [("train", "test"), ("train_images", "test_images")])
-def test_signature_with_alternatives(tmp_path, folders):
-    root = make_competition(
-        tmp_path / "kaggle" / "input" / "competitions" / "some-slug", folders=folders
-    )
-    assert sources.find("dlia").root == root
+def test_the_competition_in_both_spellings_and_half_of_it(tmp_path):
+    for k, folders in enumerate((("train", "test"), ("train_images", "test_images"))):
+        root = make_competition(tmp_path / f"told{k}" / "some-slug", folders=folders)
+        assert sources.find("dlia", root.parent).root == root
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "ID_to_Image_Mapping.csv").write_text("id,image_id\n")
+    with pytest.raises(DataNotFound, match="not complete: .*no train.csv, train or train_images"):
+        sources.find("dlia", tmp_path / "half")
 
 
-def test_train_and_test_folders_alone_are_no_competition(
-    tmp_path, quick_phantom, monkeypatch, caplog
-):
-    make_tree(tmp_path / "repository" / "data" / "chest_xray")
-    source = sources.SOURCES["dlia"]
-    monkeypatch.setitem(
-        sources.SOURCES, "dlia", replace(source, write_phantom=quick_phantom_of_nothing)
-    )
-    assert sources.find("dlia").synthetic and "looks like dlia" not in caplog.text
-    (tmp_path / "told").mkdir()
-    (tmp_path / "told" / "ID_to_Image_Mapping.csv").write_text("id,image_id\n")
-    with pytest.raises(
-        sources.DataNotFound, match="not complete: .*no train.csv, train or train_images"
-    ):
-        sources.find("dlia", tmp_path / "told")
-
-
-def quick_phantom_of_nothing(root: Path) -> Path:
-    (root / phantom.MARKER).write_text("")
-    return root
-
-
-def test_first_usable_data_set_is_taken(tmp_path, caplog):
-    caplog.set_level("INFO", logger="dlia_utils")
-    data = tmp_path / "repository" / "data"
-    make_nih(data / "boxes", complete=False)
+def test_first_usable_data_set_is_taken(tmp_path, caplog, quick_phantom):
+    assert sources.find(("pneumonia", "nih")).origin == "phantom"
+    data, order = tmp_path / "repository" / "data", ("dlia", "nih", "pneumonia")
+    make_nih(data / "boxes")
     chest = make_tree(data / "chest_xray")
-    order = ("dlia", "nih", "pneumonia")
-    found = sources.find_first(order)
+    found = sources.find(order)
     assert (found.dataset, found.root) == ("pneumonia", chest)
-    assert "nih in" in caplog.text and "1 of the 1 boxed images are missing" in caplog.text
+    assert "1 of the 1 listed images are missing" in caplog.text
     assert sources.find("nih").root == data / "boxes"  # Asked for by name it is found nevertheless.
     (data / "boxes" / "images" / "00000001_000.png").write_bytes(b"x")
-    assert sources.find_first(order).dataset == "nih"
+    assert sources.find(order).dataset == "nih"
     make_competition(data / "challenge")
-    assert sources.find_first(order).dataset == "dlia"
-
-
-def test_find_first_in_a_told_folder(tmp_path, monkeypatch, caplog):
-    make_competition(tmp_path / "repository" / "data" / "challenge")  # Must not be used instead.
-    told = tmp_path / "told"
-    make_nih(told / "boxes", complete=False)
-    with pytest.raises(
-        sources.DataNotFound, match="none of dlia, nih can be used(.|\n)*images are missing"
-    ):
-        sources.find_first(("dlia", "nih"), told)
-    make_tree(told / "chest_xray")
-    monkeypatch.setenv("DLIA_DATA", str(told))
-    assert sources.find_first(("dlia", "nih", "pneumonia")).origin == "DLIA_DATA"
+    assert sources.find(order).dataset == "dlia"
+    make_nih(tmp_path / "told" / "boxes")
+    with pytest.raises(DataNotFound, match="none of dlia, nih can be used(.|\n)*are missing"):
+        sources.find(("dlia", "nih"), tmp_path / "told")
     with pytest.raises(ValueError, match="unknown data set 'nhi'; known"):
-        sources.find_first(("dlia", "nhi"))
-    with pytest.raises(ValueError, match="none given"):
-        sources.find_first(())
-
-
-def test_find_first_falls_back_to_the_phantom_of_the_first(quick_phantom):
-    found = sources.find_first(("pneumonia", "nih"))
-    assert (found.dataset, found.origin, found.synthetic) == ("pneumonia", "phantom", True)
-
-
-def test_competition_cannot_be_downloaded(tmp_path):
-    with pytest.raises(sources.DataNotFound, match="kagglehub has no data set dlia"):
-        sources.find("dlia", download=True)
+        sources.find(("nhi", "dlia"))
 
 
 def test_siblings(tmp_path):
-    first, second = (
-        make_competition(tmp_path / "told" / name) for name in ("edition_a", "edition_b")
-    )
+    first, second = (make_competition(tmp_path / "told" / f"edition_{one}") for one in "ab")
     make_competition(tmp_path / "told" / "gap")
     (tmp_path / "told" / "gap" / "test" / "00000002_000.png").unlink()
     make_tree(tmp_path / "told" / "chest_xray")
-    found = sources.find("dlia", tmp_path / "told" / "edition_b")
-    assert [one.root for one in sources.siblings(found)] == [first, second]
-    assert {one.origin for one in sources.siblings(found)} == {"argument"}
+    found = sources.siblings(sources.find("dlia", tmp_path / "told" / "edition_b"))
+    assert [one.root for one in found] == [first, second]
+    assert {one.origin for one in found} == {"argument"}
 
 
 def test_cache_root(tmp_path, monkeypatch):

@@ -1,79 +1,195 @@
-import hashlib
+"""The synthetic radiographs: what is planted can be seen, where it is said to be, and nothing else tells it."""
+
+import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
+from trees import tree_hash
 
-from dlia_utils.data import films, phantom
+from dlia_utils.data import datasets, phantom, readers, sources
 
+SIZE = 128
 FEW = {"train": (6, 6), "val": (2, 2), "test": (3, 3)}
 
 
-def tree_hash(root):
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return [
-        (path.relative_to(root).as_posix(), hashlib.sha1(path.read_bytes()).hexdigest())
-        for path in files
-    ]
-
-
-def test_same_seed_same_bytes(tmp_path):
+@pytest.mark.parametrize(
+    "write, options",
+    [
+        (phantom.write_pneumonia, {"images": FEW}),
+        (phantom.write_competition, {"images": {"train": 12, "test": 8}}),
+        (phantom.write_nih, {"images": 8}),
+        (phantom.write_fracatlas, {"images": (8, 3)}),
+        (phantom.write_tuberculosis, {"images": (4, 2)}),
+        (phantom.write_covid, {"images": (6, 6)}),
+    ],
+)
+def test_same_seed_same_bytes_and_marked(tmp_path, write, options):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        phantom.write_pneumonia(tmp_path / name, seed=seed, images=FEW, size=32)
+        write(tmp_path / name, seed=seed, size=32, **options)
+        assert (tmp_path / name / phantom.MARKER).is_file()
     a, b, c = (tree_hash(tmp_path / name) for name in "abc")
-    assert a == b
-    assert a != c
+    assert a == b != c
 
 
-def test_tree_has_the_traps_and_masks(tmp_path):
+def test_pneumonia_tree_has_a_second_copy_junk_and_masks(tmp_path):
     tree = phantom.write_pneumonia(tmp_path, images=FEW, size=32)
-    assert tree == tmp_path / "chest_xray" and (tmp_path / phantom.MARKER).is_file()
     own = [p.relative_to(tree) for p in tree.glob("[tv]*/*/[!.]*.jpeg")]
     nested = [p.relative_to(tree / "chest_xray") for p in (tree / "chest_xray").rglob("*.jpeg")]
     assert len(own) == 22 and sorted(own) == sorted(nested)
-    assert (
-        list(tree.glob("__MACOSX/**/._*"))
-        and list(tree.glob("*/*/._*"))
-        and list(tree.glob("*/*/.DS_Store"))
-    )
-    masks = [
-        p.relative_to(tmp_path / "phantom_masks")
-        for p in (tmp_path / "phantom_masks").rglob("*.png")
-    ]
-    assert sorted(m.with_suffix(".jpeg") for m in masks) == sorted(
-        p for p in own if p.parts[1] == "PNEUMONIA"
-    )
-    with Image.open(tree / own[0]) as image:
-        assert image.mode == "L" and image.size == (32, 32)
+    for junk in ("__MACOSX/**/._*", "*/*/._*", "*/*/.DS_Store"):
+        assert list(tree.glob(junk))
+    masks = list((tmp_path / "phantom_masks").rglob("*.png"))
+    masks = [p.relative_to(tmp_path / "phantom_masks").with_suffix(".jpeg") for p in masks]
+    assert sorted(masks) == sorted(p for p in own if p.parts[1] == "PNEUMONIA")
 
 
 @pytest.mark.parametrize("pneumonia", [False, True])
-def test_film(pneumonia):
-    image, lesion = phantom.chest(np.random.default_rng(1), size=64, pneumonia=pneumonia)
-    assert (
-        image.shape == lesion.shape == (64, 64)
-        and lesion.dtype == bool
-        and image.dtype == np.float32
-    )
+def test_chest(pneumonia):
+    image, opacities, lungs = phantom.chest(np.random.default_rng(1), size=64, pneumonia=pneumonia)
+    assert image.shape == opacities.shape == (64, 64) and image.dtype == np.float32
     assert 0 <= image.min() < 0.1 and 0.8 < image.max() <= 1
-    assert lesion.any() == pneumonia and lesion.mean() < 0.35
+    assert opacities.any() == pneumonia and not (opacities & ~lungs).any()
 
 
 def test_classes_differ_by_the_opacity_and_not_by_brightness():
-    films = [
-        phantom.chest(np.random.default_rng([2, i]), size=48, pneumonia=i % 2 == 1)
-        for i in range(160)
-    ]
     labels = np.arange(160) % 2
-    assert 0.4 < roc_auc_score(labels, [image.mean() for image, _ in films]) < 0.85
-    corners = [image[:8, :8].mean() for image, _ in films]  # No shortcut at the edge of the film.
-    assert 0.35 < roc_auc_score(labels, corners) < 0.65
+    drawn = [
+        phantom.chest(np.random.default_rng([2, i]), size=48, pneumonia=bool(label))[0]
+        for i, label in enumerate(labels)
+    ]
+    assert 0.4 < roc_auc_score(labels, [image.mean() for image in drawn]) < 0.85
+    assert 0.35 < roc_auc_score(labels, [image[:8, :8].mean() for image in drawn]) < 0.65
 
 
-def test_opacities_lie_in_the_lungs():
-    anatomy = films.Anatomy.draw(np.random.default_rng(0))
-    x, y = films._grid(64)
-    air = films._lungs(anatomy, x, y)
-    fluid = films._opacities(np.random.default_rng(5), air)
-    assert fluid.max() <= 0.95 and (fluid[air <= 0] == 0).all() and fluid.max() > 0.3
+def test_opacities_of_tuberculosis_lie_high_up():
+    rows = {True: [], False: []}
+    for upper, found in rows.items():
+        for seed in range(16):
+            rng = np.random.default_rng(seed)
+            found.append(np.nonzero(phantom.chest(rng, size=48, pneumonia=True, upper=upper)[1])[0])
+    means = {upper: [one.mean() / 48 for one in found] for upper, found in rows.items()}
+    assert max(means[True]) < 0.55 < max(means[False])
+    assert np.mean(means[True]) < np.mean(means[False]) - 0.08
+
+
+# --- findings
+
+
+def drawn(name, seed):
+    """What the finding changes on the image, noise included; whether each pixel is in its box; the box."""
+    bare, _ = phantom.chest_with_findings(np.random.default_rng(seed), [], size=SIZE)
+    image, (box,) = phantom.chest_with_findings(np.random.default_rng(seed), [name], size=SIZE)
+    x1, y1, x2, y2 = map(int, box)
+    inside = np.zeros(image.shape, bool)
+    inside[y1:y2, x1:x2] = True
+    # The two have other grey windows: bring the bare one into that of the other by the pixels outside.
+    tone = np.polynomial.Polynomial.fit(bare[~inside], image[~inside], 5)
+    return image - tone(bare), inside, np.array(box)
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return {name: [drawn(name, seed) for seed in range(12)] for name in readers.NIH_CLASSES}
+
+
+def iou(one, other):
+    low, high = np.maximum(one[:2], other[:2]), np.minimum(one[2:], other[2:])
+    shared = np.prod(np.clip(high - low, 0, None))
+    area = [np.prod(np.subtract(box[2:], box[:2])) for box in (one, other)]
+    return shared / (sum(area) - shared)
+
+
+@pytest.mark.parametrize("name", readers.NIH_CLASSES)
+def test_a_finding_stands_out_and_its_box_is_the_extent_of_the_change(findings, name):
+    overlaps = []
+    for change, inside, box in findings[name]:
+        smooth = np.abs(gaussian_filter(change, 0.7))
+        seen = smooth > 0.3 * np.percentile(smooth, 99.8)
+        rows, columns = (np.flatnonzero(seen.sum(axis) > 1) for axis in (1, 0))
+        overlaps.append(iou(np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]), box))
+        assert np.percentile(np.abs(change[inside]), 80) > 4 * change[~inside].std()
+        strongest = change[inside][np.argsort(np.abs(change[inside]))[-20:]]
+        assert (strongest.mean() < 0) == (name == "Pneumothorax")  # Only free air darkens.
+    assert np.median(overlaps) > 0.8 and min(overlaps) > 0.6
+
+
+def test_sizes_and_places(findings):
+    boxes = {name: np.array([box for _, _, box in made]) for name, made in findings.items()}
+    sides = {name: np.sqrt((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])) for name, b in boxes.items()}
+    middles = {name: (b[:, :2] + b[:, 2:]) / 2 / SIZE for name, b in boxes.items()}
+    assert 8 <= sides["Nodule"].min() and sides["Nodule"].max() < sides["Mass"].min()
+    assert sides["Mass"].max() < sides["Cardiomegaly"].min()
+    assert middles["Pneumothorax"][:, 1].max() < 0.5 < middles["Effusion"][:, 1].min()
+    assert middles["Pneumonia"][:, 1].max() < 0.5 < middles["Atelectasis"][:, 1].min()
+    both = {name for name, m in middles.items() if m[:, 0].min() < 0.45 and m[:, 0].max() > 0.55}
+    assert both >= set(readers.NIH_CLASSES) - {"Cardiomegaly"}
+    for seed in range(6):  # Two findings lie in different lungs.
+        rng = np.random.default_rng(seed)
+        _, (one, other) = phantom.chest_with_findings(rng, ["Mass", "Effusion"], size=64)
+        assert (one[2] <= 34) != (other[2] <= 34)
+
+
+def test_competition_plan(tmp_path):
+    phantom.write_competition(tmp_path, images={"train": 30, "test": 8}, size=32)
+    first, second = (datasets.load(one) for one in sources.siblings(sources.find("dlia", tmp_path)))
+    assert second.boxes.groupby("image").size().max() == 2
+    assert not second.boxes.duplicated(["image", "label"]).any()
+    truth = pd.read_csv(tmp_path / "phantom_truth.csv")
+    for edition, dataset in (("A", first), ("B", second)):
+        hidden = truth.loc[truth["edition"] == edition, "image_id"]
+        assert sorted(hidden) == sorted(dataset.mapping["image_id"])  # An id is one hidden box.
+    repeated = first.mapping["image_id"].value_counts()
+    assert (repeated == 2).sum() == phantom.TWO_IDS and repeated.max() == 2
+    assert second.mapping["image_id"].is_monotonic_increasing
+
+
+# --- the planted shortcut and the near-duplicates
+
+
+def test_covid_phantom_has_what_its_truth_says(tmp_path):
+    tree = phantom.write_covid(tmp_path, images=(30, 30), size=48)
+    truth = pd.read_csv(tmp_path / "phantom_truth.csv", keep_default_na=False).set_index("path")
+    dataset = datasets.load(sources.find("covid", tree))
+    assert list(truth.index) == list(dataset.manifest["path"])
+    assert list(dataset.masks["image"]) == list(range(60))
+    images = {path: np.asarray(Image.open(tree / path), dtype=float) for path in truth.index}
+    labels, marker = dataset.manifest["label"].to_numpy(), truth["marker"].to_numpy()
+    assert marker[labels == 1].mean() == pytest.approx(0.75, abs=0.04)
+    assert marker[labels == 0].mean() == pytest.approx(0.25, abs=0.04)
+    corner = np.array([image[1:5, 1].mean() for image in images.values()])
+    assert roc_auc_score(marker, corner) == 1 and 0.65 < roc_auc_score(labels, corner) < 0.9
+    assert 0.2 < roc_auc_score(labels[marker == 0], corner[marker == 0]) < 0.8
+    twins = truth[truth["twin_of"] != ""]["twin_of"]
+    assert len(twins) == 4
+    for path, twin in twins.items():
+        flat = {other: image.ravel() for other, image in images.items() if other != path}
+        likeness = {o: np.corrcoef(images[path].ravel(), one)[0, 1] for o, one in flat.items()}
+        assert max(likeness, key=likeness.get) == twin and 0.995 < likeness[twin] < 1
+
+
+# --- bones
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bone(seed):
+    rng = np.random.default_rng(seed)
+    image, box, gap = phantom.bone(rng, height=64, width=96, fractured=True)
+    rows, columns = np.nonzero(gap)
+    assert image.shape == (64, 96) and (box[2] - box[0]) * (box[3] - box[1]) > 30
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
+    _, none, empty = phantom.bone(rng, height=64, width=96, fractured=False)
+    assert none is None and not empty.any()
+
+
+def test_fracatlas_tree_has_the_traps(tmp_path):
+    tree = phantom.write_fracatlas(tmp_path, images=(10, 6), size=64)
+    turned = Image.open(tree / "images" / "Fractured" / "IMG0000001.jpg")
+    assert turned.getexif()[0x0112] == 6
+    table = pd.read_csv(tree / "dataset.csv")
+    assert len(table) == 16 and table["fractured"].sum() == 9
+    assert table["fracture_count"].sum() == 10
+    assert len(json.loads((tree / readers.FRAC_BOXES).read_text())["annotations"]) == 10

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dlia_utils import run
 from dlia_utils.data import datasets, sources
-from dlia_utils.data.readers import BadData, DataNotFound
+from dlia_utils.data.tables import BadData, DataNotFound
 from dlia_utils.run import start
 
 NOTEBOOK = "01_pneumonia_robustness"
@@ -265,7 +265,8 @@ def test_a_folder_is_refused_in_words_where_it_cannot_be_used(shapes):
         begin(data_dir=shapes, own="any")
 
 
-def test_a_folder_that_holds_another_published_set_is_told_by_name(shapes, tmp_path):
-    location = sources.find("tuberculosis", phantom_dir=tmp_path / "tb")
+def test_a_folder_that_holds_another_published_set_is_told_by_name(shapes, monkeypatch):
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    location = sources.find("tuberculosis")
     with pytest.raises(DataNotFound, match="holds tuberculosis: .*dataset=tuberculosis"):
         begin(data_dir=location.root, own=2)

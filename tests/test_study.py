@@ -13,6 +13,7 @@ from small import start_run
 
 from dlia_utils import corrupt, device, models, objectives, study, train
 from dlia_utils.data import datasets, sources
+from dlia_utils.data.tables import BadData
 
 NOTEBOOK = "01_pneumonia_robustness"
 TINY = {"epochs": 1, "per_class": 12}
@@ -283,7 +284,7 @@ def test_removing_a_file_that_does_not_decode_is_enough(opened, tmp_path, monkey
     cut = sorted((tmp_path / "data").glob("chest_xray/train/NORMAL/IM-*.jpeg"))[0]
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
     run = start_run(NOTEBOOK, tmp_path / "data", "cut", epochs=1, per_class=None)
-    with pytest.raises(datasets.BadData, match=f"{cut.name}: truncated"):
+    with pytest.raises(BadData, match=f"{cut.name}: truncated"):
         study.open_study(run)
     cut.unlink()
     assert len(study.open_study(run).dataset.manifest) == 319
@@ -320,7 +321,8 @@ def fractures(tmp_path, monkeypatch):
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     # Without this the images found, and damaged below, would be the real ones.
     monkeypatch.delenv("DLIA_DATA", raising=False)
-    location = sources.find("fracatlas", phantom_dir=tmp_path / "phantom")
+    monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
+    location = sources.find("fracatlas")
     assert location.synthetic and tmp_path in location.root.parents
     return location.root
 
@@ -354,7 +356,7 @@ def test_a_few_unusable_files_are_left_out_by_name_and_more_are_refused(fracture
     assert healthy[0].name in caplog.text and "left out" in caplog.text
     assert len(opened.dataset.manifest) == 119 and len(opened.cache.images) == 119
     healthy[1].write_bytes(healthy[1].read_bytes()[:900])
-    with pytest.raises(datasets.BadData, match="2 unusable files"):
+    with pytest.raises(BadData, match="2 unusable files"):
         open_fractures(fractures, "two-lost")
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dlia_utils import submission
-from dlia_utils.data.datasets import NIH_CLASSES
+from dlia_utils.data.readers import NIH_CLASSES
 
 SIZES = {"a.png": (100, 80), "b.png": (100, 80), "c.png": (60, 60)}
 # Edition A: ids from 1, and a.png has two of them. Edition B: ids from 0, each image once.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from dlia_utils import files
 from dlia_utils.attacks.evaluate import SUITE
 from dlia_utils.data import phantom
-from dlia_utils.data.datasets import NIH_CLASSES
+from dlia_utils.data.readers import NIH_CLASSES
 from dlia_utils.detect import figures
 from dlia_utils.explain.base import REFERENCES
 from dlia_utils.plots import figure_accuracy_vs_eps

@@ -1,1 +1,1 @@
-"""Data sets: where they come from, what their tables say, who is in which split, and the decoded images."""
+"""Data sets: where they come from, what their tables say, the splits, and the decoded images."""

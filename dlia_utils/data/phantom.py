@@ -1,39 +1,354 @@
-"""Synthetic films in each data set's own tree, junk included: the default when no real data is there.
+"""Synthetic radiographs in each data set's own tree, the default when no real data is there.
 
-What they show is drawn by `films`, from physics and not from patients: nothing medical can be learnt from it.
+Drawn from physics, not from patients: X-rays pass through simple solids (Beer-Lambert), the
+detector counts photons (Poisson) and blurs. Nothing medical can be learnt from them.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
+import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
+from scipy.special import expit
 
-from . import _fracatlas, medmnist, readers
-from .films import Anatomy, bone, chest, chest_with_findings, chest_with_lungs
-from .tables import trace
+from . import medmnist, readers
 
-VERSION = 3  # Raise it when the pictures change: a phantom written by an older version is then not reused.
+VERSION = 4  # Raise it when the trees change: phantoms of another version are not reused.
 MARKER = "SYNTHETIC.txt"
 IMAGES = {"train": (96, 144), "val": (8, 8), "test": (24, 40)}
 FINDING_IMAGES = {"train": 240, "test": 40}  # of each edition of the competition
-MARKED = (0.25, 0.75)  # share of the Normal and of the COVID films with a marker in a corner
-SPREAD = 2.5  # of how patients are placed; at 1, films of healthy lungs are taken for copies of one another
-TWINS = 1 / 15  # share of the COVID set's films that are another film once more
-MEDMNIST_IMAGES = {"train": 320, "val": 64, "test": 128}
 LEAKED, TWO_IDS = 4, 3  # edition A: test images that train has too, and test images with two ids
+MARKED = (0.25, 0.75)  # share of the Normal and of the COVID images with a marker in a corner
+TWINS = 1 / 15  # share of the COVID set's images that are another image once more
+SPREAD = 2.5  # of how patients are placed; at 1, healthy lungs are taken for copies of one another
+MEDMNIST_IMAGES = {"train": 320, "val": 64, "test": 128}
+
+SOFT, BONE, LUNG = 0.20, 0.55, 0.05  # linear attenuation in 1/cm near 60 keV
+PHOTONS = 12_000  # per detector pixel before the patient
+HALF_WIDTH = 17.0  # cm
+GAS_DEPTH = 2.5  # Free air is shown as deep as this many lungs: a real one is faint.
+SHAPE = (
+    "width depth lung heart ribs slope spine dome".split()
+)  # half widths of the image; depth: cm
+MEANS = (0.95, 20, 0.345, 0.27, 0.165, 0.30, 0.085, 0.50)
+DEVIATIONS = (0.03, 2, 0.015, 0.03, 0.008, 0.05, 0.006, 0.05)
+
+Box = tuple[float, float, float, float]
+Array, Rng, Patient, Lung = np.ndarray, np.random.Generator, SimpleNamespace, SimpleNamespace
+
+
+# ------------------------------------------------------------------------------------ radiographs
+
+
+def anatomy(rng: Rng) -> Patient:
+    """The shape of a random patient, the same in all of the patient's images."""
+    found = dict(zip(SHAPE, rng.normal(MEANS, DEVIATIONS).tolist(), strict=True))
+    found["depth"] = min(max(found["depth"], 15.0), 26.0)
+    found["heart"] = min(max(found["heart"], 0.2), 0.36)
+    return SimpleNamespace(**found, vessels=int(rng.integers(2**31)))
+
+
+def chest(
+    rng: Rng,
+    *,
+    size: int,
+    pneumonia: bool,
+    upper: bool = False,
+    spread: float = 1.0,
+    patient: Patient | None = None,
+) -> tuple[Array, Array, Array]:
+    """A frontal chest float32 [S,S] in [0,1]; masks bool [S,S] of its opacities and of the lungs.
+
+    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart: pose, exposure
+    and noise are drawn alike. `spread` multiplies how differently patients are placed; `patient`
+    comes from `anatomy`.
+
+    >>> image, opacities, lungs = chest(np.random.default_rng(0), size=48, pneumonia=True)
+    >>> image.shape, bool(opacities.any()), 0.1 < float(lungs.mean()) < 0.5
+    ((48, 48), True, True)
+    """
+    a = patient or anatomy(rng)
+    x, y = _pose(rng, size, spread=spread)
+    air = _lungs(a, x, y)
+    fluid = _opacities(rng, air, lowest=0.42 if upper else 1.0) if pneumonia else np.zeros_like(air)
+    aerated = air * (1 - 0.85 * fluid)
+    aerated = np.maximum(aerated * _texture(rng, size) - _vessels(a, x, y) * (air > 0), 0)
+    lungs = air > 1.0
+    return _exposed(rng, _attenuation(a, x, y, aerated)), (fluid > 0.3) & lungs, lungs
+
+
+def chest_with_findings(
+    rng: Rng, names: Sequence[str], *, size: int, patient: Patient | None = None
+) -> tuple[Array, list[Box]]:
+    """A chest float32 [S,S] with the findings `names`, and a box (x1, y1, x2, y2) for each.
+
+    Two findings lie in different lungs. The same generator gives the same image but for the
+    findings. Their looks are exaggerated, so that a small detector learns them in minutes.
+
+    >>> image, boxes = chest_with_findings(np.random.default_rng(0), ["Mass"], size=64)
+    >>> image.shape, len(boxes), boxes[0][2] - boxes[0][0] > 6
+    ((64, 64), 1, True)
+    """
+    planting, rng = rng.spawn(2)
+    a = patient or anatomy(rng)
+    x, y = _pose(rng, size)
+    air = _lungs(a, x, y)
+    aerated = np.maximum(air * _texture(rng, size) - _vessels(a, x, y) * (air > 0), 0)
+    tissue = GAS_DEPTH * (SOFT * air - (SOFT - LUNG) * aerated)  # what free air takes the place of
+    side = -1 if "Cardiomegaly" in names else int(planting.choice([-1, 1]))
+    filled, freed, boxes = np.zeros_like(air), np.zeros_like(air), []
+    for name in names:
+        out = side * _across(a, x, y, side)
+        lung = SimpleNamespace(x=x, y=y, out=out, floor=_floor(a, x, side))
+        change = _finding(name, planting, lung)
+        if name != "Cardiomegaly":
+            change, side = change * (np.abs(out) < 1), -side
+        change = change * (air > 0)
+        fluid, gas = np.maximum(change, 0), np.maximum(-change, 0)
+        boxes.append(_tight_box((SOFT - LUNG) * aerated * fluid - tissue * gas))
+        filled, freed = 1 - (1 - filled) * (1 - fluid), np.maximum(freed, gas)
+    path = _attenuation(a, x, y, aerated * (1 - filled)) - tissue * freed
+    return _exposed(rng, path), boxes
+
+
+def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, Box | None, Array]:
+    """A long bone float32 [H,W]; the box of its fracture or None; the mask bool [H,W] of the gap.
+
+    >>> image, box, gap = bone(np.random.default_rng(0), height=96, width=64, fractured=True)
+    >>> image.shape, box is not None, 20 < int(gap.sum()) < 600
+    ((96, 64), True, True)
+    """
+    long = max(height, width)
+    down, across = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    x, y = (2 * across - width) / long, (2 * down - height) / long
+    turn = rng.normal(0, 0.2) + (math.pi / 2 if width > height else 0)
+    along, side = y * math.cos(turn) + x * math.sin(turn), x * math.cos(turn) - y * math.sin(turn)
+    radius = rng.uniform(0.10, 0.14)
+    place, tilt, gap = rng.uniform(-0.4, 0.4), rng.uniform(-0.7, 0.7), rng.uniform(0.045, 0.075)
+    soft = 7.0 * _tube(side - 0.04, 3.2 * radius)
+    slip = rng.choice([-1, 1]) * rng.uniform(0.35, 0.65) * radius
+    if fractured:
+        side = side - slip * (along > place + tilt * side)  # The lower fragment has slipped aside.
+    wide = radius * (1 + 0.9 * np.abs(along) ** 4)
+    shell = HALF_WIDTH * 0.6 * (_tube(side, wide) - 0.75 * _tube(side, 0.6 * wide))
+    distance = np.abs(along - place - tilt * side)
+    shell = shell * (distance > gap / 2) if fractured else shell
+    image = _exposed(rng, SOFT * soft + (BONE - SOFT) * shell)
+    near = (distance < gap / 2 + 0.3 * radius) & (np.abs(side) < wide) & fractured
+    return image, _tight_box(near.astype(float)) if fractured else None, near
+
+
+def _tight_box(effect: Array) -> Box:
+    """Corners of what can be seen of a change: above a quarter of its greatest value."""
+    seen = np.abs(effect) > 0.25 * np.abs(effect).max()
+    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _grid(size: int) -> tuple[Array, Array]:
+    line = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    return tuple(np.meshgrid(line, line))
+
+
+def _pose(rng: Rng, size: int, *, spread: float = 1.0) -> tuple[Array, Array]:
+    """Patient coordinates of every pixel, a little turned, moved and scaled."""
+    across, down = _grid(size)
+    turn, scale = rng.normal(0, 0.026 * spread), rng.normal(1.0, 0.035 * spread)
+    x = (across * math.cos(turn) + down * math.sin(turn)) / scale - rng.normal(0, 0.03 * spread)
+    y = (down * math.cos(turn) - across * math.sin(turn)) / scale - rng.normal(0, 0.03 * spread)
+    return x, y
+
+
+def _dome(x: Array, y: Array, centre: Sequence, radii: Sequence, power: float = 2.0) -> Array:
+    """Relative thickness (0 to 1) of a super-ellipsoid seen from the front."""
+    across, down = np.abs((x - centre[0]) / radii[0]), np.abs((y - centre[1]) / radii[1])
+    return np.sqrt(np.maximum(1 - (across**power + down**power), 0))
+
+
+def _tube(distance: Array, radius: Array | float) -> Array:
+    """Thickness of a rod at `distance` from its axis, in the unit of `radius`."""
+    return 2 * np.sqrt(np.maximum(radius**2 - distance**2, 0))
+
+
+def _across(a: Patient, x: Array, y: Array, side: int) -> Array:
+    """-1 at the left, 1 at the right edge of a lung; side -1 is at the left of the image."""
+    centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
+    width = a.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
+    return (x - centre) / width
+
+
+def _floor(a: Patient, x: Array, side: int) -> Array:
+    """Height of the diaphragm under the lung of one side."""
+    return a.dome + (0.0 if side < 0 else 0.06) + 1.1 * (x - side * 0.36) ** 2
+
+
+def _lungs(a: Patient, x: Array, y: Array) -> Array:
+    """Centimetres of aerated lung, less the heart, down to the two domes of the diaphragm."""
+    total = np.zeros_like(x)
+    for side in (-1, 1):
+        lung = _dome(_across(a, x, y, side), y, (0, -0.04), (1, 0.82), 2.3)
+        total += lung * expit((_floor(a, x, side) - y) / 0.012)
+    vessels = 0.8 * _dome(x, y, (0.02, -0.25), (0.14, 0.45))
+    heart = _dome(x, y, (0.09, 0.24), (a.heart, 0.30)) + vessels
+    return 0.74 * a.depth * np.maximum(total - 0.75 * heart, 0)
+
+
+def _attenuation(a: Patient, x: Array, y: Array, aerated: Array) -> Array:
+    """Attenuation along each ray through trunk, bones, lungs (`aerated`, in cm) and airways."""
+    wide = x / (1 + 0.16 * expit((-0.62 - y) / 0.07))  # the shoulders
+    trunk = a.depth * _dome(wide, np.zeros_like(y), (0, 0), (a.width + 0.08, 1), 3.2)
+    body = trunk * expit((y + 1.05 - 0.5 * np.maximum(np.abs(x) - 0.22, 0)) / 0.05)
+    path = SOFT * body + (BONE - SOFT) * _bones(a, x, y) * np.minimum(body, 1)
+    path -= (SOFT - LUNG) * aerated
+    windpipe = HALF_WIDTH * 0.7 * _tube(x + 0.02, 0.042) * expit((-0.22 - y) / 0.03)
+    path -= SOFT * (windpipe + 4.0 * _dome(x, y, (0.38, a.dome + 0.22), (0.13, 0.08)))
+    return path
+
+
+def _bones(a: Patient, x: Array, y: Array) -> Array:
+    """Centimetres of bone: ribs at the back and front, collar bones, spine."""
+    reach = np.abs(x)
+    inside = expit((a.width - 0.06 - reach) / 0.02)
+    total = np.zeros_like(x)
+    bend = 0.10 * np.sin(np.pi * np.minimum(reach / 0.5, 1))
+    for k in range(9):
+        level = -0.92 + k * a.ribs
+        back = y - (level - bend + a.slope * reach**2)
+        front = y - (level + 0.34 - 1.2 * a.slope * reach + 0.28 * reach**2)
+        shell = _tube(back, 0.036) - 0.65 * _tube(back, 0.026)
+        total += HALF_WIDTH * 0.85 * shell * inside * (reach > 0.06)
+        total += HALF_WIDTH * 0.20 * _tube(front, 0.042) * inside * (reach > 0.34)
+    collar = (y + 0.70 + 0.18 * np.tanh((reach - 0.1) * 3)) / 1.1
+    shell = _tube(collar, 0.036) - 0.5 * _tube(collar, 0.022)
+    total += HALF_WIDTH * 0.75 * shell * ((reach > 0.07) & (reach < 0.8))
+    bodies = 0.85 + 0.15 * np.cos(2 * np.pi * y / 0.155)
+    return total + HALF_WIDTH * 0.45 * _tube(x, a.spine) * bodies
+
+
+def _vessels(a: Patient, x: Array, y: Array) -> Array:
+    """Centimetres of blood in the vessels that fan out from both hila, thinner towards the edge."""
+    rng = np.random.default_rng(a.vessels)
+    total = np.zeros_like(x)
+    for side in (-1, 1):
+        out, down = side * x - 0.14, y - 0.02
+        near = (np.hypot(out, down) < 0.73) & (out > -0.05)  # Beyond, they have no width left.
+        radius, angle = np.hypot(out, down)[near], np.arctan2(down, out)[near]
+        for direction in rng.uniform(-1.4, 1.4, 11):
+            bend = direction + 0.35 * np.sin(rng.uniform(4, 9) * radius + rng.uniform(0, 6))
+            total[near] += _tube(radius * (angle - bend), 0.022 - 0.030 * radius)
+        total += 0.10 * _dome(out, down, (0, 0), (0.10, 0.15))
+    return HALF_WIDTH * 1.3 * total
+
+
+def _smooth_noise(rng: Rng, size: int, cells: int) -> Array:
+    """Noise of unit variance with structures of about size/cells pixels."""
+    coarse = rng.standard_normal((cells + 3, cells + 3))
+    fine = zoom(coarse.astype(np.float32), size / cells + 0.01, order=3)[:size, :size]
+    return fine / fine.std()
+
+
+def _texture(rng: Rng, size: int) -> Array:
+    return 1 + 0.03 * _smooth_noise(rng, size, 6) + 0.03 * _smooth_noise(rng, size, 28)
+
+
+def _opacities(rng: Rng, air: Array, *, lowest: float) -> Array:
+    """Share of the air replaced by fluid: one to three clouds, none centred below `lowest`."""
+    size = len(air)
+    x, y = _grid(size)
+    places = np.flatnonzero((air > 0.5 * air.max()) & (y < 2 * lowest - 1))
+    fluid = np.zeros_like(air)
+    for place in rng.choice(places, size=rng.integers(1, 4)):
+        row, column = divmod(int(place), size)
+        wide, tall = rng.uniform(0.16, 0.34), rng.uniform(0.16, 0.36)
+        cloud = np.exp(-(((x - x[row, column]) / wide) ** 2) - ((y - y[row, column]) / tall) ** 2)
+        fluid += rng.uniform(0.7, 1.2) * cloud
+    patchy = np.clip(1 + 0.35 * _smooth_noise(rng, size, 14), 0, 2)
+    return np.clip(fluid * patchy, 0, 0.95) * (air > 0)
+
+
+def _exposed(rng: Rng, path: Array) -> Array:
+    """Exposure, scatter, photon noise, detector blur, then the grey window; bone is white."""
+    exposure = PHOTONS * rng.uniform(0.7, 1.4)
+    light = gaussian_filter(exposure * np.exp(-path), 0.003 * len(path))
+    scatter = 0.10 * gaussian_filter(light, 0.12 * len(path))
+    counts = rng.poisson(light + scatter) + 1.0
+    density = -np.log(gaussian_filter(counts, 0.45) / exposure)
+    low, high = np.percentile(density, [rng.uniform(0.5, 3), rng.uniform(97, 99.7)])
+    shown = np.clip((density - low) / (high - low), 0, 1) ** rng.uniform(0.85, 1.2)
+    return (rng.uniform(0.01, 0.06) + rng.uniform(0.84, 0.93) * shown).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------- findings
+
+
+def _edge(distance: Array, soft: float) -> Array:
+    """1 where `distance` is positive, 0 where negative, over a width of about `soft`."""
+    return expit(distance / soft * 2)
+
+
+def _disc(lung: Lung, centre: Sequence, radii: Sequence, soft: float) -> Array:
+    reach = np.hypot((lung.x - centre[0]) / radii[0], (lung.y - centre[1]) / radii[1])
+    return _edge((1 - reach) * min(radii), soft)
+
+
+def _place(rng: Rng, lung: Lung, out: Sequence, down: Sequence) -> tuple:
+    """Image coordinates of a random spot of the lung."""
+    across, level = rng.uniform(*out), rng.uniform(*down)
+    nearest = np.argmin((lung.out - across) ** 2 + (lung.y - level) ** 2)
+    return float(lung.x.flat[nearest]), float(lung.y.flat[nearest])
+
+
+def _finding(name: str, rng: Rng, lung: Lung) -> Array:
+    """Share [S,S] of the lung's air that fluid replaces or, below zero, free air.
+
+    `lung.out` runs from -1 (spine) to 1 (ribs); `lung.floor` is the height of the diaphragm.
+    """
+    draw, out, y = rng.uniform, lung.out, lung.y
+    match name:
+        case "Atelectasis":  # a flat, dense, slightly tilted band above the diaphragm
+            height, thick = draw(0.17, 0.27), draw(0.10, 0.12)
+            start, length = draw(-0.35, -0.15), draw(0.85, 1.05)
+            line = lung.floor.min() - height + draw(-0.12, 0.12) * out
+            inside = 0.95 * _edge(thick / 2 - np.abs(y - line), 0.012)
+            return inside * _edge(out - start, 0.04) * _edge(start + length - out, 0.04)
+        case "Cardiomegaly":  # a wide heart, whichever lung is given
+            radii = draw(0.43, 0.51), draw(0.36, 0.42)
+            return 0.97 * _disc(lung, (draw(0.10, 0.14), draw(0.20, 0.25)), radii, 0.02)
+        case "Effusion":  # fluid at the bottom, its surface rising towards the ribs like a meniscus
+            level = lung.floor.min() - draw(0.05, 0.16)
+            rise = draw(0.16, 0.25) * np.clip(out + 0.5, 0, None) ** 2
+            return 0.97 * _edge(y - (level - rise), 0.015)
+        case "Infiltrate":  # a cloud of small faint patches with lung between them
+            centre = _place(rng, lung, (-0.1, 0.25), (-0.20, 0.15))
+            cloud = _disc(lung, centre, (draw(0.21, 0.27), draw(0.24, 0.32)), 0.05)
+            patches = gaussian_filter(rng.standard_normal(y.shape), 0.034 / (2 / len(y)))
+            return 0.65 * cloud * expit((patches / patches.std() - 0.1) / 0.15)
+        case "Mass":  # a large dense ball
+            radii = [draw(0.15, 0.20)] * 2
+            return 0.95 * _disc(lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), radii, 0.01)
+        case "Nodule":  # a small dense ball
+            radii = [draw(0.075, 0.09)] * 2
+            return 0.95 * _disc(lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), radii, 0.01)
+        case "Pneumonia":  # a whole upper lobe, evenly dense, that ends at a straight fissure
+            fissure = draw(-0.16, 0.0) + draw(-0.06, 0.06) * out
+            return 0.85 * _edge(fissure - y, 0.012) * _edge(y - draw(-0.62, -0.54), 0.05)
+    gap, bottom = draw(0.32, 0.46), draw(-0.05, 0.20)  # Pneumothorax: free air round the apex
+    back = (out / (1 - gap)) ** 2 + ((y + 0.04) / (0.82 * (1 - gap))) ** 2
+    return -_edge(back - 1, 0.06) * _edge(bottom - y, 0.03) * _edge(out + 0.45, 0.06)
+
+
+# ------------------------------------------------------------------------------------------ trees
 
 
 def write_pneumonia(
@@ -43,585 +358,331 @@ def write_pneumonia(
     images: Mapping[str, tuple[int, int]] | None = None,
     size: int = 128,
 ) -> Path:
-    """Write the tree of Chest X-Ray Images (Pneumonia) with synthetic films; returns `root`/chest_xray.
+    """Write the tree of Chest X-Ray Images (Pneumonia); returns `root`/chest_xray.
 
-    `images` gives (NORMAL, PNEUMONIA) counts by split, default `IMAGES`. The archive's traps are there too: a
-    second copy in chest_xray/chest_xray, `__MACOSX`, `._*`, `.DS_Store`, a 16-image val, a byte-identical
-    pair, and patient numbers that appear in train as bacteria and in test as virus. The opacities' masks (255
-    = opacity) lie in `root`/phantom_masks under the image's relative path, ending in .png.
-    `root`/SYNTHETIC.txt is written last. The same seed gives the same bytes.
+    `images` counts (NORMAL, PNEUMONIA) of each split. As in the archive: a second copy of the
+    tree, macOS junk files, a 16-image val, an identical pair, patients of train (bacteria) whose
+    number is in test (virus). Masks of the opacities lie in `root`/phantom_masks. As for all
+    trees: the same seed, the same bytes; `MARKER` comes last.
     """
     root = Path(root)
     tree = root / "chest_xray"
-    plan = list(_plan(seed, images or IMAGES))
-    _in_parallel(lambda film: _write_film(root, *film, size=size), plan)
-    _write_twin(tree)
+
+    def write(job: tuple[str, list[int], list[int], bool]) -> None:
+        path, patient, image, pneumonia = job
+        who = anatomy(np.random.default_rng(patient))
+        drawn = chest(np.random.default_rng(image), size=size, pneumonia=pneumonia, patient=who)
+        _save(drawn[0], tree / path, "JPEG")
+        if pneumonia:
+            _save(drawn[1], (root / "phantom_masks" / path).with_suffix(".png"), "PNG")
+
+    _in_parallel(write, list(_plan_pneumonia(seed, images or IMAGES)))
+    first_of: dict[str, Path] = {}
+    for path in sorted(tree.glob("train/NORMAL/*.jpeg")):
+        first = first_of.setdefault(path.name.rpartition("-")[0], path)
+        if first != path:
+            shutil.copyfile(first, path)
+            break
     shutil.copytree(tree, tree / "chest_xray")
-    _write_litter(tree)
-    _mark(root, seed)
-    return tree
+    for path in sorted(tree.glob("*/*/*.jpeg"))[::40]:
+        junk = tree / "__MACOSX" / "chest_xray" / path.parent.relative_to(tree) / f"._{path.name}"
+        for place in (junk, path.with_name(junk.name), path.with_name(".DS_Store")):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(b"\x00\x05\x16\x07" + bytes(60))
+    return _marked(root, tree, seed)
+
+
+def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterator[tuple]:
+    """(path, seed of the patient, seed of the image, pneumonia) of every image."""
+    for s, (split, counts) in enumerate(images.items()):
+        for pneumonia, count in enumerate(counts):
+            rng = np.random.default_rng([seed, s, pneumonia])
+            patient, left = 0, 0
+            for number in range(1, count + 1):
+                if not left:
+                    patient, left = patient + 1, int(rng.choice([1, 1, 2, 3]))
+                    virus = rng.random() < 0.35
+                left -= 1
+                # Numbers 1 and 2 return in every split, in test as the other kind.
+                returns = pneumonia and patient <= 2
+                person = patient if returns else patient + 1000 * s
+                kind = "virus" if (split == "test" if returns else virus) else "bacteria"
+                name = f"{'NORMAL2-' if person % 2 else ''}IM-{person:04d}-{number:04d}"
+                name = (
+                    f"PNEUMONIA/person{person}_{kind}_{number}" if pneumonia else f"NORMAL/{name}"
+                )
+                key = [seed, s, pneumonia, patient]
+                yield f"{split}/{name}.jpeg", key, [*key, number], bool(pneumonia)
 
 
 def write_competition(
     root: str | Path, *, seed: int = 0, images: Mapping[str, int] | None = None, size: int = 128
 ) -> Path:
-    """Write both editions of the DLIA competition with planted findings; returns `root`.
+    """Write both editions of the DLIA competition; returns `root`.
 
-    `root`/competition_edition_a and `root`/competition_edition_b train on the same images and test on
-    different ones; `images` gives the counts of one edition ("train", "test"), default `FINDING_IMAGES`. As
-    in the real editions: A's ids are the boxes missing from train.csv, so that `TWO_IDS` images have two and
-    `LEAKED` stand in train and test; each of B's test images has exactly one box. The boxes behind the ids
-    are in `root`/phantom_truth.csv (edition, image_id, x1, y1, x2, y2, class_name), beside the editions.
-    The same seed gives the same bytes. Errors: `ValueError` for fewer than 12 or 8 images.
+    `images` counts the images of one edition, at least 12 "train" and 8 "test". Edition A's ids
+    are the boxes that train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand in train and
+    test; B's test images have one box each. The boxes of the test images are in
+    `root`/phantom_truth.csv.
     """
-    root, counts = Path(root), {**FINDING_IMAGES, **(images or {})}
-    if counts["train"] < 12 or counts["test"] < 8:
-        raise ValueError(
-            f"images is {counts}; the competition needs at least 12 to train on and 8 to test"
-        )
-    films = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
+    root, counts = Path(root), images or FINDING_IMAGES
+    drawn = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
     rng = np.random.default_rng([seed, 1])
-    order = [films[k] for k in rng.permutation(len(films))]
-    single, double = ([film for film in order if len(film.names) == k] for k in (1, 2))
+    order = [drawn[k] for k in rng.permutation(len(drawn))]
+    single, double = ([one for one in order if len(one.names) == k] for k in (1, 2))
     test_b, rest = single[: counts["test"]], single[counts["test"] :]
     alone = counts["test"] - LEAKED - TWO_IDS
     test_a, train = [*rest[:alone], *double[:TWO_IDS]], [*rest[alone:], *double[TWO_IDS:]]
     leaked = double[TWO_IDS : TWO_IDS + LEAKED]
-    hidden_a = [*_rows(test_a), *(list(_rows([film]))[1] for film in leaked)]
-    train_a = [row for row in _rows(train) if row not in hidden_a]
-    _write_edition_a(root / "competition_edition_a", rng, train, test_a + leaked, train_a, hidden_a)
-    _write_edition_b(root / "competition_edition_b", rng, train, test_b)
-    truth = [("A", *row) for row in sorted(hidden_a)] + [
-        ("B", *row) for row in sorted(_rows(test_b))
+    hidden = [*_box_rows(test_a), *(list(_box_rows([one]))[1] for one in leaked)]
+
+    tree = root / "competition_edition_a"
+    rows = _xywh(row for row in _box_rows(train) if row not in hidden)
+    header = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")
+    _write_table(tree / readers.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
+    ids = [(n, hidden[k][0]) for n, k in enumerate(rng.permutation(len(hidden)), 1)]
+    _write_table(tree / readers.DLIA_MAPPING, ("id", "image_id"), ids)
+    _save_all(tree, train=train, test=test_a + leaked)
+
+    tree = root / "competition_edition_b"
+    rows = [
+        (one, rng.choice(["AP", "PA"]), *box, name) for one, name, *box in sorted(_box_rows(train))
     ]
-    header = ("edition", "image_id", "class_name", "x1", "y1", "x2", "y2")
+    _write_table(
+        tree / readers.DLIA_TRAIN, "image_id view x_min y_min x_max y_max label".split(), rows
+    )
+    ids = enumerate(sorted(one.name for one in test_b))
+    _write_table(tree / readers.DLIA_MAPPING, ("ID", "image_id"), ids)
+    _save_all(tree, train=train, test=test_b)
+
+    truth = [("A", *row) for row in sorted(hidden)]
+    truth += [("B", *row) for row in sorted(_box_rows(test_b))]
+    header = "edition image_id class_name x1 y1 x2 y2".split()
     _write_table(root / "phantom_truth.csv", header, truth)
-    _mark(root, seed)
-    return root
+    return _marked(root, root, seed)
 
 
 def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int = 128) -> Path:
-    """Write the tree of NIH ChestX-ray8 with `images` films with planted findings; returns `root`/nih.
-
-    Its traps are there too: the box list's header split by its own commas and followed by empty columns,
-    `Infiltrate` there and `Infiltration` in Data_Entry_2017.csv, images in several folders, some RGBA, films
-    without a box, Finder's litter. The same seed gives the same bytes.
-    """
+    """Write NIH ChestX-ray8 with `images` boxed images, and some without; returns its folder."""
     root = Path(root)
     tree = root / "nih"
-    films = _draw_findings(images, seed=seed, size=size)
-    entries = []
-    for k, film in enumerate(films):
-        path = tree / f"images_{1 + 2 * k // len(films):03d}" / "images" / film.name
-        _save(film.image, path, "PNG", mode="RGBA" if k % 28 == 4 else "L")
-        labels = "|".join(film.names).replace("Infiltrate", "Infiltration")
-        entries.append((film.name, labels, "PA"))
-    for k in range(max(images // 20, 1)):  # As in the real archive, where most films have no box.
-        name = f"{90_000_000 + k:08d}_000.png"
+    drawn = _draw_findings(images, seed=seed, size=size)
+    for k, one in enumerate(drawn):
+        _save(one.image, tree / f"images_{1 + 2 * k // images:03d}" / "images" / one.name, "PNG")
+    for k in range(max(images // 20, 1)):  # As in the real archive, where most images have no box.
         image, _ = chest_with_findings(np.random.default_rng([seed, 2, k]), [], size=size)
-        _save(image, tree / "images_002" / "images" / name, "PNG")
-        entries.append((name, "No Finding", "PA"))
+        _save(image, tree / "images_002" / "images" / f"{90_000_000 + k:08d}_000.png", "PNG")
     header = "Image Index,Finding Label,Bbox [x,y,w,h],,,".split(",")
-    _write_table(
-        tree / readers.NIH_BOXES, header, [[*row, "", "", ""] for row in _rows_xywh(_rows(films))]
-    )
-    _write_table(
-        tree / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "View Position"), entries
-    )
-    (tree / "images_001" / "images" / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
-    _mark(root, seed)
-    return tree
+    rows = [[*row, "", "", ""] for row in _xywh(_box_rows(drawn))]
+    _write_table(tree / readers.NIH_BOXES, header, rows)
+    return _marked(root, tree, seed)
+
+
+def _draw_findings(count: int, *, seed: int, size: int) -> list[SimpleNamespace]:
+    """`count` images (name, image, names, boxes); every third has two findings."""
+
+    def draw(job: tuple[str, list[str], list[int], list[int]]) -> SimpleNamespace:
+        name, names, patient, key = job
+        who, rng = anatomy(np.random.default_rng(patient)), np.random.default_rng(key)
+        image, boxes = chest_with_findings(rng, names, size=size, patient=who)
+        return SimpleNamespace(name=name, image=image, names=names, boxes=boxes)
+
+    return _in_parallel(draw, list(_plan_findings(seed, count)))
+
+
+def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list[int], list[int]]]:
+    """(file name, names of the findings, seed of the patient, seed of the image) of every image."""
+    rng = np.random.default_rng([seed, 0])
+    patient, left, deck = 0, 0, []
+    for number in range(count):
+        if not left:
+            patient += int(rng.integers(1, 60))
+            left = int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03]))
+            visit = int(rng.integers(0, 20))
+        left, visit = left - 1, visit + 1
+        if len(deck) < 4:  # A deck of all classes, dealt out, keeps their numbers equal.
+            deck += rng.permutation(readers.NIH_CLASSES).tolist()
+        names = [deck.pop(0)]
+        if number % 3 == 2:
+            names.append(deck.pop(next(k for k, name in enumerate(deck) if name != names[0])))
+        yield f"{patient:08d}_{visit:03d}.png", names, [seed, 3, patient], [seed, 4, patient, visit]
+
+
+def _box_rows(drawn: Iterable[SimpleNamespace]) -> Iterator[tuple]:
+    """(file name, class, x1, y1, x2, y2) of every box."""
+    for one in drawn:
+        yield from ((one.name, n, *box) for n, box in zip(one.names, one.boxes, strict=True))
+
+
+def _xywh(rows: Iterable[tuple]) -> list[tuple]:
+    return [(name, kind, x1, y1, x2 - x1, y2 - y1) for name, kind, x1, y1, x2, y2 in rows]
+
+
+def _save_all(tree: Path, **drawn: list[SimpleNamespace]) -> None:
+    for folder, images in drawn.items():
+        for one in images:
+            _save(one.image, tree / folder / one.name, "PNG")
 
 
 def write_fracatlas(
-    root: str | Path,
-    *,
-    seed: int = 0,
-    images: tuple[int, int] = (60, 60),
-    size: int = 128,
-    layout: str = "original",
+    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
 ) -> Path:
-    """Write FracAtlas with films of long bones, boxes and outlines of the fractures; returns `root`/FracAtlas.
+    """Write FracAtlas with long bones, boxes and outlines of the fractures; returns its folder.
 
-    `images` counts (fractured, not fractured), `size` is the long side in pixels. `layout` is "original" or
-    "ninja" (DatasetNinja's: every second outline is a bitmap): the same films under the same names. The
-    traps are there too: one JPEG cut short, one stored on its side (EXIF), in the original layout one whose
-    flag in dataset.csv contradicts its box. The same seed gives the same bytes. Errors: `ValueError` for
-    another layout or fewer than 4 fractured.
+    `images` counts (fractured, 4 at least, and not fractured); `size` is the long side. As in the
+    archive: image 1 lies on its side (EXIF), 2 has a flag in dataset.csv that contradicts its box,
+    3 is cut short.
     """
-    writers = {"original": _write_original, "ninja": _write_ninja}
-    if layout not in writers or images[0] < 4:
-        raise ValueError(
-            f"layout is {layout!r} (of {', '.join(writers)}), images {images} (4 or more fractured)"
-        )
     root = Path(root)
     tree = root / "FracAtlas"
-    bones = _in_parallel(
-        lambda k: _draw_bone(seed, k, fractured=k < images[0], size=size), range(sum(images))
+
+    def draw(number: int) -> tuple[Array, Box | None, Array]:
+        rng = np.random.default_rng([seed, number])
+        sides = size, int(size * rng.uniform(0.55, 1.0))
+        height, width = sides[::-1] if rng.random() < 0.3 else sides
+        image, box, gap = bone(rng, height=height, width=width, fractured=number < images[0])
+        folder, name = "Fractured" if box else "Non_fractured", f"IMG{number:07d}.jpg"
+        path = tree / "images" / folder / name
+        _save(image, path, "JPEG", on_its_side=number == 1)
+        if number == 3:
+            path.write_bytes(path.read_bytes()[:-40])
+        return image, box, gap
+
+    drawn = _in_parallel(draw, range(sum(images)))
+    names = [f"IMG{number:07d}.jpg" for number in range(sum(images))]
+    parts = (
+        "hand leg hip shoulder mixed hardware multiscan fractured fracture_count frontal lateral"
     )
-    names = [film.name for film in bones if film.fractured]
-    marks = [0, round(0.8 * len(names)), round(0.9 * len(names)), len(names)]
-    splits = {split: names[marks[k] : marks[k + 1]] for k, split in enumerate(_fracatlas.SPLITS)}
-    writers[layout](tree, bones, splits)
-    _mark(root, seed)
-    return tree
+    table = [
+        (name, 0, 1, 0, 0, 0, 0, 0, int(box is not None and n != 2), int(box is not None), 1, 0)
+        for n, (name, (_, box, _)) in enumerate(zip(names, drawn, strict=True))
+    ]
+    _write_table(tree / readers.FRAC_TABLE, ["image_id", *parts.split()], table)
+    coco = {"images": [], "annotations": [], "categories": [{"id": 0, "name": "fractured"}]}
+    for k, (image, (x1, y1, x2, y2), gap) in enumerate(drawn[: images[0]]):
+        sides = {"width": image.shape[1], "height": image.shape[0]}
+        outlines = [points.ravel().tolist() for points in readers.trace(gap)]
+        coco["images"].append({"id": k + 1, **sides, "file_name": names[k]})
+        one = {"id": k, "image_id": k + 1, "category_id": 0, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        coco["annotations"].append(one | {"segmentation": outlines})
+    (tree / readers.FRAC_BOXES).parent.mkdir(parents=True)
+    (tree / readers.FRAC_BOXES).write_text(json.dumps(coco), encoding="utf-8")
+    marks = [0, round(0.8 * images[0]), round(0.9 * images[0]), images[0]]
+    for k, file in enumerate(readers.FRAC_SPLITS.values()):
+        _write_table(tree / file, ("image_id",), [(one,) for one in names[marks[k] : marks[k + 1]]])
+    return _marked(root, tree, seed)
 
 
 def write_tuberculosis(
     root: str | Path, *, seed: int = 0, images: tuple[int, int] = (200, 40), size: int = 128
 ) -> Path:
-    """Write the tree of the TB Chest Radiography Database; returns `root`/TB_Chest_Radiography_Database.
-
-    `images` counts (Normal, Tuberculosis); opacities lie in the upper half of the lungs. The tables and the
-    README of the archive, Finder's litter and a few RGB files are there too. The same seed gives the same
-    bytes.
-    """
+    """Write the TB Chest Radiography Database, `images` counts (Normal, Tuberculosis)."""
     root = Path(root)
     tree = root / "TB_Chest_Radiography_Database"
 
-    def write(film: tuple[int, int]) -> None:
-        label, number = film
-        rng, name = (
-            np.random.default_rng([seed, label, number]),
-            readers.TUBERCULOSIS_CLASSES[label],
-        )
-        image, *_ = chest_with_lungs(
-            rng, size=size, diseased=bool(label), upper=True, spread=SPREAD
-        )
-        mode = "RGB" if number % 7 == 0 else "L"
-        _save(image, tree / name / f"{name}-{number}.png", "PNG", mode=mode)
+    def write(job: tuple[int, int]) -> None:
+        label, name = job[0], readers.TUBERCULOSIS_CLASSES[job[0]]
+        rng = np.random.default_rng([seed, *job])
+        image, *_ = chest(rng, size=size, pneumonia=bool(label), upper=True, spread=SPREAD)
+        _save(image, tree / name / f"{name}-{job[1]}.png", "PNG")
 
-    _in_parallel(
-        write, [(label, k + 1) for label, count in enumerate(images) for k in range(count)]
-    )
-    _write_about(tree, readers.TUBERCULOSIS_CLASSES)
-    _mark(root, seed)
-    return tree
+    _in_parallel(write, [(label, k + 1) for label in (0, 1) for k in range(images[label])])
+    return _marked(root, tree, seed)
 
 
 def write_covid(
-    root: str | Path,
-    *,
-    seed: int = 0,
-    images: tuple[int, int] = (90, 90),
-    size: int = 128,
-    layout: str = "radiography",
+    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (90, 90), size: int = 128
 ) -> Path:
-    """Write a COVID set with a planted shortcut; returns `root`/COVID-19_Radiography_Dataset or `root`/covid_xray.
+    """Write the COVID-19 Radiography Database with lung masks and a planted shortcut.
 
-    `images` counts (Normal, COVID). `layout` is "radiography" (the COVID-19 Radiography Database: images and
-    masks of the lungs, smaller than the films, two classes that are not read) or "splits" (covid_xray: train,
-    val, test with normal and COVID, about 70/15/15, no masks). COVID films have opacities; but 75 % of them,
-    and 25 % of the normal ones, also bear a bright L in the top left corner (`MARKED`): a shortcut that an
-    audit should find. And `TWINS` of the films are another film of their class once more, a little flatter
-    and re-encoded, under a name of their own; in "splits" they may lie in another split. The truth is in
-    `root`/phantom_truth.csv (path, marker, twin_of: the path of the film, or ""). The same seed gives the
-    same bytes. Errors: `ValueError` for another layout.
+    `images` counts (Normal, COVID). COVID has opacities, but a share `MARKED` of each class also
+    bears a bright L in the top left corner. `TWINS` of the images are another one of their class
+    once more, re-encoded, under a name of their own. The truth is in `root`/phantom_truth.csv
+    (path, marker, twin_of).
     """
-    if layout not in ("radiography", "splits"):
-        raise ValueError(f"layout is {layout!r}; it must be radiography or splits")
     root = Path(root)
-    tree = root / ("covid_xray" if layout == "splits" else "COVID-19_Radiography_Dataset")
-    plan = [
-        film
-        for label, count in enumerate(images)
-        for film in _plan_covid(seed, label, count, layout)
-    ]
+    tree = root / "COVID-19_Radiography_Dataset"
+    jobs = [job for label in (0, 1) for job in _plan_covid(seed, label, images[label])]
 
-    def write(film: _CovidFilm) -> None:
-        rng = np.random.default_rng(film.key)
-        image, _, lungs = chest_with_lungs(rng, size=size, diseased=bool(film.label), spread=SPREAD)
-        if film.marker:
-            _burn_l(image)
-        _save(_recoded(image) if film.twin_of else image, tree / film.path, "PNG")
-        if layout == "radiography":
-            _save_mask(lungs, tree / film.path.replace("/images/", "/masks/"))
+    def write(job: tuple[str, int, str, list[int]]) -> None:
+        path, marker, twin_of, key = job
+        covid = path.startswith("COVID")
+        image, _, lungs = chest(
+            np.random.default_rng(key), size=size, pneumonia=covid, spread=SPREAD
+        )
+        if marker:
+            side, start = max(size // 12, 4), max(size // 32, 1)
+            thick, end = max(side // 3, 1), start + side
+            image[start:end, start : start + thick] = 0.97
+            image[end - thick : end, start:end] = 0.97
+        if twin_of:  # as another archive might hold it: a little flatter, once through JPEG
+            buffer = io.BytesIO()
+            flat = ((0.94 * image + 0.03) * 255).round().astype(np.uint8)
+            Image.fromarray(flat).save(buffer, "JPEG", quality=70)
+            image = np.asarray(Image.open(buffer), dtype=np.float32) / 255
+        _save(image, tree / path, "PNG")
+        side = round(size * 256 / 299)  # The real masks are smaller than the images, too.
+        mask = Image.fromarray(lungs).resize((side, side), Image.Resampling.NEAREST)
+        _save(np.asarray(mask), tree / path.replace("/images/", "/masks/"), "PNG")
 
-    _in_parallel(write, plan)
-    if layout == "radiography":
-        for k, name in enumerate(readers.COVID_OTHERS):
-            for number in range(1, 4):
-                rng = np.random.default_rng([seed, 8 + k, number])
-                image, _, lungs = chest_with_lungs(rng, size=size, diseased=True, spread=SPREAD)
-                _save(image, tree / name / "images" / f"{name}-{number}.png", "PNG")
-                _save_mask(lungs, tree / name / "masks" / f"{name}-{number}.png")
-        _write_about(tree, [*readers.COVID_CLASSES, *readers.COVID_OTHERS])
-    else:
-        spare = tree / "train" / "COVID" / ".ipynb_checkpoints" / "COVID-1-checkpoint.png"
-        spare.parent.mkdir()
-        shutil.copyfile(next(iter(sorted(tree.glob("train/COVID/*.png")))), spare)
-    truth = [
-        (film.path, int(film.marker), film.twin_of)
-        for film in sorted(plan, key=lambda film: film.path)
-    ]
-    _write_table(root / "phantom_truth.csv", ("path", "marker", "twin_of"), truth)
-    _mark(root, seed)
-    return tree
+    _in_parallel(write, jobs)
+    _write_table(
+        root / "phantom_truth.csv", "path marker twin_of".split(), sorted(j[:3] for j in jobs)
+    )
+    return _marked(root, tree, seed)
+
+
+def _plan_covid(seed: int, label: int, count: int) -> Iterator[tuple[str, int, str, list[int]]]:
+    """(path, marker, path of the image that it repeats, seed) of every image; twins come last."""
+    rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
+    own = count - int(count * TWINS)
+    shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
+    marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
+    paths = [f"{name}/images/{name}-{number + 1}.png" for number in rng.permutation(count)]
+    for k, image in enumerate(shown):
+        twin_of = paths[image] if k >= own else ""
+        yield paths[k], int(image in marked), twin_of, [seed, 6 + label, image]
 
 
 def write_medmnist(
     root: str | Path, name: str, *, seed: int = 0, images: Mapping[str, int] | None = None
 ) -> Path:
-    """Write the .npz file of the MedMNIST set `name` (see `medmnist.parse`) in the size it asks for; returns `root`.
+    """Write the .npz file of the MedMNIST set `name`; returns `root`.
 
-    `images` counts the images of each split, default `MEDMNIST_IMAGES`; the classes are as frequent as one another.
-    PneumoniaMNIST shows films with and without opacities. In the other sets label k is shown by 1 + k % 4 marks of
-    kind k // 4 (bright disc, dark disc, bright ring, dark ring); a ChestMNIST film has none, one or two labels. Where
-    they lie is in `root`/phantom_truth.npz: `train_masks` and so on, uint8 [N,S,S], 255 = lesion. The same seed gives
-    the same arrays.
+    PneumoniaMNIST shows chests with and without opacities; in the other sets label k is a bright
+    patch at place k.
     """
-    root, choice = Path(root), medmnist.parse(name)
-    published, arrays, masks = medmnist.FLAGS[choice.flag], {}, {}
-    for s, (split, count) in enumerate((images or MEDMNIST_IMAGES).items()):
-        shown = _plan_labels(np.random.default_rng([seed, s]), published, count)
+    root = Path(root)
+    flag, size, _ = medmnist.parse(name)
+    count, arrays = len(medmnist.FLAGS[flag]), {}
+    cells = np.array_split(np.arange(size * size), count)
 
-        def draw(
-            number: int, s: int = s, shown: Sequence[Sequence[int]] = shown
-        ) -> tuple[np.ndarray, np.ndarray]:
-            rng = np.random.default_rng([seed, s, number])
-            if choice.flag == "pneumoniamnist":
-                return chest(rng, size=choice.size, pneumonia=shown[number] == [1])
-            return _marked(rng, shown[number], size=choice.size, colour=published.colour)
+    def draw(rng: Rng, labels: list[int]) -> Array:
+        if flag == "pneumoniamnist":
+            image = chest(rng, size=size, pneumonia=labels == [1])[0]
+        else:
+            image = rng.normal(0.4, 0.05, (size, size))
+            image.flat[[pixel for label in labels for pixel in cells[label]]] += 0.4
+        return (255 * image.clip(0, 1)).round().astype(np.uint8)
 
-        drawn = _in_parallel(draw, range(count))
-        arrays[f"{split}_images"] = np.stack(
-            [(255 * image).round().astype(np.uint8) for image, _ in drawn]
-        )
-        masks[f"{split}_masks"] = np.stack([np.uint8(255) * mask for _, mask in drawn])
-        labels = np.zeros((count, len(published.names)), np.uint8)
-        for number, some in enumerate(shown):
-            labels[number, some] = 1
-        arrays[f"{split}_labels"] = (
-            labels if published.findings else labels.argmax(1).astype(np.uint8)[:, None]
-        )
+    for s, (split, number) in enumerate((images or MEDMNIST_IMAGES).items()):
+        rngs = np.random.default_rng([seed, s]).spawn(number + 1)
+        shown = [[label] for label in rngs.pop().permutation(np.arange(number) % count).tolist()]
+        labels = np.array(shown, np.uint8)
+        if flag == "chestmnist":  # each image has none, one or two findings
+            shown = [sorted({k, 3 * k % count})[: n % 3] for n, (k,) in enumerate(shown)]
+            labels = np.array([[k in some for k in range(count)] for some in shown], np.uint8)
+        arrays[f"{split}_images"] = np.stack([draw(*job) for job in zip(rngs, shown, strict=True)])
+        arrays[f"{split}_labels"] = labels
     root.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(root / "phantom_truth.npz", **masks)
-    np.savez_compressed(root / medmnist.file_name(choice.flag, choice.size), **arrays)
-    _mark(root, seed)
-    return root
-
-
-def _plan_labels(rng: np.random.Generator, published: medmnist.Flag, count: int) -> list[list[int]]:
-    """The labels of each image: one, dealt out so that all are as frequent; or, of findings, none, one or two."""
-    deck = np.arange(2 * count) % len(published.names)
-    first, second = rng.permutation(deck[:count]).tolist(), rng.permutation(deck[count:]).tolist()
-    if not published.findings:
-        return [[label] for label in first]
-    several = rng.permutation(np.arange(count) % 3).tolist()
-    return [
-        sorted({one, other})[:number]
-        for one, other, number in zip(first, second, several, strict=True)
-    ]
-
-
-def _marked(
-    rng: np.random.Generator, labels: Sequence[int], *, size: int, colour: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """An image [size,size] or [size,size,3] in [0,1] of uneven tissue with the marks of `labels`; their mask."""
-    noise = gaussian_filter(rng.standard_normal((size, size)), size / 12)
-    image = 0.5 + 0.06 * noise / noise.std() + rng.normal(0, 0.02, (size, size))
-    marks = [label for label in labels for _ in range(1 + label % 4)]
-    cells = rng.permutation(9)[: len(marks)]  # of a grid of 3 x 3, so that no mark covers another
-    y, x = np.mgrid[:size, :size] + 0.5
-    mask = np.zeros((size, size), bool)
-    for label, cell in zip(marks, cells, strict=True):
-        down, across = (
-            (np.array(divmod(int(cell), 3)) + 0.5 + rng.uniform(-0.14, 0.14, 2)) / 3 * size
-        )
-        away = np.hypot(y - down, x - across)
-        lesion = (away < 0.1 * size) & ((away > 0.05 * size) if label >= 8 else True)
-        image += lesion * (-0.3 if label // 4 % 2 else 0.3)
-        mask |= lesion
-    if colour:
-        image = image[..., None] * rng.uniform(0.7, 1.0, 3)
-    return image.clip(0, 1), mask
+    np.savez_compressed(root / medmnist.file_name(flag, size), **arrays)
+    return _marked(root, root, seed)
 
 
 def _in_parallel(work: Callable, jobs: Iterable) -> list:
-    """`work` of every job, in threads: each draws from a generator of its own, so that the order does not matter."""
+    """`work` of every job, in threads: each draws from a generator of its own."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, jobs))
-
-
-@dataclass(frozen=True)
-class _FindingFilm:
-    """A drawn film: its file name, image [size,size], names and boxes of its findings."""
-
-    name: str
-    image: np.ndarray
-    names: list[str]
-    boxes: list[tuple[float, float, float, float]]
-
-
-def _draw_findings(count: int, *, seed: int, size: int) -> list[_FindingFilm]:
-    """`count` films, sorted by name; every third has two findings, about a quarter share a patient."""
-
-    def draw(film: tuple[str, list[str], list[int], list[int]]) -> _FindingFilm:
-        name, names, patient, key = film
-        anatomy = Anatomy.draw(np.random.default_rng(patient))
-        image, boxes = chest_with_findings(
-            np.random.default_rng(key), names, size=size, anatomy=anatomy
-        )
-        return _FindingFilm(name, image, names, boxes)
-
-    return _in_parallel(draw, _plan_findings(seed, count))
-
-
-def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list[int], list[int]]]:
-    """(file name, names of the findings, seed of the patient, seed of the film) of every image."""
-    rng = np.random.default_rng([seed, 0])
-    patient, films_left, deck = 0, 0, []
-    for film in range(count):
-        if not films_left:
-            patient += int(rng.integers(1, 60))
-            films_left, visit = (
-                int(rng.choice([1, 2, 3], p=[0.86, 0.11, 0.03])),
-                int(rng.integers(0, 20)),
-            )
-        films_left, visit = films_left - 1, visit + 1
-        if len(deck) < 4:  # A deck of all classes, dealt out, keeps their numbers equal.
-            deck += rng.permutation(readers.NIH_CLASSES).tolist()
-        names = [deck.pop(0)]
-        if film % 3 == 2:
-            names.append(deck.pop(next(k for k, name in enumerate(deck) if name != names[0])))
-        yield f"{patient:08d}_{visit:03d}.png", names, [seed, 3, patient], [seed, 4, patient, visit]
-
-
-def _rows(films: Iterable[_FindingFilm]) -> Iterator[tuple]:
-    """(file name, class, x1, y1, x2, y2) of every box."""
-    for film in films:
-        for name, box in zip(film.names, film.boxes, strict=True):
-            yield film.name, name, *box
-
-
-def _rows_xywh(rows: Iterable[tuple]) -> list[tuple]:
-    return [(film, name, x1, y1, x2 - x1, y2 - y1) for film, name, x1, y1, x2, y2 in rows]
-
-
-def _write_edition_a(
-    tree: Path,
-    rng: np.random.Generator,
-    train: list[_FindingFilm],
-    test: list[_FindingFilm],
-    shown: list[tuple],
-    hidden: list[tuple],
-) -> None:
-    """Every id stands for one of the `hidden` boxes; the header is NIH's, the rows are in no order."""
-    _save_films(tree, train, test)
-    header = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")
-    rows = _rows_xywh(shown)
-    _write_table(tree / readers.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
-    ids = [(n, hidden[k][0]) for n, k in enumerate(rng.permutation(len(hidden)), 1)]
-    _write_table(tree / readers.DLIA_MAPPING, ("id", "image_id"), ids)
-
-
-def _write_edition_b(
-    tree: Path, rng: np.random.Generator, train: list[_FindingFilm], test: list[_FindingFilm]
-) -> None:
-    """One id an image, counted from 0 in the order of the names; train.csv has a column more."""
-    _save_films(tree, train, test)
-    rows = [
-        (film, rng.choice(["AP", "PA"]), *box, name) for film, name, *box in sorted(_rows(train))
-    ]
-    header = ("image_id", "view", "x_min", "y_min", "x_max", "y_max", "label")
-    _write_table(tree / readers.DLIA_TRAIN, header, rows)
-    ids = enumerate(sorted(film.name for film in test))
-    _write_table(tree / readers.DLIA_MAPPING, ("ID", "image_id"), ids)
-
-
-def _save_films(tree: Path, train: list[_FindingFilm], test: list[_FindingFilm]) -> None:
-    for folder, films in (("train", train), ("test", test)):
-        for film in films:
-            _save(film.image, tree / folder / film.name, "PNG")
-
-
-@dataclass(frozen=True)
-class _BoneFilm:
-    """A drawn film: its number and file name, image [h,w], box of the fracture or None, mask of the gap [h,w]."""
-
-    number: int
-    name: str
-    image: np.ndarray
-    box: tuple[float, float, float, float] | None
-    gap: np.ndarray
-
-    @property
-    def fractured(self) -> bool:
-        return self.box is not None
-
-
-def _draw_bone(seed: int, number: int, *, fractured: bool, size: int) -> _BoneFilm:
-    rng = np.random.default_rng([seed, number])
-    height, width = size, int(size * rng.uniform(0.55, 1.0))
-    if rng.random() < 0.3:
-        height, width = width, height
-    film = bone(rng, height=height, width=width, fractured=fractured)
-    return _BoneFilm(number, f"IMG{number:07d}.jpg", *film)
-
-
-def _save_bone(film: _BoneFilm, path: Path) -> None:
-    """Write the JPEG; number 1 lies on its side, number 3 is cut short."""
-    _save(film.image, path, "JPEG", on_its_side=film.number == 1)
-    if film.number == 3:
-        path.write_bytes(path.read_bytes()[:-40])
-
-
-def _write_original(
-    tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]
-) -> None:
-    table = []
-    for film in bones:
-        _save_bone(
-            film, tree / "images" / ("Fractured" if film.fractured else "Non_fractured") / film.name
-        )
-        flag = int(film.fractured and film.number != 2)
-        table.append((film.name, 0, 1, 0, 0, 0, 0, 0, flag, int(film.fractured), 1, 0, 0))
-    parts = "hand,leg,hip,shoulder,mixed,hardware,multiscan,fractured,fracture_count,frontal,lateral,oblique"
-    _write_table(tree / _fracatlas.TABLE, ["image_id", *parts.split(",")], table)
-    _write_coco(tree / _fracatlas.BOXES, [film for film in bones if film.fractured])
-    for split, file in _fracatlas.SPLITS.items():
-        _write_table(tree / file, ("image_id",), [(name,) for name in splits[split]])
-
-
-def _write_coco(path: Path, bones: Sequence[_BoneFilm]) -> None:
-    images, annotations = [], []
-    for k, film in enumerate(bones):
-        height, width = film.image.shape
-        images.append({"id": k + 1, "width": width, "height": height, "file_name": film.name})
-        x1, y1, x2, y2 = film.box
-        annotations.append(
-            {
-                "id": k,
-                "image_id": k + 1,
-                "category_id": 0,
-                "iscrowd": 0,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "segmentation": [points.ravel().tolist() for points in trace(film.gap)],
-            }
-        )
-    coco = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 0, "name": "fractured"}],
-    }
-    _write_json(path, coco)
-
-
-def _write_ninja(
-    tree: Path, bones: Sequence[_BoneFilm], splits: Mapping[str, Sequence[str]]
-) -> None:
-    folder_of = {
-        name: "val" if split == "valid" else split
-        for split, names in splits.items()
-        for name in names
-    }
-    for film in bones:
-        folder = tree / folder_of.get(film.name, "not fractured")
-        _save_bone(film, folder / "img" / film.name)
-        height, width = film.image.shape
-        note = {"description": "", "tags": [], "size": {"height": height, "width": width}}
-        _write_json(
-            folder / "ann" / f"{film.name}.json", {**note, "objects": list(_ninja_objects(film))}
-        )
-    _write_json(
-        tree / "meta.json", {"classes": [{"title": "fractured", "shape": "any"}], "tags": []}
-    )
-    (tree / "README.md").write_text("FracAtlas\n", encoding="utf-8")
-
-
-def _ninja_objects(film: _BoneFilm) -> Iterator[dict]:
-    """The fracture as a rectangle, and as polygons or, on films of odd numbers, as a bitmap."""
-    if not film.fractured:
-        return
-    x1, y1, x2, y2 = map(int, film.box)
-    about = {"classTitle": "fractured"}
-    yield {
-        **about,
-        "geometryType": "rectangle",
-        "points": {"exterior": [[x1, y1], [x2, y2]], "interior": []},
-    }
-    if film.number % 2:
-        # As Supervisely writes it: a palette of two colours, of which the first is transparent.
-        image = Image.fromarray(film.gap[y1:y2, x1:x2].astype(np.uint8))
-        image.putpalette([0, 0, 0, 255, 255, 255])
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", transparency=0)
-        data = base64.b64encode(zlib.compress(buffer.getvalue())).decode()
-        yield {**about, "geometryType": "bitmap", "bitmap": {"data": data, "origin": [x1, y1]}}
-    else:
-        for points in trace(film.gap):
-            shape = {"exterior": points.tolist(), "interior": []}
-            yield {**about, "geometryType": "polygon", "points": shape}
-
-
-@dataclass(frozen=True)
-class _CovidFilm:
-    """A film to draw: its path in the tree, class, seed, marker, and the path of the film that it repeats."""
-
-    path: str
-    label: int
-    key: list[int]
-    marker: bool
-    twin_of: str
-
-
-def _plan_covid(seed: int, label: int, count: int, layout: str) -> Iterator[_CovidFilm]:
-    """The `count` films of a class; the last ones in this order are twins of others."""
-    rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
-    own = count - int(count * TWINS)
-    shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
-    marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
-    files = [f"{name}-{number + 1}.png" for number in rng.permutation(count)]
-    if layout == "radiography":
-        paths = [f"{name}/images/{file}" for file in files]
-    else:
-        marks = round(0.7 * count), round(0.85 * count)
-        split = [
-            "train" if k < marks[0] else "val" if k < marks[1] else "test"
-            for k in rng.permutation(count)
-        ]
-        folder = "COVID" if label else "normal"
-        paths = [f"{part}/{folder}/{file}" for part, file in zip(split, files, strict=True)]
-    for k, film in enumerate(shown):
-        twin_of = paths[film] if k >= own else ""
-        yield _CovidFilm(paths[k], label, [seed, 6 + label, film], film in marked, twin_of)
-
-
-def _burn_l(image: np.ndarray) -> None:
-    """Burn a bright letter L into the top left corner of a film, as side markers are."""
-    side = max(len(image) // 12, 4)
-    start, thick = max(len(image) // 32, 1), max(side // 3, 1)
-    image[start : start + side, start : start + thick] = 0.97
-    image[start + side - thick : start + side, start : start + side] = 0.97
-
-
-def _recoded(image: np.ndarray) -> np.ndarray:
-    """The same film as another archive might hold it: a little flatter, once through JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(((0.94 * image + 0.03) * 255).round().astype(np.uint8)).save(
-        buffer, "JPEG", quality=70
-    )
-    return np.asarray(Image.open(buffer), dtype=np.float32) / 255
-
-
-def _save_mask(mask: np.ndarray, path: Path) -> None:
-    """Write a mask smaller than its film, as in the COVID-19 Radiography Database: 256 pixels for 299."""
-    side = round(len(mask) * 256 / 299)
-    small = Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)
-    _save(np.asarray(small), path, "PNG")
-
-
-def _write_about(tree: Path, classes: Sequence[str]) -> None:
-    """What lies beside the class folders: a table for each (here an empty archive), a README, Finder's litter."""
-    for name in classes:
-        (tree / f"{name}.metadata.xlsx").write_bytes(b"PK\x05\x06" + bytes(18))
-    (tree / "README.md.txt").write_text("Synthetic stand-in.\n", encoding="utf-8")
-    (tree / classes[0] / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -630,85 +691,21 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) ->
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def _mark(root: Path, seed: int) -> None:
-    """Say that all of it is synthetic; written last, so that a phantom left half-written is not used."""
-    note = f"Synthetic films, drawn by dlia_utils.data.phantom {VERSION}, seed {seed}. No patient data.\n"
-    (root / MARKER).write_text(note, encoding="utf-8")
-
-
-def _plan(
-    seed: int, images: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, bool, list[int], list[int]]]:
-    """(relative path, pneumonia, seed of the patient, seed of the film) of every image."""
-    for s, (split, counts) in enumerate(images.items()):
-        for pneumonia, count in enumerate(counts):
-            rng = np.random.default_rng([seed, s, pneumonia])
-            patient, films_left = 0, 0
-            for film in range(1, count + 1):
-                if not films_left:
-                    patient, films_left = patient + 1, int(rng.choice([1, 1, 2, 3]))
-                    virus = rng.random() < 0.35
-                films_left -= 1
-                # Numbers 1 and 2 return in every split, in test as the other kind: a trap of the real names.
-                returns = pneumonia and patient <= 2
-                number = patient if returns else patient + 1000 * s
-                kind = "virus" if (split == "test" if returns else virus) else "bacteria"
-                key = [seed, s, pneumonia, patient]
-                yield (
-                    f"{split}/{_name(pneumonia, number, kind, film)}",
-                    bool(pneumonia),
-                    key,
-                    [*key, film],
-                )
-
-
-def _name(pneumonia: int, number: int, kind: str, film: int) -> str:
-    if pneumonia:
-        return f"PNEUMONIA/person{number}_{kind}_{film}.jpeg"
-    return f"NORMAL/{'NORMAL2-' if number % 2 else ''}IM-{number:04d}-{film:04d}.jpeg"
-
-
-def _write_film(
-    root: Path, relative: str, pneumonia: bool, patient: list[int], film: list[int], *, size: int
-) -> None:
-    anatomy = Anatomy.draw(np.random.default_rng(patient))
-    image, lesion = chest(
-        np.random.default_rng(film), size=size, pneumonia=pneumonia, anatomy=anatomy
+def _marked(root: Path, tree: Path, seed: int) -> Path:
+    """`tree`, after a note in `root` that all is synthetic, which comes last."""
+    note = (
+        f"Synthetic images, drawn by dlia_utils.data.phantom {VERSION}, seed {seed}. No patients.\n"
     )
-    _save(image, root / "chest_xray" / relative, "JPEG")
-    if pneumonia:
-        _save(lesion, (root / "phantom_masks" / relative).with_suffix(".png"), "PNG")
+    (root / MARKER).write_text(note, encoding="utf-8")
+    return tree
 
 
-def _save(
-    picture: np.ndarray, path: Path, kind: str, *, mode: str = "L", on_its_side: bool = False
-) -> None:
-    """Write grey values in [0, 1]; `on_its_side` stores them turned, with the EXIF tag that says so."""
+def _save(picture: Array, path: Path, kind: str, *, on_its_side: bool = False) -> None:
+    """Write grey values in [0, 1], perhaps turned, with the EXIF tag that says so."""
     image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
     exif = Image.Exif()
     if on_its_side:
         image = image.transpose(Image.Transpose.ROTATE_90)
         exif[0x0112] = 6
-    buffer = io.BytesIO()
-    image.convert(mode).save(buffer, kind, quality=92, **({"exif": exif} if on_its_side else {}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
-
-
-def _write_twin(tree: Path) -> None:
-    """Make a normal patient's second training film a copy of the first, as happens in the published set."""
-    by_patient: dict[str, Path] = {}
-    for path in sorted(tree.glob("train/NORMAL/*.jpeg")):
-        first = by_patient.setdefault(path.name.rpartition("-")[0], path)
-        if first != path:
-            shutil.copyfile(first, path)
-            return
-
-
-def _write_litter(tree: Path) -> None:
-    for path in sorted(tree.glob("*/*/*.jpeg"))[::40]:
-        fork = tree / "__MACOSX" / "chest_xray" / path.parent.relative_to(tree) / f"._{path.name}"
-        fork.parent.mkdir(parents=True, exist_ok=True)
-        fork.write_bytes(b"\x00\x05\x16\x07" + bytes(60))
-        shutil.copyfile(fork, path.with_name(fork.name))
-        (path.parent / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+    image.save(path, kind, quality=92, **({"exif": exif} if on_its_side else {}))

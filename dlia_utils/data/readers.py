@@ -1,489 +1,499 @@
-"""Each published layout is read into plain tables: images, what was ignored, boxes, outlines, masks, ids."""
+"""Each published layout is read into the fields of a `Dataset`."""
 
 from __future__ import annotations
 
-import inspect
+import base64
+import io
+import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+import warnings
+import zlib
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
-from . import medmnist
-from ._fracatlas import fracatlas
 from .tables import (
-    BOX_COLUMNS,
-    COLUMNS,
     CORNERS,
+    REPAIR,
     SHOWN,
+    SLACK,
     BadData,
     DataNotFound,
-    Tables,
-    absent,
     box_table,
-    gap_text,
-    ignored_table,
-    image_files,
-    manifest_table,
-    need_columns,
-    need_files,
-    need_folders,
-    need_images,
-    no_boxes,
-    no_masks,
-    no_outlines,
-    orientation,
-    read_csv,
+    rarest_class,
+    refuse,
     shapes_of,
     sort_files,
-    trace,
-    upright_shape,
+    tables,
 )
-
-__all__ = [
-    "BOX_COLUMNS",
-    "COLUMNS",
-    "CORNERS",
-    "LAYOUTS",
-    "NIH_CLASSES",
-    "SHOWN",
-    "BadData",
-    "DataNotFound",
-    "Tables",
-    "no_boxes",
-    "no_masks",
-    "no_outlines",
-    "orientation",
-    "read",
-    "trace",
-    "upright_shape",
-]
 
 log = logging.getLogger("dlia_utils")
 
 # The order is part of every detection result: label k is NIH_CLASSES[k - 1], and 0 is the background.
-NIH_CLASSES = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltrate",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
+NIH_CLASSES = tuple(
+    "Atelectasis Cardiomegaly Effusion Infiltrate Mass Nodule Pneumonia Pneumothorax".split()
 )
-NIH_SPELLINGS = {"Infiltration": "Infiltrate"}  # Data_Entry_2017.csv and some copies write it out.
-UNLABELLED = "unlabelled"  # class_name of a competition's test image; its label is -1
-
 NIH_BOXES = "BBox_List_2017.csv"
 DLIA_TRAIN, DLIA_MAPPING = "train.csv", "ID_to_Image_Mapping.csv"
-TUBERCULOSIS_CLASSES = ("Normal", "Tuberculosis")
-COVID_CLASSES = ("Normal", "COVID")
-COVID_OTHERS = (
-    "Lung_Opacity",
-    "Viral Pneumonia",
-)  # folders of the Radiography Database that are not read
+LEAK = "its image is in the competition's test set too (leak)"
+UNLABELLED = "unlabelled"  # class_name of an image without a label, which is then -1
+TUBERCULOSIS_CLASSES, COVID_CLASSES = ("Normal", "Tuberculosis"), ("Normal", "COVID")
+FRAC_CLASSES = ("Non_fractured", "Fractured")
+FRAC_TABLE, FRAC_BOXES = "dataset.csv", "Annotations/COCO JSON/COCO_fracture_masks.json"
+FRAC_SPLITS = {one: f"Utilities/Fracture Split/{one}.csv" for one in ("train", "valid", "test")}
+NINJA_FOLDERS = ("not fractured", "train", "val", "test")
+SPELLINGS = {"Infiltration": "Infiltrate", "fractured": "fracture", "Fractured": "fracture"}
+SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def read(dataset: str, root: Path, **options: bool) -> Tables:
-    """Read `root` as the layout named `dataset`; `options` that are True go to its function.
-
-    Of a MedMNIST set `root` is the folder that `medmnist.unpack` gives.
-    Errors: `ValueError` for an option that this layout does not have, else those of the layout.
-    """
-    layout = LAYOUTS.get(dataset) or partial(medmnist.layout, dataset)
-    given = {name: True for name, value in options.items() if value}
-    if unknown := [name for name in given if name not in inspect.signature(layout).parameters]:
-        raise ValueError(f"{dataset} has no option {', '.join(unknown)}; leave it out")
-    return layout(root, **given)
+# ----------------------------------------------------------------------------------- class folders
 
 
-def pneumonia(root: Path) -> Tables:
-    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018.
+def pneumonia(root: Path) -> dict:
+    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/.
 
-    `root` holds train/, test/ and perhaps val/ (16 images), each with NORMAL/ and PNEUMONIA/. The published
-    archive also carries a second copy in chest_xray/chest_xray and Finder's litter: listed in `ignored`,
+    The archive's second copy in chest_xray/chest_xray and its junk files are listed in `ignored`,
     never read.
     """
-    classes = ("NORMAL", "PNEUMONIA")
-    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    need_folders(root, [f"{split}/{name}" for split in splits for name in classes])
-    found, ignored = sort_files(root, lambda path: _class_folder_reason(path, splits, classes))
-    rows = []
-    for path in found:
-        patient, group = pneumonia_patient(path.name)
-        rows.append(
-            (str(path), classes.index(path.parts[1]), path.parts[1], patient, group, path.parts[0])
-        )
-    manifest = manifest_table(rows)
-    need_images(manifest, root, splits, classes)
-    _say_odd(manifest)
-    _say_small_val(manifest)
-    return Tables(manifest, classes, ignored_table(ignored))
+    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _splits(root), pneumonia_patient)
+    odd = fields["manifest"].query("group == 'unknown'")["path"]
+    if len(odd):
+        log.warning("%d file names tell no patient, first: %s", len(odd), ", ".join(odd[:3]))
+    return fields
 
 
-def pneumonia_patient(name: str) -> tuple[str, str]:
-    """Patient and group read from a file name of the pneumonia set.
+def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
+    """Patient and group read from a file name of the pneumonia set; another name is its own.
 
-    The number N of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful reading:
-    nothing published says whether the numbers of the two kinds are separate. Another name is a patient of its
-    own.
+    The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful
+    reading: nothing published says whether the numbers of the two kinds are separate.
 
-    >>> pneumonia_patient("person12_virus_48.jpeg"), pneumonia_patient("NORMAL2-IM-0501-0001-0002.jpeg")
-    (('person-12', 'virus'), ('NORMAL2-IM-0501', 'normal'))
-    >>> pneumonia_patient("IM-0115-0001.jpeg"), pneumonia_patient("scan.jpeg")
-    (('IM-0115', 'normal'), ('scan', 'unknown'))
+    >>> pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
+    ('person-12', 'virus')
+    >>> pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
+    ('NORMAL2-IM-0501', 'normal')
     """
-    if match := re.match(r"person(\d+)_(bacteria|virus)_", name):
+    if match := re.match(r"person(\d+)_(bacteria|virus)_", path.name):
         return f"person-{int(match[1])}", match[2]
-    if match := re.match(r"((?:NORMAL2-)?IM-\d+)-", name):
+    if match := re.match(r"((?:NORMAL2-)?IM-\d+)-", path.name):
         return match[1], "normal"
-    return PurePosixPath(name).stem, "unknown"
+    return path.stem, "unknown"
 
 
-def nih(root: Path, *, allow_missing: bool = False) -> Tables:
-    """NIH ChestX-ray8, the images with boxes: Wang et al., CVPR 2017; 984 boxes on 880 images.
+def tuberculosis(root: Path) -> dict:
+    """TB Chest Radiography Database, Rahman et al. 2020: no split, no patients."""
+    return _class_folders(root, TUBERCULOSIS_CLASSES)
 
-    `root` holds BBox_List_2017.csv and the images in images_001/images to images_012/images, in images/ or
-    beside the list. No split is published for the boxes: every image is "train". Errors: `BadData` for
-    unusable rows, and when boxed images are missing, unless `allow_missing` keeps those that are there.
+
+def covid(root: Path) -> dict:
+    """COVID-19 against normal chests, in either of two trees; each image counts as a patient.
+
+    The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021): COVID/ and
+    Normal/ with images/ and perhaps masks/ of the lungs, read into `masks`; old versions have the
+    images in the class folders themselves. No split is published. Or covid_xray: train/, test/ and
+    perhaps val/, with normal/ and COVID/ in any case.
     """
-    raw = _nih_rows(root / NIH_BOXES)
-    found, ignored = image_files(root, _nih_folder, known=[NIH_BOXES])
-    missing = absent(raw["name"], found, "train")
-    need_files(missing, raw["name"].nunique(), "boxed", root, allow_missing=allow_missing)
-    names = sorted({name for _, name in found} & set(raw["name"]))
-    ignored += [(path, "has no box") for (_, name), path in found.items() if name not in set(names)]
-    images = [(name, found["train", name], "train") for name in names]
-    rule = "none published: every image is in train"
-    return _detection_tables(root, NIH_BOXES, raw, images, ignored, split_rule=rule)
+    if (root / "train").is_dir():
+        return _class_folders(root, COVID_CLASSES, _splits(root))
+    fields = _class_folders(root, COVID_CLASSES, below=("images", "masks"))
+    table = fields["manifest"]
+    table["key"] = table["patient"].str.replace("/(images|masks)/", "/", regex=True)
+    of_mask = table["path"].str.contains("^[^/]+/masks/")
+    images = table[~of_mask].drop_duplicates("key", keep="last").reset_index(drop=True)
+    row_of = pd.Series(images.index, images["key"])
+    masks = table.assign(image=table["key"].map(row_of))[of_mask].dropna(subset="image")
+    lost, bare = of_mask.sum() - len(masks), len(images) - len(masks)
+    if of_mask.any() and (lost or bare):
+        log.warning("%s: %d images have no mask, %d masks have no image", root, bare, lost)
+    masks = masks[["image", "path"]].astype({"image": "int64"}).sort_values("image")
+    read, extra = {*images["path"], *masks["path"]}, "second copy, or a mask without an image"
+    extra = [(path, extra) for path in table["path"] if path not in read]
+    ignored = pd.concat([fields["ignored"], pd.DataFrame(extra, columns=["path", "reason"])])
+    fields |= dict(manifest=images.drop(columns="key"), masks=masks.reset_index(drop=True))
+    return fields | dict(ignored=ignored.reset_index(drop=True))
 
 
-def nih_gap(root: Path) -> str:
-    """Why the NIH copy in `root` cannot be used: boxed images that are missing; "" when there are none."""
-    names = _nih_rows(root / NIH_BOXES)["name"]
-    missing = absent(names, image_files(root, _nih_folder)[0], "train")
-    return gap_text(missing, names.nunique(), "boxed")
+def _splits(root: Path) -> list[str]:
+    return [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
 
 
-def nih_patient(name: str) -> str:
-    """Patient of an NIH file name: its first eight characters; another name is a patient of its own.
-
-    >>> nih_patient("00013118_008.png"), nih_patient("film.png")
-    ('00013118', 'film')
-    """
-    return name[:8] if re.match(r"\d{8}_", name) else PurePosixPath(name).stem
-
-
-def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> Tables:
-    """The DLIA class competition (cut from the NIH boxes), both editions, told apart by their columns.
-
-    Edition A has the NIH list's header (x, y, w, h) in train.csv and a mapping `id,image_id` where an image
-    may have several ids; edition B has `image_id,x_min,y_min,x_max,y_max,label` and a mapping `ID,image_id`.
-    Images lie in train/ and test/ (or train_images/, test_images/). Training rows whose image stands in the
-    mapping too (edition A has 25 such images) are refused with a warning and listed in `ignored`, unless
-    `allow_leak`. Errors: `BadData` for other columns, unusable rows, ids that repeat, and missing images,
-    unless `allow_missing` keeps those that are there.
-    """
-    edition, raw = _dlia_rows(root / DLIA_TRAIN)
-    mapping = _dlia_mapping(root / DLIA_MAPPING)
-    wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
-    found, ignored = image_files(root, _dlia_folder, known=[DLIA_TRAIN, DLIA_MAPPING])
-    missing = [name for split, names in wanted.items() for name in absent(names, found, split)]
-    total = sum(map(len, wanted.values()))
-    need_files(missing, total, "listed", root, allow_missing=allow_missing)
-    leaked = set() if allow_leak else wanted["train"] & wanted["test"]
-    if leaked:
-        log.warning(
-            "%d training images with %d boxes are refused: they stand in the competition's test set too",
-            len(leaked),
-            int(raw["name"].isin(leaked).sum()),
-        )
-    images = []
-    for (split, name), path in sorted(
-        found.items(), key=lambda item: (item[0][0] == "test", item[0][1])
-    ):
-        if name not in wanted[split]:
-            ignored.append(
-                (path, f"not listed in {DLIA_TRAIN if split == 'train' else DLIA_MAPPING}")
-            )
-        elif split == "train" and name in leaked:
-            ignored.append((path, "its image is in the competition's test set too (leak)"))
-        else:
-            images.append((name, path, split))
-    rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
-    tables = _detection_tables(root, DLIA_TRAIN, raw, images, ignored, split_rule=rule)
-    return Tables(**{**vars(tables), "mapping": mapping})
-
-
-def dlia_gap(root: Path) -> str:
-    """Why the competition in `root` cannot be used: images that are missing; "" when there are none."""
-    train = _dlia_rows(root / DLIA_TRAIN)[1]["name"]
-    test = _dlia_mapping(root / DLIA_MAPPING)["image_id"]
-    found = image_files(root, _dlia_folder)[0]
-    missing = absent(train, found, "train") + absent(test, found, "test")
-    return gap_text(missing, train.nunique() + test.nunique(), "listed")
-
-
-def tuberculosis(root: Path) -> Tables:
-    """TB Chest Radiography Database, Rahman et al., IEEE Access 2020: 3,500 Normal and 700 Tuberculosis.
-
-    `root` holds Normal/ and Tuberculosis/ with PNG files, and tables about them that are not read. No split
-    and no patients are published: `split` is "" and each image counts as a patient. Errors: `DataNotFound`
-    for a missing class folder, `BadData` for an empty one.
-    """
-    classes = TUBERCULOSIS_CLASSES
-    need_folders(root, classes)
-    found, ignored = sort_files(
-        root,
-        lambda path: (
-            "" if path.parts[0] in classes and len(path.parts) == 2 else "outside the class folders"
-        ),
-    )
-    rows = [_unknown_patient(path, path.parts[0], classes) for path in found]
-    return _class_folder_tables(root, rows, classes, ignored, rule="none published")
-
-
-def covid(root: Path) -> Tables:
-    """COVID-19 against normal chest films, in either of two trees.
-
-    The COVID-19 Radiography Database, Chowdhury et al. 2020 and Rahman et al. 2021: COVID/ and Normal/ with
-    images/ and, in newer versions, masks/ (the lungs, under the image's name: read into `masks`); in old
-    versions the images lie in the class folders themselves. Lung_Opacity/ and `Viral Pneumonia/` are not
-    read. Nothing tells from which of its sources an image came, no split is published: `group` and `split`
-    are "". Second tree, covid_xray: train/, test/ and perhaps val/, each with normal/ and COVID/ in any case:
-    the official split.
-    Each image counts as a patient, since no patients are known. Images without a mask, and masks without an
-    image, are counted in a warning. Errors: `DataNotFound` for a missing folder, `BadData` for one without
-    images.
-    """
-    return _covid_splits(root) if (root / "train").is_dir() else _covid_radiography(root)
-
-
-def _covid_radiography(root: Path) -> Tables:
-    classes = COVID_CLASSES
-    need_folders(root, classes)
-    found, ignored = sort_files(root, _covid_reason)
-    images: dict[tuple[str, str], PurePosixPath] = {}
-    masks: dict[tuple[str, str], PurePosixPath] = {}
-    # Images of an old version that lie beside an images/ folder are the same films once more.
-    for path in sorted(found, key=lambda path: (len(path.parts) == 2, path)):
-        kind = masks if path.parts[1] == "masks" else images
-        if kind.setdefault((path.parts[0], path.stem), path) != path:
-            ignored.append((str(path), "second copy of an image"))
-    paths = sorted(images.values())
-    rows = [_unknown_patient(path, path.parts[0], classes) for path in paths]
-    lost = [str(path) for key, path in masks.items() if key not in images]
-    ignored += [(path, "mask without an image") for path in lost]
-    bare = sum(
-        (root / name / "masks").is_dir() and (name, stem) not in masks for name, stem in images
-    )
-    if lost or bare:
-        log.warning("%s: %d images have no mask and %d masks have no image", root, bare, len(lost))
-    row_of = {(path.parts[0], path.stem): row for row, path in enumerate(paths)}
-    table = [(row_of[key], str(path)) for key, path in masks.items() if key in row_of]
-    organs = pd.DataFrame(sorted(table), columns=["image", "path"]) if table else no_masks()
-    return _class_folder_tables(root, rows, classes, ignored, rule="none published", masks=organs)
-
-
-def _covid_splits(root: Path) -> Tables:
-    classes = COVID_CLASSES
-    spelled = {name.casefold(): name for name in classes}
-    splits = [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
-    need_folders(root, splits)
+def _class_folders(
+    root: Path,
+    classes: Sequence[str],
+    splits: Sequence[str] = (),
+    patient: Callable = lambda path: (str(path.with_suffix("")), ""),
+    *,
+    below: tuple[str, ...] = (),
+) -> dict:
+    """Images in folders of `classes`, perhaps below `splits`, perhaps in folders `below`."""
+    spelled, level = {name.casefold(): name for name in classes}, int(bool(splits))
 
     def reason(path: PurePosixPath) -> str:
-        if path.parts[0] not in splits or len(path.parts) != 3:
-            return "outside the split and class folders"
-        return "" if path.parts[1].casefold() in spelled else "not a class of this study"
+        if path.parts[0] == "chest_xray":
+            return "second copy of the data set (nested chest_xray)"
+        if splits and path.parts[0] not in splits:
+            return "outside the folders of the splits"
+        if len(path.parts) > level + 1 and path.parts[level].casefold() not in spelled:
+            return "not a class of this data set"
+        inside = path.parts[level + 1 : -1] in ((), *((name,) for name in below))
+        return "" if inside and len(path.parts) > level + 1 else "outside the class folders"
 
-    found, ignored = sort_files(root, reason)
-    rows = [
-        _unknown_patient(path, spelled[path.parts[1].casefold()], classes, path.parts[0])
-        for path in found
-    ]
-    return _class_folder_tables(root, rows, classes, ignored, splits=splits)
+    found, ignored = sort_files(root, reason, SUFFIXES)
+    rows = []
+    for path in found:
+        name, split = spelled[path.parts[level].casefold()], path.parts[0] if splits else ""
+        rows.append((str(path), classes.index(name), name, *patient(path), split))
+    there = {(row[5], row[2]) for row in rows}
+    wanted = [(split, name) for split in splits or [""] for name in classes]
+    empty = ["no images in " + "/".join(filter(None, one)) for one in wanted if one not in there]
+    refuse(f"{root}", empty, REPAIR)
+    return tables(rows, classes, ignored, split_rule="official" if splits else "none published")
 
 
-def _unknown_patient(
-    path: PurePosixPath, class_name: str, classes: tuple[str, ...], split: str = ""
-) -> tuple[str, int, str, str, str, str]:
-    """A row of the manifest for an image of which nothing but its class is known."""
-    return str(path), classes.index(class_name), class_name, str(path.with_suffix("")), "", split
+# ------------------------------------------------------------------------------------------- boxes
 
 
-def _class_folder_tables(
+def nih(root: Path, *, allow_missing: bool = False) -> dict:
+    """NIH ChestX-ray8, the images with boxes (Wang et al., CVPR 2017), all in "train".
+
+    `root` holds BBox_List_2017.csv and the images in images_001/images ..., in images/ or beside
+    the list.
+    """
+    raw, rule = _box_rows(root / NIH_BOXES)[1], "none published: every image is in train"
+    pattern, wanted = r"\.|images(?:_\d+)?(?:/images)?", {"train": set(raw["name"])}
+    return _findings(root, pattern, raw, wanted, allow_missing=allow_missing) | {"split_rule": rule}
+
+
+def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> dict:
+    """The DLIA class competition (cut from the NIH boxes), both editions, told by their columns.
+
+    Edition A has the NIH list's header in train.csv and a mapping `id,image_id` where an image may
+    have several ids; edition B has `image_id,x_min,y_min,x_max,y_max,label` and `ID,image_id`.
+    Images lie in train/ and test/ (or train_images/, test_images/). Training images that stand in
+    the mapping too are left out unless `allow_leak`.
+    """
+    edition, raw = _box_rows(root / DLIA_TRAIN)
+    mapping = read_csv(root / DLIA_MAPPING, ["image_id"])
+    key = mapping.reindex(columns=["id", "ID"]).bfill(axis=1)["id"]
+    if key.isna().any() or mapping["image_id"].isna().any() or key.duplicated().any():
+        text = f"{root / DLIA_MAPPING} needs a column id or ID, each filled once, and image_id"
+        raise BadData(f"{text}. Fix: download the file again.")
+    wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
+    leaked = set() if allow_leak else wanted["train"] & wanted["test"]
+    options = dict(allow_missing=allow_missing, leaked=leaked)
+    fields = _findings(root, "(train|test)(?:_images)?", raw, wanted, **options)
+    rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
+    return fields | {"mapping": mapping, "split_rule": rule}
+
+
+def _named_files(root: Path, pattern: str) -> tuple[dict[tuple[str, str], str], list]:
+    """Images by (kind: the pattern's group, name), and (path, reason) of the rest."""
+
+    def reason(path: PurePosixPath) -> str:
+        return "" if re.fullmatch(pattern, str(path.parent)) else "outside the image folders"
+
+    paths, ignored = sort_files(root, reason, SUFFIXES)
+    found: dict[tuple[str, str], str] = {}
+    for path in paths:
+        kind = (*re.fullmatch(pattern, str(path.parent)).groups(), "train")[0]
+        if found.setdefault((kind, path.name), str(path)) != str(path):
+            ignored.append((str(path), "second copy of an image"))
+    tables_of_a_set = (NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING, FRAC_TABLE, FRAC_BOXES)
+    known = {*tables_of_a_set, *FRAC_SPLITS.values()}
+    return found, [one for one in ignored if one[0] not in known]
+
+
+def _findings(
     root: Path,
-    rows: Sequence[tuple],
-    classes: tuple[str, ...],
-    ignored: Sequence[tuple[str, str]],
+    pattern: str,
+    raw: pd.DataFrame,
+    wanted: dict[str, set],
     *,
-    splits: Sequence[str] = ("",),
-    rule: str = "official",
-    masks: pd.DataFrame | None = None,
-) -> Tables:
-    manifest = manifest_table(rows)
-    need_images(manifest, root, splits, classes)
-    _say_small_val(manifest)
-    masks = no_masks() if masks is None else masks
-    return Tables(manifest, classes, ignored_table(sorted(ignored)), rule, masks=masks)
+    allow_missing: bool,
+    leaked: Collection[str] = (),
+) -> dict:
+    """Fields of a set of NIH findings: images `wanted` of each split, in folders of `pattern`."""
+    found, ignored = _named_files(root, pattern)
+    asked = [(split, name) for split, names in wanted.items() for name in names]
+    if missing := sorted(name for split, name in asked if (split, name) not in found):
+        text = f"{root}: {len(missing)} of the {len(asked)} listed images are missing"
+        text += f", first: {', '.join(missing[:3])}"
+        if not allow_missing or len(missing) == len(asked):
+            how = "or load the rest with datasets.load(location, allow_missing=True)"
+            raise BadData(f"{text}; fix: {REPAIR}, {how}")
+        log.warning("%s; the others are used", text)
+    images = []
+    for (split, name), path in sorted(found.items(), key=lambda one: (one[0][0] == "test", one[0])):
+        if name in wanted[split] and not (split == "train" and name in leaked):
+            images.append((split, name, path))
+        else:
+            ignored.append((path, LEAK if name in wanted[split] else "has no box"))
+    row_of = {name: row for row, (split, name, _) in enumerate(images) if split == "train"}
+    shapes = shapes_of(root, [path for split, _, path in images if split == "train"])
+    boxes, problems = box_table(raw, NIH_CLASSES, row_of, dict(zip(row_of, shapes, strict=True)))
+    refuse(f"{root}", problems, "correct or delete these rows, or download the file again")
+    rows = []
+    for label, (split, name, path) in zip(rarest_class(boxes, len(images)), images, strict=True):
+        patient = name[:8] if re.match(r"\d{8}_", name) else PurePosixPath(name).stem
+        rows.append((path, label, (*NIH_CLASSES, UNLABELLED)[label], patient, "", split))
+    return tables(rows, NIH_CLASSES, ignored, boxes=boxes, box_classes=NIH_CLASSES)
 
 
-LAYOUTS: dict[str, Callable[..., Tables]] = {
-    "pneumonia": pneumonia,
-    "nih": nih,
-    "dlia": dlia,
-    "fracatlas": fracatlas,
-    "tuberculosis": tuberculosis,
-    "covid": covid,
-}
-
-
-# --- files and folders
-
-
-def _nih_folder(path: PurePosixPath) -> str:
-    return "train" if re.fullmatch(r"\.|images(_\d+)?(/images)?", str(path.parent)) else ""
-
-
-def _dlia_folder(path: PurePosixPath) -> str:
-    match = re.fullmatch(r"(train|test)(_images)?", str(path.parent))
-    return match[1] if match else ""
-
-
-def _covid_reason(path: PurePosixPath) -> str:
-    if path.parts[0] in COVID_OTHERS:
-        return "not a class of this study"
-    if path.parts[0] not in COVID_CLASSES:
-        return "outside the class folders"
-    inside = len(path.parts) == 2 or len(path.parts) == 3 and path.parts[1] in ("images", "masks")
-    return "" if inside else "outside the image folders"
-
-
-def _class_folder_reason(path: PurePosixPath, splits: list[str], classes: tuple[str, ...]) -> str:
-    if path.parts[0] == "chest_xray":
-        return "second copy of the data set (nested chest_xray)"
-    if path.parts[0] not in splits or len(path.parts) != 3:
-        return "outside the split and class folders"
-    if path.parts[1] not in classes:
-        return "not a class of this data set"
-    return ""
-
-
-def _say_odd(manifest: pd.DataFrame) -> None:
-    odd = manifest.loc[manifest["group"] == "unknown", "path"]
-    if len(odd):
-        log.warning(
-            "%d file names tell no patient; each counts as its own: %s",
-            len(odd),
-            ", ".join(odd[:SHOWN]),
-        )
-
-
-def _say_small_val(manifest: pd.DataFrame) -> None:
-    val = int((manifest["split"] == "val").sum())
-    if 0 < val < 100:
-        log.info(
-            "the official val split has only %d images: draw a larger one with split.grouped", val
-        )
-
-
-# --- tables
-
-
-def _nih_rows(path: Path) -> pd.DataFrame:
-    """The raw boxes of a table with the NIH header, whose `Bbox [x,y,w,h]` its own commas split into four."""
-    table = read_csv(path)
-    columns = [
-        "Image Index",
-        "Finding Label",
-        "Bbox [x",
-        "y",
-        "w",
-        "h]",
-    ]  # More, empty ones may follow.
-    need_columns(table, columns, path)
-    return _raw(table["Image Index"], table["Finding Label"], table[columns[2:]], xywh=True)
-
-
-def _dlia_rows(path: Path) -> tuple[str, pd.DataFrame]:
-    """Edition ("A" or "B") and raw boxes of the competition's train.csv."""
-    table = read_csv(path)
-    if "Image Index" in table.columns:
-        return "A", _nih_rows(path)
-    corners = ["x_min", "y_min", "x_max", "y_max"]
-    if missing := [name for name in ("image_id", *corners, "label") if name not in table.columns]:
-        raise BadData(
-            f"{path} is of neither edition: no column {', '.join(missing)} (edition B) and no 'Image Index' "
-            f"(edition A); it has {', '.join(table.columns)}. Fix: download the competition's file again."
-        )
-    return "B", _raw(table["image_id"], table["label"], table[corners], xywh=False)
-
-
-def _dlia_mapping(path: Path) -> pd.DataFrame:
-    table = read_csv(path)
-    need_columns(table, ("image_id",), path)
-    key = next((name for name in table.columns if name in ("id", "ID")), None)
-    if key is None:
-        raise BadData(f"{path} has no column id or ID; it has {', '.join(table.columns)}")
-    repeated = (
-        table.index[table[key].isna() | table["image_id"].isna() | table[key].duplicated()] + 2
-    )
-    if len(repeated):
-        lines = ", ".join(map(str, repeated[:SHOWN]))
-        raise BadData(
-            f"{path}: empty or repeated {key} in line {lines}. Fix: download the file again."
-        )
+def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+    """A CSV file, whose rows may end in more commas than its header, with all `needed` columns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)
+        table = pd.read_csv(path, index_col=False)  # else pandas would shift the columns
+    table = table.rename(columns=lambda name: str(name).strip())
+    if missing := [name for name in needed if name not in table]:
+        there = ", ".join(table.columns)
+        raise BadData(f"{path} has no column {', '.join(missing)}; it has {there}. Fix: {REPAIR}.")
     return table
 
 
-def _raw(names: pd.Series, labels: pd.Series, sides: pd.DataFrame, *, xywh: bool) -> pd.DataFrame:
-    """Raw boxes: columns name, class_name, x1, y1, x2, y2 and where (the line of the CSV file)."""
-    numbers = (
-        sides.apply(pd.to_numeric, errors="coerce").set_axis(CORNERS, axis=1).astype("float64")
-    )
-    if xywh:
-        numbers["x2"] += numbers["x1"]
-        numbers["y2"] += numbers["y1"]
-    names, labels = (
-        column.astype(object).where(column.notna(), "").astype(str).str.strip()
-        for column in (names, labels)
-    )
-    lines = [f"line {row + 2}" for row in range(len(numbers))]  # 1 is the header.
-    return numbers.assign(name=names, class_name=labels.replace(NIH_SPELLINGS), where=lines)
+def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
+    """Edition and raw boxes (see `box_table`) of a table with NIH's header ("A") or that of B."""
+    nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(
+        ","
+    )  # as its own commas split it
+    columns = "image_id label x_min y_min x_max y_max".split()
+    edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
+    columns = nih_columns if edition == "A" else columns
+    raw = read_csv(path, columns)[columns].set_axis(["name", "class_name", *CORNERS], axis=1)
+    raw[CORNERS] = raw[CORNERS].apply(pd.to_numeric, errors="coerce").astype("float64")
+    if edition == "A":
+        raw["x2"] += raw["x1"]
+        raw["y2"] += raw["y1"]
+    for name in ("name", "class_name"):
+        raw[name] = raw[name].astype(object).where(raw[name].notna(), "").astype(str).str.strip()
+    raw["class_name"] = raw["class_name"].replace(SPELLINGS)
+    return edition, raw.assign(where=[f"line {row + 2}" for row in range(len(raw))])
 
 
-def _detection_tables(
-    root: Path,
-    file: str,
-    raw: pd.DataFrame,
-    images: Sequence[tuple[str, str, str]],
-    ignored: Sequence[tuple[str, str]],
-    *,
-    split_rule: str,
-) -> Tables:
-    """Tables of a set of NIH findings; `images` holds (name, path, split), of which "test" has no boxes.
+# --------------------------------------------------------------------------------------- FracAtlas
 
-    The class of an image is that of its boxes which is rarest in the whole set, so that folds stratified by
-    it spread the rare ones.
+
+def fracatlas(root: Path) -> dict:
+    """FracAtlas (Abedeen et al., Scientific Data 2023), original or DatasetNinja layout.
+
+    An image is Fractured by dataset.csv (original) or its folder (DatasetNinja), and wherever
+    something is marked on it. `group` is the body part (original). The official split names the
+    fractured images only; `split` is "" for the others. Boxes and outlines lie on the upright
+    image (EXIF orientation applied), as the annotators saw it.
     """
-    labelled = {name: row for row, (name, _, split) in enumerate(images) if split != "test"}
-    shapes = shapes_of(root, {name: images[row][1] for name, row in labelled.items()})
-    boxes = box_table(raw, root / file, NIH_CLASSES, labelled, shapes)
-    frequency = boxes["label"].map(boxes["label"].value_counts())
-    rarest = (
-        boxes.assign(frequency=frequency)
-        .sort_values(["frequency", "label"])
-        .drop_duplicates("image")
+    read = _ninja if (root / "not fractured" / "ann").is_dir() else _original
+    images, ignored, marks = read(root)  # images: name, path, called fractured, group, split
+    marked = {*marks.boxes["name"], *(name for name, *_ in marks.outlines)}
+    rows, row_of = [], {name: row for row, (name, *_) in enumerate(images)}
+    for name, path, flag, group, split in images:
+        label = int(flag or name in marked)
+        rows.append((path, label, FRAC_CLASSES[label], PurePosixPath(name).stem, group, split))
+    if odd := [name for name, _, flag, *_ in images if flag != (name in marked)]:
+        text = (
+            "%d images are marked but not called fractured, or the reverse: taken as Fractured: %s"
+        )
+        log.warning(text, len(odd), ", ".join(odd[:SHOWN]))
+    if lost := sorted(marked - set(row_of)):
+        log.warning("%d marked images are not there, first: %s", len(lost), ", ".join(lost[:3]))
+    paths = {name: path for name, path, *_ in images if name in marked}
+    shapes = dict(zip(paths, shapes_of(root, paths.values()), strict=True))
+    boxes, wrong = box_table(marks.boxes.replace(SPELLINGS), ["fracture"], row_of, shapes)
+    polygons, bad = _outline_table(marks.outlines, row_of, shapes)
+    problems = marks.problems + other_sizes(marks.sizes, shapes) + wrong + bad
+    refuse(f"{root}", problems, f"correct these files, or {REPAIR}")
+    more = dict(boxes=boxes, box_classes=("fracture",), outlines=polygons, split_rule="official")
+    return tables(rows, FRAC_CLASSES, ignored, **more)
+
+
+def other_sizes(sizes: dict[str, tuple], shapes: dict[str, tuple | None]) -> list[str]:
+    """The images whose (height, width) is not that of the annotations: every box would be off."""
+    pairs = [(name, size, shapes.get(name) or size) for name, size in sizes.items()]
+    return [
+        f"{name} is {there[1]} x {there[0]} px, but was annotated as {size[1]} x {size[0]}"
+        for name, size, there in pairs
+        if abs(size[0] - there[0]) > SLACK or abs(size[1] - there[1]) > SLACK
+    ]
+
+
+def _original(root: Path) -> tuple:
+    needed = [FRAC_TABLE, FRAC_BOXES, *FRAC_SPLITS.values()]
+    if missing := [name for name in needed if not (root / name).is_file()]:
+        raise DataNotFound(f"{root} has no {', '.join(missing)}: {REPAIR}")
+    found, ignored = _named_files(root, "images/[^/]+")  # or images/All_Images, or both
+    parts = ["hand", "leg", "hip", "shoulder"]
+    table = read_csv(root / FRAC_TABLE, ["image_id", "fractured", *parts])
+    table = table.drop_duplicates("image_id").set_index("image_id")
+    splits = {one: read_csv(root / file, ["image_id"]) for one, file in FRAC_SPLITS.items()}
+    listed = (
+        pd.concat(splits).reset_index(level=0, names="split").replace({"split": {"valid": "val"}})
     )
-    class_of = dict(zip(rarest["image"], rarest["class_name"], strict=True))
-    rows = []
-    for row, (name, path, split) in enumerate(images):
-        class_name = class_of.get(row, UNLABELLED)
-        label = NIH_CLASSES.index(class_name) if row in class_of else -1
-        rows.append((path, label, class_name, nih_patient(name), "", split))
-    return Tables(
-        manifest_table(rows), NIH_CLASSES, ignored_table(ignored), split_rule, boxes, NIH_CLASSES
+    marks = read_coco(root / FRAC_BOXES)
+    again = listed["image_id"][listed["image_id"].duplicated()]
+    marks.problems.extend(f"{name} is in two splits" for name in again)
+    split_of, images = dict(zip(listed["image_id"], listed["split"], strict=True)), []
+    for (_, name), path in sorted(found.items()):
+        if name in table.index:
+            row = table.loc[name]
+            group = "".join(part for part in parts if row[part])
+            group = group if group in parts else "mixed"
+            images.append((name, path, bool(row["fractured"]), group, split_of.get(name, "")))
+        else:
+            ignored.append((path, f"not listed in {FRAC_TABLE}"))
+    return images, ignored, marks
+
+
+def _ninja(root: Path) -> tuple:
+    folders = "|".join(NINJA_FOLDERS)
+    found, ignored = _named_files(root, f"({folders})/img")
+    pattern = f"({folders})/ann/[^./][^/]*[.]json"  # without macOS junk
+    notes = [path for path, _ in ignored if re.fullmatch(pattern, path)]
+    wanted = {f"{folder}/ann/{name}.json" for folder, name in found}
+    problems = [f"{path} has no partner" for path in sorted(wanted ^ set(notes))]
+    names = pd.Series([name for _, name in found], dtype=str)
+    problems += [f"{name} lies in two of the folders" for name in names[names.duplicated()]]
+    rows, outlines, sizes = [], [], {}
+    for path in sorted(wanted & set(notes)):
+        name = PurePosixPath(path).name.removesuffix(".json")
+        try:
+            note = json.loads((root / path).read_text(encoding="utf-8"))
+            sizes[name] = int(note["size"]["height"]), int(note["size"]["width"])
+            for number, one in enumerate(note["objects"]):
+                corners, polygons = _ninja_object(one)
+                where = f"{path} object {number}"
+                rows += [(name, one["classTitle"], *corners, where)] if corners else []
+                outlines += [(name, one["classTitle"], points, where) for points in polygons]
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, zlib.error) as error:
+            problems.append(f"{path} cannot be read ({type(error).__name__}: {error})")
+    images = []
+    for (folder, name), path in sorted(found.items(), key=lambda one: one[0][1]):
+        fractured = folder != NINJA_FOLDERS[0]
+        images.append((name, path, fractured, "", folder * fractured))
+    ignored = [one for one in ignored if one[0] not in set(notes)]
+    marks = dict(boxes=raw_boxes(rows), outlines=outlines, sizes=sizes, problems=problems)
+    return images, ignored, SimpleNamespace(**marks)
+
+
+def raw_boxes(rows: Sequence[tuple]) -> pd.DataFrame:
+    """Raw boxes for `box_table`."""
+    raw = pd.DataFrame(rows, columns=["name", "class_name", *CORNERS, "where"])
+    return raw.astype(dict.fromkeys(CORNERS, "float64"))
+
+
+def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
+    """Corners of a rectangle, or outlines of a polygon or bitmap, of Supervisely's format."""
+    if one["geometryType"] == "bitmap":  # base64 of a zlib stream of a PNG, placed at `origin`
+        png = zlib.decompress(base64.b64decode(one["bitmap"]["data"]))
+        with Image.open(io.BytesIO(png)) as image:
+            # What counts is the opacity; an image without any is a mask by its grey values.
+            shown = "A" in image.getbands() or "transparency" in image.info
+            mask = image.convert("RGBA").getchannel("A") if shown else image.convert("L")
+        origin = np.asarray(one["bitmap"]["origin"], dtype=np.float64)
+        return [], [points + origin for points in trace(np.asarray(mask) > 0)]
+    points = np.asarray(one["points"]["exterior"], dtype=np.float64)
+    if one["geometryType"] == "polygon":
+        return [], [points]
+    if one["geometryType"] != "rectangle":
+        raise ValueError(f"{one['geometryType']} is none of rectangle, polygon, bitmap")
+    return [*points.min(0), *points.max(0)], []
+
+
+def _outline_table(
+    outlines: Sequence[tuple], row_of: dict[str, int], shapes: dict[str, tuple]
+) -> tuple[pd.DataFrame, list[str]]:
+    """Outlines (image, label, points) of the images in `row_of`, clipped to them, and problems."""
+    rows, problems = [], []
+    for name, class_name, points, where in outlines:
+        height, width = shapes.get(name) or (np.inf, np.inf)
+        if SPELLINGS.get(class_name, class_name) != "fracture":
+            problems.append(f"{where}: {name}: unknown label {class_name}")
+        elif points.ndim != 2 or len(points) < 3 or not np.isfinite(points).all():
+            problems.append(f"{where}: {name}: no polygon of three or more points")
+        elif (points < -SLACK).any() or (points > np.add((width, height), SLACK)).any():
+            problems.append(f"{where}: {name}: the outline reaches out of its image")
+        elif name in row_of:
+            rows.append((row_of[name], 1, np.clip(points, 0, (width, height))))
+    table = pd.DataFrame(rows, columns=["image", "label", "points"])
+    table = table.astype({"image": "int64", "label": "int64", "points": object})
+    return table.sort_values(["image", "label"], kind="stable", ignore_index=True), problems
+
+
+def read_coco(path: Path) -> SimpleNamespace:
+    """A COCO file: images (file, where, perhaps patient, split), boxes, outlines, sizes, problems.
+
+    Boxes as for `box_table`; outlines (name, class_name, points [n,2], where); sizes (height,
+    width) by name.
+    """
+    try:
+        coco = json.loads(path.read_text(encoding="utf-8-sig"))
+        kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
+        images = pd.DataFrame([{"split": "", "patient": ""} | one for one in coco["images"]])
+        images = images.assign(
+            file=images["file_name"].str.strip(), where=images["id"].map("image {}".format)
+        )
+        annotations = list(coco["annotations"])
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"{path} is not COCO ({type(error).__name__}: {error})"
+        fix = "Fix: export it again, with the lists images, annotations and categories."
+        raise BadData(f"{text}. {fix}") from error
+    name_of, boxes, outlines, problems = (
+        dict(zip(images["id"], images["file"], strict=True)),
+        [],
+        [],
+        [],
     )
+    problems += [
+        f"{where} is given more than once" for where in images["where"][images["id"].duplicated()]
+    ]
+    for number, one in enumerate(annotations):
+        try:
+            x, y, width, height = map(float, one["bbox"])
+            where = f"annotation {one.get('id', number)}"
+            about = name_of[one["image_id"]], kinds[one["category_id"]]
+            boxes.append((*about, x, y, x + width, y + height, where))
+            coded = isinstance(one.get("segmentation"), dict)  # run-length coded: not read
+            for flat in () if coded else one.get("segmentation") or ():
+                points = np.asarray(flat, dtype=np.float64)
+                outlines.append(
+                    (*about, points if points.size % 2 else points.reshape(-1, 2), where)
+                )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            what = "image_id and category_id must be listed, bbox be x, y, width, height"
+            problems.append(f"annotation {number}: {what}")
+    columns = [name for name in ("patient", "split") if images[name].astype(bool).any()]
+    sizes = images.reindex(columns=["file", "height", "width"]).dropna().itertuples(index=False)
+    return SimpleNamespace(
+        images=images[["id", "file", "where", *columns]].astype(str),
+        boxes=raw_boxes(boxes),
+        outlines=outlines,
+        sizes={name: size for name, *size in sizes},
+        problems=problems,
+    )
+
+
+def trace(mask: np.ndarray) -> list[np.ndarray]:
+    """Outlines float64 [n,2] (x, y) of a mask [h,w] along the edges of its pixels, without holes.
+
+    >>> mask = np.zeros((4, 5), bool)
+    >>> mask[1:3, 1:4] = True
+    >>> trace(mask)[0].tolist()
+    [[1.0, 1.0], [1.0, 3.0], [4.0, 3.0], [4.0, 1.0]]
+    """
+    import cv2  # comes with albumentations; nothing else here needs it
+
+    height, width = mask.shape
+    # OpenCV joins the centres of pixels. On a grid twice as fine a pixel covers its corners and edges too.
+    fine = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+    for place in range(9):
+        down, across = divmod(place, 3)
+        fine[down : down + 2 * height : 2, across : across + 2 * width : 2] |= mask.astype(np.uint8)
+    found = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
+    return [one.reshape(-1, 2) / 2 for one in found if len(one) > 2]
+
+
+_ALL = (pneumonia, nih, dlia, fracatlas, tuberculosis, covid)
+READERS: dict[str, Callable[..., dict]] = {one.__name__: one for one in _ALL}

@@ -1,4 +1,4 @@
-"""Patient-grouped, stratified splits, saved with a hash; and the audit that shows what still leaks."""
+"""Patient-grouped, stratified splits, saved with a hash; and their audit."""
 
 from __future__ import annotations
 
@@ -22,115 +22,140 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from .. import files
 from ..progress import Bar
-from .datasets import BadData, Dataset, take
+from . import medmnist
+from .datasets import Dataset, take
+from .tables import BadData
 
 log = logging.getLogger("dlia_utils")
 
 FOLDS = 20  # A validation share is made of whole folds: 1/20 is how exactly it is met.
 SPLITS = ("train", "val", "test")
-SAME_HASH, SAME_LOOK = (
-    10,
-    0.98,
-)  # at most so many of 63 hash bits differ, and thumbnails correlate by at least so much
+SAME_HASH, SAME_LOOK = 10, 0.98  # different bits of 63 at most, correlation of thumbnails at least
 
 
 def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Dataset:
-    """Keep the official test split; draw val anew from train+val: whole patients, stratified by class, group.
+    """Keep the official test split; draw val anew: whole patients, stratified by class and group.
 
-    Byte-identical files, and images of one `look` (see `with_looks`), count as one patient, so no copy lies on both
-    sides. `val_share` is met to about 1/20. Errors: `ValueError` for a share outside (0, 0.5], `BadData` when a class has fewer than two
-    patients.
+    Byte-identical files, and images of one `look` (see `with_looks`), count as one patient.
+    `val_share`, at most a half, is met to about 1/20. Errors: `BadData` when a class has fewer
+    than two patients.
     """
     if not 0 < val_share <= 0.5:
         raise ValueError(f"val_share is {val_share}; it must lie in (0, 0.5]")
-    manifest = dataset.manifest.copy()
-    pool = np.flatnonzero((manifest["split"] != "test").to_numpy())
-    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()[pool]
-    units = _units(dataset)[pool]
-    chosen = _draw(
-        manifest["label"].to_numpy()[pool], strata, units, val_share=val_share, seed=seed
-    )
-    names = manifest["split"].to_numpy(dtype=object).copy()
+    pool = np.flatnonzero((dataset.manifest["split"] != "test").to_numpy())
+    parts = _parts(dataset, pool, seed=seed, needed=2, shuffle=True)
+    chosen = min(max(round(val_share * len(parts)), 1), len(parts) - 1)
+    names = dataset.manifest["split"].to_numpy(dtype=object).copy()
     names[pool] = "train"
-    names[pool[chosen]] = "val"
-    manifest["split"] = names
-    test = (
-        f"test {dataset.split_rule}"
-        if dataset.split_rule.startswith("given by")
-        else "official test"
-    )
+    names[pool[np.concatenate(parts[:chosen])]] = "val"
+    given = dataset.split_rule.startswith("given by")
+    test = f"test {dataset.split_rule}" if given else "official test"
     rule = f"{test}; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
-    return replace(dataset, manifest=manifest, split_rule=rule)
+    return replace(dataset, manifest=dataset.manifest.assign(split=names), split_rule=rule)
 
 
 def drawn(
     dataset: Dataset, *, val_share: float = 0.1, test_share: float = 0.1, seed: int = 0
 ) -> Dataset:
-    """Draw train, val and test anew, whatever splits there were: whole patients, stratified by class and group.
-
-    For a data set without an official test split, or with one of another question. Byte-identical files and images
-    of one `look` (see `with_looks`) count as one patient. Both shares are met to about 1/20. Errors: `ValueError`
-    for shares that are not positive or leave less than half to train on, `BadData` when a class has fewer than
-    three patients.
-    """
-    if not (val_share > 0 and test_share > 0 and val_share + test_share <= 0.5):
-        raise ValueError(
-            f"val_share {val_share} and test_share {test_share} must be positive, together at most 0.5"
-        )
-    manifest = dataset.manifest
-    labels, units = manifest["label"].to_numpy(), _units(dataset)
-    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
-    parts = _parts(labels, strata, units, seed=seed, needed=3)
-    ends = np.cumsum([max(round(share * len(parts)), 1) for share in (test_share, val_share)])
-    names = np.full(len(manifest), "train", dtype=object)
-    for start, end, name in ((0, ends[0], "test"), (ends[0], ends[1], "val")):
+    """Draw train, val and test anew: patients, shares and errors as for `grouped`."""
+    if not (min(val_share, test_share) > 0 and val_share + test_share <= 0.5):
+        raise ValueError("val_share and test_share must be positive, together at most 0.5")
+    parts = _parts(dataset, np.arange(len(dataset.manifest)), seed=seed, needed=3)
+    names = np.full(len(dataset.manifest), "train", dtype=object)
+    start = 0
+    for name, share in (("test", test_share), ("val", val_share)):
+        end = start + max(round(share * len(parts)), 1)
         names[np.concatenate(parts[start:end])] = name
+        start = end
     rule = f"test = {test_share:g}, val = {val_share:g} of all, drawn by patient, stratified, seed {seed}"
-    return replace(dataset, manifest=manifest.assign(split=names), split_rule=rule)
+    return replace(dataset, manifest=dataset.manifest.assign(split=names), split_rule=rule)
+
+
+def folds(dataset: Dataset, *, n: int = 5, seed: int = 0) -> Dataset:
+    """Add the manifest column `fold` (0 to n-1): patients as for `grouped`, stratified by class.
+
+    Only labelled images of train and val are dealt out; every other row gets -1. `BadData` when no
+    class has n patients.
+    """
+    manifest = dataset.manifest
+    usable = manifest["split"].isin(["train", "val"]) & (manifest["label"] >= 0)
+    rows = np.flatnonzero(usable.to_numpy())
+    units, classes = _units(dataset)[rows], manifest["class_name"].to_numpy(dtype=object)[rows]
+    spread = pd.Series(units).groupby(classes).nunique()
+    if not len(spread) or spread.max() < n:
+        text = f"no class has {n} patients in train and val: {n} folds cannot be filled"
+        raise BadData(f"{text}. Fix: fewer folds")
+    if (spread < n).any():
+        rare = ", ".join(f"{name} {count}" for name, count in spread[spread < n].items())
+        log.warning("some folds lack a class: patients of %s for %d folds", rare, n)
+    fold = np.full(len(manifest), -1, dtype=np.int64)
+    for number, held_out in enumerate(deal(classes, units, n, seed=seed)):
+        fold[rows[held_out]] = number
+    rule = f"{dataset.split_rule}; {n} folds by patient, stratified, seed {seed}"
+    return replace(dataset, manifest=manifest.assign(fold=fold), split_rule=rule)
+
+
+def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np.ndarray]:
+    """Positions of n folds: whole units (whole numbers), stratified by `target`.
+
+    >>> parts = deal(np.array([0, 0, 1, 1]), np.array([0, 1, 2, 3]), 2, seed=0)
+    >>> [len(part) for part in parts]
+    [2, 2]
+    """
+    # Its own shuffle deals a class as unevenly as 9 to 36 before scikit-learn 1.7. Without it, ties between units
+    # are broken by their numbers: drawn anew, they make the folds depend on the seed.
+    units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
+    with warnings.catch_warnings():  # The warning about rare classes counts images, not patients.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        return [part for _, part in StratifiedGroupKFold(n).split(units, target, units)]
 
 
 def _parts(
-    labels: np.ndarray, strata: np.ndarray, units: np.ndarray, *, seed: int, needed: int
+    dataset: Dataset, rows: np.ndarray, *, seed: int, needed: int, shuffle: bool = False
 ) -> list[np.ndarray]:
-    """Positions of up to `FOLDS` folds: whole units, stratified by class, and by group where it is frequent."""
-    fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
+    """Positions in `rows` of up to `FOLDS` folds, stratified by class, and by frequent group."""
+    manifest, units = dataset.manifest.iloc[rows], _units(dataset)[rows]
+    labels = manifest["label"].to_numpy()
+    fewest = pd.Series(units).groupby(labels).nunique().min()
     if fewest < needed:
-        raise BadData(
-            f"a class has fewer than {needed} patients: train, val and test cannot be drawn"
-        )
-    target = strata if pd.Series(strata).value_counts().min() >= FOLDS else labels
-    # As in `folds`: the numbers drawn anew make the result depend on the seed.
-    units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
-    splitter = StratifiedGroupKFold(min(FOLDS, fewest))
-    return [held_out for _, held_out in splitter.split(units, target, units)]
+        raise BadData(f"a class has fewer than {needed} patients: no split can be drawn")
+    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
+    target = strata if manifest.groupby(strata).size().min() >= FOLDS else labels
+    if shuffle:
+        splitter = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
+        return [part for _, part in splitter.split(units, target, units)]
+    return deal(target, units, min(FOLDS, fewest), seed=seed)
+
+
+def _units(dataset: Dataset) -> np.ndarray:
+    """An integer per row: rows linked by patient, identical bytes or look share it."""
+    patients = pd.factorize(dataset.manifest["patient"])[0]
+    ties = [pd.factorize(byte_hashes(dataset))[0]]
+    if "look" in dataset.manifest:
+        ties.append(dataset.manifest["look"].to_numpy())
+    nodes, ends = patients.max() + 1, []
+    for tie in ties:
+        ends.append(nodes + tie)
+        nodes += tie.max() + 1
+    return _linked(np.tile(patients, len(ties)), np.concatenate(ends), nodes)[patients]
+
+
+def _linked(one: np.ndarray, other: np.ndarray, nodes: int) -> np.ndarray:
+    links = coo_array((np.ones(len(one)), (one, other)), shape=(nodes, nodes))
+    return connected_components(links, directed=False)[1]
 
 
 def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
-    """Add the manifest column `look`: images that look the same share a number, and splits keep them together.
+    """Add the manifest column `look`: images that look the same share a number.
 
-    `images` are grey uint8 [N,S,S] in the manifest's order, as the cache holds them. Two images look the same when
-    their perceptual hashes (signs of 63 low DCT frequencies of the 32 x 32 thumbnail about their median) differ in
-    at most `SAME_HASH` bits, and the thumbnails correlate by `SAME_LOOK`: films of one view are so alike that
-    hashes alone would link hundreds of strangers. Found so: another compression, brightness or size of one film.
-
-    >>> film = np.random.default_rng(0).integers(0, 200, (64, 64), dtype=np.uint8).cumsum(0, dtype=np.uint8)
-    >>> looks(np.stack([film, film.T, film // 2 + 9])).tolist()
-    [0, 1, 0]
+    `images` are grey uint8 [N,S,S] in the manifest's order, as the cache holds them. Two look the
+    same when their perceptual hashes (signs of 63 low DCT frequencies of the 32 x 32 thumbnail
+    about their median) differ in at most `SAME_HASH` bits, and the thumbnails correlate by
+    `SAME_LOOK`: hashes alone would link hundreds of strangers. Found so: another compression,
+    brightness or size of one image.
     """
-    if len(images) != len(dataset.manifest):
-        raise ValueError(
-            f"{len(images)} images for {len(dataset.manifest)} rows of the manifest: pass them all"
-        )
-    return replace(dataset, manifest=dataset.manifest.assign(look=looks(images)))
-
-
-def looks(images: np.ndarray) -> np.ndarray:
-    """A number per image [N]; see `with_looks`."""
-    side = (32, 32)
-    small = np.stack(
-        [np.asarray(Image.fromarray(one).resize(side, Image.Resampling.BOX)) for one in images]
-    )
-    small = small.astype(np.float32)
+    small = [Image.fromarray(one).resize((32, 32), Image.Resampling.BOX) for one in images]
+    small = np.stack([np.asarray(one) for one in small]).astype(np.float32)
     low = dctn(small, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(small), -1)[:, 1:]
     bits = (low > np.median(low, axis=1, keepdims=True)).astype(np.float32)
     flat = small.reshape(len(small), -1)
@@ -142,127 +167,48 @@ def looks(images: np.ndarray) -> np.ndarray:
         differ = bits[part] @ (1 - bits).T + (1 - bits[part]) @ bits.T
         one, other = np.nonzero((differ <= SAME_HASH) & (flat[part] @ flat.T >= SAME_LOOK))
         pairs.append(np.stack([one + start, other]))
-    one, other = np.concatenate(pairs, axis=1)
-    links = coo_array((np.ones(len(one)), (one, other)), shape=(len(bits), len(bits)))
-    return connected_components(links, directed=False)[1]
-
-
-def folds(dataset: Dataset, *, n: int = 5, seed: int = 0) -> Dataset:
-    """Add the manifest column `fold` (0 to n-1) for cross-validation: whole patients, stratified by class.
-
-    Only labelled images of train and val are dealt out; every other row gets -1. Byte-identical files, and images
-    of one `look`, count as one patient. Errors: `ValueError` for `n` below 2, `BadData` when no class has `n` patients.
-    """
-    if n < 2:
-        raise ValueError(f"n is {n} folds; it must be at least 2")
-    manifest = dataset.manifest
-    usable = manifest["split"].isin(["train", "val"]) & (manifest["label"] >= 0)
-    rows = np.flatnonzero(usable.to_numpy())
-    units, classes = _units(dataset)[rows], manifest["class_name"].to_numpy(dtype=object)[rows]
-    spread = pd.Series(units).groupby(classes).nunique()
-    if not len(spread) or spread.max() < n:
-        raise BadData(
-            f"no class has {n} patients in train and val: {n} folds cannot be filled. Fix: fewer folds"
-        )
-    if (spread < n).any():
-        rare = ", ".join(f"{name} {count}" for name, count in spread[spread < n].items())
-        log.warning("some folds lack a class: patients of %s for %d folds", rare, n)
-    fold = np.full(len(manifest), -1, dtype=np.int64)
-    # Its own shuffle deals a class as unevenly as 9 to 36 before scikit-learn 1.7. Without it, ties between patients
-    # are broken by their numbers: drawn anew, they make the folds depend on the seed.
-    units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
-    splitter = StratifiedGroupKFold(n)
-    with (
-        warnings.catch_warnings()
-    ):  # Its warning about rare classes counts images, ours above patients.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        for number, (_, held_out) in enumerate(splitter.split(rows, classes, units)):
-            fold[rows[held_out]] = number
-    rule = f"{dataset.split_rule}; {n} folds by patient, stratified, seed {seed}"
-    return replace(dataset, manifest=manifest.assign(fold=fold), split_rule=rule)
-
-
-def _draw(
-    labels: np.ndarray, strata: np.ndarray, units: np.ndarray, *, val_share: float, seed: int
-) -> np.ndarray:
-    """Positions of the validation rows: as many of `FOLDS` stratified group folds as the share needs."""
-    fewest = min(len(np.unique(units[labels == label])) for label in np.unique(labels))
-    if fewest < 2:
-        raise BadData(
-            "a class has fewer than 2 patients outside the test split: a validation split cannot be drawn"
-        )
-    rarest = pd.Series(strata).value_counts().min()
-    # A group (bacteria, virus) too rare to spread over the folds cannot be balanced: stratify by class then.
-    target = strata if rarest >= FOLDS else labels
-    folds = min(FOLDS, fewest)
-    take = min(max(round(val_share * folds), 1), folds - 1)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    parts = [held_out for _, held_out in splitter.split(units, target, units)]
-    return np.sort(np.concatenate(parts[:take]))
-
-
-def _units(dataset: Dataset) -> np.ndarray:
-    """An integer per row: rows of one patient, with identical bytes, of one look, or linked by these, share it."""
-    patients = pd.factorize(dataset.manifest["patient"])[0]
-    ties = [pd.factorize(byte_hashes(dataset))[0]]
-    if "look" in dataset.manifest:
-        ties.append(dataset.manifest["look"].to_numpy())
-    nodes, ends = patients.max() + 1, []
-    for tie in ties:
-        ends.append(nodes + tie)
-        nodes += tie.max() + 1
-    starts = np.tile(patients, len(ties))
-    links = coo_array((np.ones(len(starts)), (starts, np.concatenate(ends))), shape=(nodes, nodes))
-    return connected_components(links, directed=False)[1][patients]
+    looks = _linked(*np.concatenate(pairs, axis=1), len(bits))
+    return replace(dataset, manifest=dataset.manifest.assign(look=looks))
 
 
 def byte_hashes(dataset: Dataset) -> pd.Series:
-    """An id of each file's bytes: sha1 where another file has the same length, else the path (bytes unique).
-
-    Only equal lengths are read, so this costs little even on the full-size films.
-    """
-    paths = [dataset.root / path for path in dataset.manifest["path"]]
-    lengths = pd.Series([path.stat().st_size for path in paths])
-    ids = dataset.manifest["path"].copy()
+    """An id of each image's bytes: sha1 where another file has the same length, else the path."""
+    paths, ids = dataset.manifest["path"], dataset.manifest["path"].copy()
+    if dataset.archive:
+        pixels = medmnist.images(dataset.archive, paths)
+        return paths.map(
+            {path: hashlib.sha1(image.tobytes()).hexdigest() for path, image in pixels}
+        )
+    lengths = pd.Series([(dataset.root / path).stat().st_size for path in paths])
     doubtful = np.flatnonzero(lengths.duplicated(keep=False).to_numpy())
-    for row in Bar(
-        doubtful, desc="hashing files of equal length", delay=2
-    ):  # No bar for a moment's work.
-        ids[row] = hashlib.sha1(paths[row].read_bytes()).hexdigest()
+    for row in Bar(doubtful, desc="hashing files of equal length", delay=2):
+        ids[row] = hashlib.sha1((dataset.root / paths[row]).read_bytes()).hexdigest()
     return ids
 
 
 def split_hash(dataset: Dataset) -> str:
     """Hash of which path lies in which split and fold; the same wherever the data set is stored."""
-    parts = [
-        dataset.manifest[name] for name in ("path", "split", "fold") if name in dataset.manifest
-    ]
-    rows = sorted(zip(*(part.tolist() for part in parts), strict=True))
+    columns = [name for name in ("path", "split", "fold") if name in dataset.manifest]
+    rows = sorted(dataset.manifest[columns].itertuples(index=False, name=None))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def save(dataset: Dataset, path: str | Path) -> str:
-    """Write the split as JSON (rule, hash, split of each path and its fold, if any) and return the hash."""
-    key = split_hash(dataset)
-    paths = dataset.manifest["path"]
-    saved = {"dataset": dataset.name, "rule": dataset.split_rule, "hash": key}
+    """Write the split as JSON (rule, hash, split and fold of each path) and return the hash."""
+    saved = {"dataset": dataset.name, "rule": dataset.split_rule, "hash": split_hash(dataset)}
     for name in ("split", "fold"):
         if name in dataset.manifest:
-            saved[name] = dict(zip(paths, dataset.manifest[name].tolist(), strict=True))
+            saved[name] = dataset.manifest.set_index("path")[name].to_dict()
     files.write_json(saved, path)
-    return key
+    return saved["hash"]
 
 
 def load(dataset: Dataset, path: str | Path) -> Dataset:
-    """Apply a split written by `save`; `BadData` when it was edited or is not about exactly these images."""
-    saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    have, want = set(dataset.manifest["path"]), set(saved["split"])
-    if have != want:
-        example = sorted(have ^ want)[0]
-        raise BadData(
-            f"{path} is the split of other images: {len(have - want)} here are not in it, {len(want - have)} "
-            f"in it are not here (first: {example}). Delete it to draw a new split."
-        )
+    """Apply a split written by `save`; `BadData` when it was edited or is of other images."""
+    saved = files.read_json(path)
+    if odd := set(dataset.manifest["path"]) ^ set(saved["split"]):
+        text = f"{path} is the split of other images: {len(odd)} differ, first {min(odd)}"
+        raise BadData(f"{text}. Delete it to draw a new split.")
     kept = {
         name: dataset.manifest["path"].map(saved[name])
         for name in ("split", "fold")
@@ -271,87 +217,72 @@ def load(dataset: Dataset, path: str | Path) -> Dataset:
     manifest = dataset.manifest.drop(columns="fold", errors="ignore").assign(**kept)
     loaded = replace(dataset, manifest=manifest, split_rule=saved["rule"])
     if split_hash(loaded) != saved["hash"]:
-        raise BadData(
-            f"{path} was changed after it was written (its hash does not match). Delete it to draw a new one."
-        )
+        text = f"{path} was changed after it was written (its hash does not match)"
+        raise BadData(f"{text}. Delete it to draw a new one.")
     return loaded
 
 
 def audit(dataset: Dataset) -> pd.DataFrame:
     """What the splits share: columns check, count, verdict ("ok", "warning", "leak"), detail.
 
-    A patient shared with the official test split is a warning, any other sharing a leak. Where patients'
-    groups differ (bacteria, virus), they are compared by number and kind too, because the pneumonia set does
-    not say which reading is right. Unlabelled images conflict with none.
+    A patient shared with the official test split is a warning, any other sharing a leak. Where
+    patients' groups differ (bacteria, virus), they are compared by number and kind too. Unlabelled
+    images conflict with none.
     """
     manifest = dataset.manifest.assign(content=byte_hashes(dataset).to_numpy())
     manifest["kind"] = manifest["patient"] + " " + manifest["group"]
-    present = [name for name in SPLITS if (manifest["split"] == name).any()]
+    several = manifest["group"].nunique() > 1
+    parts = {name: part for name, part in manifest.groupby("split") if name in SPLITS}
+    parts = {name: parts[name] for name in SPLITS if name in parts}
     rows = []
-    for one, other in itertools.combinations(present, 2):
-        sides = [manifest[manifest["split"] == name] for name in (one, other)]
-        by_number = _shared(sides, "patient")
+
+    def add(check: str, found: Sequence[str], verdict: str) -> None:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        rows.append((check, len(found), verdict if len(found) else "ok", shown))
+
+    for (one, left), (other, right) in itertools.combinations(parts.items(), 2):
+        where = f"in {one} and {other}"
+
+        def shared(
+            column: str, left: pd.DataFrame = left, right: pd.DataFrame = right
+        ) -> pd.DataFrame:
+            return left[left[column].isin(right[column])]
+
         verdict = "warning" if other == "test" else "leak"
-        rows.append(_row(f"patients in {one} and {other}, by number", by_number, verdict))
-        if manifest["group"].nunique() > 1:
-            by_kind = _shared(sides, "kind")
-            rows.append(_row(f"patients in {one} and {other}, by number and kind", by_kind, "leak"))
-        both = _shared(sides, "content")
-        rows.append(_row(f"identical files in {one} and {other}", _paths(sides[0], both), "leak"))
+        by_number = sorted(set(shared("patient")["patient"]))
+        add(f"patients {where}, by number", by_number, verdict)
+        if several:
+            by_kind = sorted(set(shared("kind")["kind"]))
+            add(f"patients {where}, by number and kind", by_kind, "leak")
+        add(f"identical files {where}", shared("content")["path"].tolist(), "leak")
         if "look" in manifest:
-            alike = sides[0][sides[0]["look"].isin(sides[1]["look"])]
-            rows.append(_row(f"near-duplicates in {one} and {other}", list(alike["path"]), "leak"))
-    for name in present:
-        inside = manifest[manifest["split"] == name]
-        copies = inside.loc[inside.duplicated("content"), "path"]
-        rows.append(_row(f"identical files within {name}", list(copies), "warning"))
-    labels = manifest[manifest["label"] >= 0].groupby("content")["label"].nunique()
-    conflicts = _paths(manifest, list(labels.index[labels > 1]))
-    rows.append(_row("identical files with different labels", conflicts, "leak"))
-    if "look" in manifest:
-        kinds = manifest[manifest["label"] >= 0].groupby("look")["label"].nunique()
-        alike = list(manifest.loc[manifest["look"].isin(kinds.index[kinds > 1]), "path"])
-        rows.append(_row("near-duplicates with different labels", alike, "warning"))
+            add(f"near-duplicates {where}", shared("look")["path"].tolist(), "leak")
+    for name, part in parts.items():
+        copies = part["path"][part.duplicated("content")].tolist()
+        add(f"identical files within {name}", copies, "warning")
+    for column, what in (("content", "identical files"), ("look", "near-duplicates")):
+        if column in manifest:
+            labels = manifest[manifest["label"] >= 0].groupby(column)["label"].nunique()
+            odd = manifest["path"][manifest[column].isin(labels.index[labels > 1])].tolist()
+            verdict = "leak" if column == "content" else "warning"
+            add(f"{what} with different labels", odd, verdict)
     return pd.DataFrame(rows, columns=["check", "count", "verdict", "detail"])
 
 
-def _shared(sides: Sequence[pd.DataFrame], column: str) -> list[str]:
-    return sorted(set(sides[0][column]) & set(sides[1][column]))
+def subset(dataset: Dataset, *, per_class: int | Sequence[int], seed: int = 0) -> Dataset:
+    """At most `per_class` images of each class from each split, at random; rows are numbered anew.
 
-
-def _paths(part: pd.DataFrame, contents: Sequence[str]) -> list[str]:
-    return list(part.loc[part["content"].isin(contents), "path"])
-
-
-def _row(check: str, found: Sequence[str], verdict: str) -> tuple[str, int, str, str]:
-    shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-    return check, len(found), verdict if found else "ok", shown
-
-
-def subset(
-    dataset: Dataset,
-    *,
-    per_class: int | Sequence[int],
-    splits: Sequence[str] = (*SPLITS, ""),
-    seed: int = 0,
-) -> Dataset:
-    """At most `per_class` images of each class from each of `splits`, at random; rows are numbered anew.
-
-    One number for all classes, or one for each in the order of `dataset.classes`. An image stays in its split, so
-    patients that were apart stay apart.
+    One number for all classes, or one for each in the order of `dataset.classes`. An image stays
+    in its split.
     """
-    counts = [per_class] * len(dataset.classes) if isinstance(per_class, int) else list(per_class)
+    one = isinstance(per_class, int)
+    counts = [per_class] * len(dataset.classes) if one else list(per_class)
     if len(counts) != len(dataset.classes) or min(counts) < 1:
-        raise ValueError(
-            f"per_class is {per_class}; it must be at least 1, one number or one for each class"
-        )
+        text = "it must be at least 1, one number or one for each class"
+        raise ValueError(f"per_class is {per_class}; {text}")
     kept = []
     for (name, label), part in dataset.manifest.groupby(["split", "label"]):
-        if name in splits:
-            # One generator for each part, so that leaving a split out does not change the others.
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), label % 2**32])
-            kept.append(rng.permutation(part.index.to_numpy())[: counts[label]])
-    rows = np.sort(np.concatenate(kept)) if kept else []
-    return replace(
-        take(dataset, rows), split_rule=f"{dataset.split_rule}; at most {per_class} a class"
-    )
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), label % 2**32])
+        kept.append(rng.permutation(part.index.to_numpy())[: counts[label]])
+    rule = f"{dataset.split_rule}; at most {per_class} a class"
+    return replace(take(dataset, np.sort(np.concatenate(kept))), split_rule=rule)

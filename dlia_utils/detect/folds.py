@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .. import files, objectives, submission, train
-from ..data import augment, cache, datasets, sources, split
+from ..data import augment, cache, datasets, sources, split, tables
 from ..models.detector import Detector, faster_rcnn
 from ..study import Study, fit_model
 from . import evaluate, figures, views
@@ -59,14 +59,14 @@ def open_detection(run) -> Study:
     """Find, check, split and decode the boxed images of a `run`; asking again opens nothing again.
 
     An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are
-    drawn, saved as `split.json` and read back on resume. Errors: `datasets.BadData`, before
+    drawn, saved as `split.json` and read back on resume. Errors: `tables.BadData`, before
     anything is trained.
     """
     dataset = datasets.load(run.location)
     dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
     problems = datasets.check(dataset)
     if len(problems):
-        raise datasets.BadData(datasets.problem_text(problems))
+        raise tables.BadData(datasets.problem_text(problems))
     saved = run.run_dir / "split.json"
     if saved.exists():
         dataset = split.load(dataset, saved)

@@ -239,12 +239,12 @@ study = open_study(run)
 test_opened(study, "exploration: sizes, samples, grey values; no model, no choice")
 print(study.dataset.split_rule)
 print("training films:", len(study.rows("train")))
-sizes = explore.sizes(study.dataset, known=study.cache.shapes)
+sizes = explore.sizes(study.dataset, study.cache.shapes)
 files.write_csv(sizes, TABLES / "sizes.csv")
 sizes[["split", "class_name", "images", "sizes", "commonest", "share"]].round(2)
 
 # %%
-figure = explore.figure_classes(study.dataset)
+figure = explore.figure_classes(study.dataset, run.caption)
 report.save_figure(figure, run, "classes")
 figure
 
@@ -271,7 +271,7 @@ files.write_csv(grey, TABLES / "grey.csv")
 grey.set_index(["split", "class_name"]).T.round(3)
 
 # %%
-figure = explore.figure_mean_images(study.cache, study.dataset)
+figure = explore.figure_mean_images(study.cache, study.dataset, run.caption)
 report.save_figure(figure, run, "mean_films")
 figure
 
