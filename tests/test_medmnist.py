@@ -402,7 +402,7 @@ def test_a_study_keeps_the_official_split_and_trains_seven_classes(tmp_path):
         profile="smoke",
         location=location,
         run_dir=tmp_path / "run",
-        settings=settings,
+        values=settings,
     )
     opened = study.open_study(one)
     official = datasets.load(location).manifest["split"]
