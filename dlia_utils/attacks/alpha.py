@@ -9,8 +9,8 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..models.robust.meansparse import ALPHAS, operators, recompute_statistics, set_alpha
+from . import evaluate
 from .base import check_attack
-from .evaluate import BPDA, robust
 
 log = logging.getLogger("dlia_utils")
 
@@ -45,24 +45,24 @@ def select_alpha(
     [0.0, 0.2]
     """
     found, alphas = operators(model), sorted({0.0, *map(float, grid)})
-    if not 0 <= alphas[0] < alphas[-1] < float("inf"):
-        raise ValueError(f"grid must hold finite numbers >= 0 and one above 0, not {tuple(grid)}")
+    if not (0 <= alphas[0] < alphas[-1] < float("inf") and 0 <= max_clean_drop <= 1):
+        raise ValueError(
+            f"grid must hold finite numbers >= 0 and one above 0, not {tuple(grid)}, and "
+            f"max_clean_drop be a share of the images, not {max_clean_drop}"
+        )
     check_attack(model, x_val, y_val, eps=eps)
     recompute_statistics(model, train_batches)
     before, rows = [operator.threshold.clone() for operator in found], []
     options = {"steps": steps, "seed": seed, "progress": progress, "early_drop": False}
+    options["attacks"] = ["pgd_margin"]
     try:
         for alpha in alphas:
             set_alpha(model, alpha)
-            result = robust(model, (x_val, y_val), [eps], attacks=["pgd_margin"], **options).rows
+            result = evaluate.robust(model, (x_val, y_val), [eps], **options).rows
             right = 1 - result.groupby("attack").fooled.mean()
-            through = right.get(f"pgd_margin{BPDA}", right.pgd_margin)  # equal at alpha 0
-            accuracies = {
-                "clean": right.clean,
-                "exact": right.pgd_margin,
-                "straight_through": through,
-            }
-            rows.append({"alpha": alpha, **accuracies, "robust": right.worst})
+            through = right.get(f"pgd_margin{evaluate.BPDA}", right.pgd_margin)  # equal at alpha 0
+            row = {"alpha": alpha, "clean": right.clean, "exact": right.pgd_margin}
+            rows.append(row | {"straight_through": through, "robust": right.worst})
             log.info("MeanSparse on validation images: %s", rows[-1])
     except BaseException:
         for operator, alpha in zip(found, before, strict=True):
