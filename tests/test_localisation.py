@@ -217,36 +217,23 @@ def block(channels, dilation):
     return [convolution, nn.BatchNorm2d(12), nn.ReLU6(inplace=True)]
 
 
-def taught(films, masks, *, epochs, weight):
+def taught(films, masks):
     """A classifier taught place by place where the lesions are."""
     truth = torch.from_numpy(masks).long()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         features, head = nn.Sequential(*block(1, 1), *block(12, 2), *block(12, 3)), nn.Linear(12, 2)
         optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-2)
-        for _ in range(epochs):
+        for _ in range(8):
             for rows in torch.randperm(len(films)).split(16):
                 logits = head(features(films[rows]).movedim(1, -1)).movedim(-1, 1)
                 loss = nn.functional.cross_entropy(
-                    logits, truth[rows], weight=torch.tensor([1.0, weight])
+                    logits, truth[rows], weight=torch.tensor([1.0, 4.0])
                 )
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
     return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
-
-
-def bones(seed, count, side=64):
-    """Phantom films of long bones, every second fractured, and the masks of the gaps."""
-    drawn = [
-        phantom.bone(
-            np.random.default_rng([seed, k]), height=side, width=side, fractured=k % 2 == 1
-        )
-        for k in range(count)
-    ]
-    films = np.stack([film for film, _, _ in drawn])
-    masks = np.stack([np.zeros((side, side), bool) if gap is None else gap for _, _, gap in drawn])
-    return torch.from_numpy(films)[:, None], masks
 
 
 def chests(seed, count, side=48):
@@ -262,7 +249,7 @@ def chests(seed, count, side=48):
 @pytest.fixture(scope="module")
 def reader():
     """A classifier taught place by place where the opacities are: what it reads is known."""
-    return taught(*chests(7, 96), epochs=8, weight=4.0)
+    return taught(*chests(7, 96))
 
 
 @pytest.fixture(scope="module")
@@ -292,20 +279,6 @@ def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
         ).all(), name
     lows = summary.query("score == 'coverage_gain'").set_index("map")["ci_low"]
     assert lows["gradcam"] > 0.3 and lows["random"] < 0
-
-
-def test_maps_of_a_reader_of_fractures_hit_the_gap():
-    reader = taught(*bones(7, 96), epochs=12, weight=30.0)
-    films, masks = bones(8, 24)
-    films, masks = films[1::2], list(masks[1::2])
-    maps = {"gradcam": explain("gradcam", reader, films, 1, **OPTIONS["gradcam"]).heat()}
-    rows = localise(maps, films, masks, groups=range(len(films)))
-    summary = summarise(rows, draws=200)
-    value = summary.pivot(index="map", columns="score", values="value")
-    assert rows["area"].mean() < 0.02  # thin gaps, and all the same:
-    assert value.loc["gradcam", "pointing"] > 0.5 and value.loc["gradcam", "auprc"] > 0.4
-    gains = against_references(rows, draws=200).query("score in ('coverage_gain', 'auprc')")
-    assert (gains["ci_low"] > 0).all()
 
 
 @pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])

@@ -650,10 +650,11 @@ WHERE = {
 
 def verdict(table, reading):
     """Two sentences on the drift score in `table`."""
-    own = table[table["outcome"].eq("error") & table["reading"].eq(reading) & table["method"].ne("")]
+    own = table[table["outcome"].eq("error") & table["reading"].eq(reading)]
+    own = own[own["method"].ne("")]  # not the rivals
     auroc, gain = (own[own["metric"].eq(m)].iloc[0] for m in ("auroc", "auroc_over_uncertainty"))
     if min(auroc["event_patients"], auroc["other_patients"]) < 10:
-        return f"{WHERE[reading]}, too few patients with wrong answers, or with right ones, to judge."
+        return f"{WHERE[reading]}, too few patients with wrong answers, or with right ones."
     says = "no warning of wrong answers by drift can be shown"
     if auroc["ci_low"] > 0.5:
         says = "drift warns of wrong answers: copies with them drift more"
