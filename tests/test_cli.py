@@ -214,7 +214,7 @@ def test_submission_check_prints_problems_and_fails(sent, capsys):
     assert cli.main([*command, "--images", str(sent)]) == 1
     assert "x_max: beyond the image's width in 1 row: line 3 ('30')" in capsys.readouterr().out
     assert cli.main([*command, "--classes", "Mass", "Effusion"]) == 1
-    assert "unknown label in 1 row: line 3 ('Nodule')" in capsys.readouterr().out
+    assert "label: unknown in 1 row: line 3 ('Nodule')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["mine.csv", "map.csv", "images"])

@@ -446,9 +446,9 @@ figure, axes = plots.panels(2, width=5.2, height=3.4)
 left, right = axes[0]
 for number, name in ((1, "false"), (0, "true")):
     score = own.score[own.hit[0] == (name == "true")]
-    look = {"color": plots.COLORS[number], "ls": ["-", "--"][number], "lw": 1.6}
-    look |= {"histtype": "step", "log": True}
-    left.hist(score, np.linspace(0, 1, 41), label=f"{name} positives ({len(score)})", **look)
+    style = {"color": plots.COLORS[number], "ls": ["-", "--"][number], "lw": 1.6}
+    style |= {"histtype": "step", "log": True}
+    left.hist(score, np.linspace(0, 1, 41), label=f"{name} positives ({len(score)})", **style)
 left.set(xlabel="score", ylabel="predictions (log scale)")
 left.legend(frameon=False)
 reached = found.loc[found["score"] >= threshold, "image"].value_counts()
