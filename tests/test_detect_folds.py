@@ -64,6 +64,7 @@ def test_an_official_split_is_kept(fresh_runs):
     split = one.dataset.manifest["split"]
     uses = [set(split[rows]) for rows in (fold.train, fold.select, fold.score)]
     assert uses == [{"train"}, {"val"}, {"test"}]
+    assert folds.open_detection(one.run) is one  # nothing is opened again
     (target,) = folds.targets(one)
     assert target.mapping.columns.tolist() == ["ID", "image_id"]
     assert len(target.rows) == len(fold.score)

@@ -203,7 +203,7 @@ figure, axes = plots.panels(2, rows=2, width=5.2, height=3.3)
 (count, size), (per_image, per_patient) = axes
 numbers = boxes["label"].value_counts().reindex(range(1, len(classes) + 1), fill_value=0)
 bars = count.barh(classes, numbers, color=plots.COLORS[0])
-count.set(xlabel="boxes", title="boxes per class")
+count.set(xlabel="boxes", title="boxes per class", xlim=(0, 1.15 * numbers.max()))
 count.bar_label(bars)
 spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(boxes))
 size.plot(side, boxes["label"] - 1 + spread, ".", ms=4, alpha=0.35, color=plots.COLORS[0])
@@ -218,8 +218,8 @@ for axis, sizes in ((per_image, boxes["image"].value_counts()), (per_patient, pa
     sizes.value_counts().sort_index().plot.bar(ax=axis, rot=0, color=plots.COLORS[0])
     axis.bar_label(axis.containers[0])
 per_image.set(xlabel="boxes per image", ylabel="images with a box")
-unknown = f"{manifest['patient'].isna().sum()} images without a patient"
-per_patient.set(xlabel="images of one patient", ylabel="patients", title=unknown)
+told = f"{len(patients)} patients, {len(manifest)} images, {manifest['patient'].isna().sum()}"
+per_patient.set(xlabel="images of one patient", ylabel="patients", title=f"{told} unknown")
 report.save_figure(figures.finish(figure, run.caption), run, "data")
 figure
 
@@ -440,9 +440,9 @@ figure, axes = plots.panels(2, width=5.2, height=3.4)
 left, right = axes[0]
 for number, name in ((1, "false"), (0, "true")):
     score = own.score[own.hit[0] == (name == "true")]
-    look = {"color": plots.COLORS[number], "ls": ["-", "--"][number], "lw": 1.6}
-    look |= {"histtype": "step", "log": True}
-    left.hist(score, np.linspace(0, 1, 41), label=f"{name} positives ({len(score)})", **look)
+    style = {"color": plots.COLORS[number], "ls": ["-", "--"][number], "lw": 1.6}
+    style |= {"histtype": "step", "log": True}
+    left.hist(score, np.linspace(0, 1, 41), label=f"{name} positives ({len(score)})", **style)
 left.set(xlabel="score", ylabel="predictions (log scale)")
 left.legend(frameon=False)
 reached = found.loc[found["score"] >= threshold, "image"].value_counts()
