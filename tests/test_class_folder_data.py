@@ -1,4 +1,4 @@
-"""Sets that are folders of classes: pneumonia, TB, both COVID trees; and what they have in common."""
+"""Sets that are folders of classes: pneumonia, TB, both COVID trees."""
 
 import shutil
 from pathlib import Path
@@ -120,7 +120,7 @@ def covid(tmp_path):
     return tree
 
 
-PATHS = [f"{name}/images/{name}-{number}.png" for name in ("COVID", "Normal") for number in (1, 2)]
+PATHS = [f"{one}/images/{one}-{number}.png" for one in ("COVID", "Normal") for number in (1, 2)]
 
 
 def test_covid_by_hand(covid):

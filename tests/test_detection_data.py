@@ -1,4 +1,4 @@
-"""The detection sets: NIH boxes, both editions of the competition, FracAtlas, and what is refused."""
+"""The detection sets: NIH boxes, both editions of the competition, FracAtlas."""
 
 import base64
 import io
@@ -236,7 +236,7 @@ def outlines_by_image(dataset):
 
 
 def need_outlines_in_boxes(dataset, *, slack=0.0):
-    """Every outline lies in a box of its image and reaches that box's sides: both are on the same pixels."""
+    """Every outline lies in a box of its image and reaches that box's sides."""
     assert list(dataset.outlines.columns) == ["image", "label", "points"]
     assert set(dataset.outlines["label"]) == {1}
     corners = {image: part[CORNERS].to_numpy() for image, part in dataset.boxes.groupby("image")}

@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test", "")
 CHUNK = 256  # Images that are turned to floats at a time.
 SHAPE_FEATURES = {name: [name] for name in ("height", "width", "aspect ratio")}
 SHAPE_FEATURES["all three"] = list(SHAPE_FEATURES)
-# Upper ends of "negligible", "small" and "medium": Cramer's V, and epsilon squared of ranks (Cohen 1988).
+# Upper ends of "negligible", "small" and "medium" (Cohen 1988).
 EFFECTS = {"Cramer's V": (0.1, 0.3, 0.5), "epsilon squared": (0.01, 0.06, 0.14)}
 
 
@@ -175,8 +175,8 @@ def size_shortcut(
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")
     >>> given_away = np.stack([np.full(80, 100), 100 + 50 * manifest["label"]], axis=1)
-    >>> size_shortcut(images, given_away, draws=50).set_index("features")["value"].round(2).to_dict()
-    {'height': 0.5, 'width': 1.0, 'aspect ratio': 1.0, 'all three': 1.0}
+    >>> size_shortcut(images, given_away, draws=50)["value"].round(2).tolist()
+    [0.5, 1.0, 1.0, 1.0]
     """
     labels = dataset.manifest["label"].to_numpy()
     known = labels >= 0
@@ -202,7 +202,7 @@ def size_shortcut(
                 random_state=seed,
             )
             score = model.fit(x[train], labels[train]).predict_proba(x[held_out])
-            # Rounded: a difference in the last digit is none, and equal scores must share their rank.
+            # Rounded, for scores that differ in the last digit must share their rank.
             scores[held_out] = (rankdata(score.round(9), axis=0) - 0.5) / len(held_out)
         score = scores[:, 1] if len(spread) == 2 else scores
         scored = metrics.classification(labels, score, patients, draws=draws, seed=seed)

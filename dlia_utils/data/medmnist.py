@@ -24,8 +24,8 @@ DAMAGED = (KeyError, zipfile.BadZipFile, zlib.error, EOFError, ValueError)
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 _ORGANS = (
-    "bladder/femur-left/femur-right/heart/kidney-left/kidney-right/liver/lung-left/lung-right/pancreas/"
-    "spleen"
+    "bladder/femur-left/femur-right/heart/kidney-left/kidney-right/liver/lung-left/lung-right/"
+    "pancreas/spleen"
 )
 FLAGS = {  # names of the classes by the number in the file; ChestMNIST: of its findings
     "pathmnist": "adipose/background/debris/lymphocytes/mucus/smooth muscle/normal colon mucosa/"
@@ -40,8 +40,8 @@ FLAGS = {  # names of the classes by the number in the file; ChestMNIST: of its 
     "breastmnist": "malignant/normal or benign",
     "bloodmnist": "basophil/eosinophil/erythroblast/immature granulocytes/lymphocyte/monocyte/"
     "neutrophil/platelet",
-    "tissuemnist": "collecting duct, connecting tubule/distal convoluted tubule/glomerular endothelial "
-    "cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule segments/thick "
+    "tissuemnist": "collecting duct, connecting tubule/distal convoluted tubule/glomerular "
+    "endothelial cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule segments/thick "
     "ascending limb",
     **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), _ORGANS),
 }

@@ -34,7 +34,7 @@ from .tables import (
 
 log = logging.getLogger("dlia_utils")
 
-# The order is part of every detection result: label k is NIH_CLASSES[k - 1], and 0 is the background.
+# Label k of every detection result is NIH_CLASSES[k - 1], and 0 is the background.
 NIH_CLASSES = tuple(
     "Atelectasis Cardiomegaly Effusion Infiltrate Mass Nodule Pneumonia Pneumothorax".split()
 )
@@ -486,7 +486,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     import cv2  # comes with albumentations; nothing else here needs it
 
     height, width = mask.shape
-    # OpenCV joins the centres of pixels. On a grid twice as fine a pixel covers its corners and edges too.
+    # OpenCV joins centres of pixels. On a grid twice as fine a pixel covers its corners too.
     fine = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
     for place in range(9):
         down, across = divmod(place, 3)
