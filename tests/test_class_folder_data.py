@@ -110,7 +110,7 @@ def test_tuberculosis(tmp_path):
 
 @pytest.fixture
 def covid(tmp_path):
-    """A hand-made Radiography Database: two images a class, their masks, a class that is not read."""
+    """A hand-made Radiography Database: two images a class, their masks, a third class."""
     tree = tmp_path / "db"
     for name in ("COVID", "Normal", "Viral Pneumonia"):
         for number in (1, 2):

@@ -104,14 +104,14 @@ def _image_statistics(cache: ImageCache) -> pd.DataFrame:
     return pd.DataFrame(np.concatenate(found).astype(float), columns=columns)
 
 
-def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.05) -> pd.DataFrame:
+def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     """Could the splits be one pool divided at random? Tests of class counts, mean grey, contrast.
 
     Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis
     test inside each class, so that other class shares do not count twice. A patient's images of
     one class in one split count as one, their mean. Columns test, class_name, p, p_holm (Holm
     1979, over all rows), effect_name, effect (Cramer's V or epsilon squared, 0 to 1), uneven
-    (p_holm < `level`), detail (share or median per split) and meaning, in words.
+    (p_holm < 0.05), detail (share or median per split) and meaning, in words.
     """
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
@@ -145,7 +145,7 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
             rows.append(row | dict(effect=effect, detail=f"median: {detail}"))
     result = pd.DataFrame(rows)
     result.insert(3, "p_holm", comparison.holm(result["p"]))
-    result.insert(6, "uneven", result["p_holm"] < level)
+    result.insert(6, "uneven", result["p_holm"] < 0.05)
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
     return result
 
