@@ -133,7 +133,7 @@ def test_nothing_before_the_test_changes_when_all_test_images_are_corrupted(done
 
 
 def test_the_comparison_would_see_a_leak(done):
-    """Validation images are read by choices and train the final model: corrupted, they change both."""
+    """Validation images are read by choices and train the final model: both change with them."""
     clean, corrupted = done[None], done["val"]
     assert not runs_of(clean)["score"].equals(runs_of(corrupted)["score"])
     assert not same_weights(weights_of(clean), weights_of(corrupted))
