@@ -145,7 +145,7 @@ def test_arguments_that_albumentations_would_ignore_are_errors(build, wrong):
 
 
 def test_workers_draw_different_and_reproducible_parameters(boxed):
-    """albumentations 2.0.8 by itself gives every worker the same ones, and the same again in every epoch."""
+    """albumentations 2.0.8 by itself gives every worker and every epoch the same ones."""
     cache, boxes = boxed
     cache.images[:] = cache.images[0]
     boxes = boxes.assign(**{name: boxes[name][0] for name in ("x1", "y1", "x2", "y2")})

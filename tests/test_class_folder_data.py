@@ -1,4 +1,4 @@
-"""Sets that are folders of classes: pneumonia, TB, both COVID trees; and what they have in common."""
+"""Sets that are folders of classes: pneumonia, TB, both COVID trees."""
 
 import shutil
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_tuberculosis(tmp_path):
 
 @pytest.fixture
 def covid(tmp_path):
-    """A hand-made Radiography Database: two images a class, their masks, a class that is not read."""
+    """A hand-made Radiography Database: two images a class, their masks, a third class."""
     tree = tmp_path / "db"
     for name in ("COVID", "Normal", "Viral Pneumonia"):
         for number in (1, 2):
@@ -120,7 +120,7 @@ def covid(tmp_path):
     return tree
 
 
-PATHS = [f"{name}/images/{name}-{number}.png" for name in ("COVID", "Normal") for number in (1, 2)]
+PATHS = [f"{one}/images/{one}-{number}.png" for one in ("COVID", "Normal") for number in (1, 2)]
 
 
 def test_covid_by_hand(covid):

@@ -1,7 +1,7 @@
-"""Notebook 06 learns nothing from films that it must not read: its own cells, run on data spoilt on purpose.
+"""Notebook 06 learns nothing from images that it must not read: its own cells, on corrupted data.
 
-Everything up to the final test runs three times: as it is; with the pixels and labels of all TEST films spoilt; and
-with those of the validation films, to show that the comparison would see a leak.
+Everything up to the final test runs three times: as it is; with the pixels and labels of all TEST
+images corrupted; and with those of the validation images, to show that the comparison sees a leak.
 """
 
 import json
@@ -60,7 +60,7 @@ def patched(tmp_path_factory):
         yield patch
 
 
-def spoil(opened, part):
+def corrupt(opened, part):
     """The study with random pixels and turned labels in a split."""
     rows, rng = opened.rows(part), np.random.default_rng(7)
     images, manifest = np.array(opened.cache.images), opened.dataset.manifest.copy()
@@ -71,9 +71,9 @@ def spoil(opened, part):
 
 
 def run(cells, part, *, wanted=LEARNT):
-    """Run the notebook's sections with the films of `part` spoilt (None: as they are); what they came to."""
+    """Run the notebook's sections with the images of `part` corrupted (None: as they are)."""
     opening, sections = cells
-    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": f"spoilt-{part}", "CHANGES": TINY}
+    names = {"PROFILE": "smoke", "DATA_DIR": "", "RUN_NAME": f"corrupted-{part}", "CHANGES": TINY}
     names |= {
         "RESUME": False,
         "__name__": "cells",
@@ -84,7 +84,7 @@ def run(cells, part, *, wanted=LEARNT):
     started = names["run"]
     opened = study.open_study(started)
     if part:
-        opened = spoil(opened, part)
+        opened = corrupt(opened, part)
         started.opened[started.key] = opened
     for number in wanted:
         for code in sections[number]:
@@ -113,39 +113,39 @@ def done(cells, patched):
     }
 
 
-def test_nothing_before_the_test_changes_when_all_test_films_are_spoilt(done):
-    clean, spoilt = done[None], done["test"]
+def test_nothing_before_the_test_changes_when_all_test_images_are_corrupted(done):
+    clean, corrupted = done[None], done["test"]
     rows = clean.study.rows("test")
-    assert np.array_equal(rows, spoilt.study.rows("test")) and len(rows) >= 8
-    assert not np.array_equal(clean.study.cache.images[rows], spoilt.study.cache.images[rows])
-    pd.testing.assert_frame_equal(runs_of(clean), runs_of(spoilt), check_exact=True)
+    assert np.array_equal(rows, corrupted.study.rows("test")) and len(rows) >= 8
+    assert not np.array_equal(clean.study.cache.images[rows], corrupted.study.cache.images[rows])
+    pd.testing.assert_frame_equal(runs_of(clean), runs_of(corrupted), check_exact=True)
     for name in ("quick", "recipes", "ranges"):
-        tables = [pd.read_csv(one.folder / "tables" / f"{name}.csv") for one in (clean, spoilt)]
+        tables = [pd.read_csv(one.folder / "tables" / f"{name}.csv") for one in (clean, corrupted)]
         tables = [table.drop(columns="seconds", errors="ignore") for table in tables]
         pd.testing.assert_frame_equal(*tables, check_exact=True)
-    choices = [json.loads((one.folder / "choice.json").read_text()) for one in (clean, spoilt)]
+    choices = [json.loads((one.folder / "choice.json").read_text()) for one in (clean, corrupted)]
     assert choices[0] == choices[1] and choices[0]["epochs"] >= 1
     for name in ("initial", "unaugmented", "adam", "sgd", "smoothed", "baseline"):
-        assert same_weights(weights_of(clean, name), weights_of(spoilt, name)), name
+        assert same_weights(weights_of(clean, name), weights_of(corrupted, name)), name
 
 
 def test_the_comparison_would_see_a_leak(done):
-    """Validation films are read by choices and train the final model: spoilt, they change both."""
-    clean, spoilt = done[None], done["val"]
-    assert not runs_of(clean)["score"].equals(runs_of(spoilt)["score"])
-    assert not same_weights(weights_of(clean), weights_of(spoilt))
+    """Validation images are read by choices and train the final model: both change with them."""
+    clean, corrupted = done[None], done["val"]
+    assert not runs_of(clean)["score"].equals(runs_of(corrupted)["score"])
+    assert not same_weights(weights_of(clean), weights_of(corrupted))
 
 
-def test_statistics_and_class_weights_read_training_films_only(done):
+def test_statistics_and_class_weights_read_training_images_only(done):
     clean = done[None]
     mean, spread = explore.mean_and_spread(clean.study.cache, clean.study.rows("train"))
     for part in ("test", "val"):
-        spoilt = done[part]
-        assert spoilt.study.class_weights() == clean.study.class_weights()
-        for key in ("mean", "std"):  # of the final model, which trains on validation films too
-            assert torch.equal(weights_of(clean)[key], weights_of(spoilt)[key])
+        corrupted = done[part]
+        assert corrupted.study.class_weights() == clean.study.class_weights()
+        for key in ("mean", "std"):  # of the final model, which trains on validation images too
+            assert torch.equal(weights_of(clean)[key], weights_of(corrupted)[key])
         strategies = [
-            explore.normalisations(s.cache, s.rows("train")) for s in (clean.study, spoilt.study)
+            explore.normalisations(s.cache, s.rows("train")) for s in (clean.study, corrupted.study)
         ]
         x = torch.rand(2, 1, 24, 24, generator=torch.Generator().manual_seed(0))
         assert all(
@@ -156,8 +156,8 @@ def test_statistics_and_class_weights_read_training_films_only(done):
     assert weights_of(clean)["std"].flatten()[0].item() == pytest.approx(std, abs=1e-6)
 
 
-def test_validation_films_do_not_train_before_the_final_model(done):
-    """With validation films spoilt every EPOCH of a training is the same; only which epoch is kept may differ."""
+def test_validation_images_do_not_train_before_the_final_model(done):
+    """Every EPOCH of a training is the same; only which epoch is kept may differ."""
     columns = ["epoch", "train_loss", "train_accuracy"]
     for name in ("initial", "unaugmented"):
         tables = [
@@ -172,7 +172,7 @@ def test_the_test_is_opened_after_all_choices_and_once(done, cells, patched):
     names = {
         "PROFILE": "smoke",
         "DATA_DIR": "",
-        "RUN_NAME": "spoilt-None",
+        "RUN_NAME": "corrupted-None",
         "RESUME": True,
         "CHANGES": TINY,
     }
@@ -206,7 +206,7 @@ def test_the_threshold_is_fixed_beforehand(cells):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_films_that_occur_twice_never_lie_in_two_splits(tmp_path, patched, seed):
+def test_images_that_occur_twice_never_lie_in_two_splits(tmp_path, patched, seed):
     tree = phantom.write_covid(tmp_path, seed=seed, images=(45, 45), size=64)
     opened = study.open_study(
         start_run(NOTEBOOK, tree, f"twins-{seed}", **TINY | {"per_class": None})
@@ -226,21 +226,14 @@ def test_a_split_that_ignores_twins_is_caught_by_the_audit(tmp_path):
     dataset = datasets.load(sources.find("covid", tree))
     torn = split.drawn(
         dataset, val_share=0.15, test_share=0.15
-    )  # without looks: every film for itself
+    )  # without looks: every image for itself
     images = cache.build(dataset, size=24, root=os.environ["DLIA_CACHE"], progress=False).images
     audit = split.audit(split.with_looks(torn, images)).set_index("check")
-    assert (
-        (
-            audit.loc[
-                [name for name in audit.index if name.startswith("near-duplicates in")], "count"
-            ]
-        ).sum()
-        > 0
-    )
+    assert audit.filter(like="near-duplicates in", axis=0)["count"].sum() > 0
 
 
 def test_every_run_of_the_search_is_scored_on_validation_films(done):
-    """The score is the best validation AUC of a training of its own, and no weights are left to start another from."""
+    """The score is the best validation AUC of a training of its own; no weights are left behind."""
     runs, folder = runs_of(done[None]), done[None].folder / "search"
     assert len(runs) == TINY["trials"] and len(list(folder.glob("run_*"))) == len(runs)
     for _, row in runs.iterrows():

@@ -157,7 +157,7 @@ def test_sizes_that_have_nothing_to_do_with_the_class_score_chance():
 
 
 def test_patients_are_not_split_between_fit_and_score():
-    # Each patient has a size of his own and a random class: only a fit that knows the patient could score.
+    # A size of its own for each patient, and a random class: only a fit that knows them scores.
     rng = np.random.default_rng(7)
     patients = np.repeat(np.arange(60), 8)
     label, side = rng.integers(0, 2, 60)[patients], rng.permutation(60)[patients] * 7 + 200

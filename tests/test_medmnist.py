@@ -1,4 +1,4 @@
-"""MedMNIST: files in the published format become data sets with the official split and the true pixels."""
+"""MedMNIST: published files become data sets with the official split and the true pixels."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def arrays_of(flag, *, size=28, counts=COUNTS, colour=False, seed=0):
-    """The six arrays of a file; the mean grey of an image is 20 + 15 x its label (findings: x how many), nearly."""
+    """The six arrays of a file; the mean grey of an image is about 20 + 15 x its label."""
     rng, arrays = np.random.default_rng(seed), {}
     classes = len(medmnist.FLAGS[flag])
     for name, count in counts.items():

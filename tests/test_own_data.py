@@ -1,4 +1,4 @@
-"""A reader's own folders and boxes: all layouts that are read, all that is refused, by its message."""
+"""A reader's own folders and boxes: all layouts that are read, all that is refused."""
 
 import json
 import os
@@ -191,7 +191,7 @@ BAD = {  # images, text of l.csv, message
         "class folder normal has no image listed in l.csv",
     ),
     "listed but loose": ([*CLASSES, "x.png"], "file\nx.png", "x.png lies in no class folder"),
-    "cells": (FLAT, LABELS + "a.png,flu,more\n", 'line 6: more cells than columns: .*","'),
+    "cells": (FLAT, LABELS + "a.png,flu,more\n", "cannot be read .*line 6, saw 3.*double quotes"),
     "no rows": (FLAT, "file,label\n", "no rows: give a row for each image"),
     "columns": (FLAT, "file,label,label\na.png,1,2", "two columns label"),
     "not UTF-8": (FLAT, LABELS.encode() + b"\xff", "cannot be read .*save it as CSV in UTF-8"),

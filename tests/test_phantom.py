@@ -1,4 +1,4 @@
-"""The synthetic radiographs: what is planted can be seen, where it is said to be, and nothing else tells it."""
+"""The synthetic radiographs: what is planted can be seen, where it is said to be."""
 
 import json
 
@@ -80,13 +80,13 @@ def test_opacities_of_tuberculosis_lie_high_up():
 
 
 def drawn(name, seed):
-    """What the finding changes on the image, noise included; whether each pixel is in its box; the box."""
+    """What the finding changes, noise included; whether each pixel is in its box; the box."""
     bare, _ = phantom.chest_with_findings(np.random.default_rng(seed), [], size=SIZE)
     image, (box,) = phantom.chest_with_findings(np.random.default_rng(seed), [name], size=SIZE)
     x1, y1, x2, y2 = map(int, box)
     inside = np.zeros(image.shape, bool)
     inside[y1:y2, x1:x2] = True
-    # The two have other grey windows: bring the bare one into that of the other by the pixels outside.
+    # The two have other grey windows: match them by the pixels outside.
     tone = np.polynomial.Polynomial.fit(bare[~inside], image[~inside], 5)
     return image - tone(bare), inside, np.array(box)
 

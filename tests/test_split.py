@@ -27,7 +27,7 @@ def make(root, rows):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """300 patients of 1 to 4 images, both classes, an official val, and test numbers that train has too."""
+    """300 patients of 1 to 4 images, an official val, and test numbers that train has too."""
     rng, rows = np.random.default_rng(0), []
     for k in range(300):
         label, part = int(k % 3 > 0), "val" if k < 6 else "train"

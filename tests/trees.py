@@ -1,4 +1,4 @@
-"""Trees of data sets for tests: other layouts of the phantoms, files that do not belong there, hashes."""
+"""Trees of data sets for tests: another layout of FracAtlas, files, hashes."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ def need_every_file_accounted_for(dataset):
 
 
 def ninja(folder, **options):
-    """FracAtlas as DatasetNinja publishes it: the phantom's images; every second outline is a bitmap."""
+    """The phantom of FracAtlas as DatasetNinja publishes it; every second outline is a bitmap."""
     original = phantom.write_fracatlas(folder / "original", **options)
     coco = json.loads((original / readers.FRAC_BOXES).read_text())
     about = {one["file_name"]: one for one in coco["images"]}

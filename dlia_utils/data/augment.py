@@ -47,7 +47,8 @@ def box_transform(*, flip: float = 0.5) -> BoxTransform:
     Erased rectangles (DeVries & Taylor 2017) are left out where they would hide more than half of
     a box.
 
-    >>> moved = box_transform()(image=np.zeros((64, 64), np.uint8), bboxes=np.array([[8, 8, 40, 30.0]]), labels=[1])
+    >>> image, box = np.zeros((64, 64), np.uint8), np.array([[8, 8, 40, 30.0]])
+    >>> moved = box_transform()(image=image, bboxes=box, labels=[1])
     >>> moved["image"].shape, len(moved["bboxes"])
     ((64, 64), 1)
     """
@@ -64,7 +65,7 @@ def box_transform(*, flip: float = 0.5) -> BoxTransform:
             ],
             bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"], **kept),
         )
-        # In a pipeline of its own: with boxes in sight it would shrink them to what is left visible.
+        # Apart: with boxes in sight it would shrink them to what is left visible.
         erase = A.Compose([A.CoarseDropout(num_holes_range=(1, 4), **holes, p=0.2)])
     return BoxTransform(together, erase)
 

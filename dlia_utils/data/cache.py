@@ -203,7 +203,7 @@ def _decode(path: Path, size: int, fit: str, *, truncated: bool = False) -> np.n
                 if missing >= MAX_MISSING:
                     raise ValueError(f"truncated: {missing:.0%} of its rows are missing")
             else:
-                # JPEG decodes at 1/2, 1/4 or 1/8 cheaply: keep twice the pixels for the antialiasing.
+                # JPEG decodes at 1/2, 1/4 or 1/8 cheaply: keep twice the pixels for antialiasing.
                 image.draft("L", (2 * size, 2 * size))
             return _fitted(image, size, fit)
     finally:

@@ -176,15 +176,14 @@ def _file_problem(path: Path) -> str:
 def problem_text(problems: pd.DataFrame) -> str:
     """The message of a `BadData` error: the first files, the number of the rest, and the fix.
 
-    >>> print(problem_text(pd.DataFrame({"path": ["test/NORMAL/a.jpeg"], "problem": ["not an image"]})))
+    >>> print(problem_text(pd.DataFrame([("a.png", "not an image")], columns=["path", "problem"])))
     1 unusable files:
-      test/NORMAL/a.jpeg: not an image
-    Fix: copy these files again from the original data set, or delete them (`data check` decodes every file).
+      a.png: not an image
+    Fix: copy these files again, or delete them (`data check` decodes every file).
     """
     lines = [f"  {row.path}: {row.problem}" for row in problems.head(SHOWN).itertuples()]
     more = [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    fix = "copy these files again from the original data set, or delete them"
-    fix = f"Fix: {fix} (`data check` decodes every file)."
+    fix = "Fix: copy these files again, or delete them (`data check` decodes every file)."
     return "\n".join([f"{len(problems)} unusable files:", *lines, *more, fix])
 
 

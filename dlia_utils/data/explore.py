@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test", "")
 CHUNK = 256  # Images that are turned to floats at a time.
 SHAPE_FEATURES = {name: [name] for name in ("height", "width", "aspect ratio")}
 SHAPE_FEATURES["all three"] = list(SHAPE_FEATURES)
-# Upper ends of "negligible", "small" and "medium": Cramer's V, and epsilon squared of ranks (Cohen 1988).
+# Upper ends of "negligible", "small" and "medium" (Cohen 1988).
 EFFECTS = {"Cramer's V": (0.1, 0.3, 0.5), "epsilon squared": (0.01, 0.06, 0.14)}
 
 
@@ -104,14 +104,14 @@ def _image_statistics(cache: ImageCache) -> pd.DataFrame:
     return pd.DataFrame(np.concatenate(found).astype(float), columns=columns)
 
 
-def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.05) -> pd.DataFrame:
+def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     """Could the splits be one pool divided at random? Tests of class counts, mean grey, contrast.
 
     Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis
     test inside each class, so that other class shares do not count twice. A patient's images of
     one class in one split count as one, their mean. Columns test, class_name, p, p_holm (Holm
     1979, over all rows), effect_name, effect (Cramer's V or epsilon squared, 0 to 1), uneven
-    (p_holm < `level`), detail (share or median per split) and meaning, in words.
+    (p_holm < 0.05), detail (share or median per split) and meaning, in words.
     """
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
@@ -145,7 +145,7 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache, *, level: float = 0.
             rows.append(row | dict(effect=effect, detail=f"median: {detail}"))
     result = pd.DataFrame(rows)
     result.insert(3, "p_holm", metrics.holm(result["p"]))
-    result.insert(6, "uneven", result["p_holm"] < level)
+    result.insert(6, "uneven", result["p_holm"] < 0.05)
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
     return result
 
@@ -175,8 +175,8 @@ def size_shortcut(
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")
     >>> given_away = np.stack([np.full(80, 100), 100 + 50 * manifest["label"]], axis=1)
-    >>> size_shortcut(images, given_away, draws=50).set_index("features")["value"].round(2).to_dict()
-    {'height': 0.5, 'width': 1.0, 'aspect ratio': 1.0, 'all three': 1.0}
+    >>> size_shortcut(images, given_away, draws=50)["value"].round(2).tolist()
+    [0.5, 1.0, 1.0, 1.0]
     """
     labels = dataset.manifest["label"].to_numpy()
     known = labels >= 0
@@ -202,7 +202,7 @@ def size_shortcut(
                 random_state=seed,
             )
             score = model.fit(x[train], labels[train]).predict_proba(x[held_out])
-            # Rounded: a difference in the last digit is none, and equal scores must share their rank.
+            # Rounded, for scores that differ in the last digit must share their rank.
             scores[held_out] = (rankdata(score.round(9), axis=0) - 0.5) / len(held_out)
         score = scores[:, 1] if len(spread) == 2 else scores
         scored = metrics.classification(labels, score, patients, draws=draws, seed=seed)

@@ -23,15 +23,12 @@ log = logging.getLogger("dlia_utils")
 DAMAGED = (KeyError, zipfile.BadZipFile, zlib.error, EOFError, ValueError)
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
-_ORGANS = (
-    "bladder/femur-left/femur-right/heart/kidney-left/kidney-right/liver/lung-left/lung-right/pancreas/"
-    "spleen"
-)
+_ORGANS = "bladder/femur-left/femur-right/heart/kidney-left/kidney-right/liver/lung-left/lung-right"
 FLAGS = {  # names of the classes by the number in the file; ChestMNIST: of its findings
     "pathmnist": "adipose/background/debris/lymphocytes/mucus/smooth muscle/normal colon mucosa/"
     "cancer-associated stroma/colorectal adenocarcinoma epithelium",
-    "chestmnist": "atelectasis/cardiomegaly/effusion/infiltration/mass/nodule/pneumonia/pneumothorax/"
-    "consolidation/edema/emphysema/fibrosis/pleural/hernia",
+    "chestmnist": "atelectasis/cardiomegaly/effusion/infiltration/mass/nodule/pneumonia/"
+    "pneumothorax/consolidation/edema/emphysema/fibrosis/pleural/hernia",
     "dermamnist": "actinic keratoses and intraepithelial carcinoma/basal cell carcinoma/benign "
     "keratosis-like lesions/dermatofibroma/melanoma/melanocytic nevi/vascular lesions",
     "octmnist": "choroidal neovascularization/diabetic macular edema/drusen/normal",
@@ -40,10 +37,10 @@ FLAGS = {  # names of the classes by the number in the file; ChestMNIST: of its 
     "breastmnist": "malignant/normal or benign",
     "bloodmnist": "basophil/eosinophil/erythroblast/immature granulocytes/lymphocyte/monocyte/"
     "neutrophil/platelet",
-    "tissuemnist": "collecting duct, connecting tubule/distal convoluted tubule/glomerular endothelial "
-    "cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule segments/thick "
-    "ascending limb",
-    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), _ORGANS),
+    "tissuemnist": "collecting duct, connecting tubule/distal convoluted tubule/glomerular "
+    "endothelial cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule "
+    "segments/thick ascending limb",
+    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), f"{_ORGANS}/pancreas/spleen"),
 }
 FLAGS = {flag: tuple(names.split("/")) for flag, names in FLAGS.items()}
 

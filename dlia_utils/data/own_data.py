@@ -64,23 +64,17 @@ def read_folder(
         problems += _lines(rows[rows["label"] == ""], "has no label")
     else:
         rows = _by_folders(root, rows, file, ignored, problems)
-    fix = "correct the folders" + (
-        f" or {file.name}" if file else ", or add a CSV with file and label"
-    )
-    refuse(f"{root}", problems, fix)
+    what = f"correct the folders, or {file.name if file else 'add a CSV with file and label'}"
+    refuse(f"{root}", problems, what)
     names = class_order(rows["class_name"], classes)
     if len(names) < 2:
-        fix = f"add another class; if {root / names[0]} holds the class folders, name that one instead"
+        fix = f"add another class; if {root / names[0]} holds the classes, name that one instead"
         raise BadData(f"{root} has one class only, {names[0]}: two are needed. Fix: {fix}.")
     there = set(zip(rows["split"], rows["class_name"], strict=True))
-    wanted = [(split, name) for split in sorted(set(rows["split"])) for name in names]
-    problems = [
-        f"{split} has no image of {name}" for split, name in wanted if (split, name) not in there
-    ]
+    wanted = {(split, name) for split in rows["split"] for name in names}
+    problems = [f"{split} has no image of {name}" for split, name in sorted(wanted - there)]
     rows["patient"] = _patients(rows, patient_pattern, root, problems)
-    refuse(
-        f"{root}", problems, "put images of every class into every split, and name every patient"
-    )
+    refuse(f"{root}", problems, "put every class into every split, and name every patient")
     manifest = [
         (row.path, names.index(row.class_name), row.class_name, row.patient, "", row.split)
         for row in rows.sort_values("path").itertuples()
@@ -114,9 +108,7 @@ def read_boxes(
     path_of = dict(zip(rows["file"], rows["path"], strict=True))
     ignored = _unread(images, ignored, rows, root, file)
     rows = rows.drop_duplicates("path").sort_values("path", ignore_index=True)
-    raw = raw.assign(
-        name=raw["name"].map(path_of).astype(str), class_name=raw["class_name"].astype(str)
-    )
+    raw = raw.assign(name=raw["name"].map(path_of)).astype({"name": str, "class_name": str})
     names = class_order(set(raw["class_name"]) - {""}, classes)
     row_of = {path: row for row, path in enumerate(rows["path"])}
     shapes = dict(zip(row_of, shapes_of(root, row_of), strict=True))
@@ -240,11 +232,8 @@ def _by_folders(
     tops = _subfolders(root)
     if level:
         tops = [top for top in tops if top.casefold() in SPLIT_OF]
-        tops = [
-            one
-            for top in tops
-            for one in [f"{top}/{name}" for name in _subfolders(root / top)] or [top]
-        ]
+        deeper = ([f"{top}/{name}" for name in _subfolders(root / top)] or [top] for top in tops)
+        tops = sum(deeper, [])
     if not tops:
         problems.append(f"no class folder, but {len(rows)} images: make a folder for each class")
     filled = {"/".join(some[: level + 1]) for some in parts}
@@ -282,9 +271,7 @@ def _splits(
         return given.map(lambda _: ""), "none"
     if "train" not in names or len(names) < 2:
         text = f"the splits ({rule}) are {', '.join(sorted(names))} only"
-        problems.append(
-            f"{text}: train is needed, with test, val or both; or none, then one is drawn"
-        )
+        problems.append(f"{text}: train is needed, with test, val or both; or no split at all")
     return given, rule
 
 
@@ -293,9 +280,7 @@ def _splits(
 
 def _csv_files(folder: Path) -> list[Path]:
     beside = folder.parent / f"{folder.name}.csv"
-    found = [
-        path for path in folder.glob("*.[cC][sS][vV]") if not junk_reason(PurePosixPath(path.name))
-    ]
+    found = folder.glob("[!.]*.[cC][sS][vV]")
     return sorted(found) + ([beside] if beside.is_file() else [])
 
 
@@ -335,24 +320,21 @@ def _corners(header: Collection[str]) -> list[str]:
 def _table(path: Path) -> pd.DataFrame:
     """A CSV as text (0012 stays 0012), without blank rows; `where` is the line of each row."""
     header = _header(path)
+    twice = sorted({name for name in header if name and header.count(name) > 1})
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            delimiter = _delimiter(stream.readline())
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter)
-            rows = [[*map(str.strip, cells), f"line {reader.line_num}"] for cells in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadData(f"{path} cannot be read ({error}). Fix: save it as CSV in UTF-8.") from error
-    rows = [row for row in rows[1:] if any(row[:-1])]
-    names = [name for name in header if name]
-    problems = [f"two columns {name}" for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [] if rows else ["no rows: give a row for each image"]
-    quotes = f'more cells than columns: put a cell that holds "{delimiter}" in double quotes'
-    problems += [f"{row[-1]}: {quotes}" for row in rows if any(row[len(header) : -1])]
-    refuse(f"{path}", problems, "correct it")
-    cells = [[*(row[:-1] + [""] * len(header))[: len(header)], row[-1]] for row in rows]
-    table = pd.DataFrame(cells, columns=[*header, "where"], dtype=object)
-    return table.loc[:, table.columns != ""]
+        with path.open(encoding="utf-8-sig") as stream:
+            options = dict(sep=_delimiter(stream.readline()), encoding="utf-8-sig", dtype=str)
+        table = pd.read_csv(path, keep_default_na=False, skip_blank_lines=False, **options)
+    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+        fix = 'save it as CSV in UTF-8, with a cell that holds "," in double quotes'
+        raise BadData(f"{path} cannot be read ({str(error).strip()}). Fix: {fix}.") from error
+    table = table.set_axis(header, axis=1).loc[:, [name != "" for name in header]]
+    table = table.fillna("").apply(lambda cells: cells.str.strip())
+    table = table.assign(where=[f"line {row + 2}" for row in range(len(table))])
+    table = table[table.drop(columns="where").ne("").any(axis=1)].reset_index(drop=True)
+    problems = [f"two columns {name}: keep one" for name in twice]
+    refuse(f"{path}", problems + ["no rows: give a row for each image"] * table.empty, "correct it")
+    return table
 
 
 def _lines(rows: pd.DataFrame, what: str) -> list[str]:
@@ -405,9 +387,9 @@ def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str])
         return list(rows["patient"])
     if not pattern:
         text = (
-            "%s: no patients are known, so each of the %d images counts as a patient of its own. Images of one "
-            "patient may land on both sides of the split, and scores then come out too good. Give a column "
-            "patient in a CSV, or the setting patient_pattern."
+            "%s: no patients are known, so each of the %d images counts as a patient of its own. "
+            "Images of one patient may land on both sides of the split, and scores then come out "
+            "too good. Give a column patient in a CSV, or the setting patient_pattern."
         )
         log.warning(text, root, len(rows))
         return list(rows["path"])

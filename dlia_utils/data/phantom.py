@@ -407,10 +407,8 @@ def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterato
                 returns = pneumonia and patient <= 2
                 person = patient if returns else patient + 1000 * s
                 kind = "virus" if (split == "test" if returns else virus) else "bacteria"
-                name = f"{'NORMAL2-' if person % 2 else ''}IM-{person:04d}-{number:04d}"
-                name = (
-                    f"PNEUMONIA/person{person}_{kind}_{number}" if pneumonia else f"NORMAL/{name}"
-                )
+                name = f"NORMAL/{'NORMAL2-' * (person % 2)}IM-{person:04d}-{number:04d}"
+                name = f"PNEUMONIA/person{person}_{kind}_{number}" if pneumonia else name
                 key = [seed, s, pneumonia, patient]
                 yield f"{split}/{name}.jpeg", key, [*key, number], bool(pneumonia)
 
@@ -445,12 +443,10 @@ def write_competition(
     _save_all(tree, train=train, test=test_a + leaked)
 
     tree = root / "competition_edition_b"
-    rows = [
-        (one, rng.choice(["AP", "PA"]), *box, name) for one, name, *box in sorted(_box_rows(train))
-    ]
-    _write_table(
-        tree / readers.DLIA_TRAIN, "image_id view x_min y_min x_max y_max label".split(), rows
-    )
+    rows = sorted(_box_rows(train))
+    rows = [(one, rng.choice(["AP", "PA"]), *box, name) for one, name, *box in rows]
+    header = "image_id view x_min y_min x_max y_max label".split()
+    _write_table(tree / readers.DLIA_TRAIN, header, rows)
     ids = enumerate(sorted(one.name for one in test_b))
     _write_table(tree / readers.DLIA_MAPPING, ("ID", "image_id"), ids)
     _save_all(tree, train=train, test=test_b)
@@ -550,11 +546,9 @@ def write_fracatlas(
 
     drawn = _in_parallel(draw, range(sum(images)))
     names = [f"IMG{number:07d}.jpg" for number in range(sum(images))]
-    parts = (
-        "hand leg hip shoulder mixed hardware multiscan fractured fracture_count frontal lateral"
-    )
+    parts = "hand leg hip shoulder mixed hardware multiscan fractured fracture_count frontal"
     table = [
-        (name, 0, 1, 0, 0, 0, 0, 0, int(box is not None and n != 2), int(box is not None), 1, 0)
+        (name, 0, 1, 0, 0, 0, 0, 0, int(box is not None and n != 2), int(box is not None), 1)
         for n, (name, (_, box, _)) in enumerate(zip(names, drawn, strict=True))
     ]
     _write_table(tree / readers.FRAC_TABLE, ["image_id", *parts.split()], table)
@@ -606,10 +600,8 @@ def write_covid(
 
     def write(job: tuple[str, int, str, list[int]]) -> None:
         path, marker, twin_of, key = job
-        covid = path.startswith("COVID")
-        image, _, lungs = chest(
-            np.random.default_rng(key), size=size, pneumonia=covid, spread=SPREAD
-        )
+        rng, covid = np.random.default_rng(key), path.startswith("COVID")
+        image, _, lungs = chest(rng, size=size, pneumonia=covid, spread=SPREAD)
         if marker:
             side, start = max(size // 12, 4), max(size // 32, 1)
             thick, end = max(side // 3, 1), start + side
@@ -626,9 +618,8 @@ def write_covid(
         _save(np.asarray(mask), tree / path.replace("/images/", "/masks/"), "PNG")
 
     _in_parallel(write, jobs)
-    _write_table(
-        root / "phantom_truth.csv", "path marker twin_of".split(), sorted(j[:3] for j in jobs)
-    )
+    rows = sorted(job[:3] for job in jobs)
+    _write_table(root / "phantom_truth.csv", "path marker twin_of".split(), rows)
     return _marked(root, tree, seed)
 
 
@@ -693,9 +684,7 @@ def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence]) ->
 
 def _marked(root: Path, tree: Path, seed: int) -> Path:
     """`tree`, after a note in `root` that all is synthetic, which comes last."""
-    note = (
-        f"Synthetic images, drawn by dlia_utils.data.phantom {VERSION}, seed {seed}. No patients.\n"
-    )
+    note = f"Synthetic images, drawn by the phantom {VERSION}, seed {seed}. No patients.\n"
     (root / MARKER).write_text(note, encoding="utf-8")
     return tree
 

@@ -34,7 +34,7 @@ from .tables import (
 
 log = logging.getLogger("dlia_utils")
 
-# The order is part of every detection result: label k is NIH_CLASSES[k - 1], and 0 is the background.
+# Label k of every detection result is NIH_CLASSES[k - 1], and 0 is the background.
 NIH_CLASSES = tuple(
     "Atelectasis Cardiomegaly Effusion Infiltrate Mass Nodule Pneumonia Pneumothorax".split()
 )
@@ -258,9 +258,7 @@ def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
     """Edition and raw boxes (see `box_table`) of a table with NIH's header ("A") or that of B."""
-    nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(
-        ","
-    )  # as its own commas split it
+    nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")  # its own commas split it
     columns = "image_id label x_min y_min x_max y_max".split()
     edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
     columns = nih_columns if edition == "A" else columns
@@ -294,9 +292,7 @@ def fracatlas(root: Path) -> dict:
         label = int(flag or name in marked)
         rows.append((path, label, FRAC_CLASSES[label], PurePosixPath(name).stem, group, split))
     if odd := [name for name, _, flag, *_ in images if flag != (name in marked)]:
-        text = (
-            "%d images are marked but not called fractured, or the reverse: taken as Fractured: %s"
-        )
+        text = "%d images are marked or called fractured, not both: taken as Fractured: %s"
         log.warning(text, len(odd), ", ".join(odd[:SHOWN]))
     if lost := sorted(marked - set(row_of)):
         log.warning("%d marked images are not there, first: %s", len(lost), ", ".join(lost[:3]))
@@ -329,9 +325,8 @@ def _original(root: Path) -> tuple:
     table = read_csv(root / FRAC_TABLE, ["image_id", "fractured", *parts])
     table = table.drop_duplicates("image_id").set_index("image_id")
     splits = {one: read_csv(root / file, ["image_id"]) for one, file in FRAC_SPLITS.items()}
-    listed = (
-        pd.concat(splits).reset_index(level=0, names="split").replace({"split": {"valid": "val"}})
-    )
+    listed = pd.concat(splits).reset_index(level=0, names="split")
+    listed["split"] = listed["split"].replace("valid", "val")
     marks = read_coco(root / FRAC_BOXES)
     again = listed["image_id"][listed["image_id"].duplicated()]
     marks.problems.extend(f"{name} is in two splits" for name in again)
@@ -486,7 +481,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     import cv2  # comes with albumentations; nothing else here needs it
 
     height, width = mask.shape
-    # OpenCV joins the centres of pixels. On a grid twice as fine a pixel covers its corners and edges too.
+    # OpenCV joins centres of pixels. On a grid twice as fine a pixel covers its corners too.
     fine = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
     for place in range(9):
         down, across = divmod(place, 3)

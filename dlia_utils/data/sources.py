@@ -106,7 +106,7 @@ def on_kaggle() -> bool:
 
 
 def cache_root() -> Path:
-    """Folder for decoded images and phantoms: `DLIA_CACHE`, Kaggle's scratch disk, the user's cache."""
+    """Folder for decoded images and phantoms: `DLIA_CACHE`, Kaggle's scratch disk, ~/.cache."""
     if os.environ.get("DLIA_CACHE"):
         return Path(os.environ["DLIA_CACHE"]).expanduser()
     return kaggle_root() / "temp" / "dlia" if on_kaggle() else Path.home() / ".cache" / "dlia_utils"
@@ -193,7 +193,7 @@ def published_in(folder: Path) -> list[str]:
 
 
 def siblings(location: Location) -> list[Location]:
-    """The usable copies of the set beside `location.root`, itself included: perhaps two editions."""
+    """The usable copies of the set beside `location.root`, itself included."""
     source, found = source_of(location.dataset), []
     for folder in sorted({location.root, *_children(location.root.parent)}):
         one = _location(location.dataset, folder, location.origin)
@@ -260,8 +260,9 @@ def _why_not(dataset: str, folder: Path) -> str:
         if _is_root(parent, source):
             return f"lies inside {dataset}; name {str(parent)!r} instead"
     return (
-        f"does not hold {dataset}: no folder in it (down to {MAX_DEPTH} levels) has {wanted}. Correct the path, or "
-        "leave it out to search the usual places. A folder of class folders works in notebooks 01, 04, 06, 07"
+        f"does not hold {dataset}: no folder in it (down to {MAX_DEPTH} levels) has {wanted}. "
+        "Correct the path, or leave it out to search the usual places. A folder of class folders "
+        "works in notebooks 01, 04, 06, 07"
     )
 
 
@@ -348,7 +349,7 @@ def _nearly(dataset: str, top: Path) -> str:
             return smaller
         for tree in source_of(dataset).trees:
             missing = _missing(folder, tree)
-            # A train/ and a test/ alone tell nothing: most of the tree must be there, or its first part.
+            # A train/ and a test/ tell nothing: its first part must be there, or most of it.
             if missing and (tree[0] not in missing or 2 * len(missing) < len(tree)):
                 return (
                     f"{folder} has no {', '.join(missing).replace('|', ' or ')}; {readers.REPAIR}"

@@ -67,7 +67,8 @@ def drawn(
         end = start + max(round(share * len(parts)), 1)
         names[np.concatenate(parts[start:end])] = name
         start = end
-    rule = f"test = {test_share:g}, val = {val_share:g} of all, drawn by patient, stratified, seed {seed}"
+    rule = f"test = {test_share:g}, val = {val_share:g} of all, drawn by patient, stratified"
+    rule += f", seed {seed}"
     return replace(dataset, manifest=dataset.manifest.assign(split=names), split_rule=rule)
 
 
@@ -102,8 +103,8 @@ def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np
     >>> [len(part) for part in parts]
     [2, 2]
     """
-    # Its own shuffle deals a class as unevenly as 9 to 36 before scikit-learn 1.7. Without it, ties between units
-    # are broken by their numbers: drawn anew, they make the folds depend on the seed.
+    # Its own shuffle deals a class as unevenly as 9 to 36 before scikit-learn 1.7. Without it ties
+    # are broken by the units' numbers: drawn anew, they make the folds depend on the seed.
     units = np.random.default_rng(seed).permutation(units.max() + 1)[units]
     with warnings.catch_warnings():  # The warning about rare classes counts images, not patients.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)

@@ -109,7 +109,7 @@ def upright_shape(image: Image.Image) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 is upright, 5 to 8 swap the sides; of a PNG 1, as Pillow would decode it."""
+    """EXIF orientation: 1 is upright, 5 to 8 swap the sides; 1 for any PNG, unread."""
     return 1 if image.format == "PNG" else image.getexif().get(0x0112, 1)
 
 
@@ -134,11 +134,9 @@ def box_table(
         "the same box stands above already": raw.duplicated(["name", "class_name", *CORNERS]),
     }
     wrong = np.select([np.asarray(test, bool) for test in tests.values()], list(tests), "")
-    problems = [
-        f"{row.where}: {row.name} {row.class_name} [{row.x1:g}, {row.y1:g}, {row.x2:g}, {row.y2:g}]: {what}"
-        for row, what in zip(raw.itertuples(), wrong, strict=True)
-        if what
-    ]
+    corners = [", ".join(map("{:g}".format, row)) for row in raw[CORNERS].to_numpy(float)]
+    lines = raw["where"] + ": " + raw["name"] + " " + raw["class_name"] + " [" + corners + "]: "
+    problems = (lines + wrong)[wrong != ""].tolist()
     number = {name: k for k, name in enumerate(classes, 1)}
     corners = np.stack([x1.clip(0), y1.clip(0), np.minimum(x2, width), np.minimum(y2, height)], 1)
     boxes = raw.assign(
