@@ -413,16 +413,3 @@ def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_a
         assert row.exact == pytest.approx(1 - exact.float().mean().item())
         assert row.straight_through == pytest.approx(1 - through.float().mean().item())
         assert row.robust == pytest.approx(1 - (exact | through).float().mean().item())
-
-
-def test_a_wide_limit_lets_a_blind_model_win_and_an_error_changes_no_alpha(monkeypatch):
-    model, x, y = separable()
-    options = dict(eps=40 / 255, steps=5, grid=(8.0,), progress=False)
-    table = select_alpha(model, [x], x, y, max_clean_drop=1.0, **options)
-    assert table.chosen.tolist() == [False, True]  # robust, because constant
-    table = select_alpha(model, [x], x, y, max_clean_drop=0.01, **options)
-    assert table.chosen.tolist() == [True, False] and model[1].threshold == 0
-    robust.set_alpha(model, 0.2)
-    with pytest.raises(ValueError, match="holds no images"):
-        select_alpha(model, [], x, y, **options)
-    assert model[1].threshold == pytest.approx(0.2)
