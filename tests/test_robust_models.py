@@ -265,13 +265,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     path = tmp_path / "public.pt"
     torch.save(state, path)
     whole = path.read_bytes()
-    for data, message in [
-        (whole[: len(whole) // 2], "MB, but the weights .* take .* truncated download"),
-        (whole[:-2000], "is damaged"),  # long enough for the weights, but its directory is gone
-        (b"<html>quota exceeded</html>" * 60_000, "is damaged"),
-    ]:
+    page = b"<html>quota exceeded</html>" * 60_000
+    for data in (whole[: len(whole) // 2], whole[:-2000], page):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="public.pt is damaged.*fetch it again"):
             tiny(STANDARD, pretrained=path)
     with pytest.raises(FileNotFoundError, match="correct `pretrained=`"):
         tiny(STANDARD, pretrained=tmp_path / "nowhere.pt")
