@@ -27,16 +27,6 @@ def test_a_grey_image_is_the_same_as_three_equal_channels_normalised_by_hand():
             model(torch.rand(shape))
 
 
-def test_the_seed_decides_the_weights_and_the_callers_random_stream_stays():
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = small(seed=3).state_dict()
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(7)
-    assert equal(first, small(seed=3).state_dict())
-    assert not equal(first, small(seed=4).state_dict())
-
-
 @pytest.fixture(scope="module")
 def published() -> dict:
     """What a published file holds: 1000 classes, no normalisation buffers."""
@@ -49,7 +39,7 @@ def written(state, tmp_path):
     return tmp_path / "weights.pth"
 
 
-@pytest.mark.parametrize("dropped", [(), ("weight", "bias"), ("bias",)])
+@pytest.mark.parametrize("dropped", [(), ("bias",)])
 def test_a_file_gives_the_features_and_the_seed_gives_a_last_layer_that_does_not_fit(
     published, tmp_path, caplog, dropped
 ):
@@ -61,11 +51,6 @@ def test_a_file_gives_the_features_and_the_seed_gives_a_last_layer_that_does_not
     assert all(torch.equal(backbone[key], published[key]) for key in kept)
     assert torch.equal(backbone["classifier.1.weight"], fresh["classifier.1.weight"])
     assert "weights.pth" in caplog.text and str(tmp_path) not in caplog.text
-
-
-def test_a_last_layer_that_fits_is_taken(tmp_path):
-    state = small(seed=9).backbone.state_dict()
-    assert equal(small(weights=written(state, tmp_path)).backbone.state_dict(), state)
 
 
 def test_a_file_that_does_not_fit_is_refused_with_the_keys(published, tmp_path):
@@ -100,6 +85,8 @@ def test_imagenet_is_the_file_that_the_environment_names_or_a_download(
 
 def test_a_saved_model_comes_back_bit_equal_with_its_recipe(tmp_path):
     model = small(num_classes=3, seed=2)
+    again = small(num_classes=3, weights=written(model.backbone.state_dict(), tmp_path))
+    assert equal(again.state_dict(), model.state_dict())  # a last layer that fits is taken
     loaded = models.load(models.save(model, tmp_path / "model.pt", meta={"epoch": 4}))
     assert loaded.recipe == model.recipe and not loaded.training
     assert equal(loaded.state_dict(), model.state_dict())

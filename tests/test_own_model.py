@@ -139,10 +139,7 @@ def test_a_good_model_passes_and_stays_as_it_was_and_one_logit_becomes_two():
     assert models.last_map_layer(two) == "backbone.model.5"
 
 
-def test_the_seed_decides_the_weights_and_the_suites_own_networks_are_what_they_were():
-    state = torch.get_rng_state()
-    a, b, c = (kept(models.backbone("mobilenet_v3_small", seed=seed)) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state) and equal(a, b) and not equal(a, c)
+def test_the_suites_own_networks_are_what_they_were():
     for name in ("mobilenet_v2", "resnet50_v2"):
         ours, theirs = models.backbone(name, seed=3), getattr(models, name)(seed=3)
         assert ours.recipe == theirs.recipe and equal(kept(ours), kept(theirs))

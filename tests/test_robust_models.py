@@ -265,13 +265,10 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     path = tmp_path / "public.pt"
     torch.save(state, path)
     whole = path.read_bytes()
-    for data, message in [
-        (whole[: len(whole) // 2], "MB, but the weights .* take .* truncated download"),
-        (whole[:-2000], "is damaged"),  # long enough for the weights, but its directory is gone
-        (b"<html>quota exceeded</html>" * 60_000, "is damaged"),
-    ]:
+    page = b"<html>quota exceeded</html>" * 60_000
+    for data in (whole[: len(whole) // 2], whole[:-2000], page):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="public.pt is damaged.*fetch it again"):
             tiny(STANDARD, pretrained=path)
     with pytest.raises(FileNotFoundError, match="correct `pretrained=`"):
         tiny(STANDARD, pretrained=tmp_path / "nowhere.pt")
@@ -413,16 +410,3 @@ def test_alpha_is_chosen_by_the_worse_gradient_among_those_that_keep_the_clean_a
         assert row.exact == pytest.approx(1 - exact.float().mean().item())
         assert row.straight_through == pytest.approx(1 - through.float().mean().item())
         assert row.robust == pytest.approx(1 - (exact | through).float().mean().item())
-
-
-def test_a_wide_limit_lets_a_blind_model_win_and_an_error_changes_no_alpha(monkeypatch):
-    model, x, y = separable()
-    options = dict(eps=40 / 255, steps=5, grid=(8.0,), progress=False)
-    table = select_alpha(model, [x], x, y, max_clean_drop=1.0, **options)
-    assert table.chosen.tolist() == [False, True]  # robust, because constant
-    table = select_alpha(model, [x], x, y, max_clean_drop=0.01, **options)
-    assert table.chosen.tolist() == [True, False] and model[1].threshold == 0
-    robust.set_alpha(model, 0.2)
-    with pytest.raises(ValueError, match="holds no images"):
-        select_alpha(model, [], x, y, **options)
-    assert model[1].threshold == pytest.approx(0.2)

@@ -199,13 +199,9 @@ def test_a_head_trained_on_cached_features_is_the_models_head(tmp_path):
 
 def test_what_makes_no_sense_is_refused():
     model = base("cnn")
-    for options, message in [
-        ({"head": "tree"}, "head must be one of linear, mlp"),
-        ({"unfrozen": 4}, "0 to 3 blocks or 'all'"),
-        ({"unfrozen": "some"}, "0 to 3 blocks"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            models.with_head(model, **options)
+    for unfrozen in (4, "some"):
+        with pytest.raises(ValueError, match="0 to 3 blocks or 'all'"):
+            models.with_head(model, unfrozen=unfrozen)
     with pytest.raises(ValueError, match="made by with_head"):
         models.unfreeze(model, 1)
 
