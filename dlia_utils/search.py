@@ -153,9 +153,9 @@ def search(
     more runs are made, at most `extend` times.
 
     `folder` receives runs.csv and extensions.csv. States: complete, pruned, diverged (the score is
-    no number, or FloatingPointError), failed (another error, which goes on to the caller, or a kill;
-    the next call makes it anew). Draws depend on `seed` and the scores so far: an interrupted search
-    ends as one that was not. `config` is what else the scores depend on.
+    no number, or FloatingPointError), failed (another error, which goes on to the caller, or a
+    kill; made anew by the next call). Draws depend on `seed` and the scores so far: an
+    interrupted search ends as one that was not. `config` is what else the scores depend on.
     Raises: ValueError (a folder of other settings, no complete run), RuntimeError (folder in use).
     """
     settings = {"space": {name: repr(part) for name, part in space.items()}, "trials": trials}
