@@ -225,7 +225,6 @@ def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure
     solid = [line for line in axes[0, 0].lines if line.get_linestyle() == "-"]
     axes[0, 0].legend(handles=solid, fontsize=7, frameon=False)
     figure.suptitle(f"solid: training, dashed: validation; {caption}", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
@@ -268,11 +267,10 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
             signs.append((f"extension {number}" if number else "ranges as asked", style))
     common = {"ls": "", "marker": "o", "color": "0.4", "ms": 5}
     handles = [plt.Line2D([], [], label=label, **common | style) for label, style in signs]
-    figure.legend(handles=handles, fontsize=7, frameon=False, ncol=4, loc="lower center")
+    figure.legend(handles=handles, fontsize=7, frameon=False, ncol=4, loc="outside lower center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
     figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
     return figure
 
 
@@ -316,5 +314,4 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     right.set_title("fooled first by", fontsize=9)
     right.tick_params(axis="x", labelsize=7)
     right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
     return figure

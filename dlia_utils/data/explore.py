@@ -265,7 +265,6 @@ def figure_classes(dataset: Dataset, caption: str) -> Figure:
     axes[0, 0].margins(y=0.2)
     axes[0, 0].set_title(f"Classes per split; {caption}", fontsize=9)
     axes[0, 0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
     return figure
 
 
@@ -299,7 +298,6 @@ def figure_mean_images(cache: ImageCache, dataset: Dataset, caption: str) -> Fig
         if colours != "gray":
             figure.colorbar(drawn, ax=axis, fraction=0.046)
     figure.suptitle(f"{caption}; grey values in [0, 1]", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
@@ -325,5 +323,4 @@ def figure_augmentations(
             axis.imshow(shown, cmap="gray", vmin=0, vmax=255)
             axis.set_title(name if draw else "original", fontsize=8)
             axis.axis("off")
-    figure.tight_layout()
     return figure
