@@ -85,7 +85,7 @@ def build(
     folder = Path(root or sources.cache_root()) / "images" / f"{dataset.name}-{size}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        if not (folder / "meta.json").is_file():
+        if not ((folder / "meta.json").is_file() and (folder / "shapes.npy").is_file()):
             for left_over in folder.glob(".*.tmp*"):  # of a killed process: we hold the lock
                 left_over.unlink()
             _refuse(datasets.check(dataset))
