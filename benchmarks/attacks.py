@@ -1,16 +1,18 @@
-"""Are our attacks as strong as those of torchattacks and foolbox? Fooled images on the same trained model.
+"""Are our attacks as strong as those of torchattacks and foolbox? Fooled images on the same trained
+model.
 
     python benchmarks/attacks.py
     python benchmarks/attacks.py --only pgd square --images 40
 
-A small MobileNetV2 is trained on synthetic images for a few seconds. Every attack gets the images of the test
-split that the model has right, the same eps and the same number of steps. eps is the median distance to the
-boundary as our own minimum-norm attack finds it, so that about half of the images can fall; the random squares
-get twice as much, and the random searches count as the mean of three seeds. A image counts as fooled when the
-model is wrong on the image that the attack returns and that image lies in [0,1] and within eps of the image.
-The command fails when an attack of ours fools fewer images than a peer's by more than the tolerance: one image in
-fifty, at least one. For the peers: `pip install -r benchmarks/requirements.txt` in an environment of its own;
-without them their rows say so.
+A small MobileNetV2 is trained on synthetic images for a few seconds. Every attack gets the images
+of the test split that the model has right, the same eps and the same number of steps. eps is the
+median distance to the boundary as our own minimum-norm attack finds it, so that about half of the
+images can fall; the random squares get twice as much, and the random searches count as the mean of
+three seeds. A image counts as fooled when the model is wrong on the image that the attack returns
+and that image lies in [0,1] and within eps of the image. The command fails when an attack of ours
+fools fewer images than a peer's by more than the tolerance: one image in fifty, at least one. For
+the peers: `pip install -r benchmarks/requirements.txt` in an environment of its own; without them
+their rows say so.
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -57,12 +59,14 @@ def main() -> None:
     eps = {"linf": float(linf.linf.median()), "l2": float(l2.l2.median())}
     seconds = time.process_time() - start
     print(
-        f"torch {torch.__version__}; MobileNetV2 of width 0.25 with 3 stages, trained in {seconds:.0f} s; ",
+        f"torch {torch.__version__}; MobileNetV2 of width 0.25 with 3 stages, trained in "
+        f"{seconds:.0f} s; ",
         end="",
     )
     print(f"{len(x)} synthetic images of {options.size} px that it has right\n")
     print(
-        "| attack | norm | eps | ours fooled | peer fooled | difference | peer |\n|---|---|---|---|---|---|---|"
+        "| attack | norm | eps | ours fooled | peer fooled | difference | peer "
+        "|\n|---|---|---|---|---|---|---|"
     )
     allowed, weaker, compared = max(1, len(x) // 50), [], 0
     for name, (norm, wanted, ours, theirs) in CASES.items():
@@ -92,12 +96,14 @@ def main() -> None:
                 weaker.append(f"{name} ({norm}): {found:.3g} against {other:.3g} of {peer}")
     if not compared:
         sys.exit(
-            "nothing was compared: pip install -r benchmarks/requirements.txt in an environment of its own"
+            "nothing was compared: pip install -r benchmarks/requirements.txt in an environment "
+            "of its own"
         )
     if weaker:
         sys.exit(f"weaker than a peer by more than {allowed}: " + "; ".join(weaker))
     print(
-        f"\nIn {compared} comparisons no attack of ours fools fewer than a peer by more than {allowed} of {len(x)}."
+        f"\nIn {compared} comparisons no attack of ours fools fewer than a peer by more than "
+        f"{allowed} of {len(x)}."
     )
 
 
@@ -157,7 +163,7 @@ def fooled(
     return sum(counts) / seeds
 
 
-# ------------------------------------------------------------------------------------------- the attacks
+# -------------------------------------------------------------------------------------- the attacks
 
 
 def ours(name: str, *, seeded: bool = False, budget: bool = True, **options) -> Attack:
@@ -171,7 +177,8 @@ def ours(name: str, *, seeded: bool = False, budget: bool = True, **options) -> 
 
 
 def torchattacks(name: str, *, seeded: bool = False, budget: bool = True, **options) -> Attack:
-    """budget: whether the attack takes eps; the others look for the smallest change. Functions are of eps."""
+    """budget: whether the attack takes eps; the others look for the smallest change. Functions are
+    of eps."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
         import torchattacks as library

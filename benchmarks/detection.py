@@ -1,12 +1,13 @@
-"""How many times faster metrics, fusion and loading of the detection study are than the usual ways, in one run.
+"""How many times faster metrics, fusion and loading of the detection study are than the usual ways,
+in one run.
 
     python benchmarks/detection.py                         the whole table, some minutes
     python benchmarks/detection.py --only fusion --rounds 5
 
-The cases of a group are run in turn, round after round, and the fastest round of each is kept. Time is CPU
-time of this process on one thread: it holds steady while others use the machine. Before anything is timed the
-results are compared: all sides do the same work. The row of faster-coco-eval needs
-`benchmarks/requirements.txt`.
+The cases of a group are run in turn, round after round, and the fastest round of each is kept. Time
+is CPU time of this process on one thread: it holds steady while others use the machine. Before
+anything is timed the results are compared: all sides do the same work. The row of faster-coco-eval
+needs `benchmarks/requirements.txt`.
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -47,7 +48,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", "Encountered more than 100 detections")
     print(
-        f"{platform.machine()} CPU, one thread; torch {torch.__version__}; NumPy {np.__version__}; ",
+        f"{platform.machine()} CPU, one thread; torch {torch.__version__}; NumPy "
+        f"{np.__version__}; ",
         end="",
     )
     print(f"fastest of {options.rounds} rounds; CPU time\n")
@@ -77,7 +79,7 @@ def agree(ours: float, theirs: float) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def random_boxes(rng: np.random.Generator, images: np.ndarray) -> pd.DataFrame:
@@ -90,7 +92,8 @@ def random_boxes(rng: np.random.Generator, images: np.ndarray) -> pd.DataFrame:
 
 
 def evaluation_set(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """About 1.1 true boxes per image as in the NIH list; predictions: all of them shifted, the rest at random."""
+    """About 1.1 true boxes per image as in the NIH list; predictions: all of them shifted, the rest
+    at random."""
     rng = np.random.default_rng(0)
     truth = random_boxes(rng, rng.integers(0, options.images, round(1.12 * options.images)))
     near = truth.assign(score=rng.beta(2, 3, len(truth)))
@@ -172,7 +175,8 @@ def evaluator(options: argparse.Namespace) -> list[Row]:
 
 
 def sweep(options: argparse.Namespace) -> list[Row]:
-    """Eight score thresholds, with precision, recall and F1, against eight evaluations of what is left."""
+    """Eight score thresholds, with precision, recall and F1, against eight evaluations of what is
+    left."""
     truth, predictions = evaluation_set(options)
     known, found = per_image(truth, options.images), per_image(predictions, options.images)
 
@@ -202,7 +206,8 @@ def sweep(options: argparse.Namespace) -> list[Row]:
 
 
 def fusion(options: argparse.Namespace, *, images: int = 500, views: int = 5) -> list[Row]:
-    """Weighted boxes fusion of the whole table against ensemble-boxes on arrays that are ready, image by image."""
+    """Weighted boxes fusion of the whole table against ensemble-boxes on arrays that are ready,
+    image by image."""
     rng = np.random.default_rng(0)
     parts = []
     for image in range(images):
@@ -247,7 +252,8 @@ def fusion(options: argparse.Namespace, *, images: int = 500, views: int = 5) ->
 
 
 def loader(options: argparse.Namespace, *, images: int = 16) -> list[Row]:
-    """An augmented sample from the cache, grey, against decoding and augmenting in colour as the original study."""
+    """An augmented sample from the cache, grey, against decoding and augmenting in colour as the
+    original study."""
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_nih(folder, images=images, size=SIDE)
         films = datasets.boxed(datasets.load(sources.find("nih", Path(folder))))

@@ -1,13 +1,14 @@
-"""What Grad-CAM and occlusion maps cost, beside captum and pytorch-grad-cam, all measured in one run.
+"""What Grad-CAM and occlusion maps cost, beside captum and pytorch-grad-cam, all measured in one
+run.
 
     python benchmarks/explain.py                       both tables, some minutes
     python benchmarks/explain.py --only gradcam --rounds 20
 
-MobileNetV2 with random weights; films of random pixels. The cases of a group are run in turn, round after
-round, and the fastest round of each is kept. Time is CPU time of this process on one thread (it holds steady
-while others use the machine), or wall time on a GPU. Before anything is timed the maps of all sides are
-compared, and each side is asked for a map of a frozen model. pytorch-grad-cam's rows need
-`benchmarks/requirements.txt` (it is called grad-cam there).
+MobileNetV2 with random weights; films of random pixels. The cases of a group are run in turn, round
+after round, and the fastest round of each is kept. Time is CPU time of this process on one thread
+(it holds steady while others use the machine), or wall time on a GPU. Before anything is timed the
+maps of all sides are compared, and each side is asked for a map of a frozen model.
+pytorch-grad-cam's rows need `benchmarks/requirements.txt` (it is called grad-cam there).
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -48,7 +49,8 @@ def main() -> None:
         else f"{platform.machine()} CPU, one thread"
     )
     print(
-        f"{hardware}; torch {torch.__version__}; captum {captum.__version__}; MobileNetV2, {options.size} px; "
+        f"{hardware}; torch {torch.__version__}; captum {captum.__version__}; MobileNetV2, "
+        f"{options.size} px; "
         f"fastest of {options.rounds} rounds (occlusion: {options.occlusion_rounds}); "
         f"{'wall' if device == 'cuda' else 'CPU'} time\n"
     )
@@ -73,7 +75,8 @@ def arguments() -> argparse.Namespace:
 
 
 def mobilenet(size: int) -> PixelModel:
-    """Random weights, and batch norms that have seen films: without that the activations fade to 1e-8."""
+    """Random weights, and batch norms that have seen films: without that the activations fade to
+    1e-8."""
     model = mobilenet_v2(
         num_classes=10
     ).train()  # one of ten logits is above 0, so its map is not zero
@@ -84,7 +87,7 @@ def mobilenet(size: int) -> PixelModel:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------- Grad-CAM
+# ----------------------------------------------------------------------------------------- Grad-CAM
 
 
 def grad_cam(model: PixelModel, options: argparse.Namespace, device: str) -> list[Row]:
@@ -141,7 +144,7 @@ def outcome(side: Callable[[Tensor], Tensor], x: Tensor) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-# ------------------------------------------------------------------------------------------- occlusion
+# ---------------------------------------------------------------------------------------- occlusion
 
 
 def occlude(model: PixelModel, options: argparse.Namespace, device: str) -> list[Row]:
@@ -207,7 +210,8 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def agree(name: str, ours: Tensor, theirs: Tensor) -> None:
-    """Both sides' maps must be the same up to each map's own range, which pytorch-grad-cam does not keep."""
+    """Both sides' maps must be the same up to each map's own range, which pytorch-grad-cam does not
+    keep."""
     a, b = (stretched(maps.detach().double()) for maps in (ours, theirs))
     difference = float((a - b).abs().max())
     print(f"{name}: largest difference from ours {difference:.2g} of a map's range")

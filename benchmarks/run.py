@@ -1,11 +1,13 @@
-"""Ratios of attacks and loader to what they must cost and to what others cost, all measured in one run.
+"""Ratios of attacks and loader to what they must cost and to what others cost, all measured in one
+run.
 
     python benchmarks/run.py                       the whole table
     python benchmarks/run.py --only gradient --size 64 --batch 16 --rounds 5
 
-The cases of a group are run in turn, round after round, and the fastest round of each is kept. Time is CPU
-time of this process on one thread (it holds steady while others use the machine), or wall time on a GPU.
-For the rows of other libraries: `pip install -r benchmarks/requirements.txt` in an environment of its own.
+The cases of a group are run in turn, round after round, and the fastest round of each is kept. Time
+is CPU time of this process on one thread (it holds steady while others use the machine), or wall
+time on a GPU. For the rows of other libraries: `pip install -r benchmarks/requirements.txt` in an
+environment of its own.
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -47,7 +49,8 @@ def main() -> None:
         else f"{platform.machine()} CPU, one thread"
     )
     print(
-        f"{hardware}; torch {torch.__version__}; MobileNetV2, {options.size} px, batch {options.batch}, ",
+        f"{hardware}; torch {torch.__version__}; MobileNetV2, {options.size} px, batch "
+        f"{options.batch}, ",
         end="",
     )
     print(f"fastest of {options.rounds} rounds; {'wall' if device == 'cuda' else 'CPU'} time\n")
@@ -80,11 +83,12 @@ def mobilenet(device: str) -> PixelModel:
     return PixelModel(backbone, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).eval().to(device)
 
 
-# ------------------------------------------------------------------------------------------- FGSM and PGD
+# ------------------------------------------------------------------------------------- FGSM and PGD
 
 
 def gradient(options: argparse.Namespace, device: str) -> list[Row]:
-    """FGSM and PGD-10 against the bare passes of the same frozen model and against other libraries."""
+    """FGSM and PGD-10 against the bare passes of the same frozen model and against other
+    libraries."""
     model = mobilenet(device)
     x = torch.rand(options.batch, 3, options.size, options.size, device=device)
     with torch.no_grad():
@@ -123,7 +127,8 @@ def gradient(options: argparse.Namespace, device: str) -> list[Row]:
 
 
 def bare(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, judge: bool = False) -> None:
-    """What any such attack must pay: forward and input gradient, and one forward to know what it achieved."""
+    """What any such attack must pay: forward and input gradient, and one forward to know what it
+    achieved."""
     with frozen(model):
         for _ in range(steps):
             point = x.detach().requires_grad_()
@@ -136,7 +141,8 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, judge: bool = Fa
 
 
 def other_libraries(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
-    """The same attacks of torchattacks (which does not say what was fooled) and foolbox (which does)."""
+    """The same attacks of torchattacks (which does not say what was fooled) and foolbox (which
+    does)."""
     cases = {}
     if installed("torchattacks"):
         import torchattacks
@@ -155,11 +161,12 @@ def other_libraries(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callabl
     return cases
 
 
-# ------------------------------------------------------------------------------------------- one pixel
+# ---------------------------------------------------------------------------------------- one pixel
 
 
 def pixel(options: argparse.Namespace, device: str) -> list[Row]:
-    """One-Pixel against the same number of plain forwards, and against one image at a time with a graph."""
+    """One-Pixel against the same number of plain forwards, and against one image at a time with a
+    graph."""
     model, n = mobilenet(device), 16
     x = torch.rand(n, 3, options.size, options.size, device=device)
     with torch.no_grad():
@@ -199,7 +206,8 @@ def plain_forwards(model: nn.Module, x: Tensor, queries: int, batch_size: int) -
 
 
 def one_at_a_time(model: nn.Module, x: Tensor, y: Tensor, queries: int) -> None:
-    """The published study's way: every candidate alone, autograd on, the answer fetched each time."""
+    """The published study's way: every candidate alone, autograd on, the answer fetched each
+    time."""
     rng = np.random.default_rng(0)
     for query in range(queries):
         i = query % len(x)

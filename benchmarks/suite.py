@@ -1,13 +1,14 @@
-"""What the suite saves by dropping fooled images, and what cross-entropy does not see of a distilled model.
+"""What the suite saves by dropping fooled images, and what cross-entropy does not see of a
+distilled model.
 
     python benchmarks/suite.py                           both tables, some minutes
     python benchmarks/suite.py --only dropping --images 40 --size 48 --epochs 6
 
-A small CNN trained on the pneumonia images (those in the folder DLIA_DATA names, otherwise synthetic ones).
-All ways of running the suite must fool the same images at every eps, or the benchmark stops. Time is CPU time
-of this process on one thread, or wall time on a GPU; image-passes include the judging of every result. The
-second table: PGD with cross-entropy and with the margin loss on models distilled as by Papernot et al. (arXiv
-1511.04508).
+A small CNN trained on the pneumonia images (those in the folder DLIA_DATA names, otherwise
+synthetic ones). All ways of running the suite must fool the same images at every eps, or the
+benchmark stops. Time is CPU time of this process on one thread, or wall time on a GPU; image-passes
+include the judging of every result. The second table: PGD with cross-entropy and with the margin
+loss on models distilled as by Papernot et al. (arXiv 1511.04508).
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)
@@ -59,7 +60,8 @@ def main() -> None:
     )
     images, source = read(options)
     print(
-        f"{hardware}; torch {torch.__version__}; CNN, {options.size} px, {options.epochs} epochs on "
+        f"{hardware}; torch {torch.__version__}; CNN, {options.size} px, {options.epochs} epochs "
+        "on "
         f"{len(images['train'][0])} {source} images, {len(images['test'][0])} attacked; "
         f"fastest of {options.rounds} rounds; {'wall' if device == 'cuda' else 'CPU'} time\n"
     )
@@ -129,7 +131,7 @@ def trained(
     return model.eval().to(device)
 
 
-# ------------------------------------------------------------------------------------------- dropping
+# ----------------------------------------------------------------------------------------- dropping
 
 
 def dropping(
@@ -196,17 +198,19 @@ def same_answer(found: dict[str, evaluate.Evaluation]) -> None:
         )
     forwards = {way: int(one.cost.forwards.sum()) for way, one in found.items()}
     print(
-        f"{len(sets['dropped'])} pairs of eps and image fooled, the same in all ways; forwards: {forwards}"
+        f"{len(sets['dropped'])} pairs of eps and image fooled, the same in all ways; forwards: "
+        f"{forwards}"
     )
 
 
-# ------------------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
 def distilled(
     images: dict[str, tuple[Tensor, Tensor]], options: argparse.Namespace, device: str
 ) -> None:
-    """PGD with both losses on a plain model and on distilled ones, all deployed at temperature 1."""
+    """PGD with both losses on a plain model and on distilled ones, all deployed at temperature
+    1."""
     epochs = 3 * options.epochs
     models = {"plain": trained(objectives.cross_entropy(), images["train"], epochs, device)}
     for temperature in options.temperatures:
@@ -218,7 +222,8 @@ def distilled(
         )
     x, y = (part.to(device) for part in images["test"])
     print(
-        "\n| model | clean accuracy | zero CE gradient | eps | fooled, PGD CE | fooled, PGD margin |"
+        "\n| model | clean accuracy | zero CE gradient | eps | fooled, PGD CE | fooled, PGD "
+        "margin |"
     )
     print("|---|---|---|---|---|---|")
     for name, model in models.items():

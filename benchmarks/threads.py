@@ -1,11 +1,12 @@
-"""One CPU thread against all, alone and beside busy loops, and what `device.choose_threads` makes of it.
+"""One CPU thread against all, alone and beside busy loops, and what `device.choose_threads` makes
+of it.
 
     python benchmarks/threads.py
     python benchmarks/threads.py --trials 5 --steps 24
 
-Wall time of training steps of the smoke profile's MobileNetV2 (16 x 3 x 48 x 48), one case after the
-other, trial by trial; the median trial is told. What else the machine does shows as "other work", in
-cores; a trial alone waits for others to pause, up to --wait seconds.
+Wall time of training steps of the smoke profile's MobileNetV2 (16 x 3 x 48 x 48), one case after
+the other, trial by trial; the median trial is told. What else the machine does shows as "other
+work", in cores; a trial alone waits for others to pause, up to --wait seconds.
 """
 
 # ruff: noqa: I001  (timing sets the allocator and puts the repository on the path: it comes first)

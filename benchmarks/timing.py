@@ -1,7 +1,7 @@
 """What the benchmarks share: cases timed in turn within one run, and the table of ratios.
 
-Import it before NumPy and PyTorch: it sets the allocator, for which the process starts itself anew, and puts
-the repository on the path.
+Import it before NumPy and PyTorch: it sets the allocator, for which the process starts itself anew,
+and puts the repository on the path.
 """
 
 # ruff: noqa: E402  (the allocator is set before the imports)
@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# glibc gives large blocks back after each forward and faults them in again, unless told at the start.
-MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+# glibc gives large blocks back after each forward and faults them in again, unless told at the
+# start.
+KEEP = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=8589934592".split()
+MALLOC = ":".join(f"glibc.malloc.{setting}" for setting in KEEP)
 if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = MALLOC
     os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -127,9 +127,8 @@ def _report(one) -> None:
     for what, paths in kinds.items():
         if found := sorted(paths):
             where = found[0] if len(found) == 1 else found[0].parent
-            print(
-                f"         {execute.short(where)}  ({what if len(found) == 1 else f'{len(found)} {what}'})"
-            )
+            count = "" if len(found) == 1 else f"{len(found)} "
+            print(f"         {execute.short(where)}  ({count}{what})")
     print(flush=True)
 
 

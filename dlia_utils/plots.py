@@ -205,7 +205,8 @@ def _captioned(figure: Figure, axis: plt.Axes, caption: str) -> Figure:
 
 
 def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """Loss, accuracy, validation AUC per epoch; training solid, validation dashed, a colour each."""
+    """Loss, accuracy, validation AUC per epoch; training solid, validation dashed, a colour
+    each."""
     figure, axes = panels(3, width=3.9, height=3.3)
     for number, (name, history) in enumerate(histories.items()):
         style = {"color": COLORS[number % len(COLORS)], "ms": 3}
@@ -277,8 +278,8 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
 def figure_worst_case(found: Any, caption: str) -> Figure:
     """Accuracy against eps (worst case with its band), and which attack fooled the images first.
 
-    `found` is what `attacks.evaluate.robust` returned. An attack's own line is drawn where it was run on
-    every image (early_drop=False).
+    `found` is what `attacks.evaluate.robust` returned. An attack's own line is drawn where it was
+    run on every image (early_drop=False).
     """
     table, rows, scale = found.table(), found.rows, 255 if found.settings["norm"] == "linf" else 1
     names = [name for name in dict.fromkeys(rows.attack) if name != "worst"]

@@ -40,7 +40,7 @@ def need_local(host):
 
 
 def local_connect(self, address):
-    need_local(address[0] if isinstance(address, tuple) else None)  # a text is a socket in the file system
+    need_local(address[0] if isinstance(address, tuple) else None)  # a text: a socket file
     return connect(self, address)
 
 
@@ -55,7 +55,8 @@ socket.socket.connect, socket.getaddrinfo = local_connect, local_getaddrinfo
 # Runs as an extra last cell: where the package came from, and whether the repository could be seen.
 PROBE = """\
 import json, sys
-modules = {name: module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "dlia_utils"}
+ours = {name: one for name, one in sys.modules.items() if name.split(".")[0] == "dlia_utils"}
+modules = {name: module.__file__ for name, module in ours.items()}
 print(json.dumps({"modules": modules, "path": sys.path}))
 """
 

@@ -32,7 +32,8 @@ print(location.origin, location.synthetic, location.root, sources.on_kaggle(), s
 # %%
 import captum
 
-for ask, where in ((socket.create_connection, ("192.0.2.1", 80)), (socket.getaddrinfo, "example.org")):
+web = ("192.0.2.1", 80)
+for ask, where in ((socket.create_connection, web), (socket.getaddrinfo, "example.org")):
     try:
         ask(where, 443)
     except OSError as error:

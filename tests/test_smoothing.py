@@ -22,7 +22,8 @@ def model():
 
 
 def distance(model, x):
-    """Signed L2 distance to the border, > 0 for class 1: the smoothed model's exact radius is its size."""
+    """Signed L2 distance to the border, > 0 for class 1: the smoothed model's exact radius is its
+    size."""
     w, b = model[1].weight[1] - model[1].weight[0], model[1].bias[1] - model[1].bias[0]
     return ((x.flatten(1) @ w + b) / w.norm()).detach().numpy()
 
@@ -78,8 +79,9 @@ def test_the_draws_depend_on_seed_and_id_only(model):
     again = certify(model, x[order], labels(order), ids=order, **options)
     pd.testing.assert_frame_equal(again, first.iloc[order].reset_index(drop=True))
     assert (certify(model, x, labels(x), seed=1, **options).k != first.k).any()
-    # Equal images under other ids see other noise; and the copies that chose a class do not count for
-    # it: on the border the chosen class has the majority of the others in every second image only.
+    # Equal images under other ids see other noise; and the copies that chose a class do not count
+    # for it: on the border the chosen class has the majority of the others in every second image
+    # only.
     grey = torch.full((40, 1, 4, 4), 0.5)
     table = certify(model, grey, labels(grey), sigma=SIGMA, n0=101, n=101)
     assert table.k.nunique() > 5 and 0.25 < (table.k > 50).mean() < 0.75

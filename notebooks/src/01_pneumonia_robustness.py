@@ -32,7 +32,7 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, five hours), "full" (GPU), or "auto"
-DATA_DIR = ""  # empty: find the data set; else the folder that holds chest_xray, or your own: two class folders
+DATA_DIR = ""  # empty: find the data set; else the folder of chest_xray, or your two class folders
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = (
     True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
@@ -350,7 +350,8 @@ def train_gaussian_noise(study):
 
 # %%
 def under_attack(study):
-    """What `train.fit` asks after each epoch: the share of some validation films that PGD does not fool."""
+    """What `train.fit` asks after each epoch: the share of some validation films that PGD does
+    not fool."""
     films = held_out(study)
 
     def robust_accuracy(model):

@@ -196,7 +196,8 @@ RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
-    """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
+    """The films as the model `name` takes them: the robust models of the literature have a size
+    of their own."""
     study = open_study(run)
     return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
 
@@ -497,10 +498,12 @@ def train_robust_model(name):
 # %%
 if not run.zoo:
     print(
-        "None in this profile: 5 to 60 billion multiplications an image are no work for a laptop. On Kaggle, with"
+        "None in this profile: 5 to 60 billion multiplications an image are no work for a laptop. "
+        "On Kaggle, with"
     )
     print(
-        "internet and a GPU, PROFILE = 'full' downloads them all; one checkpoint: robust.create(name, pretrained=FILE)."
+        "internet and a GPU, PROFILE = 'full' downloads them all; one checkpoint: "
+        "robust.create(name, pretrained=FILE)."
     )
 else:
     study_of(run.zoo[0])  # decode once, before processes share the films
@@ -526,7 +529,8 @@ test_opened(study, "clean metrics of all models")
 rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 print(
-    f'always answering "not fractured" is right on {1 - labels.mean():.1%} of the {len(labels)} test films'
+    f'always answering "not fractured" is right on {1 - labels.mean():.1%} of the {len(labels)} '
+    'test films'
 )
 scores, clean = {}, []
 for name in names:
@@ -703,7 +707,8 @@ masking.round(3)
 
 # %%
 def explained(study, name, rows):
-    """Maps [N,S,S] in [0,1] of every method that works for the model, and what each said about itself."""
+    """Maps [N,S,S] in [0,1] of every method that works for the model, and what each said about
+    itself."""
     model, x = load_models(study, [name])[name], study.images(rows)
     options = {
         "saliency": {},
@@ -792,7 +797,8 @@ rows = boxed_rows(study, run.maps)
 
 @cache
 def scored(name):
-    """Per film and map: the scores against boxes and outlines; and what each method said about itself."""
+    """Per film and map: the scores against boxes and outlines; and what each method said about
+    itself."""
     study, tables = study_of(name), []
     maps, notes = explained(study, name, rows)
     for kind in ("box", "outline"):

@@ -197,7 +197,8 @@ RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
-    """The films as the model `name` takes them: the robust models of the literature have a size of their own."""
+    """The films as the model `name` takes them: the robust models of the literature have a size
+    of their own."""
     study = open_study(run)
     return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
 
@@ -280,7 +281,8 @@ def scrambled(maps, window):
 
 
 def folded(maps, window):
-    """The published remedy: the average of a film's rows [B,C] (for a linear head, the average of its answers)."""
+    """The published remedy: the average of a film's rows [B,C] (for a linear head, the average of
+    its answers)."""
     return scrambled(maps, window).reshape(len(maps), -1, maps.shape[1]).mean(1)
 
 
@@ -322,7 +324,8 @@ pd.DataFrame(found)
 
 # %%
 def read(network, films, fold=False):
-    """Features [N,C] of normalised films [N,1,S,S] from a frozen MobileNetV2: pooled, or scrambled and folded."""
+    """Features [N,C] of normalised films [N,1,S,S] from a frozen MobileNetV2: pooled, or
+    scrambled and folded."""
     parts = []
     with torch.no_grad():
         for part in films.split(64):
@@ -392,7 +395,8 @@ probes.pivot_table(index="features", columns="metric", values="cell", aggfunc="f
 
 # %%
 def standardised(films, like=None):
-    """Films [N,1,S,S] by their own mean and deviation, or all by those of the film `like` [1,S,S]."""
+    """Films [N,1,S,S] by their own mean and deviation, or all by those of the film `like`
+    [1,S,S]."""
     by = films if like is None else like[None]
     return (films - by.mean((1, 2, 3), keepdim=True)) / by.std((1, 2, 3), keepdim=True).clamp(
         min=1 / 255
@@ -588,7 +592,8 @@ def train_robust_model(name):
 
 if not run.zoo:
     print(
-        "None in this profile: they are no work for a laptop. On Kaggle, with internet and a GPU, PROFILE = 'full'."
+        "None in this profile: they are no work for a laptop. On Kaggle, with internet and a GPU, "
+        "PROFILE = 'full'."
     )
 else:
     study_of(run.zoo[0])  # decode once, before processes share the films
@@ -605,7 +610,8 @@ pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 
 # %%
 def operating_point(study, name):
-    """The highest threshold on P(TB) that finds the wanted share of the validation split's TB films."""
+    """The highest threshold on P(TB) that finds the wanted share of the validation split's TB
+    films."""
     rows = study.rows("val")
     model = load_models(study, [name])[name]
     labels, score = (
@@ -926,7 +932,8 @@ for name in ["standard", "pgd_at"]:
         for method, extra in options.items()
     }
     print(
-        f"{name}: completeness error of integrated gradients, at most {found['integrated_gradients'].error.max():.4f}"
+        f"{name}: completeness error of integrated gradients, at most "
+        f"{found['integrated_gradients'].error.max():.4f}"
     )
     score = train.predict(model, x)[0][:, 1]
     figure = figures.figure_overlays(
@@ -994,7 +1001,8 @@ for name in names:
     blind = (hit["value"] + spared["value"]) / 2 < 0.6
     remark = " Hardly better than guessing: neither number means anything." if blind else ""
     lines.append(
-        f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with TB, with false "
+        f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with "
+        "TB, with false "
         f"alarms on {1 - spared['value']:.1%} of the healthy; under attack at "
         f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}.{remark}"
     )

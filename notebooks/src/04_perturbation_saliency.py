@@ -35,7 +35,7 @@ RUN_NAME = ""  # empty: profile and kind of data
 RESUME = (
     True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
 )
-CHANGES = {}  # settings of your own, whatever the profile, such as {"dataset": "covid"} or {"epochs": 5}
+CHANGES = {}  # settings of your own, such as {"dataset": "covid"} or {"epochs": 5}
 
 # %% [markdown]
 # **The settings.** FULL is the whole study; CPU and SMOKE are what is smaller on a laptop and in a first look. To change
@@ -202,7 +202,8 @@ def tracked(label):
 
 # %% tags=["yours"]
 def measured(name, study, part, rows, **options):
-    """Predictions (and drift of the maps) of the films `rows`, clean and spoilt: computed once in a run."""
+    """Predictions (and drift of the maps) of the films `rows`, clean and spoilt: computed once in
+    a run."""
     found = []
 
     def table(number):
@@ -532,7 +533,8 @@ for name in MODELS:
         zero = table.groupby(["method", "layer"])["zero"].mean()
         most = " ".join(zero.idxmax())
         print(
-            f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most {zero.max():.1%} ({most})"
+            f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most "
+            f"{zero.max():.1%} ({most})"
         )
 
 # %%

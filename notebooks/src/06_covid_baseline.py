@@ -176,7 +176,8 @@ def network(study, *, width, dropout):
 
 
 def score_of(probability):
-    """What the metrics take: the probability of class 1, or of more than two classes all of them."""
+    """What the metrics take: the probability of class 1, or of more than two classes all of
+    them."""
     return probability[:, 1] if probability.shape[1] == 2 else probability
 
 
@@ -294,7 +295,8 @@ audit = split.audit(study.dataset)
 files.write_csv(audit, TABLES / "audit.csv")
 copies = study.dataset.manifest.groupby("look").size()
 print(
-    f"{(copies > 1).sum()} groups of films that look the same, {copies[copies > 1].sum()} films in all"
+    f"{(copies > 1).sum()} groups of films that look the same, {copies[copies > 1].sum()} films "
+    "in all"
 )
 audit
 
@@ -377,7 +379,8 @@ pd.DataFrame(
 
 # %%
 def quick_training(study, name, prepare, *, shrink=1):
-    """Validation AUC and seconds an epoch of a short training on films that `prepare` made ready."""
+    """Validation AUC and seconds an epoch of a short training on films that `prepare` made
+    ready."""
     chosen = np.random.default_rng(run.seed).permutation(study.rows("train"))[: run.quick_films]
     ready = [
         TensorDataset(
@@ -779,7 +782,8 @@ report.interval_table(outcome)
 auc = outcome[outcome.metric.eq("auc")].iloc[0]
 inside = auc["ci_low"] <= choice["val_auc"] <= auc["ci_high"]
 print(
-    f"validation AUC when it was chosen {choice['val_auc']:.3f}, test AUC {report.with_interval(auc)}: "
+    f"validation AUC when it was chosen {choice['val_auc']:.3f}, test AUC "
+    f"{report.with_interval(auc)}: "
     f"{'inside' if inside else 'OUTSIDE'} the interval of the test"
 )
 figure = plots.figure_confusion(labels, {"baseline": predicted}, study.dataset.classes, run.caption)
@@ -862,22 +866,29 @@ found = "; ".join(
     f"{row['test']} ({row['class_name']}), {row['meaning']}" for _, row in uneven.iterrows()
 )
 answers = {
-    1: f"{len(manifest)} films, {manifest['label'].eq(1).mean():.0%} of them {classes[1]}, no patient named. "
-    f"{looks[looks > 1].sum()} films belong to {(looks > 1).sum()} groups that show one film more than once"
+    1: f"{len(manifest)} films, {manifest['label'].eq(1).mean():.0%} of them {classes[1]}, no "
+    "patient named. "
+    f"{looks[looks > 1].sum()} films belong to {(looks > 1).sum()} groups that show one film more "
+    "than once"
     + (": a careless split tests on films that it trained on. " if looks.max() > 1 else ". ")
-    + f"How far the class can be told without looking at lungs: {len(quality)} of {len(table['quality'])} measures of image "
+    + f"How far the class can be told without looking at lungs: {len(quality)} of "
+    f"{len(table['quality'])} measures of image "
     "quality say something about it (question 3), and the size of the files gives an AUC of "
     f"{report.with_interval(formats)} ({formats['finding']}). A network may learn such a "
     "shortcut instead of the disease; notebook 07 tests for it.",
-    2: f"{len(uneven)} of {len(table['split_tests'])} tests found a difference that chance does not explain"
+    2: f"{len(uneven)} of {len(table['split_tests'])} tests found a difference that chance does "
+    "not explain"
     + (f": {found}" if found else ": the splits look like random parts of one pool")
     + f". Rule of the split: {study.dataset.split_rule}. Films on two sides, by the audit: {torn}.",
     3: (
-        f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have more of it), where the interval "
-        f"leaves out 0.5: {hints}. A network can use such differences, and they are no part of the disease: they may carry "
+        f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have "
+        "more of it), where the interval "
+        f"leaves out 0.5: {hints}. A network can use such differences, and they are no part of "
+        "the disease: they may carry "
         "the score here and be missing in a hospital with other machines."
         if hints
-        else "None of the four measures tells the classes apart on training films: all intervals hold 0.5."
+        else "None of the four measures tells the classes apart on training films: all intervals "
+        "hold 0.5."
     ),
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
@@ -898,9 +909,12 @@ first = {
 read = facts(first).set_index("run")
 early, plain = read.loc["initial"], read.loc["unaugmented"]
 answers = {
-    4: f"Files of {side} pixels are decoded once to {run.size} x {run.size}. Short trainings gave an AUC on "
-    f"validation films of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at {half.name} and "
-    f"{quarter['value']:.3f} at {quarter.name}; an epoch at half the side takes {half['seconds'] / full['seconds']:.0%} "
+    4: f"Files of {side} pixels are decoded once to {run.size} x {run.size}. Short trainings gave "
+    "an AUC on "
+    f"validation films of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at "
+    f"{half.name} and "
+    f"{quarter['value']:.3f} at {quarter.name}; an epoch at half the side takes "
+    f"{half['seconds'] / full['seconds']:.0%} "
     "of the time and a quarter of the memory. "
     + (
         f"Below the interval of the full size, and so too small: {lost}. "
@@ -909,17 +923,27 @@ answers = {
         "of the full size: the other pixels cost time without a gain that these films can show. "
     )
     + "Cropping to the lungs would use the pixels better; it needs masks and was not tried here.",
-    5: "By the training films: one mean and one deviation for all places, kept inside the model. Short trainings gave "
-    f"{'; '.join(f'{name} {report.with_interval(row)}' for name, row in norms.iterrows())}. The one used lies "
-    f"{best - used['value']:.3f} below the best, {'inside' if best <= used['ci_high'] else 'OUTSIDE'} its own interval. A "
-    "convolution looks for the same pattern everywhere: one pair of numbers for all places leaves the pattern as it is, "
-    "while *each pixel* writes the inverse of the mean film into every film. *Sample* takes the exposure away, which "
+    5: "By the training films: one mean and one deviation for all places, kept inside the model. "
+    "Short trainings gave "
+    f"{'; '.join(f'{name} {report.with_interval(row)}' for name, row in norms.iterrows())}. The "
+    "one used lies "
+    f"{best - used['value']:.3f} below the best, "
+    f"{'inside' if best <= used['ci_high'] else 'OUTSIDE'} its own interval. A "
+    "convolution looks for the same pattern everywhere: one pair of numbers for all places leaves "
+    "the pattern as it is, "
+    "while *each pixel* writes the inverse of the mean film into every film. *Sample* takes the "
+    "exposure away, which "
     "helps where machines differ and hides what exposure says.",
-    6: "Rotation, shift, zoom, exposure and softness imitate positioning and other machines, within limits that films "
-    "really have (figure in section 3). The flip does not: it puts the heart on the right. Opacities look alike on both "
-    f"sides, so it may still help. Best validation AUC with augmentation {early['val_auc_best']:.3f}, without "
-    f"{plain['val_auc_best']:.3f}; training minus validation accuracy at the end {early['gap']:+.3f} and "
-    f"{plain['gap']:+.3f}. This run can ensure that no film is on two sides, and that validation and test films are never "
+    6: "Rotation, shift, zoom, exposure and softness imitate positioning and other machines, "
+    "within limits that films "
+    "really have (figure in section 3). The flip does not: it puts the heart on the right. "
+    "Opacities look alike on both "
+    "sides, so it may still help. Best validation AUC with augmentation "
+    f"{early['val_auc_best']:.3f}, without "
+    f"{plain['val_auc_best']:.3f}; training minus validation accuracy at the end "
+    f"{early['gap']:+.3f} and "
+    f"{plain['gap']:+.3f}. This run can ensure that no film is on two sides, and that validation "
+    "and test films are never "
     "augmented; how it does in another hospital only films from there could show.",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
@@ -954,25 +978,34 @@ remedy = {
 }
 tune = dict.fromkeys(remedy[sign.split(":")[0]] for sign in signs["initial"])
 answers = {
-    7: "AUC for choosing (it needs no threshold and does not move with the share of the classes), sensitivity and "
-    "specificity for reading (a missed COVID film and a false alarm cost differently), accuracy for comparing: always "
+    7: "AUC for choosing (it needs no threshold and does not move with the share of the classes), "
+    "sensitivity and "
+    "specificity for reading (a missed COVID film and a false alarm cost differently), accuracy "
+    "for comparing: always "
     f"naming the larger class is right on {majority:.0%} of the test films. "
     + "".join(
         f"{name}: {report.with_interval(outcome.loc[name])}. "
         for name in ("sensitivity", "specificity")
         if name in outcome.index
     )
-    + f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about {half['accuracy']:.2f} in "
+    + f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about "
+    f"{half['accuracy']:.2f} in "
     f"accuracy or {half['auc']:.3f} in AUC.",
-    8: f"In {early['epochs']:.0f} epochs the training loss went from {early['train_loss_first']:.3f} to "
-    f"{early['train_loss_last']:.3f} and fell in {early['falls']:.0%} of the steps; validation AUC was best in epoch "
-    f"{early['best_epoch']:.0f} ({early['val_auc_best']:.3f}) and ended at {early['val_auc_last']:.3f}. Signs: "
+    8: f"In {early['epochs']:.0f} epochs the training loss went from "
+    f"{early['train_loss_first']:.3f} to "
+    f"{early['train_loss_last']:.3f} and fell in {early['falls']:.0%} of the steps; validation "
+    "AUC was best in epoch "
+    f"{early['best_epoch']:.0f} ({early['val_auc_best']:.3f}) and ended at "
+    f"{early['val_auc_last']:.3f}. Signs: "
     f"{'; '.join(signs['initial']) or 'none by the rules'}. To tune first, by these: "
-    f"{', '.join(tune) or 'nothing in particular; the learning rate, as always'}. What the score of the search then went "
+    f"{', '.join(tune) or 'nothing in particular; the learning rate, as always'}. What the score "
+    "of the search then went "
     f"with (rank correlation over {len(complete)} whole runs): {moved}.",
     9: f"With augmentation: {overfit['initial'] or 'no sign of it by the rules'}. Without: "
-    f"{overfit['unaugmented'] or 'no sign of it by the rules'}. Measures: augmentation (gap {plain['gap']:+.3f} without "
-    f"it, {early['gap']:+.3f} with it), dropout (searched: {choice['dropout']:.2f}), width (searched: {choice['width']}), "
+    f"{overfit['unaugmented'] or 'no sign of it by the rules'}. Measures: augmentation (gap "
+    f"{plain['gap']:+.3f} without "
+    f"it, {early['gap']:+.3f} with it), dropout (searched: {choice['dropout']:.2f}), width "
+    f"(searched: {choice['width']}), "
     f"batch normalisation, and early stopping (after {choice['epochs']} epochs).",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
@@ -993,8 +1026,10 @@ held_out = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv")["train_lo
 ]
 final = facts({"final": pd.read_csv(run.run_dir / "baseline" / "metrics.csv")}).iloc[0]
 answers = {
-    10: f"Neither a grid nor one value at a time: TPE draws all four together, each time by the scores so far. {len(runs)} "
-    f"runs ({states}); a pruned run was below the median of the others at the same epoch. The ranges were set upfront and "
+    10: "Neither a grid nor one value at a time: TPE draws all four together, each time by the "
+    f"scores so far. {len(runs)} "
+    f"runs ({states}); a pruned run was below the median of the others at the same epoch. The "
+    "ranges were set upfront and "
     f"widened by rule: {grown or 'no best value lay on an edge'}. "
     + (
         f"The best value still lies on an edge for {edge}. "
@@ -1002,12 +1037,14 @@ answers = {
         else "In the end no best value lies on an edge. "
     )
     + f"Best: {best}.",
-    11: "Three recipes with the best setting, the same early stopping and the same films. Validation AUC: "
+    11: "Three recipes with the best setting, the same early stopping and the same films. "
+    "Validation AUC: "
     + "; ".join(
         f"{name} {row['val_auc']:.4f} (epoch {row['epochs']:.0f})"
         for name, row in recipes.iterrows()
     )
-    + f". Chosen, as the highest: *{choice['recipe']}*. With one seed each they lie {apart:.4f} apart; half the interval "
+    + f". Chosen, as the highest: *{choice['recipe']}*. With one seed each they lie {apart:.4f} "
+    "apart; half the interval "
     f"of the AUC on test films is {half['auc']:.3f}, so this "
     + (
         "may be more than chance."
@@ -1016,10 +1053,13 @@ answers = {
     )
     + " The loss is cross-entropy on two logits, with both classes weighing the same.",
     12: "Without validation films only the training is left to look at: from epoch 1 to "
-    f"{final['epochs']:.0f} the loss went from {final['train_loss_first']:.3f} to {final['train_loss_last']:.3f}"
+    f"{final['epochs']:.0f} the loss went from {final['train_loss_first']:.3f} to "
+    f"{final['train_loss_last']:.3f}"
     + (f", falling in {final['falls']:.0%} of the steps" if final["epochs"] > 1 else "")
-    + f"; the same recipe on training films alone had {held_out:.3f} at that epoch. Training accuracy ends at "
-    f"{final['train_accuracy_last']:.3f}; test accuracy is {report.with_interval(outcome.loc['accuracy'])}.",
+    + f"; the same recipe on training films alone had {held_out:.3f} at that epoch. Training "
+    "accuracy ends at "
+    f"{final['train_accuracy_last']:.3f}; test accuracy is "
+    f"{report.with_interval(outcome.loc['accuracy'])}.",
 }
 display(Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items())))
 if run.synthetic:

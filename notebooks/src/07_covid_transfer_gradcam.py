@@ -170,7 +170,8 @@ def loss_of(study):
 
 
 def baseline_folder(study):
-    """Where the baseline lies: in a finished run of notebook 06 with this run's name and split, else in this run."""
+    """Where the baseline lies: in a finished run of notebook 06 with this run's name and split,
+    else in this run."""
     if (run.run_dir / "baseline" / "best.pt").exists():  # one run keeps to one baseline
         return run.run_dir
     other = run.run_dir.parents[1] / "06_covid_baseline" / run.run_dir.name
@@ -223,7 +224,8 @@ figure
 
 # %%
 def pretrained(study):
-    """The network whose features are used; only for the study's ResNet-50 V2 there is a stand-in without its weights."""
+    """The network whose features are used; only for the study's ResNet-50 V2 there is a stand-in
+    without its weights."""
     if run.backbone == "mobilenet_v2":
         return build_model(run)
     classes = study.dataset.classes
@@ -243,7 +245,8 @@ def pretrained(study):
 
 
 def with_statistics(network, study):
-    """A random network with the training films' statistics in its batch norms: without any, the features would fade."""
+    """A random network with the training films' statistics in its batch norms: without any, the
+    features would fade."""
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = None  # the plain mean over all batches
@@ -281,7 +284,8 @@ norms = [
     if isinstance(layer, torch.nn.BatchNorm2d)
 ]
 print(
-    f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the body in training mode"
+    f"after train(): {sum(layer.training for layer in norms)} of {len(norms)} batch norms of the "
+    "body in training mode"
 )
 models.summary(start.eval(), run.size).tail(6)
 
@@ -297,7 +301,8 @@ models.summary(start.eval(), run.size).tail(6)
 
 # %%
 def features(study, *splits):
-    """The frozen network's features of the splits, computed once in a run, as one set (feature, label, row)."""
+    """The frozen network's features of the splits, computed once in a run, as one set (feature,
+    label, row)."""
     return ConcatDataset([features_of(study, name) for name in splits])
 
 
@@ -465,7 +470,8 @@ before, after = (
     train.predict(model, study.torch_set("val"))[0] for model in (frozen.to(run.device), again)
 )
 print(
-    f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal {np.array_equal(before, after)}"
+    f"{epochs} epochs; saved and read back: weights bit-equal {same}, answers bit-equal "
+    f"{np.array_equal(before, after)}"
 )
 figure = plots.figure_curves(
     {"final, train + val": final.history, "selected, held-out": fitted.history}, run.caption
@@ -492,12 +498,14 @@ figure
 
 # %%
 def train_accuracy(study, model):
-    """Share of augmented training films that a model gets right with active dropout, as in a training."""
+    """Share of augmented training films that a model gets right with active dropout, as in a
+    training."""
     model, right = copy.deepcopy(model).train(), 0
     films, order = study.torch_set("train", augmented=True), torch.Generator().manual_seed(run.seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(run.seed)
-        # Shuffled: the films are sorted by class, and the head's batch norm takes what a batch has in common away.
+        # Shuffled: the images are sorted by class, and the head's batch norm takes away what a
+        # batch has in common.
         for x, y, _ in DataLoader(films, batch_size=run.batch_size, shuffle=True, generator=order):
             right += (model(x.to(run.device)).argmax(1).cpu() == y).sum().item()
     return pd.DataFrame({"train_accuracy": [right / len(films)]})
@@ -543,7 +551,8 @@ tuned = search.finetune_with_drop_rule(
     config=given,
 )
 print(
-    f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than {tolerance:.3f} ends an attempt"
+    f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than "
+    f"{tolerance:.3f} ends an attempt"
 )
 tuned.attempts.round(4)
 
@@ -579,7 +588,8 @@ else:
     )
     path = fitted.history["train_accuracy"]
     print(
-        f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> {path.iloc[-1]:.3f}"
+        f"rate {rate:g}, {len(path)} epochs; training accuracy {path.iloc[0]:.3f} -> "
+        f"{path.iloc[-1]:.3f}"
     )
 
 # %%
@@ -805,7 +815,8 @@ figure
 
 # %%
 class OneLogit(torch.nn.Module):
-    """A two-class model with the scalar logit z = z1 - z0; `signs` (-1, 1) gives the two logits (-z, z) instead."""
+    """A two-class model with the scalar logit z = z1 - z0; `signs` (-1, 1) gives the two logits
+    (-z, z) instead."""
 
     def __init__(self, model, signs=(1.0,)):
         super().__init__()
@@ -853,7 +864,8 @@ checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(
 )
 files.write_csv(checks, run.run_dir / "gradcam_checks.csv")
 print(
-    f"the frozen model afterwards: bit-equal {device.fingerprint(model) == before}; weights that ask for a "
+    f"the frozen model afterwards: bit-equal {device.fingerprint(model) == before}; weights that "
+    "ask for a "
     f"gradient: {sum(p.requires_grad for p in model.parameters())}"
 )
 checks
@@ -1012,7 +1024,8 @@ learnt, tested = (
     )
 )
 print(
-    f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second {study.dataset.classes[1]}"
+    f"lungs are {tested.lungs}; first line {study.dataset.classes[0]}, second "
+    f"{study.dataset.classes[1]}"
 )
 shown = [int(np.flatnonzero(tested.y == label)[0]) for label in (0, 1)]
 fill, x, masks = float(learnt.x.mean()), tested.x[shown], tested.masks[shown]
@@ -1175,7 +1188,8 @@ moves = "moves the answer" if one_way else "does not move the answer one way"
 lines.append(
     f"- A bright square of {change['size']:.0%} of the side in a corner {moves}: most in the "
     f"{place}, P(class 1) {report.with_interval(change, signed=True)}; {turned:.1%} of the "
-    f"answers turn there, {places.loc[('middle', 'flips'), 'value']:.1%} with the square in the middle."
+    f"answers turn there, {places.loc[('middle', 'flips'), 'value']:.1%} with the square in the "
+    "middle."
 )
 
 # %%
@@ -1260,7 +1274,8 @@ def difference(model, against):
     )
     auc = f"AUC {row['auc_difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
     return (
-        f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on {row['only_other']:.0f} (McNemar "
+        f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on "
+        f"{row['only_other']:.0f} (McNemar "
         f"p = {row['p']:.2g}: {verdict}); {auc}"
     )
 
@@ -1269,8 +1284,10 @@ def curve(key):
     """The curve of a final training, which has no held-out films, in words."""
     first, last = histories[key].iloc[0], histories[key].iloc[-1]
     return (
-        f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} after the first and "
-        f"{last['train_accuracy']:.3f} after the last, loss {first['train_loss']:.3f} to {last['train_loss']:.3f}"
+        f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} "
+        "after the first and "
+        f"{last['train_accuracy']:.3f} after the last, loss {first['train_loss']:.3f} to "
+        f"{last['train_loss']:.3f}"
     )
 
 
@@ -1280,27 +1297,34 @@ fell = ", ".join(
     f"{lr:g}" for lr in attempts.loc[attempts["outcome"].isin(["drop", "diverged"]), "lr"]
 )
 compared = "; ".join(
-    f"*{head}* ({row['weights']:.0f} weights): validation loss {row['val_loss']:.3f}, AUC {row['val_auc']:.3f}"
+    f"*{head}* ({row['weights']:.0f} weights): validation loss {row['val_loss']:.3f}, AUC "
+    f"{row['val_auc']:.3f}"
     for head, row in heads.iterrows()
 )
 if gain:
     tuning = (
-        f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to {last['val_loss']:.3f} at rate "
+        f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to "
+        f"{last['val_loss']:.3f} at rate "
         f"{last['lr']:g}. On test films: {difference('finetuned', 'frozen')}."
     )
 else:
     tuning = (
-        "No: no attempt had a better validation loss than the frozen model, which was kept (outcomes: "
+        "No: no attempt had a better validation loss than the frozen model, which was kept "
+        "(outcomes: "
         f"{', '.join(attempts['outcome'])})."
     )
 tuning += f" Rates at which the training accuracy fell: {fell or 'none of those tried'}."
 answers = {
-    13: f"By validation films, with the same settings for both: {compared}. *{heads['val_loss'].idxmin()}* went on. Dropout "
+    13: f"By validation films, with the same settings for both: {compared}. "
+    f"*{heads['val_loss'].idxmin()}* went on. Dropout "
     "stands before the last layer of either; its rate was searched.",
-    14: f"The final trainings (figure in section 4): {'; '.join(map(curve, histories))}. The head starts from features that "
-    "exist already, the baseline from noise. Mind that the head saw films as they are, the others augmented ones.",
+    14: f"The final trainings (figure in section 4): {'; '.join(map(curve, histories))}. The head "
+    "starts from features that "
+    "exist already, the baseline from noise. Mind that the head saw films as they are, the others "
+    "augmented ones.",
     15: tuning,
-    16: f"Accuracy {on_test(name, 'accuracy')} against {on_test('baseline', 'accuracy')}, AUC {on_test(name, 'auc')} against "
+    16: f"Accuracy {on_test(name, 'accuracy')} against {on_test('baseline', 'accuracy')}, AUC "
+    f"{on_test(name, 'auc')} against "
     f"{on_test('baseline', 'auc')}: {difference(name, 'baseline')}.",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
@@ -1317,15 +1341,20 @@ extracting = sum(
     for path in (run.run_dir / "features").glob("*.pt")
 )
 answers = {
-    17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the features of all films but the "
-    f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy {on_test('frozen', 'accuracy')} and "
-    f"{on_test('baseline', 'accuracy')}. Against: every film passes {size['frozen']:,} weights instead of "
+    17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the "
+    "features of all films but the "
+    f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy "
+    f"{on_test('frozen', 'accuracy')} and "
+    f"{on_test('baseline', 'accuracy')}. Against: every film passes {size['frozen']:,} weights "
+    "instead of "
     f"{size['baseline']:,}, and features computed once know no augmentation"
     + (f". Fine-tuning took {spent['finetuned']:.0f} s more." if gain else "."),
     18: "This run compared two heads, and training "
     + ("all blocks" if run.unfrozen == "all" else f"the last {run.unfrozen} blocks")
-    + " against training none. Features learnt from radiographs, larger films and blocks set free one after the other were "
-    f"not tried, so nothing is claimed about them. What the audit says matters more than any of these: {conclusion}",
+    + " against training none. Features learnt from radiographs, larger films and blocks set free "
+    "one after the other were "
+    "not tried, so nothing is claimed about them. What the audit says matters more than any of "
+    f"these: {conclusion}",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
@@ -1354,16 +1383,21 @@ if every["ci_low"] > 0:
 elif every["ci_high"] < 0:
     where = "LESS inside the lungs than their area explains"
 answers = {
-    19: f"Yes: class *{study.dataset.classes[0]}* is explained by $-z$. Against captum and against the two logits $(-z, z)$ "
-    f"the maps differ by at most {scalar['difference'].max():.1e} of their maximum, in {len(scalar)} comparisons.",
-    20: f"Yes. The maps of the two classes are one sum with opposite signs: {sides['places above zero in both maps']:.1%} of "
+    19: f"Yes: class *{study.dataset.classes[0]}* is explained by $-z$. Against captum and "
+    "against the two logits $(-z, z)$ "
+    f"the maps differ by at most {scalar['difference'].max():.1e} of their maximum, in "
+    f"{len(scalar)} comparisons.",
+    20: "Yes. The maps of the two classes are one sum with opposite signs: "
+    f"{sides['places above zero in both maps']:.1%} of "
     "the places speak for both, and *not COVID* is the only thing that *Normal* can mean. "
     + (
         "Raw logit and difference could not be compared here: their maps are zero."
         if np.isnan(rank)
-        else f"Explaining the raw logit instead of the difference is another question: rank correlation {rank:.2f}."
+        else "Explaining the raw logit instead of the difference is another question: rank "
+        f"correlation {rank:.2f}."
     ),
-    21: f"The maps lie {where}: energy minus area {gain_of('all')}, {every['zero_maps']:.0f} of {every['n']:.0f} maps zero. "
+    21: f"The maps lie {where}: energy minus area {gain_of('all')}, {every['zero_maps']:.0f} of "
+    f"{every['n']:.0f} maps zero. "
     "Whether they lie on *opacities* cannot be judged: nobody has marked any in these films.",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
@@ -1391,7 +1425,8 @@ if misread:
     low, high = gains.loc["wrong", ["ci_low", "ci_high"]]
     alike = misread < 20 or low <= gains.loc["right", "value"] <= high
     errors = (
-        f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the lungs above their area, of "
+        f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the "
+        "lungs above their area, of "
         f"the others {gain_of('right')}: "
         + (
             "no difference that so few films can show, so the maps do not explain the errors."
@@ -1400,7 +1435,8 @@ if misread:
         )
     )
 answers = {
-    22: f"{conclusion} With the lungs blanked, AUC is {report.with_interval(blanked['tested'])} for this model and "
+    22: f"{conclusion} With the lungs blanked, AUC is {report.with_interval(blanked['tested'])} "
+    "for this model and "
     f"{report.with_interval(blanked['retrained'])} for one trained so. "
     + (
         "Grad-CAM by itself would have hidden it: its maps favour the lungs."
@@ -1410,10 +1446,12 @@ answers = {
     23: errors if misread else "No test film was misread, so there is nothing to explain.",
     24: "Not because of Grad-CAM alone. By maps and audit together: "
     + (
-        "take both classes from the same places, and crop or mask the films, because what lies outside the lungs tells the "
+        "take both classes from the same places, and crop or mask the films, because what lies "
+        "outside the lungs tells the "
         "classes apart."
         if told["tested"] or told["retrained"]
-        else "take more films like the misread ones; outside the lungs nothing was found that tells the classes apart."
+        else "take more films like the misread ones; outside the lungs nothing was found that "
+        "tells the classes apart."
     )
     + " And have opacities marked in a test set: without that question 21 stays open.",
 }
