@@ -256,14 +256,14 @@ def loader(options: argparse.Namespace, *, images: int = 16) -> list[Row]:
     original study."""
     with tempfile.TemporaryDirectory() as folder:
         phantom.write_nih(folder, images=images, size=SIDE)
-        films = datasets.boxed(datasets.load(sources.find("nih", Path(folder))))
+        images = datasets.boxed(datasets.load(sources.find("nih", Path(folder))))
         cached = cache.build(
-            films, size=SIDE, fit="pad", root=Path(folder) / "cache", progress=False
+            images, size=SIDE, fit="pad", root=Path(folder) / "cache", progress=False
         )
-        rows = np.arange(len(films.manifest))
-        data = augment.CachedBoxes(cached, rows, films.boxes, transform=augment.box_transform())
-        paths = [films.root / path for path in films.manifest["path"]]
-        own = [films.boxes[films.boxes["image"] == row] for row in rows]
+        rows = np.arange(len(images.manifest))
+        data = augment.CachedBoxes(cached, rows, images.boxes, transform=augment.box_transform())
+        paths = [images.root / path for path in images.manifest["path"]]
+        own = [images.boxes[images.boxes["image"] == row] for row in rows]
         boxes = [table[CORNERS].to_numpy() for table in own]
         labels = [table["label"].to_numpy() for table in own]
         transform = original_transform()

@@ -4,7 +4,7 @@ run.
     python benchmarks/explain.py                       both tables, some minutes
     python benchmarks/explain.py --only gradcam --rounds 20
 
-MobileNetV2 with random weights; films of random pixels. The cases of a group are run in turn, round
+MobileNetV2 with random weights; images of random pixels. A group's cases are run in turn, round
 after round, and the fastest round of each is kept. Time is CPU time of this process on one thread
 (it holds steady while others use the machine), or wall time on a GPU. Before anything is timed the
 maps of all sides are compared, and each side is asked for a map of a frozen model.
@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
 
 
 def mobilenet(size: int) -> PixelModel:
-    """Random weights, and batch norms that have seen films: without that the activations fade to
+    """Random weights, and batch norms that have seen images: without that the activations fade to
     1e-8."""
     model = mobilenet_v2(
         num_classes=10

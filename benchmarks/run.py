@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument(
-        "--film", type=int, default=1024, help="side of the JPEG films of the loader group"
+        "--jpeg", type=int, default=1024, help="side of the JPEG images of the loader group"
     )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     return parser.parse_args()
@@ -221,19 +221,19 @@ def one_at_a_time(model: nn.Module, x: Tensor, y: Tensor, queries: int) -> None:
 
 
 def loader(options: argparse.Namespace, device: str) -> list[Row]:
-    """Images from the cache against decoding and resizing the same JPEG films with PIL."""
+    """Images from the cache against decoding and resizing the same JPEG images with PIL."""
     with tempfile.TemporaryDirectory() as folder:
         counts = {"train": (12, 12), "val": (1, 1), "test": (3, 3)}
-        phantom.write_pneumonia(folder, images=counts, size=options.film)
-        films = datasets.load(sources.find("pneumonia", Path(folder)))
-        cached = cache.build(films, size=options.size, root=Path(folder) / "cache", progress=False)
-        paths = [films.root / path for path in films.manifest["path"]]
+        phantom.write_pneumonia(folder, images=counts, size=options.jpeg)
+        images = datasets.load(sources.find("pneumonia", Path(folder)))
+        cached = cache.build(images, size=options.size, root=Path(folder) / "cache", progress=False)
+        paths = [images.root / path for path in images.manifest["path"]]
         cases = {
             "PIL": lambda: [decode(path, options.size) for path in paths],
             "cache": lambda: [cached.batch(range(len(paths))) for _ in range(REPEATS)],
         }
         time_of = seconds(cases, rounds=options.rounds, device="cpu", group="loader")
-    against = f"PIL decode + resize of {options.film} px JPEG"
+    against = f"PIL decode + resize of {options.jpeg} px JPEG"
     return [
         (
             "cached loader, images per second",

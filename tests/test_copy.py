@@ -22,19 +22,19 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, whi
 
 RUNNER = Path(__file__).with_name("run_sections.py")
 TINY = {"epochs": 1, "bootstrap_draws": 20}
-ATTACKS = {"attacks": ("fgsm", "pgd_ce", "pgd_margin"), "eps_grid": (4 / 255,), "check_films": 2}
+ATTACKS = {"attacks": ("fgsm", "pgd_ce", "pgd_margin"), "eps_grid": (4 / 255,), "check_images": 2}
 ATTACKS |= {"zoo": (), "maps": 2}
 SEARCH = {"trials": 2, "extend": 0, "patience": 1, "per_class": 30}
 EMPTY = {  # settings that make the training sections quick
     "01": dict(adversarial=("pgd_at",), one_pixel_per_class=1, certified_per_class=1, per_class=24),
     "02": ATTACKS | {"per_class": 30},
     "03": ATTACKS | {"per_class": (40, 20)},
-    "04": dict(mobilenet_epochs=1, per_class=24, severities=(1, 5), map_films=4, choose_films=4),
+    "04": dict(mobilenet_epochs=1, per_class=24, severities=(1, 5), map_images=4, choose_images=4),
     "05": dict(epochs=2, images=12, width=0.25, channels=16, size=64),
     "06": SEARCH | dict(search_epochs=1, search_patience=1, quick_epochs=1),
-    "07": SEARCH | dict(tuning_epochs=1, baseline_epochs=1, audit_films=20),
+    "07": SEARCH | dict(tuning_epochs=1, baseline_epochs=1, audit_images=20),
 }
-EMPTY["01"] |= {name: ATTACKS[name] for name in ("attacks", "eps_grid", "check_films")}
+EMPTY["01"] |= {name: ATTACKS[name] for name in ("attacks", "eps_grid", "check_images")}
 ASKED = re.compile(r"run the section '(.+?)' first; in a notebook of your own, copy that section")
 
 

@@ -232,7 +232,7 @@ def test_a_split_that_ignores_twins_is_caught_by_the_audit(tmp_path):
     assert audit.filter(like="near-duplicates in", axis=0)["count"].sum() > 0
 
 
-def test_every_run_of_the_search_is_scored_on_validation_films(done):
+def test_every_run_of_the_search_is_scored_on_validation_images(done):
     """The score is the best validation AUC of a training of its own; no weights are left behind."""
     runs, folder = runs_of(done[None]), done[None].folder / "search"
     assert len(runs) == TINY["trials"] and len(list(folder.glob("run_*"))) == len(runs)

@@ -26,7 +26,7 @@ def random_maps(n, h, w, seed=0):
     return np.random.default_rng(seed).random((n, h, w))
 
 
-def films(n, side=32, seed=1):
+def images(n, side=32, seed=1):
     """Grey images with one blurred spot each, at a place of its own, on a slope."""
     rng = np.random.default_rng(seed)
     down, right = np.mgrid[:side, :side] / side
@@ -168,7 +168,7 @@ def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
 
 
 def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
-    net, x = resnet18_cifar(width=1 / 8).eval(), films(2, side=32)
+    net, x = resnet18_cifar(width=1 / 8).eval(), images(2, side=32)
     target = torch.tensor([1, 0])
     found = drift.maps(net, x, target=target)
     layers = drift.map_layers(net)
@@ -192,7 +192,7 @@ def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
 
 
 def test_a_first_layer_that_works_in_place_changes_neither_the_maps_nor_the_images():
-    x = films(2, side=8)
+    x = images(2, side=8)
     before, heats = x.clone(), []
     for inplace in (False, True):
         net = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=inplace), *seesaw()).eval()
@@ -203,7 +203,7 @@ def test_a_first_layer_that_works_in_place_changes_neither_the_maps_nor_the_imag
 
 
 def test_bad_methods_layers_and_models_are_refused():
-    net, x = seesaw(), films(2, side=8)
+    net, x = seesaw(), images(2, side=8)
     with pytest.raises(ValueError, match="methods must be some of"):
         drift.maps(net, x, target=None, methods=["occlusion"])
     with pytest.raises(ValueError, match="no layer '9'"):
@@ -220,7 +220,7 @@ def test_bad_methods_layers_and_models_are_refused():
 
 def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips():
     # Dark: class 1; 0.5 lighter: class 0, and nothing is clipped.
-    x = 0.25 + 0.2 * (films(3, side=8) - 0.4)
+    x = 0.25 + 0.2 * (images(3, side=8) - 0.4)
     options = {"names": ["brightness"], "severities": [5], "methods": ["gradcam"]}
     predictions, moved = drift.measure(seesaw(), x, [1, 1, 1], [5, 2, 9], **options)
     by = predictions.set_index(["corruption", "image"])["predicted"]
@@ -235,7 +235,7 @@ def test_the_class_of_the_clean_image_is_explained_also_where_the_answer_flips()
 
 
 def test_tables_have_the_agreed_columns_and_rows():
-    net, x = resnet18_cifar(width=1 / 8, num_classes=3).eval(), films(3, side=16)
+    net, x = resnet18_cifar(width=1 / 8, num_classes=3).eval(), images(3, side=16)
     before, options = copy.deepcopy(net.state_dict()), {"names": ["contrast"], "severities": [2, 5]}
     labels, ids = torch.tensor([0, 2, 1]), [4, 0, 7]
     predictions, moved = drift.measure(net, x, labels, ids, **options)
@@ -260,7 +260,7 @@ def test_tables_have_the_agreed_columns_and_rows():
 def test_rows_depend_on_the_image_and_its_id_not_on_batches_or_order():
     net, x, ids = (
         mobilenet_v2(width=0.25, stages=2).eval(),
-        films(5, side=16),
+        images(5, side=16),
         np.array([3, 11, 4, 8, 6]),
     )
     options = {"names": ["gaussian_noise"], "severities": [3], "methods": ["gradcam", "saliency"]}
@@ -289,7 +289,7 @@ def test_rows_depend_on_the_image_and_its_id_not_on_batches_or_order():
 
 
 def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling():
-    net, x = resnet18_cifar(width=1 / 8).eval(), films(6, side=32)
+    net, x = resnet18_cifar(width=1 / 8).eval(), images(6, side=32)
     options = {"names": ["brightness"], "severities": [1], "scale": "medmnist-c", "batch_size": 4}
     _, moved = drift.measure(net, x, [0] * 6, range(6), **options)
     floor = moved[moved["corruption"] == drift.FLOOR]
@@ -301,7 +301,7 @@ def test_the_floor_is_zero_and_mild_corruptions_lie_between_it_and_the_ceiling()
 
 
 def test_the_random_pair_is_another_image_explained_for_the_first_one_s_class():
-    spot = 0.2 * films(1, side=8)[0]
+    spot = 0.2 * images(1, side=8)[0]
     x = torch.stack([0.9 - spot, 0.1 + spot])  # class 0 and class 1
     _, moved = drift.measure(seesaw(), x, [0, 1], [0, 1], names=[], methods=["gradcam"])
     pair = moved[moved["corruption"] == drift.CEILING]
@@ -314,7 +314,7 @@ def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
     net = resnet18_cifar(width=1 / 8).eval()
     nn.init.zeros_(net.backbone.fc.weight)
     options = {"names": ["contrast"], "severities": [1]}
-    _, moved = drift.measure(net, films(2, side=16), [0, 1], [0, 1], **options)
+    _, moved = drift.measure(net, images(2, side=16), [0, 1], [0, 1], **options)
     assert moved["zero"].all() and moved["rmse"].eq(0).all()
     assert moved[["spearman", "centre_shift"]].isna().all(axis=None)
 
@@ -323,7 +323,7 @@ def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
 def test_one_logit_is_read_as_two_classes(squeeze):
     torch.manual_seed(3)
     layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)]
-    net, x = nn.Sequential(*layers, *([nn.Flatten(0)] if squeeze else [])).eval(), films(3, side=8)
+    net, x = nn.Sequential(*layers, *([nn.Flatten(0)] if squeeze else [])).eval(), images(3, side=8)
     predictions, moved = drift.measure(net, x, [0, 1, 1], [0, 1, 2], names=[])
     z = net(x).reshape(-1).detach()
     np.testing.assert_allclose(predictions["p1"], z.sigmoid(), atol=1e-6)
@@ -333,7 +333,7 @@ def test_one_logit_is_read_as_two_classes(squeeze):
 
 
 def test_measure_refuses_bad_input_before_any_work():
-    net, x, runs = seesaw(), films(2, side=8), []
+    net, x, runs = seesaw(), images(2, side=8), []
     net.register_forward_hook(lambda *_: runs.append(1))
     good = {"images": x, "labels": [0, 1], "ids": [0, 1], "methods": ()}
     for wrong, said in (

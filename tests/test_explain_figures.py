@@ -87,14 +87,14 @@ def test_overlays_have_input_map_and_overlay_with_its_boxes_and_name_zero_maps()
     titles = [axis.get_title() for axis in axes[0]]
     assert titles == ["input", "a", "overlay", "b", "overlay", "c", "overlay"]
     assert axes[3, 1].get_title() == "d\nzero map" and axes[1, 1].get_title() == "d"
-    film, alone, over = axes[0, :3]
-    np.testing.assert_array_equal(film.images[0].get_array(), x[0, 0].double())
+    grey, alone, over = axes[0, :3]
+    np.testing.assert_array_equal(grey.images[0].get_array(), x[0, 0].double())
     np.testing.assert_array_equal(alone.images[0].get_array(), maps["a"][0])
     below, above = over.images
     np.testing.assert_array_equal(below.get_array(), x[0, 0].double())
     np.testing.assert_array_equal(above.get_array(), maps["a"][0])
     assert above.get_alpha() == 0.4 and above.get_clim() == alone.images[0].get_clim() == (0, 1)
-    for axis in (film, over):
+    for axis in (grey, over):
         (frame,) = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         # Pixel i is drawn from i - 0.5 to i + 0.5, so a box from edge 2 starts at 1.5.
         assert frame.get_bbox().extents.tolist() == [1.5, 3.5, 9.5, 8.5]
@@ -104,7 +104,7 @@ def test_overlays_have_input_map_and_overlay_with_its_boxes_and_name_zero_maps()
 
 def test_a_small_map_covers_its_image_and_lines_may_be_shorter():
     x = images(1)[0]
-    lines = [("clean\nNORMAL", [Picture("film", x), Picture("layer4", x, np.eye(3), 0.5)])]
+    lines = [("clean\nNORMAL", [Picture("image", x), Picture("layer4", x, np.eye(3), 0.5)])]
     figure = figures.figure_grid([*lines, ("contrast", [Picture("", x)])], CAPTION)
     over = figure.axes[1].images[1]
     assert over.get_alpha() == 0.5 and list(over.get_extent()) == [-0.5, 23.5, 23.5, -0.5]

@@ -39,7 +39,7 @@ def box(x1, y1, x2, y2):
 
 
 def findings(boxes=None, outlines=()):
-    """A data set of three films, 100 x 200 (height x width) each, and its cache of 50 pixels."""
+    """A data set of three images, 100 x 200 (height x width) each, and its cache of 50 pixels."""
     manifest = pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"]})
     rows = [
         {"image": image, "label": 1, "points": np.array(points, float)}
@@ -56,7 +56,7 @@ def findings(boxes=None, outlines=()):
     }
 
 
-def test_regions_are_the_boxes_where_the_cached_film_has_them():
+def test_regions_are_the_boxes_where_the_cached_image_has_them():
     boxes = pd.concat(
         [box(20, 10, 60, 40), box(100, 50, 200, 100), box(82.4, 20.4, 84, 40)], ignore_index=True
     )
@@ -93,7 +93,7 @@ def test_tiny_boxes_at_every_place_keep_a_pixel_and_others_stay():
 def test_an_outline_is_filled_by_the_rule_of_the_boxes():
     shapes = {
         0: [[20, 10], [61, 10], [61, 41], [20, 41]],  # a box, drawn as a polygon
-        1: [[0, 0], [200, 0], [0, 100]],  # half the film
+        1: [[0, 0], [200, 0], [0, 100]],  # half the image
         2: [[101, 51], [101.2, 51], [101.2, 51.2]],  # far smaller than a pixel
     }
     dataset, caches = findings(outlines=shapes.items())
@@ -107,7 +107,7 @@ def test_an_outline_is_filled_by_the_rule_of_the_boxes():
     np.testing.assert_array_equal(padded, inside(box(5, 2.5, 15.25, 10.25), (50, 50)))
 
 
-def test_outlines_of_one_film_add_up_and_a_circle_has_its_area():
+def test_outlines_of_one_image_add_up_and_a_circle_has_its_area():
     turn = np.linspace(0, 2 * np.pi, 90, endpoint=False)
     circle = np.stack([100 + 60 * np.cos(turn), 50 + 30 * np.sin(turn)], 1)
     square = [[0, 0], [8, 0], [8, 4], [0, 4]]
@@ -162,9 +162,9 @@ def test_equal_heights_share_their_places_so_flat_and_zero_maps_score_chance():
 
 
 def test_references_know_nothing_and_are_reproducible():
-    films = torch.zeros(2, 1, 30, 40)
-    films[:, :, :, 20:] = 1
-    first, again = reference_maps(films), reference_maps(films)
+    images = torch.zeros(2, 1, 30, 40)
+    images[:, :, :, 20:] = 1
+    first, again = reference_maps(images), reference_maps(images)
     assert all(np.array_equal(first[name], again[name]) for name in REFERENCES)
     assert not np.array_equal(first["random"][0], first["random"][1])
     assert first["edges"][0].sum(0).nonzero()[0].tolist() == [19, 20]
@@ -217,7 +217,7 @@ def block(channels, dilation):
     return [convolution, nn.BatchNorm2d(12), nn.ReLU6(inplace=True)]
 
 
-def taught(films, masks):
+def taught(images, masks):
     """A classifier taught place by place where the lesions are."""
     truth = torch.from_numpy(masks).long()
     with torch.random.fork_rng():
@@ -225,8 +225,8 @@ def taught(films, masks):
         features, head = nn.Sequential(*block(1, 1), *block(12, 2), *block(12, 3)), nn.Linear(12, 2)
         optimiser = torch.optim.Adam([*features.parameters(), *head.parameters()], 1e-2)
         for _ in range(8):
-            for rows in torch.randperm(len(films)).split(16):
-                logits = head(features(films[rows]).movedim(1, -1)).movedim(-1, 1)
+            for rows in torch.randperm(len(images)).split(16):
+                logits = head(features(images[rows]).movedim(1, -1)).movedim(-1, 1)
                 loss = nn.functional.cross_entropy(
                     logits, truth[rows], weight=torch.tensor([1.0, 4.0])
                 )
@@ -237,13 +237,13 @@ def taught(films, masks):
 
 
 def chests(seed, count, side=48):
-    """Phantom films, every second with opacities, and the masks of these."""
+    """Phantom images, every second with opacities, and the masks of these."""
     drawn = [
         phantom.chest(np.random.default_rng([seed, k]), size=side, pneumonia=k % 2 == 1)
         for k in range(count)
     ]
-    films, masks = (np.stack(part) for part in list(zip(*drawn, strict=True))[:2])
-    return torch.from_numpy(films)[:, None], masks
+    images, masks = (np.stack(part) for part in list(zip(*drawn, strict=True))[:2])
+    return torch.from_numpy(images)[:, None], masks
 
 
 @pytest.fixture(scope="module")
@@ -254,18 +254,18 @@ def reader():
 
 @pytest.fixture(scope="module")
 def lesions():
-    films, masks = chests(8, 24)
-    return films[1::2], list(masks[1::2])
+    images, masks = chests(8, 24)
+    return images[1::2], list(masks[1::2])
 
 
 def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
-    films, masks = lesions
+    images, masks = lesions
     maps = {
-        name: explain(name, reader, films, 1, **OPTIONS.get(name, {})).heat() for name in METHODS
+        name: explain(name, reader, images, 1, **OPTIONS.get(name, {})).heat() for name in METHODS
     }
-    rows = localise(maps, films, masks, groups=range(len(films)))
+    rows = localise(maps, images, masks, groups=range(len(images)))
     summary = summarise(rows, draws=200)
-    assert len(rows) == (len(METHODS) + 3) * len(films)
+    assert len(rows) == (len(METHODS) + 3) * len(images)
     value = summary.pivot(index="map", columns="score", values="value")
     reference = value.loc[["random", "centre prior", "edges"]]
     for name in ("gradcam", "gradcam++"):
@@ -283,13 +283,13 @@ def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
 
 @pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])
 def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesions):
-    films, masks = lesions
-    for film, mask in zip(films[:2], masks[:2], strict=True):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(film.numel(), 2)).eval()
+    images, masks = lesions
+    for one, mask in zip(images[:2], masks[:2], strict=True):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(one.numel(), 2)).eval()
         with torch.no_grad():
             net[1].weight.zero_()[1] = torch.from_numpy(mask).float().flatten()
         options = {"window": 4, "stride": 4} if method == "occlusion" else {}
-        heat = explain(method, net, film[None], 1, **options).heat()
+        heat = explain(method, net, one[None], 1, **options).heat()
         row = score_maps(heat, [mask]).iloc[0]
         # A window of occlusion reaches over the lesion's edge by its own size.
         assert row["pointing"] > (0.4 if method == "occlusion" else 0.99)
@@ -297,9 +297,9 @@ def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesi
 
 
 def test_randomised_weights_destroy_the_map_of_a_faithful_method(reader, lesions):
-    films, _ = lesions
+    images, _ = lesions
     before = {key: value.clone() for key, value in reader.state_dict().items()}
-    table = sanity(reader, films, "gradcam", target=1, layer="8", steps=3)
+    table = sanity(reader, images, "gradcam", target=1, layer="8", steps=3)
     assert table["layers"].tolist() == [0, 2, 5, 7, 0]
     assert table["down_to"].tolist() == ["none", "7", "3", "0", "another image"]
     assert table["spearman"][0] == pytest.approx(1) and table["ssim"][0] == pytest.approx(1)
@@ -336,11 +336,11 @@ def test_differences_to_the_references_are_paired_by_image():
 
 
 def test_maps_of_two_models_are_compared_image_by_image(lesions):
-    films, masks = lesions
+    images, masks = lesions
     rng = np.random.default_rng(0)
-    good, poor = np.stack(masks).astype(float), rng.random((len(films), *films.shape[2:]))
+    good, poor = np.stack(masks).astype(float), rng.random((len(images), *images.shape[2:]))
     tables = [
-        localise({"saliency": heat, "other": poor}, films, masks, groups=range(len(films)))
+        localise({"saliency": heat, "other": poor}, images, masks, groups=range(len(images)))
         for heat in (good, poor)
     ]
     table = against_model(*tables, draws=100).set_index(["map", "score"])

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 01 Pneumonia: how fragile is MobileNetV2, and which defence really helps?
 #
-# A MobileNetV2 that reads chest X-rays is right on about nine films in ten. Change every pixel by less than
+# A MobileNetV2 that reads chest X-rays is right on about nine images in ten. Change every pixel by less than
 # the eye can see, in just the right direction, and it is wrong on nearly all of them. This notebook measures
 # that fragility and puts the published remedies to an honest test: each is trained with the same recipe, then
-# attacked by the same suite of nine attacks, and judged by its worst case on every single film.
+# attacked by the same suite of nine attacks, and judged by its worst case on every single image.
 #
 # **What you get**
 #
@@ -14,14 +14,14 @@
 # | 2 Training | A baseline and its defences: Lipschitz regularisers, distillation, adversarial training, noise |
 # | 3 Clean test | Accuracy, macro precision / recall / F1, ROC with AUC, calibration |
 # | 4 FGSM as published | The eps grid of the study we redo, in its own (normalised) units |
-# | 5 The suite | Nine attacks in pixel units, the worst case per film, and what it costs in each direction |
+# | 5 The suite | Nine attacks in pixel units, the worst case per image, and what it costs in each direction |
 # | 6 Is it to be believed? | Masked gradients, and a check list with PASS or WARN for every model |
 # | 7 A certificate | What randomised smoothing proves, and what it does not |
 # | 8 One-Pixel | Differential evolution with 1 and 3 pixels |
 # | 9 Verdict | Paired tests and a plain answer |
 #
 # What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from
-# the smoke profile on *synthetic* films, and only show what you will see.
+# the smoke profile on *synthetic* images, and only show what you will see.
 #
 # Press *Run All*. Every section also runs alone after the opening cells, so you can copy one into a
 # notebook of your own: trained models and finished tables are read back from the run folder.
@@ -34,9 +34,7 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, five hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder of chest_xray, or your two class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -52,7 +50,8 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5
 from dlia_utils.attacks import evaluate
 from dlia_utils.units import pixel_eps
 
-# The data: per_class None is every image, a number a sample of each class; own images are split by these shares
+# The data: per_class None is every image, a number a sample of each class; own images are split by
+# these shares
 FULL = {"dataset": "pneumonia", "seed": 0, "size": 224, "per_class": None, "val_share": 0.15}
 FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pattern": ""}
 # MobileNetV2, and the recipe of every training; max_minutes is for one model, None is no limit
@@ -65,8 +64,8 @@ FULL |= {
     "temperatures": (35.0, 50.0),
     "alpha": 0.9,
 }
-# Adversarial training: which, on what ball; "free" makes free_epochs / free_replays passes and replays
-# every batch, gairat goes on from pgd_at
+# Adversarial training: which, on what ball; "free" makes free_epochs / free_replays passes and
+# replays every batch, gairat goes on from pgd_at
 FULL |= {"adversarial": ("pgd_at", "fast_at", "free_at", "trades", "mart", "hat", "gairat")}
 FULL |= {
     "at_eps": 4 / 255,
@@ -80,7 +79,8 @@ FULL |= {"gairat_epochs": 10, "gairat_steps": 10}
 FULL |= {"sigma": 0.12, "certified_per_class": 100, "certificate_draws": 1000}
 
 # %% tags=["settings"]
-# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if
+# not at all
 FULL |= {
     "attacks": evaluate.SUITE,
     "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8),
@@ -93,7 +93,7 @@ FULL |= {
     "attack_batch": 128,
     "budgets": {"square": {"steps": 2000}},
 }
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
 # One-Pixel: (pixels, population, iterations, F, CR) of the study that is redone here
 FULL |= {"one_pixel": ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))}
 FULL |= {"one_pixel_per_class": 100, "bootstrap_draws": 2000}
@@ -111,7 +111,7 @@ CPU |= {
     "pgd_restarts": 1,
     "budgets": SHORT,
 }
-CPU |= {"expensive": EXPENSIVE, "check_films": 24, "one_pixel_per_class": 8}
+CPU |= {"expensive": EXPENSIVE, "check_images": 24, "one_pixel_per_class": 8}
 
 TINY = {
     "apgd_ce": {"steps": 4},
@@ -132,7 +132,7 @@ SMOKE |= {"adversarial": ("pgd_at", "trades"), "sigma": 0.05, "eps_grid": pixel_
 SMOKE |= {"published_eps_grid": (0.01, 0.1), "pgd_steps": 3, "pgd_restarts": 1, "budgets": TINY}
 SMOKE |= {
     "expensive": EXPENSIVE,
-    "check_films": 4,
+    "check_images": 4,
     "certified_per_class": 4,
     "certificate_draws": 200,
 }
@@ -189,7 +189,8 @@ RESULTS = run.run_dir / "results.csv"
 
 # %% tags=["yours"]
 # run.own["resnet18"] = lambda: models.backbone("resnet18", num_classes=2, pretrained=False)
-# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224,
+# 0.225])
 MODELS = ["baseline", "lipschitz", "lipschitz_operator", "margin_gradient"]
 MODELS += [*(f"distilled_T{t:g}" for t in run.temperatures), "papernot", *run.adversarial, *run.own]
 
@@ -210,7 +211,7 @@ study.dataset.ignored["reason"].value_counts().rename("files not read").to_frame
 # %% [markdown]
 # **The split.** The official test folder stays as it is. Validation is drawn again from train and val together:
 # whole patients, classes in proportion. Patients are read from the file names (`person17_bacteria_52`,
-# `IM-0115-0001`, `NORMAL2-IM-0052-0001`). Without that rule, another film of the same chest would sit on both
+# `IM-0115-0001`, `NORMAL2-IM-0052-0001`). Without that rule, another image of the same chest would sit on both
 # sides, and the model could recognise the patient instead of the disease.
 #
 # The audit below also looks for byte-identical files. Read its *detail* column: the archive reuses person
@@ -221,7 +222,7 @@ pd.set_option("display.max_colwidth", 110)
 split.audit(study.dataset)
 
 # %% [markdown]
-# **What the model sees.** Each film is decoded once to one grey channel, squashed to a square (as in the
+# **What the model sees.** Each image is decoded once to one grey channel, squashed to a square (as in the
 # original study) and kept as a memory-mapped array. From here on an image is a float in [0, 1] with *one*
 # channel: a radiograph is grey, so an attack that paints red and blue pixels would not be a radiograph.
 
@@ -308,13 +309,13 @@ def train_papernot(study):
 
 # %% [markdown]
 # **Noise.** Gaussian noise on every training image, the training for randomised smoothing (Cohen et al.
-# [1902.02918](https://arxiv.org/abs/1902.02918)). This network is only ever asked about *noisy* films, so its best epoch is
-# chosen on noisy validation films, and it has no place among the models that read clean ones. Section 7 turns it into a
+# [1902.02918](https://arxiv.org/abs/1902.02918)). This network is only ever asked about *noisy* images, so its best epoch is
+# chosen on noisy validation images, and it has no place among the models that read clean ones. Section 7 turns it into a
 # classifier with a certificate.
 
 # %%
 def held_out(study):
-    """About 200 validation films with their labels, the same for every model."""
+    """About 200 validation images with their labels, the same for every model."""
     rows = study.rows("val")[:: max(1, len(study.rows("val")) // 200)]
     return study.images(rows), study.labels(rows)
 
@@ -334,30 +335,30 @@ def train_gaussian_noise(study):
 
 
 # %% [markdown]
-# **Adversarial training.** Attack every batch first, then learn from the attacked films. The family:
+# **Adversarial training.** Attack every batch first, then learn from the attacked images. The family:
 #
 # | name | what it learns from | paper |
 # |---|---|---|
-# | `pgd_at` | films under a few PGD steps, with their true labels | Madry et al. [1706.06083](https://arxiv.org/abs/1706.06083) |
+# | `pgd_at` | images under a few PGD steps, with their true labels | Madry et al. [1706.06083](https://arxiv.org/abs/1706.06083) |
 # | `fast_at` | one large step from a random start; watched for catastrophic overfitting | Wong et al. [2001.03994](https://arxiv.org/abs/2001.03994) |
 # | `free_at` | one backward pass that serves weights and attack at once, several times per batch | Shafahi et al. [1904.12843](https://arxiv.org/abs/1904.12843) |
-# | `trades` | clean films, plus the distance between clean and attacked answers | Zhang et al. [1901.08573](https://arxiv.org/abs/1901.08573) |
-# | `mart` | attacked films; those that are wrong when clean must be stable most of all | Wang et al., ICLR 2020 |
-# | `hat` | as TRADES, with a helper film beyond the attacked one that keeps the border from moving too far | Rade and Moosavi-Dezfooli, ICLR 2022 |
-# | `gairat` | `pgd_at`, continued with large weights for films near the border | Zhang et al. [2010.01736](https://arxiv.org/abs/2010.01736) |
+# | `trades` | clean images, plus the distance between clean and attacked answers | Zhang et al. [1901.08573](https://arxiv.org/abs/1901.08573) |
+# | `mart` | attacked images; those that are wrong when clean must be stable most of all | Wang et al., ICLR 2020 |
+# | `hat` | as TRADES, with a helper image beyond the attacked one that keeps the border from moving too far | Rade and Moosavi-Dezfooli, ICLR 2022 |
+# | `gairat` | `pgd_at`, continued with large weights for images near the border | Zhang et al. [2010.01736](https://arxiv.org/abs/2010.01736) |
 #
-# Their best epoch is chosen by validation accuracy *under attack*: chosen on clean films it would be the least robust one.
+# Their best epoch is chosen by validation accuracy *under attack*: chosen on clean images it would be the least robust one.
 
 # %%
 def under_attack(study):
-    """What `train.fit` asks after each epoch: the share of some validation films that PGD does
+    """What `train.fit` asks after each epoch: the share of some validation images that PGD does
     not fool."""
-    films = held_out(study)
+    images = held_out(study)
 
     def robust_accuracy(model):
         found = evaluate.robust(
             model,
-            films,
+            images,
             [run.at_eps],
             attacks=["pgd_margin"],
             steps=5,
@@ -405,7 +406,7 @@ def train_adversarial(study, name):
 
 
 # %% [markdown]
-# **A model of your own** learns what the baseline learns, from the same films with the same recipe; one that is trained
+# **A model of your own** learns what the baseline learns, from the same images with the same recipe; one that is trained
 # already is taken as it is.
 
 # %%
@@ -456,7 +457,7 @@ pd.DataFrame(rows).round(3)
 
 # %% [markdown]
 # The curves: each loss has its own scale on the left (a distillation loss is not a cross-entropy), validation
-# AUC is comparable on the right (an adversarially trained model answers clean films here, too).
+# AUC is comparable on the right (an adversarially trained model answers clean images here, too).
 
 # %%
 histories = {
@@ -493,7 +494,7 @@ pd.DataFrame(rows).round(2)
 # ## 3 The clean test
 #
 # The test split is opened here, after every choice has been made, and each opening is logged. The intervals
-# come from a bootstrap over *patients*: two films of one child are not two independent pieces of evidence.
+# come from a bootstrap over *patients*: two images of one child are not two independent pieces of evidence.
 
 # %%
 study = open_study(run)
@@ -518,11 +519,11 @@ table.pivot(index="model", columns="metric", values="cell").loc[
 
 # %% [markdown]
 # Precision, recall and F1 are macro averages over both classes, as in the original study. Sensitivity is the
-# share of pneumonias found; specificity the share of healthy chests left alone. Films are ranked by the log-odds
+# share of pneumonias found; specificity the share of healthy chests left alone. Images are ranked by the log-odds
 # $z_1 - z_0$, not by the probability: above a difference of 37 that is 1 to all digits, and a model with large logits
 # would lose its ranking, and so its AUC, to rounding.
 #
-# Does a defence cost AUC? DeLong's test, on the same films and by patient; p with Holm's adjustment.
+# Does a defence cost AUC? DeLong's test, on the same images and by patient; p with Holm's adjustment.
 
 # %%
 predictions = study.dataset.manifest.loc[rows, ["path", "label"]].assign(
@@ -547,11 +548,12 @@ figure = plots.figure_confusion(labels, predicted, study.dataset.classes, run.ca
 report.save_figure(figure, run, "confusion")
 figure
 
+
 # %% [markdown]
 # **Are the probabilities honest?** A model that says 0.9 should be right nine times in ten. The expected calibration
 # error (ECE, ten bins of equal mass) is the mean distance from that; `if_calibrated` is what a perfect model would score
-# by chance on so few films, so only an ECE well above it means anything. One temperature, fitted on the *validation*
-# films ([1706.04599](https://arxiv.org/abs/1706.04599)), divides the logits; it cannot change an answer or an AUC.
+# by chance on so few images, so only an ECE well above it means anything. One temperature, fitted on the *validation*
+# images ([1706.04599](https://arxiv.org/abs/1706.04599)), divides the logits; it cannot change an answer or an AUC.
 #
 # The same loop takes the **sensitivity at a specificity of 0.9** (the second table below).
 
@@ -560,9 +562,7 @@ def roc_point(labels, score, weights=None, specificity=0.9):
     """The highest sensitivity with that specificity, and its threshold (positive is above)."""
     if weights is not None and not weights[labels == 0].any():
         return np.nan, np.nan
-    false_alarm, hit, cut = roc_curve(
-        labels, score, sample_weight=weights, drop_intermediate=False
-    )
+    false_alarm, hit, cut = roc_curve(labels, score, sample_weight=weights, drop_intermediate=False)
     place = np.flatnonzero(1 - false_alarm >= specificity - 1e-9)[-1]
     return hit[place], cut[place + 1]
 
@@ -612,9 +612,9 @@ alone = table[table.metric.eq("ece") & table.attack.eq("clean")].set_index("mode
 alone.round(3).join(shown.pivot(index="model", columns="what", values="cell")).loc[MODELS]
 
 # %% [markdown]
-# **Sensitivity at a specificity of 0.9.** `val_threshold`: the threshold that gives it on validation films, used on these.
+# **Sensitivity at a specificity of 0.9.** `val_threshold`: the threshold that gives it on validation images, used on these.
 # The specificity that really comes of it stands beside it; here the two splits differ, and it shows. `test_roc` chooses
-# its threshold on the very films it is scored on: an upper reference, nothing that could be had in use.
+# its threshold on the very images it is scored on: an upper reference, nothing that could be had in use.
 
 # %%
 fixed["cell"] = [report.with_interval(row) for _, row in fixed.iterrows()]
@@ -643,7 +643,7 @@ figure
 # FGSM moves every pixel one step along the sign of the loss gradient:
 # $x' = x + \varepsilon\,\mathrm{sign}(\nabla_x J)$. The original study added $\varepsilon$ to the *normalised*
 # image. One normalised unit is $\sigma_c \approx 0.225$ of the pixel range and differs between the colour
-# channels, so its 0.03 is about 1.7/255, and the attacked film is slightly tinted. We repeat it exactly (three
+# channels, so its 0.03 is about 1.7/255, and the attacked image is slightly tinted. We repeat it exactly (three
 # channels, per-channel eps) so the published numbers can be compared, and then leave these units for good.
 
 # %%
@@ -693,7 +693,7 @@ figure
 # ## 5 The suite
 #
 # From here on eps is in pixel units, k/255: the number of grey levels (of 255) any pixel may move. The attacker
-# knows the model completely. Nine attacks, on every film of the test split that the model gets right:
+# knows the model completely. Nine attacks, on every image of the test split that the model gets right:
 #
 # | attack | what it does | why it is here |
 # |---|---|---|
@@ -706,8 +706,8 @@ figure
 # | FMN | the smallest change by descent ([2102.12827](https://arxiv.org/abs/2102.12827)) | as DeepFool, mostly stronger |
 # | Square | random squares, answers only ([1912.00049](https://arxiv.org/abs/1912.00049)) | sees no gradient, so no gradient can be hidden from it |
 #
-# `evaluate.robust` is the one call. A film counts as right only if *no* attack fooled it at this or any smaller
-# eps: the worst case per film, which is no higher than the best single attack. Films that are wrong before any attack
+# `evaluate.robust` is the one call. An image counts as right only if *no* attack fooled it at this or any smaller
+# eps: the worst case per image, which is no higher than the best single attack. Images that are wrong before any attack
 # count as fooled. The expensive attacks run only at the eps that `expensive` in the settings names, and the list of
 # attacks is `attacks` there: shorten or extend it. What is finished lies in the run folder.
 
@@ -734,9 +734,9 @@ def evaluated(name):
     stored(
         study,
         f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_images),
         model=name,
-        uses=(*SUITE_USES, "check_films"),
+        uses=(*SUITE_USES, "check_images"),
     )
     return found.cost.assign(model=name)
 
@@ -770,7 +770,7 @@ report.save_figure(figure, run, "worst_case")
 figure
 
 # %% [markdown]
-# Each attack by itself at the headline eps, all over the same films. Read across a row: noise should hurt least, the
+# Each attack by itself at the headline eps, all over the same images. Read across a row: noise should hurt least, the
 # iterative attacks at least as much as FGSM, and the worst case lies below them all. Where it is otherwise, something is
 # wrong with the attack, not right with the model.
 
@@ -799,7 +799,7 @@ cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().as
 
 # %% [markdown]
 # **One model on one page.** This is what the call gives for any two-class model in [0, 1]: the threat model, a row per
-# eps, the cost, and a figure of who fooled the films first. (`checklist.page(found, checklist.report(found))` adds the
+# eps, the cost, and a figure of who fooled the images first. (`checklist.page(found, checklist.report(found))` adds the
 # check list of the next section.)
 
 # %%
@@ -869,7 +869,7 @@ with pd.option_context("display.max_colwidth", 300):
 # ## 7 A certificate
 #
 # Everything above shows what *our* attacks could not do. Randomised smoothing proves something about all attacks: ask the
-# noise-trained model about thousands of noisy copies of a film and take the majority. If the majority is large, no change
+# noise-trained model about thousands of noisy copies of an image and take the majority. If the majority is large, no change
 # shorter than a radius $r$ (in L2: the length of the whole change) can turn it, with probability 1 - 0.001. Mind the unit:
 # moving *every* pixel by 4/255 has a length of $\frac{4}{255}\sqrt{S \cdot S}$, far outside such a radius. The
 # certificate and the table of section 5 answer different questions.
@@ -906,13 +906,13 @@ report.update_results(table, RESULTS)
 whole = run.headline_eps * run.size
 print(
     f"every pixel moved by {eps_text(run.headline_eps)} is a change of L2 length {whole:.2f}; "
-    f"no answer for {(certified['predicted'] == smoothing.ABSTAIN).mean():.0%} of the films"
+    f"no answer for {(certified['predicted'] == smoothing.ABSTAIN).mean():.0%} of the images"
 )
 pd.DataFrame(
     {
         "L2 radius": table["eps"].round(3),
         "certified accuracy": [report.with_interval(r) for _, r in table.iterrows()],
-        "films": table["n"],
+        "images": table["n"],
     }
 )
 
@@ -1009,8 +1009,8 @@ own.pivot_table(
 # %% [markdown]
 # ## Look at an attack
 #
-# The attacked film at the headline eps beside the clean one, and the difference, amplified to the full colour
-# range. Side by side the films look the same; the answers above them do not. Compare the two patterns: which model
+# The attacked image at the headline eps beside the clean one, and the difference, amplified to the full colour
+# range. Side by side the images look the same; the answers above them do not. Compare the two patterns: which model
 # forces the attack to draw something that looks like anatomy?
 
 # %%
@@ -1040,7 +1040,7 @@ figure
 # %% [markdown]
 # ## 9 Verdict
 #
-# Every model against the baseline on the *same* films, clean and in the worst case at the headline eps: McNemar's exact
+# Every model against the baseline on the *same* images, clean and in the worst case at the headline eps: McNemar's exact
 # test by patient, with Holm's adjustment for the number of comparisons.
 
 # %%

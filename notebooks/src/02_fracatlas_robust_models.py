@@ -20,8 +20,8 @@
 # | 7 Maps | Saliency, integrated gradients, DeepLIFT, occlusion, Grad-CAM: do they lie on the fracture? |
 # | 8 Verdict | Paired tests and a plain answer |
 #
-# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
-# smoke profile on *synthetic* films with tiny random networks, and only show what you will see.
+# What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* images with tiny random networks, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
 
@@ -33,9 +33,7 @@ PROFILE = (
 )
 DATA_DIR = ""  # empty: find the data set; else the folder that holds FracAtlas
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -47,10 +45,12 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5
 from dlia_utils.attacks import evaluate
 from dlia_utils.units import pixel_eps
 
-# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is missing
+# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is
+# missing
 FULL = {"dataset": "fracatlas", "seed": 0, "size": 224, "fit": "pad", "per_class": None}
 FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1}
-# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
+# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or
+# "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
 FULL |= {
     "schedule": "onecycle",
@@ -67,7 +67,8 @@ FULL |= {
     "trades_beta": 6.0,
     "head": "linear",
 }
-# Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
+# Robust models of the literature: weights "public" are downloaded, None is random; they were
+# trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
@@ -77,7 +78,8 @@ FULL |= {
 }  # maps of the first so many
 
 # %% tags=["settings"]
-# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if
+# not at all
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
 FULL |= {
     "pgd_steps": 10,
@@ -85,7 +87,7 @@ FULL |= {
     "attack_batch": 64,
     "budgets": {"square": {"steps": 2000}},
 }
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
@@ -107,7 +109,7 @@ CPU |= {
     "occlusion_window": 20,
     "integrated_steps": 16,
 }  # the zoo's networks are no work for a laptop
-CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 24}
 
 TINY = {
     "apgd_ce": {"steps": 4},
@@ -137,7 +139,7 @@ SMOKE |= {
 }  # one of each family
 SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
 SMOKE |= {"zoo_alphas": (0.0, 0.2), "eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
-SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "maps": 6, "occlusion_window": 8}
+SMOKE |= {"expensive": EXPENSIVE, "check_images": 4, "maps": 6, "occlusion_window": 8}
 SMOKE |= {"integrated_steps": 8, "bootstrap_draws": 200}
 
 # %% tags=["start"]
@@ -196,7 +198,7 @@ RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
-    """The films as the model `name` takes them: the robust models of the literature have a size
+    """The images as the model `name` takes them: the robust models of the literature have a size
     of their own."""
     study = open_study(run)
     return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
@@ -205,11 +207,11 @@ def study_of(name):
 # %% [markdown]
 # ## 1 The data
 #
-# FracAtlas holds 4,083 films of hands, legs, hips and shoulders, 717 of them with a fracture that radiologists boxed
+# FracAtlas holds 4,083 images of hands, legs, hips and shoulders, 717 of them with a fracture that radiologists boxed
 # and outlined. Its flaws: some JPEG files end too early (they are used if the loss is small, left out by name if a
-# quarter of the film is missing), one film contradicts itself (flag "not fractured", but a fracture box), patients
-# are not named, and a good many films occur twice. The published split covers only the fractured films, so one split
-# is drawn here for *all* models: 80 / 10 / 10, stratified by class and body part, with byte-identical films and
+# quarter of the image is missing), one image contradicts itself (flag "not fractured", but a fracture box), patients
+# are not named, and a good many images occur twice. The published split covers only the fractured images, so one split
+# is drawn here for *all* models: 80 / 10 / 10, stratified by class and body part, with byte-identical images and
 # near-duplicates (perceptual hash, confirmed by correlation) always on one side.
 
 # %%
@@ -217,7 +219,7 @@ study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 study.dataset.manifest.groupby("look").size().value_counts().rename("groups").rename_axis(
-    "films that look alike"
+    "images that look alike"
 ).to_frame()
 
 # %%
@@ -233,42 +235,47 @@ report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
-# **What the size of a film gives away.** Before any network: can the class be told from height and width alone? The
+# **What the size of an image gives away.** Before any network: can the class be told from height and width alone? The
 # table cross-validates a small model on nothing but the shape. An AUC above 0.5 is a shortcut that every network
-# trained on these films may take, because padding to a square keeps the shape visible.
+# trained on these images may take, because padding to a square keeps the shape visible.
 
 # %%
 explore.size_shortcut(study.dataset, study.cache.shapes, draws=run.bootstrap_draws).round(3)
 
 
 # %% [markdown]
-# **The augmentation that gave the label away.** The published code rotated films of *one class only* (with black
-# corners), in training, validation and test alike. The score below is nothing but the number of pixels that a film has
+# **The augmentation that gave the label away.** The published code rotated images of *one class only* (with black
+# corners), in training, validation and test alike. The score below is nothing but the number of pixels that an image has
 # exactly black in its four corners: with one augmentation for both classes it must be near 0.5, with the published one
 # it reads the label. All accuracies of that study, clean and attacked, carry this leak.
 
 # %%
-def black_corners(film):
-    part = len(film) // 8
-    corners = [film[:part, :part], film[:part, -part:], film[-part:, :part], film[-part:, -part:]]
+def black_corners(image):
+    part = len(image) // 8
+    corners = [
+        image[:part, :part],
+        image[:part, -part:],
+        image[-part:, :part],
+        image[-part:, -part:],
+    ]
     return sum(int((corner == 0).sum()) for corner in corners)
 
 
-def rotated(film, rng):
-    turn = cv2.getRotationMatrix2D((len(film) / 2, len(film) / 2), rng.uniform(-20, 20), 1)
-    return cv2.warpAffine(film, turn, film.shape)
+def rotated(image, rng):
+    turn = cv2.getRotationMatrix2D((len(image) / 2, len(image) / 2), rng.uniform(-20, 20), 1)
+    return cv2.warpAffine(image, turn, image.shape)
 
 
 rng = np.random.default_rng(run.seed)
 rows = rng.permutation(study.rows("train"))[:400]
-films, chosen = (
+images, chosen = (
     np.maximum(study.cache.images[rows], 1),
     study.dataset.manifest["label"].to_numpy()[rows],
 )
-alike = [black_corners(rotated(film, rng)) for film in films]
+alike = [black_corners(rotated(image, rng)) for image in images]
 by_label = [
-    black_corners(rotated(film, rng) if label == 1 else film)
-    for film, label in zip(films, chosen, strict=True)
+    black_corners(rotated(image, rng) if label == 1 else image)
+    for image, label in zip(images, chosen, strict=True)
 ]
 pd.DataFrame(
     {
@@ -287,22 +294,22 @@ pd.DataFrame(
 #
 # | model | loss |
 # |---|---|
-# | standard | cross-entropy; the fractures together weigh as much as all other films together |
-# | pgd_at | cross-entropy on attacked films (Madry et al., [1706.06083](https://arxiv.org/abs/1706.06083)) |
-# | trades | cross-entropy on clean films + $\beta\,\mathrm{KL}(p(x)\,\|\,p(x'))$, $\beta = 6$ (Zhang et al., [1901.08573](https://arxiv.org/abs/1901.08573)) |
+# | standard | cross-entropy; the fractures together weigh as much as all other images together |
+# | pgd_at | cross-entropy on attacked images (Madry et al., [1706.06083](https://arxiv.org/abs/1706.06083)) |
+# | trades | cross-entropy on clean images + $\beta\,\mathrm{KL}(p(x)\,\|\,p(x'))$, $\beta = 6$ (Zhang et al., [1901.08573](https://arxiv.org/abs/1901.08573)) |
 #
 # The attacked ones choose their epoch by validation accuracy *under attack*, balanced over the classes: with most of
-# the films healthy, a model that never sees a fracture would look robust.
+# the images healthy, a model that never sees a fracture would look robust.
 
 # %%
 def under_attack(study):
     rows = study.rows("val")
-    films = study.images(rows), study.labels(rows)
+    images = study.images(rows), study.labels(rows)
 
     def balanced(model):
         found = evaluate.robust(
             model,
-            films,
+            images,
             [run.at_eps],
             attacks=["pgd_margin"],
             steps=5,
@@ -341,9 +348,9 @@ def train_trades(study):
 
 # %% [markdown]
 # **A new head on frozen features.** The original study trained only a head on features learnt elsewhere. Two things
-# must be right for that: the frozen part stays in eval mode (else its batch statistics drift to the new films, batch by
+# must be right for that: the frozen part stays in eval mode (else its batch statistics drift to the new images, batch by
 # batch), and nobody should expect a robust head to make fragile features robust. `linear_probe` is a plain last layer
-# on frozen ImageNet features; `robust_probe` is the same layer trained on attacked films. Choose the original's
+# on frozen ImageNet features; `robust_probe` is the same layer trained on attacked images. Choose the original's
 # two-layer head with the setting `head = "mlp"`.
 
 # %%
@@ -425,13 +432,13 @@ registry[columns]
 
 # %% [markdown]
 # **How to load them without fooling oneself.** The original study loaded one checkpoint with `strict=False`, matched
-# no key at all and fine-tuned a *random* network; and it normalised films for models that want raw pixels or
+# no key at all and fine-tuned a *random* network; and it normalised images for models that want raw pixels or
 # normalise by themselves. Here a file must fit key by key (`load_report`), the model takes [0, 1] and owns its
 # normalisation, and average pooling replaces the fixed 8 x 8 window, so that any image size works. Downloads need
 # internet; a model that cannot be fetched is named and left out.
 #
 # The backbone is frozen, its features are computed once, and the head learns from them. A MeanSparse model first gets
-# the statistics of the *training* films, then the width $\alpha$ of its dead zone on *validation* films, by the worse
+# the statistics of the *training* images, then the width $\alpha$ of its dead zone on *validation* images, by the worse
 # of the exact and the straight-through attack.
 
 # %%
@@ -468,7 +475,7 @@ def train_robust_model(name):
         rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)
     ]
     sparse = "meansparse" in name
-    if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
+    if sparse:  # the head must learn from features of these images, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
@@ -506,14 +513,14 @@ if not run.zoo:
         "robust.create(name, pretrained=FILE)."
     )
 else:
-    study_of(run.zoo[0])  # decode once, before processes share the films
+    study_of(run.zoo[0])  # decode once, before processes share the images
 loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
 pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 
 # %%
 for name in trained(open_study(run), run.zoo):
     if (run.run_dir / name / "alpha.csv").exists():
-        print(f"{name}: the dead zone, chosen on validation films")
+        print(f"{name}: the dead zone, chosen on validation images")
         display(pd.read_csv(run.run_dir / name / "alpha.csv").round(3))
 
 # %% [markdown]
@@ -530,7 +537,7 @@ rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 print(
     f'always answering "not fractured" is right on {1 - labels.mean():.1%} of the {len(labels)} '
-    'test films'
+    "test images"
 )
 scores, clean = {}, []
 for name in names:
@@ -565,7 +572,7 @@ figure
 # 1/255. Our `pgd_ce` at 4/255 is the attack it meant. Beside it stands the whole suite: random noise, FGSM, PGD on the
 # logit margin, APGD with both losses, the searches for the smallest change (DeepFool, FMN), Square, which sees no
 # gradient, and for MeanSparse models the PGD and APGD attacks again straight through the operator. The **worst case**
-# counts a film as right only if none of them fooled it at this or a smaller eps. Notebook 01 explains the attacks.
+# counts an image as right only if none of them fooled it at this or a smaller eps. Notebook 01 explains the attacks.
 
 # %%
 study = open_study(run)
@@ -590,9 +597,9 @@ def attacked(name):
     stored(
         own,
         f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_images),
         model=name,
-        uses=(*SUITE_USES, "check_films"),
+        uses=(*SUITE_USES, "check_images"),
     )
     return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
@@ -622,7 +629,7 @@ report.save_figure(figure, run, "worst_case")
 figure
 
 # %% [markdown]
-# Confusion matrices of the films attacked with PGD at the headline eps, and scikit-learn's report for the model that
+# Confusion matrices of the images attacked with PGD at the headline eps, and scikit-learn's report for the model that
 # holds best.
 
 # %%
@@ -691,13 +698,13 @@ masking.round(3)
 # %% [markdown]
 # ## 7 Where do they look?
 #
-# Five kinds of map, all for the class *Fractured*, all on fractured films of the **test** split, whole (the published
-# study cut each film into four tiles, explained whatever class was predicted, and used training films too):
+# Five kinds of map, all for the class *Fractured*, all on fractured images of the **test** split, whole (the published
+# study cut each image into four tiles, explained whatever class was predicted, and used training images too):
 #
 # | map | what it shows |
 # |---|---|
 # | saliency | size of the gradient of the fracture logit at each pixel |
-# | integrated gradients | gradient x change, summed on the way from a black film; sums to the change of the logit |
+# | integrated gradients | gradient x change, summed on the way from a black image; sums to the change of the logit |
 # | DeepLIFT | the same sum by rules instead of a path; **refused** where captum has no rule for a layer |
 # | occlusion | how much the logit drops when a window is covered |
 # | Grad-CAM | which places of the last feature map speak for the class |
@@ -738,13 +745,13 @@ def explained(study, name, rows):
 
 
 def boxed_rows(study, count):
-    """Fractured test films that have a box, at most `count`."""
+    """Fractured test images that have a box, at most `count`."""
     return np.intersect1d(study.rows("test"), study.dataset.boxes["image"].to_numpy())[:count]
 
 
 # %%
 study = open_study(run)
-test_opened(study, "maps of fractured films")
+test_opened(study, "maps of fractured images")
 rows = boxed_rows(study, 3)
 for name in ("standard", "pgd_at"):
     maps, notes = explained(study, name, rows)
@@ -759,16 +766,17 @@ for name in ("standard", "pgd_at"):
     report.save_figure(figure, run, f"overlays_{name}")
     display(figure)
 
+
 # %% [markdown]
-# **Scored against the radiologists' marks.** A picture convinces too easily, so every map of every fractured test film
+# **Scored against the radiologists' marks.** A picture convinces too easily, so every map of every fractured test image
 # is scored against the fracture boxes and outlines:
 #
 # - *coverage gain*: the share of the box that the hottest 5 % of pixels cover, minus the 5 % that any map covers by chance;
 # - *pointing*: is the hottest pixel in the box?
-# - *energy gain*: the share of the heat in the box, minus the box's share of the film;
+# - *energy gain*: the share of the heat in the box, minus the box's share of the image;
 # - *AUPRC* of the pixels.
 #
-# The three reference rows come from no model: random pixels, a bump in the centre, the edges of the film. A method
+# The three reference rows come from no model: random pixels, a bump in the centre, the edges of the image. A method
 # that does not beat **all** of them has not found the fracture.
 
 # %%
@@ -797,15 +805,15 @@ rows = boxed_rows(study, run.maps)
 
 @cache
 def scored(name):
-    """Per film and map: the scores against boxes and outlines; and what each method said about
+    """Per image and map: the scores against boxes and outlines; and what each method said about
     itself."""
     study, tables = study_of(name), []
     maps, notes = explained(study, name, rows)
     for kind in ("box", "outline"):
         regions = localisation.regions_of(study.dataset, rows, study.cache, kind=kind)
-        films = study.images(rows).cpu()
-        per_film = localisation.localise(maps, films, regions, groups=study.patients(rows))
-        tables.append(per_film.assign(region=kind))
+        images = study.images(rows).cpu()
+        per_map = localisation.localise(maps, images, regions, groups=study.patients(rows))
+        tables.append(per_map.assign(region=kind))
     return pd.concat(tables), notes
 
 
@@ -816,9 +824,9 @@ for name in looked:
         "model": name,
         "uses": ["maps", "occlusion_window", "integrated_steps", "seed", "size"],
     }
-    per_film = stored(own, f"maps_{name}", lambda n=name: scored(n)[0], **given)
+    per_map = stored(own, f"maps_{name}", lambda n=name: scored(n)[0], **given)
     stored(own, f"remarks_{name}", lambda n=name: scored(n)[1], **given)
-    for kind, part in per_film.groupby("region"):
+    for kind, part in per_map.groupby("region"):
         summary = localisation.summarise(part, draws=run.bootstrap_draws).assign(
             region=kind, model=name
         )
@@ -832,21 +840,21 @@ map_table(scores[scores.region.eq("box")])
 
 # %% [markdown]
 # **Do robust models look better?** The published study says so. Method by method, each model's map against the plain
-# model's on the *same* films: differences with their intervals. Twenty comparisons a model, not adjusted: one in twenty
+# model's on the *same* images: differences with their intervals. Twenty comparisons a model, not adjusted: one in twenty
 # would clear 0 by chance alone.
 
 # %%
 study = open_study(run)
-per_film = {
+per_map = {
     name: stored(study_of(name), f"maps_{name}", model=name, section="7 Where do they look?").query(
         "region == 'box'"
     )
     for name in ["standard", "pgd_at", "trades", *trained(study, run.zoo[: run.zoo_maps])]
 }
 better = []
-for name in list(per_film)[1:]:
+for name in list(per_map)[1:]:
     gained = localisation.against_model(
-        per_film[name], per_film["standard"], draws=run.bootstrap_draws
+        per_map[name], per_map["standard"], draws=run.bootstrap_draws
     )
     gained = gained.assign(model=name, region="box, minus standard")
     report.update_results(map_rows(gained, study_of(name), name), RESULTS)
@@ -856,7 +864,7 @@ map_table(pd.concat(better))
 # %%
 for name in looked[:3]:
     part = scores[scores.model.eq(name) & scores.region.eq("box")]
-    caption = f"{name}; {len(rows)} fractured test films; {run.data_name}; dotted: random pixels"
+    caption = f"{name}; {len(rows)} fractured test images; {run.data_name}; dotted: random pixels"
     figure = figures.figure_forest(part, caption, panel="score", row="map", chance="random")
     report.save_figure(figure, run, f"localisation_{name}")
     display(figure)
@@ -874,7 +882,7 @@ remarks.round(4).fillna("")
 # %% [markdown]
 # **Does the map depend on the model at all?** Layer by layer, from the last one down, the weights are replaced by noise
 # (Adebayo et al., [1810.03292](https://arxiv.org/abs/1810.03292)). A map that explains the model must change. The
-# dotted line is the likeness of the maps of two *different* films: as unlike as maps of that method get.
+# dotted line is the likeness of the maps of two *different* images: as unlike as maps of that method get.
 
 # %%
 study = open_study(run)
@@ -902,7 +910,7 @@ figure
 # %% [markdown]
 # ## 8 Verdict
 #
-# Every model against the plain one on the *same* films (McNemar's exact test by patient, with Holm's adjustment), clean
+# Every model against the plain one on the *same* images (McNemar's exact test by patient, with Holm's adjustment), clean
 # and in the worst case. The sentences are written by code from this run's numbers, so that they cannot claim more than
 # the run shows.
 
@@ -920,7 +928,7 @@ masking = report.masking_table(results, eps=run.headline_eps)
 display(Markdown(report.verdict(results, masking, paired, run, reference="standard")))
 
 # %% [markdown]
-# And the maps: which beat all three references, film by film (the 95 % interval of the difference lies above 0)?
+# And the maps: which beat all three references, image by image (the 95 % interval of the difference lies above 0)?
 
 # %%
 differences = pd.read_csv(made_by(run, "map_differences.csv", "7 Where do they look?"))

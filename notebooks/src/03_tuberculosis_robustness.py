@@ -1,9 +1,9 @@
 # %% [markdown]
-# # 03 Tuberculosis: right on 88 films in 100, and blind to seven sick people in ten
+# # 03 Tuberculosis: right on 88 images in 100, and blind to seven sick people in ten
 #
-# The *TB Chest Radiography Database* holds five healthy films for every one with tuberculosis. Whoever calls all of
-# them healthy is right on 83 %. A study that put robust CIFAR-10 models on these films reported an accuracy of 0.88,
-# with a TB recall of 0.29: it found fewer than three in ten. Its networks worked on scrambled features and on films
+# The *TB Chest Radiography Database* holds five healthy images for every one with tuberculosis. Whoever calls all of
+# them healthy is right on 83 %. A study that put robust CIFAR-10 models on these images reported an accuracy of 0.88,
+# with a TB recall of 0.29: it found fewer than three in ten. Its networks worked on scrambled features and on images
 # scaled by the wrong numbers, and nothing noticed, because they still learnt *something*. This notebook shows both bugs
 # at work, then asks what comes first for a disease one must not miss: how many are found, at which threshold, at which
 # price in false alarms, and how many of those found can an attack hide?
@@ -12,16 +12,16 @@
 #
 # | part | question |
 # |---|---|
-# | 1 Data | Five to one, from different hospitals: what do the edges of a film give away? |
-# | 2 Two bugs | Scrambled features and statistics of a single film, shown live |
+# | 1 Data | Five to one, from different hospitals: what do the edges of an image give away? |
+# | 2 Two bugs | Scrambled features and statistics of a single image, shown live |
 # | 3 Training | MobileNetV2: plain, adversarial (PGD-AT), a new head on frozen features; robust models of the literature |
-# | 4 Sensitivity first | The threshold that finds 95 % of TB, chosen on validation films, then the test |
-# | 5 Attacks | Worst case over all attacks, TB films that an attack hides, masked gradients |
+# | 4 Sensitivity first | The threshold that finds 95 % of TB, chosen on validation images, then the test |
+# | 5 Attacks | Worst case over all attacks, TB images that an attack hides, masked gradients |
 # | 6 Maps | Where plain and adversarial training look, and whether the maps depend on the model |
 # | 7 Verdict | Paired tests and a plain answer |
 #
 # The protocol is that of [notebook 02](02_fracatlas_robust_models.ipynb), where attacks, robust models and maps are
-# explained at length. The outputs stored in this file are from the smoke profile on *synthetic* films with tiny random
+# explained at length. The outputs stored in this file are from the smoke profile on *synthetic* images with tiny random
 # networks, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
@@ -34,9 +34,7 @@ PROFILE = (
 )
 DATA_DIR = ""  # empty: find the data set; else the folder that holds Normal and Tuberculosis
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -48,10 +46,12 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5
 from dlia_utils.attacks import evaluate
 from dlia_utils.units import pixel_eps
 
-# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is missing
+# The data; fit "pad" keeps the aspect, unusable_share allows for files of which a third and more is
+# missing
 FULL = {"dataset": "tuberculosis", "seed": 0, "size": 224, "fit": "pad", "per_class": None}
 FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1, "sensitivity": 0.95}
-# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or "sampling"
+# MobileNetV2, and the recipe of every training; balance "weights" of the classes in the loss, or
+# "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
 FULL |= {
     "schedule": "onecycle",
@@ -68,7 +68,8 @@ FULL |= {
     "trades_beta": 6.0,
     "head": "linear",
 }
-# Robust models of the literature: weights "public" are downloaded, None is random; they were trained on 32 px
+# Robust models of the literature: weights "public" are downloaded, None is random; they were
+# trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
@@ -78,7 +79,8 @@ FULL |= {
 }  # maps of the first so many
 
 # %% tags=["settings"]
-# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+# The attacks of the suite: add or leave out; their budgets; the eps at which expensive ones run, if
+# not at all
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
 FULL |= {
     "pgd_steps": 10,
@@ -86,7 +88,7 @@ FULL |= {
     "attack_batch": 64,
     "budgets": {"square": {"steps": 2000}},
 }
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_films": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
@@ -108,7 +110,7 @@ CPU |= {
     "occlusion_window": 20,
     "integrated_steps": 16,
 }  # the zoo's networks are no work for a laptop
-CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_films": 24}
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 24}
 
 TINY = {
     "apgd_ce": {"steps": 4},
@@ -136,7 +138,7 @@ SMOKE |= {"at_eps": 0.5 / 255, "at_steps": 2, "at_step_size": 0.35 / 255}
 SMOKE |= {"zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16")}  # one of two families
 SMOKE |= {"zoo_maps": 1, "zoo_weights": None, "zoo_width": 1 / 16, "zoo_size": 32, "zoo_epochs": 3}
 SMOKE |= {"zoo_alphas": (0.0, 0.2), "eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
-SMOKE |= {"expensive": EXPENSIVE, "check_films": 4, "maps": 6, "occlusion_window": 8}
+SMOKE |= {"expensive": EXPENSIVE, "check_images": 4, "maps": 6, "occlusion_window": 8}
 SMOKE |= {"integrated_steps": 32, "bootstrap_draws": 200}
 
 # %% tags=["start"]
@@ -197,7 +199,7 @@ RESULTS = run.run_dir / "results.csv"
 
 
 def study_of(name):
-    """The films as the model `name` takes them: the robust models of the literature have a size
+    """The images as the model `name` takes them: the robust models of the literature have a size
     of their own."""
     study = open_study(run)
     return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
@@ -206,9 +208,9 @@ def study_of(name):
 # %% [markdown]
 # ## 1 The data
 #
-# 3,500 normal films and 700 with tuberculosis, all brought to 512 x 512 pixels by the authors of the collection. It
+# 3,500 normal images and 700 with tuberculosis, all brought to 512 x 512 pixels by the authors of the collection. It
 # names no patients and has no split. So one split is drawn here for all models, 80 / 10 / 10 and stratified, with
-# byte-identical films and near-duplicates (perceptual hash, confirmed by correlation) on one side: the nearest one can
+# byte-identical images and near-duplicates (perceptual hash, confirmed by correlation) on one side: the nearest one can
 # get to a split by patient.
 
 # %%
@@ -216,7 +218,7 @@ study = open_study(run)
 print(study.dataset.split_rule)
 display(datasets.summary(study.dataset))
 always_healthy = 1 - study.labels(study.rows("train")).float().mean().item()
-print(f"accuracy of calling every film normal: {always_healthy:.3f}, with a sensitivity of 0")
+print(f"accuracy of calling every image normal: {always_healthy:.3f}, with a sensitivity of 0")
 
 # %%
 pd.set_option("display.max_colwidth", 100)
@@ -231,11 +233,11 @@ report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
-# **The classes come from different hospitals.** By its authors' account most normal films are from the RSNA pneumonia
-# set (USA), the TB films from Shenzhen, Montgomery County and Belarus. Scanner, cropping, letters and grey scale differ
+# **The classes come from different hospitals.** By its authors' account most normal images are from the RSNA pneumonia
+# set (USA), the TB images from Shenzhen, Montgomery County and Belarus. Scanner, cropping, letters and grey scale differ
 # with the class, and a network may name the hospital instead of the disease. Two quick checks: the class from height
-# and width alone, and from parts of the film that hold no lung (a logistic regression on 16 x 16 thumbnails of which only
-# the border, a tenth of the side, or the corners are left). On *validation* films: the test split is still closed.
+# and width alone, and from parts of the image that hold no lung (a logistic regression on 16 x 16 thumbnails of which only
+# the border, a tenth of the side, or the corners are left). On *validation* images: the test split is still closed.
 
 # %%
 study = open_study(run)
@@ -262,7 +264,7 @@ cells.pivot(index="region", columns="metric", values="cell").loc[
 
 # %% [markdown]
 # If the border alone is far above 0.5, no accuracy on this collection, however high, shows that a network reads lungs;
-# only films of a hospital that sent both classes could. Keep that in mind for every number below.
+# only images of a hospital that sent both classes could. Keep that in mind for every number below.
 
 # %% [markdown]
 # ## 2 Two bugs, shown live
@@ -270,8 +272,8 @@ cells.pivot(index="region", columns="metric", values="cell").loc[
 # **Scrambled features.** These networks end in a map of features [B, C, h, w]: C channels at h x w places. The published
 # code pooled it with a window fixed for 32-pixel photographs, `avg_pool2d(8)`, and then called `view(-1, C)`. At 32
 # pixels the map is 8 x 8, the window leaves one place, and the code is right. At the 320 pixels of that study the map is
-# 80 x 80, the window leaves 10 x 10 places, and `view(-1, C)` turns each film into *100* rows. `cross_entropy` then
-# complains that labels and rows do not match, and the author averaged the 100 answers of each film to make it stop.
+# 80 x 80, the window leaves 10 x 10 places, and `view(-1, C)` turns each image into *100* rows. `cross_entropy` then
+# complains that labels and rows do not match, and the author averaged the 100 answers of each image to make it stop.
 # Below is the same at 80 pixels, where four rows come out.
 
 # %%
@@ -281,7 +283,7 @@ def scrambled(maps, window):
 
 
 def folded(maps, window):
-    """The published remedy: the average of a film's rows [B,C] (for a linear head, the average of
+    """The published remedy: the average of an image's rows [B,C] (for a linear head, the average of
     its answers)."""
     return scrambled(maps, window).reshape(len(maps), -1, maps.shape[1]).mean(1)
 
@@ -303,7 +305,7 @@ for name in ("standard_wrn_28_10", "hat_wrn_34_10", "huang2021_wrn_34_r"):
         {
             "model": name,
             "map": "{} channels, {} x {} places".format(*maps.shape[1:]),
-            "films": len(four),
+            "images": len(four),
             "rows, published": len(logits),
             "rows, pooled": len(model(four)),
             "cross_entropy": complaint,
@@ -319,16 +321,16 @@ pd.DataFrame(found)
 # gone; what is left are blurred sums.
 #
 # The table compares those with the pooled features of the same frozen MobileNetV2: how many still resemble the feature
-# whose place they took (correlation over films), and how well a logistic regression on them finds TB in validation
-# films. (Its map is smaller than the window of 8, so the window is left out: n is the whole map.)
+# whose place they took (correlation over images), and how well a logistic regression on them finds TB in validation
+# images. (Its map is smaller than the window of 8, so the window is left out: n is the whole map.)
 
 # %%
-def read(network, films, fold=False):
-    """Features [N,C] of normalised films [N,1,S,S] from a frozen MobileNetV2: pooled, or
+def read(network, images, fold=False):
+    """Features [N,C] of normalised images [N,1,S,S] from a frozen MobileNetV2: pooled, or
     scrambled and folded."""
     parts = []
     with torch.no_grad():
-        for part in films.split(64):
+        for part in images.split(64):
             maps = network.features(part.expand(-1, 3, -1, -1))
             parts.append(folded(maps, 1) if fold else maps.mean((2, 3)))
     return torch.cat(parts).cpu().numpy()
@@ -387,38 +389,40 @@ probes.pivot_table(index="features", columns="metric", values="cell", aggfunc="f
 # The probe need not lose much: the sums still carry exposure and layout, which is why nobody noticed. But they are not the
 # features that were trained to withstand attacks, so nothing that is known of the robust models holds for them.
 #
-# **Statistics of a single film.** The same code standardised every *training* film by its own mean and deviation
-# (`samplewise`), and *validation* films by the mean and deviation of a training set of which it had drawn one film
+# **Statistics of a single image.** The same code standardised every *training* image by its own mean and deviation
+# (`samplewise`), and *validation* images by the mean and deviation of a training set of which it had drawn one image
 # (`featurewise`, `sample_size=1`). Its validation accuracy jumped between 0.22 and 0.86 from run to run. Here the probe is
-# trained once, on films standardised one by one; then the validation films come in as in training, and as in that
-# study, with each of twelve training films as the one that was drawn.
+# trained once, on images standardised one by one; then the validation images come in as in training, and as in that
+# study, with each of twelve training images as the one that was drawn.
 
 # %%
-def standardised(films, like=None):
-    """Films [N,1,S,S] by their own mean and deviation, or all by those of the film `like`
+def standardised(images, like=None):
+    """Images [N,1,S,S] by their own mean and deviation, or all by those of the image `like`
     [1,S,S]."""
-    by = films if like is None else like[None]
-    return (films - by.mean((1, 2, 3), keepdim=True)) / by.std((1, 2, 3), keepdim=True).clamp(
+    by = images if like is None else like[None]
+    return (images - by.mean((1, 2, 3), keepdim=True)) / by.std((1, 2, 3), keepdim=True).clamp(
         min=1 / 255
     )
 
 
-def one_film_statistics(study):
-    """Validation scores of one probe, by the film whose statistics the validation films got."""
+def one_image_statistics(study):
+    """Validation scores of one probe, by the image whose statistics the validation images got."""
     network, rng = build_model(run).eval().backbone, np.random.default_rng(run.seed)
     rows = {
         part: rng.permutation(study.rows(part))[:n] for part, n in (("train", 600), ("val", 200))
     }
     labels = {part: study.labels(rows[part]).cpu().numpy() for part in rows}
-    films = {part: study.images(rows[part]) for part in rows}
-    probe = fresh_probe().fit(read(network, standardised(films["train"])), labels["train"])
+    images = {part: study.images(rows[part]) for part in rows}
+    probe = fresh_probe().fit(read(network, standardised(images["train"])), labels["train"])
     table = []
     for drawn in (None, *range(12)):
-        seen = standardised(films["val"], None if drawn is None else films["train"][drawn])
+        seen = standardised(images["val"], None if drawn is None else images["train"][drawn])
         score = probe.predict_proba(read(network, seen))[:, 1]
         outcome = metrics.classification(labels["val"], score, study.patients(rows["val"]), draws=2)
         table.append(
-            outcome.set_index("metric")["value"].rename("own" if drawn is None else f"film {drawn}")
+            outcome.set_index("metric")["value"].rename(
+                "own" if drawn is None else f"image {drawn}"
+            )
         )
     return pd.DataFrame(table).rename_axis("statistics").reset_index()
 
@@ -426,16 +430,16 @@ def one_film_statistics(study):
 study = open_study(run)
 swing = stored(
     study,
-    "one_film_statistics",
-    lambda: one_film_statistics(study),
+    "one_image_statistics",
+    lambda: one_image_statistics(study),
     uses=["width", "stages", "pretrained", "seed"],
 ).set_index("statistics")
 swing = swing[["accuracy", "sensitivity", "specificity", "auc"]]
 one = swing.drop(index="own")
 pd.DataFrame(
     {
-        "each film's own, as in training": swing.loc["own"],
-        "one film's: lowest of 12": one.min(),
+        "each image's own, as in training": swing.loc["own"],
+        "one image's: lowest of 12": one.min(),
         "median": one.median(),
         "highest": one.max(),
     }
@@ -444,16 +448,16 @@ pd.DataFrame(
 
 # %% [markdown]
 # Neither can happen here: models take pixels in [0, 1], own their normalisation, pool by the mean over the map and give
-# one row a film at any size (tests hold them to it), and training, test and attack use the same door. In the published
-# code the attack also cut the *standardised* films to [0, 1], and so lost all that was darker than a film's average.
+# one row an image at any size (tests hold them to it), and training, test and attack use the same door. In the published
+# code the attack also cut the *standardised* images to [0, 1], and so lost all that was darker than an image's average.
 
 # %% [markdown]
 # ## 3 Training
 #
 # | model | what is trained |
 # |---|---|
-# | standard | MobileNetV2, cross-entropy; a TB film weighs as much as five normal ones |
-# | pgd_at | the same on attacked films (Madry et al., [1706.06083](https://arxiv.org/abs/1706.06083)); epoch chosen under attack |
+# | standard | MobileNetV2, cross-entropy; a TB image weighs as much as five normal ones |
+# | pgd_at | the same on attacked images (Madry et al., [1706.06083](https://arxiv.org/abs/1706.06083)); epoch chosen under attack |
 # | linear_probe | a new last layer on frozen ImageNet features |
 # | robust models | a new last layer on frozen features of the literature's robust models (GPU; names in the setting `zoo`) |
 #
@@ -463,12 +467,12 @@ pd.DataFrame(
 # %%
 def under_attack(study):
     rows = study.rows("val")
-    films = study.images(rows), study.labels(rows)
+    images = study.images(rows), study.labels(rows)
 
     def balanced(model):
         found = evaluate.robust(
             model,
-            films,
+            images,
             [run.at_eps],
             attacks=["pgd_margin"],
             steps=5,
@@ -526,8 +530,8 @@ figure
 
 # %% [markdown]
 # **The robust models**: a checkpoint must fit key by key, the body is frozen *in eval mode* (else its batch norms would
-# drift to the new films, as they did in the original), and a MeanSparse model gets the statistics of the training films
-# and the width of its dead zone on validation films.
+# drift to the new images, as they did in the original), and a MeanSparse model gets the statistics of the training images
+# and the width of its dead zone on validation images.
 
 # %%
 ZOO_USES = (
@@ -563,7 +567,7 @@ def train_robust_model(name):
         rows[start : start + run.attack_batch] for start in range(0, len(rows), run.attack_batch)
     ]
     sparse = "meansparse" in name
-    if sparse:  # the head must learn from features of these films, not of CIFAR-10's statistics
+    if sparse:  # the head must learn from features of these images, not of CIFAR-10's statistics
         robust.recompute_statistics(model, map(study.images, batches))
     train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
     if sparse:
@@ -596,7 +600,7 @@ if not run.zoo:
         "PROFILE = 'full'."
     )
 else:
-    study_of(run.zoo[0])  # decode once, before processes share the films
+    study_of(run.zoo[0])  # decode once, before processes share the images
 loaded = launch.each(train_robust_model, list(run.zoo), log_dir=run.run_dir / "logs")
 pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 
@@ -606,12 +610,12 @@ pd.DataFrame(loaded.items(), columns=["model", "checkpoint"])
 #
 # A screening test has to find the sick; a false alarm costs a second examination. So the threshold is not the customary
 # 0.5 but the highest that still finds the wanted share of TB (setting `sensitivity`), and it is chosen on **validation**
-# films, before the test split is opened. Whether it keeps that promise on films it was not chosen on, the test shows.
+# images, before the test split is opened. Whether it keeps that promise on images it was not chosen on, the test shows.
 
 # %%
 def operating_point(study, name):
     """The highest threshold on P(TB) that finds the wanted share of the validation split's TB
-    films."""
+    images."""
     rows = study.rows("val")
     model = load_models(study, [name])[name]
     labels, score = (
@@ -621,10 +625,10 @@ def operating_point(study, name):
     sick = np.sort(score[labels == 1])[::-1]
     last = sick[
         int(np.ceil(run.sensitivity * len(sick))) - 1
-    ]  # the least suspicious film that must be found
+    ]  # the least suspicious image that must be found
     threshold = (
         last + score[score < last].max(initial=0.0)
-    ) / 2  # half-way to the next film below it
+    ) / 2  # half-way to the next image below it
     called = score > threshold
     return pd.DataFrame(
         [
@@ -632,7 +636,7 @@ def operating_point(study, name):
                 "threshold": threshold,
                 "sensitivity": called[labels == 1].mean(),
                 "specificity": 1 - called[labels == 0].mean(),
-                "TB films": len(sick),
+                "TB images": len(sick),
             }
         ]
     )
@@ -650,7 +654,7 @@ points = {
     )
     for name in names
 }
-print(f"thresholds for a sensitivity of {run.sensitivity:g}, on validation films")
+print(f"thresholds for a sensitivity of {run.sensitivity:g}, on validation images")
 pd.concat(points).droplevel(1).rename_axis("model").round(4)
 
 # %% [markdown]
@@ -689,7 +693,7 @@ table.pivot_table(
 
 # %% [markdown]
 # **What a positive answer is worth.** An AUC does not know how rare the disease is. The precision-recall curve does:
-# its area (AUPRC) starts from the share of TB among the films, not from 0.5. And that share, one in six, is the
+# its area (AUPRC) starts from the share of TB among the images, not from 0.5. And that share, one in six, is the
 # collection's and nobody's clinic. The last columns turn sensitivity and specificity at the chosen threshold into the
 # share of true TB among positive answers, here and where one person in a hundred is sick.
 
@@ -749,7 +753,7 @@ figure
 #
 # The suite of notebooks 01 and 02: noise, FGSM, PGD and APGD with two losses (for MeanSparse also straight through its
 # operator), the searches for the smallest change, and Square, which sees no gradient; eps in grey levels of 255. The
-# **worst case** counts a film as right only if none of them fooled it at this or a smaller eps. First at the models'
+# **worst case** counts an image as right only if none of them fooled it at this or a smaller eps. First at the models'
 # own threshold of 0.5, for the table in the form of the published study.
 
 # %%
@@ -775,9 +779,9 @@ def attacked(name):
     stored(
         own,
         f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_films),
+        lambda: checklist.report(found, subset=run.check_images),
         model=name,
-        uses=(*SUITE_USES, "check_films"),
+        uses=(*SUITE_USES, "check_images"),
     )
     return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
 
@@ -797,7 +801,7 @@ report.attack_table(results, eps=run.headline_eps)
 
 # %%
 figure = plots.figure_accuracy_vs_eps(
-    pd.concat(found), run.caption, attack="worst", note="Films with TB only, worst case"
+    pd.concat(found), run.caption, attack="worst", note="Images with TB only, worst case"
 )
 figure.axes[0].set_ylabel("sensitivity")
 report.save_figure(figure, run, "sensitivity_vs_eps")
@@ -805,9 +809,9 @@ figure
 
 
 # %% [markdown]
-# **The TB films that an attack hides.** A clinic would run the model at the threshold of section 4, so that is where the
+# **The TB images that an attack hides.** A clinic would run the model at the threshold of section 4, so that is where the
 # price has to be counted. `at_threshold` moves the decision into the last bias; the attacks then aim at the very
-# decision that would be used. Only the films with TB are attacked: how many are missed before, and after?
+# decision that would be used. Only the images with TB are attacked: how many are missed before, and after?
 
 # %%
 def at_threshold(model, threshold):
@@ -820,7 +824,7 @@ def at_threshold(model, threshold):
 
 study = open_study(run)
 names = [*MODELS, *trained(study, run.zoo)]
-test_opened(study, "films with TB attacked at the chosen threshold")
+test_opened(study, "images with TB attacked at the chosen threshold")
 
 
 def hidden(name):
@@ -848,7 +852,7 @@ missed = []
 for name, per_image in launch.each(hidden, names, log_dir=run.run_dir / "logs").items():
     found = report.accuracy_rows(per_image, study_of(name), model=name).set_index(
         "attack"
-    )  # of TB films: sensitivity
+    )  # of TB images: sensitivity
     rows = (
         found.loc[["worst"]]
         .reset_index()
@@ -864,7 +868,7 @@ for name, per_image in launch.each(hidden, names, log_dir=run.run_dir / "logs").
     missed.append(
         {
             "model": name,
-            "TB films": int(found.loc["worst", "n"]),
+            "TB images": int(found.loc["worst", "n"]),
             "missed, clean": count["clean"],
             f"missed, worst case {eps_text(run.headline_eps)}": count["worst"],
             "sensitivity, worst case": report.with_interval(found.loc["worst"]),
@@ -911,14 +915,14 @@ report.masking_table(results, eps=run.headline_eps).round(3)
 # %% [markdown]
 # ## 6 Where do they look?
 #
-# Maps for the class *Tuberculosis* on TB films of the **test** split, of the plain and of the adversarially trained
+# Maps for the class *Tuberculosis* on TB images of the **test** split, of the plain and of the adversarially trained
 # model. The collection marks no findings, so the maps cannot be scored here (notebook 02 does it, on fractures): take
 # them as a question, not as evidence. One thing to look for: heat outside the lungs, where section 1 found what it
 # found.
 
 # %%
 study = open_study(run)
-test_opened(study, "maps of TB films")
+test_opened(study, "maps of TB images")
 rows = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:3]
 for name in ["standard", "pgd_at"]:
     model, x = load_models(study, [name])[name], study.images(rows)
@@ -971,8 +975,8 @@ figure
 # %% [markdown]
 # ## 7 Verdict
 #
-# Every model against the plain one on the *same* films (McNemar's exact test by patient, with Holm's adjustment), clean
-# and in the worst case; then the films with TB. The sentences are written by code from this run's numbers, so that they cannot claim more than it shows.
+# Every model against the plain one on the *same* images (McNemar's exact test by patient, with Holm's adjustment), clean
+# and in the worst case; then the images with TB. The sentences are written by code from this run's numbers, so that they cannot claim more than it shows.
 
 # %%
 study = open_study(run)
@@ -986,7 +990,7 @@ files.write_csv(paired, run.run_dir / "paired_tests.csv")
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
 masking = report.masking_table(results, eps=run.headline_eps)
 display(Markdown(report.verdict(results, masking, paired, run, reference="standard")))
-lines = [f"At thresholds chosen for a sensitivity of {run.sensitivity:g} on validation films:\n"]
+lines = [f"At thresholds chosen for a sensitivity of {run.sensitivity:g} on validation images:\n"]
 for name in names:
     # Without rows of one key: pandas 2 gives a table for a key as soon as any other occurs twice.
     own = (
@@ -1001,7 +1005,7 @@ for name in names:
     blind = (hit["value"] + spared["value"]) / 2 < 0.6
     remark = " Hardly better than guessing: neither number means anything." if blind else ""
     lines.append(
-        f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test films with "
+        f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test images with "
         "TB, with false "
         f"alarms on {1 - spared['value']:.1%} of the healthy; under attack at "
         f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}.{remark}"

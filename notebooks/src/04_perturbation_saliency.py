@@ -1,26 +1,26 @@
 # %% [markdown]
 # # 04 Perturbations and saliency drift: does a moving map warn of a wrong answer?
 #
-# Add a little noise to a chest film and the heat map that "explains" the network's answer moves. Often the answer stays.
+# Add a little noise to a chest image and the heat map that "explains" the network's answer moves. Often the answer stays.
 # It is tempting to read the movement as a warning: *the explanation is unstable, so do not trust the answer*. A Master's
 # thesis measured both sides, how far maps move and how much the AUC falls, and put them into scatter plots; it never
-# computed whether one foretells the other. This notebook repeats its measurements without the slips that spoilt them, and
+# computed whether one foretells the other. This notebook repeats its measurements without the slips that corrupted them, and
 # answers the question with a number and an interval.
 #
 # **What you get**
 #
 # | part | question |
 # |---|---|
-# | 1 Data | Which films, and what do fourteen ways of spoiling them look like in five severities? |
-# | 2 Training | ResNet-18 and MobileNetV2, each trained on clean films and on films spoilt at random |
-# | 3 Accuracy | How far do AUC and accuracy fall, and what does training on spoilt films buy, also for damage it never saw? |
+# | 1 Data | Which images, and what do fourteen ways of spoiling them look like in five severities? |
+# | 2 Training | ResNet-18 and MobileNetV2, each trained on clean images and on images corrupted at random |
+# | 3 Accuracy | How far do AUC and accuracy fall, and what does training on corrupted images buy, also for damage it never saw? |
 # | 4 Maps | How far do saliency, Grad-CAM and Grad-CAM++ move, layer by layer, between a floor and a ceiling? |
 # | 5 As in the thesis | The fall of the AUC against the movement of the maps |
-# | 6 The question | Film by film: does drift tell wrong answers from right ones, and better than the network's own doubt? |
+# | 6 The question | Image by image: does drift tell wrong answers from right ones, and better than the network's own doubt? |
 # | 7 Results | Tables, the thesis' CSV files, time and memory |
 #
-# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
-# smoke profile on *synthetic* films with tiny networks, and only show what you will see.
+# What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* images with tiny networks, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
 
@@ -28,13 +28,9 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
-DATA_DIR = (
-    ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
-)
+DATA_DIR = ""  # empty: find it; else the folder that holds it, or your own: one of class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, such as {"dataset": "covid"} or {"epochs": 5}
 
 # %% [markdown]
@@ -57,7 +53,8 @@ FULL = {
     "val_share": 0.15,
 }
 FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pattern": ""}
-# The two networks: the ResNet starts from scratch, as in the thesis, MobileNetV2 from ImageNet if pretrained
+# The two networks: the ResNet starts from scratch, as in the thesis, MobileNetV2 from ImageNet if
+# pretrained
 FULL |= {
     "width": 1.0,
     "mobilenet_size": 224,
@@ -68,14 +65,16 @@ FULL |= {
 # The recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"epochs": 30, "mobilenet_epochs": 15, "batch_size": 64, "lr": 1e-3, "schedule": "onecycle"}
 FULL |= {"patience": None, "max_minutes": 120.0, "num_workers": 2}
-# The corruptions: those that the augmented trainings see, all that are measured, those whose maps are compared
+# The corruptions: those that the augmented trainings see, all that are measured, those whose maps
+# are compared
 THESIS = ("gaussian_noise", "speckle_noise", "motion_blur", "contrast", "brightness")
 RADIOGRAPHS = ("shot_noise", "poisson_dose", "scatter_veil", "collimation", "marker", "grid_lines")
 FULL |= {"scale": "imagenet-c", "trained_on": THESIS, "severities": (1, 2, 3, 4, 5)}
 FULL |= {"corruptions": THESIS + RADIOGRAPHS + ("resampling", "bit_depth", "jpeg")}
 FULL |= {"mapped": THESIS + ("poisson_dose", "scatter_veil", "collimation")}
-# The maps: validation images that choose the predictor, test images that it is measured on (None: all)
-FULL |= {"choose_films": 200, "map_films": None, "map_batch": 32, "bootstrap_draws": 2000}
+# The maps: validation images that choose the predictor, test images that it is measured on (None:
+# all)
+FULL |= {"choose_images": 200, "map_images": None, "map_batch": 32, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 CPU = {
@@ -86,9 +85,10 @@ CPU = {
     "mobilenet_epochs": 5,
     "batch_size": 32,
 }
-CPU |= {"num_workers": 0, "mapped": THESIS + ("poisson_dose",), "choose_films": 150}
+CPU |= {"num_workers": 0, "mapped": THESIS + ("poisson_dose",), "choose_images": 150}
 
-# width: not 1/8, for with 8 channels, channels-last, torch 2.14 crashes in the backward pass on some CPUs
+# width: not 1/8, for with 8 channels, channels-last, torch 2.14 crashes in the backward pass on
+# some CPUs
 SMOKE = {"size": 48, "per_class": 96, "width": 0.1875, "mobilenet_size": 48, "mobilenet_width": 0.5}
 SMOKE |= {
     "stages": 3,
@@ -106,8 +106,8 @@ SMOKE |= {
 SMOKE |= {
     "mapped": THESIS,
     "severities": (1, 3, 5),
-    "choose_films": 16,
-    "map_films": 24,
+    "choose_images": 16,
+    "map_images": 24,
     "bootstrap_draws": 200,
 }
 OTHER = {
@@ -125,7 +125,7 @@ run = start(
     by_data={"pneumonia": {}, "*": OTHER},
     allowed={name: FULL["corruptions"] for name in ("corruptions", "mapped", "trained_on")},
     own_data="any",
-    trains="2 Training, with and without spoilt films",
+    trains="2 Training, with and without corrupted images",
 )
 print(run)
 
@@ -162,15 +162,16 @@ RESULTS = run.run_dir / "results.csv"
 
 # %% [markdown]
 # **Your model here.** One line puts any convolutional network with a logit a class into every table and figure below: a
-# function that *builds* one is trained twice, plainly and on spoilt films; a network that is *trained already* is taken
+# function that *builds* one is trained twice, plainly and on corrupted images; a network that is *trained already* is taken
 # as it is, and stands for both. `models.wrap` puts its normalisation inside, so that images enter in [0, 1].
 
 # %% tags=["yours"]
 # run.own["resnet34"] = lambda: models.backbone("resnet34", num_classes=2)
-# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224,
+# 0.225])
 PAIRS = {
     name: f"{name}_augmented" for name in ("resnet18", "mobilenet_v2", *run.own)
-}  # plain, and on spoilt films
+}  # plain, and on corrupted images
 run.own.update({PAIRS[name]: own for name, own in list(run.own.items()) if name in PAIRS})
 MODELS = [name for pair in PAIRS.items() for name in pair]
 
@@ -180,7 +181,7 @@ MODELS = [name for pair in PAIRS.items() for name in pair]
 
 # %% tags=["yours"]
 def study_of(name, study):
-    """The study at the size that this network reads; films, rows and split are the same."""
+    """The study at the size that this network reads; images, rows and split are the same."""
     if not name.startswith("mobilenet_v2"):
         return study
     return study.variant(size=run.mobilenet_size, epochs=run.mobilenet_epochs)
@@ -202,8 +203,7 @@ def tracked(label):
 
 # %% tags=["yours"]
 def measured(name, study, part, rows, **options):
-    """Predictions (and drift of the maps) of the films `rows`, clean and spoilt: computed once in
-    a run."""
+    """Predictions (and drift of maps) of the images `rows`, clean and corrupted, once in a run."""
     found = []
 
     def table(number):
@@ -211,8 +211,8 @@ def measured(name, study, part, rows, **options):
             own, model = study_of(name, study), load_models(study, [name])[name]
             grid = {name: run.settings[name] for name in ("severities", "seed", "scale")} | options
             with tracked(f"{part} {name}"):
-                films = own.images(rows), own.labels(rows), rows
-                seen, moved = drift.measure(model, *films, batch_size=run.map_batch, **grid)
+                images = own.images(rows), own.labels(rows), rows
+                seen, moved = drift.measure(model, *images, batch_size=run.map_batch, **grid)
             found.extend(
                 [seen, moved.astype(dict.fromkeys(drift.SIGN, "float32"))]
             )  # half the digits
@@ -221,8 +221,8 @@ def measured(name, study, part, rows, **options):
     kinds = ["predictions", "drift"] if options.get("methods") != () else ["predictions"]
     more = {
         "test": ["corruptions"],
-        "maps_test": ["mapped", "map_films"],
-        "maps_val": ["mapped", "choose_films"],
+        "maps_test": ["mapped", "map_images"],
+        "maps_val": ["mapped", "choose_images"],
     }
     given = {"model": name, "uses": ["severities", "seed", "scale", *more[part]]}
     own = study_of(name, study)
@@ -241,18 +241,18 @@ def maps_of(name, study, part="test"):
     ]
 
 
-def some_films(study, part, count):
-    """`count` films of a split, drawn once and for all; None: all of them."""
+def some_images(study, part, count):
+    """`count` images of a split, drawn once and for all; None: all of them."""
     return np.sort(np.random.default_rng(run.seed).permutation(study.rows(part))[:count])
 
 
 # %% [markdown]
-# ## 1 The films, and fourteen ways to spoil them
+# ## 1 The images, and fourteen ways to spoil them
 #
 # **The data** is *Chest X-Ray Images (Pneumonia)* unless you say otherwise: `CHANGES = {"dataset": "covid"}` above takes any classification set of the
 # suite, and every 2-D set of MedMNIST, whose file (for example `pneumoniamnist_64.npz`) is found like any other data set.
-# The original study took its validation films from the training set. Here validation is drawn by patient, and the
-# test films stay closed until everything is chosen.
+# The original study took its validation images from the training set. Here validation is drawn by patient, and the
+# test images stay closed until everything is chosen.
 
 # %%
 study = open_study(run)
@@ -265,20 +265,20 @@ split.audit(study.dataset)
 # **The corruptions.** Five are the thesis': Gaussian noise, speckle, motion blur, contrast and brightness, in the five
 # severities of ImageNet-C ([1903.12261](https://arxiv.org/abs/1903.12261)). Nine more are what happens to radiographs: less
 # dose, scattered light, blades of the collimator, a burnt-in letter, a grid that stood still, coarse pixels, few grey
-# levels, JPEG. Three rules keep the comparison clean, and the first is where the original went wrong: there, clean films
-# lay in [-1, 1] and spoilt ones in [0, 1], so that every difference also measured a shift of the range.
+# levels, JPEG. Three rules keep the comparison clean, and the first is where the original went wrong: there, clean images
+# lay in [-1, 1] and corrupted ones in [0, 1], so that every difference also measured a shift of the range.
 #
-# 1. Clean and spoilt films are in [0, 1], and the network does the rest itself.
-# 2. What is drawn for a film depends on its row, the corruption and the seed, never on its neighbours in a batch.
-# 3. Severities of one film differ in strength only: the noise pattern and the angle of the blur stay.
+# 1. Clean and corrupted images are in [0, 1], and the network does the rest itself.
+# 2. What is drawn for an image depends on its row, the corruption and the seed, never on its neighbours in a batch.
+# 3. Severities of one image differ in strength only: the noise pattern and the angle of the blur stay.
 
 # %%
 study = open_study(run)
-film = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
+image = study.rows("train")[study.labels(study.rows("train")).cpu().numpy() == 1][0]
 own, steps, lines = study_of("mobilenet_v2", study), (0, *run.severities), []
 for name in run.corruptions:
-    options = {"seed": run.seed, "ids": [film], "scale": run.scale}
-    seen = [corrupt.apply(name, own.images([film]), step, **options)[0] for step in steps]
+    options = {"seed": run.seed, "ids": [image], "scale": run.scale}
+    seen = [corrupt.apply(name, own.images([image]), step, **options)[0] for step in steps]
     titles = [f"severity {step}" if step else "clean" for step in steps]
     titles = titles if not lines else [""] * len(steps)  # above the first line
     pictures = [figures.Picture(*pair) for pair in zip(titles, seen, strict=True)]
@@ -289,22 +289,22 @@ figure
 
 
 # %% [markdown]
-# ImageNet-C's scale is harsh for radiographs, and at the right end a reader would send the film back. That is intended:
+# ImageNet-C's scale is harsh for radiographs, and at the right end a reader would send the image back. That is intended:
 # the question is whether anything *warns*, and a warning can only be judged where things go wrong.
 
 # %% [markdown]
-# ## 2 Training, with and without spoilt films
+# ## 2 Training, with and without corrupted images
 #
 # Two networks: the thesis' **ResNet-18** in its form for small images (no pooling at the start, so that the maps stay
 # large), from scratch; and **MobileNetV2** from ImageNet weights where they can be had. Each is trained twice, with the
 # same flips, shifts and zooms, the same epochs and the same start:
 #
-# - *plain*: on clean films;
-# - *augmented*: every film in every epoch is left clean or spoilt by one of the thesis' five corruptions at a random
-#   severity, all six alike. (The thesis put thirty copies of every film into memory; a fresh draw in each epoch
-#   shows the same films without that.)
+# - *plain*: on clean images;
+# - *augmented*: every image in every epoch is left clean or corrupted by one of the thesis' five corruptions at a random
+#   severity, all six alike. (The thesis put thirty copies of every image into memory; a fresh draw in each epoch
+#   shows the same images without that.)
 #
-# Both keep the epoch with the best AUC on the *clean* validation films.
+# Both keep the epoch with the best AUC on the *clean* validation images.
 
 # %%
 def build(name, study):
@@ -320,10 +320,10 @@ def build(name, study):
 
 def train_set_of(name, study):
     """Flips, shifts and zooms for both; grey values are changed by the corruptions alone."""
-    films = study.torch_set("train", augmented=augment.train_transform(exposure=0, blur=0))
+    images = study.torch_set("train", augmented=augment.train_transform(exposure=0, blur=0))
     if not name.endswith("augmented"):
-        return films
-    return corrupt.TrainAugmentor(films, names=run.trained_on, seed=run.seed, scale=run.scale)
+        return images
+    return corrupt.TrainAugmentor(images, names=run.trained_on, seed=run.seed, scale=run.scale)
 
 
 def fit(name, study):
@@ -379,15 +379,15 @@ figure
 # %% [markdown]
 # ## 3 How far does accuracy fall?
 #
-# The test films are opened here. Every one of them is seen clean and through each corruption at each severity by all
+# The test images are opened here. Every one of them is seen clean and through each corruption at each severity by all
 # four networks. What is counted:
 #
-# - **AUC** clean and spoilt, and their difference, the thesis' $\Delta$AUC. Both are resampled on the same patients, so
+# - **AUC** clean and corrupted, and their difference, the thesis' $\Delta$AUC. Both are resampled on the same patients, so
 #   that the interval is that of the *difference*.
 # - **mCE**, the mean corruption error: for each corruption the error summed over the severities, divided by that of a
 #   reference, then the mean. ImageNet-C refers to AlexNet; here it is the plainly trained network, so that *below 1*
 #   reads "better than plain training". The error is 1 - balanced accuracy, since classes are of unequal size. The
-#   **relative** mCE counts only what is lost against clean films.
+#   **relative** mCE counts only what is lost against clean images.
 
 # %%
 study = open_study(run)
@@ -419,7 +419,7 @@ pd.DataFrame(
 
 # %% [markdown]
 # The same in one picture: a panel for each corruption, severity to the right. Where the two lines of a network lie apart,
-# training on spoilt films changed something; the first five panels are what that training had seen.
+# training on corrupted images changed something; the first five panels are what that training had seen.
 
 # %%
 for plain, augmented in PAIRS.items():
@@ -429,8 +429,8 @@ for plain, augmented in PAIRS.items():
     display(figure)
 
 # %% [markdown]
-# AUC asks whether the films are still *ranked* right, accuracy whether the answers are still right at the threshold that
-# was fixed on clean films. A corruption can leave the ranking nearly untouched and push all films to one side. So the
+# AUC asks whether the images are still *ranked* right, accuracy whether the answers are still right at the threshold that
+# was fixed on clean images. A corruption can leave the ranking nearly untouched and push all images to one side. So the
 # errors below are counted at the fixed threshold, apart for corruptions the augmented training had seen and others.
 
 # %%
@@ -476,64 +476,64 @@ pd.DataFrame(cells).pivot(index=["corruptions", "model"], columns="what", values
 # from the first block to the last (the thesis looked at Grad-CAM++ in the second convolution of each block). Four rules,
 # each against a slip of the original:
 #
-# 1. *One code path.* The clean film and its spoilt copies go through the same function. (There, the clean map was
-#    computed on a film garbled by a conversion to 8 bits.)
-# 2. *One class.* The class explained is the one predicted on the clean film, also where the spoilt copy is called
+# 1. *One code path.* The clean image and its corrupted copies go through the same function. (There, the clean map was
+#    computed on an image garbled by a conversion to 8 bits.)
+# 2. *One class.* The class explained is the one predicted on the clean image, also where the corrupted copy is called
 #    something else. (There, it was the class of the moment, so a change of the answer looked like drift.)
 # 3. *Several scores.* RMSE of maps scaled to 0..255 (the thesis'), RMSE unscaled, structural similarity (SSIM), rank
 #    correlation, overlap of the highest tenth, shift of the centre. Scaling each map by its own extremes hides that a map
 #    has faded away; not scaling lets one bright pixel rule.
-# 4. *A floor and a ceiling.* The same film explained again (floor), and another film explained for the same class
-#    (ceiling). A drift of 40 grey levels means little if two different films differ by 45.
+# 4. *A floor and a ceiling.* The same image explained again (floor), and another image explained for the same class
+#    (ceiling). A drift of 40 grey levels means little if two different images differ by 45.
 #
-# First one film. Left, what the network was shown; then its Grad-CAM++ from the first layer to the last.
+# First one image. Left, what the network was shown; then its Grad-CAM++ from the first layer to the last.
 
 # %%
 study = open_study(run)
 name, severity = "resnet18", run.severities[len(run.severities) // 2]
-film = some_films(study, "test", None)[:1]
+image = some_images(study, "test", None)[:1]
 own, model = study_of(name, study), load_models(study, [name])[name]
-shown = {"clean": own.images(film)}
+shown = {"clean": own.images(image)}
 for kind in run.trained_on:
     shown[kind] = corrupt.apply(
-        kind, shown["clean"], severity, seed=run.seed, ids=film, scale=run.scale
+        kind, shown["clean"], severity, seed=run.seed, ids=image, scale=run.scale
     )
-test_opened(study, "maps of one film")
+test_opened(study, "maps of one image")
 lines, target = [], None
 for kind, x in shown.items():
     p = model(x).softmax(1)[0].detach().cpu().numpy()
-    target = int(p.argmax()) if target is None else target  # of the clean film, which comes first
+    target = int(p.argmax()) if target is None else target  # of the clean image, which comes first
     cams = drift.maps(model, x, target=target, methods=["gradcam++"])
-    pictures = [figures.Picture("" if lines else "film", x[0])]
+    pictures = [figures.Picture("" if lines else "image", x[0])]
     for (_, layer), heat in cams.items():
         unit = drift.prepared(heat)["unit"][0]  # by its own minimum and maximum
         pictures.append(figures.Picture("" if lines else layer, x[0], unit, alpha=0.5))
     label = f"{kind}\n{study.dataset.classes[p.argmax()]}\n{p.max():.3f}"
     lines.append((label.replace("_", " "), pictures))
 figure = figures.figure_grid(lines, f"{name}, severity {severity}, {own.run.caption}")
-report.save_figure(figure, run, "maps_of_one_film")
+report.save_figure(figure, run, "maps_of_one_image")
 figure
 
 # %% [markdown]
-# Now all test films, every severity. It is also done for some *validation* films: they will choose, in section 6, which
+# Now all test images, every severity. It is also done for some *validation* images: they will choose, in section 6, which
 # of the many scores is put to the test.
 
 # %%
 study = open_study(run)
 test_opened(study, "drift of the maps")
-films = {
-    "test": some_films(study, "test", run.map_films),
-    "val": some_films(study, "val", run.choose_films),
+images = {
+    "test": some_images(study, "test", run.map_images),
+    "val": some_images(study, "val", run.choose_images),
 }
 moved = {}
 for name in MODELS:
-    for part, rows in films.items():
+    for part, rows in images.items():
         _, table = measured(name, study, f"maps_{part}", rows, names=run.mapped)
         moved[part, name] = table
         zero = table.groupby(["method", "layer"])["zero"].mean()
         most = " ".join(zero.idxmax())
         print(
-            f"{name}, {part}: {len(rows)} films; a map of the pair is zero in at most "
+            f"{name}, {part}: {len(rows)} images; a map of the pair is zero in at most "
             f"{zero.max():.1%} ({most})"
         )
 
@@ -545,10 +545,10 @@ for plain, augmented in PAIRS.items():
     display(figure)
 
 # %% [markdown]
-# Read the grey lines first. Where a line comes near the dashed one, the maps of the clean and the spoilt film are no more
-# alike than those of two different patients: the map is then no longer about this film. The table says it in numbers, 0
+# Read the grey lines first. Where a line comes near the dashed one, the maps of the clean and the corrupted image are no more
+# alike than those of two different patients: the map is then no longer about this image. The table says it in numbers, 0
 # being the floor and 1 the ceiling, for the deepest layer and the highest severity. Above 1, two patients' maps have more
-# in common (both show a chest) than a film and its spoilt copy. Where many maps are zero the scale is not to be
+# in common (both show a chest) than an image and its corrupted copy. Where many maps are zero the scale is not to be
 # trusted: two empty maps agree perfectly.
 
 # %%
@@ -567,7 +567,7 @@ pd.concat(shares, axis=1).T.round(2)
 # %% [markdown]
 # ## 5 As in the thesis: the fall of the AUC against the movement of the maps
 #
-# One point for each corruption and severity. The thesis drew *every film* against the one $\Delta$AUC of its cell; films of
+# One point for each corruption and severity. The thesis drew *every image* against the one $\Delta$AUC of its cell; images of
 # a cell share that number, and a thousand points then look like evidence where there are a few dozen. The rank
 # correlation in each title is over these cells. Even it is generous: severity drives both axes, so the points of one
 # corruption (joined by a line) rise together whatever the maps show.
@@ -575,8 +575,8 @@ pd.concat(shares, axis=1).T.round(2)
 # %%
 study = open_study(run)
 seen, moved = ({name: maps_of(name, study)[part] for name in MODELS} for part in (0, 1))
-films = seen[MODELS[0]]["image"].unique()
-patients = pd.Series(study.patients(films), index=films)
+images = seen[MODELS[0]]["image"].unique()
+patients = pd.Series(study.patients(images), index=images)
 grids = {
     name: corruption_error.grid(table, patients, draws=run.bootstrap_draws)
     for name, table in seen.items()
@@ -590,25 +590,25 @@ for plain, augmented in PAIRS.items():
 # %% [markdown]
 # ## 6 The question: does drift warn?
 #
-# A cell's mean cannot warn anybody. What a user would need is a score of *this film's* map that is higher when *this
-# film's* answer is wrong. So, film by film: the AUROC of drift for **error** (wrong answer), **flip** (another answer than
-# on the clean film) and **new error** (wrong, though the clean film was read right). 0.5 is a coin.
+# A cell's mean cannot warn anybody. What a user would need is a score of *this image's* map that is higher when *this
+# image's* answer is wrong. So, image by image: the AUROC of drift for **error** (wrong answer), **flip** (another answer than
+# on the clean image) and **new error** (wrong, though the clean image was read right). 0.5 is a coin.
 #
 # Three readings, from the loosest to the strictest:
 #
-# - *mixed*: any copies are compared, each film weighing the same, however many copies it has. Severity drives drift
+# - *mixed*: any copies are compared, each image weighing the same, however many copies it has. Severity drives drift
 #   and error alike, so severity itself is a predictor here, and drift has to beat it.
 # - *within*: only copies under the same corruption at the same severity are compared.
-# - *same answer*: and only of films that got the same answer when clean. A corruption often makes a network call
-#   everything one class. Then all films of the other class are wrong, and their maps, drawn for a class the network has
+# - *same answer*: and only of images that got the same answer when clean. A corruption often makes a network call
+#   everything one class. Then all images of the other class are wrong, and their maps, drawn for a class the network has
 #   given up, have moved: the score tells the classes apart and passes for a warning. Here it cannot.
 #
-# And two rivals that need no map at all: the network's own **uncertainty** on the spoilt film (1 minus its highest
-# probability), which has the advantage that it needs no clean film either; and the **shift of the probabilities** between
-# clean and spoilt.
+# And two rivals that need no map at all: the network's own **uncertainty** on the corrupted image (1 minus its highest
+# probability), which has the advantage that it needs no clean image either; and the **shift of the probabilities** between
+# clean and corrupted.
 #
 # There are some hundred scores (methods, layers, measures). The best of a hundred looks good by luck. So the choice is
-# made on validation films, per network, and the test films judge that one.
+# made on validation images, per network, and the test images judge that one.
 
 # %%
 study = open_study(run)
@@ -617,8 +617,8 @@ tables, chosen = {}, {}
 for name in MODELS:
     read = {part: maps_of(name, study, part) for part in ("val", "test")}
     chosen[name] = warning.select(*read["val"])
-    films = read["test"][0]["image"].unique()
-    patients = pd.Series(study.patients(films), index=films)
+    images = read["test"][0]["image"].unique()
+    patients = pd.Series(study.patients(images), index=images)
     tables[name] = warning.warning(
         *read["test"],
         patients,
@@ -639,7 +639,7 @@ figure
 
 # %% [markdown]
 # **In words.** The intervals decide: drift warns where the one of its AUROC lies above 0.5, and is better than the
-# uncertainty where that of the difference, on the same films, lies above 0. Where fewer than ten patients have a wrong
+# uncertainty where that of the difference, on the same images, lies above 0. Where fewer than ten patients have a wrong
 # answer, or none but wrong ones, nothing is said.
 
 # %%
@@ -681,7 +681,7 @@ for name, table in tables.items():
 Markdown("\n".join(lines))
 
 # %% [markdown]
-# Beside its rivals, for wrong answers. Drift needs the clean film; so does `p_shift`, which costs two forward passes and no
+# Beside its rivals, for wrong answers. Drift needs the clean image; so does `p_shift`, which costs two forward passes and no
 # map. A drift that does not beat `p_shift` tells nothing that the two probabilities did not tell already.
 
 # %%
@@ -691,7 +691,7 @@ cells.pivot_table(
 ).fillna("")
 
 # %% [markdown]
-# The same split by hand, without any statistic: the drift of films whose answer was kept, and of films whose answer was
+# The same split by hand, without any statistic: the drift of images whose answer was kept, and of images whose answer was
 # turned, corruption by corruption. Two boxes that lie side by side at different heights are a warning; two that overlap
 # are not.
 
@@ -714,11 +714,12 @@ report.save_figure(figure, run, "kept_flipped")
 plt.close(figure)
 figure
 
+
 # %% [markdown]
 # ## 7 Results and files
 #
 # The thesis' own files, as CSV: RMSE of Grad-CAM++ by corruption and layer for each severity and class (`*_rmses.csv`),
-# film by film (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made
+# image by image (`*_rmses_all.csv`), AUC by corruption and severity (`*_auc.csv`), and the tidy tables they were made
 # from. A file name is the data set, class, severity and training, joined by `_`.
 
 # %%
@@ -728,7 +729,7 @@ def slug(name):
 
 
 def rmse_tables(seen, moved, classes, start, suffix):
-    """Mean RMSE, corruptions down and layers across, by severity and class; each film's."""
+    """Mean RMSE, corruptions down and layers across, by severity and class; each image's."""
     own = moved[moved["method"].eq("gradcam++")]
     own = own[~own["corruption"].isin([drift.FLOOR, drift.CEILING])]
     label = seen.drop_duplicates("image").set_index("image")["label"]

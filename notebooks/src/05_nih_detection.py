@@ -35,9 +35,7 @@
 PROFILE = "auto"  # "smoke" (two minutes), "cpu" (a laptop, an hour), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find a data set; else the competition's, NIH, FracAtlas, or your own boxes
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5}
 
 # %% [markdown]
@@ -115,6 +113,7 @@ from dlia_utils.detect.folds import (
 from dlia_utils.explain.eigencam import activations, eigencam, energy_inside
 from dlia_utils.run import submissions_root
 from dlia_utils.study import load_models, made_by, stored, test_opened
+
 
 # %% [markdown]
 # **What the sections share.** A fold's model looks at its images once, in every view; its boxes are
@@ -454,6 +453,7 @@ none = f"{numbers.eq(0).mean():.0%} of {len(numbers)} images without any"
 right.set_title(f"score at least {threshold:.3g}: {numbers.mean():.2f} per image, {none}")
 report.save_figure(figures.finish(figure, run.caption), run, "scores")
 figure
+
 
 # %% [markdown]
 # ## 6 Test-time augmentation

@@ -1,29 +1,29 @@
 # %% [markdown]
 # # 06 COVID-19: a network from scratch, searched honestly
 #
-# A small convolutional network learns to tell chest films with COVID-19 from normal ones. That is easy to do and
-# easy to do wrong: a film that lies in training and test alike, a statistic taken over all films, a number of epochs
+# A small convolutional network learns to tell chest images with COVID-19 from normal ones. That is easy to do and
+# easy to do wrong: an image that lies in training and test alike, a statistic taken over all images, a number of epochs
 # chosen on the test split, and the result means nothing. This notebook goes the whole way of a course assignment
-# (its tasks 1 and 2), with the rules kept by code: choices read validation films only, near-duplicates stay together,
+# (its tasks 1 and 2), with the rules kept by code: choices read validation images only, near-duplicates stay together,
 # and the test split is opened once.
 #
 # **What you get**
 #
 # | part | question |
 # |---|---|
-# | 1 Data | Sizes, classes, grey values, image quality; are the splits alike, and do films occur twice? |
-# | 2 From film to input | How many pixels are needed? Which normalisation? |
-# | 3 Augmentation | What each step does to a film, alone and combined |
+# | 1 Data | Sizes, classes, grey values, image quality; are the splits alike, and do images occur twice? |
+# | 2 From image to input | How many pixels are needed? Which normalisation? |
+# | 3 Augmentation | What each step does to an image, alone and combined |
 # | 4 The first network | Architecture, thirty epochs, and what the curves say |
 # | 5 Search | Four hyper-parameters, ranges that widen themselves, hopeless runs cut short |
 # | 6 Early stopping | How many epochs; do another optimiser or loss help? |
-# | 7 The final baseline | Retrained on training and validation films; saved, reloaded, bit-equal |
-# | 8 The test, once | Metrics with intervals, confusion matrix, films with their answers |
+# | 7 The final baseline | Retrained on training and validation images; saved, reloaded, bit-equal |
+# | 8 The test, once | Metrics with intervals, confusion matrix, images with their answers |
 # | Questions | The assignment's questions 1-12, answered from this run's numbers; where 13-24 are answered |
 #
 # [Notebook 07](07_covid_transfer_gradcam.ipynb) goes on with transfer learning, Grad-CAM, and the question what
-# the networks really read. Results on real films stand in [results/README.md](../results/README.md); the outputs stored in this
-# file are from the smoke profile on *synthetic* films, and only show what you will see.
+# the networks really read. Results on real images stand in [results/README.md](../results/README.md); the outputs stored in this
+# file are from the smoke profile on *synthetic* images, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
 
@@ -31,13 +31,9 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, twenty minutes), "full" (GPU), or "auto"
-DATA_DIR = (
-    ""  # empty: find the data set; else the folder that holds it, or your own: one of class folders
-)
+DATA_DIR = ""  # empty: find it; else the folder that holds it, or your own: one of class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"trials": 12}
 
 # %% [markdown]
@@ -72,7 +68,7 @@ FULL |= {
     "num_workers": 2,
 }
 # Quick comparisons of sizes and normalisations
-FULL |= {"quick_films": 2000, "quick_epochs": 5}
+FULL |= {"quick_images": 2000, "quick_epochs": 5}
 # The search; of batch and width: (values beyond, values, values beyond)
 FULL |= {
     "trials": 30,
@@ -147,8 +143,16 @@ from dlia_utils import files, launch, metrics, models, plots, report, search
 from dlia_utils.data import augment, explore, split
 from dlia_utils.device import fingerprint
 from dlia_utils.objectives import cross_entropy
-from dlia_utils.study import fit_model, load_models, made_by, open_study
-from dlia_utils.study import predictions, scores, test_opened, work_folder
+from dlia_utils.study import (
+    fit_model,
+    load_models,
+    made_by,
+    open_study,
+    predictions,
+    scores,
+    test_opened,
+    work_folder,
+)
 from dlia_utils.train import predict
 
 TABLES, RESULTS = run.run_dir / "tables", run.run_dir / "results.csv"
@@ -161,7 +165,8 @@ def channels(width):
 
 
 def network(study, *, width, dropout):
-    """A fresh network that normalises by mean and deviation of all pixels of the TRAINING films."""
+    """A fresh network that normalises by mean and deviation of all pixels of the TRAINING
+    images."""
     mean, spread = explore.mean_and_spread(study.cache, study.rows("train"))
     std = np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
     return models.cnn(
@@ -181,7 +186,7 @@ def score_of(probability):
     return probability[:, 1] if probability.shape[1] == 2 else probability
 
 
-# %%
+# %% tags=["yours"]
 # Rules for reading training curves, so that every sentence about one can be checked.
 RISE = 0.1  # of the lowest validation loss: a later loss so much higher is a sign of overfitting
 GAP = 0.05  # training accuracy above validation accuracy: another one
@@ -208,7 +213,7 @@ def facts(histories):
     return pd.DataFrame(rows)
 
 
-# %%
+# %% tags=["yours"]
 def signs_of(row):
     """The signs of overfitting, unrest and underfitting in a row of `facts`, each with its rule."""
     lowest, rise = f"{row['val_loss_epoch']:.0f}", f"{row['val_loss_rise']:.0%}"
@@ -229,17 +234,17 @@ def signs_of(row):
 # %% [markdown]
 # ## 1 The data
 #
-# The *COVID-19 Radiography Database* collects films from several sources; only the classes Normal and COVID are read
+# The *COVID-19 Radiography Database* collects images from several sources; only the classes Normal and COVID are read
 # here. Two trees are understood: the database itself, of which 15 % become validation and 15 % test, and the
-# assignment's `covid_xray` with folders for train, val and test, which are kept. No patient is named, so each film
-# counts as one. Looking at test films here is an opening of the test split too: it is logged, with its purpose, and
+# assignment's `covid_xray` with folders for train, val and test, which are kept. No patient is named, so each image
+# counts as one. Looking at test images here is an opening of the test split too: it is logged, with its purpose, and
 # nothing below is chosen by it.
 
 # %%
 study = open_study(run)
 test_opened(study, "exploration: sizes, samples, grey values; no model, no choice")
 print(study.dataset.split_rule)
-print("training films:", len(study.rows("train")))
+print("training images:", len(study.rows("train")))
 sizes = explore.sizes(study.dataset, study.cache.shapes)
 files.write_csv(sizes, TABLES / "sizes.csv")
 sizes[["split", "class_name", "images", "sizes", "commonest", "share"]].round(2)
@@ -250,7 +255,7 @@ report.save_figure(figure, run, "classes")
 figure
 
 # %% [markdown]
-# Two films of each class from each split.
+# Two images of each class from each split.
 
 # %%
 rng = np.random.default_rng(run.seed)
@@ -262,8 +267,8 @@ report.save_figure(figure, run, "samples")
 figure
 
 # %% [markdown]
-# **Grey values** between 0 (black) and 1 (white). `mean` and `std` are over all pixels of all films (global);
-# `contrast` is the mean of the films' own deviations; the last rows are the darkest and brightest place of the mean film
+# **Grey values** between 0 (black) and 1 (white). `mean` and `std` are over all pixels of all images (global);
+# `contrast` is the mean of the images' own deviations; the last rows are the darkest and brightest place of the mean image
 # and the least and most varied place (pixel by pixel).
 
 # %%
@@ -273,7 +278,7 @@ grey.set_index(["split", "class_name"]).T.round(3)
 
 # %%
 figure = explore.figure_mean_images(study.cache, study.dataset, run.caption)
-report.save_figure(figure, run, "mean_films")
+report.save_figure(figure, run, "mean_images")
 figure
 
 # %% [markdown]
@@ -286,8 +291,8 @@ files.write_csv(tests, TABLES / "split_tests.csv")
 tests[["test", "class_name", "p_holm", "effect", "meaning"]].round(3)
 
 # %% [markdown]
-# **Does a film lie on both sides?** Byte-identical files, and near-duplicates: the same film re-encoded, resized or with
-# another brightness (perceptual hash, confirmed by correlation). Such films are kept in one split where the split is
+# **Does an image lie on both sides?** Byte-identical files, and near-duplicates: the same image re-encoded, resized or with
+# another brightness (perceptual hash, confirmed by correlation). Such images are kept in one split where the split is
 # drawn here; the line "leak" would name those that a published split tore apart.
 
 # %%
@@ -295,27 +300,27 @@ audit = split.audit(study.dataset)
 files.write_csv(audit, TABLES / "audit.csv")
 copies = study.dataset.manifest.groupby("look").size()
 print(
-    f"{(copies > 1).sum()} groups of films that look the same, {copies[copies > 1].sum()} films "
+    f"{(copies > 1).sum()} groups of images that look the same, {copies[copies > 1].sum()} images "
     "in all"
 )
 audit
 
 
 # %% [markdown]
-# **Do the classes differ in image quality?** Four numbers that know nothing of lungs, on training films: how well does
-# each *alone* tell COVID from normal? An AUC of 0.5 is no help; above it COVID films have more of it, below it less.
+# **Do the classes differ in image quality?** Four numbers that know nothing of lungs, on training images: how well does
+# each *alone* tell COVID from normal? An AUC of 0.5 is no help; above it COVID images have more of it, below it less.
 # Whatever lies far from 0.5 is a shortcut that a network may take. So may be the size of the files (first table, of all
-# films).
+# images).
 
 # %%
-def quality(films):
-    """Brightness, contrast, sharpness and share of black pixels of films [N,1,S,S]."""
-    soft = F.avg_pool2d(films, 3, stride=1, padding=1, count_include_pad=False)
+def quality(images):
+    """Brightness, contrast, sharpness and share of black pixels of images [N,1,S,S]."""
+    soft = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     measured = {
-        "mean grey": films.mean((1, 2, 3)),
-        "contrast": films.std((1, 2, 3)),
-        "sharpness": (films - soft).std((1, 2, 3)),
-        "black pixels": (films == 0).float().mean((1, 2, 3)),
+        "mean grey": images.mean((1, 2, 3)),
+        "contrast": images.std((1, 2, 3)),
+        "sharpness": (images - soft).std((1, 2, 3)),
+        "black pixels": (images == 0).float().mean((1, 2, 3)),
     }
     return pd.DataFrame({name: values.numpy() for name, values in measured.items()})
 
@@ -347,16 +352,16 @@ display(formats.round(3))
 table.round(3)
 
 # %% [markdown]
-# ## 2 From film to input
+# ## 2 From image to input
 #
-# Films are decoded once to grey squares. Two decisions follow. What they cost or gain is measured by short trainings
-# of the same network on training films, scored on **validation** films:
+# Images are decoded once to grey squares. Two decisions follow. What they cost or gain is measured by short trainings
+# of the same network on training images, scored on **validation** images:
 #
-# - **Normalisation**: fixed values $(x - 0.5)/0.25$; each film by its own mean and deviation (*sample*); one mean
-#   and one deviation of the training films (*training*); or a mean and a deviation for each place (*each pixel*).
+# - **Normalisation**: fixed values $(x - 0.5)/0.25$; each image by its own mean and deviation (*sample*); one mean
+#   and one deviation of the training images (*training*); or a mean and a deviation for each place (*each pixel*).
 # - **Resolution**: the size of this profile against a half and a quarter of it.
 #
-# First, what each normalisation makes of a few validation films.
+# First, what each normalisation makes of a few validation images.
 
 # %%
 study = open_study(run)
@@ -379,9 +384,9 @@ pd.DataFrame(
 
 # %%
 def quick_training(study, name, prepare, *, shrink=1):
-    """Validation AUC and seconds an epoch of a short training on films that `prepare` made
+    """Validation AUC and seconds an epoch of a short training on images that `prepare` made
     ready."""
-    chosen = np.random.default_rng(run.seed).permutation(study.rows("train"))[: run.quick_films]
+    chosen = np.random.default_rng(run.seed).permutation(study.rows("train"))[: run.quick_images]
     ready = [
         TensorDataset(
             F.avg_pool2d(prepare(study.images(rows)), shrink).cpu(), study.labels(rows).cpu()
@@ -436,15 +441,15 @@ files.write_csv(quick, TABLES / "quick.csv")
 quick.round(3)
 
 # %% [markdown]
-# The rest of the notebook uses the statistics of the **training** films, one pair of numbers for all places. They are
-# stored inside the model, so that no film can reach it normalised twice or not at all. That was decided beforehand,
-# because it needs nothing but training films and changes no film's exposure; the table shows what it costs, if
+# The rest of the notebook uses the statistics of the **training** images, one pair of numbers for all places. They are
+# stored inside the model, so that no image can reach it normalised twice or not at all. That was decided beforehand,
+# because it needs nothing but training images and changes no image's exposure; the table shows what it costs, if
 # anything.
 
 # %% [markdown]
 # ## 3 Augmentation
 #
-# Only training films are augmented, anew in every epoch, in the same way for both classes. Each line of the figure
+# Only training images are augmented, anew in every epoch, in the same way for both classes. Each line of the figure
 # shows one step alone, always applied and drawn twice; the last line all of them as they are combined.
 
 # %%
@@ -453,24 +458,24 @@ names = ("flip", "rotation, shift, zoom", "brightness, contrast", "gamma", "soft
 steps = dict(zip(names, augment.train_transform(flip=1, blur=1).transforms, strict=True))
 for step in steps.values():
     step.p = 1  # in training some steps are left out at random
-film = np.array(study.cache.images[study.rows("train")[0]])
-figure = explore.figure_augmentations(film, steps, repeats=2, seed=run.seed)
+image = np.array(study.cache.images[study.rows("train")[0]])
+figure = explore.figure_augmentations(image, steps, repeats=2, seed=run.seed)
 report.save_figure(figure, run, "augmentation")
 figure
 
 # %% [markdown]
-# **The pipelines** that all trainings below use: training films augmented, all others as they are. The model then
+# **The pipelines** that all trainings below use: training images augmented, all others as they are. The model then
 # normalises.
 
 # %%
 given = []
 for part, augmented in (("train", True), ("val", False)):
-    films, raw = (
+    images, raw = (
         study.torch_set(part, augmented=augmented),
         study.images(study.rows(part)[:32]).cpu(),
     )
     changed = (
-        (torch.stack([films[k][0] for k in range(len(raw))]) != raw)
+        (torch.stack([images[k][0] for k in range(len(raw))]) != raw)
         .flatten(1)
         .any(1)
         .float()
@@ -480,9 +485,9 @@ for part, augmented in (("train", True), ("val", False)):
     given.append(
         {
             "split": part,
-            "films": len(films),
+            "images": len(images),
             "augmented": augmented,
-            "share of films that changed": changed,
+            "share of images that changed": changed,
         }
     )
 pd.DataFrame(given)
@@ -490,10 +495,10 @@ pd.DataFrame(given)
 # %% [markdown]
 # ## 4 The first network
 #
-# **How success is measured.** Choices are made by the AUC on validation films: it needs no threshold and does not move
-# with the share of the classes. Reported are also sensitivity (share of COVID films found), specificity (share of
-# normal films left alone) and accuracy at the threshold 0.5, which is fixed beforehand. The seed in the settings
-# decides weights, order of the films, augmentation and dropout.
+# **How success is measured.** Choices are made by the AUC on validation images: it needs no threshold and does not move
+# with the share of the classes. Reported are also sensitivity (share of COVID images found), specificity (share of
+# normal images left alone) and accuracy at the threshold 0.5, which is fixed beforehand. The seed in the settings
+# decides weights, order of the images, augmentation and dropout.
 #
 # **Architecture.** Blocks of convolution, batch normalisation, ReLU and 2 x 2 maximum; the last map averaged to
 # 4 x 4; a hidden layer, dropout, and the last layer with one logit a class.
@@ -506,15 +511,15 @@ models.summary(network(study, width=run.width, dropout=run.dropout), run.size)
 # %% [markdown]
 # **The first training**: cross-entropy (both classes weigh the same), Adam, a fixed number of epochs (thirty in the
 # full profile), no early stopping. `unaugmented` is the same without augmentation: what the network does when it can
-# learn the films by heart.
+# learn the images by heart.
 
 # %%
 def train_first(name):
     study = open_study(run)
     model = network(study, width=run.width, dropout=run.dropout)
     loss = cross_entropy(weight=study.class_weights())
-    films = study.torch_set("train", augmented=name == "initial")
-    return fit_model(study, name, model, loss, films, study.torch_set("val"), patience=None)
+    images = study.torch_set("train", augmented=name == "initial")
+    return fit_model(study, name, model, loss, images, study.torch_set("val"), patience=None)
 
 
 first = launch.each(train_first, ["initial", "unaugmented"], log_dir=run.run_dir / "logs")
@@ -697,14 +702,14 @@ figure
 # %% [markdown]
 # ## 7 The final baseline
 #
-# A new network with the chosen setting, trained on training **and** validation films together, for the number of epochs
-# found above, without early stopping: nothing is left to stop by. The normalisation stays that of the training films.
+# A new network with the chosen setting, trained on training **and** validation images together, for the number of epochs
+# found above, without early stopping: nothing is left to stop by. The normalisation stays that of the training images.
 
 # %%
 study = open_study(run)
 choice = json.loads(made_by(run, "choice.json", "6 Early stopping, optimiser and loss").read_text())
 rows = np.concatenate([study.rows("train"), study.rows("val")])
-films = augment.CachedImages(
+images = augment.CachedImages(
     study.cache,
     rows,
     study.labels(rows).cpu().numpy(),
@@ -718,7 +723,7 @@ fitted = fit_model(
     "baseline",
     final,
     loss,
-    films,
+    images,
     None,
     monitor="epoch",
     patience=None,
@@ -728,7 +733,7 @@ fitted = fit_model(
     batch_size=choice["batch_size"],
 )
 chosen = pd.read_csv(run.run_dir / choice["recipe"] / "metrics.csv").head(choice["epochs"])
-histories = {"final baseline": fitted.history, f"{choice['recipe']}, on training films": chosen}
+histories = {"final baseline": fitted.history, f"{choice['recipe']}, on training images": chosen}
 figure = plots.figure_curves(histories, run.caption)
 report.save_figure(figure, run, "curves_final")
 display(figure)
@@ -775,7 +780,7 @@ display(pd.read_csv(run.run_dir / "test_log.csv")[["time", "purpose", "split"]])
 report.interval_table(outcome)
 
 # %% [markdown]
-# The intervals resample films (patients, where they are known). A test result far from the validation result would
+# The intervals resample images (patients, where they are known). A test result far from the validation result would
 # point at a fault in the pipeline: the next line compares them.
 
 # %%
@@ -794,7 +799,7 @@ report.save_figure(figure, run, "roc")
 figure
 
 # %% [markdown]
-# Test films as they are, before normalisation, with the network's answer: up to six errors, then films that it got
+# Test images as they are, before normalisation, with the network's answer: up to six errors, then images that it got
 # right.
 
 # %%
@@ -811,7 +816,7 @@ titles = [f"{'WRONG: ' if wrong[k] else ''}{classes[labels[k]]}\n{sure[k]}" for 
 figure = plots.figure_samples(
     study.images(told["image"].to_numpy()[shown]).cpu().numpy(), titles, run.caption
 )
-report.save_figure(figure, run, "test_films")
+report.save_figure(figure, run, "test_images")
 figure
 
 # %% [markdown]
@@ -824,9 +829,9 @@ figure
 # |---|---|---|
 # | 1 | what makes the data set hard | 1 The data: duplicates, quality, formats |
 # | 2 | are the splits uniformly divided | 1 The data: table of tests, audit |
-# | 3 | image quality of the two classes | 1 The data: table of measures, mean films |
-# | 4 | resolution and downsampling | 2 From film to input: rows "resolution" |
-# | 5 | which normalisation | 2 From film to input: rows "normalisation" |
+# | 3 | image quality of the two classes | 1 The data: table of measures, mean images |
+# | 4 | resolution and downsampling | 2 From image to input: rows "resolution" |
+# | 5 | which normalisation | 2 From image to input: rows "normalisation" |
 # | 6 | realistic augmentation, generalisation | 3 Augmentation (figure), 4 The first network (curves) |
 # | 7 | which metrics | 4 The first network (text), 8 The test, once |
 # | 8 | the first curves, what to tune first | 4 The first network (curves), 5 Search (figure) |
@@ -848,7 +853,7 @@ study = open_study(run)
 manifest, classes = study.dataset.manifest, study.dataset.classes
 made_in = dict.fromkeys(("quality", "formats", "audit", "split_tests", "sizes"), "1 The data")
 made_in |= {
-    "quick": "2 From film to input",
+    "quick": "2 From image to input",
     "ranges": "5 Search",
     "recipes": "6 Early stopping, optimiser and loss",
 }
@@ -866,11 +871,12 @@ found = "; ".join(
     f"{row['test']} ({row['class_name']}), {row['meaning']}" for _, row in uneven.iterrows()
 )
 answers = {
-    1: f"{len(manifest)} films, {manifest['label'].eq(1).mean():.0%} of them {classes[1]}, no "
+    1: f"{len(manifest)} images, {manifest['label'].eq(1).mean():.0%} of them {classes[1]}, no "
     "patient named. "
-    f"{looks[looks > 1].sum()} films belong to {(looks > 1).sum()} groups that show one film more "
+    f"{looks[looks > 1].sum()} images belong to {(looks > 1).sum()} groups that show one image "
+    "more "
     "than once"
-    + (": a careless split tests on films that it trained on. " if looks.max() > 1 else ". ")
+    + (": a careless split tests on images that it trained on. " if looks.max() > 1 else ". ")
     + f"How far the class can be told without looking at lungs: {len(quality)} of "
     f"{len(table['quality'])} measures of image "
     "quality say something about it (question 3), and the size of the files gives an AUC of "
@@ -879,15 +885,17 @@ answers = {
     2: f"{len(uneven)} of {len(table['split_tests'])} tests found a difference that chance does "
     "not explain"
     + (f": {found}" if found else ": the splits look like random parts of one pool")
-    + f". Rule of the split: {study.dataset.split_rule}. Films on two sides, by the audit: {torn}.",
+    + f". Rule of the split: {study.dataset.split_rule}. Images on two sides, by the audit: "
+    f"{torn}.",
     3: (
-        f"Yes. AUC of each measure alone on training films (above 0.5: films of {classes[1]} have "
+        f"Yes. AUC of each measure alone on training images (above 0.5: images of {classes[1]} "
+        "have "
         "more of it), where the interval "
         f"leaves out 0.5: {hints}. A network can use such differences, and they are no part of "
         "the disease: they may carry "
         "the score here and be missing in a hospital with other machines."
         if hints
-        else "None of the four measures tells the classes apart on training films: all intervals "
+        else "None of the four measures tells the classes apart on training images: all intervals "
         "hold 0.5."
     ),
 }
@@ -911,7 +919,7 @@ early, plain = read.loc["initial"], read.loc["unaugmented"]
 answers = {
     4: f"Files of {side} pixels are decoded once to {run.size} x {run.size}. Short trainings gave "
     "an AUC on "
-    f"validation films of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at "
+    f"validation images of {report.with_interval(full)} at {full.name}, {half['value']:.3f} at "
     f"{half.name} and "
     f"{quarter['value']:.3f} at {quarter.name}; an epoch at half the side takes "
     f"{half['seconds'] / full['seconds']:.0%} "
@@ -920,10 +928,10 @@ answers = {
         f"Below the interval of the full size, and so too small: {lost}. "
         if lost
         else "Neither falls below the interval "
-        "of the full size: the other pixels cost time without a gain that these films can show. "
+        "of the full size: the other pixels cost time without a gain that these images can show. "
     )
     + "Cropping to the lungs would use the pixels better; it needs masks and was not tried here.",
-    5: "By the training films: one mean and one deviation for all places, kept inside the model. "
+    5: "By the training images: one mean and one deviation for all places, kept inside the model. "
     "Short trainings gave "
     f"{'; '.join(f'{name} {report.with_interval(row)}' for name, row in norms.iterrows())}. The "
     "one used lies "
@@ -931,20 +939,20 @@ answers = {
     f"{'inside' if best <= used['ci_high'] else 'OUTSIDE'} its own interval. A "
     "convolution looks for the same pattern everywhere: one pair of numbers for all places leaves "
     "the pattern as it is, "
-    "while *each pixel* writes the inverse of the mean film into every film. *Sample* takes the "
+    "while *each pixel* writes the inverse of the mean image into every image. *Sample* takes the "
     "exposure away, which "
     "helps where machines differ and hides what exposure says.",
     6: "Rotation, shift, zoom, exposure and softness imitate positioning and other machines, "
-    "within limits that films "
+    "within limits that images "
     "really have (figure in section 3). The flip does not: it puts the heart on the right. "
     "Opacities look alike on both "
     "sides, so it may still help. Best validation AUC with augmentation "
     f"{early['val_auc_best']:.3f}, without "
     f"{plain['val_auc_best']:.3f}; training minus validation accuracy at the end "
     f"{early['gap']:+.3f} and "
-    f"{plain['gap']:+.3f}. This run can ensure that no film is on two sides, and that validation "
-    "and test films are never "
-    "augmented; how it does in another hospital only films from there could show.",
+    f"{plain['gap']:+.3f}. This run can ensure that no image is on two sides, and that validation "
+    "and test images are never "
+    "augmented; how it does in another hospital only images from there could show.",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
@@ -980,15 +988,15 @@ tune = dict.fromkeys(remedy[sign.split(":")[0]] for sign in signs["initial"])
 answers = {
     7: "AUC for choosing (it needs no threshold and does not move with the share of the classes), "
     "sensitivity and "
-    "specificity for reading (a missed COVID film and a false alarm cost differently), accuracy "
+    "specificity for reading (a missed COVID image and a false alarm cost differently), accuracy "
     "for comparing: always "
-    f"naming the larger class is right on {majority:.0%} of the test films. "
+    f"naming the larger class is right on {majority:.0%} of the test images. "
     + "".join(
         f"{name}: {report.with_interval(outcome.loc[name])}. "
         for name in ("sensitivity", "specificity")
         if name in outcome.index
     )
-    + f"{outcome.loc['auc', 'n']:.0f} test films cannot show differences below about "
+    + f"{outcome.loc['auc', 'n']:.0f} test images cannot show differences below about "
     f"{half['accuracy']:.2f} in "
     f"accuracy or {half['auc']:.3f} in AUC.",
     8: f"In {early['epochs']:.0f} epochs the training loss went from "
@@ -1037,7 +1045,7 @@ answers = {
         else "In the end no best value lies on an edge. "
     )
     + f"Best: {best}.",
-    11: "Three recipes with the best setting, the same early stopping and the same films. "
+    11: "Three recipes with the best setting, the same early stopping and the same images. "
     "Validation AUC: "
     + "; ".join(
         f"{name} {row['val_auc']:.4f} (epoch {row['epochs']:.0f})"
@@ -1045,18 +1053,18 @@ answers = {
     )
     + f". Chosen, as the highest: *{choice['recipe']}*. With one seed each they lie {apart:.4f} "
     "apart; half the interval "
-    f"of the AUC on test films is {half['auc']:.3f}, so this "
+    f"of the AUC on test images is {half['auc']:.3f}, so this "
     + (
         "may be more than chance."
         if apart > half["auc"]
         else "does not show that any of them is better."
     )
     + " The loss is cross-entropy on two logits, with both classes weighing the same.",
-    12: "Without validation films only the training is left to look at: from epoch 1 to "
+    12: "Without validation images only the training is left to look at: from epoch 1 to "
     f"{final['epochs']:.0f} the loss went from {final['train_loss_first']:.3f} to "
     f"{final['train_loss_last']:.3f}"
     + (f", falling in {final['falls']:.0%} of the steps" if final["epochs"] > 1 else "")
-    + f"; the same recipe on training films alone had {held_out:.3f} at that epoch. Training "
+    + f"; the same recipe on training images alone had {held_out:.3f} at that epoch. Training "
     "accuracy ends at "
     f"{final['train_accuracy_last']:.3f}; test accuracy is "
     f"{report.with_interval(outcome.loc['accuracy'])}.",
@@ -1065,14 +1073,15 @@ display(Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text i
 if run.synthetic:
     display(
         Markdown(
-            "*Synthetic films and tiny trainings: these answers show the machinery, not a finding.*"
+            "*Synthetic images and tiny trainings: these answers show the machinery, not a "
+            "finding.*"
         )
     )
 
 # %% [markdown]
 # ## Results and files
 #
-# Each row of `results.csv` says metric, interval, films, seed, size, epochs, profile, data and hardware. All runs of the
+# Each row of `results.csv` says metric, interval, images, seed, size, epochs, profile, data and hardware. All runs of the
 # search are in `search/runs.csv`, the openings of the test split in `test_log.csv`.
 
 # %%

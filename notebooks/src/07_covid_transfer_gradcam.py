@@ -2,8 +2,8 @@
 # # 07 COVID-19: transfer learning, Grad-CAM from scratch, and a shortcut audit
 #
 # Take a network that has learnt a million everyday photographs, put a new last layer on it, and it tells COVID-19
-# films from normal ones almost without an error. Does it read the lungs, or the hospital? The public collections took
-# their COVID films from other places than their normal ones, and a network is content with whatever tells the two
+# images from normal ones almost without an error. Does it read the lungs, or the hospital? The public collections took
+# their COVID images from other places than their normal ones, and a network is content with whatever tells the two
 # apart. This notebook builds the model, explains it with a Grad-CAM written from its formula, and then asks the
 # question that a heat map alone cannot answer.
 #
@@ -14,14 +14,14 @@
 # | 1 Data | What was split, and how? (the exploration is in [notebook 06](06_covid_baseline.ipynb)) |
 # | 2 Frozen network, new head | Which head, which batch size, rate and dropout? |
 # | 3 Fine-tuning | Does training the whole network help, and how small must the rate be? |
-# | 4 The test, opened once | Baseline, frozen and fine-tuned network on the same films, paired |
+# | 4 The test, opened once | Baseline, frozen and fine-tuned network on the same images, paired |
 # | 5 Grad-CAM from scratch | The formula, step by step; one logit and two; against captum |
 # | 6 Right and wrong answers | Maps of true and false positives and negatives |
 # | 7 Shortcut audit | What remains when the lungs are taken away? |
 # | 8 Questions | The assignment's questions 13 to 24, answered from this run's numbers |
 #
-# What came out on the real films stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
-# smoke profile on *synthetic* films with a tiny random network, and only show what you will see.
+# What came out on the real images stands in [results/README.md](../results/README.md); the outputs stored in this file are from the
+# smoke profile on *synthetic* images with a tiny random network, and only show what you will see.
 #
 # *For research and teaching. Not a medical device.*
 
@@ -29,13 +29,9 @@
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "smoke" (a minute), "cpu" (a laptop, half an hour), "full" (GPU), or "auto"
-DATA_DIR = (
-    ""  # empty: find the data set; else the folder that holds it, or your own: two class folders
-)
+DATA_DIR = ""  # empty: find it; else the folder that holds it, or your own: two class folders
 RUN_NAME = ""  # empty: profile and kind of data
-RESUME = (
-    True  # True: go on where a run stopped; False: start anew; "force": go on under other settings
-)
+RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
 CHANGES = {}  # settings of your own, whatever the profile, such as {"backbone": "resnet18"}
 
 # %% [markdown]
@@ -58,9 +54,11 @@ FULL = {
     "unusable_share": 0.01,
 }
 FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
-# The network: "resnet50_v2", "mobilenet_v2" (with width, stages), or any name of torchvision or timm
+# The network: "resnet50_v2", "mobilenet_v2" (with width, stages), or any name of torchvision or
+# timm
 FULL |= {"backbone": "resnet50_v2", "width": 1.0, "stages": 7, "pretrained": True}
-# The heads on the frozen network, and their recipe; max_minutes is for one training, None is no limit
+# The heads on the frozen network, and their recipe; max_minutes is for one training, None is no
+# limit
 FULL |= {
     "heads": ("linear", "mlp"),
     "hidden": 128,
@@ -73,12 +71,12 @@ FULL |= {"patience": 6, "max_minutes": 90.0, "num_workers": 2, "trials": 24, "ex
 # Fine-tuning: blocks that learn, counted from the end, or "all"; rates, the largest first
 FULL |= {"unfrozen": "all", "tuning_lrs": (1e-3, 2e-4, 4e-5, 8e-6), "tuning_epochs": 15}
 # The baseline from scratch; the shortcut audit, on at most so many training images
-FULL |= {"baseline_channels": (32, 64, 128), "baseline_epochs": 30, "audit_films": 2000}
+FULL |= {"baseline_channels": (32, 64, 128), "baseline_epochs": 30, "audit_images": 2000}
 FULL |= {"bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 CPU = {"size": 128, "backbone": "mobilenet_v2", "num_workers": 0, "trials": 12, "tuning_epochs": 10}
-CPU |= {"baseline_channels": (16, 32, 64), "baseline_epochs": 8, "audit_films": 1000}
+CPU |= {"baseline_channels": (16, 32, 64), "baseline_epochs": 8, "audit_images": 1000}
 
 # per_class as in notebook 06: the same images, the same split
 SMOKE = {"size": 48, "per_class": 90, "backbone": "mobilenet_v2", "width": 0.5, "stages": 3}
@@ -101,7 +99,7 @@ SMOKE |= {
     "tuning_epochs": 24,
     "baseline_channels": (8, 16),
     "baseline_epochs": 10,
-    "audit_films": 120,
+    "audit_images": 120,
 }
 SMOKE |= {"bootstrap_draws": 200}
 
@@ -163,7 +161,8 @@ RESULTS = run.run_dir / "results.csv"
 
 # %% tags=["yours"]
 # run.own["densenet121"] = lambda: models.backbone("densenet121", num_classes=2)
-# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# run.own["mine"] = models.wrap(my_trained_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224,
+# 0.225])
 def loss_of(study):
     """Cross-entropy in which both classes weigh the same."""
     return objectives.cross_entropy(weight=study.class_weights())
@@ -187,10 +186,10 @@ def baseline_folder(study):
 # ## 1 The data
 #
 # *COVID* and *Normal* of the COVID-19 Radiography Database, or the `covid_xray` folders of a course. Where no split
-# into training, validation and test films is published, one is drawn: stratified, and with byte-identical films and
+# into training, validation and test images is published, one is drawn: stratified, and with byte-identical images and
 # near-duplicates (perceptual hash, confirmed by correlation) always on one side. Notebook 06 draws the same split, so
-# that the models of both notebooks can be compared film by film. Patients and sources are not named in these copies:
-# two films of one patient that do not look alike may still lie on both sides, which no code can repair.
+# that the models of both notebooks can be compared image by image. Patients and sources are not named in these copies:
+# two images of one patient that do not look alike may still lie on both sides, which no code can repair.
 
 # %%
 study = open_study(run)
@@ -219,7 +218,7 @@ figure
 #
 # **Frozen means two things.** No weight is trained (`requires_grad=False`), *and* batch normalisation stays in
 # evaluation mode. In Keras the first brings the second; in PyTorch it does not: a frozen network left in training mode
-# takes over the statistics of the new films batch by batch, and drifts although no weight moves. The suite's
+# takes over the statistics of the new images batch by batch, and drifts although no weight moves. The suite's
 # `with_head` keeps the frozen part in evaluation mode whatever `train()` is called.
 
 # %%
@@ -245,7 +244,7 @@ def pretrained(study):
 
 
 def with_statistics(network, study):
-    """A random network with the training films' statistics in its batch norms: without any, the
+    """A random network with the training images' statistics in its batch norms: without any, the
     features would fade."""
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -291,12 +290,12 @@ models.summary(start.eval(), run.size).tail(6)
 
 
 # %% [markdown]
-# **The features are computed once.** A frozen network gives the same features for the same film, so they are kept, and
+# **The features are computed once.** A frozen network gives the same features for the same image, so they are kept, and
 # a head learns from them in seconds. The price: no augmentation here; fine-tuning (section 3) has it.
 #
 # **Two heads**, both with dropout before the last layer: `linear` (one layer) and `mlp` (a hidden layer with ReLU and
 # batch norm between). Both get one initial training with the same settings; the smaller *validation loss* decides. The
-# loss, because with a few hundred validation films accuracy moves in steps and AUC is soon near 1, while the loss still
+# loss, because with a few hundred validation images accuracy moves in steps and AUC is soon near 1, while the loss still
 # tells good from better.
 
 # %%
@@ -440,8 +439,8 @@ report.save_figure(figure, run, "search")
 figure
 
 # %% [markdown]
-# **The final frozen model** learns from training *and* validation films, for the number of epochs that early stopping
-# found, without early stopping: there is nothing left to stop by. `selected`, trained on the training films alone, is
+# **The final frozen model** learns from training *and* validation images, for the number of epochs that early stopping
+# found, without early stopping: there is nothing left to stop by. `selected`, trained on the training images alone, is
 # kept too: fine-tuning needs a start whose validation numbers are honest.
 
 # %%
@@ -483,32 +482,35 @@ figure
 # %% [markdown]
 # ## 3 Fine-tuning the whole network
 #
-# Now all layers learn, batch norms included, from augmented films, starting from the trained head. Too large a rate
+# Now all layers learn, batch norms included, from augmented images, starting from the trained head. Too large a rate
 # destroys in a few steps what a million photographs taught. The rule of the assignment, as code: if the accuracy on the
-# **training** films falls by more than 0.02 (and by more than twice the standard error of a difference, so that a few
-# films do not decide), the weights are loaded again and the next smaller rate is tried; if no attempt has a better
-# validation loss than the frozen model, the frozen model stays. Test films have no part in it.
+# **training** images falls by more than 0.02 (and by more than twice the standard error of a difference, so that a few
+# images do not decide), the weights are loaded again and the next smaller rate is tried; if no attempt has a better
+# validation loss than the frozen model, the frozen model stays. Test images have no part in it.
 #
 # Within an attempt the rate falls to zero along a cosine. At a constant rate the validation loss jumps from epoch to
-# epoch, and the final training below has no validation films to choose a good epoch by; with a rate that ends at zero
+# epoch, and the final training below has no validation images to choose a good epoch by; with a rate that ends at zero
 # the last epoch is the one to keep.
 #
-# The fall is measured from the frozen model's accuracy under the *same* conditions, augmented films and active dropout:
-# compared with its accuracy on plain films, every fine-tuning would seem to fall.
+# The fall is measured from the frozen model's accuracy under the *same* conditions, augmented images and active dropout:
+# compared with its accuracy on plain images, every fine-tuning would seem to fall.
 
 # %%
 def train_accuracy(study, model):
-    """Share of augmented training films that a model gets right with active dropout, as in a
+    """Share of augmented training images that a model gets right with active dropout, as in a
     training."""
     model, right = copy.deepcopy(model).train(), 0
-    films, order = study.torch_set("train", augmented=True), torch.Generator().manual_seed(run.seed)
+    images, order = (
+        study.torch_set("train", augmented=True),
+        torch.Generator().manual_seed(run.seed),
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(run.seed)
         # Shuffled: the images are sorted by class, and the head's batch norm takes away what a
         # batch has in common.
-        for x, y, _ in DataLoader(films, batch_size=run.batch_size, shuffle=True, generator=order):
+        for x, y, _ in DataLoader(images, batch_size=run.batch_size, shuffle=True, generator=order):
             right += (model(x.to(run.device)).argmax(1).cpu() == y).sum().item()
-    return pd.DataFrame({"train_accuracy": [right / len(films)]})
+    return pd.DataFrame({"train_accuracy": [right / len(images)]})
 
 
 def unfrozen(study, name):
@@ -551,22 +553,22 @@ tuned = search.finetune_with_drop_rule(
     config=given,
 )
 print(
-    f"frozen model, augmented training films: accuracy {share:.3f}; a fall of more than "
+    f"frozen model, augmented training images: accuracy {share:.3f}; a fall of more than "
     f"{tolerance:.3f} ends an attempt"
 )
 tuned.attempts.round(4)
 
 # %% [markdown]
-# If there was a gain, the final frozen model is fine-tuned in the same way, on training and validation films together.
+# If there was a gain, the final frozen model is fine-tuned in the same way, on training and validation images together.
 # If there was none, there is no fine-tuned model, and everything below goes on without it.
 
 # %%
 if tuned.fitted is None:
-    print("no gain on the validation films: the frozen model is kept")
+    print("no gain on the validation images: the frozen model is kept")
 else:
     rate = tuned.attempts["lr"].iloc[-1]
     rows = np.concatenate([study.rows("train"), study.rows("val")])
-    films = augment.CachedImages(
+    images = augment.CachedImages(
         study.cache,
         rows,
         study.labels(rows).cpu().numpy(),
@@ -578,7 +580,7 @@ else:
         "finetuned",
         unfrozen(study, "frozen"),
         loss_of(study),
-        films,
+        images,
         None,
         monitor="epoch",
         epochs=run.tuning_epochs,
@@ -609,7 +611,7 @@ figure
 #
 # **The baseline** is notebook 06's: a small network trained from nothing. If a finished run of that notebook with the
 # same name *and the same split* lies beside this one, it is compared with; otherwise a small CNN is trained here in the
-# same way (early stopping on validation films, then again on training and validation films for as many epochs).
+# same way (early stopping on validation images, then again on training and validation images for as many epochs).
 
 # %%
 def new_baseline():
@@ -631,7 +633,7 @@ if baseline_folder(study) == run.run_dir:
         **options,
     )
     rows = np.concatenate([study.rows("train"), study.rows("val")])
-    films = augment.CachedImages(
+    images = augment.CachedImages(
         study.cache,
         rows,
         study.labels(rows).cpu().numpy(),
@@ -644,7 +646,7 @@ if baseline_folder(study) == run.run_dir:
         "baseline",
         new_baseline(),
         loss_of(study),
-        films,
+        images,
         None,
         epochs=epochs,
         monitor="epoch",
@@ -693,8 +695,8 @@ clean["cell"] = [report.with_interval(row) for _, row in clean.iterrows()]
 clean.pivot_table(index="metric", columns="model", values="cell", aggfunc="first", sort=False)
 
 # %% [markdown]
-# **Paired**, because all models answered the same films. McNemar's exact test, by patient, asks whether one is right more
-# often where they differ (`only_it` against `only_other` films, and its p); the interval of the AUC difference is DeLong's,
+# **Paired**, because all models answered the same images. McNemar's exact test, by patient, asks whether one is right more
+# often where they differ (`only_it` against `only_other` images, and its p); the interval of the AUC difference is DeLong's,
 # by patient.
 
 # %%
@@ -730,7 +732,7 @@ report.save_figure(figure, run, "roc")
 figure
 
 # %% [markdown]
-# A few test films, as decoded (the model normalises for itself), with the last model's p(COVID).
+# A few test images, as decoded (the model normalises for itself), with the last model's p(COVID).
 
 # %%
 shown = answers.groupby("label").head(6).sort_values("label")
@@ -747,14 +749,14 @@ figure
 # %% [markdown]
 # ## 5 Grad-CAM from scratch
 #
-# Where in the film does the network find what speaks for its answer? Let $A \in \mathbb{R}^{C \times h \times w}$ be the
+# Where in the image does the network find what speaks for its answer? Let $A \in \mathbb{R}^{C \times h \times w}$ be the
 # last feature map, before it is averaged over places, and $z_c$ the logit of class $c$. Grad-CAM (Selvaraju et al.,
 # [1610.02391](https://arxiv.org/abs/1610.02391)) weighs each channel by how much the logit grows with it, and adds:
 #
 # $$w_k = \frac{1}{hw}\sum_{i,j}\frac{\partial z_c}{\partial A_{kij}}, \qquad
 # L_{ij} = \mathrm{ReLU}\Big(\sum_k w_k A_{kij}\Big).$$
 #
-# The ReLU keeps what speaks *for* the class. The map is divided by its maximum, enlarged to the size of the film and laid
+# The ReLU keeps what speaks *for* the class. The map is divided by its maximum, enlarged to the size of the image and laid
 # over it with weight 0.4. Three traps:
 #
 # - the *logit* is explained, not the probability, whose gradient vanishes where the model is sure. These models
@@ -764,13 +766,13 @@ figure
 # - if no place speaks for the class, the ReLU leaves zeros, and dividing by the maximum makes NaN, which a plotting
 #   library paints as a valid map. Zero maps are called so here.
 #
-# One test film, every step by hand (the models are the final ones; which film is shown decides nothing):
+# One test image, every step by hand (the models are the final ones; which image is shown decides nothing):
 
 # %%
 study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
 model = load_models(study, [name])[name].requires_grad_(False)
-test_opened(study, "Grad-CAM step by step on one film")
+test_opened(study, "Grad-CAM step by step on one image")
 row = study.rows("test")[study.labels(study.rows("test")).cpu().numpy() == 1][:1]
 x, layer, kept = study.images(row), models.last_map_layer(model), []
 
@@ -791,15 +793,13 @@ weights = gradient.mean((2, 3))  # 4 mean over places: how much each channel cou
 grid = torch.einsum("bk,bkij->bij", weights, kept[0].detach()).clamp(min=0)  # 5 weighted sum, ReLU
 large = interpolate(grid[:, None], x.shape[2:], mode="bilinear", align_corners=False)[
     :, 0
-]  # 6 to the film's size
+]  # 6 to the image's size
 heat = large / large.max().clamp(min=1e-30)  # 7 between 0 and 1
 print(
-    f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, film {list(x.shape)}"
+    f"{name}: map {list(kept[0].shape)} of {layer}, grid {list(grid.shape)}, image {list(x.shape)}"
 )
 caption = f"{study.dataset.classes[1]}, read as {study.dataset.classes[target]}"
-figure = figures.figure_overlays(
-    x, {"by hand": heat}, captions=[caption], caption=run.caption
-)
+figure = figures.figure_overlays(x, {"by hand": heat}, captions=[caption], caption=run.caption)
 report.save_figure(figure, run, "gradcam_by_hand")
 figure
 
@@ -807,10 +807,10 @@ figure
 # %% [markdown]
 # **One logit instead of two.** A network for two classes often ends in a single logit $z$: above 0 is COVID. Class COVID
 # is then explained by $z$, and class *Normal* by $-z$, because what lowers $z$ is what speaks for *Normal*. Forgetting
-# the sign explains the wrong class on every negative film. A softmax over two logits depends on $z_1 - z_0$ alone, so the
+# the sign explains the wrong class on every negative image. A softmax over two logits depends on $z_1 - z_0$ alone, so the
 # same network can be read as a scalar model with $z = z_1 - z_0$. Its maps must be those of the two logits $(-z, z)$.
 #
-# The table holds the largest differences, relative to the map's maximum, on some test films: by hand against the suite's
+# The table holds the largest differences, relative to the map's maximum, on some test images: by hand against the suite's
 # function, one logit against two, and both against [captum](https://captum.ai)'s `LayerGradCam`.
 
 # %%
@@ -843,21 +843,21 @@ def apart(one, other):
 
 
 # %%
-films = study.images(study.rows("test")[:: max(1, len(study.rows("test")) // 16)][:16])
+images = study.images(study.rows("test")[:: max(1, len(study.rows("test")) // 16)][:16])
 module, before = model.get_submodule(layer), device.fingerprint(model)
 scalar, double, negative = OneLogit(model), OneLogit(model, (-1.0, 1.0)), OneLogit(model, (-1.0,))
-own = {c: gradcam(model, films, layer, target=c) for c in (0, 1)}
-one = {c: gradcam(scalar, films, module, target=c) for c in (0, 1)}
-two = {c: gradcam(double, films, module, target=c) for c in (0, 1)}
+own = {c: gradcam(model, images, layer, target=c) for c in (0, 1)}
+one = {c: gradcam(scalar, images, module, target=c) for c in (0, 1)}
+two = {c: gradcam(double, images, module, target=c) for c in (0, 1)}
 rows = [
     ("by hand", "the suite's function", apart(grid, gradcam(model, x, layer, target=target).grid))
 ]
 for c, label in enumerate(study.dataset.classes):
     rows.append(
-        (f"two logits, {label}", "captum", apart(own[c].grid, captums(model, films, module, c)))
+        (f"two logits, {label}", "captum", apart(own[c].grid, captums(model, images, module, c)))
     )
     net = scalar if c else negative
-    rows.append((f"one logit, {label}", "captum", apart(one[c].grid, captums(net, films, module))))
+    rows.append((f"one logit, {label}", "captum", apart(one[c].grid, captums(net, images, module))))
     rows.append((f"one logit, {label}", "two logits (-z, z)", apart(one[c].grid, two[c].grid)))
 checks = pd.DataFrame(rows, columns=["map", "against", "difference"]).assign(
     ok=lambda t: t["difference"] < 1e-5
@@ -884,7 +884,7 @@ likeness = [
 ]
 sides = pd.DataFrame(
     {
-        "films": [len(films)],
+        "images": [len(images)],
         "places above zero in both maps": [both],
         "compared": [len(likeness)],
         "rank correlation of z1 and z1 - z0": [np.mean(likeness) if likeness else np.nan],
@@ -898,9 +898,9 @@ panels = {
     f"one logit, {study.dataset.classes[0]} (-z)": one[0],
 }
 figure = figures.figure_overlays(
-    films[:2],
+    images[:2],
     {key: found.heat()[:2] for key, found in panels.items()},
-    captions=["test film 1", "test film 2"],
+    captions=["test image 1", "test image 2"],
     caption=run.caption,
 )
 report.save_figure(figure, run, "one_logit")
@@ -923,27 +923,25 @@ rows = np.concatenate([study.rows("test")[labels == c][:2] for c in (0, 1)])
 x = study.images(rows)
 maps = {name: gradcam(model, x).heat().cpu().numpy() for name, model in compared.items()}
 captions = study.dataset.manifest.loc[rows, "class_name"].tolist()
-figure = figures.figure_overlays(
-    x.cpu().numpy(), maps, captions=captions, caption=run.caption
-)
+figure = figures.figure_overlays(x.cpu().numpy(), maps, captions=captions, caption=run.caption)
 report.save_figure(figure, run, "gradcam_networks")
 figure
 
 # %% [markdown]
 # ## 6 Right and wrong answers
 #
-# Every test film falls into one of four groups: COVID found (true positive) or missed (false negative), normal left
+# Every test image falls into one of four groups: COVID found (true positive) or missed (false negative), normal left
 # alone (true negative) or raised as an alarm (false positive). The map explains the class that the model *read*; of the
 # right answers the clearest are shown, of the wrong ones the worst.
 #
-# The table adds what pictures cannot say: how much of the map lies inside the lungs, beside the share of the film that
+# The table adds what pictures cannot say: how much of the map lies inside the lungs, beside the share of the image that
 # the lungs cover (a map that knows nothing would have just that), and how many maps are zero.
 
 # %%
 study = open_study(run)
 name = "finetuned" if trained(study, ["finetuned"]) else "frozen"
 model = load_models(study, [name])[name]
-test_opened(study, "Grad-CAM of all test films")
+test_opened(study, "Grad-CAM of all test images")
 rows = study.rows("test")
 x, labels, patients = study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows)
 probability = train.predict(model, x)[0][:, 1]
@@ -998,17 +996,17 @@ figure
 # %% [markdown]
 # ## 7 Shortcut audit
 #
-# DeGrave, Janizek and Lee ([2021](https://doi.org/10.1038/s42256-021-00338-7)) showed that networks for COVID films
+# DeGrave, Janizek and Lee ([2021](https://doi.org/10.1038/s42256-021-00338-7)) showed that networks for COVID images
 # read the edges, markers and positions that betray the source, and fail in another hospital. A heat map does not prove
-# the opposite: it shows where, not what. So parts of the films are taken away (replaced by the mean grey of the training
-# films) and the question is asked twice:
+# the opposite: it shows where, not what. So parts of the images are taken away (replaced by the mean grey of the training
+# images) and the question is asked twice:
 #
-# - **tested**: the trained model sees test films of which only the part is left. What does *this model* read?
+# - **tested**: the trained model sees test images of which only the part is left. What does *this model* read?
 # - **retrained**: a quick pipeline (the same frozen network, standardised features, logistic regression) is trained and
-#   tested on the part. What do *the films* give away?
+#   tested on the part. What do *the images* give away?
 #
 # The lungs are those of the database's masks where the copy has them; otherwise a crude box, and the text says so.
-# Nothing is chosen by these numbers, so they are taken on test films, which the log records.
+# Nothing is chosen by these numbers, so they are taken on test images, which the log records.
 
 # %%
 study = open_study(run)
@@ -1019,7 +1017,7 @@ rng = np.random.default_rng(run.seed)
 learnt, tested = (
     shortcuts.sample(study.dataset, study.cache, study.images(rows), rows)
     for rows in (
-        np.sort(rng.permutation(study.rows("train"))[: run.audit_films]),
+        np.sort(rng.permutation(study.rows("train"))[: run.audit_images]),
         study.rows("test"),
     )
 )
@@ -1051,7 +1049,7 @@ regions = stored(
         draws=run.bootstrap_draws,
     ),
     model=[name, "start"],
-    uses=["audit_films", "seed", "bootstrap_draws"],
+    uses=["audit_images", "seed", "bootstrap_draws"],
 )
 for how, who in (("tested", name), ("retrained", "probe on frozen features")):
     part = regions[regions["how"].eq(how)]
@@ -1103,7 +1101,7 @@ cells = marker.assign(cell=[report.with_interval(row) for _, row in marker.iterr
 cells.pivot_table(index="place", columns="metric", values="cell", aggfunc="first", sort=False)
 
 # %% [markdown]
-# **Sources.** Where a copy of the data says which hospital or collection a film is from, the error of each is listed.
+# **Sources.** Where a copy of the data says which hospital or collection an image is from, the error of each is listed.
 # If a source holds one class only, source and class cannot be told apart: they are the same question.
 
 # %%
@@ -1268,20 +1266,20 @@ def difference(model, against):
     """A paired comparison in words."""
     row = paired.loc[(model, against)]
     verdict = (
-        "a difference that these test films show"
+        "a difference that these test images show"
         if row["p"] < 0.05
-        else "no difference that these test films show"
+        else "no difference that these test images show"
     )
     auc = f"AUC {row['auc_difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
     return (
-        f"only *{model}* is right on {row['only_it']:.0f} films, only *{against}* on "
+        f"only *{model}* is right on {row['only_it']:.0f} images, only *{against}* on "
         f"{row['only_other']:.0f} (McNemar "
         f"p = {row['p']:.2g}: {verdict}); {auc}"
     )
 
 
 def curve(key):
-    """The curve of a final training, which has no held-out films, in words."""
+    """The curve of a final training, which has no held-out images, in words."""
     first, last = histories[key].iloc[0], histories[key].iloc[-1]
     return (
         f"*{key}*: {last['epoch']:.0f} epochs, training accuracy {first['train_accuracy']:.3f} "
@@ -1303,9 +1301,9 @@ compared = "; ".join(
 )
 if gain:
     tuning = (
-        f"On validation films, yes: the loss fell from {last['baseline_val_loss']:.3f} to "
+        f"On validation images, yes: the loss fell from {last['baseline_val_loss']:.3f} to "
         f"{last['val_loss']:.3f} at rate "
-        f"{last['lr']:g}. On test films: {difference('finetuned', 'frozen')}."
+        f"{last['lr']:g}. On test images: {difference('finetuned', 'frozen')}."
     )
 else:
     tuning = (
@@ -1315,12 +1313,12 @@ else:
     )
 tuning += f" Rates at which the training accuracy fell: {fell or 'none of those tried'}."
 answers = {
-    13: f"By validation films, with the same settings for both: {compared}. "
+    13: f"By validation images, with the same settings for both: {compared}. "
     f"*{heads['val_loss'].idxmin()}* went on. Dropout "
     "stands before the last layer of either; its rate was searched.",
     14: f"The final trainings (figure in section 4): {'; '.join(map(curve, histories))}. The head "
     "starts from features that "
-    "exist already, the baseline from noise. Mind that the head saw films as they are, the others "
+    "exist already, the baseline from noise. Mind that the head saw images as they are, the others "
     "augmented ones.",
     15: tuning,
     16: f"Accuracy {on_test(name, 'accuracy')} against {on_test('baseline', 'accuracy')}, AUC "
@@ -1342,16 +1340,16 @@ extracting = sum(
 )
 answers = {
     17: f"For: the final head learnt in {spent['frozen']:.0f} s, after {extracting:.0f} s for the "
-    "features of all films but the "
+    "features of all images but the "
     f"test's, where the final baseline took {spent['baseline']:.0f} s; test accuracy "
     f"{on_test('frozen', 'accuracy')} and "
-    f"{on_test('baseline', 'accuracy')}. Against: every film passes {size['frozen']:,} weights "
+    f"{on_test('baseline', 'accuracy')}. Against: every image passes {size['frozen']:,} weights "
     "instead of "
     f"{size['baseline']:,}, and features computed once know no augmentation"
     + (f". Fine-tuning took {spent['finetuned']:.0f} s more." if gain else "."),
     18: "This run compared two heads, and training "
     + ("all blocks" if run.unfrozen == "all" else f"the last {run.unfrozen} blocks")
-    + " against training none. Features learnt from radiographs, larger films and blocks set free "
+    + " against training none. Features learnt from radiographs, larger images and blocks set free "
     "one after the other were "
     "not tried, so nothing is claimed about them. What the audit says matters more than any of "
     f"these: {conclusion}",
@@ -1398,7 +1396,7 @@ answers = {
     ),
     21: f"The maps lie {where}: energy minus area {gain_of('all')}, {every['zero_maps']:.0f} of "
     f"{every['n']:.0f} maps zero. "
-    "Whether they lie on *opacities* cannot be judged: nobody has marked any in these films.",
+    "Whether they lie on *opacities* cannot be judged: nobody has marked any in these images.",
 }
 Markdown("\n\n".join(f"**Question {number}.** {text}" for number, text in answers.items()))
 
@@ -1425,11 +1423,11 @@ if misread:
     low, high = gains.loc["wrong", ["ci_low", "ci_high"]]
     alike = misread < 20 or low <= gains.loc["right", "value"] <= high
     errors = (
-        f"Of the {misread} misread films the maps have {gain_of('wrong')} of energy inside the "
+        f"Of the {misread} misread images the maps have {gain_of('wrong')} of energy inside the "
         "lungs above their area, of "
         f"the others {gain_of('right')}: "
         + (
-            "no difference that so few films can show, so the maps do not explain the errors."
+            "no difference that so few images can show, so the maps do not explain the errors."
             if alike
             else "wrong answers look elsewhere, which is a lead, not a cause."
         )
@@ -1443,14 +1441,14 @@ answers = {
         if told["tested"] and every["ci_low"] > 0
         else "That is the audit's evidence; a heat map proves neither side."
     ),
-    23: errors if misread else "No test film was misread, so there is nothing to explain.",
+    23: errors if misread else "No test image was misread, so there is nothing to explain.",
     24: "Not because of Grad-CAM alone. By maps and audit together: "
     + (
-        "take both classes from the same places, and crop or mask the films, because what lies "
+        "take both classes from the same places, and crop or mask the images, because what lies "
         "outside the lungs tells the "
         "classes apart."
         if told["tested"] or told["retrained"]
-        else "take more films like the misread ones; outside the lungs nothing was found that "
+        else "take more images like the misread ones; outside the lungs nothing was found that "
         "tells the classes apart."
     )
     + " And have opacities marked in a test set: without that question 21 stays open.",
