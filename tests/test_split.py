@@ -56,6 +56,17 @@ def test_grouped(dataset, val_share):
     assert "official test" in divided.split_rule and before["path"].equals(after["path"])
 
 
+@pytest.mark.parametrize("draw", [split.grouped, split.drawn])
+def test_shares_are_even_for_every_seed(dataset, draw):
+    """The splitter's own shuffle dealt out very uneven shares before scikit-learn 1.7."""
+    for seed in range(5):
+        manifest = draw(dataset, val_share=0.15, seed=seed).manifest
+        parts = [
+            part["split"] for _, part in manifest[manifest["group"] != "other"].groupby("label")
+        ]
+        assert all(part.eq("val").mean() == pytest.approx(0.15, abs=0.012) for part in parts)
+
+
 @pytest.mark.parametrize(("val_share", "test_share"), [(0.1, 0.1), (0.15, 0.2)])
 def test_drawn_deals_whole_patients_in_proportion(dataset, val_share, test_share):
     divided = split.drawn(dataset, val_share=val_share, test_share=test_share, seed=3)

@@ -43,7 +43,7 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
     if not 0 < val_share <= 0.5:
         raise ValueError(f"val_share is {val_share}; it must lie in (0, 0.5]")
     pool = np.flatnonzero((dataset.manifest["split"] != "test").to_numpy())
-    parts = _parts(dataset, pool, seed=seed, needed=2, shuffle=True)
+    parts = _parts(dataset, pool, seed=seed, needed=2)
     chosen = min(max(round(val_share * len(parts)), 1), len(parts) - 1)
     names = dataset.manifest["split"].to_numpy(dtype=object).copy()
     names[pool] = "train"
@@ -111,9 +111,7 @@ def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np
         return [part for _, part in StratifiedGroupKFold(n).split(units, target, units)]
 
 
-def _parts(
-    dataset: Dataset, rows: np.ndarray, *, seed: int, needed: int, shuffle: bool = False
-) -> list[np.ndarray]:
+def _parts(dataset: Dataset, rows: np.ndarray, *, seed: int, needed: int) -> list[np.ndarray]:
     """Positions in `rows` of up to `FOLDS` folds, stratified by class, and by frequent group."""
     manifest, units = dataset.manifest.iloc[rows], _units(dataset)[rows]
     labels = manifest["label"].to_numpy()
@@ -122,9 +120,6 @@ def _parts(
         raise BadData(f"a class has fewer than {needed} patients: no split can be drawn")
     strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
     target = strata if manifest.groupby(strata).size().min() >= FOLDS else labels
-    if shuffle:
-        splitter = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
-        return [part for _, part in splitter.split(units, target, units)]
     return deal(target, units, min(FOLDS, fewest), seed=seed)
 
 
