@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import albumentations as A
 import numpy as np
 import pandas as pd
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..plots import COLORS, panels
+from .augment import A
 from .cache import ImageCache
 from .datasets import Dataset
 from .split import deal
