@@ -29,9 +29,7 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = (
-    "auto"  # "smoke" (two minutes), "cpu" (a laptop, one to two hours), "full" (GPU), or "auto"
-)
+PROFILE = "auto"  # "smoke" (two minutes), "cpu" (laptop, one to two hours), "full" (GPU), "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds Normal and Tuberculosis
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
