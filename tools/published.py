@@ -306,7 +306,7 @@ def _findings() -> Figure:
     for label, name in enumerate(NIH_CLASSES, start=1):
         rng = np.random.default_rng([5, label])
         image, found = phantom.chest_with_findings(rng, [name], size=192)
-        images.append(image)
+        images.append((255 * image).astype(np.uint8))
         boxes.append(pd.DataFrame([[*found[0], label]], columns=[*figures.CORNERS, "label"]))
     empty, titles = [box.iloc[:0] for box in boxes], [""] * len(images)
     caption = "planted findings (SYNTHETIC), phantom profile, 192 px"
