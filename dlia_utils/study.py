@@ -57,9 +57,8 @@ class Study:
     def key(self) -> dict[str, Any]:
         """The data that whatever is made in this run depends on."""
         # Lengths and not times of the files: a copy of the data is the same data.
-        paths = self.dataset.manifest["path"]
-        lengths = [(path, os.stat(self.dataset.root / path).st_size) for path in paths]
-        known = dict(format=FORMAT, data=self.run.data_name, files=digest(lengths))
+        files = digest(datasets.lengths(self.dataset))
+        known = dict(format=FORMAT, data=self.run.data_name, files=files)
         known |= dict(size=self.cache.size, fit=self.cache.fit)
         return known | {"split": split.split_hash(self.dataset)}
 

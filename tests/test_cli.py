@@ -130,7 +130,7 @@ def test_another_data_set_is_taken_only_by_a_notebook_that_can(tmp_path, monkeyp
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
     monkeypatch.delenv("DLIA_DATA", raising=False)
     own, asks = execute.pick(["03", "04"])
-    with pytest.raises(ValueError, match="but this notebook has a data set of its own: tubercul"):
+    with pytest.raises(ValueError, match="dataset names 'covid'; there are: tuberculosis"):
         execute.run(own, changes={"dataset": "covid"}, progress=False)
     seen = {}
     monkeypatch.setattr(execute, "execute", lambda path, out, **options: seen.update(options))

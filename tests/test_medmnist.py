@@ -239,7 +239,7 @@ def test_a_study_keeps_the_official_split(tmp_path):
     write(tmp_path / "told", "dermamnist", arrays=arrays_of("dermamnist", counts=counts))
     location = sources.find("dermamnist", tmp_path / "told")
     settings = {"size": 28, "seed": 0, "per_class": None, "val_share": 0.15, "test_share": 0.15}
-    about = dict(notebook="test", profile="smoke", run_dir=tmp_path / "run", settings=settings)
+    about = dict(notebook="test", profile="smoke", run_dir=tmp_path / "run", values=settings)
     opened = study.open_study(run.Run(location=location, **about))
     official = datasets.load(location).manifest["split"]
     assert opened.dataset.manifest["split"].tolist() == official.tolist()

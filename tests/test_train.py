@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -255,6 +256,7 @@ def test_every_saved_epoch_is_told_and_what_the_listener_raises_ends_the_call(tm
 
 
 def test_random_numbers_and_accelerates_state_stay_the_callers(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier test may have left
     mine = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
     model, draws = linear(), []
     for trained in (True, True, False):  # really, found finished, not at all

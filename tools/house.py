@@ -11,6 +11,7 @@ from dlia_utils import files
 from .notebooks import REPOSITORY
 from .published import fill
 
+PACKAGE = REPOSITORY / "dlia_utils"
 PAGE = REPOSITORY / "CONTRIBUTING.md"
 # Modules that stand together on the map, beside the rooms (folders), which are one box each.
 FLOOR = {
@@ -22,32 +23,26 @@ FLOOR = {
 }
 
 
-def modules(package: Path = REPOSITORY / "dlia_utils") -> dict[str, Path]:
+def modules() -> dict[str, Path]:
     """Dotted name -> file of every module, without the package's own name ("" for its __init__)."""
     found = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def imports(package: Path = REPOSITORY / "dlia_utils") -> Iterator[tuple[str, str, str]]:
+def imports() -> Iterator[tuple[str, str, str]]:
     """(module, module that it imports, name that it takes), late imports as well."""
-    known = modules(package)
+    known = modules()
     for module, path in known.items():
-        home = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-        home = [part for part in home if part]
+        home = path.parent.relative_to(REPOSITORY).parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom):
                 continue
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level:
-                parts = home[: len(home) + 1 - node.level] + parts
-            elif parts[:1] == [package.name]:
-                parts = parts[1:]
-            else:
-                continue
-            for alias in node.names:
+            base = home[: len(home) + 1 - node.level] if node.level else ()
+            top, *parts = [*base, *(node.module.split(".") if node.module else ())]
+            for alias in node.names if top == PACKAGE.name else ():
                 whole = ".".join([*parts, alias.name])
                 yield module, whole if whole in known else ".".join(parts), alias.name
 

@@ -156,9 +156,8 @@ def kernel(
             cell.metadata.pop("source_hash", None)
     # Kaggle reads the machine from the notebook as well as from the metadata file: both say the
     # same. A list of data sources would take its internal numbers: the metadata file decides.
-    notebook.metadata["kaggle"] = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True}
-    notebook.metadata["kaggle"] |= {"isInternetEnabled": internet, "sourceType": "notebook"}
-    notebook.metadata["kaggle"] |= {"language": "python"}
+    about = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "language": "python"}
+    notebook.metadata["kaggle"] = about | {"isInternetEnabled": internet, "sourceType": "notebook"}
     handles = [SOURCES[name].handle for name in _datasets(source)]
     slug, machine = title.lower().replace(" ", "-"), {"enable_gpu": True, "enable_tpu": False}
     metadata = {"id": f"{user}/{slug}", "title": title, "is_private": True, "language": "python"}

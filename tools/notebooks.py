@@ -168,16 +168,15 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     bars, colours, the leading part of machine paths.
     """
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    notebook.metadata = nbformat.from_dict(metadata)
+    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(about)
     for cell in notebook.cells:
         kept = {key: cell.metadata[key] for key in ("source_hash", "tags") if key in cell.metadata}
         kept |= FOLDED if "bootstrap" in tags(cell) else {}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             bar = MARK.items()  # a bar goes first: whether it was shown is a matter of timing
-            shown = [one for one in cell.outputs if not one.get("metadata", {}).items() >= bar]
-            cell.outputs = shown
+            cell.outputs = [x for x in cell.outputs if not x.get("metadata", {}).items() >= bar]
             # How a stream was cut is a matter of timing; a carriage return overwrites the line.
             CoalesceStreamsPreprocessor().preprocess_cell(cell, {}, 0)
             cell.outputs = [kept for one in cell.outputs if (kept := _clean_output(one))]
