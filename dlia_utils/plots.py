@@ -39,10 +39,11 @@ def figure_samples(
     """Grey images [N,1,H,W] or [N,H,W] in [0,1] with their titles."""
     images = np.asarray(images).reshape(len(images), *np.shape(images)[-2:])
     figure, axes = panels(columns, rows=-(-len(images) // columns), width=1.7, height=2.1)
+    smooth = "nearest" if images.shape[-1] < 100 else None  # small ones are shown as they are
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation=smooth)
         axis.set_title(title, fontsize=9)
     figure.suptitle(caption, fontsize=9)
     return figure
