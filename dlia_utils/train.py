@@ -78,6 +78,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # A search gives NumPy's numbers, which last.pt (read back with weights_only) cannot hold.
+        for name in ("lr", "weight_decay", "lr_min"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
             known = f"known are {', '.join([*OPTIMIZERS])} and {', '.join(SCHEDULES)}"
             raise ValueError(f"{known}; got {self}")
@@ -323,7 +326,8 @@ class _Run:
         state, begun, monitor = self.state, time.monotonic(), self.recipe.monitor
         number = state["epoch"] + 1
         bar.set_postfix_str(self.reached(number))
-        row = {"epoch": number, **self.learn(number, bar), **self.measure(self.judged)}
+        found = self.learn(number, bar) | self.measure(self.judged)
+        row = {"epoch": number} | {name: float(value) for name, value in found.items()}
         row["seconds"] = round(time.monotonic() - begun, 3)
         # Every process must take the same decisions, so all take the main one's numbers.
         (row,) = broadcast_object_list([row])

@@ -508,3 +508,10 @@ def test_two_processes_train_one_model(tmp_path):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+
+
+def test_a_run_with_numpy_numbers_is_read_back(tmp_path):
+    options = {"val_metric": lambda model: {"val_share": np.float64(0.5)}, "monitor": "val_share"}
+    options |= {"lr": np.float64(0.01), "weight_decay": np.float64(0.0), "schedule": "cosine"}
+    first = run(tmp_path, **options)
+    pd.testing.assert_frame_equal(run(tmp_path, **options).history, first.history)
