@@ -417,6 +417,14 @@ def test_data_check_draws_a_split_and_names_near_duplicates(root, capsys, caplog
     )
 
 
+def test_data_check_reads_patients_of_class_folders_by_the_pattern(root, capsys, caplog):
+    draw(root, [f"{c}/p{n}_{k}.png" for c in ("flu", "no") for n in range(12) for k in (1, 2)])
+    told = cli.main(["data", "check", str(root), "--patient-pattern", r"/(p\d+)_"])
+    printed = capsys.readouterr().out
+    assert told == 0, printed
+    assert "no patients are known" not in caplog.text
+
+
 def test_data_check_fails_on_a_leak_in_a_given_split(root, capsys, monkeypatch):
     draw(root, SPLIT)
     (root / "labels.csv").write_text(
