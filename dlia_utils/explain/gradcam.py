@@ -27,12 +27,10 @@ def gradcam(
 
     With A the layer's output and g the gradient of the class's logit, channel c weighs w_c = mean
     of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
-    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). x:
-    [B,1|3,H,W] in [0,1]. layer: a module or its dotted name; None takes `models.last_map_layer`.
-    target: a class or int64 [B]; None takes the predicted one. A head with one logit z is read as
-    class 1 = z, class 0 = -z. The model may be frozen and is left as it was. Errors: ValueError for
-    a model in training mode, images outside [0,1], an unknown class or layer, one without maps, or
-    that does not run once.
+    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). layer:
+    a module or its dotted name; None takes `models.last_map_layer`. x, target: as in
+    `attribution.explain`. Errors: also for an unknown layer, one without maps, or that does not run
+    once.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     >>> gradcam(net, torch.rand(3, 1, 8, 8), "0").grid.shape
@@ -81,12 +79,8 @@ def one_pass(
             chosen = base.choose_target(logits.detach(), target)
             score = base.pick(logits, chosen)
             roots = [outputs[0] for outputs in runs] + ([x] if to_input else [])
-            gradients = [None] * len(roots)
-            if score.requires_grad:
-                gradients = list(torch.autograd.grad(score.sum(), roots, allow_unused=True))
-    for name, gradient in zip([n for _, n in found] + ["the images"], gradients, strict=False):
-        if gradient is None:
-            raise ValueError(f"the output does not depend on {name}: choose a layer that it needs")
+            # A layer that the output does not depend on is refused by torch.
+            gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
     kept = [outputs[0].detach() for outputs in runs]
     at_input = gradients.pop() if to_input else None
     return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
