@@ -63,8 +63,8 @@ def integrated_gradients(
 ) -> base.Attribution:
     """Gradients summed from black to the image. Source: Sundararajan et al., arXiv 1703.01365.
 
-    steps: points of the Gauss-Legendre rule; more bring `error` down. maps: in logits, signed, summed
-    over channels.
+    steps: points of the Gauss-Legendre rule; more bring `error` down. maps: in logits, signed, the
+    sum over channels.
     """
     x, chosen, score = _start(model, x, target)
     quick = TwoLogits(fast_copy(model))
@@ -135,8 +135,8 @@ def deeplift(
     if not bool((error <= TOLERANCE).all()):
         raise ValueError(
             f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. "
-            "It has no rule for products of activations (attention, squeeze-excite), softmax, layer "
-            "norms, nor for what is read after it was changed in place. Use integrated_gradients"
+            "It has no rule for products of activations (attention, squeeze-excite), softmax and "
+            "layer norms, nor for what is read after a change in place. Use integrated_gradients"
         )
     return base.Attribution("deeplift", maps, chosen, score, error)
 
