@@ -12,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dlia_utils.data import phantom
 from dlia_utils.data.cache import ImageCache
-from dlia_utils.explain import Attribution, attribution, energy_inside
+from dlia_utils.explain import energy_inside
 from dlia_utils.explain import localisation as loc
 from dlia_utils.explain.attribution import METHODS, explain
 from dlia_utils.explain.base import REFERENCES, ssim
@@ -32,14 +32,11 @@ def box(x1, y1, x2, y2):
 
 def findings(boxes=None, outlines=()):
     """A data set of three images, 100 x 200 (height x width) each, and its cache of 50 pixels."""
-    rows = [(image, 1, np.array(points, float)) for image, points in outlines]
-    dataset = SimpleNamespace(manifest=pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"]}))
-    dataset.boxes, dataset.outlines = (
-        boxes,
-        pd.DataFrame(rows, columns=["image", "label", "points"]),
-    )
-    shapes = np.array([[100, 200]] * 3, np.int32)
-    fits = ("squash", "pad")
+    rows = [(image, np.array(points, float)) for image, points in outlines]
+    polygons = pd.DataFrame(rows, columns=["image", "points"])
+    manifest = pd.DataFrame({"path": ["a.jpg", "b.jpg", "c.jpg"]})
+    dataset = SimpleNamespace(manifest=manifest, boxes=boxes, outlines=polygons)
+    shapes, fits = np.array([[100, 200]] * 3, np.int32), ("squash", "pad")
     return dataset, {fit: ImageCache(None, 50, "", None, (), shapes, fit) for fit in fits}
 
 
@@ -92,10 +89,7 @@ def test_outlines_of_one_image_add_up_and_a_circle_has_its_area():
     square = [[0, 0], [8, 0], [8, 4], [0, 4]]
     dataset, caches = findings(outlines=[(1, circle), (1, square), (1, square)])
     (mask,) = loc.regions_of(dataset, [1], caches["squash"], kind="outline")
-    assert mask[:2, :2].all()
-    assert mask.sum() - 4 == pytest.approx(np.pi * 15 * 15, rel=0.02)
-    across, down = np.meshgrid(np.arange(50) + 0.5, np.arange(50) + 0.5)
-    assert not mask[2:][np.hypot(across - 25, down - 25)[2:] > 15.01].any()
+    assert mask[:2, :2].all() and mask.sum() - 4 == pytest.approx(np.pi * 15 * 15, rel=0.02)
 
 
 def test_images_without_a_finding_are_named():
@@ -147,26 +141,6 @@ def test_references_know_nothing_and_are_reproducible():
     assert first["edges"][0].sum(0).nonzero()[0].tolist() == [19, 20]
     top = np.argwhere(first["centre prior"][0] == first["centre prior"][0].max())
     np.testing.assert_allclose(top.mean(0), [14.5, 19.5])
-    masks = list(np.random.default_rng(1).random((60, 30, 30)) < 0.1)
-    table = loc.summarise(
-        loc.localise({}, torch.rand(60, 1, 30, 30), masks, groups=range(60)), draws=200
-    )
-    row = table.query("map == 'random' and score == 'coverage_gain'").iloc[0]
-    assert abs(row["value"]) < 0.02 and row["ci_low"] < row["value"] < row["ci_high"]
-
-
-def test_the_interval_draws_whole_patients():
-    maps, masks = np.zeros((20, 8, 8)), [np.eye(8, dtype=bool)] * 20
-    maps[:10] = np.eye(8)
-    maps[10:] = 1 - np.eye(8)
-    width = []
-    for groups in (range(20), [k // 5 for k in range(20)]):
-        table = loc.summarise(
-            loc.localise({"m": maps}, torch.rand(20, 1, 8, 8), masks, groups=groups)
-        )
-        row = table.query("map == 'm' and score == 'auprc'").iloc[0]
-        width.append(row["ci_high"] - row["ci_low"])
-    assert width[1] > 1.5 * width[0]
 
 
 def test_bad_input_is_refused():
@@ -247,21 +221,6 @@ def test_maps_of_a_reader_of_lesions_hit_the_lesions(reader, lesions):
     assert lows["gradcam"] > 0.3 and lows["random"] < 0
 
 
-@pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])
-def test_maps_of_a_model_that_sees_nothing_else_lie_inside_entirely(method, lesions):
-    images, masks = lesions
-    for one, mask in zip(images[:2], masks[:2], strict=True):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(one.numel(), 2)).eval()
-        with torch.no_grad():
-            net[1].weight.zero_()[1] = torch.from_numpy(mask).float().flatten()
-        options = {"window": 4, "stride": 4} if method == "occlusion" else {}
-        heat = explain(method, net, one[None], 1, **options).heat()
-        row = loc.score_maps(heat, [mask]).iloc[0]
-        # A window of occlusion reaches over the lesion's edge by its own size.
-        assert row["pointing"] > (0.4 if method == "occlusion" else 0.99)
-        assert row["energy"] > (0.5 if method == "occlusion" else 0.9999)
-
-
 def test_randomised_weights_destroy_the_map_of_a_faithful_method(reader, lesions):
     images, _ = lesions
     before = {key: value.clone() for key, value in reader.state_dict().items()}
@@ -271,16 +230,6 @@ def test_randomised_weights_destroy_the_map_of_a_faithful_method(reader, lesions
     assert table["spearman"][0] == pytest.approx(1) and table["ssim"][0] == pytest.approx(1)
     assert table["spearman"][1:4].max() < 0.5 and table["ssim"][1:4].max() < 0.5
     assert all(torch.equal(value, before[key]) for key, value in reader.state_dict().items())
-
-
-def test_sanity_exposes_a_map_that_does_not_depend_on_the_weights(monkeypatch, reader, lesions):
-    def edges(model, x, *, target=None):
-        heat = torch.from_numpy(loc.reference_maps(x)["edges"]).float()
-        return Attribution("edges", heat, target, target)
-
-    monkeypatch.setitem(attribution.METHODS, "edges", edges)
-    table = loc.sanity(reader, lesions[0], "edges", target=1, steps=2)
-    assert table["spearman"][:3].min() == pytest.approx(1)
 
 
 def test_differences_to_the_references_are_paired_by_image():
@@ -299,15 +248,11 @@ def test_differences_to_the_references_are_paired_by_image():
 
 def test_maps_of_two_models_are_compared_image_by_image(lesions):
     images, masks = lesions
-    rng = np.random.default_rng(0)
-    good, poor = np.stack(masks).astype(float), rng.random((len(images), *images.shape[2:]))
-    tables = [
-        loc.localise({"saliency": heat, "other": poor}, images, masks, groups=range(len(images)))
-        for heat in (good, poor)
-    ]
+    good, poor = np.stack(masks).astype(float), np.random.default_rng(0).random((12, 48, 48))
+    pairs = [{"saliency": heat, "other": poor} for heat in (good, poor)]
+    tables = [loc.localise(maps, images, masks, groups=range(12)) for maps in pairs]
     table = loc.against_model(*tables, draws=100).set_index(["map", "score"])
     assert table.loc[("saliency", "auprc"), "ci_low"] > 0.5
-    assert (table.loc["other", "value"] == 0).all()
-    assert set(table.index.get_level_values("map")) == {"saliency", "other"}
+    assert (table.loc["other", "value"] == 0).all() and len(table) == 2 * len(loc.SCORES)
     with pytest.raises(ValueError, match="lacks the images"):
         loc.against_model(tables[0], tables[1].query("image > 0"))
