@@ -69,6 +69,8 @@ def test_rmse_is_that_of_maps_scaled_to_255_and_rmse_raw_of_the_maps_themselves(
     once, scaled = scores(a, b), scores(a, 1e-9 * b)  # which changes rmse_raw alone
     changed = {name for name in drift.SIGN if not np.allclose(once[name], scaled[name], rtol=1e-9)}
     assert changed == {"rmse_raw"}
+    unit = [(heat[0] - heat[0].min()) / np.ptp(heat[0]) for heat in (a, b)]
+    assert once["ssim"][0] == pytest.approx(ssim(*unit))
 
 
 def test_inverted_ranks_give_minus_one_and_ties_are_those_of_scipy():
@@ -103,14 +105,6 @@ def test_top10_counts_by_hand_and_shares_ties():
         (ranked(0), ranked(0), (1 + 1 / 19) / 2),  # the second place is anybody's
     ):
         assert scores(a, b)["top10"][0] == pytest.approx(share)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 14, 23)])
-def test_ssim_is_that_of_maps_scaled_to_one(shape):
-    a, b = random_maps(*shape), random_maps(*shape, seed=1)
-    unit = [[(heat - heat.min()) / np.ptp(heat) for heat in maps] for maps in (a, b)]
-    expected = [ssim(p, q) for p, q in zip(*unit, strict=True)]
-    np.testing.assert_allclose(scores(a, b)["ssim"], expected, atol=1e-12)
 
 
 def test_zero_constant_and_single_place_maps_have_the_scores_that_are_defined():
@@ -167,17 +161,6 @@ def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
         assert expected.amax() > 0 and (heat - expected).abs().max() <= 1e-6 * expected.amax()
 
 
-def test_a_first_layer_that_works_in_place_changes_neither_the_maps_nor_the_images():
-    x = images(2, side=8)
-    before, heats = x.clone(), []
-    for inplace in (False, True):
-        net = nn.Sequential(nn.Threshold(0.3, 0.0, inplace=inplace), *seesaw()).eval()
-        heats.append(drift.maps(net, x, target=0))
-    for key, heat in heats[0].items():
-        assert torch.equal(heat, heats[1][key]) and heat.amax() > 0
-    assert torch.equal(x, before)
-
-
 # measure
 
 
@@ -205,11 +188,9 @@ def test_tables_have_the_agreed_columns_and_rows():
     assert list(predictions) == [*"image label corruption severity predicted p0 p1 p2".split()]
     assert list(moved) == [*drift.KEYS, *drift.SIGN, "zero"]
     assert len(predictions) == 3 * 3 and len(moved) == 3 * (2 + 2) * 17
-    assert not predictions.duplicated(["image", "corruption", "severity"]).any()
     assert not moved.duplicated(KEYS).any() and moved["severity"].isin([0, 2, 5]).all()
-    clean = predictions[predictions["corruption"] == "clean"]
+    clean, expected = predictions.query("corruption == 'clean'"), net(x).softmax(1).detach()
     assert clean["severity"].eq(0).all() and clean["label"].tolist() == [0, 2, 1]
-    expected = net(x).softmax(1).detach()
     np.testing.assert_allclose(clean[["p0", "p1", "p2"]], expected, atol=1e-6)
     assert clean["predicted"].tolist() == expected.argmax(1).tolist()
     assert (moved.groupby("image")["target"].first()[ids].to_numpy() == clean["predicted"]).all()
@@ -265,15 +246,6 @@ def test_the_random_pair_is_another_image_explained_for_the_first_one_s_class():
     assert pair["target"].tolist() == [0, 1]
     # One image is the other's negative: their maps are opposite for one class.
     np.testing.assert_allclose(pair["spearman"], -1, atol=0.01)
-
-
-def test_a_model_that_ignores_the_image_gives_zero_maps_and_says_so():
-    net = resnet18_cifar(width=1 / 8).eval()
-    nn.init.zeros_(net.backbone.fc.weight)
-    options = {"names": ["contrast"], "severities": [1]}
-    _, moved = drift.measure(net, images(2, side=16), [0, 1], [0, 1], **options)
-    assert moved["zero"].all() and moved["rmse"].eq(0).all()
-    assert moved[["spearman", "centre_shift"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
