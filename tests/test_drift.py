@@ -144,7 +144,7 @@ def test_the_layers_are_the_thesis_s_for_resnet_and_spread_over_mobilenet():
 def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
     net, x = resnet18_cifar(width=1 / 8).eval(), images(2, side=32)
     target = torch.tensor([1, 0])
-    found, layers = drift.maps(net, x, target=target), drift.map_layers(net)
+    found, layers = drift.read(net, x, target=target)[2], drift.map_layers(net)
     cams = [(method, label) for method in ("gradcam++", "gradcam") for label in layers]
     assert list(found) == [*cams, ("saliency", "input")]
     pairs = []
@@ -155,7 +155,7 @@ def test_maps_of_one_pass_are_those_of_gradcam_and_saliency():
     pool = nn.AdaptiveAvgPool2d(28)
     pairs.append((found["saliency", "input"], pool(saliency(net, x, target=target).maps)))
     small = x[..., :20, :24]  # is not averaged
-    own = drift.maps(net, small, target=None, methods=["saliency"])
+    own = drift.read(net, small, methods=["saliency"])[2]
     pairs.append((own["saliency", "input"], saliency(net, small).maps))
     for heat, expected in pairs:
         assert expected.amax() > 0 and (heat - expected).abs().max() <= 1e-6 * expected.amax()

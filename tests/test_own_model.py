@@ -200,7 +200,7 @@ def test_layers_are_found_and_the_model_stays_as_it_was(named):
     assert models.last_map_layer(model) == f"backbone.{last}"
     assert model.training and not model.backbone.training and equal(kept(model), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    maps = drift.maps(model.eval(), X, target=0, methods=["gradcam"])
+    maps = drift.read(model.eval(), X, target=0, methods=["gradcam"])[2]
     sides = [heat.shape[-1] for heat in maps.values()]
     assert 7 <= len(maps) <= drift.POSITIONS and list(maps)[-1] == ("gradcam", last)
     assert sides == sorted(sides, reverse=True) and sides[-1] > 1

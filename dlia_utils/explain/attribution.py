@@ -1,4 +1,4 @@
-"""Maps by one call: captum's saliency, integrated gradients, occlusion; our DeepLIFT, Grad-CAM."""
+"""Maps by one call: captum's integrated gradients, occlusion; our saliency, DeepLIFT, Grad-CAM."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from captum.attr import IntegratedGradients, Occlusion, Saliency
+from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attacks import frozen
 from ..models.pixel import TwoLogits, fast_copy
 from . import base
-from .gradcam import gradcam
+from .gradcam import gradcam, one_pass
 
 # Functions of torch with one output for one input: DeepLIFT's rescale rule holds for each.
 ELEMENTWISE = set(
@@ -29,10 +28,9 @@ def explain(
 ) -> base.Attribution:
     """One map per image by `method`: a name of METHODS, whose function has the `options`.
 
-    x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class. A head
-    with one logit z is read as class 1 = z, class 0 = -z. The model may be frozen and is left as it
-    was. Errors: ValueError for an unknown method or class, a model in training mode, or images
-    outside [0,1].
+    x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class; of one
+    logit z, class 1 is z and class 0 is -z. The model may be frozen and is left as it was. Errors:
+    ValueError for an unknown method or class, a model in training mode, images outside [0,1].
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> found = explain("integrated_gradients", net, torch.rand(3, 1, 2, 2), target=1)
@@ -49,13 +47,9 @@ def saliency(
 ) -> base.Attribution:
     """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
     x, chosen, score = _start(model, x, target)
-    method = Saliency(TwoLogits(model))
-    with frozen(model), torch.enable_grad():
-        parts = [
-            method.attribute(images.requires_grad_(), target=classes)
-            for images, classes in _batches(BATCH, x, chosen)
-        ]
-    return base.Attribution("saliency", torch.cat(parts).detach().amax(1).float(), chosen, score)
+    pairs = _batches(BATCH, x, chosen)
+    parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
+    return base.Attribution("saliency", torch.cat(parts).abs().amax(1).float(), chosen, score)
 
 
 def integrated_gradients(
@@ -142,8 +136,10 @@ def deeplift(
 
 
 class Rescale(TorchFunctionMode):
-    """While entered, activations and max pooling of `size` images and then as many baselines get
-    DeepLIFT's gradient."""
+    """While entered, activations and max pooling of a batch get DeepLIFT's gradient.
+
+    size: of the batch, images and then as many baselines.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()

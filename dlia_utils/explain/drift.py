@@ -1,7 +1,7 @@
 """Saliency drift: how far an explanation moves when the image is corrupted.
 
 A map is compared with that of the clean image: same model, method, layer, and the class predicted
-on the clean image, by one path (`maps`). Two references say what a number means: the floor is the
+on the clean image, by one path (`read`). Two references say what a number means: the floor is the
 same image explained again, the ceiling another image.
 """
 
@@ -68,38 +68,26 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     return {bare[place]: names[place] for place in places}
 
 
-def maps(
-    model: nn.Module, x: Tensor, *, target: int | Tensor | None, methods: Sequence[str] = METHODS
-) -> dict[tuple[str, str], Tensor]:
-    """Maps [B,h,w] >= 0 by (method, label of `map_layers`), from one forward and backward pass.
+def read(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    target: int | Tensor | None = None,
+    methods: Sequence[str] = METHODS,
+    layers: Mapping[str, str] | None = None,
+) -> tuple[np.ndarray, Tensor, dict[tuple[str, str], Tensor]]:
+    """Probabilities [B,K], the class explained, and maps [B,h,w] >= 0 by (method, label of layer).
 
-    target: the class explained, one or int64 [B]; None takes the predicted one. methods: of
-    METHODS. Grad-CAM and Grad-CAM++ come at the layer's resolution; saliency, layer "input", is
-    averaged to at most 28 x 28, for single pixels of a gradient are mostly noise.
+    All from one pass. target: as for `gradcam`. layers: None takes `map_layers`. Grad-CAM and
+    Grad-CAM++ come at the layer's resolution; saliency, layer "input", is averaged to at most
+    28 x 28, for single pixels of a gradient are mostly noise. Of one logit z: p1 = sigmoid(z).
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    >>> found = maps(net, torch.rand(5, 1, 56, 40), target=0, methods=["gradcam", "saliency"])
+    >>> found = read(net, torch.rand(5, 1, 56, 40), methods=["gradcam", "saliency"])[2]
     >>> {key: list(map.shape) for key, map in found.items()}
     {('gradcam', '0'): [5, 54, 38], ('saliency', 'input'): [5, 28, 28]}
     """
-    return _read(model, x, target, methods, _layers(model, methods))[2]
-
-
-def _layers(model: nn.Module, methods: Sequence[str]) -> dict[str, str]:
-    """Label and name of the layers that the methods need."""
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {sorted(unknown)}")
-    return map_layers(model) if set(methods) - {"saliency"} else {}
-
-
-def _read(
-    model: nn.Module,
-    x: Tensor,
-    target: int | Tensor | None,
-    methods: Sequence[str],
-    layers: Mapping[str, str],
-) -> tuple[np.ndarray, Tensor, dict[tuple[str, str], Tensor]]:
-    """Probabilities [B,K], the class explained, the maps: the one path of all images."""
+    layers = _layers(model, methods) if layers is None else layers
     once = one_pass(model, x, list(layers.values()), target, to_input="saliency" in methods)
     found = {}
     for method in methods:
@@ -112,8 +100,15 @@ def _read(
             found[method, label] = grid(kept, gradient, plus=method == "gradcam++")
     logits = two_logits(once.output).double()
     if logits.shape != once.output.shape:
-        logits = logits / 2  # of one logit z they are [-z, z], but must differ by z
+        logits = logits / 2  # they are [-z, z], but must differ by z
     return logits.softmax(1).cpu().numpy(), once.target, found
+
+
+def _layers(model: nn.Module, methods: Sequence[str]) -> dict[str, str]:
+    """Label and name of the layers that the methods need."""
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {sorted(unknown)}")
+    return map_layers(model) if set(methods) - {"saliency"} else {}
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -150,13 +145,12 @@ def prepared(heat: Tensor | np.ndarray) -> dict[str, np.ndarray]:
 def compared(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """How far each map lies from its partner; `SIGN` says which way each score goes.
 
-    Of maps scaled to [0,1]: rmse, root mean square difference times 255, as in the original study;
-    ssim (Arun et al., Radiology: AI 3:e200267, 2021). Whatever the scale: spearman, rank
-    correlation of the places (Adebayo et al., arXiv 1810.03292); top10, share of the highest 10 %
-    of places in common, centre_shift, distance of the centres of mass over the diagonal (Ghorbani
-    et al., arXiv 1710.10547). rmse_raw: in the maps' own unit. zero: one of the two is 0
-    everywhere. NaN: spearman with a constant map, centre_shift with a zero map, all but rmse_raw
-    for maps of a single place.
+    Of maps scaled to [0,1]: rmse (times 255, as in the original study), ssim (Arun et al.,
+    Radiology: AI 3:e200267, 2021). Whatever the scale: spearman, rank correlation of the places
+    (Adebayo et al., arXiv 1810.03292); top10, share of the highest 10 % of places in common, and
+    centre_shift, distance of the centres of mass over the diagonal (Ghorbani et al., arXiv
+    1710.10547). rmse_raw: in the maps' own unit. zero: one of the two is 0 everywhere. NaN: what is
+    not defined for constant maps, zero maps, or maps of a single place.
     """
     height, width = a["raw"].shape[1:]
     columns = {
@@ -191,13 +185,12 @@ def measure(
     """Predictions and map drift of every image under every corruption and severity: two tables.
 
     ids: rows of the manifest, on which an image's corruption depends (names, severities, seed,
-    scale: see `corrupt.apply`). methods: as for `maps`; () takes the predictions only. Explained is
+    scale: see `corrupt.apply`). methods: of METHODS; () takes the predictions only. Explained is
     the class predicted on the clean image, also in its corrupted copies. predictions: image (its
-    id), label, corruption ("clean" once), severity (0 for clean), predicted, p0 ... p{K-1}; one
-    logit z is read as two classes, p1 = sigmoid(z). drift: KEYS, then the scores of `compared`
-    against the clean map. Its reference rows have severity 0: FLOOR, the clean image explained
-    again in another batch, and CEILING, another image (a partner drawn from `seed`, everyone's
-    once) explained for the first one's class.
+    id), label, corruption ("clean" once), severity (0 for clean), predicted, p0 ... p{K-1}. drift:
+    KEYS, then the scores of `compared` against the clean map. Its reference rows have severity 0:
+    FLOOR, the clean image explained again in another batch, and CEILING, another image (a partner
+    drawn from `seed`, everyone's once) explained for the first one's class.
     """
     images, layers = base.check(model, images), _layers(model, methods)
     labels, ids = (np.asarray(torch.as_tensor(values).cpu()) for values in (labels, ids))
@@ -209,26 +202,26 @@ def measure(
     device = device_of(model, images)
     # The same numbers but for rounding, and the maps cost a fifth less than in the usual layout.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    read = partial(_read, model, methods=methods, layers=layers)
+    look = partial(read, model, methods=methods, layers=layers)
     seen, moved = [], []
     with Bar(total=len(images), desc="drift", unit="image") as bar:
         for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
             x, other = (images[part].to(device) for part in (rows, partners[rows]))
-            probability, target, heats = read(x, None)
+            probability, target, heats = look(x)
             kept = {key: prepared(heat) for key, heat in heats.items()}
             drifted = partial(_drifted, ids[rows], target.cpu().numpy(), kept)
             predicted = partial(_predicted, ids[rows], labels[rows])
             seen.append(predicted(CLEAN, 0, probability))
             # In twos, each image with its partner: another batch than that of the clean maps.
             pairs = zip(x, other, target, strict=True) if methods else ()
-            twos = [read(torch.stack(two), one.repeat(2))[2] for *two, one in pairs]
+            twos = [look(torch.stack(two), target=one.repeat(2))[2] for *two, one in pairs]
             for place, which in enumerate((FLOOR, CEILING)):
                 found = {key: torch.stack([two[key][place] for two in twos]) for key in kept}
                 moved += drifted(which, 0, found)
             for name in names:
                 for severity in severities:
                     options = {"ids": ids[rows], "severity": severity, "seed": seed, "scale": scale}
-                    probability, _, found = read(corrupt.apply(name, x, **options), target)
+                    probability, _, found = look(corrupt.apply(name, x, **options), target=target)
                     seen.append(predicted(name, severity, probability))
                     moved += drifted(name, severity, found)
             bar.update(len(rows))

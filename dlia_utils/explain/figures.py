@@ -28,16 +28,13 @@ METHOD = "gradcam++"  # whose drift is drawn
 
 
 class Picture(NamedTuple):
-    """An image [1|3,H,W] or [H,W], a map [h,w], both in [0,1], or the map over the image.
-
-    alpha: opacity of the map. boxes: a table of corners, drawn in green.
-    """
+    """An image [1|3,H,W] or [H,W], a map [h,w], both in [0,1], or the map over the image."""
 
     title: str = ""
     image: Tensor | np.ndarray | None = None
     heat: Tensor | np.ndarray | None = None
-    alpha: float = 1.0
-    boxes: pd.DataFrame | None = None
+    alpha: float = 1.0  # opacity of the map
+    boxes: pd.DataFrame | None = None  # corners, drawn in green
 
 
 def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) -> Figure:
@@ -206,9 +203,9 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             at = means.drop([FLOOR, CEILING]).xs(severity, level="severity")
             for number, (name, values) in enumerate(at.iterrows()):
                 axis.plot(layers, values, ms=3.5, lw=1.2, label=_words(name), **line_style(number))
-            for name, text, style in ((FLOOR, "floor", ":"), (CEILING, "ceiling", "--")):
-                label = f"{text}: {name}"
-                axis.plot(layers, means.loc[name, 0], color="0.5", ls=style, label=label)
+            for name, label, style in ((FLOOR, "floor", ":"), (CEILING, "ceiling", "--")):
+                look = {"color": "0.5", "ls": style, "label": f"{label}: {name}"}
+                axis.plot(layers, means.loc[name, 0], **look)
             axis.fill_between(layers, *half, color="0.5", alpha=0.15, label="their middle half")
             axis.set_title(f"{training}, severity {severity}")
             axis.tick_params(axis="x", rotation=60, labelbottom=training == [*drift][-1])
@@ -252,14 +249,14 @@ def _panels(
     columns = min(columns, used)
     width = WIDTH / max(columns, 2)
     figure, axes = panels(columns, rows=-(-used // columns), width=width, height=height)
-    for number, axis in enumerate(axes.flat):
-        if number and common:
+    for axis in axes.flat[1:]:
+        axis.sharey(axes[0, 0])
+        if common:
             axis.sharex(axes[0, 0])
-        if number:
-            axis.sharey(axes[0, 0])
-        axis.tick_params(labelleft=number % columns == 0)
-        if number >= used:
-            axis.axis("off")
+    for axis in axes[:, 1:].flat:
+        axis.tick_params(labelleft=False)
+    for axis in axes.flat[used:]:
+        axis.axis("off")
     return figure, axes
 
 

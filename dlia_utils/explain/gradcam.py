@@ -44,15 +44,14 @@ def gradcam(
 
 
 class Pass(NamedTuple):
-    """The model's output, the class explained and its logit [B], each layer's output and gradient
-    [B,C,h,w], and the gradient at the images, if asked for."""
+    """The model's output, class explained and its logit; each layer's output and gradient."""
 
     output: Tensor
     target: Tensor
     score: Tensor
     kept: list[Tensor]
     gradients: list[Tensor]
-    to_input: Tensor | None
+    to_input: Tensor | None  # the gradient at the images
 
 
 def one_pass(

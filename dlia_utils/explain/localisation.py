@@ -37,18 +37,17 @@ def regions_of(
     gets a pixel. Errors: ValueError for images without a finding, by name.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    table = {"box": dataset.boxes, "outline": dataset.outlines}[kind]
+    table, found = {"box": dataset.boxes, "outline": dataset.outlines}[kind], []
     without = dataset.manifest["path"].iloc[rows[~np.isin(rows, table["image"])]]
     if len(without):
         raise ValueError(f"leave out images without a {kind}: {', '.join(without[:3])}")
-    found = []
     for row, by in zip(rows, cache.scale(rows), strict=True):
         own = table[table["image"].eq(row)]
         if kind == "box":
             found.append(own.assign(**_at_least_a_pixel(own[CORNERS] * [*by, *by], cache.size)))
         else:
-            shapes = [_filled(np.asarray(one, float) * by, cache.size) for one in own["points"]]
-            found.append(np.logical_or.reduce(shapes))
+            masks = [_filled(np.asarray(one, float) * by, cache.size) for one in own["points"]]
+            found.append(np.logical_or.reduce(masks))
     return found
 
 
@@ -80,13 +79,12 @@ def _filled(corners: np.ndarray, size: int) -> np.ndarray:
 def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataFrame:
     """How well each map [N,H,W] >= 0 finds its region; one row per image.
 
-    Columns: area (share of the image that the region covers: the chance level of the others);
-    coverage, the share of the region among the highest 5 % of the pixels, and coverage_gain, the
-    same minus that 5 %; pointing, 1 when the highest pixel lies inside (Zhang et al., arXiv
-    1608.00507); energy and energy_gain (see `energy_inside`); auprc, average precision of the
-    pixels; zero, the map is 0 everywhere. Pixels of equal height share their places, so flat maps
-    and zero maps score chance. Errors: ValueError for maps that are negative or NaN, and for a
-    region without a pixel.
+    Columns: area, the region's share of the image (chance for the others); coverage, the share of
+    the region among the highest 5 % of the pixels, and coverage_gain, above that 5 %; pointing, 1
+    when the highest pixel lies inside (Zhang et al., arXiv 1608.00507); energy and energy_gain (see
+    `energy_inside`); auprc of the pixels; zero, the map is 0 everywhere. Pixels of equal height
+    share their places, so flat maps and zero maps score chance. Errors: ValueError for maps that
+    are negative or NaN, and for a region without a pixel.
 
     >>> score_maps(np.eye(8)[None], [np.eye(8, dtype=bool)])[["area", "pointing", "auprc"]]
         area  pointing  auprc
@@ -219,13 +217,12 @@ def sanity(
 ) -> pd.DataFrame:
     """Does the map change when weights are lost? Source: Adebayo et al., arXiv 1810.03292.
 
-    Layers with weights are randomised from the output downwards, in `steps` equal shares, on a
-    copy: each parameter is drawn from a normal with mean zero and its own root mean square. The
-    class explained stays that of the intact model. method, options: as for `explain`; layers by
-    name. One row per step: layers (how many are random), down_to (the deepest), spearman (ranks of
-    the maps averaged to at most 14 x 14) and ssim, means over the images; zero, maps that vanished.
-    The last row, "another image", is the likeness of maps of different images: a map that explains
-    the model falls towards it.
+    On a copy, layers with weights are randomised from the output downwards, in `steps` equal
+    shares: parameters are drawn from a normal with mean zero and their own root mean square.
+    method, target, options: as for `explain`; layers by name. One row per step: layers (how many
+    are random), down_to (the deepest), spearman (ranks of the maps averaged to at most 14 x 14) and
+    ssim, means over the images; zero, maps that vanished. The last row, "another image", is the
+    likeness of maps of different images: a map that explains the model falls towards it.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
     >>> table = sanity(net, torch.rand(2, 1, 8, 8), "saliency")

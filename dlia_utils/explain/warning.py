@@ -66,12 +66,10 @@ def warning(
 
     AUROC is the probability that a copy with the event has the higher score than a copy of another
     image without it; ties and undefined scores (NaN) count one half. predictors: (method, layer,
-    score), None for all. new_error is asked only of images that were right when clean. Readings:
-    "within" compares copies under the same corruption and severity, so that neither can be the
-    cause. "same answer": and of images with the same answer when clean; a corruption that makes the
-    model call everything one class breaks the answers of one class only, and what tells the classes
-    apart then looks like a warning. "mixed": under any corruption and severity, each image weighing
-    the same; severity drives drift and errors alike, so it is a competitor here.
+    score), None for all. new_error is asked only of images that were right when clean. Readings
+    compare copies "within" one corruption and severity; with the "same answer" when clean as well
+    (else a score that tells the classes apart passes for a warning where a corruption breaks the
+    answers of one class); or "mixed", each image weighing the same, where severity competes too.
 
     Columns: reading, outcome, predictor, method, layer, score ("" for competitors), metric (auroc,
     and for drift auroc_over_... of each competitor in `against`, paired), value, ci_low, ci_high, n
