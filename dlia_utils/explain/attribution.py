@@ -219,11 +219,6 @@ def _error(scored: nn.Module, maps: Tensor, x: Tensor, chosen: Tensor) -> Tensor
     return (maps.sum((1, 2)) - (image - black)).abs() / (image - black).abs().clamp(min=0.01)
 
 
-METHODS: dict[str, Callable[..., base.Attribution]] = {
-    "saliency": saliency,
-    "integrated_gradients": integrated_gradients,
-    "deeplift": deeplift,
-    "occlusion": occlusion,
-    "gradcam": gradcam,
-    "gradcam++": partial(gradcam, plus=True),
-}
+FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
+METHODS: dict[str, Callable[..., base.Attribution]] = {one.__name__: one for one in FUNCTIONS}
+METHODS["gradcam++"] = partial(gradcam, plus=True)
