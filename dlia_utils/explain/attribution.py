@@ -209,7 +209,6 @@ def _logits(scored: nn.Module, x: Tensor) -> Tensor:
 
 
 def _batches(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Detached slices of the tensors."""
     return zip(*([part.detach() for part in tensor.split(size)] for tensor in tensors), strict=True)
 
 

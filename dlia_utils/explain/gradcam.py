@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,38 +64,34 @@ def one_pass(
     to_input: bool = False,
 ) -> Pass:
     """Run the model once and differentiate the target's logit down to the lowest of `layers`."""
-    found = [base.find_layer(model, layer) for layer in layers]
-    x = base.check(model, x).requires_grad_(to_input)
-    runs: list[list[Tensor]] = [[] for _ in found]
-    with ExitStack() as hooks:
-        for (module, name), outputs in zip(found, runs, strict=True):
-            hooks.enter_context(module.register_forward_hook(_keep(outputs, name)))
-        with frozen(model), torch.enable_grad():
-            output = model(x.clone())  # a first layer may work in place
-            logits = two_logits(output)
-            for (_, name), outputs in zip(found, runs, strict=True):
-                if len(outputs) != 1:
-                    raise ValueError(f"{name} ran {len(outputs)} times: choose one that runs once")
-            chosen = base.choose_target(logits.detach(), target)
-            score = base.pick(logits, chosen)
-            roots = [outputs[0] for outputs in runs] + ([x] if to_input else [])
-            # A layer that the output does not depend on is refused by torch.
-            gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
-    kept = [outputs[0].detach() for outputs in runs]
+    x, found = base.check(model, x).requires_grad_(to_input), []
+    runs: dict[str, Tensor] = {}
+
+    def keep(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        if name in runs:
+            raise ValueError(f"{name} ran 2 times: choose one that runs once")
+        out = base.feature_map(output, name)
+        # Parameters are frozen: the graph begins at the lowest layer, and holds higher ones.
+        runs[name] = out if out.requires_grad else out.detach().requires_grad_()
+        return runs[name].clone()  # whatever follows may work in place
+
+    with ExitStack() as hooks, frozen(model), torch.enable_grad():
+        for layer in layers:
+            module, name = base.find_layer(model, layer)
+            found.append(name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        output = model(x.clone())  # a first layer may work in place
+        if missing := [name for name in found if name not in runs]:
+            raise ValueError(f"{missing[0]} ran 0 times: choose one that runs once")
+        logits = two_logits(output)
+        chosen = base.choose_target(logits.detach(), target)
+        score = base.pick(logits, chosen)
+        roots = [runs[name] for name in found] + ([x] if to_input else [])
+        # A layer that the output does not depend on is refused by torch.
+        gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
+    kept = [runs[name].detach() for name in found]
     at_input = gradients.pop() if to_input else None
     return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
-
-
-def _keep(outputs: list[Tensor], name: str) -> Callable:
-    """A forward hook that notes the layer's output as a tensor of the graph."""
-
-    def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        kept = base.feature_map(output, name)
-        # Parameters are frozen: the graph begins at the lowest layer, and holds higher ones.
-        outputs.append(kept if kept.requires_grad else kept.detach().requires_grad_())
-        return outputs[-1].clone()  # whatever follows may work in place
-
-    return hook
 
 
 def grid(kept: Tensor, gradient: Tensor, *, plus: bool = False) -> Tensor:
