@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import DeepLift
-from captum.attr._core import deep_lift
 from torch import nn
 
 from dlia_utils.explain.attribution import METHODS, explain
@@ -15,6 +14,7 @@ from dlia_utils.models import mobilenet_v2, spectral_normalize
 OPTIONS = {"occlusion": {"window": 4, "stride": 2}} | dict.fromkeys(
     ("gradcam", "gradcam++"), {"layer": "0"}
 )
+OURS = ["saliency", "integrated_gradients", "deeplift", "occlusion"]
 
 
 def images(n=2, channels=1, side=12):
@@ -67,27 +67,24 @@ def gated(net, x):
 def test_one_contract_for_every_method(method, frozen):
     net, x, options = small().requires_grad_(not frozen), images(3), OPTIONS.get(method, {})
     before, pixels = copy.deepcopy(net.state_dict()), x.clone()
-    table = dict(deep_lift.SUPPORTED_NON_LINEAR)
     found = explain(method, net, x, **options)
     assert found.method == method and found.maps.dtype == torch.float32
     assert found.maps.shape == (3, 12, 12) and not found.maps.requires_grad
     assert torch.equal(found.target, net(x).argmax(1))
     torch.testing.assert_close(found.score, net(x).amax(1).detach())
     heat = found.heat()
-    assert heat.amin() >= 0 and torch.equal(heat.amax((1, 2)) > 0, (found.maps > 0).any(1).any(1))
+    assert heat.amin() >= 0 and torch.equal(heat.amax((1, 2)) == 1, (found.maps > 0).any(1).any(1))
     with torch.no_grad():
-        parts = [
-            explain(method, net, one, target, **options).maps
-            for one, target in zip(x.split(1), found.target, strict=True)
-        ]
+        pairs = zip(x.split(1), found.target, strict=True)
+        parts = [explain(method, net, one, target, **options).maps for one, target in pairs]
     torch.testing.assert_close(found.maps, torch.cat(parts), atol=1e-6, rtol=1e-4)
-    assert torch.equal(x, pixels) and deep_lift.SUPPORTED_NON_LINEAR == table
+    assert torch.equal(x, pixels)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.requires_grad is not frozen and p.grad is None for p in net.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize("method", ["saliency", "integrated_gradients", "deeplift", "occlusion"])
+@pytest.mark.parametrize("method", OURS)
 def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 1)).eval(), images(2, 3, 6)
@@ -104,29 +101,24 @@ def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method
 
 def test_occlusion_equals_a_loop_over_windows():
     net, x = small(), images(2)
-    options = {"window": 5, "stride": 3, "baseline": 0.4, "batch_size": 7}
-    found = explain("occlusion", net, x, 1, **options)
+    found = explain("occlusion", net, x, 1, window=5, stride=3, batch_size=7)
     total, times = torch.zeros(2, 12, 12), torch.zeros(12, 12)
     clean = net(x)[:, 1].detach()
     for top in range(0, 12 - 5 + 3, 3):
         for left in range(0, 12 - 5 + 3, 3):
             place = (slice(None), slice(top, top + 5), slice(left, left + 5))
             covered = x.clone()
-            covered[:, 0][place] = 0.4
+            covered[:, 0][place] = 0
             total[place] += (clean - net(covered)[:, 1].detach())[:, None, None]
             times[place[1:]] += 1
     torch.testing.assert_close(found.maps, total / times, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("baseline", [0.0, 0.5])
-def test_integrated_gradients_are_complete_and_more_steps_make_them_more_so(baseline, caplog):
-    net, x = small(), images()
+def test_integrated_gradients_are_complete_and_more_steps_make_them_more_so():
     coarse, fine = (
-        explain("integrated_gradients", net, x, 1, steps=steps, baseline=baseline)
-        for steps in (2, 200)
+        explain("integrated_gradients", small(), images(), 1, steps=steps) for steps in (2, 200)
     )
     assert fine.error.max() < 0.01 and fine.error.sum() < coarse.error.sum()
-    assert ("raise steps=2" in caplog.text) == bool((coarse.error > 0.05).any())
 
 
 ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU]
@@ -135,7 +127,7 @@ ACTIVATIONS += [nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.PReLU, nn.Log
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, lambda: nn.ReLU6(inplace=True)])
 def test_deeplift_is_complete_with_every_activation(activation):
-    found = explain("deeplift", small(activation), images(), 1, baseline=0.5)
+    found = explain("deeplift", small(activation), images(), 1)
     assert found.error.max() < 1e-3 and not found.zero.any()
 
 
@@ -170,28 +162,22 @@ def test_deeplift_on_mobilenet_where_captum_s_is_wrong():
 @pytest.mark.parametrize("relu", [nn.ReLU(inplace=True), nn.ReLU6(inplace=True)])
 def test_deeplift_is_complete_where_activations_are_reused_functional_or_in_place(forward, relu):
     net = Net(forward, relu).eval()
-    for baseline in (0.0, 0.5):
-        assert explain("deeplift", net, images(), 1, baseline=baseline).error.max() < 1e-3
-    net = spectral_normalize(net).eval()
-    assert explain("deeplift", net, images(), 1, baseline=0.5).error.max() < 1e-3
+    assert explain("deeplift", net, images(), 1).error.max() < 1e-3
+    assert explain("deeplift", spectral_normalize(net).eval(), images(), 1).error.max() < 1e-3
 
 
-def test_deeplift_refuses_what_has_no_rule_by_name():
-    normed, x = small(), images()
+def test_deeplift_refuses_what_has_no_rule():
+    normed = small()
     normed[1] = nn.GroupNorm(2, 6)
-    for net, said in (
-        (Net(gated), "completeness error .* rule for: mul"),
-        (Net(reads_afterwards), "in place"),
-        (normed, "group_norm. Use integrated_gradients"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            explain("deeplift", net.eval(), x, 1)
+    for net in (Net(gated), Net(reads_afterwards), normed):
+        with pytest.raises(ValueError, match="completeness error .* Use integrated_gradients"):
+            explain("deeplift", net.eval(), images(), 1)
 
 
 def test_a_first_layer_that_works_in_place_does_not_write_into_the_images():
     first, x = nn.Threshold(0.5, 0.0, inplace=True), images()
     net, before = nn.Sequential(first, nn.Flatten(), nn.Linear(144, 2)).eval(), x.clone()
-    for method in ("saliency", "integrated_gradients", "deeplift", "occlusion"):
+    for method in OURS:
         explain(method, net, x, 1, **OPTIONS.get(method, {}))
     assert torch.equal(x, before)
 
@@ -204,17 +190,10 @@ def test_a_first_layer_that_works_in_place_does_not_write_into_the_images():
         ("occlusion", {"window": 13}, "nor that the images"),
         ("saliency", {"target": 2}, r"target must be None, a class 0\.\.1"),
         ("saliency", {"target": torch.tensor([0.0, 1.0])}, "target must be"),
+        ("saliency", {"x": 3 * images()}, r"spans \[.*models.wrap"),
+        ("saliency", {"model": small().train()}, r"call model.eval\(\)"),
     ],
 )
 def test_bad_input_is_refused(method, options, said):
     with pytest.raises(ValueError, match=said):
-        explain(method, small(), images(), **options)
-
-
-def test_other_images_and_models_in_training_mode_are_refused():
-    with pytest.raises(ValueError, match=r"span \[.*models.wrap"):
-        explain("saliency", small(), 3 * images())
-    with pytest.raises(TypeError, match="/ 255"):
-        explain("saliency", small(), (255 * images()).byte())
-    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        explain("saliency", small().train(), images())
+        explain(method, **{"model": small(), "x": images()} | options)

@@ -11,6 +11,10 @@ from torch import nn
 from dlia_utils.explain import activations, eigencam, energy_inside
 
 
+def noise(*shape, seed=3):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def stretch(m):
     return (m - m.min()) / (m.max() - m.min())
 
@@ -34,21 +38,15 @@ def test_equals_numpys_svd_for_wide_and_tall_matrices(shape):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_rank_one_activations_give_their_spatial_factor(sign):
-    place = torch.rand(1, 7, 5, generator=torch.Generator().manual_seed(0))
+def test_rank_one_activations_give_their_spatial_factor_whatever_the_sign(sign):
+    place = noise(1, 7, 5)
     channels = torch.tensor([0.5, -2.0, 1.0]).view(3, 1, 1)  # a signed layer, such as an FPN output
     maps = eigencam((sign * channels * place)[None])
     torch.testing.assert_close(maps, stretch(place), atol=1e-6, rtol=0)
 
 
-def test_the_strong_place_is_the_high_one_whatever_the_sign_of_the_svd():
-    x = 0.01 * torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(2))
-    x[0, :, 4, 1] -= 5
-    assert eigencam(x).argmax() == 4 * 6 + 1
-
-
 def test_maps_are_resized_before_they_are_stretched_to_the_full_range():
-    x = torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(3))
+    x = noise(3, 4, 5, 6)
     for size, shape in ((16, (16, 16)), ((10, 12), (10, 12)), (2, (2, 2))):
         maps = eigencam(x, size=size)
         assert maps.shape == (3, *shape)
@@ -56,7 +54,7 @@ def test_maps_are_resized_before_they_are_stretched_to_the_full_range():
 
 
 def test_images_of_a_batch_do_not_influence_each_other():
-    x = torch.rand(4, 6, 5, 5, generator=torch.Generator().manual_seed(4))
+    x = noise(4, 6, 5, 5)
     assert torch.equal(eigencam(x, size=20)[2], eigencam(x[2:3] * 1.0, size=20)[0])
     mixed = x.clone()
     mixed[0] *= 1e6
@@ -67,11 +65,9 @@ def test_constant_maps_are_zeros_not_noise_and_half_precision_is_taken():
     flat = torch.tensor([0.1, 0.7, -0.3]).view(1, 3, 1, 1).expand(1, 3, 9, 9)
     assert not eigencam(flat).any() and not eigencam(flat, size=32).any()
     assert not eigencam(torch.zeros(1, 3, 4, 4)).any()
-    x = torch.rand(1, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    x = noise(1, 4, 6, 6)
     maps = eigencam(x.bfloat16().requires_grad_())
     assert not maps.requires_grad and (maps - eigencam(x)).abs().max() < 0.05
-    with pytest.raises(ValueError, match="NaN"):
-        eigencam(x * float("nan"))
 
 
 # the hook
@@ -90,20 +86,12 @@ class Pyramid(nn.Module):
 
 
 class Detector(nn.Module):
-    def __init__(self, *, fails=False):
+    def __init__(self):
         super().__init__()
-        self.backbone, self.norm, self.relu, self.fails = (
-            Pyramid(),
-            nn.BatchNorm2d(4),
-            nn.ReLU(inplace=True),
-            fails,
-        )
+        self.backbone, self.norm, self.relu = Pyramid(), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
         self.unused = nn.Conv2d(1, 1, 1)
 
     def forward(self, x):
-        if self.fails:
-            self.backbone(x)
-            raise RuntimeError("boom")
         features = self.relu(self.norm(self.backbone(x)["0"]))
         return self.relu(features.mean((2, 3)))
 
@@ -119,21 +107,17 @@ def test_a_layer_is_found_by_module_or_name_and_the_model_is_left_bit_equal():
     assert by_name.shape == (2, 4, 8, 8) and not by_name.requires_grad
     assert torch.equal(by_name, activations(model, x, model.norm))
     assert (by_name < 0).any(), "the in-place ReLU behind the layer wrote into what was seen"
+    assert activations(model, x, "backbone", level="0").shape == (2, 4, 8, 8)
+    assert activations(model, x, "backbone", level="pool").shape == (2, 4, 4, 4)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not hooks(model) and not model.training
 
 
-def test_one_level_of_a_pyramid():
-    model, x = Detector().eval(), torch.rand(1, 1, 8, 8)
-    assert activations(model, x, "backbone", level="0").shape == (1, 4, 8, 8)
-    assert activations(model, x, "backbone", level="pool").shape == (1, 4, 4, 4)
-
-
 def test_the_hook_goes_even_when_the_model_fails():
-    model = Detector(fails=True).eval()
-    with pytest.raises(RuntimeError, match="boom"):
-        activations(model, torch.rand(1, 1, 8, 8), "backbone", level="0")
+    model = Detector().eval()
+    with pytest.raises(RuntimeError, match="channels"):
+        activations(model, torch.rand(1, 2, 8, 8), "backbone")
     assert not hooks(model)
 
 
@@ -145,8 +129,8 @@ def test_the_hook_goes_even_when_the_model_fails():
         ("backbone", "7", r"level='7'"),
         ("norm", "0", "not level='0'"),
         ("unused", None, "ran 0 times"),
-        ("", None, "not feature maps"),
-        (nn.ReLU(), None, "not a part of the model"),
+        ("relu", None, "not feature maps"),
+        (nn.ReLU(), None, "no layer 'ReLU"),
     ],
 )
 def test_a_wrong_layer_is_explained(layer, level, words):
@@ -156,10 +140,7 @@ def test_a_wrong_layer_is_explained(layer, level, words):
     assert not hooks(model)
 
 
-def test_a_layer_that_runs_twice_and_a_model_in_training_mode_are_refused():
-    shared = nn.Conv2d(1, 1, 1)
-    with pytest.raises(ValueError, match="ran 2 times"):
-        activations(nn.Sequential(shared, shared).eval(), torch.rand(1, 1, 4, 4), shared)
+def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         activations(Detector(), torch.rand(1, 1, 8, 8), "norm")
 
@@ -171,19 +152,13 @@ def table(*boxes):
     return pd.DataFrame(boxes, columns=["x1", "y1", "x2", "y2"], dtype=float)
 
 
-def test_energy_counts_a_pixel_once_and_stands_beside_the_area():
-    heat = np.ones((3, 4, 8))
-    heat[0, 0, 0] = 9  # sum 40
+def test_energy_counts_a_pixel_once_by_its_centre_and_stands_beside_the_area():
+    heat = np.ones((5, 4, 8))
+    heat[0, 0, 0], heat[4] = 9, 0  # the first sums to 40
     boxes = [table((0, 0, 2, 2), (1, 1, 3, 3)), table(), table((-5, -5, 99, 99))]
+    boxes += [table((0.6, 0, 2.5, 1)), table((0, 0, 1, 1))]
     found = energy_inside(torch.from_numpy(heat), boxes)
     np.testing.assert_allclose(found[0], [(7 + 8) / 40, 7 / 32])
-    assert np.isnan(found[1]).all()
-    np.testing.assert_allclose(found[2], [1, 1])
-
-
-def test_a_pixel_belongs_to_a_box_by_its_centre():
-    heat = np.ones((1, 2, 4))
-    assert (
-        energy_inside(heat, [table((0.6, 0, 2.5, 1))])[0, 1] == 1 / 8
-    )  # centres 0.5, 1.5, 2.5: only 1.5
-    assert np.isnan(energy_inside(0 * heat, [table((0, 0, 1, 1))])[0, 0])
+    assert np.isnan(found[1]).all() and found[2].tolist() == [1, 1]
+    assert found[3, 1] == 1 / 32  # of the centres 0.5, 1.5 and 2.5 only 1.5
+    assert np.isnan(found[4, 0])

@@ -10,9 +10,9 @@ from matplotlib.text import Text
 from scipy.stats import spearmanr
 
 from dlia_utils.explain import figures
+from dlia_utils.explain.base import REFERENCES
 from dlia_utils.explain.drift import CEILING, FLOOR
 from dlia_utils.explain.figures import Picture
-from dlia_utils.explain.localisation import localise, summarise
 
 SIDE, CAPTION = 24, "fracatlas (SYNTHETIC), smoke profile"
 NAMES, LAYERS, SEVERITIES = ["contrast", "motion_blur"], ["layer1_2", "layer4_1"], [1, 2, 3]
@@ -34,13 +34,8 @@ def heats(count, *, zero=()):
 
 def drift(seed=0):
     cells = [(FLOOR, 0), (CEILING, 0), *((name, s) for name in NAMES for s in SEVERITIES)]
-    rows = [
-        (image, *cell, method, layer)
-        for image in range(5)
-        for cell in cells
-        for method, layers in (("gradcam++", LAYERS), ("saliency", ["input"]))
-        for layer in layers
-    ]
+    maps = [*(("gradcam++", layer) for layer in LAYERS), ("saliency", "input")]
+    rows = [(image, *cell, *one) for image in range(5) for cell in cells for one in maps]
     table = pd.DataFrame(rows, columns=["image", "corruption", "severity", "method", "layer"])
     return table.assign(rmse=np.random.default_rng(seed).random(len(table)))
 
@@ -49,9 +44,8 @@ def grid(seed=0):
     cells = [("clean", 0), *((name, s) for name in NAMES for s in SEVERITIES)]
     table = pd.DataFrame(cells, columns=["corruption", "severity"])
     value = 0.9 - 0.5 * np.random.default_rng(seed).random(len(table))
-    return table.assign(
-        value=value, drop=value[0] - value, ci_low=value - 0.04, ci_high=value + 0.03
-    )
+    ends = {"ci_low": value - 0.04, "ci_high": value + 0.03}
+    return table.assign(value=value, drop=value[0] - value, **ends)
 
 
 DRIFT = {"resnet18": drift(), "resnet18_augmented": drift(1)}
@@ -88,18 +82,17 @@ def test_overlays_have_input_map_and_overlay_with_its_boxes_and_name_zero_maps()
     assert titles == ["input", "a", "overlay", "b", "overlay", "c", "overlay"]
     assert axes[3, 1].get_title() == "d\nzero map" and axes[1, 1].get_title() == "d"
     grey, alone, over = axes[0, :3]
-    np.testing.assert_array_equal(grey.images[0].get_array(), x[0, 0].double())
-    np.testing.assert_array_equal(alone.images[0].get_array(), maps["a"][0])
-    below, above = over.images
-    np.testing.assert_array_equal(below.get_array(), x[0, 0].double())
-    np.testing.assert_array_equal(above.get_array(), maps["a"][0])
-    assert above.get_alpha() == 0.4 and above.get_clim() == alone.images[0].get_clim() == (0, 1)
+    image, heat = x[0, 0].double(), maps["a"][0]
+    for axis, expected in ((grey, [image]), (alone, [heat]), (over, [image, heat])):
+        for drawn, values in zip(axis.images, expected, strict=True):
+            np.testing.assert_array_equal(drawn.get_array(), values)
+            assert drawn.get_clim() == (0, 1)
+    assert over.images[1].get_alpha() == 0.4 and not alone.patches
     for axis in (grey, over):
         (frame,) = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         # Pixel i is drawn from i - 0.5 to i + 0.5, so a box from edge 2 starts at 1.5.
         assert frame.get_bbox().extents.tolist() == [1.5, 3.5, 9.5, 8.5]
-    assert not alone.patches and "SYNTHETIC" in words(figure) and clean(figure)
-    assert figure.get_figwidth() * 72 <= 900
+    assert "SYNTHETIC" in words(figure) and clean(figure) and figure.get_figwidth() * 72 <= 900
 
 
 def test_a_small_map_covers_its_image_and_lines_may_be_shorter():
@@ -113,11 +106,11 @@ def test_a_small_map_covers_its_image_and_lines_may_be_shorter():
 
 
 def test_the_forest_has_every_value_with_its_interval_and_references_grey():
-    masks = [np.eye(SIDE, dtype=bool)] * 6
-    maps = {"mine": np.stack(masks).astype(float), "none": np.zeros((6, SIDE, SIDE))}
-    table = summarise(localise(maps, images(6), masks, groups=range(6)), draws=50)
+    names = ["mine", "none", *REFERENCES]
+    rows = [(score, name) for score in ("auprc", "pointing") for name in names]
+    table = pd.DataFrame(rows, columns=["score", "map"])
+    table = table.assign(value=np.linspace(0.4, 0.9, 10), ci_low=0.3, ci_high=0.95)
     figure = figures.figure_forest(table, CAPTION, panel="score", row="map", chance="random")
-    names = ["mine", "none", "random", "centre prior", "edges"]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == names
     for axis, (_, part) in zip(figure.axes, table.groupby("score", sort=False), strict=True):
         bars, dots = axis.collections
@@ -125,9 +118,8 @@ def test_the_forest_has_every_value_with_its_interval_and_references_grey():
         np.testing.assert_allclose(ends, part[["ci_low", "ci_high"]])
         np.testing.assert_allclose(dots.get_offsets(), np.c_[part["value"], range(5)])
         assert [to_hex(c) == "#8c8c8c" for c in bars.get_colors()] == [False] * 2 + [True] * 3
-        chance = part.set_index("map").loc["random", "value"]
-        assert axis.lines[0].get_xdata()[0] == chance
-    assert clean(figure)
+        assert axis.lines[0].get_xdata()[0] == part.set_index("map").loc["random", "value"]
+    assert not figure.legends[0].get_texts() and clean(figure)
 
 
 def test_series_of_a_forest_stand_beside_one_another_and_panels_share_their_axis():
@@ -141,6 +133,7 @@ def test_series_of_a_forest_stand_beside_one_another_and_panels_share_their_axis
     dots = [part.get_offsets() for part in first.collections[1::2]]
     np.testing.assert_allclose(np.array(dots)[:, :, 1], [[-0.1, 0.9], [0.1, 1.1]])
     np.testing.assert_allclose(dots[0][:, 0], table["value"].iloc[[0, 2]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert clean(figure)
 
 

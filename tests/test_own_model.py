@@ -200,7 +200,7 @@ def test_layers_are_found_and_the_model_stays_as_it_was(named):
     assert models.last_map_layer(model) == f"backbone.{last}"
     assert model.training and not model.backbone.training and equal(kept(model), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    maps = drift.maps(model.eval(), X, target=0, methods=["gradcam"])
+    maps = drift.read(model.eval(), X, target=0, methods=["gradcam"])[2]
     sides = [heat.shape[-1] for heat in maps.values()]
     assert 7 <= len(maps) <= drift.POSITIONS and list(maps)[-1] == ("gradcam", last)
     assert sides == sorted(sides, reverse=True) and sides[-1] > 1
@@ -246,7 +246,7 @@ def test_transformers_want_their_layer_named_and_what_has_no_head_is_refused():
     model = models.wrap(torchvision.models.VisionTransformer(64, 16, 2, 2, 16, 32, num_classes=2))
     refused("rows of tokens.*name the layer", lambda: models.last_map_layer(model))
     refused("no known blocks", lambda: models.blocks(model))
-    refused("pass layers=", lambda: drift.map_layers(model))
+    refused("pass methods=", lambda: drift.map_layers(model))
     made = models.with_head(model, unfrozen="all")
     assert all(p.requires_grad for p in made.parameters()) and made(X).shape == (3, 2)
     refused("0 to 0 blocks or 'all'", lambda: models.unfreeze(made, 1))

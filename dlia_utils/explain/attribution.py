@@ -1,36 +1,26 @@
-"""Maps by one call: captum's saliency, integrated gradients, occlusion; our DeepLIFT, Grad-CAM."""
+"""Maps by one call: captum's integrated gradients, occlusion; our saliency, DeepLIFT, Grad-CAM."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from captum.attr import IntegratedGradients, Occlusion, Saliency
+from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attacks import frozen
 from ..models.pixel import TwoLogits, fast_copy
 from . import base
-from .gradcam import gradcam
+from .gradcam import gradcam, one_pass
 
 # Functions of torch with one output for one input: DeepLIFT's rescale rule holds for each.
 ELEMENTWISE = set(
     "relu relu6 leaky_relu prelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh "
     "sigmoid tanh softplus softsign log_sigmoid threshold clamp".split()
 )
-PRODUCTS = set("mul matmul bmm div true_divide einsum".split())  # no rule if both factors vary
-NO_RULE = set(
-    "softmax log_softmax layer_norm group_norm instance_norm local_response_norm bilinear "
-    "lp_pool2d adaptive_max_pool2d scaled_dot_product_attention "
-    "multi_head_attention_forward".split()
-)
 TOLERANCE = 0.05  # completeness error beyond which a map is doubted
 BATCH = 32  # images in one pass
-
-log = logging.getLogger("dlia_utils")
 
 
 def explain(
@@ -38,10 +28,9 @@ def explain(
 ) -> base.Attribution:
     """One map per image by `method`: a name of METHODS, whose function has the `options`.
 
-    x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class. A head
-    with one logit z is read as class 1 = z, class 0 = -z. The model is in eval mode and left as it
-    was. Errors: ValueError for an unknown method, a model in training mode, or images outside
-    [0,1].
+    x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class; of one
+    logit z, class 1 is z and class 0 is -z. The model may be frozen and is left as it was. Errors:
+    ValueError for an unknown method or class, a model in training mode, images outside [0,1].
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> found = explain("integrated_gradients", net, torch.rand(3, 1, 2, 2), target=1)
@@ -58,38 +47,26 @@ def saliency(
 ) -> base.Attribution:
     """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
     x, chosen, score = _start(model, x, target)
-    method = Saliency(TwoLogits(model))
-    with frozen(model), torch.enable_grad():
-        parts = [
-            method.attribute(images.requires_grad_(), target=classes)
-            for images, classes in _batches(BATCH, x, chosen)
-        ]
-    return base.Attribution("saliency", torch.cat(parts).detach().amax(1).float(), chosen, score)
+    pairs = _batches(BATCH, x, chosen)
+    parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
+    return base.Attribution("saliency", torch.cat(parts).abs().amax(1).float(), chosen, score)
 
 
 def integrated_gradients(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    target: int | Tensor | None = None,
-    baseline: float = 0.0,
-    steps: int = 50,
+    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None, steps: int = 50
 ) -> base.Attribution:
-    """Gradients summed from baseline to image. Source: Sundararajan et al., arXiv 1703.01365.
+    """Gradients summed from black to the image. Source: Sundararajan et al., arXiv 1703.01365.
 
-    baseline: the grey level in [0,1] that stands for "nothing there". steps: points of the
-    Gauss-Legendre rule; more bring `error` down, and one above 0.05 is logged. maps: in logits,
-    signed, summed over channels.
+    steps: points of the Gauss-Legendre rule; more bring `error` down. maps: in logits, signed, the
+    sum over channels.
     """
     x, chosen, score = _start(model, x, target)
-    below, quick = torch.full_like(x, baseline), TwoLogits(fast_copy(model))
+    quick = TwoLogits(fast_copy(model))
     method = partial(IntegratedGradients(quick).attribute, n_steps=steps, internal_batch_size=BATCH)
     with torch.enable_grad():  # one image at a time: its map does not depend on its neighbours
-        parts = [method(*pair, target=one) for *pair, one in _batches(1, x, below, chosen)]
+        parts = [method(image, target=one) for image, one in _batches(1, x, chosen)]
     maps = torch.cat(parts).detach().sum(1).float()
-    error = _error(quick, maps, x, below, chosen)
-    if bool((error > TOLERANCE).any()):
-        log.warning("integrated gradients: error up to %.2g; raise steps=%d", error.max(), steps)
+    error = _error(quick, maps, x, chosen)
     return base.Attribution("integrated_gradients", maps, chosen, score, error)
 
 
@@ -98,17 +75,15 @@ def occlusion(
     x: Tensor,
     *,
     target: int | Tensor | None = None,
-    baseline: float = 0.0,
     window: int = 16,
     stride: int | None = None,
     batch_size: int = BATCH,
 ) -> base.Attribution:
-    """Mean drop of the logit when a window is covered. Source: Zeiler & Fergus, arXiv 1311.2901.
+    """Mean drop of the logit when a window is black. Source: Zeiler & Fergus, arXiv 1311.2901.
 
-    window, stride (default: half a window): pixels; windows are cut
-    at the border. baseline: the grey level that covers. batch_size: windows in one pass, through a
-    folded copy of the model (same logits to 1e-4). maps: in logits, signed, the mean over a pixel's
-    windows.
+    window, stride (default: half a window): pixels; windows are cut at the border. batch_size:
+    windows in one pass, through a folded copy of the model (same logits to 1e-4). maps: in logits,
+    signed, the mean over a pixel's windows.
     """
     x, chosen, score = _start(model, x, target)
     stride = max(1, window // 2) if stride is None else stride
@@ -118,7 +93,6 @@ def occlusion(
         )
     method = partial(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
-        baselines=baseline,
         sliding_window_shapes=(x.shape[1], window, window),
         strides=(x.shape[1], stride, stride),
         perturbations_per_eval=batch_size,
@@ -130,44 +104,33 @@ def occlusion(
 
 
 def deeplift(
-    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None, baseline: float = 0.0
+    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None
 ) -> base.Attribution:
-    """DeepLIFT, rescale rule, by `Rescale`. Source: Shrikumar et al., arXiv 1704.02685.
+    """DeepLIFT, rescale rule, from black. Source: Shrikumar et al., arXiv 1704.02685.
 
     captum's leaves out ReLU6, SiLU and activations called as functions, refuses reused ones, and
-    loses shares where pooling windows overlap. baseline, maps: as in `integrated_gradients`.
-    Products of two activations (squeeze-excite, attention) have no rule: a completeness `error`
-    above 0.05 is refused. Errors: ValueError so, and for a model that reads a tensor after an
-    activation has changed it in place.
+    loses shares where pooling windows overlap. maps: as in `integrated_gradients`. Errors:
+    ValueError for a completeness `error` above 0.05.
 
     >>> net = nn.Sequential(nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> bool((deeplift(net, torch.rand(2, 1, 4, 4)).error < 1e-3).all())
     True
     """
     x, chosen, score = _start(model, x, target)
-    below, scored = torch.full_like(x, baseline), TwoLogits(fast_copy(model))
-    parts, again, unknown = [], [], set()
-    for images, dark, classes in _batches(BATCH // 2, x, below, chosen):
-        with torch.enable_grad(), Rescale(2 * len(images)) as rules:
-            logits = scored(torch.cat([images.requires_grad_(), dark]))
-            own = base.pick(logits, classes.repeat(2))
-            total = own.sum()
+    scored, parts = TwoLogits(fast_copy(model)), []
+    for images, classes in _batches(BATCH // 2, x, chosen):
+        with torch.enable_grad(), Rescale(2 * len(images)):
+            logits = scored(torch.cat([images.requires_grad_(), torch.zeros_like(images)]))
+            total = base.pick(logits, classes.repeat(2)).sum()
         (multiplier,) = torch.autograd.grad(total, images)
-        parts.append((images.detach() - dark) * multiplier)
-        again.append(own.detach()[: len(images)].float())
-        unknown |= rules.unknown
-    if not torch.allclose(torch.cat(again), score, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            "the model reads a tensor after an activation has changed it in place: set "
-            "inplace=False in the model and look at what it then computes"
-        )
+        parts.append(images.detach() * multiplier)
     maps = torch.cat(parts).sum(1).float()
-    error = _error(scored, maps, x, below, chosen)
+    error = _error(scored, maps, x, chosen)
     if not bool((error <= TOLERANCE).all()):
-        names = ", ".join(sorted(unknown)) or "nothing known by name"
         raise ValueError(
             f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. "
-            f"Without a rule for: {names}. Use integrated_gradients"
+            "It has no rule for products of activations (attention, squeeze-excite), softmax and "
+            "layer norms, nor for what is read after a change in place. Use integrated_gradients"
         )
     return base.Attribution("deeplift", maps, chosen, score, error)
 
@@ -175,26 +138,21 @@ def deeplift(
 class Rescale(TorchFunctionMode):
     """While entered, activations and max pooling of a batch get DeepLIFT's gradient.
 
-    size: of the batch, images and then their baselines. unknown: the functions met that have no
-    rule.
+    size: of the batch, images and then as many baselines.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        self.unknown: set[str] = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, options = getattr(func, "__name__", ""), dict(kwargs or {})
-        plain = name.rstrip("_")
+        plain, x = name.rstrip("_"), args[0] if args else None
         rule = _pooled if plain == "max_pool2d" else _divided if plain in ELEMENTWISE else None
-        varies = [isinstance(part, Tensor) and part.requires_grad for part in args]
-        if rule and varies and varies[0] and len(args[0]) == self.size:
+        if rule and isinstance(x, Tensor) and x.requires_grad and len(x) == self.size:
             if name != plain or options.pop("inplace", False):  # the input is needed as it was
                 func = getattr(nn.functional, plain, None) or getattr(torch, plain)
-            return _Ruled.apply(args[0], lambda x: func(x, *args[1:], **options), rule)
-        if name in NO_RULE or (name in PRODUCTS and sum(varies) > 1):
-            self.unknown.add(name)
+            return _Ruled.apply(x, lambda x: func(x, *args[1:], **options), rule)
         return func(*args, **options)
 
 
@@ -251,21 +209,15 @@ def _logits(scored: nn.Module, x: Tensor) -> Tensor:
 
 
 def _batches(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Detached slices of the tensors."""
     return zip(*([part.detach() for part in tensor.split(size)] for tensor in tensors), strict=True)
 
 
-def _error(scored: nn.Module, maps: Tensor, x: Tensor, below: Tensor, chosen: Tensor) -> Tensor:
+def _error(scored: nn.Module, maps: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
     """Completeness error of each map [B]."""
-    above, dark = (base.pick(_logits(scored, images), chosen) for images in (x, below))
-    return (maps.sum((1, 2)) - (above - dark)).abs() / (above - dark).abs().clamp(min=0.01)
+    image, black = (base.pick(_logits(scored, part), chosen) for part in (x, torch.zeros_like(x)))
+    return (maps.sum((1, 2)) - (image - black)).abs() / (image - black).abs().clamp(min=0.01)
 
 
-METHODS: dict[str, Callable[..., base.Attribution]] = {
-    "saliency": saliency,
-    "integrated_gradients": integrated_gradients,
-    "deeplift": deeplift,
-    "occlusion": occlusion,
-    "gradcam": gradcam,
-    "gradcam++": partial(gradcam, plus=True),
-}
+FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
+METHODS: dict[str, Callable[..., base.Attribution]] = {one.__name__: one for one in FUNCTIONS}
+METHODS["gradcam++"] = partial(gradcam, plus=True)

@@ -10,6 +10,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from ..attacks.base import check_images, check_model
+
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
 
@@ -18,10 +20,9 @@ REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no mo
 class Attribution:
     """Maps [B,H,W] of a batch at image size, the class explained [B] and its logit [B].
 
-    maps: [0,1] for Grad-CAM, else signed and in logits (saliency: logits per unit of grey, >= 0).
-    error [B]: completeness error |sum of the map - d| / max(|d|, 0.01) with d the change of the
-    logit from the baseline; None for methods that promise no sum. grid: Grad-CAM's map [B,h,w] as
-    computed.
+    maps: [0,1] for Grad-CAM, else signed and in logits (saliency: >= 0, per unit of grey). error
+    [B], of methods whose maps should sum to d, the change of the logit from a black image: the
+    completeness error |sum - d| / max(|d|, 0.01). grid: Grad-CAM's map [B,h,w] as computed.
 
     >>> Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2).heat()
     tensor([[[0., 0., 1.]]])
@@ -50,25 +51,10 @@ def scale(maps: Tensor) -> Tensor:
     return torch.where(top > TINY, maps / top.clamp(min=TINY), 0.0)
 
 
-def check_eval(model: nn.Module) -> None:
-    """Refuse a model with layers in training mode: it would be random, or change."""
-    for name, part in model.named_modules():
-        if part.training and not any(part.children()):
-            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval()")
-
-
 def check(model: nn.Module, x: Tensor) -> Tensor:
-    """A clamped copy of images [B,C,H,W] in [0,1]; refuses others, and a model in training mode."""
-    check_eval(model)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
-        raise TypeError("images must be a floating-point batch [B,C,H,W] in [0,1]: x.float() / 255")
-    low, high = x.detach().aminmax()
-    if not (low >= -1e-6 and high <= 1 + 1e-6):
-        raise ValueError(
-            f"images must lie in [0,1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
-            "normalisation, the model owns its mean and std: models.wrap(net, mean=, std=)"
-        )
-    return x.detach().clamp(0, 1)
+    """Images [B,C,H,W], clamped to [0,1]; refuses others, and a model in training mode."""
+    check_model(model)
+    return check_images(x)
 
 
 def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
@@ -78,8 +64,7 @@ def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
     if target is None:
         return logits.argmax(1)
     chosen, last = torch.as_tensor(target, device=logits.device), logits.shape[1] - 1
-    whole = chosen.dtype in (torch.int64, torch.int32) and chosen.shape in ((), logits.shape[:1])
-    if not whole or not bool(((chosen >= 0) & (chosen <= last)).all()):
+    if chosen.is_floating_point() or chosen.min() < 0 or chosen.max() > last:
         raise ValueError(f"target must be None, a class 0..{last} or int64 [B], not {target!r}")
     return chosen.long().expand(len(logits))
 
@@ -92,21 +77,25 @@ def pick(logits: Tensor, target: Tensor) -> Tensor:
 def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[nn.Module, str]:
     """A module of the model and its dotted name, or an error that names the nearest ones."""
     modules = dict(model.named_modules())
-    name = layer if isinstance(layer, str) else {m: n for n, m in modules.items()}.get(layer)
-    if name in modules:
-        return modules[name], name or "the model"
-    if name is None:
-        raise ValueError(f"this {type(layer).__name__} is not a part of the model")
-    near = ", ".join(difflib.get_close_matches(name, modules, n=3, cutoff=0.3)) or "none"
-    raise ValueError(f"the model has no layer {name!r}; near: {near} (named_modules())")
+    names = {module: name for name, module in modules.items()}
+    name = layer if isinstance(layer, str) else names.get(layer, f"{type(layer).__name__}(...)")
+    if name not in modules:
+        near = ", ".join(difflib.get_close_matches(name, modules, n=3, cutoff=0.3)) or "none"
+        raise ValueError(f"the model has no layer {name!r}; near: {near} (named_modules())")
+    return modules[name], name or "the model"
 
 
 def feature_map(output: object, name: str) -> Tensor:
     """What a layer returned, if it is a map [B,C,h,w]."""
-    if isinstance(output, Tensor) and output.ndim == 4:
-        return output
-    what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"{name} returns {what}, not feature maps [B,C,H,W]: choose a convolution")
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        what = list(getattr(output, "shape", [])) or type(output).__name__
+        raise ValueError(f"{name} returns {what}, not feature maps [B,C,H,W]: choose a convolution")
+    return output
+
+
+def array(values: Tensor | np.ndarray) -> np.ndarray:
+    """float64 on the CPU, of a tensor or an array."""
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
 
 def moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,8 +107,7 @@ def moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def ssim(a: np.ndarray, b: np.ndarray, of_a=None, of_b=None) -> np.ndarray:
     """Structural similarity [...] of maps [...,H,W] in [0,1]; of_a, of_b: `moments`, if known.
 
-    Source: Wang et al., IEEE TIP 13:600, 2004. torchmetrics' refuses maps of 5 pixels a side or
-    less.
+    Source: Wang et al., IEEE TIP 13:600, 2004. torchmetrics' refuses maps of 5 pixels or less.
     """
     (mean_a, variance_a), (mean_b, variance_b) = of_a or moments(a), of_b or moments(b)
     means, c1, c2 = mean_a * mean_b, 0.01**2, 0.03**2

@@ -1,14 +1,14 @@
 """Saliency drift: how far an explanation moves when the image is corrupted.
 
 A map is compared with that of the clean image: same model, method, layer, and the class predicted
-on the clean image, by one path (`maps`). Two references say what a number means: the floor is the
+on the clean image, by one path (`read`). Two references say what a number means: the floor is the
 same image explained again, the ceiling another image.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 from .. import corrupt
 from ..corruption_error import CLEAN
+from ..device import device_of
 from ..models.pixel import two_logits
 from ..models.resnet import BasicBlock
 from ..models.transfer import blocks, last_map_layer
@@ -51,9 +52,8 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     try:
         names, last = blocks(model), last_map_layer(model)
     except ValueError as error:
-        raise ValueError(
-            f"no default layers for a {type(model).__name__}: pass layers={{'label': 'name'}}"
-        ) from error
+        kind = type(model).__name__
+        raise ValueError(f"no known layers in a {kind}: pass methods=['saliency']") from error
     kinds = [type(model.get_submodule(name)) for name in names]
     if set(kinds) == {BasicBlock}:  # two in each stage
         parts = [name.split(".")[-2:] for name in names]
@@ -68,52 +68,26 @@ def map_layers(model: nn.Module) -> dict[str, str]:
     return {bare[place]: names[place] for place in places}
 
 
-def maps(
+def read(
     model: nn.Module,
     x: Tensor,
     *,
-    target: int | Tensor | None,
+    target: int | Tensor | None = None,
     methods: Sequence[str] = METHODS,
     layers: Mapping[str, str] | None = None,
-) -> dict[tuple[str, str], Tensor]:
-    """Maps [B,h,w] >= 0 by (method, layer label), all from one forward and one backward pass.
+) -> tuple[np.ndarray, Tensor, dict[tuple[str, str], Tensor]]:
+    """Probabilities [B,K], the class explained, and maps [B,h,w] >= 0 by (method, label of layer).
 
-    target: the class explained, one or int64 [B]; None takes the predicted one. methods: of
-    METHODS. layers: label to dotted name; None takes `map_layers`. Grad-CAM and Grad-CAM++ come at
-    the layer's resolution; saliency, layer "input", is averaged to at most 28 x 28, for single
-    pixels of a gradient are mostly noise. Errors: as `gradcam`.
+    All from one pass. target: as for `gradcam`. layers: None takes `map_layers`. Grad-CAM and
+    Grad-CAM++ come at the layer's resolution; saliency, layer "input", is averaged to at most
+    28 x 28, for single pixels of a gradient are mostly noise. Of one logit z: p1 = sigmoid(z).
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    >>> found = maps(net, torch.rand(5, 1, 56, 40), target=0, methods=["gradcam", "saliency"])
+    >>> found = read(net, torch.rand(5, 1, 56, 40), methods=["gradcam", "saliency"])[2]
     >>> {key: list(map.shape) for key, map in found.items()}
     {('gradcam', '0'): [5, 54, 38], ('saliency', 'input'): [5, 28, 28]}
     """
-    return _read(model, x, target, methods, _layers(model, methods, layers))[2]
-
-
-def _layers(
-    model: nn.Module, methods: Sequence[str], layers: Mapping[str, str] | None
-) -> Mapping[str, str]:
-    """Label to dotted name of the layers that the methods need."""
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {sorted(unknown)}")
-    if not set(methods) - {"saliency"}:
-        return {}
-    return map_layers(model) if layers is None else layers
-
-
-def _read(
-    model: nn.Module,
-    x: Tensor,
-    target: int | Tensor | None,
-    methods: Sequence[str],
-    layers: Mapping[str, str],
-) -> tuple[np.ndarray, Tensor, dict[tuple[str, str], Tensor]]:
-    """Probabilities [B,K], the class explained, the maps: the one path of all images."""
-    if not methods:
-        with torch.no_grad():
-            output = model(base.check(model, x))
-        return _probability(output), base.choose_target(two_logits(output), target), {}
+    layers = _layers(model, methods) if layers is None else layers
     once = one_pass(model, x, list(layers.values()), target, to_input="saliency" in methods)
     found = {}
     for method in methods:
@@ -124,15 +98,17 @@ def _read(
             continue
         for label, kept, gradient in zip(layers, once.kept, once.gradients, strict=True):
             found[method, label] = grid(kept, gradient, plus=method == "gradcam++")
-    return _probability(once.output), once.target, found
+    logits = two_logits(once.output).double()
+    if logits.shape != once.output.shape:
+        logits = logits / 2  # they are [-z, z], but must differ by z
+    return logits.softmax(1).cpu().numpy(), once.target, found
 
 
-def _probability(output: Tensor) -> np.ndarray:
-    """Probabilities [B,K]; of one logit z: 1 - sigmoid(z) and sigmoid(z)."""
-    logits = two_logits(output).double()
-    if output.ndim == 1 or output.shape[1] == 1:
-        logits = logits / 2  # [-z, z]: their difference must be z
-    return logits.softmax(1).cpu().numpy()
+def _layers(model: nn.Module, methods: Sequence[str]) -> dict[str, str]:
+    """Label and name of the layers that the methods need."""
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, not {sorted(unknown)}")
+    return map_layers(model) if set(methods) - {"saliency"} else {}
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -141,11 +117,11 @@ def _probability(output: Tensor) -> np.ndarray:
 def prepared(heat: Tensor | np.ndarray) -> dict[str, np.ndarray]:
     """What `compared` needs of maps [N,h,w] >= 0; of a clean one once for all its corrupted copies.
 
-    raw; unit: by its own range on [0,1], a constant map becomes 0; mean, variance: of `unit` in
-    SSIM's window; ranks [N,n] about their mean, of length 1; highest [N,n]: share of each place in
-    the highest 10 %, ties share; centre [N,2]: down, right.
+    raw; unit: by its own range on [0,1], a constant map becomes 0, and its `base.moments`; ranks
+    [N,n] about their mean, of length 1; highest [N,n]: share of each place in the highest 10 %,
+    ties share; centre [N,2]: down, right.
     """
-    raw = heat.cpu().double().numpy() if isinstance(heat, Tensor) else np.asarray(heat, float)
+    raw = base.array(heat)
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
     # What is left of a constant map after rounding must not be blown up to a pattern.
     varied = (high - low > 1e-6 * high) & (high > base.TINY)
@@ -155,32 +131,26 @@ def prepared(heat: Tensor | np.ndarray) -> dict[str, np.ndarray]:
     ranks -= ranks.mean(1, keepdims=True)
     length = np.linalg.norm(ranks, axis=1, keepdims=True)
     ranks = np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
-    count = _count(flat)
+    count = max(1, round(0.1 * flat.shape[1]))
     level = np.partition(flat, -count, axis=1)[:, -count, None]
     above, equal = flat > level, flat == level
     left = (count - above.sum(1, keepdims=True)) / equal.sum(1, keepdims=True)
     highest = np.where(above, 1.0, np.where(equal, left, 0.0))
     total = np.where(total > base.TINY, total, np.nan)
     centre = [raw.sum(axis) @ np.arange(raw.shape[3 - axis]) / total for axis in (2, 1)]
-    found = {"raw": raw, "unit": unit, "moments": base.moments(unit), "ranks": ranks}
-    return found | {"highest": highest, "centre": np.stack(centre, 1), "zero": zero}
-
-
-def _count(flat: np.ndarray) -> int:
-    """How many places are the highest 10 %."""
-    return max(1, round(0.1 * flat.shape[1]))
+    found = {"raw": raw, "unit": unit, "moments": base.moments(unit), "ranks": ranks, "zero": zero}
+    return found | {"highest": highest, "count": count, "centre": np.stack(centre, 1)}
 
 
 def compared(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """How far each map lies from its partner; `SIGN` says which way each score goes.
 
-    Of maps scaled to [0,1]: rmse, root mean square difference times 255, as in the original study;
-    ssim (Arun et al., Radiology: AI 3:e200267, 2021). Whatever the scale: spearman, rank
-    correlation of the places (Adebayo et al., arXiv 1810.03292); top10, share of the highest 10 %
-    of places in common, centre_shift, distance of the centres of mass over the diagonal (Ghorbani
-    et al., arXiv 1710.10547). rmse_raw: in the maps' own unit. zero: one of the two is 0
-    everywhere. NaN: spearman with a constant map, centre_shift with a zero map, all but rmse_raw
-    for maps of a single place.
+    Of maps scaled to [0,1]: rmse (times 255, as in the original study), ssim (Arun et al.,
+    Radiology: AI 3:e200267, 2021). Whatever the scale: spearman, rank correlation of the places
+    (Adebayo et al., arXiv 1810.03292); top10, share of the highest 10 % of places in common, and
+    centre_shift, distance of the centres of mass over the diagonal (Ghorbani et al., arXiv
+    1710.10547). rmse_raw: in the maps' own unit. zero: one of the two is 0 everywhere. NaN: what is
+    not defined for constant maps, zero maps, or maps of a single place.
     """
     height, width = a["raw"].shape[1:]
     columns = {
@@ -188,7 +158,7 @@ def compared(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[s
         "rmse_raw": np.sqrt(((a["raw"] - b["raw"]) ** 2).mean((1, 2))),
         "ssim": base.ssim(a["unit"], b["unit"], a["moments"], b["moments"]),
         "spearman": np.clip((a["ranks"] * b["ranks"]).sum(1), -1, 1),
-        "top10": (a["highest"] * b["highest"]).sum(1) / _count(a["highest"]),
+        "top10": (a["highest"] * b["highest"]).sum(1) / a["count"],
         "centre_shift": np.hypot(*(a["centre"] - b["centre"]).T) / np.hypot(height, width),
     }
     if height * width == 1:
@@ -215,72 +185,70 @@ def measure(
     """Predictions and map drift of every image under every corruption and severity: two tables.
 
     ids: rows of the manifest, on which an image's corruption depends (names, severities, seed,
-    scale: see `corrupt.apply`). methods: as for `maps`, at `map_layers`; () takes the predictions
-    only. Explained is the class predicted on the clean image, also in its corrupted copies.
-    predictions: image (its id), label, corruption ("clean" once), severity (0 for clean),
-    predicted, p0 ... p{K-1}; one logit z is read as two classes, p1 = sigmoid(z). drift: KEYS, then
-    the scores of `compared` against the clean map. Its reference rows have severity 0: FLOOR, the
-    clean image explained again in another batch, and CEILING, another image (a partner drawn from
-    `seed`, everyone's once) explained for the first one's class.
+    scale: see `corrupt.apply`). methods: of METHODS; () takes the predictions only. Explained is
+    the class predicted on the clean image, also in its corrupted copies. predictions: image (its
+    id), label, corruption ("clean" once), severity (0 for clean), predicted, p0 ... p{K-1}. drift:
+    KEYS, then the scores of `compared` against the clean map. Its reference rows have severity 0:
+    FLOOR, the clean image explained again in another batch, and CEILING, another image (a partner
+    drawn from `seed`, everyone's once) explained for the first one's class.
     """
-    images, layers = base.check(model, images), _layers(model, methods, None)
+    images, layers = base.check(model, images), _layers(model, methods)
     labels, ids = (np.asarray(torch.as_tensor(values).cpu()) for values in (labels, ids))
     if not len(set(ids.tolist())) == len(labels) == len(images) >= 2:
         raise ValueError("give each of two images or more one label and an id of its own")
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -1)  # the next on a ring in random order
-    weights = [*model.parameters(), *model.buffers(), images]
+    device = device_of(model, images)
     # The same numbers but for rounding, and the maps cost a fifth less than in the usual layout.
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    options = {"seed": seed, "scale": scale}
-    copies = {
-        (n, s): partial(corrupt.apply, n, severity=s, **options) for n in names for s in severities
-    }
-    read = partial(_read, model, methods=methods, layers=layers)
+    look = partial(read, model, methods=methods, layers=layers)
     seen, moved = [], []
     with Bar(total=len(images), desc="drift", unit="image") as bar:
         for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
-            x, other = (images[part].to(weights[0].device) for part in (rows, partners[rows]))
-            probability, target, heats = read(x, None)
+            x, other = (images[part].to(device) for part in (rows, partners[rows]))
+            probability, target, heats = look(x)
             kept = {key: prepared(heat) for key, heat in heats.items()}
-            who = {"image": ids[rows], "label": labels[rows]}
-            seen.append(_predicted(who, CLEAN, 0, probability))
+            drifted = partial(_drifted, ids[rows], target.cpu().numpy(), kept)
+            predicted = partial(_predicted, ids[rows], labels[rows])
+            seen.append(predicted(CLEAN, 0, probability))
             # In twos, each image with its partner: another batch than that of the clean maps.
             pairs = zip(x, other, target, strict=True) if methods else ()
-            twos = [read(torch.stack(two), one.repeat(2))[2] for *two, one in pairs]
+            twos = [look(torch.stack(two), target=one.repeat(2))[2] for *two, one in pairs]
             for place, which in enumerate((FLOOR, CEILING)):
                 found = {key: torch.stack([two[key][place] for two in twos]) for key in kept}
-                moved += _drifted(ids[rows], which, 0, target, kept, found)
-            for (name, severity), corrupted in copies.items():
-                probability, _, found = read(corrupted(x, ids=ids[rows]), target)
-                seen.append(_predicted(who, name, severity, probability))
-                moved += _drifted(ids[rows], name, severity, target, kept, found)
+                moved += drifted(which, 0, found)
+            for name in names:
+                for severity in severities:
+                    options = {"ids": ids[rows], "severity": severity, "seed": seed, "scale": scale}
+                    probability, _, found = look(corrupt.apply(name, x, **options), target=target)
+                    seen.append(predicted(name, severity, probability))
+                    moved += drifted(name, severity, found)
             bar.update(len(rows))
     nothing = pd.DataFrame(columns=[*KEYS, *SIGN, "zero"])
     return _table(seen, ids), _table(moved, ids) if moved else nothing
 
 
-def _predicted(who: dict, corruption: str, severity: int, probability: np.ndarray) -> pd.DataFrame:
+def _predicted(
+    ids: np.ndarray, labels: np.ndarray, corruption: str, severity: int, probability: np.ndarray
+) -> pd.DataFrame:
     """Rows of the predictions of one batch."""
-    where = {"corruption": corruption, "severity": severity, "predicted": probability.argmax(1)}
-    return pd.DataFrame(who | where | {f"p{k}": p for k, p in enumerate(probability.T)})
+    who = {"image": ids, "label": labels, "corruption": corruption, "severity": severity}
+    who["predicted"] = probability.argmax(1)
+    return pd.DataFrame(who | {f"p{k}": p for k, p in enumerate(probability.T)})
 
 
 def _drifted(
-    ids: np.ndarray, corruption: str, severity: int, target: Tensor, kept: dict, found: dict
-) -> list[pd.DataFrame]:
+    ids: np.ndarray, target: np.ndarray, kept: dict, corruption: str, severity: int, found: dict
+) -> Iterator[pd.DataFrame]:
     """Rows of the drift of one batch, one part for each method and layer."""
-    parts = []
     for (method, layer), heat in found.items():
-        values = [ids, corruption, severity, method, layer, target.cpu().numpy()]
-        where = dict(zip(KEYS, values, strict=True))
-        parts.append(pd.DataFrame(where | compared(kept[method, layer], prepared(heat))))
-    return parts
+        values = [ids, corruption, severity, method, layer, target]
+        scores = compared(kept[method, layer], prepared(heat))
+        yield pd.DataFrame(dict(zip(KEYS, values, strict=True)) | scores)
 
 
 def _table(parts: list[pd.DataFrame], ids: np.ndarray) -> pd.DataFrame:
     """One table of all parts, image by image in the order of `ids`, whatever the batch size."""
-    table = pd.concat(parts, ignore_index=True)
-    place = pd.Series(np.arange(len(ids)), index=ids)[table["image"]].to_numpy()
-    return table.iloc[np.argsort(place, kind="stable")].reset_index(drop=True)
+    place, table = pd.Series(range(len(ids)), ids), pd.concat(parts, ignore_index=True)
+    return table.sort_values("image", key=lambda i: i.map(place), kind="stable", ignore_index=True)

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..attacks.base import check_model
 from . import base
 
 CORNERS = ["x1", "y1", "x2", "y2"]
@@ -20,16 +21,13 @@ def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None) 
     Source: Muhammad and Yeasin, arXiv 2008.00299. Each image's activations [C,h,w] are a matrix A
     [h*w, C], not centred, and the map is A v, v its first right singular vector, with the sign that
     makes it high where the activations are strong. size: side, or (H, W), of the map. Each map is
-    stretched by its own range; a constant one becomes zeros. Errors: ValueError for NaN
-    activations.
+    stretched by its own range; a constant one becomes zeros.
 
     >>> place = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
     >>> eigencam(torch.stack([place, 3 * place])[None])[0]
     tensor([[0.0000, 0.2500],
             [0.5000, 1.0000]])
     """
-    if not bool(activations.isfinite().all()):
-        raise ValueError("activations contain NaN or infinite values: the model's output is broken")
     # One at a time: a batch in float64 could fill a GPU, and its size would change the rounding.
     return torch.stack([_map(image.detach(), size) for image in activations]).float()
 
@@ -63,14 +61,14 @@ def activations(
     """What `layer` (a module or its dotted name) returns while `model` reads `x`: a copy [B,C,H,W].
 
     level: which map of a layer that returns several by name, such as "0" (finest) to "3" of
-    torchvision's FPN. The model is left as it was. Errors: ValueError for a model in training mode,
-    an unknown layer or level, a layer without maps, or one that does not run exactly once.
+    torchvision's FPN. Errors: ValueError for a model in training mode, an unknown layer or level, a
+    layer without maps, or one that does not run exactly once.
 
     >>> activations(nn.Sequential(nn.Conv2d(1, 3, 3)).eval(), torch.rand(2, 1, 8, 8), "0").shape
     torch.Size([2, 3, 6, 6])
     """
     module, name = base.find_layer(model, layer)
-    base.check_eval(model)
+    check_model(model)
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
@@ -98,10 +96,9 @@ def energy_inside(maps: Tensor | np.ndarray, boxes: Sequence[pd.DataFrame]) -> n
     array([[0.5 , 0.25]])
     """
     shares = np.full((len(boxes), 2), np.nan)
-    maps = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps, dtype=float)
-    for row, (heat, table) in enumerate(zip(maps, boxes, strict=True)):
-        mask, total = inside(table, heat.shape), heat.sum()
+    for row, (heat, table) in enumerate(zip(base.array(maps), boxes, strict=True)):
         if len(table):
+            mask, total = inside(table, heat.shape), heat.sum()
             shares[row] = heat[mask].sum() / total if total > 0 else np.nan, mask.mean()
     return shares
 

@@ -24,19 +24,17 @@ from .eigencam import CORNERS
 HEAT, TRUTH = "plasma", "#3ddc84"
 WIDTH, LABEL = 12.0, 1.4  # inches: of a figure (864 pixels of a notebook), of the label of a line
 PAIRS = 3  # methods beside one image; more of them go to a line of their own
+METHOD = "gradcam++"  # whose drift is drawn
 
 
 class Picture(NamedTuple):
-    """An image [1|3,H,W] or [H,W], a map [h,w], both in [0,1], or the map over the image.
-
-    alpha: opacity of the map. boxes: a table of corners, drawn in green.
-    """
+    """An image [1|3,H,W] or [H,W], a map [h,w], both in [0,1], or the map over the image."""
 
     title: str = ""
     image: Tensor | np.ndarray | None = None
     heat: Tensor | np.ndarray | None = None
-    alpha: float = 1.0
-    boxes: pd.DataFrame | None = None
+    alpha: float = 1.0  # opacity of the map
+    boxes: pd.DataFrame | None = None  # corners, drawn in green
 
 
 def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) -> Figure:
@@ -53,7 +51,7 @@ def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) ->
         line[0].set_ylabel(_wrapped(label, 18), fontsize=9, rotation=0, ha="right", va="center")
         for axis, picture in zip(line, pictures, strict=False):
             _show(axis, picture)
-            zero = picture.heat is not None and not _array(picture.heat).max() > base.TINY
+            zero = picture.heat is not None and not base.array(picture.heat).max() > base.TINY
             title = _wrapped(picture.title, int(15 * side)) + ("\nzero map" if zero else "")
             axis.set_title(title, fontsize=8)
         titles = [axis.get_title() for axis in line]
@@ -70,22 +68,18 @@ def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) ->
 def _show(axis: Axes, picture: Picture) -> None:
     look = {"vmin": 0, "vmax": 1}
     if picture.image is not None:
-        grey = _array(picture.image)
+        grey = base.array(picture.image)
         grey = grey.mean(0) if grey.ndim == 3 else grey
         axis.imshow(grey, cmap="gray", **look)
         # A map of another size covers the image all the same.
         look["extent"] = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     if picture.heat is not None:
         look |= {"cmap": HEAT, "alpha": picture.alpha, "interpolation": "bilinear"}
-        axis.imshow(_array(picture.heat), **look)
+        axis.imshow(base.array(picture.heat), **look)
     if picture.boxes is not None:
         for x1, y1, x2, y2 in picture.boxes[CORNERS].to_numpy(float):
             corner = (x1 - 0.5, y1 - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
             axis.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, color=TRUTH, lw=1.5))
-
-
-def _array(values: Tensor | np.ndarray) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -126,8 +120,7 @@ def figure_forest(
     panel: str,
     row: str,
     series: str = "",
-    chance: float | str = 0.0,
-    below: str = "",
+    chance: float | str,
 ) -> Figure:
     """Values with their intervals (value, ci_low, ci_high): a panel for each value of one column.
 
@@ -149,7 +142,7 @@ def figure_forest(
         axis.axvline(at, color="0.4", ls=":", lw=1.2)
         axis.set(title=_words(title), ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows)
-    return _finish(figure, caption, f"bars: intervals by patient{below}", legend=bool(series))
+    return _finish(figure, caption, "bars: intervals by patient")
 
 
 def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -170,7 +163,7 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Fi
                 axis.axhline(level, color=look["color"], ls=":", lw=1.2)
         axis.set(ylim=(None, 1.05), title=f"{title} (1: the same map; dotted: another image's)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return _finish(figure, caption, "randomised layers, from the output down", legend=True)
+    return _finish(figure, caption, "randomised layers, from the output down")
 
 
 def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -188,13 +181,11 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.fill_between(x, own["ci_low"], own["ci_high"], color=look["color"], alpha=0.15)
         axis.set_title(_words(corruption))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(figure, caption, "AUC over severity (0: clean); bands: intervals", legend=True)
+    return _finish(figure, caption, "AUC over severity (0: clean); bands: intervals")
 
 
-def figure_drift(
-    drift: Mapping[str, pd.DataFrame], caption: str, *, method: str = "gradcam++"
-) -> Figure:
-    """Mean RMSE of the maps against depth: a line of panels per training, a panel per severity.
+def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
+    """Mean RMSE of Grad-CAM++ against depth: a line of panels per training, a panel per severity.
 
     drift: name of the training -> second table of `drift.measure`. Grey: the floor (dotted) and the
     ceiling (dashed, with the middle half of its pairs).
@@ -203,7 +194,7 @@ def figure_drift(
     count = len(severities)
     figure, axes = _panels(count * len(drift), columns=count, height=2.4)
     for line, (training, table) in zip(axes, drift.items(), strict=True):
-        own = table[table["method"].eq(method)]
+        own = table[table["method"].eq(METHOD)]
         layers = list(own["layer"].unique())
         parts = own.groupby(["corruption", "severity", "layer"], sort=False)["rmse"]
         means = parts.mean().unstack("layer")[layers]
@@ -212,25 +203,20 @@ def figure_drift(
             at = means.drop([FLOOR, CEILING]).xs(severity, level="severity")
             for number, (name, values) in enumerate(at.iterrows()):
                 axis.plot(layers, values, ms=3.5, lw=1.2, label=_words(name), **line_style(number))
-            for name, text, style in ((FLOOR, "floor", ":"), (CEILING, "ceiling", "--")):
-                label = f"{text}: {name}"
-                axis.plot(layers, means.loc[name, 0], color="0.5", ls=style, label=label)
+            for name, label, style in ((FLOOR, "floor", ":"), (CEILING, "ceiling", "--")):
+                look = {"color": "0.5", "ls": style, "label": f"{label}: {name}"}
+                axis.plot(layers, means.loc[name, 0], **look)
             axis.fill_between(layers, *half, color="0.5", alpha=0.15, label="their middle half")
             axis.set_title(f"{training}, severity {severity}")
-            bottom = training == list(drift)[-1]
-            axis.tick_params(axis="x", rotation=60, labelbottom=bottom)
+            axis.tick_params(axis="x", rotation=60, labelbottom=training == [*drift][-1])
     below = "RMSE of scaled maps (0 to 255), layer by layer from shallow to deep"
-    return _finish(figure, f"{method}, {caption}", below, legend=True)
+    return _finish(figure, f"{METHOD}, {caption}", below)
 
 
 def figure_scatter(
-    grid: Mapping[str, pd.DataFrame],
-    drift: Mapping[str, pd.DataFrame],
-    caption: str,
-    *,
-    method: str = "gradcam++",
+    grid: Mapping[str, pd.DataFrame], drift: Mapping[str, pd.DataFrame], caption: str
 ) -> Figure:
-    """The drop of the AUC against the mean RMSE of the maps: a point per corruption and severity.
+    """The drop of the AUC against Grad-CAM++'s mean RMSE: a point per corruption and severity.
 
     Not one per image: images of one cell share its drop, and would pass for many witnesses of the
     same thing. A panel per training. Lines join the severities of a corruption.
@@ -238,7 +224,7 @@ def figure_scatter(
     figure, axes = _panels(len(drift), height=3.4)
     for axis, (name, table) in zip(axes.flat, drift.items(), strict=True):
         keys = ["corruption", "severity"]
-        means = table[table["method"].eq(method)].groupby(keys, sort=False)["rmse"].mean()
+        means = table[table["method"].eq(METHOD)].groupby(keys, sort=False)["rmse"].mean()
         cells = grid[name].set_index(keys)[["drop"]].join(means, how="inner")
         for number, (corruption, part) in enumerate(cells.groupby("corruption", sort=False)):
             look = line_style(number) | {"ls": "-"}
@@ -250,7 +236,7 @@ def figure_scatter(
         rank = spearmanr(cells["rmse"], cells["drop"]).statistic
         axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
     below = "drop of the AUC (clean minus corrupted) over the mean RMSE of the maps"
-    return _finish(figure, f"{method}, {caption}", below, legend=True)
+    return _finish(figure, f"{METHOD}, {caption}", below)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -263,14 +249,14 @@ def _panels(
     columns = min(columns, used)
     width = WIDTH / max(columns, 2)
     figure, axes = panels(columns, rows=-(-used // columns), width=width, height=height)
-    for number, axis in enumerate(axes.flat):
-        if number and common:
+    for axis in axes.flat[1:]:
+        axis.sharey(axes[0, 0])
+        if common:
             axis.sharex(axes[0, 0])
-        if number:
-            axis.sharey(axes[0, 0])
-        axis.tick_params(labelleft=number % columns == 0)
-        if number >= used:
-            axis.axis("off")
+    for axis in axes[:, 1:].flat:
+        axis.tick_params(labelleft=False)
+    for axis in axes.flat[used:]:
+        axis.axis("off")
     return figure, axes
 
 
@@ -278,7 +264,7 @@ def _words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def _finish(figure: Figure, caption: str, below: str, *, legend: bool = False) -> Figure:
+def _finish(figure: Figure, caption: str, below: str) -> Figure:
     """Small type, a light grid, heading, remark and legend under the panels."""
     for axis in figure.axes:
         axis.tick_params(labelsize=8)
@@ -287,7 +273,6 @@ def _finish(figure: Figure, caption: str, below: str, *, legend: bool = False) -
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(caption, fontsize=9)
     figure.set_layout_engine("constrained")
-    handles = figure.axes[0].get_legend_handles_labels() if legend else ([], [])
     look = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "loc": "outside lower center"}
-    figure.legend(*handles, title=below, ncols=4, **look)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), title=below, ncols=4, **look)
     return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,10 @@ def gradcam(
 
     With A the layer's output and g the gradient of the class's logit, channel c weighs w_c = mean
     of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
-    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). x:
-    [B,1|3,H,W] in [0,1]. layer: a module or its dotted name; None takes `models.last_map_layer`.
-    target: a class or int64 [B]; None takes the predicted one. A head with one logit z is read as
-    class 1 = z, class 0 = -z. The model may be frozen and is left as it was. Errors: ValueError for
-    a model in training mode, images outside [0,1], an unknown class or layer, one without maps, or
-    that does not run once.
+    1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). layer:
+    a module or its dotted name; None takes `models.last_map_layer`. x, target: as in
+    `attribution.explain`. Errors: also for an unknown layer, one without maps, or that does not run
+    once.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     >>> gradcam(net, torch.rand(3, 1, 8, 8), "0").grid.shape
@@ -46,15 +45,14 @@ def gradcam(
 
 
 class Pass(NamedTuple):
-    """The model's output, the class explained and its logit [B], each layer's output and gradient
-    [B,C,h,w], and the gradient at the images, if asked for."""
+    """The model's output, class explained and its logit; each layer's output and gradient."""
 
     output: Tensor
     target: Tensor
     score: Tensor
     kept: list[Tensor]
     gradients: list[Tensor]
-    to_input: Tensor | None
+    to_input: Tensor | None  # the gradient at the images
 
 
 def one_pass(
@@ -66,42 +64,34 @@ def one_pass(
     to_input: bool = False,
 ) -> Pass:
     """Run the model once and differentiate the target's logit down to the lowest of `layers`."""
-    found = [base.find_layer(model, layer) for layer in layers]
-    x = base.check(model, x).requires_grad_(to_input)
-    runs: list[list[Tensor]] = [[] for _ in found]
-    with ExitStack() as hooks:
-        for (module, name), outputs in zip(found, runs, strict=True):
-            hooks.enter_context(module.register_forward_hook(_keep(outputs, name)))
-        with frozen(model), torch.enable_grad():
-            output = model(x.clone())  # a first layer may work in place
-            logits = two_logits(output)
-            for (_, name), outputs in zip(found, runs, strict=True):
-                if len(outputs) != 1:
-                    raise ValueError(f"{name} ran {len(outputs)} times: choose one that runs once")
-            chosen = base.choose_target(logits.detach(), target)
-            score = base.pick(logits, chosen)
-            roots = [outputs[0] for outputs in runs] + ([x] if to_input else [])
-            gradients = [None] * len(roots)
-            if score.requires_grad:
-                gradients = list(torch.autograd.grad(score.sum(), roots, allow_unused=True))
-    for name, gradient in zip([n for _, n in found] + ["the images"], gradients, strict=False):
-        if gradient is None:
-            raise ValueError(f"the output does not depend on {name}: choose a layer that it needs")
-    kept = [outputs[0].detach() for outputs in runs]
+    x, found = base.check(model, x).requires_grad_(to_input), []
+    runs: dict[str, Tensor] = {}
+
+    def keep(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        if name in runs:
+            raise ValueError(f"{name} ran 2 times: choose one that runs once")
+        out = base.feature_map(output, name)
+        # Parameters are frozen: the graph begins at the lowest layer, and holds higher ones.
+        runs[name] = out if out.requires_grad else out.detach().requires_grad_()
+        return runs[name].clone()  # whatever follows may work in place
+
+    with ExitStack() as hooks, frozen(model), torch.enable_grad():
+        for layer in layers:
+            module, name = base.find_layer(model, layer)
+            found.append(name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        output = model(x.clone())  # a first layer may work in place
+        if missing := [name for name in found if name not in runs]:
+            raise ValueError(f"{missing[0]} ran 0 times: choose one that runs once")
+        logits = two_logits(output)
+        chosen = base.choose_target(logits.detach(), target)
+        score = base.pick(logits, chosen)
+        roots = [runs[name] for name in found] + ([x] if to_input else [])
+        # A layer that the output does not depend on is refused by torch.
+        gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
+    kept = [runs[name].detach() for name in found]
     at_input = gradients.pop() if to_input else None
     return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
-
-
-def _keep(outputs: list[Tensor], name: str) -> Callable:
-    """A forward hook that notes the layer's output as a tensor of the graph."""
-
-    def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        kept = base.feature_map(output, name)
-        # Parameters are frozen: the graph begins at the lowest layer, and holds higher ones.
-        outputs.append(kept if kept.requires_grad else kept.detach().requires_grad_())
-        return outputs[-1].clone()  # whatever follows may work in place
-
-    return hook
 
 
 def grid(kept: Tensor, gradient: Tensor, *, plus: bool = False) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -13,10 +12,11 @@ from scipy.ndimage import sobel
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from .. import metrics
 from ..data.cache import ImageCache
 from ..data.datasets import Dataset
-from ..metrics import bootstrap, share
 from . import base
 from .attribution import explain
 from .eigencam import CORNERS, inside
@@ -37,18 +37,17 @@ def regions_of(
     gets a pixel. Errors: ValueError for images without a finding, by name.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    table = {"box": dataset.boxes, "outline": dataset.outlines}[kind]
+    table, found = {"box": dataset.boxes, "outline": dataset.outlines}[kind], []
     without = dataset.manifest["path"].iloc[rows[~np.isin(rows, table["image"])]]
     if len(without):
         raise ValueError(f"leave out images without a {kind}: {', '.join(without[:3])}")
-    parts, found = dict(list(table.groupby("image"))), []
-    for row, by in zip(rows.tolist(), cache.scale(rows), strict=True):
+    for row, by in zip(rows, cache.scale(rows), strict=True):
+        own = table[table["image"].eq(row)]
         if kind == "box":
-            scaled = parts[row][CORNERS] * [*by, *by]
-            found.append(parts[row].assign(**_at_least_a_pixel(scaled, cache.size)))
+            found.append(own.assign(**_at_least_a_pixel(own[CORNERS] * [*by, *by], cache.size)))
         else:
-            shapes = (np.asarray(points, float) * by for points in parts[row]["points"])
-            found.append(np.logical_or.reduce([_filled(shape, cache.size) for shape in shapes]))
+            masks = [_filled(np.asarray(one, float) * by, cache.size) for one in own["points"]]
+            found.append(np.logical_or.reduce(masks))
     return found
 
 
@@ -80,24 +79,23 @@ def _filled(corners: np.ndarray, size: int) -> np.ndarray:
 def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataFrame:
     """How well each map [N,H,W] >= 0 finds its region; one row per image.
 
-    Columns: area (share of the image that the region covers: the chance level of the others);
-    coverage, the share of the region among the highest 5 % of the pixels, and coverage_gain, the
-    same minus that 5 %; pointing, 1 when the highest pixel lies inside (Zhang et al., arXiv
-    1608.00507); energy and energy_gain (see `energy_inside`); auprc, average precision of the
-    pixels; zero, the map is 0 everywhere. Pixels of equal height share their places, so flat maps
-    and zero maps score chance. Errors: ValueError for other shapes, maps that are negative or NaN,
-    a region without a pixel.
+    Columns: area, the region's share of the image (chance for the others); coverage, the share of
+    the region among the highest 5 % of the pixels, and coverage_gain, above that 5 %; pointing, 1
+    when the highest pixel lies inside (Zhang et al., arXiv 1608.00507); energy and energy_gain (see
+    `energy_inside`); auprc of the pixels; zero, the map is 0 everywhere. Pixels of equal height
+    share their places, so flat maps and zero maps score chance. Errors: ValueError for maps that
+    are negative or NaN, and for a region without a pixel.
 
     >>> score_maps(np.eye(8)[None], [np.eye(8, dtype=bool)])[["area", "pointing", "auprc"]]
         area  pointing  auprc
     0  0.125       1.0    1.0
     """
-    maps = _heights(maps)
-    rows = []
+    maps, rows = base.array(maps), []
+    if not (maps >= 0).all():
+        raise ValueError("maps must be [N,H,W] and >= 0 everywhere: pass Attribution.heat()")
     for heat, region in zip(maps, regions, strict=True):
-        boxed = isinstance(region, pd.DataFrame)
-        mask = inside(region, heat.shape) if boxed else np.asarray(region, dtype=bool)
-        if mask.shape != heat.shape or not mask.any():
+        mask = inside(region, heat.shape) if isinstance(region, pd.DataFrame) else region
+        if not mask.any():
             raise ValueError(f"image {len(rows)}: no pixel of its region lies on the map")
         count = max(1, round(TOP * heat.size))
         level = np.partition(heat.ravel(), -count)[-count]
@@ -110,13 +108,6 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
         row |= {"energy": energy, "energy_gain": energy - area, "zero": zero}
         rows.append(row | {"auprc": average_precision_score(mask.ravel(), heat.ravel())})
     return pd.DataFrame(rows)
-
-
-def _heights(maps: Tensor | np.ndarray) -> np.ndarray:
-    array = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps, dtype=float)
-    if array.ndim != 3 or not np.isfinite(array).all() or (array < 0).any():
-        raise ValueError("maps must be [N,H,W] and >= 0 everywhere: pass Attribution.heat()")
-    return array
 
 
 def localise(
@@ -136,15 +127,11 @@ def localise(
     >>> summarise(table, draws=50).query("score == 'auprc'").set_index("map")["value"].idxmax()
     'mine'
     """
-    if set(maps) & set(base.REFERENCES):
-        raise ValueError(
-            f"{', '.join(base.REFERENCES)} are the reference maps: name yours otherwise"
-        )
     tables = []
+    about = {"image": range(len(images)), "group": list(groups)}
     for name, heats in {**maps, **reference_maps(images)}.items():
-        table = score_maps(heats, regions)
-        about = pd.DataFrame({"map": name, "image": range(len(table)), "group": list(groups)})
-        tables.append(pd.concat([about, table], axis=1))
+        first = pd.DataFrame({"map": name} | about)
+        tables.append(first.join(score_maps(heats, regions)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -156,10 +143,10 @@ def summarise(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
     rows = []
     for name, table in per_image.groupby("map", sort=False):
         for score in SCORES:
-            row = _mean(table[score].to_numpy(float), table["group"], draws)
-            if table[score].isin([0, 1]).all():  # hits and misses: honest also when all agree
-                hits = share(table[score].to_numpy(bool), table["group"], draws=draws)
-                row |= {end: hits[end] for end in ("ci_low", "ci_high")}
+            values = table[score]
+            if values.isin([0, 1]).all():  # hits and misses: honest also when all agree
+                values = values.astype(bool)
+            row = metrics.mean(values.to_numpy(), table["group"], draws=draws)
             zero = {"zero_maps": int(table["zero"].sum())}
             rows.append({"map": name, "score": score} | row | zero)
     return pd.DataFrame(rows)
@@ -174,8 +161,8 @@ def against_references(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.Data
     parts = []
     for reference in base.REFERENCES:
         other = per_image[per_image["map"].eq(reference)].drop(columns="map")
-        others = [other.assign(map=name) for name in per_image["map"].unique()]
-        gains = against_model(per_image, pd.concat(others), draws=draws)
+        others = other.merge(per_image[["map"]].drop_duplicates(), how="cross")
+        gains = against_model(per_image, others, draws=draws)
         gains.insert(2, "reference", reference)
         parts.append(gains)
     return pd.concat(parts, ignore_index=True)
@@ -197,14 +184,9 @@ def against_model(
     for name, table in pairs[~pairs["map"].isin(base.REFERENCES)].groupby("map", sort=False):
         for score in SCORES:
             gain = (table[score] - table[f"{score}_other"]).to_numpy(float)
-            rows.append({"map": name, "score": score} | _mean(gain, table["group"], draws))
+            row = metrics.mean(gain, table["group"], draws=draws)
+            rows.append({"map": name, "score": score} | row)
     return pd.DataFrame(rows)
-
-
-def _mean(values: np.ndarray, groups: Sequence, draws: int) -> dict:
-    """value, ci_low, ci_high, n of a number per image, by patient."""
-    table = bootstrap(lambda weights: weights @ values / weights.sum(1), groups, draws=draws)
-    return table.to_dict("records")[0]
 
 
 def reference_maps(images: Tensor) -> dict[str, np.ndarray]:
@@ -213,7 +195,7 @@ def reference_maps(images: Tensor) -> dict[str, np.ndarray]:
     Random: uniform, drawn from the image's number. Centre: standard deviation a quarter of each
     side. Edges: Sobel magnitude.
     """
-    grey = _heights(images.mean(1))
+    grey = base.array(images.mean(1))
     height, width = grey.shape[1:]
     down, across = ((np.arange(n) + 0.5) / n - 0.5 for n in (height, width))
     centre = np.exp(-(down[:, None] ** 2 + across[None] ** 2) / (2 * 0.25**2))
@@ -235,13 +217,12 @@ def sanity(
 ) -> pd.DataFrame:
     """Does the map change when weights are lost? Source: Adebayo et al., arXiv 1810.03292.
 
-    Layers with weights are randomised from the output downwards, in `steps` equal shares, on a
-    copy: each parameter is drawn from a normal with mean zero and its own root mean square. The
-    class explained stays that of the intact model. method, options: as for `explain`; layers by
-    name. One row per step: layers (how many are random), down_to (the deepest), spearman (ranks of
-    the maps averaged to at most 14 x 14) and ssim, means over the images; zero, maps that vanished.
-    The last row, "another image", is the likeness of maps of different images: a map that explains
-    the model falls towards it. Errors: ValueError for a model without weights.
+    On a copy, layers with weights are randomised from the output downwards, in `steps` equal
+    shares: parameters are drawn from a normal with mean zero and their own root mean square.
+    method, target, options: as for `explain`; layers by name. One row per step: layers (how many
+    are random), down_to (the deepest), spearman (ranks of the maps averaged to at most 14 x 14) and
+    ssim, means over the images; zero, maps that vanished. The last row, "another image", is the
+    likeness of maps of different images: a map that explains the model falls towards it.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
     >>> table = sanity(net, torch.rand(2, 1, 8, 8), "saliency")
@@ -269,30 +250,20 @@ def sanity(
 
 def _layers_from_the_top(copied: nn.Module, x: Tensor) -> list[str]:
     """Names of the modules that own parameters, the last to run first."""
-    order: list[str] = []
-    with ExitStack() as hooks, torch.no_grad():
-        for name, part in copied.named_modules():
-            if any(True for _ in part.parameters(recurse=False)):
-                note = part.register_forward_hook(lambda *_, name=name: order.append(name))
-                hooks.enter_context(note)
+    names, order = {part: name for name, part in copied.named_modules()}, []
+    with register_module_forward_hook(lambda part, *_: order.append(part)), torch.no_grad():
         copied(x)
-    if not order:
-        raise ValueError("the model has no layer with weights: there is nothing to randomise")
-    return list(dict.fromkeys(reversed(order)))
+    own = [part for part in reversed(order) if any(True for _ in part.parameters(recurse=False))]
+    return [names[part] for part in dict.fromkeys(own)]
 
 
 def _likeness(first: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Mean rank correlation and SSIM of two stacks of maps, and how many of `other` are zero."""
-    size = [min(side, 14) for side in first.shape[1:]]  # ranks of single pixels are mostly noise
-    pooled = [
-        nn.functional.adaptive_avg_pool2d(torch.from_numpy(maps), size).flatten(1).numpy()
-        for maps in (first, other)
-    ]
-    ranks = [
-        spearmanr(a, b).statistic
-        for a, b in zip(*pooled, strict=True)
-        if np.ptp(a) > 0 and np.ptp(b) > 0
-    ]
+    # Ranks of single pixels are mostly noise.
+    pool = nn.AdaptiveAvgPool2d([min(side, 14) for side in first.shape[1:]])
+    pooled = [pool(torch.from_numpy(maps)).flatten(1).numpy() for maps in (first, other)]
+    varied = [pair for pair in zip(*pooled, strict=True) if np.ptp(pair, axis=1).min() > 0]
+    ranks = [spearmanr(*pair).statistic for pair in varied]
     alike = base.ssim(first.astype(float), other.astype(float)).mean()
     zero = int((other.max((1, 2)) <= base.TINY).sum())
     return {"spearman": np.mean(ranks) if ranks else np.nan, "ssim": alike, "zero": zero}

@@ -32,12 +32,12 @@ Predictor = tuple[str, str, str]  # method, layer, score
 
 
 def outcomes(predictions: pd.DataFrame) -> pd.DataFrame:
-    """What went wrong on every corrupted copy, and three predictors of it that need no map.
+    """What went wrong on every corrupted copy, and predictors of it that need no map.
 
     Columns: image, corruption, severity; the outcomes error (predicted is not the label), flip (not
     what the clean image got) and new_error (an error on an image that was right when clean);
-    clean_right, clean_predicted; and the competitors uncertainty (1 minus the highest probability),
-    p_shift (total variation from the clean probabilities) and severity.
+    clean_right, clean_predicted; uncertainty (1 minus the highest probability) and p_shift (total
+    variation from the clean probabilities).
     """
     columns = check(predictions)
     is_clean = predictions["corruption"].eq(CLEAN)
@@ -45,16 +45,10 @@ def outcomes(predictions: pd.DataFrame) -> pd.DataFrame:
     clean = predictions[is_clean].set_index("image").loc[copies["image"]].reset_index()
     error, before = copies["predicted"].ne(copies["label"]), clean["predicted"]
     right = before.eq(copies["label"])
-    p = copies[columns]
-    return copies[KEY].assign(
-        error=error,
-        flip=copies["predicted"].ne(before),
-        new_error=error & right,
-        clean_right=right,
-        clean_predicted=before,
-        uncertainty=1 - p.max(axis=1),
-        p_shift=(p - clean[columns]).abs().sum(axis=1) / 2,
-    )
+    found = copies[KEY].assign(error=error, flip=copies["predicted"].ne(before))
+    found = found.assign(new_error=error & right, clean_right=right, clean_predicted=before)
+    shift = (copies[columns] - clean[columns]).abs().sum(axis=1) / 2
+    return found.assign(uncertainty=1 - copies[columns].max(axis=1), p_shift=shift)
 
 
 def warning(
@@ -72,17 +66,15 @@ def warning(
 
     AUROC is the probability that a copy with the event has the higher score than a copy of another
     image without it; ties and undefined scores (NaN) count one half. predictors: (method, layer,
-    score), None for all. new_error is asked only of images that were right when clean. Readings:
-    "within" compares copies under the same corruption and severity, so that neither can be the
-    cause. "same answer": and of images with the same answer when clean; a corruption that makes the
-    model call everything one class breaks the answers of one class only, and what tells the classes
-    apart then looks like a warning. "mixed": under any corruption and severity, each image weighing
-    the same; severity drives drift and errors alike, so it is a competitor here.
+    score), None for all. new_error is asked only of images that were right when clean. Readings
+    compare copies "within" one corruption and severity; with the "same answer" when clean as well
+    (else a score that tells the classes apart passes for a warning where a corruption breaks the
+    answers of one class); or "mixed", each image weighing the same, where severity competes too.
 
     Columns: reading, outcome, predictor, method, layer, score ("" for competitors), metric (auroc,
     and for drift auroc_over_... of each competitor in `against`, paired), value, ci_low, ci_high, n
     (images), copies, events, event_patients and other_patients (with a copy that has the event, or
-    has not, in cells where both occur). Errors: ValueError for unknown predictors, missing copies.
+    has not, in cells where both occur). Errors: ValueError where maps differ in their copies.
     """
     copies, scores = _copies(predictions, drift, predictors)
     unit = pd.factorize(patients_of(copies["image"].to_numpy(), patients))[0]
@@ -117,22 +109,12 @@ def _copies(
 ) -> tuple[pd.DataFrame, dict[Predictor, np.ndarray]]:
     """`outcomes` of the copies in `drift`, and the scores, turned to grow with drift."""
     drift, maps = drift[drift["severity"].ne(0)], ["method", "layer"]
-    if drift.duplicated([*KEY, *maps]).any():
-        raise ValueError("drift has copies twice for one map: pass one model at a time")
-    known = [score for score in SIGN if score in drift]
-    wide = drift.set_index([*KEY, *maps])[known].unstack(maps)
-    pairs = drift[maps].drop_duplicates().itertuples(index=False, name=None)
-    every = [(*pair, score) for pair in pairs for score in known]
-    chosen = every if predictors is None else [tuple(one) for one in predictors]
-    if unknown := [one for one in chosen if one not in every]:
-        raise ValueError(f"drift has no predictor {unknown[0]}")
-    copies = outcomes(predictions).set_index(KEY)
-    if missing := [*wide.index.difference(copies.index)]:
-        raise ValueError(f"predictions lacks {len(missing)} copies of drift, such as {missing[0]}")
-    if len(drift) * len(known) != wide.size:
+    wide = drift.set_index([*KEY, *maps])[[s for s in SIGN if s in drift]].unstack(maps)
+    if len(drift) != len(wide) * len(drift[maps].drop_duplicates()):
         raise ValueError("drift lacks copies for some maps: compute every map on the same copies")
+    chosen = [(*map_, score) for score, *map_ in wide] if predictors is None else predictors
     scores = {(m, layer, s): SIGN[s] * wide[s, m, layer].to_numpy(float) for m, layer, s in chosen}
-    return copies.loc[wide.index].reset_index(), scores
+    return outcomes(predictions).set_index(KEY).loc[wide.index].reset_index(), scores
 
 
 class _Pairs:
@@ -143,8 +125,7 @@ class _Pairs:
         copies = copies.reset_index(drop=True)
         by_image = copies.groupby("image").indices
         cells = copies.groupby(CELLS[reading] or [0] * len(copies)).indices.values()
-        ends = [(rows, self.happened[rows]) for rows in cells]
-        self.cells = [rows for rows, here in ends if here.any() and not here.all()]
+        self.cells = [rows for rows in cells if 0 < self.happened[rows].mean() < 1]
         self.mass, self.same_image = np.ones(len(copies)), []
         if reading == "mixed":  # where every image weighs one, and must not meet itself
             self.mass = 1 / copies.groupby("image")["image"].transform("size").to_numpy()
@@ -199,21 +180,18 @@ def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
             "no cell of these images holds copies with a wrong answer and with a right one: take "
             "more images or stronger corruptions"
         )
-    table = table.assign(value=table["value"].round(12)).sort_values(["method", "layer", "score"])
-    return tuple(table.loc[table["value"].idxmax(), ["method", "layer", "score"]])
+    key = ["method", "layer", "score"]
+    table = table.assign(value=table["value"].round(12)).sort_values(key)
+    return tuple(table.loc[table["value"].idxmax(), key])
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
-    """`warning`'s table as metric rows for `report.result_rows`, which adds model and context.
+    """`warning`'s table as metric rows for `report.result_rows`, NaN values left out.
 
-    "warning " and the predictor go under attack; metric, outcome and reading under metric. NaN
-    values are left out.
+    "warning " and the predictor go under attack; metric, outcome and reading under metric.
     """
-    named = table.assign(
-        attack="warning " + table["predictor"],
-        eps=0.0,
-        eps_unit=ALL_SEVERITIES,
-        metric=table["metric"] + " " + table["outcome"] + " " + table["reading"],
-    )
+    metric = table["metric"] + " " + table["outcome"] + " " + table["reading"]
+    named = table.assign(attack="warning " + table["predictor"], metric=metric)
+    named = named.assign(eps=0.0, eps_unit=ALL_SEVERITIES)
     columns = ["attack", "eps", "eps_unit", "metric", "value", "ci_low", "ci_high", "n"]
     return named.loc[named["value"].notna(), columns].reset_index(drop=True)

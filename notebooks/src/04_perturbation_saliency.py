@@ -503,7 +503,7 @@ lines, target = [], None
 for kind, x in shown.items():
     p = model(x).softmax(1)[0].detach().cpu().numpy()
     target = int(p.argmax()) if target is None else target  # of the clean image, which comes first
-    cams = drift.maps(model, x, target=target, methods=["gradcam++"])
+    cams = drift.read(model, x, target=target, methods=["gradcam++"])[2]
     pictures = [figures.Picture("" if lines else "image", x[0])]
     for (_, layer), heat in cams.items():
         unit = drift.prepared(heat)["unit"][0]  # by its own minimum and maximum
