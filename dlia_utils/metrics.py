@@ -100,7 +100,7 @@ def interval_row(drawn: Array, n: int, *, without: Array | None = None) -> dict[
 
     A draw that is NaN, such as an AUC without one of the classes, is left out.
     """
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     resampled = drawn[1:][np.isfinite(drawn[1:])]
     if without is not None and len(resampled):
         tails = _bca_tails(drawn[0], resampled, without[np.isfinite(without)], tails)
