@@ -18,7 +18,7 @@ CORNERS = ("x1", "y1", "x2", "y2")
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
 RECALLS = np.linspace(0, 1, 101)
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image (Setio et al., 1612.08012)
-SWEEP = tuple((np.arange(1, 9) / 20).tolist())
+SWEEP = tuple((np.arange(1, 9) / 20).tolist())  # score thresholds
 STATISTICS = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1", "AP50")
 MAX_DETECTIONS = 100  # boxes of one image and class that count, as COCO has it
 CHUNK = 2_000_000  # numbers in one array of the bootstrap: bounds its memory
@@ -28,19 +28,17 @@ CHUNK = 2_000_000  # numbers in one array of the bootstrap: bounds its memory
 class Matches:
     """What `match` found; N images, K classes, D predictions, T IoU thresholds.
 
-    images: int64 [N] ids in the caller's order. truths: int64 [N,K] true boxes. The predictions are
-    ordered by class, then descending score; those of label k are `bounds[k - 1]:bounds[k]`. score:
-    float64 [D]. place: int64 [D], the row in `images`. hit: bool [T,D].
+    Predictions are ordered by class, then descending score.
     """
 
-    images: np.ndarray
+    images: np.ndarray  # int64 [N] ids in the caller's order
     labels: tuple[int, ...]
     iou: tuple[float, ...]
-    truths: np.ndarray
-    score: np.ndarray
-    place: np.ndarray
-    hit: np.ndarray
-    bounds: np.ndarray
+    truths: np.ndarray  # int64 [N,K] true boxes
+    score: np.ndarray  # float64 [D]
+    place: np.ndarray  # int64 [D], the row in `images`
+    hit: np.ndarray  # bool [T,D]
+    bounds: np.ndarray  # the predictions of label k are bounds[k - 1]:bounds[k]
 
     @property
     def half(self) -> int:
@@ -65,9 +63,8 @@ def match(
     truth: columns image, x1, y1, x2, y2, label (1..`classes`); predictions: and score. images: ids
     of all evaluated images, those without a box too. In each image and class the best 100 boxes
     are taken by score; each gets the free true box of highest IoU, if that reaches the threshold.
-    Ties are broken as in pycocotools: equal scores by image id, then by the table's order; equal
-    IoU by the later true box. Errors: ValueError naming the first wrong row, for ids twice, and
-    for IoUs without 0.5.
+    Ties are broken as in pycocotools. Errors: ValueError naming the first wrong row, for ids
+    twice, and for IoUs without 0.5.
 
     >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns=["image", *CORNERS, "label"])
     >>> found = pd.DataFrame([[7, 0, 0, 10, 9, 1]], columns=truth.columns).assign(score=0.8)
@@ -124,14 +121,11 @@ def summary(matches: Matches) -> dict[str, float]:
     return result | ({"mAP50_95": float(table.mean().mean())} if matches.iou == COCO_IOUS else {})
 
 
-# --------------------------------------------------------------------------------------- thresholds
-
-
 def curve(matches: Matches, label: int | None = None) -> pd.DataFrame:
     """What is right and wrong at IoU 0.5 when all boxes from a score upwards are kept.
 
-    One row per distinct score, descending: threshold, precision, recall (the sensitivity of FROC),
-    f1, fp_per_image; NaN without true boxes. label: one class, or None for all pooled.
+    One row per distinct score, descending: threshold, precision, recall, f1, fp_per_image; NaN
+    without true boxes. label: one class, or None for all pooled.
     """
     threshold, tp, fp = _counts(matches, label, np.ones((1, len(matches.images))))
     return _rates(matches, label, threshold, tp[0], fp[0])
@@ -144,9 +138,8 @@ def best_thresholds(
 
     objective: "f1", or "froc" for the highest sensitivity with at most `fp_per_image` false
     positives of the class per image. Columns label and those of `curve`. Ties go to the highest
-    threshold; NaN, which no score reaches, where keeping nothing is as good as anything. Choose on
-    other images than those that the result is reported on. Errors: ValueError for an unknown
-    objective.
+    threshold; NaN, which no score reaches, where keeping nothing is as good. Choose on other images
+    than those that the result is reported on.
 
     >>> truth = pd.DataFrame([[0, 0, 0, 9, 9, 1]], columns=["image", *CORNERS, "label"])
     >>> found = truth.loc[[0, 0]].assign(x2=[9, 3], score=[0.7, 0.4])
@@ -167,26 +160,23 @@ def best_thresholds(
     return pd.DataFrame(rows)
 
 
-def threshold_sweep(matches: Matches, thresholds: Sequence[float] = SWEEP) -> pd.DataFrame:
-    """mAP at IoU 0.5 and the columns of `curve` for the boxes that score at least each threshold.
+def threshold_sweep(matches: Matches) -> pd.DataFrame:
+    """mAP at IoU 0.5 and the columns of `curve` for the boxes that score at least each of `SWEEP`.
 
     A cut takes points off the end of each precision-recall curve, so mAP can only fall: choosing a
     threshold by mAP always answers with the lowest one tried. F1 does have a best threshold.
     """
     mean_ap, counts = [], []
-    for threshold in thresholds:
+    for threshold in SWEEP:
         keep = matches.score >= threshold
         bounds = np.r_[0, np.cumsum(keep)][matches.bounds]
         hit = matches.hit[matches.half, keep]
         kept = dict(score=matches.score[keep], place=matches.place[keep], hit=hit[None])
         mean_ap.append(summary(replace(matches, iou=(0.5,), bounds=bounds, **kept))["mAP50"])
         counts.append((hit.sum(), (~hit).sum()))
-    table = _rates(matches, None, np.array(thresholds), *np.array(counts).T)
+    table = _rates(matches, None, np.array(SWEEP), *np.array(counts).T)
     table.insert(1, "mAP50", mean_ap)
     return table
-
-
-# ---------------------------------------------------------------------------------------- intervals
 
 
 def bootstrap(
@@ -202,10 +192,9 @@ def bootstrap(
 
     groups: [N] patient of each of `matches.images`; an image without one (None, NaN) stands for
     itself. less: another pass of the same images and truth; the values are then the differences to
-    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class, FROC counts
-    hits at IoU 0.5. A class without true boxes in a draw is left out of it. Columns metric, label,
-    value, ci_low, ci_high, n (images). Errors: ValueError for passes that do not fit each other or
-    the statistics.
+    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class. A class
+    without true boxes in a draw is left out of it. Columns metric, label, value, ci_low, ci_high, n
+    (images). Errors: ValueError for passes that do not fit each other or the statistics.
 
     >>> truth = pd.DataFrame({"image": range(4), "x1": 0, "y1": 0, "x2": 9, "y2": 9, "label": 1})
     >>> result = match(truth, truth.assign(score=0.5)[:2], images=range(4), classes=1)
@@ -217,8 +206,8 @@ def bootstrap(
         raise ValueError(f"unknown statistics {unknown}; known: {', '.join(STATISTICS)}")
     if "mAP50_95" in statistics and any(one.iou != COCO_IOUS for one in passes):
         raise ValueError("statistic 'mAP50_95' needs match(..., iou=COCO_IOUS)")
-    for name in ("images", "truths"):
-        if not np.array_equal(getattr(passes[0], name), getattr(passes[-1], name)):
+    for a, b in zip(*((one.images, one.truths) for one in (passes[0], passes[-1])), strict=True):
+        if not np.array_equal(a, b):
             raise ValueError("the two passes differ in images, classes or true boxes")
     codes = pd.factorize(np.asarray(groups, dtype=object))[0]
     codes[codes < 0] = codes.max(initial=-1) + 1 + np.arange((codes < 0).sum())
@@ -242,12 +231,12 @@ def _statistics(matches: Matches, names: Sequence[str], weights: np.ndarray) -> 
         part, values = weights[start : start + step], {}
         if {"mAP50", "mAP50_95", "AP50"} & set(names):
             ap = _weighted_ap(matches, part, numbers)
-            at_half = ap[list(numbers).index(matches.half)]
-            values = {"mAP50": _mean_of_classes(at_half[None]), "AP50": at_half.T}
+            half = ap[[list(numbers).index(matches.half)]]
+            values = {"AP50": half[0].T, "mAP50": _mean_of_classes(half)}
             values["mAP50_95"] = _mean_of_classes(ap)
         if {"froc_mean", "sensitivity_at_1"} & set(names):
-            reached = _sensitivity(matches, part, (*RATES, 1))
-            values |= {"froc_mean": reached[:, :-1].mean(1), "sensitivity_at_1": reached[:, -1]}
+            reached = _sensitivity(matches, part)
+            values |= {"froc_mean": reached.mean(1), "sensitivity_at_1": reached[:, RATES.index(1)]}
         parts.append(np.column_stack([values[name] for name in names]))
     return np.concatenate(parts)
 
@@ -297,11 +286,11 @@ def _counts(matches: Matches, label: int | None, weights: np.ndarray) -> tuple:
     return score[ends], tp, seen - tp
 
 
-def _sensitivity(matches: Matches, weights: np.ndarray, rates: Sequence[float]) -> np.ndarray:
-    """Sensitivity [B,R] of all classes pooled at each number of false positives per image."""
+def _sensitivity(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Sensitivity [B,R] of all classes pooled at each of `RATES`."""
     _, tp, fp = _counts(matches, None, weights)
     # Counts are whole numbers: the small term only undoes the rounding of rate x images.
-    most = weights.sum(1)[:, None] * np.asarray(rates, float) + 1e-9
+    most = weights.sum(1)[:, None] * np.array(RATES, float) + 1e-9
     places = [np.searchsorted(row, limit, "right") for row, limit in zip(fp, most, strict=True)]
     reached = np.take_along_axis(np.hstack([np.zeros((len(tp), 1)), tp]), np.array(places), axis=1)
     truth = (weights @ matches.true_boxes(None))[:, None]
@@ -316,9 +305,6 @@ def _rates(matches, label, threshold, tp: np.ndarray, fp: np.ndarray) -> pd.Data
     return table.assign(fp_per_image=fp / len(matches.images))
 
 
-# ----------------------------------------------------------------------------------------- matching
-
-
 def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool = True):
     """Group (class x images + place of the image among the sorted ids), corners [4,n] and score."""
     image, corners, label, score = read_boxes(table, name, scored=scored)
@@ -331,8 +317,7 @@ def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool
 def read_boxes(table: pd.DataFrame, name: str, *, scored: bool = True) -> tuple[np.ndarray, ...]:
     """Image, corners [4,n], label and score (1 unless `scored`) of a box table as float64.
 
-    Errors: ValueError for missing columns, NaN, label 0, corners out of order, scores outside
-    [0,1].
+    Errors: ValueError for missing columns, NaN, label 0, corners out of order, wrong scores.
     """
     columns = ["image", *CORNERS, "label"] + ["score"] * scored
     if missing := [column for column in columns if column not in table.columns]:
