@@ -2,8 +2,7 @@
 
 Three sets of images per fold never mix: `train`, `select` (epoch, fusion, thresholds) and `score`
 (read last). With an official split they are train, val and test; else fold k scores, fold k + 1
-selects and the others train: every image is scored once, by a model that neither saw nor was
-chosen on its patient.
+selects and the others train, so that every image is scored once.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def open_detection(run) -> Study:
     """Find, check, split and decode the boxed images of a `run`; asking again opens nothing again.
 
     An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are
-    drawn, saved as `split.json` and read back on resume. Errors: `tables.BadData`, before
-    anything is trained.
+    drawn, saved as `split.json` and read back on resume. Errors: `tables.BadData`.
     """
     dataset = datasets.load(run.location)
     dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
@@ -127,10 +125,7 @@ def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> 
 
 
 def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -> Detector:
-    """A fresh detector; weights.txt in `folder` says what it starts from.
-
-    Without the weights of `options` (see `DETECTOR`) it goes on from random ones, and says so.
-    """
+    """A fresh detector; weights.txt in `folder` says what it starts from, random where it must."""
     record, weights = folder / "weights.txt", options["weights"]
     began = record.read_text(encoding="utf-8") if record.exists() else ""
     if weights is not None and began != "random":
@@ -156,21 +151,18 @@ def train_fold(
     recipe: Mapping[str, Any],
     flip: float = 0.5,
 ) -> train.FitResult:
-    """Train the detector of `fold`, or read the finished one back.
+    """Train the detector of `fold`, or read the finished one back; it stops by mAP on `select`.
 
-    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Early stopping and the best
-    epoch go by mAP@0.5 on `fold.select`. Errors: `study.OutOfTime`.
+    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Errors: `study.OutOfTime`.
     """
     dataset, images = study.dataset, study.cache
     model = build_detector(study.run.run_dir, len(dataset.box_classes), detector)
     boxes, transform = truth(study, fold.train), augment.box_transform(flip=flip)
-    train_set = augment.CachedBoxes(
-        images, fold.train, boxes, transform=transform, seed=study.run.seed
-    )
+    seed, batch = study.run.seed, study.run.batch_size
+    train_set = augment.CachedBoxes(images, fold.train, boxes, transform=transform, seed=seed)
 
     def select_by(candidate: Detector) -> dict[str, float]:
-        size = study.run.batch_size
-        found = views.predict(candidate, images, fold.select, batch_size=size, progress=False)
+        found = views.predict(candidate, images, fold.select, batch_size=batch, progress=False)
         return {"val_mAP50": evaluate.summary(matches(study, fold.select, found))["mAP50"]}
 
     options = dict(monitor="val_mAP50", val_metric=select_by, collate=augment.collate_boxes)
