@@ -1,10 +1,9 @@
 """Radiographs made worse on purpose: corruptions in five severities, whatever the batch.
 
-Images are float tensors [B,1|3,H,W] in [0,1] before normalisation. What is drawn for an image
-depends on (seed, corruption, image id) alone, so that severities of one image differ in strength
-only. Scales: "imagenet-c" (Hendrycks & Dietterich, arXiv 1903.12261), harsh for radiographs, and
-"medmnist-c" (Di Salvo et al., arXiv 2406.17536; its PneumoniaMNIST set unless said otherwise);
-the others have our own scale. Lengths in pixels hold for a shorter side of 224 and grow with it.
+What is drawn for an image depends on (seed, corruption, image id) alone, so that severities differ
+in strength only. Scales: "imagenet-c" (Hendrycks & Dietterich, arXiv 1903.12261), harsh for
+radiographs, and "medmnist-c" (Di Salvo et al., arXiv 2406.17536, for PneumoniaMNIST); the others
+have our own scale. Lengths in pixels hold for a shorter side of 224 and grow with it.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ def apply(
 ) -> Tensor:
     """Corrupt a batch: a new tensor like `images`, [B,1|3,H,W] in [0,1]; severity 0 returns a copy.
 
-    name: a key of `CORRUPTIONS`. severity: 0 to 5. ids: one integer >= 0 per image, such as its row
-    in the manifest: it keeps its noise whatever batch it comes in. scale: one of `SCALES`. Errors:
-    ValueError for what is none of these and for images outside [0,1].
+    name: a key of `CORRUPTIONS`. ids: one integer per image, such as its row in the manifest: it
+    keeps its noise whatever batch it comes in. ValueError for unknown names and wrong pixels.
 
     >>> x = torch.full((2, 1, 8, 8), 0.5)
     >>> noisy = apply("gaussian_noise", x, 2, seed=0, ids=[4, 9])
@@ -120,8 +118,8 @@ _MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
 def motion_blur(x: Tensor, rngs: Rngs, radius: float, sigma: float) -> Tensor:
     """Half a Gaussian of 2 radius + 1 whole-pixel steps along a line, of U(-45, 45) degrees.
 
-    Borders are repeated. The kernel has one side only: it also moves the content by up to 0.8
-    sigma. "medmnist-c" takes its BreastMNIST constants; it has none for chest images.
+    The kernel has one side only: it also moves the content by up to 0.8 sigma. "medmnist-c" takes
+    the constants of BreastMNIST.
     """
     height, width = x.shape[2:]
     zoom = min(height, width) / SIDE
@@ -167,11 +165,7 @@ def shot_noise(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
 
 @_register(own=(1600, 800, 400, 200, 100))
 def poisson_dose(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
-    """The radiograph at a lower dose: Poisson counts behind the patient, then their logarithm.
-
-    White tissue lets few of the `photons` through, so white is noisier: the reverse of
-    `shot_noise`. Our own scale halves them.
-    """
+    """A lower dose: Poisson counts behind the patient, then their logarithm; white is noisier."""
     counts = _poisson(photons * torch.exp(-DENSITY * x), rngs)
     return -torch.log(counts.clamp_min(0.5) / photons) / DENSITY  # no photon has no logarithm
 
@@ -180,8 +174,7 @@ def poisson_dose(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
 def scatter_veil(x: Tensor, rngs: Rngs, ratio: float) -> Tensor:
     """Scattered light: ratio times the transmitted light, spread over an eighth of the side.
 
-    The total light stays. Our own scale: scatter over primary from that of a good grid to that of
-    the mediastinum without a grid.
+    From the scatter over primary of a good grid to that of the mediastinum without a grid.
     """
     light = torch.exp(-DENSITY * x)
     height, width = (_blur_matrix(n, 0.125 * min(x.shape[2:])).to(x) for n in x.shape[2:])
@@ -191,10 +184,7 @@ def scatter_veil(x: Tensor, rngs: Rngs, ratio: float) -> Tensor:
 
 @_register(own=(0.02, 0.04, 0.06, 0.09, 0.12))
 def collimation(x: Tensor, rngs: Rngs, share: float) -> Tensor:
-    """Four black blades over 0.5 to 1.5 times `share` of the side, up to 3 degrees askew.
-
-    Our own scale.
-    """
+    """Four black blades over 0.5 to 1.5 times `share` of the side, up to 3 degrees askew."""
     height, width = x.shape[2:]
     masks = []
     for rng in rngs:
@@ -220,10 +210,7 @@ LETTERS = {"L": [_STEM, (0.08, 0.92, 0.62, 0.92)], "R": [_STEM, *_CURVE, *_LEGS]
 
 @_register(own=(0.05, 0.08, 0.12, 0.17, 0.23))
 def marker(x: Tensor, rngs: Rngs, height: float) -> Tensor:
-    """A white L or R in an upper corner, `height` of the shorter side high, up to 10 degrees askew.
-
-    L stands on the right, R on the left, as on a frontal radiograph. Our own scale.
-    """
+    """A white L or R in the upper right or left, `height` high, up to 10 degrees askew."""
     across, down = _pixels(x)
     shorter = min(x.shape[2:])
     tall, margin, wide = height * shorter, 0.05 * shorter, LETTER_WIDTH * height * shorter
@@ -245,10 +232,9 @@ def marker(x: Tensor, rngs: Rngs, height: float) -> Tensor:
 
 @_register(own=(0.02, 0.03, 0.045, 0.065, 0.09))
 def grid_lines(x: Tensor, rngs: Rngs, amplitude: float) -> Tensor:
-    """The shadow of an anti-scatter grid that stood still: a sine of `amplitude` in units of [0,1].
+    """The shadow of an anti-scatter grid that stood still: a sine of `amplitude`.
 
-    Lines are vertical or horizontal, up to 2 degrees askew, 3 to 6 pixels apart at 224 px (never
-    under 2.5). Our own scale.
+    Lines are vertical or horizontal, up to 2 degrees askew, 3 to 6 pixels apart at 224 px.
     """
     waves = []
     for rng in rngs:
@@ -261,10 +247,7 @@ def grid_lines(x: Tensor, rngs: Rngs, amplitude: float) -> Tensor:
 
 @_register(imagenet_c=(0.6, 0.5, 0.4, 0.3, 0.25), medmnist_c=(0.8, 0.7, 0.6, 0.5, 0.4))
 def resampling(x: Tensor, rngs: Rngs, share: float) -> Tensor:
-    """Stored at `share` of its height and width (mean of each cell), shown at full size in blocks.
-
-    Both scales call it pixelate.
-    """
+    """Stored at `share` of its height and width (cell means), shown in blocks: "pixelate"."""
     sizes = [(n, max(int(share * n), 1)) for n in x.shape[2:]]
     stored = _along_axes(x, *(_cell_matrix(n, cells).to(x) for n, cells in sizes))
     down, right = (((torch.arange(n) + 0.5) * cells / n).long().to(x.device) for n, cells in sizes)
@@ -273,7 +256,7 @@ def resampling(x: Tensor, rngs: Rngs, share: float) -> Tensor:
 
 @_register(own=(6, 5, 4, 3, 2))
 def bit_depth(x: Tensor, rngs: Rngs, bits: float) -> Tensor:
-    """Rounded to 2^bits grey values. Our own scale."""
+    """Rounded to 2^bits grey values."""
     return torch.round(x * (2**bits - 1)) / (2**bits - 1)
 
 
@@ -352,8 +335,8 @@ def _cell_matrix(n: int, cells: int) -> Tensor:
 class TrainAugmentor(Dataset):
     """A data set of (x [C,H,W], y, row) whose images are clean or corrupted, drawn anew each epoch.
 
-    Clean with chance 1 / (1 + number of names), else a name and one of five severities, all alike:
-    the list of the original study, an image at a time. The draw depends on `seed`, epoch and row.
+    Clean with chance 1 / (1 + number of names), else a name and one of five severities, all alike.
+    The draw depends on `seed`, epoch and row.
 
     >>> TrainAugmentor([(torch.full((1, 8, 8), 0.5), 1, 4)])[0][1:]
     (1, 4)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from .metrics import interval_row, patient_weights, weighted_auc
+from .metrics import interval_row, mean_of_defined, patient_weights, weighted_auc
 
 CLEAN = "clean"
 COLUMNS = ("image", "label", "corruption", "severity", "predicted")
@@ -161,21 +161,14 @@ def _balanced_error(right: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
     own = [weights * (labels == label) for label in np.unique(labels)]
     with np.errstate(invalid="ignore"):
         recalls = [one @ right.to_numpy() / one.sum(1, keepdims=True) for one in own]
-    return 1 - _mean_of_defined(recalls)
+    return 1 - mean_of_defined(recalls)
 
 
 def _auc(labels: np.ndarray, p: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUC [draws] of p1, of more than two classes the mean over those that occur."""
     if p.shape[1] == 2:
         return weighted_auc(labels, p[:, 1], weights)
-    return _mean_of_defined([weighted_auc(labels == c, p[:, c], weights) for c in set(labels)])
-
-
-def _mean_of_defined(parts: list[np.ndarray]) -> np.ndarray:
-    """Mean of what is not NaN: a draw may lack a class."""
-    defined = np.isfinite(parts)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, parts, 0).sum(0) / defined.sum(0)
+    return mean_of_defined([weighted_auc(labels == c, p[:, c], weights) for c in set(labels)])
 
 
 def _rows(metric: str, values: np.ndarray, names: list[str], n: int) -> list[dict]:

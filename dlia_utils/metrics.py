@@ -63,13 +63,14 @@ def bootstrap(
     draws: int = 2000,
     seed: int = 0,
     interval: str = "percentile",
+    width: int = 0,
 ) -> pd.DataFrame:
     """Intervals of any statistic of weighted images by patient (Field & Welsh 2007).
 
     `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row
     a column: value (every image once), ci_low, ci_high, n. interval: "percentile", or "bca" on the
-    same draws (Efron 1987, JASA 82:171; acceleration from leaving out each patient). A single
-    patient has no interval (NaN), and BCa has none when all draws lie on one side of the value.
+    same draws (Efron 1987, JASA 82:171). A single patient has no interval (NaN), and BCa has none
+    when all draws lie on one side of the value. width: numbers that a draw needs, if above N.
 
     >>> height = np.array([1.0, 3.0, 2.0, 6.0])
     >>> bootstrap(lambda w: w @ height / w.sum(1), list("aabc"), draws=100)["value"].item()
@@ -83,7 +84,7 @@ def bootstrap(
     weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
 
     def over(rows: Array) -> Array:
-        step = max(1, CHUNK // len(codes))
+        step = max(1, CHUNK // max(len(codes), width))
         starts = range(0, len(rows), step)
         parts = [statistic(rows[at : at + step].astype(float)) for at in starts]
         return np.concatenate(parts).reshape(len(rows), -1).T
@@ -216,6 +217,13 @@ def delong_test(labels: Array, score_a: Array, score_b: Array, groups: Sequence)
     p = 1.0 if np.isnan(z) and abs(value) < 1e-12 else float(2 * norm.sf(abs(z)))
     found = {"value": value, "ci_low": value - reach, "ci_high": value + reach, "z": z, "p": p}
     return found | {"n": len(labels), "auc_a": float(auc[0]), "auc_b": float(auc[1])}
+
+
+def mean_of_defined(parts: Array) -> Array:
+    """Mean over the first axis of what is not NaN, such as an AUC without one of the classes."""
+    defined = np.isfinite(parts)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, parts, 0).sum(0) / defined.sum(0)
 
 
 def holm(p: Sequence[float]) -> Array:

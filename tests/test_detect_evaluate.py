@@ -235,7 +235,7 @@ def test_the_table_of_intervals(resampled, monkeypatch):
     alone = ev.bootstrap(result, groups, draws=200, statistics=("sensitivity_at_1", "mAP50"))
     assert alone.metric.tolist() == ["sensitivity_at_1", "mAP50"]
     assert alone.iloc[1].equals(table.iloc[0])
-    monkeypatch.setattr(ev, "CHUNK", 500)
+    monkeypatch.setattr(metrics, "CHUNK", 500)
     pd.testing.assert_frame_equal(table, ev.bootstrap(result, groups, **options), rtol=1e-12)
 
 

@@ -21,7 +21,6 @@ RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image (Setio et
 SWEEP = tuple((np.arange(1, 9) / 20).tolist())  # score thresholds
 STATISTICS = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1", "AP50")
 MAX_DETECTIONS = 100  # boxes of one image and class that count, as COCO has it
-CHUNK = 2_000_000  # numbers in one array of the bootstrap: bounds its memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,20 +50,14 @@ class Matches:
 
 
 def match(
-    truth: pd.DataFrame,
-    predictions: pd.DataFrame,
-    *,
-    images: Sequence[int] | np.ndarray,
-    classes: int,
-    iou: Sequence[float] = (0.5,),
+    truth: pd.DataFrame, predictions: pd.DataFrame, *, images, classes: int, iou=(0.5,)
 ) -> Matches:
     """Match predictions to true boxes as COCO does (Lin et al. 2014, 1405.0312), at all IoUs.
 
     truth: columns image, x1, y1, x2, y2, label (1..`classes`); predictions: and score. images: ids
     of all evaluated images, those without a box too. In each image and class the best 100 boxes
     are taken by score; each gets the free true box of highest IoU, if that reaches the threshold.
-    Ties are broken as in pycocotools. Errors: ValueError naming the first wrong row, for ids
-    twice, and for IoUs without 0.5.
+    Ties as in pycocotools. Errors: ValueError naming the first wrong row, and for IoUs without 0.5.
 
     >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns=["image", *CORNERS, "label"])
     >>> found = pd.DataFrame([[7, 0, 0, 10, 9, 1]], columns=truth.columns).assign(score=0.8)
@@ -192,9 +185,8 @@ def bootstrap(
 
     groups: [N] patient of each of `matches.images`; an image without one (None, NaN) stands for
     itself. less: another pass of the same images and truth; the values are then the differences to
-    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class. A class
-    without true boxes in a draw is left out of it. Columns metric, label, value, ci_low, ci_high, n
-    (images). Errors: ValueError for passes that do not fit each other or the statistics.
+    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class. Columns
+    metric, label, value, ci_low, ci_high, n (images).
 
     >>> truth = pd.DataFrame({"image": range(4), "x1": 0, "y1": 0, "x2": 9, "y2": 9, "label": 1})
     >>> result = match(truth, truth.assign(score=0.5)[:2], images=range(4), classes=1)
@@ -209,14 +201,15 @@ def bootstrap(
     for a, b in zip(*((one.images, one.truths) for one in (passes[0], passes[-1])), strict=True):
         if not np.array_equal(a, b):
             raise ValueError("the two passes differ in images, classes or true boxes")
-    codes = pd.factorize(np.asarray(groups, dtype=object))[0]
+    codes, _ = pd.factorize(np.asarray(groups, dtype=object))
     codes[codes < 0] = codes.max(initial=-1) + 1 + np.arange((codes < 0).sum())
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         first, *second = (_statistics(one, statistics, weights) for one in passes)
         return first - second[0] if second else first
 
-    table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed)
+    width = len(matches.score)
+    table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed, width=width)
     rows = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
     table.insert(0, "metric", [name for name, _ in rows])
     table.insert(1, "label", [label for _, label in rows])
@@ -225,28 +218,18 @@ def bootstrap(
 
 def _statistics(matches: Matches, names: Sequence[str], weights: np.ndarray) -> np.ndarray:
     """Values [B,M] of the statistics, for every row of image weights [B,N]."""
-    step, parts = max(1, CHUNK // max(len(matches.score), 1)), []
-    numbers = range(len(matches.iou)) if "mAP50_95" in names else [matches.half]
-    for start in range(0, len(weights), step):
-        part, values = weights[start : start + step], {}
-        if {"mAP50", "mAP50_95", "AP50"} & set(names):
-            ap = _weighted_ap(matches, part, numbers)
-            half = ap[[list(numbers).index(matches.half)]]
-            values = {"AP50": half[0].T, "mAP50": _mean_of_classes(half)}
-            values["mAP50_95"] = _mean_of_classes(ap)
-        if {"froc_mean", "sensitivity_at_1"} & set(names):
-            reached = _sensitivity(matches, part)
-            values |= {"froc_mean": reached.mean(1), "sensitivity_at_1": reached[:, RATES.index(1)]}
-        parts.append(np.column_stack([values[name] for name in names]))
-    return np.concatenate(parts)
-
-
-def _mean_of_classes(ap: np.ndarray) -> np.ndarray:
-    """Mean of [T,K,B] over IoUs and over the classes with a value; NaN where there is none."""
-    per_class = ap.mean(0)
-    there = ~np.isnan(per_class)
-    with np.errstate(invalid="ignore"):
-        return np.where(there, per_class, 0).sum(0) / there.sum(0)
+    numbers, values = [matches.half], {}
+    if "mAP50_95" in names:
+        numbers = list(range(len(matches.iou)))
+    if {"mAP50", "mAP50_95", "AP50"} & set(names):
+        ap = _weighted_ap(matches, weights, numbers)
+        half = ap[numbers.index(matches.half)]
+        values = {"AP50": half.T, "mAP50": metrics.mean_of_defined(half)}
+        values["mAP50_95"] = metrics.mean_of_defined(ap.mean(0))
+    if {"froc_mean", "sensitivity_at_1"} & set(names):
+        reached = _sensitivity(matches, weights)
+        values |= {"froc_mean": reached.mean(1), "sensitivity_at_1": reached[:, RATES.index(1)]}
+    return np.column_stack([values[name] for name in names])
 
 
 def _weighted_ap(matches: Matches, weights: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
