@@ -193,23 +193,49 @@ def paired_difference(right_a: Array, right_b: Array, groups: Sequence, **option
         reach = exact_interval(0.0, groups)[1] * (1 + abs(gain[0]))
         found |= {"ci_low": max(gain[0] - reach, -1.0), "ci_high": min(gain[0] + reach, 1.0)}
     by_patient = np.bincount(patient_codes(groups), weights=gain).astype(int)
-    counts = {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
-    return found | counts | {"p": _sign_flip(by_patient)}
+    chance = np.ones(1)  # of the sums of gains of either sign, 0 in the middle
+    for size in np.abs(by_patient[by_patient != 0]):
+        chance = np.convolve(chance, np.r_[0.5, np.zeros(2 * size - 1), 0.5])
+    away = np.abs(np.arange(len(chance)) - len(chance) // 2)
+    found["p"] = float(min(chance[away >= abs(by_patient.sum())].sum(), 1.0))
+    return found | {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
 
 
 def delong_test(labels: Array, score_a: Array, score_b: Array, groups: Sequence) -> dict:
     """Do two models differ in AUC on the same images? DeLong's test, with a variance by patient.
 
-    DeLong et al. 1988 (Biometrics 44:837); with several images a patient the variance is
-    Obuchowski's (1997, Biometrics 53:567). Keys value (AUC of a minus AUC of b), ci_low, ci_high
-    (95 %), z, p (two-sided), n, auc_a, auc_b. Where both rank alike p is 1 and the interval NaN.
+    DeLong et al. 1988 (Biometrics 44:837) by midranks (Sun & Xu 2014); with several images a
+    patient the variance is Obuchowski's (1997, Biometrics 53:567). Keys value (AUC of a minus that
+    of b), ci_low, ci_high, z, p (two-sided), n, auc_a, auc_b. Where both rank alike p is 1 and the
+    interval NaN.
 
     >>> a, b = [0.1, 0.4, 0.35, 0.8, 0.3, 0.9], [0.2, 0.6, 0.5, 0.4, 0.55, 0.7]
     >>> found = delong_test([0, 0, 0, 1, 1, 1], a, b, range(6))
     >>> round(found["value"], 3), round(found["p"], 3)
     (0.111, 0.724)
     """
-    auc, covariance = _auc_covariance(labels, (score_a, score_b), groups)
+    scores = np.stack([checked(labels, score, groups)[1] for score in (score_a, score_b)])
+    positive, codes = np.asarray(labels) == 1, patient_codes(groups)
+    counts = [len(np.unique(codes[part])) for part in (positive, ~positive)]
+    if min(counts) < 2:
+        raise ValueError(f"a variance needs two patients with images of each class, not {counts}")
+    inside, outside = scores[:, positive], scores[:, ~positive]
+    ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
+    m, n = inside.shape[1], outside.shape[1]
+    # The share of the other class that an image is ranked above (class 1) or below (class 0).
+    above = (ranks[:, :m] - rankdata(inside, axis=1)) / n
+    below = 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
+    auc, patients = above.mean(1), codes.max() + 1
+
+    def by_patient(values: Array, part: Array) -> Array:
+        away = (values - auc[:, None]) / values.shape[1]
+        return np.stack([np.bincount(codes[part], row, minlength=patients) for row in away])
+
+    a, b = by_patient(above, positive), by_patient(below, ~positive)
+    # A patient with images of both classes moves both parts at once: 0 without such patients.
+    mixed = a @ b.T
+    terms = zip((*counts, patients), (a @ a.T, b @ b.T, mixed + mixed.T), strict=True)
+    covariance = sum(k / (k - 1) * term for k, term in terms)
     value = float(auc[0] - auc[1])
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     se = float(np.sqrt(variance)) if variance > 1e-14 else np.nan  # rounding leaves about 1e-18
@@ -289,41 +315,3 @@ def _bca_tails(value: float, resampled: Array, without: Array, tails: Array) -> 
     with np.errstate(invalid="ignore"):
         moved = bias + norm.ppf(tails)
         return norm.cdf(bias + moved / (1 - acceleration * moved))
-
-
-def _auc_covariance(labels: Array, scores: Sequence[Array], groups: Sequence) -> tuple:
-    """AUCs [M] of M scores of the same images and their covariance [M,M] by patient.
-
-    Placement values from midranks (Sun & Xu 2014, IEEE Signal Process. Lett. 21:1389).
-    """
-    scores = np.stack([checked(labels, score, groups)[1] for score in scores])
-    positive, codes = np.asarray(labels) == 1, patient_codes(groups)
-    counts = [len(np.unique(codes[part])) for part in (positive, ~positive)]
-    if min(counts) < 2:
-        raise ValueError(f"a variance needs two patients with images of each class, not {counts}")
-    inside, outside = scores[:, positive], scores[:, ~positive]
-    ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
-    m, n = inside.shape[1], outside.shape[1]
-    # The share of the other class that an image is ranked above (class 1) or below (class 0).
-    above = (ranks[:, :m] - rankdata(inside, axis=1)) / n
-    below = 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
-    auc, patients = above.mean(1), codes.max() + 1
-
-    def by_patient(values: Array, part: Array) -> Array:
-        away = (values - auc[:, None]) / values.shape[1]
-        return np.stack([np.bincount(codes[part], row, minlength=patients) for row in away])
-
-    a, b = by_patient(above, positive), by_patient(below, ~positive)
-    # A patient with images of both classes moves both parts at once: 0 without such patients.
-    mixed = a @ b.T
-    terms = a @ a.T, b @ b.T, mixed + mixed.T
-    return auc, sum(k / (k - 1) * t for k, t in zip((*counts, patients), terms, strict=True))
-
-
-def _sign_flip(gains: Array) -> float:
-    """Exact two-sided p of a sum of integers that have either sign with probability one half."""
-    chance = np.ones(1)  # of the sums, 0 in the middle
-    for size in np.abs(gains[gains != 0]):
-        chance = np.convolve(chance, np.r_[0.5, np.zeros(2 * size - 1), 0.5])
-    away = np.abs(np.arange(len(chance)) - len(chance) // 2)
-    return float(min(chance[away >= abs(gains.sum())].sum(), 1.0))

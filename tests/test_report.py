@@ -187,3 +187,15 @@ def test_figures_are_drawn_and_say_what_data(run):
         assert "SYNTHETIC" in words, name
         assert min(t.get_fontsize() for t in texts if t.get_text()) >= 9, name
         assert report.save_figure(figure, run, name).stat().st_size > 2000
+
+
+@pytest.mark.parametrize("reach", [25, 1e4])
+def test_log_axes_of_a_search_have_few_ticks_and_no_minor_labels(reach):
+    lr = 2e-4 * np.geomspace(1, reach, 5)
+    runs = pd.DataFrame({"number": range(5), "lr": lr, "score": lr, "state": "complete"})
+    figure = plots.figure_search(runs.assign(extension=0), "")
+    figure.canvas.draw()
+    axis, (low, high) = figure.axes[0].xaxis, figure.axes[0].get_xlim()
+    ticks = [t.label1.get_text() for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+    assert 2 <= len(ticks) <= 5 and all(ticks) and axis.get_scale() == "log"
+    assert not any(label.get_text() for label in axis.get_ticklabels(minor=True))
