@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from dlia_utils import corrupt
@@ -213,20 +213,14 @@ def test_resampling_and_bit_depth_and_jpeg_are_pillows(images, colour):
     assert np.allclose(found, np.asarray(Image.open(file)) / 255, atol=1e-6)
 
 
-class Rows(Dataset):
+class Rows(list):
     """(x, y, row) as `augment.CachedImages` gives them; rows are not positions."""
 
-    def __init__(self, x):
-        self.x, self.epoch = x, 0
+    def __init__(self, images):
+        super().__init__((x, i % 2, 50 - i) for i, x in enumerate(images))
 
     def set_epoch(self, epoch):
         self.epoch = epoch
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return self.x[index], index % 2, 50 - index
 
 
 def test_train_augmentor_draws_the_thesis_list(images):
@@ -252,7 +246,7 @@ def test_train_augmentor_is_fixed_by_seed_epoch_and_row(images):
         x, y, rows = (torch.cat(part) for part in zip(*loader, strict=True))
         assert rows.tolist() == [50 - i for i in range(12)] and y.tolist() == [0, 1] * 6
         assert torch.equal(x, seen.setdefault(epoch, x))
-    noisy = [[not torch.equal(seen[epoch][i], data.x[i]) for i in range(12)] for epoch in (0, 1)]
+    noisy = [[not torch.equal(seen[e][i], data[i][0]) for i in range(12)] for e in (0, 1)]
     both = np.flatnonzero(np.all(noisy, axis=0))
     assert noisy[0] != noisy[1] and len(both)
     assert not any(torch.equal(seen[0][i], seen[1][i]) for i in both)

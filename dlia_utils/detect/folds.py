@@ -11,9 +11,8 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,8 +31,7 @@ DETECTOR += "roi_batch anchor_sizes channels width seed".split()
 RECIPE = "weight_decay warmup_epochs lr_min accumulate clip_norm ema".split()
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Manifest rows by use; `name` is also the model's folder in the run."""
 
     name: str
@@ -42,8 +40,7 @@ class Fold:
     score: np.ndarray
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Images that a submission is wanted for, their id table, and the models to ask."""
 
     name: str
@@ -68,7 +65,7 @@ def open_detection(run) -> Study:
     saved = run.run_dir / "split.json"
     if saved.exists():
         dataset = split.load(dataset, saved)
-    elif not _official(dataset):
+    elif not {"train", "val", "test"} <= set(dataset.manifest["split"]):
         dataset = split.folds(dataset, n=run.folds, seed=run.seed)
     decoded = cache.build(dataset, size=run.size, fit="pad")
     if not saved.exists():
@@ -89,7 +86,7 @@ def folds(study: Study) -> list[Fold]:
             return rows
         return np.sort(np.random.default_rng([run.seed, salt]).permutation(rows)[: run.images])
 
-    if _official(study.dataset):
+    if "fold" not in manifest:
         uses = [manifest["split"].eq(name) for name in ("train", "val", "test")]
         return [Fold("official", *map(some, range(3), uses))]
     number, result = manifest["fold"].to_numpy(), []
@@ -98,10 +95,6 @@ def folds(study: Study) -> list[Fold]:
         uses = ((number >= 0) & (number != k) & (number != chosen), number == chosen, number == k)
         result.append(Fold(f"fold{k}", *map(some, range(3), uses)))
     return result
-
-
-def _official(dataset: datasets.Dataset) -> bool:
-    return {"train", "val", "test"} <= set(dataset.manifest["split"])
 
 
 def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
@@ -179,8 +172,8 @@ def targets(study: Study) -> list[Target]:
     paths = dataset.manifest["path"].to_numpy()
     if dataset.mapping is None:
         first = chosen[0]
-        names = [Path(path).name for path in paths[first.score]]
-        mapping = pd.DataFrame({"ID": range(len(names)), "image_id": names})
+        mapping = pd.DataFrame({"image_id": [Path(path).name for path in paths[first.score]]})
+        mapping = mapping.rename_axis("ID").reset_index()
         return [Target(f"{dataset.name}_{first.name}", dataset, first.score, mapping, (first,))]
     used = np.unique(np.concatenate([part for one in chosen for part in (one.train, one.select)]))
     result = []
