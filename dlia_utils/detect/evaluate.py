@@ -194,11 +194,9 @@ def bootstrap(
     [0.505]
     """
     passes = [matches] if less is None else [matches, less]
-    if unknown := sorted(set(statistics) - set(STATISTICS)):
-        raise ValueError(f"unknown statistics {unknown}; known: {', '.join(STATISTICS)}")
     if "mAP50_95" in statistics and any(one.iou != COCO_IOUS for one in passes):
         raise ValueError("statistic 'mAP50_95' needs match(..., iou=COCO_IOUS)")
-    for a, b in zip(*((one.images, one.truths) for one in (passes[0], passes[-1])), strict=True):
+    for a, b in zip(*((one.images, one.truths) for one in (matches, passes[-1])), strict=True):
         if not np.array_equal(a, b):
             raise ValueError("the two passes differ in images, classes or true boxes")
     codes, _ = pd.factorize(np.asarray(groups, dtype=object))
@@ -210,15 +208,13 @@ def bootstrap(
 
     width = len(matches.score)
     table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed, width=width)
-    rows = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
-    table.insert(0, "metric", [name for name, _ in rows])
-    table.insert(1, "label", [label for _, label in rows])
-    return table
+    names = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
+    return pd.DataFrame(names, columns=["metric", "label"]).join(table)
 
 
 def _statistics(matches: Matches, names: Sequence[str], weights: np.ndarray) -> np.ndarray:
     """Values [B,M] of the statistics, for every row of image weights [B,N]."""
-    numbers, values = [matches.half], {}
+    values, numbers = {}, [matches.half]
     if "mAP50_95" in names:
         numbers = list(range(len(matches.iou)))
     if {"mAP50", "mAP50_95", "AP50"} & set(names):
