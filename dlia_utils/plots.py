@@ -265,9 +265,10 @@ def _search_axis(axis: plt.Axes, values: pd.Series) -> pd.Series:
         return pd.Series(codes, values.index)
     if values.min() > 0 and (wide := values.max() / values.min()) >= 20:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if wide < 100 else (1.0,)))
-        axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
+        if wide < 100:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
     return values
 
 
