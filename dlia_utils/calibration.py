@@ -25,11 +25,10 @@ def summary(
     """Brier score, log loss, expected and maximum calibration error of P(class 1), by patient.
 
     labels [N] of 0/1, probability [N] of class 1, groups [N]; options as in `metrics.bootstrap`.
-    ece and mce: mean (by images) and largest gap between mean probability and share of class 1 in
-    bins of equal mass (Naeini et al. 2015; Nguyen & O'Connor 2015). Both are above 0 for a model
-    without any error: if_calibrated is what the same probabilities would score if they were right,
-    on average over simulated labels (one random number a patient). Intervals are BCa, which take a
-    part of that bias away. Columns metric, value, ci_low, ci_high, n, if_calibrated.
+    ece and mce: mean and largest gap between mean probability and share of class 1 in bins of equal
+    mass (Naeini et al. 2015; Nguyen & O'Connor 2015). Both are above 0 for a model without error:
+    if_calibrated is what the same probabilities would score if they were right, on average over
+    simulated labels. BCa intervals. Columns metric, value, ci_low, ci_high, n, if_calibrated.
 
     >>> found = summary([0, 1, 0, 1], [0.2, 0.4, 0.6, 0.8], "abcd", bins=2, draws=50)
     >>> found["value"].round(3).tolist()
@@ -61,9 +60,9 @@ def reliability(
 ) -> pd.DataFrame:
     """Share of class 1 against mean P(class 1) in bins of equal mass: a reliability diagram.
 
-    Arguments as for `summary`. Images of the same probability share a bin, so that there can be
-    fewer than `bins`. Columns low, high, probability (mean), value (share of class 1), ci_low,
-    ci_high, n, patients. Niculescu-Mizil & Caruana 2005 (ICML).
+    Niculescu-Mizil & Caruana 2005 (ICML). Equal probabilities share a bin, so there can be fewer
+    than `bins`. Columns low, high, probability (mean), value (share of class 1), ci_low, ci_high,
+    n, patients.
 
     >>> table = reliability([0, 1, 1, 1], [0.2, 0.4, 0.6, 0.8], "abcd", bins=2, draws=50)
     >>> table[["probability", "value"]].round(2).values.tolist()
@@ -75,12 +74,12 @@ def reliability(
         with np.errstate(invalid="ignore"):
             return weights @ (member * labels[:, None]) / (weights @ member)
 
-    rows = []
+    rows, patient = [], np.asarray(list(groups))
     found = bootstrap(shares, groups, **options).to_dict("records")
     for row, inside in zip(found, member.T.astype(bool), strict=True):
-        own, patients = probability[inside], np.asarray(list(groups))[inside]
+        own, patients = probability[inside], patient[inside]
         if row["value"] in (0.0, 1.0):
-            row["ci_low"], row["ci_high"] = exact_interval(row["value"], patients, **options)
+            row["ci_low"], row["ci_high"] = exact_interval(row["value"], patients)
         row |= {"n": len(own), "patients": len(pd.unique(patients))}
         rows.append({"low": own.min(), "high": own.max(), "probability": own.mean()} | row)
     return pd.DataFrame(rows)
@@ -89,10 +88,8 @@ def reliability(
 def fit_temperature(logits: Array, labels: Array) -> float:
     """The T > 0 that makes softmax(logits / T) fit best (Guo et al., arXiv 1706.04599).
 
-    logits [N,K], labels [N] of 0..K-1, both of the validation images; a single logit z of class 1
-    is the pair (0, z). The log loss is convex in 1/T, so its slope has one root; where it has none
-    (every image is right, or the logits point away from the labels) T stays 1, with a
-    RuntimeWarning.
+    logits [N,K], labels [N] of 0..K-1 of validation images. The log loss is convex in 1/T, so its
+    slope has one root; where it has none (every image is right) T stays 1, with a RuntimeWarning.
 
     >>> round(fit_temperature([[2.0, 0], [2, 0], [2, 0], [2, 0]], [0, 0, 0, 1]), 4)  # 2 / ln 3
     1.8205
@@ -100,8 +97,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
     own = logits[np.arange(len(labels)), labels.astype(int)]
 
-    def slope(log_t: float) -> float:
-        """Derivative of the mean log loss in 1/T, which falls as T grows."""
+    def slope(log_t: float) -> float:  # of the mean log loss in 1/T; it falls as T grows
         return float(((softmax(logits * np.exp(-log_t), axis=1) * logits).sum(1) - own).mean())
 
     ends = np.log([1e-4, 1e4])
@@ -112,9 +108,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     return float(np.exp(brentq(slope, *ends, xtol=1e-10)))
 
 
-def _binned(
-    labels: Array, probability: Array, groups: Sequence, bins: int
-) -> tuple[Array, Array, Array]:
+def _binned(labels: Array, probability: Array, groups: Sequence, bins: int) -> tuple:
     """What was given, checked, and the bin of equal mass of each image, 0/1 [N, bins]."""
     labels, probability = checked(labels, probability, groups)
     if probability.min() < 0 or probability.max() > 1:

@@ -1,11 +1,9 @@
 """Radiographs made worse on purpose: corruptions in five severities, whatever the batch.
 
-Images are float tensors [B,1|3,H,W] in [0,1] before normalisation. What is drawn for an image
-depends on (seed, corruption, image id) alone, so that severities of one image differ in strength
-only. Scales: "imagenet-c" (Hendrycks & Dietterich, arXiv 1903.12261), harsh for radiographs, and
-"medmnist-c" (Di Salvo et al., arXiv 2406.17536; its PneumoniaMNIST set unless said otherwise);
-corruptions without a published scale have our own scale. Lengths in pixels hold for a shorter side
-of 224 and grow with it.
+What is drawn for an image depends on (seed, corruption, image id) alone, so that severities differ
+in strength only. Scales: "imagenet-c" (Hendrycks & Dietterich, arXiv 1903.12261), harsh for
+radiographs, and "medmnist-c" (Di Salvo et al., arXiv 2406.17536, for PneumoniaMNIST); the others
+have our own scale. Lengths in pixels hold for a shorter side of 224 and grow with it.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 THESIS = ("gaussian_noise", "speckle_noise", "motion_blur", "contrast", "brightness")
 SIDE = 224  # pixels for which lengths are given
 DENSITY = 3.0  # black to white: the natural logarithm of about 20 in transmitted light
+Rngs = list[np.random.Generator]  # one of each image, from (seed, corruption, id)
 
 
 class Corruption(NamedTuple):
@@ -42,7 +42,6 @@ class Corruption(NamedTuple):
 
 
 CORRUPTIONS: dict[str, Corruption] = {}
-Rngs = list[np.random.Generator]  # one of each image, from (seed, corruption, id)
 
 
 def _register(**levels: Sequence[float | tuple[float, ...]]) -> Callable:
@@ -68,18 +67,20 @@ def apply(
 ) -> Tensor:
     """Corrupt a batch: a new tensor like `images`, [B,1|3,H,W] in [0,1]; severity 0 returns a copy.
 
-    name: a key of `CORRUPTIONS`. severity: 0 to 5. ids: one integer >= 0 per image, such as its row
-    in the manifest: it keeps its noise whatever batch it comes in. scale: one of `SCALES`;
-    corruptions with our own scale ignore it. ValueError for what is none of these and for images
-    outside [0,1].
+    name: a key of `CORRUPTIONS`. ids: one integer per image, such as its row in the manifest: it
+    keeps its noise whatever batch it comes in. ValueError for unknown names and wrong pixels.
 
     >>> x = torch.full((2, 1, 8, 8), 0.5)
     >>> noisy = apply("gaussian_noise", x, 2, seed=0, ids=[4, 9])
     >>> torch.equal(noisy[1:], apply("gaussian_noise", x[1:], 2, seed=0, ids=[9]))
     True
     """
-    _known(corruption=(name, CORRUPTIONS), severity=(severity, range(6)), scale=(scale, SCALES))
-    ids = [int(i) for i in ids]
+    known = {"corruption": (name, CORRUPTIONS), "scale": (scale, SCALES)}
+    for what, (value, all_known) in (known | {"severity": (severity, range(6))}).items():
+        if value not in all_known:
+            raise ValueError(
+                f"{what} must be one of {', '.join(map(str, all_known))}, not {value!r}"
+            )
     if len(ids) != len(images):
         raise ValueError(f"ids must be {len(images)} integers, one per image, not {len(ids)}")
     low, high = (v.item() for v in images.aminmax())
@@ -92,17 +93,10 @@ def apply(
     # Channels that are equal stay so: one is enough, and three times as fast.
     grey = x.shape[1] > 1 and bool((x == x[:, :1]).all())
     words = [*np.ravel(seed).tolist(), zlib.crc32(name.encode())]
-    rngs = [np.random.default_rng([*words, i]) for i in ids]
+    rngs = [np.random.default_rng([*words, int(i)]) for i in ids]
     parameters = corruption.parameters(severity, scale)
     found = corruption.function(x[:, :1] if grey else x, rngs, *parameters)
     return found.clamp_(0, 1).expand_as(x).contiguous().to(images.dtype)
-
-
-def _known(**given: tuple[object, Collection]) -> None:
-    """Refuse a value that is none of the known ones."""
-    for what, (value, known) in given.items():
-        if value not in known:
-            raise ValueError(f"{what} must be one of {', '.join(map(str, known))}, not {value!r}")
 
 
 @_register(imagenet_c=(0.08, 0.12, 0.18, 0.26, 0.38), medmnist_c=(0.04, 0.05, 0.06, 0.07, 0.08))
@@ -124,9 +118,8 @@ _MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
 def motion_blur(x: Tensor, rngs: Rngs, radius: float, sigma: float) -> Tensor:
     """Half a Gaussian of 2 radius + 1 whole-pixel steps along a line, of U(-45, 45) degrees.
 
-    Pixels at 224 px, borders repeated. ImageNet-C's kernel has one side only: it also moves the
-    content by up to 0.8 sigma. "medmnist-c" takes its BreastMNIST constants; it has none for chest
-    images.
+    The kernel has one side only: it also moves the content by up to 0.8 sigma. "medmnist-c" takes
+    the constants of BreastMNIST.
     """
     height, width = x.shape[2:]
     zoom = min(height, width) / SIDE
@@ -150,15 +143,13 @@ def contrast(x: Tensor, rngs: Rngs, factor: float) -> Tensor:
     return mean + factor * (x - mean)
 
 
-@_register(
-    imagenet_c=((0.1, 1), (0.2, 1), (0.3, 1), (0.4, 1), (0.5, 1)),
-    medmnist_c=((0, 1.1), (0, 1.2), (0, 1.3), (0, 1.4), (0, 1.5)),
-)
-def brightness(x: Tensor, rngs: Rngs, add: float, factor: float) -> Tensor:
-    """The value V of HSV, the largest channel, becomes factor V + add; hue and saturation stay.
+_ADD = [(step / 10, 1) for step in SEVERITIES]
+_MULTIPLY = [(0, 1 + step / 10) for step in SEVERITIES]
 
-    ImageNet-C adds, MedMNIST-C multiplies (its "brightness up").
-    """
+
+@_register(imagenet_c=_ADD, medmnist_c=_MULTIPLY)
+def brightness(x: Tensor, rngs: Rngs, add: float, factor: float) -> Tensor:
+    """The value V of HSV, the largest channel, becomes factor V + add; hue and saturation stay."""
     if x.shape[1] == 1:
         return factor * x + add
     value = x.amax(1, keepdim=True)
@@ -174,11 +165,7 @@ def shot_noise(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
 
 @_register(own=(1600, 800, 400, 200, 100))
 def poisson_dose(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
-    """The radiograph at a lower dose: Poisson counts behind the patient, then their logarithm.
-
-    White is dense tissue, which lets few photons through, so white is noisier: the reverse of
-    `shot_noise`. `photons` reach a pixel where the image is black. Our own scale halves them.
-    """
+    """A lower dose: Poisson counts behind the patient, then their logarithm; white is noisier."""
     counts = _poisson(photons * torch.exp(-DENSITY * x), rngs)
     return -torch.log(counts.clamp_min(0.5) / photons) / DENSITY  # no photon has no logarithm
 
@@ -187,8 +174,7 @@ def poisson_dose(x: Tensor, rngs: Rngs, photons: float) -> Tensor:
 def scatter_veil(x: Tensor, rngs: Rngs, ratio: float) -> Tensor:
     """Scattered light: ratio times the transmitted light, spread over an eighth of the side.
 
-    The total light stays. Our own scale: scatter over primary from that of a good grid to that of
-    the mediastinum without a grid.
+    From the scatter over primary of a good grid to that of the mediastinum without a grid.
     """
     light = torch.exp(-DENSITY * x)
     height, width = (_blur_matrix(n, 0.125 * min(x.shape[2:])).to(x) for n in x.shape[2:])
@@ -198,19 +184,14 @@ def scatter_veil(x: Tensor, rngs: Rngs, ratio: float) -> Tensor:
 
 @_register(own=(0.02, 0.04, 0.06, 0.09, 0.12))
 def collimation(x: Tensor, rngs: Rngs, share: float) -> Tensor:
-    """Four blades, each over 0.5 to 1.5 times `share` of the side and up to 3 degrees askew.
-
-    They leave black borders. Our own scale.
-    """
+    """Four black blades over 0.5 to 1.5 times `share` of the side, up to 3 degrees askew."""
     height, width = x.shape[2:]
-    across, down = _places(x)
-    across, down = across - width / 2, down - height / 2
     masks = []
     for rng in rngs:
         turn, *blades = rng.uniform(-1, 1, 5)
-        angle = math.radians(3 * turn)
-        right = (across * math.cos(angle) + down * math.sin(angle)) / width
-        low = (down * math.cos(angle) - across * math.sin(angle)) / height
+        across, down = _pixels(x)
+        across, down = _turned(across - width / 2, down - height / 2, 3 * turn)
+        right, low = across / width, down / height
         inside = zip((0.5 + right, 0.5 - right, 0.5 + low, 0.5 - low), blades, strict=True)
         # The edge is soft over a hundredth of the side: the focal spot has a size.
         soft = [(edge - share * (1 + blade / 2)) / 0.01 + 0.5 for edge, blade in inside]
@@ -218,26 +199,30 @@ def collimation(x: Tensor, rngs: Rngs, share: float) -> Tensor:
     return x * torch.from_numpy(np.stack(masks)[:, None]).to(x)
 
 
+# The strokes of the markers' letters as x1, y1, x2, y2 in units of the letter's height.
+STROKE, LETTER_WIDTH = 0.16, 0.7
+_STEM, _ARC = (0.08, 0.08, 0.08, 0.92), np.linspace(0, math.pi, 9)
+_BOW = [(0.38 + 0.22 * math.sin(a), 0.30 - 0.22 * math.cos(a)) for a in _ARC]
+_LEGS = [(0.08, 0.08, 0.38, 0.08), (0.38, 0.52, 0.08, 0.52), (0.36, 0.52, 0.62, 0.92)]
+_CURVE = [(*a, *b) for a, b in zip(_BOW, _BOW[1:], strict=False)]
+LETTERS = {"L": [_STEM, (0.08, 0.92, 0.62, 0.92)], "R": [_STEM, *_CURVE, *_LEGS]}
+
+
 @_register(own=(0.05, 0.08, 0.12, 0.17, 0.23))
 def marker(x: Tensor, rngs: Rngs, height: float) -> Tensor:
-    """A white L or R in an upper corner, `height` of the shorter side high, up to 10 degrees askew.
-
-    L stands on the right, R on the left, as on a frontal radiograph. Our own scale.
-    """
-    across, down = _places(x)
+    """A white L or R in the upper right or left, `height` high, up to 10 degrees askew."""
+    across, down = _pixels(x)
     shorter = min(x.shape[2:])
     tall, margin, wide = height * shorter, 0.05 * shorter, LETTER_WIDTH * height * shorter
     result = x.clone()
     for image, rng in zip(result, rngs, strict=True):
         side, turn = rng.uniform(-1, 1, 2)
-        angle = math.radians(10 * turn)
         middle = x.shape[3] - margin - wide / 2 if side > 0 else margin + wide / 2
         # All that the letter can reach; to draw the rest would cost ten times the time.
         rows = slice(0, math.ceil(margin + 1.25 * tall))
         columns = slice(max(math.floor(middle - 0.75 * tall), 0), math.ceil(middle + 0.75 * tall))
-        dx, dy = across[:, columns] - middle, down[rows] - margin - tall / 2
-        u = (dx * math.cos(angle) + dy * math.sin(angle) + wide / 2) / tall
-        v = (dy * math.cos(angle) - dx * math.sin(angle) + tall / 2) / tall
+        u, v = _turned(across[:, columns] - middle, down[rows] - margin - tall / 2, 10 * turn)
+        u, v = (u + wide / 2) / tall, (v + tall / 2) / tall
         strokes = LETTERS["L" if side > 0 else "R"]
         distance = np.min([_to_segment(u, v, *stroke) for stroke in strokes], axis=0)
         shape = torch.from_numpy(np.clip((STROKE / 2 - distance) * tall + 0.5, 0, 1)).to(x)
@@ -247,39 +232,31 @@ def marker(x: Tensor, rngs: Rngs, height: float) -> Tensor:
 
 @_register(own=(0.02, 0.03, 0.045, 0.065, 0.09))
 def grid_lines(x: Tensor, rngs: Rngs, amplitude: float) -> Tensor:
-    """The shadow of an anti-scatter grid that stood still: a sine of `amplitude` in units of [0,1].
+    """The shadow of an anti-scatter grid that stood still: a sine of `amplitude`.
 
-    Lines are vertical or horizontal, up to 2 degrees askew, 3 to 6 pixels apart at 224 px (never
-    under 2.5). Our own scale.
+    Lines are vertical or horizontal, up to 2 degrees askew, 3 to 6 pixels apart at 224 px.
     """
-    across, down = _places(x)
     waves = []
     for rng in rngs:
         along, turn, apart, phase = rng.uniform(-1, 1, 4)
-        angle = math.radians(2 * turn + (90 if along > 0 else 0))
         period = max((4.5 + 1.5 * apart) * min(x.shape[2:]) / SIDE, 2.5)
-        path = across * math.cos(angle) + down * math.sin(angle)
+        path, _ = _turned(*_pixels(x), 2 * turn + (90 if along > 0 else 0))
         waves.append(np.sin(2 * math.pi * path / period + math.pi * phase))
     return x + amplitude * torch.from_numpy(np.stack(waves)[:, None]).to(x)
 
 
 @_register(imagenet_c=(0.6, 0.5, 0.4, 0.3, 0.25), medmnist_c=(0.8, 0.7, 0.6, 0.5, 0.4))
 def resampling(x: Tensor, rngs: Rngs, share: float) -> Tensor:
-    """Stored at `share` of its height and width (mean of each cell), shown at full size in blocks.
-
-    The corruption that both scales call pixelate, with their constants.
-    """
+    """Stored at `share` of its height and width (cell means), shown in blocks: "pixelate"."""
     sizes = [(n, max(int(share * n), 1)) for n in x.shape[2:]]
     stored = _along_axes(x, *(_cell_matrix(n, cells).to(x) for n, cells in sizes))
-    down, right = (
-        ((torch.arange(n, device=x.device) + 0.5) * cells / n).long() for n, cells in sizes
-    )
+    down, right = (((torch.arange(n) + 0.5) * cells / n).long().to(x.device) for n, cells in sizes)
     return stored.index_select(3, right).index_select(2, down)
 
 
 @_register(own=(6, 5, 4, 3, 2))
 def bit_depth(x: Tensor, rngs: Rngs, bits: float) -> Tensor:
-    """Rounded to 2^bits grey values. Our own scale."""
+    """Rounded to 2^bits grey values."""
     return torch.round(x * (2**bits - 1)) / (2**bits - 1)
 
 
@@ -294,15 +271,6 @@ def jpeg(x: Tensor, rngs: Rngs, quality: int) -> Tensor:
         pixels = np.asarray(Image.open(file))
         stored.append(np.broadcast_to(pixels[..., None], image.shape) if grey else pixels)
     return torch.from_numpy(np.stack(stored)).permute(0, 3, 1, 2).to(x) / 255
-
-
-# The strokes of the markers' letters as x1, y1, x2, y2 in units of the letter's height.
-STROKE, LETTER_WIDTH = 0.16, 0.7
-_STEM, _ARC = (0.08, 0.08, 0.08, 0.92), np.linspace(0, math.pi, 9)
-_BOW = [(0.38 + 0.22 * math.sin(a), 0.30 - 0.22 * math.cos(a)) for a in _ARC]
-_LEGS = [(0.08, 0.08, 0.38, 0.08), (0.38, 0.52, 0.08, 0.52), (0.36, 0.52, 0.62, 0.92)]
-_CURVE = [(*a, *b) for a, b in zip(_BOW, _BOW[1:], strict=False)]
-LETTERS = {"L": [_STEM, (0.08, 0.92, 0.62, 0.92)], "R": [_STEM, *_CURVE, *_LEGS]}
 
 
 def _normal(x: Tensor, rngs: Rngs) -> Tensor:
@@ -330,10 +298,15 @@ def _to_segment(u: np.ndarray, v: np.ndarray, *ends: float) -> np.ndarray:
     return np.hypot(u - x1 - share * dx, v - y1 - share * dy)
 
 
-def _places(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The middles of the pixels, in pixels: to the right [1,W] and down [H,1]."""
     height, width = x.shape[2:]
     return np.arange(width)[None] + 0.5, np.arange(height)[:, None] + 0.5
+
+
+def _turned(across: np.ndarray, down: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return across * cos + down * sin, down * cos - across * sin
 
 
 def _along_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -358,29 +331,22 @@ def _cell_matrix(n: int, cells: int) -> Tensor:
     return overlap.clamp_min(0) * cells / n
 
 
+@dataclass(eq=False)
 class TrainAugmentor(Dataset):
     """A data set of (x [C,H,W], y, row) whose images are clean or corrupted, drawn anew each epoch.
 
-    Clean with chance 1 / (1 + number of names), else a name and one of five severities, all alike:
-    the list of the original study, an image of it at a time. The draw depends on `seed`, epoch and
-    row.
+    Clean with chance 1 / (1 + number of names), else a name and one of five severities, all alike.
+    The draw depends on `seed`, epoch and row.
 
     >>> TrainAugmentor([(torch.full((1, 8, 8), 0.5), 1, 4)])[0][1:]
     (1, 4)
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        names: Sequence[str] = THESIS,
-        seed: int = 0,
-        scale: str = SCALES[0],
-    ) -> None:
-        for name in names:
-            _known(corruption=(name, CORRUPTIONS), scale=(scale, SCALES))
-        self.dataset, self.names, self.seed, self.scale = dataset, tuple(names), seed, scale
-        self.epoch = 0
+    dataset: Dataset
+    names: Sequence[str] = THESIS
+    seed: int = 0
+    scale: str = SCALES[0]
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is drawn, here and in the data set inside if it has epochs."""

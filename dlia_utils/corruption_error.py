@@ -13,12 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from .metrics import interval_row, patient_weights, weighted_auc
+from .metrics import interval_row, mean_of_defined, patient_weights, weighted_auc
 
 CLEAN = "clean"
 COLUMNS = ("image", "label", "corruption", "severity", "predicted")
 KEY = ["image", "corruption", "severity"]
 ALL_SEVERITIES = "all severities"  # eps_unit of result rows that sum up the severities
+LEAST = 0.01  # error of the reference that a corruption error may be a ratio to
 
 
 def check(predictions: pd.DataFrame) -> list[str]:
@@ -50,19 +51,18 @@ def patients_of(images: np.ndarray, patients: pd.Series | Mapping) -> np.ndarray
 
 
 def grid(
-    predictions: pd.DataFrame, patients: pd.Series | Mapping, *, draws: int = 1000, seed: int = 0
+    predictions: pd.DataFrame, patients: pd.Series | Mapping, *, draws: int = 1000
 ) -> pd.DataFrame:
-    """The AUC at every corruption and severity, and its drop: clean minus corrupted.
+    """The AUC at every corruption and severity, and its drop: clean minus corrupted, paired.
 
-    Of more than two classes, the mean of one-vs-rest over the classes that occur (arXiv
-    2110.14795). patients: image -> patient. Columns corruption, severity, metric ("auc"), value,
-    ci_low, ci_high, drop, drop_low, drop_high, n; the clean row comes first. The interval of a drop
-    is paired.
+    Of more than two classes, the mean of one-vs-rest over the classes that occur. patients: image
+    -> patient. Columns corruption, severity, metric ("auc"), value, ci_low, ci_high, drop,
+    drop_low, drop_high, n; the clean row comes first.
     """
     columns = check(predictions)
     order = [CLEAN, *predictions["corruption"].unique()]
     wide = _wide(predictions, columns)
-    weights = _weights(wide, patients, draws, seed)
+    weights = _weights(wide, patients, draws)
     labels = wide.index.get_level_values("label").to_numpy()
     cells = set(wide.columns.droplevel(0))
     rows, clean = [], None
@@ -81,51 +81,52 @@ def corruption_error(
     reference_predictions: pd.DataFrame,
     patients: pd.Series | Mapping,
     *,
-    least: float = 0.01,
     draws: int = 1000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Corruption error of a model beside a reference, per corruption and as their "mean".
 
     Hendrycks & Dietterich, arXiv 1903.12261, with the balanced error of Di Salvo et al.,
-    2406.17536: E(s) is 1 - balanced accuracy at severity s, R(s) the reference's, E0 and R0 the
-    clean ones.
+    2406.17536: E(s) is 1 - balanced accuracy at severity s, R(s) the reference's, E0, R0 the clean.
 
         ce           sum E(s) / sum R(s); the mean is mCE; below 1: better than the reference
         relative_ce  sum (E(s) - E0) / sum (R(s) - R0): the same for what the corruption adds
         error        mean of E(s)
 
-    Where R, or R - R0, is below `least` on average, the ratio is NaN, and the mean is that of the
-    others. Where more draws than lie outside the interval have a denominator of 0 or less there is
-    no interval. Columns corruption, metric, value, ci_low, ci_high, n, left_out (corruptions not in
-    a mean).
+    Where R, or R - R0, is below `LEAST` on average, the ratio is NaN, and the mean is that of the
+    others; where it is 0 or less in more than 2.5 % of the draws there is no interval. Columns
+    corruption, metric, value, ci_low, ci_high, n, left_out (corruptions not in a mean).
     """
-    ours, theirs = (_right(table) for table in (predictions, reference_predictions))
+    both = []
+    for table in (predictions, reference_predictions):
+        check(table)
+        right = table["predicted"].eq(table["label"]).astype(float)
+        both.append(_wide(table.assign(right=right), "right"))
+    ours, theirs = both
     if not ours.index.equals(theirs.index) or set(ours) != set(theirs):
         raise ValueError("predictions and reference_predictions differ in images or cells")
     names = [name for name in predictions["corruption"].unique() if name != CLEAN]
     severities = sorted(set(predictions["severity"]) - {0})
     if not names or len(names) * len(severities) + 1 != ours.shape[1]:
         raise ValueError("every corruption needs the same severities, and there must be one")
-    weights = _weights(ours, patients, draws, seed)
+    weights = _weights(ours, patients, draws)
     cells = [(name, severity) for name in names for severity in severities]
     shape = (len(weights), len(names), len(severities))
-    e, r = (_balanced_error(one[cells], weights).reshape(shape) for one in (ours, theirs))
-    e0, r0 = (_balanced_error(one[[(CLEAN, 0)]], weights)[..., None] for one in (ours, theirs))
+    e, r = (_balanced_error(one[cells], weights).reshape(shape) for one in both)
+    e0, r0 = (_balanced_error(one[[(CLEAN, 0)]], weights)[..., None] for one in both)
     found = {"error": e.mean(2)}
     for metric, above, below in (("ce", e, r), ("relative_ce", e - e0, r - r0)):
         below = below.sum(2)
         ratio = above.sum(2) / np.where(below > 0, below, np.nan)
-        found[metric] = np.where(below[0] / len(severities) >= least, ratio, np.nan)
+        found[metric] = np.where(below[0] / len(severities) >= LEAST, ratio, np.nan)
     return pd.DataFrame([row for m, v in found.items() for row in _rows(m, v, names, len(ours))])
 
 
 def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `grid` or `corruption_error` as metric rows for `report.result_rows`.
 
-    The corruption goes under attack, the severity under eps (eps_unit "severity"). A grid gives its
-    metric and, of corrupted images, "delta_" + metric; its clean row keeps the unit "pixel". What
-    sums up the severities has eps 0 and eps_unit "all severities". NaN values are left out.
+    The corruption goes under attack, the severity under eps (eps_unit "severity"; the clean row's
+    is "pixel"). A grid gives its metric and, of corrupted images, "delta_" + metric. What sums up
+    the severities has eps 0 and eps_unit "all severities". NaN values are left out.
     """
     if "drop" in table.columns:
         lost = table[table["corruption"].ne(CLEAN)].drop(columns=["value", "ci_low", "ci_high"])
@@ -140,13 +141,6 @@ def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[table["value"].notna(), columns].reset_index(drop=True)
 
 
-def _right(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Which answers are right, as `_wide`."""
-    check(predictions)
-    right = predictions["predicted"].eq(predictions["label"]).astype(float)
-    return _wide(predictions.assign(right=right), "right")
-
-
 def _wide(predictions: pd.DataFrame, values: str | list[str]) -> pd.DataFrame:
     """`values` with (image, label) down and the cells (corruption, severity) across."""
     wide = predictions.pivot(index=["image", "label"], columns=KEY[1:], values=values)
@@ -155,10 +149,10 @@ def _wide(predictions: pd.DataFrame, values: str | list[str]) -> pd.DataFrame:
     return wide
 
 
-def _weights(wide: pd.DataFrame, patients: pd.Series | Mapping, draws: int, seed: int):
+def _weights(wide: pd.DataFrame, patients: pd.Series | Mapping, draws: int) -> np.ndarray:
     """Weights [1+draws,N]: every image once, then the draws of patients."""
     groups = patients_of(wide.index.get_level_values("image"), patients)
-    return np.vstack([np.ones(len(groups)), patient_weights(groups, draws=draws, seed=seed)])
+    return np.vstack([np.ones(len(groups)), patient_weights(groups, draws=draws)])
 
 
 def _balanced_error(right: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
@@ -167,21 +161,14 @@ def _balanced_error(right: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
     own = [weights * (labels == label) for label in np.unique(labels)]
     with np.errstate(invalid="ignore"):
         recalls = [one @ right.to_numpy() / one.sum(1, keepdims=True) for one in own]
-    return 1 - _mean_of_defined(recalls)
+    return 1 - mean_of_defined(recalls)
 
 
 def _auc(labels: np.ndarray, p: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUC [draws] of p1, of more than two classes the mean over those that occur."""
     if p.shape[1] == 2:
         return weighted_auc(labels, p[:, 1], weights)
-    return _mean_of_defined([weighted_auc(labels == c, p[:, c], weights) for c in set(labels)])
-
-
-def _mean_of_defined(parts: list[np.ndarray]) -> np.ndarray:
-    """Mean of what is not NaN: a draw may lack a class."""
-    defined = np.isfinite(parts)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, parts, 0).sum(0) / defined.sum(0)
+    return mean_of_defined([weighted_auc(labels == c, p[:, c], weights) for c in set(labels)])
 
 
 def _rows(metric: str, values: np.ndarray, names: list[str], n: int) -> list[dict]:

@@ -1,6 +1,6 @@
 """Classification metrics with intervals by patient, and paired comparisons of two models.
 
-`options` are those of `bootstrap` everywhere: draws, level, seed, interval.
+`options` are those of `bootstrap` everywhere: draws, seed, interval. Intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numpy import ndarray as Array
 from scipy.stats import binomtest, norm, rankdata
 
 CHUNK = 4_000_000  # weights that a statistic sees at a time: bounds the memory
+LEVEL = 0.95
 METRICS = "accuracy balanced_accuracy precision recall f1 sensitivity specificity auc".split()
 
 
@@ -23,10 +24,10 @@ def classification(
 
     labels [N] of 0/1, score [N] of class 1 (a probability, or any finite score with its
     `threshold`: log-odds and 0 keep the ranking of sharp models), groups [N] patient ids. Of K > 2
-    classes: labels 0..K-1, score [N,K]; the AUC is the mean of each class against the rest (Provost
-    & Domingos 2000). Precision, recall and F1 are macro averages. A value of 0 or 1 gets the exact
-    binomial interval over its own images; metrics of both classes take the class of fewer patients.
-    Columns metric, value, ci_low, ci_high, n.
+    classes: labels 0..K-1, score [N,K]; AUC is each class against the rest, its mean. Precision,
+    recall and F1 are macro averages. A value of 0 or 1 gets the exact binomial interval over its
+    own images; metrics of both classes take the class of fewer patients. Columns metric, value,
+    ci_low, ci_high, n.
 
     >>> labels, score = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.7, 0.9])
     >>> classification(labels, score, list("abcd"), draws=50).set_index("metric").at["auc", "value"]
@@ -36,12 +37,11 @@ def classification(
     groups, two = np.asarray(list(groups)), score.ndim == 1
     # Strictly above, as argmax decides two equal logits for class 0.
     predicted = (score > threshold).astype(int) if two else score.argmax(1)
-    classes = range(2 if two else score.shape[1])
     names = [name for name in METRICS if two or name not in ("sensitivity", "specificity")]
-    ranked = [(labels, score)] if two else [(labels == c, score[:, c]) for c in classes]
+    ranked = [(labels, score)] if two else [(labels == c, p) for c, p in enumerate(score.T)]
 
     def values(weights: Array) -> Array:
-        found = _rates(labels, predicted, weights, classes)
+        found = _rates(labels, predicted, weights, 2 if two else score.shape[1])
         found["auc"] = np.mean([weighted_auc(*one, weights) for one in ranked], axis=0)
         return np.column_stack([found[name] for name in names])
 
@@ -51,7 +51,7 @@ def classification(
     fewer = min(of_class, key=lambda own: len(pd.unique(groups[own])))
     about = {"accuracy": labels >= 0, "sensitivity": labels == 1, "specificity": labels == 0}
     for place, name in table.loc[table["value"].isin([0.0, 1.0]), "metric"].items():
-        ends = exact_interval(table.at[place, "value"], groups[about.get(name, fewer)], **options)
+        ends = exact_interval(table.at[place, "value"], groups[about.get(name, fewer)])
         table.loc[place, ["ci_low", "ci_high"]] = ends
     return table
 
@@ -61,16 +61,16 @@ def bootstrap(
     groups: Sequence,
     *,
     draws: int = 2000,
-    level: float = 0.95,
     seed: int = 0,
     interval: str = "percentile",
+    width: int = 0,
 ) -> pd.DataFrame:
     """Intervals of any statistic of weighted images by patient (Field & Welsh 2007).
 
     `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row
     a column: value (every image once), ci_low, ci_high, n. interval: "percentile", or "bca" on the
-    same draws (Efron 1987, JASA 82:171; acceleration from leaving out each patient). A single
-    patient has no interval (NaN), and BCa has none when all draws lie on one side of the value.
+    same draws (Efron 1987, JASA 82:171). A single patient has no interval (NaN), and BCa has none
+    when all draws lie on one side of the value. width: numbers that a draw needs, if above N.
 
     >>> height = np.array([1.0, 3.0, 2.0, 6.0])
     >>> bootstrap(lambda w: w @ height / w.sum(1), list("aabc"), draws=100)["value"].item()
@@ -79,32 +79,29 @@ def bootstrap(
     if interval not in ("percentile", "bca"):
         raise ValueError(f"interval must be percentile or bca, not {interval!r}")
     codes = patient_codes(groups)
-    patients = np.arange(codes.max(initial=-1) + 1)
-    if not len(patients):
+    if not len(codes):
         raise ValueError("groups is empty: an interval needs at least one image")
     weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
 
-    def over(rows: Callable[[slice], Array], count: int) -> Array:
-        step = max(1, CHUNK // len(codes))
-        parts = [statistic(rows(slice(at, at + step))) for at in range(0, count, step)]
-        return np.concatenate(parts).reshape(count, -1).T
+    def over(rows: Array) -> Array:
+        step = max(1, CHUNK // max(len(codes), width))
+        starts = range(0, len(rows), step)
+        parts = [statistic(rows[at : at + step].astype(float)) for at in starts]
+        return np.concatenate(parts).reshape(len(rows), -1).T
 
-    values, without = over(weights.__getitem__, len(weights)), None
-    if interval == "bca":
-        without = over(lambda p: (patients[p, None] != codes).astype(float), len(patients))
+    values, patients = over(weights), np.arange(codes.max() + 1)
+    without = over(patients[:, None] != codes) if interval == "bca" else [None] * len(values)
     values = values if len(patients) > 1 else values[:, :1]
-    pairs = zip(values, [None] * len(values) if without is None else without, strict=True)
-    return pd.DataFrame([interval_row(v, len(codes), level=level, without=w) for v, w in pairs])
+    pairs = zip(values, without, strict=True)
+    return pd.DataFrame([interval_row(drawn, len(codes), without=w) for drawn, w in pairs])
 
 
-def interval_row(
-    drawn: Array, n: int, *, level: float = 0.95, without: Array | None = None
-) -> dict[str, float]:
+def interval_row(drawn: Array, n: int, *, without: Array | None = None) -> dict[str, float]:
     """Value (the first of `drawn`) and the interval of the rest; BCa needs the values `without`.
 
     A draw that is NaN, such as an AUC without one of the classes, is left out.
     """
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     resampled = drawn[1:][np.isfinite(drawn[1:])]
     if without is not None and len(resampled):
         tails = _bca_tails(drawn[0], resampled, without[np.isfinite(without)], tails)
@@ -116,12 +113,10 @@ def interval_row(
 def mean(values: Array, groups: Sequence, **options) -> dict[str, float]:
     """Mean of a number per image with its interval; of booleans it is their `share`."""
     numbers = np.asarray(values, dtype=float)
-    if len(numbers) != len(groups):
-        raise ValueError(f"{len(numbers)} values and {len(groups)} groups must be of one length")
-    row = bootstrap(lambda weights: weights @ numbers / weights.sum(1), groups, **options)
-    row = row.to_dict("records")[0]
+    table = bootstrap(lambda weights: weights @ numbers / weights.sum(1), groups, **options)
+    row = table.to_dict("records")[0]
     if np.asarray(values).dtype == bool and row["value"] in (0.0, 1.0):
-        row["ci_low"], row["ci_high"] = exact_interval(row["value"], groups, **options)
+        row["ci_low"], row["ci_high"] = exact_interval(row["value"], groups)
     return row
 
 
@@ -134,15 +129,13 @@ def share(flags: Array, groups: Sequence, **options) -> dict[str, float]:
     return {"metric": "share"} | mean(np.asarray(flags, dtype=bool), groups, **options)
 
 
-def exact_interval(
-    value: float, groups: Sequence, *, level: float = 0.95, **_: object
-) -> tuple[float, float]:
+def exact_interval(value: float, groups: Sequence) -> tuple[float, float]:
     """The binomial interval of a share of 0 or 1, patients as trials (Clopper & Pearson 1934).
 
     Where all images agree every draw does, too, and a bootstrap would claim certainty.
     """
     patients = len(pd.unique(np.asarray(list(groups))))
-    exact = binomtest(int(value) * patients, patients).proportion_ci(level, method="exact")
+    exact = binomtest(int(value) * patients, patients).proportion_ci(LEVEL, method="exact")
     return float(exact.low), float(exact.high)
 
 
@@ -179,15 +172,12 @@ def with_interval(row: Mapping, *, scale: float = 1, digits: int = 3, signed: bo
     return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
 
 
-def paired_difference(
-    right_a: Array, right_b: Array, groups: Sequence, **options
-) -> dict[str, float]:
+def paired_difference(right_a: Array, right_b: Array, groups: Sequence, **options) -> dict:
     """Accuracy of a minus accuracy of b on the same images: McNemar's exact test, by patient.
 
-    right_a, right_b: booleans [N], e.g. "not fooled". Keys value, ci_low, ci_high, n, only_a and
-    only_b (images that only one has right) and p, of the exact randomisation test (Fisher 1935)
-    that lets the models trade places in any patient; with one image a patient it is McNemar's
-    (1947).
+    right_a, right_b: booleans [N]. Keys value, ci_low, ci_high, n, only_a and only_b (images that
+    only one has right) and p, of the exact randomisation test (Fisher 1935) that lets the models
+    trade places in any patient; with one image a patient it is McNemar's (1947).
 
     >>> found = paired_difference(np.arange(7) < 6, np.zeros(7), range(7), draws=50)
     >>> round(found["value"], 3), found["p"]
@@ -200,27 +190,52 @@ def paired_difference(
     found = mean(gain, groups, **options)
     if (gain == gain[0]).all():  # then the interval says how often others can still occur
         # An unseen patient moves a difference of 0 by one, a difference of one by two at most.
-        reach = exact_interval(0.0, groups, **options)[1] * (1 + abs(gain[0]))
+        reach = exact_interval(0.0, groups)[1] * (1 + abs(gain[0]))
         found |= {"ci_low": max(gain[0] - reach, -1.0), "ci_high": min(gain[0] + reach, 1.0)}
     by_patient = np.bincount(patient_codes(groups), weights=gain).astype(int)
-    counts = {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
-    return found | counts | {"p": _sign_flip(by_patient)}
+    chance = np.ones(1)  # of the sums of gains of either sign, 0 in the middle
+    for size in np.abs(by_patient[by_patient != 0]):
+        chance = np.convolve(chance, np.r_[0.5, np.zeros(2 * size - 1), 0.5])
+    away = np.abs(np.arange(len(chance)) - len(chance) // 2)
+    found["p"] = float(min(chance[away >= abs(by_patient.sum())].sum(), 1.0))
+    return found | {"only_a": int((gain > 0).sum()), "only_b": int((gain < 0).sum())}
 
 
 def delong_test(labels: Array, score_a: Array, score_b: Array, groups: Sequence) -> dict:
     """Do two models differ in AUC on the same images? DeLong's test, with a variance by patient.
 
-    DeLong et al. 1988 (Biometrics 44:837) take images as independent; with several a patient the
-    variance is Obuchowski's (1997, Biometrics 53:567), the same number where every patient has one.
-    Keys value (AUC of a minus AUC of b), ci_low, ci_high (95 %), z, p (two-sided), n, auc_a, auc_b.
-    Where both rank the images alike p is 1 and the interval NaN.
+    DeLong et al. 1988 (Biometrics 44:837) by midranks (Sun & Xu 2014); with several images a
+    patient the variance is Obuchowski's (1997, Biometrics 53:567). Keys value (AUC of a minus that
+    of b), ci_low, ci_high, z, p (two-sided), n, auc_a, auc_b. Where both rank alike p is 1 and the
+    interval NaN.
 
     >>> a, b = [0.1, 0.4, 0.35, 0.8, 0.3, 0.9], [0.2, 0.6, 0.5, 0.4, 0.55, 0.7]
     >>> found = delong_test([0, 0, 0, 1, 1, 1], a, b, range(6))
     >>> round(found["value"], 3), round(found["p"], 3)
     (0.111, 0.724)
     """
-    auc, covariance = _auc_covariance(labels, (score_a, score_b), groups)
+    scores = np.stack([checked(labels, score, groups)[1] for score in (score_a, score_b)])
+    positive, codes = np.asarray(labels) == 1, patient_codes(groups)
+    counts = [len(np.unique(codes[part])) for part in (positive, ~positive)]
+    if min(counts) < 2:
+        raise ValueError(f"a variance needs two patients with images of each class, not {counts}")
+    inside, outside = scores[:, positive], scores[:, ~positive]
+    ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
+    m, n = inside.shape[1], outside.shape[1]
+    # The share of the other class that an image is ranked above (class 1) or below (class 0).
+    above = (ranks[:, :m] - rankdata(inside, axis=1)) / n
+    below = 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
+    auc, patients = above.mean(1), codes.max() + 1
+
+    def by_patient(values: Array, part: Array) -> Array:
+        away = (values - auc[:, None]) / values.shape[1]
+        return np.stack([np.bincount(codes[part], row, minlength=patients) for row in away])
+
+    a, b = by_patient(above, positive), by_patient(below, ~positive)
+    # A patient with images of both classes moves both parts at once: 0 without such patients.
+    mixed = a @ b.T
+    terms = zip((*counts, patients), (a @ a.T, b @ b.T, mixed + mixed.T), strict=True)
+    covariance = sum(k / (k - 1) * term for k, term in terms)
     value = float(auc[0] - auc[1])
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     se = float(np.sqrt(variance)) if variance > 1e-14 else np.nan  # rounding leaves about 1e-18
@@ -228,6 +243,13 @@ def delong_test(labels: Array, score_a: Array, score_b: Array, groups: Sequence)
     p = 1.0 if np.isnan(z) and abs(value) < 1e-12 else float(2 * norm.sf(abs(z)))
     found = {"value": value, "ci_low": value - reach, "ci_high": value + reach, "z": z, "p": p}
     return found | {"n": len(labels), "auc_a": float(auc[0]), "auc_b": float(auc[1])}
+
+
+def mean_of_defined(parts: Array) -> Array:
+    """Mean over the first axis of what is not NaN, such as an AUC without one of the classes."""
+    defined = np.isfinite(parts)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, parts, 0).sum(0) / defined.sum(0)
 
 
 def holm(p: Sequence[float]) -> Array:
@@ -268,19 +290,17 @@ def weighted_auc(labels: Array, score: Array, weights: Array) -> Array:
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
-def _rates(labels: Array, predicted: Array, weights: Array, classes: range) -> dict[str, Array]:
+def _rates(labels: Array, predicted: Array, weights: Array, classes: int) -> dict[str, Array]:
     """All threshold metrics for every row of weights, from the weighted counts of each class."""
-    here, named = ([part == c for c in classes] for part in (labels, predicted))
-    flags = here, named, [a & b for a, b in zip(here, named, strict=True)]
-    own, called, right = ([weights @ one.astype(float) for one in part] for part in flags)
-    own, called, right = np.stack(own), np.stack(called), np.stack(right)
+    here, named = np.eye(classes)[labels], np.eye(classes)[predicted]
+    own, called, right = ((weights @ one).T for one in (here, named, here * named))
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = right / own
         # A class that is never predicted has precision 0 (scikit-learn's zero_division=0).
         precision = np.where(called > 0, right / called, 0.0)
         f1 = np.where(precision + recall > 0, 2 * precision * recall / (precision + recall), 0.0)
     macro = {"precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
-    found = {name: sum(values) / len(classes) for name, values in macro.items()}
+    found = {name: sum(values) / classes for name, values in macro.items()}
     found |= {"sensitivity": recall[1], "specificity": recall[0]}
     return found | {"accuracy": sum(right) / weights.sum(1)}
 
@@ -295,49 +315,3 @@ def _bca_tails(value: float, resampled: Array, without: Array, tails: Array) -> 
     with np.errstate(invalid="ignore"):
         moved = bias + norm.ppf(tails)
         return norm.cdf(bias + moved / (1 - acceleration * moved))
-
-
-def _auc_covariance(
-    labels: Array, scores: Sequence[Array], groups: Sequence
-) -> tuple[Array, Array]:
-    """AUCs [M] of M scores of the same images and their covariance [M,M] by patient.
-
-    Placement values from midranks (Sun & Xu 2014, IEEE Signal Process. Lett. 21:1389).
-    """
-    scores = np.stack([checked(labels, score, groups)[1] for score in scores])
-    positive, codes = np.asarray(labels) == 1, patient_codes(groups)
-    counts = [len(np.unique(codes[part])) for part in (positive, ~positive)]
-    if min(counts) < 2:
-        raise ValueError(f"a variance needs two patients with images of each class, not {counts}")
-    inside, outside = scores[:, positive], scores[:, ~positive]
-    ranks = rankdata(np.concatenate([inside, outside], axis=1), axis=1)
-    m, n = inside.shape[1], outside.shape[1]
-    # The share of the other class that an image is ranked above (class 1) or below (class 0).
-    above = (ranks[:, :m] - rankdata(inside, axis=1)) / n
-    below = 1 - (ranks[:, m:] - rankdata(outside, axis=1)) / m
-    auc, patients = above.mean(1), codes.max() + 1
-
-    def by_patient(values: Array, part: Array) -> Array:
-        away = (values - auc[:, None]) / values.shape[1]
-        return np.stack([np.bincount(codes[part], row, minlength=patients) for row in away])
-
-    of_positive, of_negative = by_patient(above, positive), by_patient(below, ~positive)
-    # A patient with images of both classes moves both parts at once: 0 without such patients.
-    mixed = of_positive @ of_negative.T
-    terms = of_positive @ of_positive.T, of_negative @ of_negative.T, mixed + mixed.T
-    clusters = (*counts, patients)
-    return auc, sum(k / (k - 1) * term for k, term in zip(clusters, terms, strict=True))
-
-
-def _sign_flip(gains: Array) -> float:
-    """Exact two-sided p of a sum of integers that have either sign with probability one half."""
-    sizes = np.abs(gains[gains != 0])
-    reach = int(sizes.sum())
-    chance = np.zeros(2 * reach + 1)  # of the sums -reach ... reach
-    chance[reach] = 1.0
-    for size in sizes:
-        moved = np.zeros_like(chance)
-        moved[size:] += chance[:-size] / 2
-        moved[:-size] += chance[size:] / 2
-        chance = moved
-    return float(min(chance[np.abs(np.arange(-reach, reach + 1)) >= abs(gains.sum())].sum(), 1.0))

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from .units import eps_text
@@ -62,21 +63,18 @@ def figure_history(histories: Mapping[str, pd.DataFrame], caption: str) -> Figur
 
 def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: str) -> Figure:
     """ROC curves on the test split, one a model; of scores [N,K] one a class, against the rest."""
-    figure, axes = panels(1, width=6.4, height=4.2)
+    figure, ((axis,),) = panels(1, width=6.4, height=4.2)
     curves = {}
     for name, score in scores.items():
-        if np.ndim(score) == 1:
-            curves[name] = labels, score
-        else:
-            columns = enumerate(np.transpose(score))
-            curves |= {f"{name}, class {k}": (labels == k, column) for k, column in columns}
+        many = enumerate(np.transpose(score)) if np.ndim(score) > 1 else ()
+        by_class = {f"{name}, class {k}": (labels == k, column) for k, column in many}
+        curves |= by_class or {name: (labels, score)}
     for number, (name, (truth, score)) in enumerate(curves.items()):
         false_alarm, hit, _ = roc_curve(truth, score)
-        style = line_style(number) | {"marker": ""}
-        axes[0, 0].plot(false_alarm, hit, label=name, lw=1.6, **style)
-    axes[0, 0].plot([0, 1], [0, 1], ":", color="0.6")
-    axes[0, 0].set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-    return _captioned(figure, axes[0, 0], f"Test ROC; {caption}")
+        axis.plot(false_alarm, hit, label=name, lw=1.6, **line_style(number) | {"marker": ""})
+    axis.plot([0, 1], [0, 1], ":", color="0.6")
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    return _captioned(figure, axis, f"Test ROC; {caption}")
 
 
 def figure_confusion(
@@ -110,7 +108,7 @@ def figure_accuracy_vs_eps(
     results: pd.DataFrame, caption: str, *, attack: str, unit: str = "pixel", note: str = ""
 ) -> Figure:
     """Accuracy against eps for all models, with intervals as bands (of at most seven models)."""
-    figure, axes = panels(1, width=7.2, height=3.9)
+    figure, ((axis,),) = panels(1, width=7.2, height=3.9)
     clean, scale = results.attack.eq("clean"), 255 if unit == "pixel" else 1
     chosen = results[results.metric.eq("accuracy") & (results.eps_unit.eq(unit) | clean)]
     names = list(dict.fromkeys(chosen[chosen.attack.eq(attack)].model))
@@ -118,15 +116,14 @@ def figure_accuracy_vs_eps(
         style = line_style(number)
         line = chosen[chosen.model.eq(name) & chosen.attack.isin(["clean", attack])]
         line = line.sort_values("eps")
-        eps = line.eps * scale
-        axes[0, 0].plot(eps, line.value, ms=4, label=name, **style)
+        axis.plot(line.eps * scale, line.value, ms=4, label=name, **style)
         if len(names) <= 7:  # more bands would hide each other; the tables have every interval
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
-            axes[0, 0].fill_between(eps, line.ci_low, line.ci_high, **band)
+            axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
     words = "k/255, pixel units" if unit == "pixel" else "normalised units of the original study"
-    axes[0, 0].set(xlabel=f"eps ({words})", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes[0, 0].grid(alpha=0.25)
-    return _captioned(figure, axes[0, 0], f"{note or attack}; {caption}")
+    axis.set(xlabel=f"eps ({words})", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.25)
+    return _captioned(figure, axis, f"{note or attack}; {caption}")
 
 
 def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
@@ -135,20 +132,15 @@ def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
     `table` is `report.masking_table`'s. A gap between the first two bars is the signature of masked
     gradients (Carlini & Wagner, arXiv 1607.04311).
     """
-    figure, axes = panels(1, width=max(7.0, 0.55 * len(table)), height=3.6)
-    names = {
-        "pgd_ce": "accuracy, PGD cross-entropy",
-        "pgd_margin": "accuracy, PGD logit margin",
-        "zero_gradients": "share of exactly zero gradients",
-    }
+    figure, ((axis,),) = panels(1, width=max(7.0, 0.55 * len(table)), height=3.6)
+    names = {"pgd_ce": "accuracy, PGD cross-entropy", "pgd_margin": "accuracy, PGD logit margin"}
+    names["zero_gradients"] = "share of exactly zero gradients"
     place = np.arange(len(table))
-    for offset, (column, label), color in zip(
-        (-0.27, 0, 0.27), names.items(), COLORS, strict=False
-    ):
-        axes[0, 0].bar(place + offset, table[column], 0.25, label=label, color=color)
-    turned = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
-    axes[0, 0].set_xticks(place, table.index, **turned)
-    axes[0, 0].set(ylim=(0, 1.02))
+    for number, (column, label) in enumerate(names.items()):
+        at = place + 0.27 * (number - 1)
+        axis.bar(at, table[column], 0.25, label=label, color=COLORS[number])
+    axis.set_xticks(place, table.index, rotation=25, ha="right", rotation_mode="anchor")
+    axis.set(ylim=(0, 1.02))
     figure.suptitle(f"eps {eps_text(eps)}; {caption}", fontsize=9)
     figure.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     return figure
@@ -162,8 +154,7 @@ def figure_adversarial(
 ) -> Figure:
     """Clean image, attacked images and the amplified difference; one row an image.
 
-    `clean` [N,1,H,W], each entry of `attacked` the same shape; `captions[row]` maps a column's name
-    to its line.
+    `clean` and each of `attacked`: [N,1,H,W]; `captions[row]` maps a column's name to its line.
     """
     columns = ["clean"] + [part for name in attacked for part in (name, f"{name} - clean")]
     figure, axes = panels(len(columns), rows=len(clean), width=2.0, height=2.2)
@@ -184,8 +175,7 @@ def figure_adversarial(
 
 def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Reliability diagram of `calibration.reliability` tables; on the diagonal: calibrated."""
-    figure, axes = panels(1, width=6.0, height=4.2)
-    axis = axes[0, 0]
+    figure, ((axis,),) = panels(1, width=6.0, height=4.2)
     axis.plot([0, 1], [0, 1], ":", color="0.6")
     for number, (name, table) in enumerate(tables.items()):
         reach = np.abs(table[["ci_low", "ci_high"]].to_numpy().T - table["value"].to_numpy())
@@ -206,8 +196,7 @@ def _captioned(figure: Figure, axis: plt.Axes, caption: str) -> Figure:
 
 
 def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """Loss, accuracy, validation AUC per epoch; training solid, validation dashed, a colour
-    each."""
+    """Loss, accuracy, validation AUC per epoch; training solid, validation dashed."""
     figure, axes = panels(3, width=3.9, height=3.3)
     for number, (name, history) in enumerate(histories.items()):
         style = {"color": COLORS[number % len(COLORS)], "ms": 3}
@@ -244,13 +233,7 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        place = runs[name]
-        if not pd.api.types.is_numeric_dtype(place):
-            codes, labels = pd.factorize(place.astype(str))
-            place = pd.Series(codes, runs.index)
-            axis.set_xticks(range(len(labels)), labels, fontsize=7)
-        elif place.min() > 0 and place.max() / place.min() >= 20:
-            axis.set_xscale("log")
+        place = _search_axis(axis, shown[name])
         for (extension, state), part in shown.groupby(["extension", "state"]):
             color = COLORS[int(extension) % len(COLORS)]
             style = {"edgecolors": color, "facecolors": color if state == "complete" else "none"}
@@ -260,20 +243,33 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
         axis.grid(alpha=0.25)
     for row in axes:
         row[0].set_ylabel("score")
-    signs = [("complete", {}), ("best", {"marker": "*", "color": "black", "ms": 9})]
-    if len(complete) < len(shown):
-        signs.insert(1, ("pruned", {"markerfacecolor": "none"}))
-    if shown["extension"].max() > 0:
-        for number in sorted(shown["extension"].unique()):
-            style = {"color": COLORS[int(number) % len(COLORS)], "marker": "s"}
-            signs.append((f"extension {number}" if number else "ranges as asked", style))
+    hollow = {"pruned": {"markerfacecolor": "none"}} if len(complete) < len(shown) else {}
+    signs = {"complete": {}} | hollow | {"best": {"marker": "*", "color": "black", "ms": 9}}
+    for number in sorted(shown["extension"].unique()) if shown["extension"].any() else ():
+        style = {"color": COLORS[int(number) % len(COLORS)], "marker": "s"}
+        signs[f"extension {number}" if number else "ranges as asked"] = style
     common = {"ls": "", "marker": "o", "color": "0.4", "ms": 5}
-    handles = [plt.Line2D([], [], label=label, **common | style) for label, style in signs]
+    handles = [plt.Line2D([], [], label=label, **common | own) for label, own in signs.items()]
     figure.legend(handles=handles, fontsize=7, frameon=False, ncol=4, loc="outside lower center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
     figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)
     return figure
+
+
+def _search_axis(axis: plt.Axes, values: pd.Series) -> pd.Series:
+    """Where the values of a parameter stand; the axis gets names, or few ticks on a log scale."""
+    if not pd.api.types.is_numeric_dtype(values):
+        codes, labels = pd.factorize(values.astype(str))
+        axis.set_xticks(range(len(labels)), labels, fontsize=7)
+        return pd.Series(codes, values.index)
+    if values.min() > 0 and (wide := values.max() / values.min()) >= 20:
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        if wide < 100:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.xaxis.set_major_formatter("{x:g}")
+    return values
 
 
 def figure_worst_case(found: Any, caption: str) -> Figure:
@@ -284,8 +280,7 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     """
     table, rows, scale = found.table(), found.rows, 255 if found.settings["norm"] == "linf" else 1
     names = [name for name in dict.fromkeys(rows.attack) if name != "worst"]
-    figure, axes = panels(2, width=5.6, height=3.9)
-    left, right = axes[0]
+    figure, ((left, right),) = panels(2, width=5.6, height=3.9)
     x = np.r_[0, table.eps * scale]
     for number, name in enumerate(names[1:] if not found.settings["early_drop"] else []):
         style = line_style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
@@ -299,9 +294,8 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     left.set_title(f"Worst case over the suite\n{caption}", fontsize=9)
     left.grid(alpha=0.25)
     left.legend(fontsize=7, frameon=False)
-    first = rows[rows.fooled & rows.attack.isin(names)].assign(
-        turn=lambda t: t.attack.map(names.index)
-    )
+    first = rows[rows.fooled & rows.attack.isin(names)]
+    first = first.assign(turn=first.attack.map(names.index))
     first = first.sort_values(["eps", "turn"]).drop_duplicates("image")
     below = np.zeros(len(table))
     for number, name in enumerate([*names, "none"]):

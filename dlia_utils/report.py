@@ -18,18 +18,16 @@ from .units import eps_text
 
 # What tells one result from another, then what was found, and how.
 IDENTITY = "notebook model attack eps eps_unit metric seed size profile data".split()
-RESULT_COLUMNS = (
-    *"notebook model attack eps eps_unit metric value ci_low ci_high n".split(),
-    *"seed size epochs weights profile data hardware".split(),
-)
+RESULT_COLUMNS = [*IDENTITY[:6], *"value ci_low ci_high n seed size epochs weights".split()]
+RESULT_COLUMNS += "profile data hardware".split()
 
 
 def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) completed to the tidy `RESULT_COLUMNS`.
 
-    `labels` fills model, attack, eps and eps_unit; what a clean row does not have stays "clean", 0
-    and "pixel". epochs are those that the model was really trained for, where the run folder says
-    so, else the setting. ValueError for a column or label that is none of `RESULT_COLUMNS`.
+    `labels` fills model, attack, eps and eps_unit, which are else "clean", 0 and "pixel". epochs:
+    those that the model was really trained for, where the run folder says so, else the setting.
+    ValueError for a column or label that is none of `RESULT_COLUMNS`.
     """
     for name in (*labels, *table.columns):
         if name not in RESULT_COLUMNS:
@@ -41,7 +39,7 @@ def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
     for column, of in (("epochs", _epochs), ("weights", weights_label)):
         if column not in filled:
             filled[column] = [of(run, model) for model in filled["model"]]
-    return filled.reindex(columns=list(RESULT_COLUMNS))
+    return filled.reindex(columns=RESULT_COLUMNS)
 
 
 def _epochs(run: Run, model: str) -> int:
@@ -76,10 +74,11 @@ def accuracy_rows(
 
     `per_image` has columns attack, eps, image (row number in the manifest) and fooled.
     """
-    rows = []
-    for (attack, eps), part in per_image.groupby(["attack", "eps"], sort=False):
-        row = {"metric": "accuracy", "attack": attack, "eps": eps}
-        rows.append(_share_right(part, study) | row)
+    parts = per_image.groupby(["attack", "eps"], sort=False)
+    rows = [
+        _right(part, study) | {"metric": "accuracy", "attack": attack, "eps": eps}
+        for (attack, eps), part in parts
+    ]
     return result_rows(pd.DataFrame(rows), study.run, model=model, eps_unit=eps_unit)
 
 
@@ -88,16 +87,14 @@ def direction_rows(
 ) -> pd.DataFrame:
     """What the worst case at `eps` costs: sensitivity (missed disease) and specificity."""
     part = per_image[per_image["attack"].eq("worst") & np.isclose(per_image["eps"], eps)]
-    rows = [
-        _share_right(part[part["label"].eq(label)], study) | {"metric": metric}
-        for metric, label in (("sensitivity", 1), ("specificity", 0))
-    ]
+    both = {"sensitivity": part[part["label"].eq(1)], "specificity": part[part["label"].eq(0)]}
+    rows = [_right(own, study) | {"metric": metric} for metric, own in both.items()]
     return result_rows(pd.DataFrame(rows), study.run, model=model, attack="worst", eps=eps)
 
 
-def _share_right(part: pd.DataFrame, study: Study) -> dict[str, float]:
-    patients = study.patients(part["image"].to_numpy())
-    return metrics.share(~part["fooled"].to_numpy(bool), patients, draws=study.run.bootstrap_draws)
+def _right(part: pd.DataFrame, study: Study) -> dict[str, float]:
+    patients, draws = study.patients(part["image"].to_numpy()), study.run.bootstrap_draws
+    return metrics.share(~part["fooled"].to_numpy(bool), patients, draws=draws)
 
 
 def zero_gradient_rows(shares: Mapping[str, float], study: Study) -> pd.DataFrame:
@@ -126,7 +123,7 @@ def paired_tests(
     """
     shown = "condition model accuracy reference difference ci_low ci_high".split()
     shown += "only_model_right only_reference_right p p_holm".split()
-    tables = []
+    tables, draws = [], study.run.bootstrap_draws
     cases = ("clean", "clean", 0.0), (f"worst case {eps_text(eps)}", "worst", eps)
     for condition, attack, at in cases:
         right, rows = {}, []
@@ -135,7 +132,6 @@ def paired_tests(
             right[name] = ~part["fooled"].to_numpy(bool)
         patients, base = study.patients(part["image"].to_numpy()), right.pop(reference)
         for name, own in right.items():
-            draws = study.run.bootstrap_draws
             row = metrics.paired_difference(own, base, patients, draws=draws)
             rows.append(row | {"model": name, "accuracy": own.mean(), "reference": base.mean()})
         table = pd.DataFrame(rows).assign(condition=condition)
@@ -146,16 +142,15 @@ def paired_tests(
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
     """The FracAtlas study's table, completed: clean, PGD and worst case in per cent, by model."""
-    columns = {
-        "clean accuracy (%)": ("clean", "accuracy"),
-        "PGD accuracy (%)": ("pgd_ce", "accuracy"),
-        "worst case (%)": ("worst", "accuracy"),
-        "sensitivity, worst case (%)": ("worst", "sensitivity"),
-        "specificity, worst case (%)": ("worst", "specificity"),
+    names = {
+        ("clean", "accuracy"): "clean accuracy (%)",
+        ("pgd_ce", "accuracy"): "PGD accuracy (%)",
     }
+    names[("worst", "accuracy")] = "worst case (%)"
+    names |= {("worst", m): f"{m}, worst case (%)" for m in ("sensitivity", "specificity")}
     chosen = results[_at(results, eps) | results.attack.eq("clean")]
     table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))
-    for name, (attack, metric) in columns.items():
+    for (attack, metric), name in names.items():
         own = chosen[chosen.attack.eq(attack) & chosen.metric.eq(metric)].set_index("model")
         cells = {model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()}
         table[name] = pd.Series(cells)
@@ -185,15 +180,12 @@ def verdict(
     reference: str = "baseline",
 ) -> str:
     """Sentences (markdown) on which defence holds in the worst case, from the numbers alone."""
-    eps, accuracy = run.headline_eps, results.metric.eq("accuracy")
-    headline = results.attack.eq("worst") & np.isclose(results.eps, eps) & accuracy
-    worst = results[headline].set_index("model")
-    clean = results[results.attack.eq("clean") & results.metric.eq("balanced_accuracy")]
-    clean, base = clean.set_index("model")["value"], worst.loc[reference]
-    lines = [
-        f"In the worst case at {eps_text(eps)} the **{reference}** model is right on "
-        f"{with_interval(base)} of {base['n']:.0f} images."
-    ]
+    eps, own = run.headline_eps, results.set_index("model")
+    worst = own[own.attack.eq("worst") & np.isclose(own.eps, eps) & own.metric.eq("accuracy")]
+    clean = own[own.attack.eq("clean") & own.metric.eq("balanced_accuracy")]["value"]
+    base = worst.loc[reference]
+    said = f"In the worst case at {eps_text(eps)} the **{reference}** model is right on "
+    lines = [f"{said}{with_interval(base)} of {base['n']:.0f} images."]
     tests = paired[paired.condition.str.startswith("worst")].set_index("model")["p_holm"]
     for name, p in tests.items():
         row = worst.loc[name]
@@ -213,16 +205,13 @@ def verdict(
 def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: float) -> str:
     """The remark after the numbers: a model that guesses, or hides its gradient, has no gain."""
     if balanced < 0.6:
-        return (
-            f"No defence: its clean balanced accuracy is {balanced:.3f}, and what gives nearly "
-            "every image the same answer cannot be attacked."
-        )
+        guess = "what gives nearly every image the same answer cannot be attacked."
+        return f"No defence: its clean balanced accuracy is {balanced:.3f}, and {guess}"
     if mask["gap"] > 0.05 or mask["zero_gradients"] > 0.05:
-        return (
-            f"Masked gradients: {mask['zero_gradients']:.0%} of its input gradients are exactly "
-            f"zero, and PGD with cross-entropy leaves {mask['pgd_ce']:.3f} where the margin loss "
-            f"leaves {mask['pgd_margin']:.3f}."
-        )
+        ce, margin = f"{mask['pgd_ce']:.3f}", f"{mask['pgd_margin']:.3f}"
+        losses = f"PGD with cross-entropy leaves {ce} where the margin loss leaves {margin}."
+        zeros = f"{mask['zero_gradients']:.0%} of its input gradients are exactly zero"
+        return f"Masked gradients: {zeros}, and {losses}"
     if gain >= 0.1 and p < 0.01:
         end = "." if worst >= 0.5 else ", though most images still fall."
         return f"A real gain under every attack of the list{end}"

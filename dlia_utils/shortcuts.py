@@ -28,10 +28,8 @@ from .data.tables import BadData
 log = logging.getLogger("dlia_utils")
 
 BOX_ROWS, BOX_COLUMNS = (0.10, 0.82), ((0.08, 0.47), (0.53, 0.92))
-CRUDE_BOX = (
-    "a crude box: two rectangles over 10% to 82% of the height and 8% to 47% and 53% to 92% "
-)
-CRUDE_BOX += "of the width"
+CRUDE_BOX = "a crude box: two rectangles over 10% to 82% of the height and "
+CRUDE_BOX += "8% to 47% and 53% to 92% of the width"
 REGIONS = "whole border_only corners_only centre_only lungs_only lungs_blanked lung_shape".split()
 OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # no lung tissue, or hardly any
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
@@ -40,16 +38,12 @@ TrainAndScore = Callable[[Tensor, np.ndarray, Tensor], np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """Images of one split with what the audit needs.
+    """Images of one split with what the audit needs; `lungs` says where the masks are from."""
 
-    x float [N,1,S,S] in [0,1], y int [N] of 0/1, patients [N], masks bool [N,S,S] of the lungs;
-    `lungs` says in words where the masks are from.
-    """
-
-    x: Tensor
-    y: np.ndarray
-    patients: np.ndarray
-    masks: np.ndarray
+    x: Tensor  # float [N,1,S,S] in [0,1]
+    y: np.ndarray  # int [N] of 0/1
+    patients: np.ndarray  # [N]
+    masks: np.ndarray  # bool [N,S,S], the lungs
     lungs: str = "the data set's masks"
 
 
@@ -64,28 +58,24 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
     """Masks bool [n,S,S] of `rows` in the cache's pixels, and in words what they are.
 
     A mask file covers the whole radiograph, whatever its size; above half of its largest value is
-    lung, and several masks of one image are joined. A crude box for an image without a mask or with
-    an empty one, and the words say for how many. Errors: `BadData` for masks that cannot be read.
+    lung, and several masks of one image are joined. An image without a mask or with an empty one
+    gets a crude box, and the words say so. Errors: `BadData` for masks that cannot be read.
     """
-    rows = np.asarray(rows, dtype=np.int64)
     paths = dataset.masks.groupby("image")["path"].agg(list).to_dict()
     masks = np.zeros((len(rows), cache.size, cache.size), bool)
     crude, problems = 0, []
-    for mask, row in zip(masks, rows.tolist(), strict=True):
-        height, width = cache.shapes[row].tolist()
-        zoom = cache.size / max(height, width)
-        content = [cache.size] * 2
+    for mask, row in zip(masks, np.asarray(rows).tolist(), strict=True):
+        content, shape = [cache.size] * 2, cache.shapes[row].tolist()
         if cache.fit != "squash":
-            content = [max(round(side * zoom), 1) for side in (height, width)]
+            content = [max(round(side * (cache.size / max(shape))), 1) for side in shape]
         inside = mask[: content[0], : content[1]]
         for path in paths.get(row, []):
             try:
                 with Image.open(dataset.root / path) as image:
                     small = image.convert("L").resize(content[::-1], Image.Resampling.NEAREST)
+                inside |= np.asarray(small) > np.max(small) / 2
             except (OSError, SyntaxError, ValueError) as error:
                 problems.append((path, f"cannot be read as a mask ({error})"))
-                continue
-            inside |= np.asarray(small) > np.max(small) / 2
         if not inside.any():
             crude += 1
             inside[:] = crude_lung_box(*content)
@@ -93,7 +83,7 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
         raise BadData(datasets.problem_text(pd.DataFrame(problems, columns=["path", "problem"])))
     if crude == len(rows):
         return masks, CRUDE_BOX
-    words = "the data set's masks"
+    words = Sample.lungs
     if crude:
         words += f"; for {crude} of {len(rows)} images without one, {CRUDE_BOX}"
         log.warning("lungs are %s", words)
@@ -101,9 +91,7 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
 
 
 def crude_lung_box(height: int, width: int) -> np.ndarray:
-    """Two rectangles that cover the lung fields of a usual frontal radiograph: bool [height,width].
-
-    Stated, not measured: it stands in for masks.
+    """Two rectangles over the lung fields of a usual frontal radiograph: bool [height,width].
 
     >>> crude_lung_box(100, 100).sum() == 72 * (39 + 39)
     np.True_
@@ -116,9 +104,8 @@ def crude_lung_box(height: int, width: int) -> np.ndarray:
 def limited(x: Tensor, region: str, masks: Tensor | np.ndarray, *, fill: float) -> Tensor:
     """The images [N,1,S,S] with only one of `REGIONS` left; the rest is `fill`.
 
-    The border is a tenth of the side wide, the corners are a fifth of it; lungs are the masks bool
-    [N,S,S]. lung_shape is their outline, white: a control, since it stays visible where lungs are
-    cut out or blanked.
+    The border is a tenth of the side wide, the corners are a fifth of it; masks are bool [N,S,S].
+    lung_shape is their outline, white: a control, as it stays visible where lungs are blanked.
 
     >>> x, masks = torch.ones(1, 1, 10, 10), np.eye(10, dtype=bool)[None]
     >>> [int(limited(x, region, masks, fill=0.0).sum()) for region in REGIONS]
@@ -134,14 +121,11 @@ def limited(x: Tensor, region: str, masks: Tensor | np.ndarray, *, fill: float) 
     return torch.where(dict(zip(REGIONS, kept, strict=True))[region], shown, fill)
 
 
-def linear_probe(
-    features: Callable[[Tensor], Tensor] | None = None, *, batch_size: int = 64
-) -> TrainAndScore:
+def linear_probe(features: Callable[[Tensor], Tensor] | None = None) -> TrainAndScore:
     """A quick pipeline for retraining: frozen features, standardised, then logistic regression.
 
     `features` maps images [B,1,S,S] to [B,F], e.g. `model.features` of a frozen network; without it
-    the pixels averaged to at most 16 x 16. Both classes weigh the same. Returns a function
-    (x_train, y_train, x_test) -> P(class 1) [N].
+    the pixels averaged to at most 16 x 16. Returns (x_train, y_train, x_test) -> P(class 1) [N].
     """
 
     def pooled(x: Tensor) -> Tensor:
@@ -149,7 +133,7 @@ def linear_probe(
 
     @torch.no_grad()
     def all_features(x: Tensor) -> np.ndarray:
-        parts = [(features or pooled)(part).flatten(1).cpu() for part in x.split(batch_size)]
+        parts = [(features or pooled)(part).flatten(1).cpu() for part in x.split(64)]
         return torch.cat(parts).double().numpy()
 
     def train_and_score(x_train: Tensor, y_train: np.ndarray, x_test: Tensor) -> np.ndarray:
@@ -171,11 +155,10 @@ def region_accuracy(
 ) -> pd.DataFrame:
     """How well each region tells the classes apart, in two forms (DeGrave et al. 2021).
 
-    how = "tested": `model` (two logits) is tested on images of which only the region is left: what
-    it reads, as far as it copes with such images. how = "retrained": the pipeline
-    `train_and_score`, e.g. `linear_probe`, is trained and tested on the region: what the region
-    gives away. What is taken away has the mean grey of the training images. Columns region, how,
-    metric (accuracy, balanced_accuracy, auc), value, ci_low, ci_high, n, lungs.
+    how = "tested": `model` (two logits) on images of which only the region is left: what it reads.
+    how = "retrained": `train_and_score`, e.g. `linear_probe`, trained and tested on the region:
+    what the region gives away. The rest has the mean grey of the training images. Columns region,
+    how, metric (accuracy, balanced_accuracy, auc), value, ci_low, ci_high, n, lungs.
     """
     fill, tables = float(learnt.x.mean()), []
     for region in regions:
@@ -210,10 +193,9 @@ def with_marker(x: Tensor, place: str) -> Tensor:
 def marker_test(model: nn.Module, given: Sample, *, draws: int = 2000) -> pd.DataFrame:
     """Does a small bright square in a corner, such as a side marker, move the answer of a model?
 
-    Tested in each corner and, for comparison, in the middle. Columns place, metric, value, ci_low,
-    ci_high, n, size. Metrics: change (mean of P(class 1) after minus before), size_of_change (of
-    its absolute value), flips (share of answers that turn), flips_to_1, flips_to_0 and
-    accuracy_change.
+    Tested in each corner and, for comparison, in the middle. Metrics: change (of P(class 1), mean),
+    size_of_change (absolute), flips (share of answers that turn), flips_to_1, flips_to_0 and
+    accuracy_change. Columns place, metric, value, ci_low, ci_high, n, size.
     """
     before, rows = train.predict(model, given.x)[0][:, 1], []
     for place in (*CORNERS, "middle"):
@@ -235,8 +217,8 @@ def inside_energy(
     """Share of the attribution inside the masks, beside the share of the image that they cover.
 
     The energy-based pointing game of Wang et al., arXiv 1910.01279. maps [N,H,W] >= 0, masks bool
-    [N,H,W]. A flat map has energy = area; a zero map counts as flat. Columns metric (energy, area,
-    gain = energy - area), value, ci_low, ci_high, n, zero_maps.
+    [N,H,W]; a zero map counts as flat, with energy = area. Columns metric (energy, area, gain =
+    energy - area), value, ci_low, ci_high, n, zero_maps.
 
     >>> heat = np.array([[[3.0, 1.0], [0.0, 0.0]]])
     >>> inside_energy(heat, np.eye(2, dtype=bool)[None], groups=[1])["value"].tolist()
@@ -249,8 +231,5 @@ def inside_energy(
     zero = total <= 0
     energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
     found = {"energy": energy, "area": area, "gain": energy - area}
-    rows = [
-        {"metric": name} | metrics.mean(values, groups, draws=draws)
-        for name, values in found.items()
-    ]
+    rows = [{"metric": m} | metrics.mean(v, groups, draws=draws) for m, v in found.items()]
     return pd.DataFrame(rows).assign(zero_maps=int(zero.sum()))

@@ -16,8 +16,8 @@ from torchvision.ops import box_iou
 from . import files
 from .data.readers import NIH_CLASSES
 
-CORNERS = ["x1", "y1", "x2", "y2"]
-NUMBERS = ["x_min", "y_min", "x_max", "y_max", "confidence"]
+CORNERS = "x1 y1 x2 y2".split()
+NUMBERS = "x_min y_min x_max y_max confidence".split()
 SPELLING = {"Infiltration": "Infiltrate"}  # how the competition spells what others call so
 SAME_IOU = 0.99  # two boxes of one label that overlap more than this are one finding said twice
 MIN_SIDE = 1e-3  # thinner boxes (pixels) are dropped: another reader's rounding could invert them
@@ -34,8 +34,8 @@ class SubmissionError(ValueError):
 def class_prior(boxes: pd.DataFrame, sizes: Mapping[int, Sequence[int]]) -> pd.DataFrame:
     """The median box of each class in training, the most frequent class first, for `build`.
 
-    boxes: true boxes (columns image, x1, y1, x2, y2, label; pixels of the file). sizes: an image's
-    (width, height). Columns label, x1, y1, x2, y2, the corners as fractions of the image.
+    boxes: columns image, x1, y1, x2, y2, label, in pixels of the file. sizes: an image's (width,
+    height). Columns label, x1, y1, x2, y2, the corners as fractions of the image.
 
     >>> boxes = pd.DataFrame([[0, 10, 20, 30, 40, 2]], columns=["image", *CORNERS, "label"])
     >>> class_prior(boxes, {0: (100, 200)}).to_numpy().tolist()
@@ -60,12 +60,11 @@ def build(
     """One row per id of the mapping; the n-th id of an image gets its n-th best distinct box.
 
     predictions: columns image, x1, y1, x2, y2, label (1..K), score, in pixels of the file. names,
-    sizes: each image's file name as in the mapping, and its (width, height). Boxes are clipped to
-    the image. The best box is sent whatever its score: under one row per id a threshold can only
-    lose. A box is distinct from a better one when its label differs or their IoU is below
-    `SAME_IOU`. An image with fewer distinct boxes than ids is filled up from `prior`
-    (`class_prior`) with confidence 0, then with its best box. Errors: ValueError for an image of
-    the mapping that `names` lacks, broken predictions, and no usable box.
+    sizes: each image's file name as in the mapping, and its (width, height). Boxes are clipped. The
+    best box is sent whatever its score: under one row per id a threshold can only lose. A box is
+    distinct when its label differs or the IoU is below `SAME_IOU`. Missing ones come from `prior`
+    (`class_prior`) with confidence 0, then from the best box. Errors: ValueError for an image that
+    `names` lacks, broken predictions, and no usable box.
 
     >>> found = pd.DataFrame([[7, 5.0, 5.0, 120.0, 50.0, 1]], columns=["image", *CORNERS, "label"])
     >>> ids = pd.DataFrame({"id": [1], "image_id": ["a.png"]})
@@ -85,16 +84,14 @@ def build(
     filler = np.column_stack([prior[CORNERS], np.zeros(len(prior)), prior["label"]])
     chosen, usable = {}, 0
     for image, name in names.items():
-        wanted = int(mapping["image_id"].eq(name).sum())
+        wanted, frame = mapping["image_id"].eq(name).sum(), np.array([*sizes[image]] * 2, float)
         if not wanted:
             continue
-        frame = np.array([*sizes[image]] * 2, dtype=float)
         found = _clipped(ranked[ranked[:, 0] == image, 1:], frame)
         usable += len(found)
-        boxes = np.vstack([found, _clipped(filler * [*frame, 1, 1], frame)])
-        kept = boxes[_distinct(boxes)][:wanted]
-        again = kept[:1] * [1, 1, 1, 1, 0, 1]  # its best box once more, with confidence 0
-        chosen[name] = np.vstack([kept, np.repeat(again, wanted - len(kept), axis=0)])
+        boxes = _distinct(np.vstack([found, _clipped(filler * [*frame, 1, 1], frame)]))[:wanted]
+        again = boxes[:1] * [1, 1, 1, 1, 0, 1]  # its best box once more, with confidence 0
+        chosen[name] = np.vstack([boxes, np.repeat(again, wanted - len(boxes), axis=0)])
     if not usable:
         raise ValueError("no image of the mapping has a usable box: train longer")
     turn = mapping.groupby("image_id").cumcount()
@@ -109,15 +106,15 @@ def _clipped(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
     return boxes[(boxes[:, 2:4] - boxes[:, :2] >= MIN_SIDE).all(1)]
 
 
-def _distinct(boxes: np.ndarray) -> list[int]:
-    """Which boxes [n, 6], best first, are no repetition of a better distinct one."""
+def _distinct(boxes: np.ndarray) -> np.ndarray:
+    """The boxes [n, 6], best first, that are no repetition of a better distinct one."""
     corners = torch.from_numpy(boxes[:, :4].copy())
     same = (box_iou(corners, corners).numpy() >= SAME_IOU) & (boxes[:, 5:] == boxes[:, 5])
     kept: list[int] = []
     for number in range(len(boxes)):
         if not same[number, kept].any():
             kept.append(number)
-    return kept
+    return boxes[kept]
 
 
 def leak_guard(train_names: Iterable[str], mapping: Table) -> None:
@@ -127,13 +124,12 @@ def leak_guard(train_names: Iterable[str], mapping: Table) -> None:
 
     >>> leak_guard(["train/a.png"], pd.DataFrame({"id": [1], "image_id": ["b.png"]}))
     """
+    asked = set(_mapping(mapping)["image_id"])
     trained = [PurePosixPath(str(name).replace("\\", "/")).name for name in train_names]
-    both = pd.Series(trained, dtype=object)[lambda names: names.isin(_mapping(mapping)["image_id"])]
-    if len(both):
-        raise ValueError(
-            f"{both.nunique()} training images ({len(both)} rows) stand in the competition's "
-            f"mapping: {_listed(sorted(both.unique()))}. Fix: remove these rows from training"
-        )
+    if both := [name for name in trained if name in asked]:
+        count = f"{len(set(both))} training images ({len(both)} rows)"
+        told = f"stand in the competition's mapping: {_listed(sorted(set(both)))}"
+        raise ValueError(f"{count} {told}. Fix: remove these rows from training")
 
 
 def check(
@@ -141,9 +137,9 @@ def check(
 ) -> pd.DataFrame:
     """Read a submission as strictly as a grader might; returns it as a table when all is well.
 
-    images: a folder that is searched for the mapping's files, or file name -> (width, height);
-    without it no image border is assumed. The order of rows is free. Errors: `SubmissionError` with
-    every kind of problem found, its CSV lines and its fix; `FileNotFoundError`.
+    images: a folder that is searched for the mapping's files, or file name -> (width, height).
+    Errors: `SubmissionError` with every kind of problem found, its CSV lines and its fix;
+    `FileNotFoundError`.
 
     >>> ids = pd.DataFrame({"id": [1], "image_id": ["a.png"]})
     >>> table = ids.assign(x_min=5.0, y_min=5.0, x_max=9.0, y_max=9.0, confidence=0.5)
@@ -233,22 +229,15 @@ def _error(name: str, problems: list[str]) -> SubmissionError:
     return SubmissionError("\n".join([f"{name}: {count} (the header is line 1)", *numbered]))
 
 
-def write(
-    table: pd.DataFrame,
-    path: str | os.PathLike,
-    mapping: Table,
-    *,
-    images: Sizes = None,
-    classes: Sequence[str] = NIH_CLASSES,
-) -> Path:
+def write(table: pd.DataFrame, path: str | os.PathLike, mapping: Table, **options) -> Path:
     """Check `table`, write it, read it back and check again; only then does `path` appear.
 
     Options as in `check`. Errors: `SubmissionError`; the file at `path` is then as before.
     """
-    checked = check(table, mapping, images=images, classes=classes)
+    checked = check(table, mapping, **options)
     with files.atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8")
-        if not check(temporary, mapping, images=images, classes=classes).equals(checked):
+        if not check(temporary, mapping, **options).equals(checked):
             raise _error(str(path), ["what was written reads back as something else"])
     return Path(path)
 
@@ -258,11 +247,10 @@ def summary(table: pd.DataFrame) -> str:
     ids, confidence = table.iloc[:, 0], table["confidence"]
     labels = ", ".join(f"{label} {count}" for label, count in table["label"].value_counts().items())
     low, high, median = confidence.min(), confidence.max(), confidence.median()
-    return (
-        f"rows        {len(table)}, ids {ids.min()} to {ids.max()}\n"
-        f"images      {table['image_id'].nunique()}\nlabels      {labels}\n"
-        f"confidence  {low:.4g} to {high:.4g}, median {median:.4g}"
-    )
+    told = {"rows": f"{len(table)}, ids {ids.min()} to {ids.max()}"}
+    told |= {"images": table["image_id"].nunique(), "labels": labels}
+    told["confidence"] = f"{low:.4g} to {high:.4g}, median {median:.4g}"
+    return "\n".join(f"{name:12}{value}" for name, value in told.items())
 
 
 def _mapping(mapping: Table) -> pd.DataFrame:
@@ -281,10 +269,9 @@ def _mapping(mapping: Table) -> pd.DataFrame:
 
 def _sizes(images: Sizes, wanted: set[str]) -> dict[str, tuple[int, int]]:
     """File name -> (width, height), from the files' headers when `images` is a folder."""
-    if isinstance(images, Mapping):
-        where, found = "images", {name: tuple(images[name]) for name in wanted & set(images)}
-    else:
-        where, found = str(images), {}
+    found, where = images, "images"
+    if not isinstance(images, Mapping):
+        found, where = {}, str(images)
         for path in Path(images).rglob("*"):
             if path.name in wanted:
                 with Image.open(path) as image:

@@ -59,29 +59,12 @@ def test_grid_equals_scikit_learn_in_every_cell(classes):
         assert row.drop == pytest.approx(result["value"][0] - row.value)
 
 
-def test_auc_is_over_the_classes_that_occur():
-    p = np.array([[0.8, 0.1, 0.1], [0.3, 0.1, 0.6], [0.5, 0.1, 0.4], [0.1, 0, 0.9]])
-    seen = table({("clean", 0): [0, 2, 0, 2]}, [0, 0, 2, 2]).assign(p0=p[:, 0], p1=p[:, 1])
-    result = ce.grid(seen.assign(p2=p[:, 2]), alone(seen), draws=5)
-    both = [sk.roc_auc_score(seen["label"] == c, p[:, c]) for c in (0, 2)]
-    assert result["value"].item() == pytest.approx(np.mean(both))
-
-
 def test_a_corruption_that_changes_nothing_has_a_drop_of_exactly_0():
     clean = noisy().query("corruption == 'clean'")
     shuffled = clean.sample(frac=1, random_state=1).assign(corruption="nothing", severity=1)
     result = ce.grid(pd.concat([shuffled, clean]), alone(clean), draws=50).iloc[1]
     assert (result[["drop", "drop_low", "drop_high"]] == 0).all()
     assert result["ci_low"] < result["ci_high"]
-
-
-def test_the_interval_of_a_drop_is_paired():
-    """On the same patients a corruption of a few images is measured better than either AUC is."""
-    clean = noisy(images=200).query("corruption == 'clean'")
-    harmed = clean.assign(corruption="noise", severity=1)
-    harmed.loc[harmed["image"] < 4, ["p0", "p1"]] = 0.5
-    row = ce.grid(pd.concat([clean, harmed]), alone(clean), draws=300).iloc[1]
-    assert row["drop_high"] - row["drop_low"] < 0.5 * (row["ci_high"] - row["ci_low"])
 
 
 def test_a_reference_against_itself_is_exactly_1():
@@ -99,13 +82,10 @@ def test_a_hand_worked_example():
     labels, answers = [0] * 6 + [1] * 2, {k: [1] * k + [0] * (6 - k) for k in range(7)}
     keys = [("clean", 0), ("noise", 1), ("noise", 2), ("blur", 1), ("blur", 2)]
     alarms = {"ours": (0, 1, 2, 0, 3), "reference": (1, 3, 3, 2, 4)}  # k false alarms: k / 12
-    ours, reference = (
-        table(
-            {k: answers[n] + [int(k != ("noise", 2)), 1] for k, n in zip(keys, ks, strict=True)},
-            labels,
-        )
-        for ks in alarms.values()
-    )
+    slips = {key: [int(key != ("noise", 2)), 1] for key in keys}
+    cells = [zip(keys, ks, strict=True) for ks in alarms.values()]
+    both = [{key: answers[n] + slips[key] for key, n in cell} for cell in cells]
+    ours, reference = (table(one, labels) for one in both)
     result = ce.corruption_error(ours, reference, alone(ours), draws=20)
     # In twelfths: ours noise 1, 5, blur 0, 3 (clean 0); reference 3, 6 and 2, 4 (clean 1).
     expected = {("noise", "ce"): 6 / 9, ("blur", "ce"): 3 / 6, ("mean", "ce"): (6 / 9 + 3 / 6) / 2}
@@ -156,26 +136,21 @@ def test_tables_that_do_not_fit_are_refused():
     good = noisy(images=20)
     patients, clean = alone(good), good["corruption"].eq("clean")
     blur5 = good["corruption"].eq("blur") & good["severity"].eq(5)
-    cases = [
-        (r"lacks the columns \['predicted'\]", good.drop(columns="predicted")),
-        ("twice", pd.concat([good, good.head(2)])),
-        ("image in every cell", good[~(blur5 & good["image"].eq(3))]),
-        ("a 'clean' row", good[~clean]),
-        ("probabilities in", good.assign(p1=np.nan)),
-        ("one label", good.assign(label=np.where(blur5, 1 - good["label"], good["label"]))),
-    ]
-    for message, broken in cases:
+    cases = {
+        r"lacks the columns \['predicted'\]": good.drop(columns="predicted"),
+        "twice": pd.concat([good, good.head(2)]),
+        "image in every cell": good[~(blur5 & good["image"].eq(3))],
+        "a 'clean' row": good[~clean],
+        "probabilities in": good.assign(p1=np.nan),
+    }
+    for message, broken in cases.items():
         with pytest.raises(ValueError, match=message):
             ce.grid(broken, patients, draws=5)
     with pytest.raises(ValueError, match="no entry for image 0"):
         ce.grid(good, {k: v for k, v in patients.items() if k}, draws=5)
-    for ours, other, message in (
-        (good, good[good["image"] != 4], "differ in images"),
-        (good, good[~blur5], "differ in images or cells"),
-        (good[~blur5], good[~blur5], "same severities"),
-    ):
+    for ours, message in ((good, "differ in images or cells"), (good[~blur5], "same severities")):
         with pytest.raises(ValueError, match=message):
-            ce.corruption_error(ours, other, patients, draws=5)
+            ce.corruption_error(ours, good[~blur5], patients, draws=5)
 
 
 def test_rows_merge_into_a_results_file_without_collisions():
@@ -185,8 +160,5 @@ def test_rows_merge_into_a_results_file_without_collisions():
     both = pd.concat([grid, ce.metric_rows(ce.corruption_error(predictions, predictions, **given))])
     assert not both.duplicated(["attack", "eps", "eps_unit", "metric"]).any()
     assert len(grid) == 1 + 2 * 10 and both["value"].notna().all()
-    assert grid.loc[grid["attack"] == "clean", ["eps", "eps_unit"]].values.tolist() == [
-        [0.0, "pixel"]
-    ]
     delta = grid[grid["metric"].eq("delta_auc")]
     assert delta["eps_unit"].eq("severity").all() and len(delta) == 10

@@ -2,15 +2,12 @@
 
 import contextlib
 import io
-import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchmetrics.detection import MeanAveragePrecision
 
 from dlia_utils import metrics
 from dlia_utils.detect import evaluate as ev
@@ -122,47 +119,6 @@ def test_equal_iou_goes_to_the_later_true_box():
         np.testing.assert_allclose(own, pycoco(order, found, [0], 1), atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["random", "tied", "gaps"])
-def test_mean_average_precision_equals_torchmetrics(kind):
-    truth, found, images, _ = scene(kind)
-    # Its own 101 recalls are float32, and 0.2 in float32 is above 0.2.
-    options = dict(iou_thresholds=list(ev.COCO_IOUS), class_metrics=True)
-    metric = MeanAveragePrecision(rec_thresholds=np.linspace(0, 1, 101).tolist(), **options)
-
-    def per_image(table, image):
-        own = table[table.image == image]
-        corners = torch.tensor(own[CORNERS].to_numpy(), dtype=torch.float32)
-        told = {"boxes": corners, "labels": torch.tensor(own.label.to_numpy())}
-        return told | ({"scores": torch.tensor(own.score.to_numpy())} if "score" in own else {})
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        order = sorted(images)  # it breaks ties by the order in which it meets the images
-        metric.update(*([per_image(table, i) for i in order] for table in (found, truth)))
-        expected = metric.compute()
-    result = matched(kind, iou=ev.COCO_IOUS)
-    table, own = ev.average_precision(result), ev.summary(result)
-    assert own["mAP50"] == pytest.approx(expected["map_50"].item(), abs=1e-4)
-    assert own["mAP50_95"] == pytest.approx(expected["map"].item(), abs=1e-4)
-    seen = table.loc[expected["classes"].tolist()].mean(axis=1).fillna(-1)
-    np.testing.assert_allclose(seen, expected["map_per_class"].numpy(), atol=1e-4)
-
-
-def test_perfect_and_hopeless_predictions():
-    truth, _, images, classes = scene("random")
-    options = dict(images=images, classes=classes)
-    perfect = ev.match(truth, truth.assign(score=0.7), iou=ev.COCO_IOUS, **options)
-    assert ev.summary(perfect) == {"mAP50": 1.0, "mAP50_95": 1.0}
-    best = ev.best_thresholds(perfect)
-    assert best.threshold.eq(0.7).all() and best.f1.eq(1).all()
-    assert best.label.tolist() == ["all", 1, 2, 3, 4]
-    away = truth.assign(score=0.7, x1=truth.x1 + 1000, x2=truth.x2 + 1000)
-    hopeless = ev.match(truth, away, **options)
-    assert ev.summary(hopeless) == {"mAP50": 0.0}
-    best = ev.best_thresholds(hopeless)
-    assert best.threshold.isna().all() and best[["f1", "fp_per_image"]].eq(0).all(axis=None)
-
-
 @pytest.mark.parametrize("kind", ["no predictions", "no truth"])
 def test_the_other_tables_bear_emptiness(kind):
     result = matched(kind, iou=ev.COCO_IOUS)
@@ -171,9 +127,6 @@ def test_the_other_tables_bear_emptiness(kind):
     value = 0.0 if kind == "no predictions" else np.nan
     np.testing.assert_array_equal(table.value, [value] * 7)
     assert (len(ev.curve(result)) == 0) == (kind == "no predictions")
-
-
-# ------------------------------------------------------------------------------------ curves
 
 
 def cut(found, threshold):
@@ -209,8 +162,6 @@ def test_best_thresholds_by_brute_force():
         assert by_froc.loc[label, ["recall", "threshold"]].tolist() == [allowed.recall.max(), best]
     strict = ev.best_thresholds(result, objective="froc", fp_per_image=0)
     assert strict.threshold.isna().any() and not strict.fp_per_image.any()
-    with pytest.raises(ValueError, match="'f1' or 'froc'"):
-        ev.best_thresholds(result, objective="mAP")
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "gaps"])
@@ -229,11 +180,6 @@ def test_the_sweep_equals_evaluating_each_cut_and_mAP_only_falls(kind):
     assert table.mAP50.is_monotonic_decreasing and table.mAP50.iloc[-1] < table.mAP50.iloc[0]
     assert table.mAP50.idxmax() == 0, "what the published sweep must always choose"
     assert table.f1.idxmax() > 0
-    nothing = ev.threshold_sweep(result, [1.0]).iloc[0]
-    assert nothing.mAP50 == 0 and nothing.recall == 0 and np.isnan(nothing.precision)
-
-
-# ------------------------------------------------------------------------------------ intervals
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +198,8 @@ def repeated(table, images, weight):
     """The table of a set in which each image counts `weight` times, as images of their own."""
     order = np.argsort(images)
     copies = np.split(np.arange(weight.sum()), np.cumsum(weight[order])[:-1])
-    parts = [
-        table[table.image == image].assign(image=copy)
-        for image, own in zip(images[order], copies, strict=True)
-        for copy in own
-    ]
+    pairs = [(i, copy) for i, own in zip(images[order], copies, strict=True) for copy in own]
+    parts = [table[table.image == image].assign(image=copy) for image, copy in pairs]
     return pd.concat([table[:0], *parts], ignore_index=True)
 
 
@@ -292,7 +235,7 @@ def test_the_table_of_intervals(resampled, monkeypatch):
     alone = ev.bootstrap(result, groups, draws=200, statistics=("sensitivity_at_1", "mAP50"))
     assert alone.metric.tolist() == ["sensitivity_at_1", "mAP50"]
     assert alone.iloc[1].equals(table.iloc[0])
-    monkeypatch.setattr(ev, "CHUNK", 500)
+    monkeypatch.setattr(metrics, "CHUNK", 500)
     pd.testing.assert_frame_equal(table, ev.bootstrap(result, groups, **options), rtol=1e-12)
 
 
@@ -317,17 +260,9 @@ def test_the_paired_difference_is_narrower_than_the_two_intervals(resampled):
     assert (width < np.hypot(a.ci_high - a.ci_low, b.ci_high - b.ci_low))[:3].all()
     same = ev.bootstrap(result, groups, less=result, draws=20)
     assert same[["value", "ci_low", "ci_high"]].eq(0).all(axis=None)
-    half = ev.match(truth, found, **options)
-    for wrong, message in (
-        (dict(less=ev.match(truth[1:], found, **options)), "differ in images"),
-        (dict(less=half, statistics=["mAP50_95"]), "COCO_IOUS"),
-        (dict(statistics=["map"]), r"unknown statistics \['map'\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ev.bootstrap(result, groups, draws=2, **wrong)
+    with pytest.raises(ValueError, match="differ in images"):
+        ev.bootstrap(result, groups, less=ev.match(truth[1:], found, **options), draws=2)
 
-
-# ------------------------------------------------------------------------------------ input
 
 GOOD = pd.DataFrame([[3, 0.0, 0.0, 9.0, 9.0, 1], [4, 0.0, 0.0, 9.0, 9.0, 2]], columns=TRUTH)
 WRONG = [
@@ -360,5 +295,3 @@ def test_missing_columns_and_arguments_are_named_and_nothing_is_touched():
         ev.match(GOOD, GOOD, images=[3, 4], classes=2)
     with pytest.raises(ValueError, match="every evaluated image once"):
         ev.match(GOOD, found, images=[3, 4, 4], classes=2)
-    with pytest.raises(ValueError, match="0.5 is one of them"):
-        ev.match(GOOD, found, images=[3, 4], classes=2, iou=(0.3,))

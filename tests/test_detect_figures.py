@@ -1,7 +1,5 @@
 """Figures of a detection study: one class and eight, one image and many, no prediction at all."""
 
-import warnings
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,15 +12,7 @@ EIGHT = "Atelectasis Cardiomegaly Effusion Infiltrate Mass Nodule Pneumonia Pneu
 ONE = ("fracture",)
 SIDE = 96
 CAPTION = "nih (SYNTHETIC), smoke profile, 48 px"
-
-
-@pytest.fixture(autouse=True)
-def _no_warning():
-    with warnings.catch_warnings():
-        for kind in (UserWarning, RuntimeWarning, FutureWarning):
-            warnings.simplefilter("error", kind)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
+pytestmark = [pytest.mark.filterwarnings(f"error::{k}Warning") for k in ("User", "Runtime")]
 
 
 def boxes(n, classes, images=4, *, seed=0):
@@ -102,23 +92,10 @@ def test_a_crowd_is_cut_and_a_threshold_that_nothing_reaches_is_said():
     figure = figures.figure_boxes(pictures(1), known, [crowd], ["a"], ONE, CAPTION)
     assert len(rectangles(figure.axes[0])) == 1 + figures.DRAWN
     assert "best 12 of 40 predictions" in drawn(figure)
-    for threshold, said in (
-        (1.1, "no prediction above the threshold"),
-        (np.nan, "no score reaches"),
-    ):
-        options = {"threshold": threshold}
-        figure = figures.figure_boxes(pictures(1), known, [crowd], ["a"], ONE, CAPTION, **options)
+    shown = pictures(1), known, [crowd], ["a"], ONE, CAPTION
+    for cut, said in ((1.1, "no prediction above the threshold"), (np.nan, "no score reaches")):
+        figure = figures.figure_boxes(*shown, threshold=cut)
         assert said in drawn(figure) and len(rectangles(figure.axes[0])) == 1
-
-
-def test_boxes_by_image_keeps_order_scales_and_leaves_the_table_alone():
-    table = pd.concat([one(2, 4, 6, 8), one(1, 1, 3, 3).assign(image=5)], ignore_index=True)
-    before, scale = table.copy(), np.array([[2, 1], [1, 1], [0.5, 0.25]])
-    found = figures.boxes_by_image(table, np.array([5, 9, 0]), scale=scale)
-    assert [len(part) for part in found] == [1, 0, 1]
-    assert found[0][figures.CORNERS].values.tolist() == [[2, 1, 6, 3]]
-    assert found[2][figures.CORNERS].values.tolist() == [[1, 1, 3, 2]]
-    pd.testing.assert_frame_equal(table, before)
 
 
 def test_froc_points_take_the_best_sensitivity_within_the_allowance():
@@ -126,7 +103,7 @@ def test_froc_points_take_the_best_sensitivity_within_the_allowance():
     figure = figures.figure_froc({"a": pd.DataFrame(points)}, CAPTION)
     (marked,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 7)
     expected = [0.1, 0.3, 0.3, 0.5, 0.8, 0.8, 0.8]
-    assert marked.get_xdata().tolist() == list(figures.FROC_POINTS)
+    assert marked.get_xdata().tolist() == list(figures.RATES)
     assert marked.get_ydata().tolist() == expected
     assert f"mean {np.mean(expected):.3f}" in drawn(figure)
 
@@ -137,8 +114,3 @@ def test_the_best_is_marked_and_what_is_unknown_is_not_it():
     nothing = curve(3).assign(recall=np.nan, f1=np.nan)
     assert "a (no true box)" in drawn(figures.figure_froc({"a": nothing}, CAPTION))
     assert "a: no true box" in drawn(figures.figure_pr({"a": nothing}, CAPTION))
-
-
-def test_a_missing_column_is_named():
-    with pytest.raises(ValueError, match="'a'.*recall"):
-        figures.figure_froc({"a": pd.DataFrame({"fp_per_image": [1.0]})}, CAPTION)

@@ -48,9 +48,7 @@ def same(table, expected):
     np.testing.assert_allclose(own, expected / scale, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "views, each, iou", [(3, 14, 0.5), (1, 30, 0.3), (5, 10, 0.55), (2, 60, 0.7)]
-)
+@pytest.mark.parametrize("views, each, iou", [(3, 14, 0.5), (1, 30, 0.3), (2, 60, 0.7)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_wbf_equals_ensemble_boxes(seed, views, each, iou):
     table = predictions(seed, views=views, each=each)

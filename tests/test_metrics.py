@@ -80,17 +80,9 @@ def test_resampled_metrics_equal_recomputing_on_the_drawn_images():
         assert found.loc[name, ["ci_low", "ci_high"]].tolist() == pytest.approx(ends.tolist())
 
 
-def test_log_odds_keep_a_ranking_that_probabilities_lose():
-    labels, gap = np.array([0, 0, 1, 1]), np.array([40.0, 50.0, 60.0, 70.0])
-    ties = classified(labels, 1 / (1 + np.exp(-gap)), range(4), draws=20).loc["auc", "value"]
-    assert ties < 1 == classified(labels, gap, range(4), threshold=0, draws=20).loc["auc", "value"]
-
-
 @pytest.mark.parametrize(
     ("labels", "score", "groups", "message"),
     [
-        ([0, 1], [0.1], ["a", "b"], "one length"),
-        ([0, 2], [0.1, 0.2], ["a", "b"], "0 to 1"),
         ([1, 3], np.ones((2, 3)), ["a", "b"], "0 to 2"),
         ([0, 1], [0.1, np.nan], ["a", "b"], "NaN"),
         ([0, 1], [0.1, 0.2], ["a", None], "lacks the patient of 1 images"),
@@ -101,22 +93,10 @@ def test_bad_input_is_named(labels, score, groups, message):
         metrics.classification(np.array(labels), np.array(score), groups)
 
 
-# ---------------------------------------------------------------------------------- intervals
-
-
 def test_patients_are_drawn_whole():
     weights = metrics.patient_weights(["a", "a", "b", "c", "c"], draws=50, seed=1)
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3] == weights[:, 4]).all()
     assert weights[:, [0, 2, 3]].sum(1).tolist() == [3] * 50
-
-
-def test_interval_of_a_share_is_the_binomial_one_and_widens_with_clusters():
-    rng = np.random.default_rng(1)
-    flags = rng.random(400) < 0.8
-    width = 2 * 1.96 * np.sqrt(flags.mean() * (1 - flags.mean()) / 400)
-    for copies in (1, 4):
-        found = metrics.share(np.repeat(flags, copies), np.repeat(np.arange(400), copies))
-        assert found["ci_high"] - found["ci_low"] == pytest.approx(width, rel=0.15)
 
 
 def test_none_or_all_is_not_certain_and_a_number_is_no_share():
@@ -161,14 +141,8 @@ def test_bca_equals_scipys_over_patients_on_the_same_draws():
 
     weights = metrics.patient_weights(groups, draws=400, seed=5)
     expected = bca_of_scipy(mean, np.flatnonzero(images), weights @ values / weights.sum(1))
-    bca, plain = (
-        metrics.mean(values, groups, draws=400, seed=5, interval=kind)
-        for kind in ("bca", "percentile")
-    )
-    assert (bca["ci_low"], bca["ci_high"]) == pytest.approx(expected, rel=1e-12)
-    assert bca["ci_low"] > plain["ci_low"] and bca["ci_high"] > plain["ci_high"], "the skew"
-    with pytest.raises(ValueError, match="percentile or bca, not 'BCa'"):
-        metrics.mean(values, groups, interval="BCa")
+    found = metrics.mean(values, groups, draws=400, seed=5, interval="bca")
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_large_sets_are_worked_through_in_parts(monkeypatch):
@@ -177,9 +151,6 @@ def test_large_sets_are_worked_through_in_parts(monkeypatch):
     whole = classified(*given, draws=40, interval="bca")
     monkeypatch.setattr(metrics, "CHUNK", 350)  # seven rows of weights
     np.testing.assert_allclose(classified(*given, draws=40, interval="bca"), whole, rtol=1e-12)
-
-
-# ---------------------------------------------------------------------------------- two AUCs
 
 
 def two_models(seed, n=80, *, ties=False):
@@ -217,13 +188,8 @@ def test_delongs_test_follows_from_its_definition(ties):
 def test_copies_of_an_image_of_one_patient_are_no_evidence():
     labels, a, b = two_models(2)
     copied = [np.repeat(part, 3) for part in (labels, a, b, np.arange(80))]
-    single, by_patient = (
-        metrics.delong_test(labels, a, b, np.arange(80)),
-        metrics.delong_test(*copied),
-    )
-    assert by_patient["z"] == pytest.approx(single["z"])
-    as_if_independent = metrics.delong_test(*copied[:3], np.arange(240))
-    assert as_if_independent["z"] / single["z"] == pytest.approx(3**0.5, rel=0.02)
+    single, again = metrics.delong_test(labels, a, b, np.arange(80)), metrics.delong_test(*copied)
+    assert again["z"] == pytest.approx(single["z"])
 
 
 def test_the_variance_of_patients_with_images_of_both_classes_is_that_of_repeated_studies():
@@ -236,20 +202,10 @@ def test_the_variance_of_patients_with_images_of_both_classes_is_that_of_repeate
         found.append(metrics.delong_test(labels, a, b, codes))
         naive.append(metrics.delong_test(labels, a, b, range(200)))
     spread = np.std([one["value"] for one in found])
-    stated, alone = (
-        np.mean([o["ci_high"] - o["value"] for o in of]) / 1.96 for of in (found, naive)
-    )
-    assert stated == pytest.approx(spread, rel=0.12)
+    stated, alone = (np.mean([o["ci_high"] - o["value"] for o in way]) for way in (found, naive))
+    assert stated / 1.96 == pytest.approx(spread, rel=0.12)
     # Both classes of a patient shift together here: images taken as independent look too uncertain.
-    assert alone > 1.1 * spread
-
-
-def test_delong_needs_two_patients_of_each_class():
-    with pytest.raises(ValueError, match="two patients with images of each class"):
-        metrics.delong_test([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], [0.1] * 4, ["a", "a", "b", "c"])
-
-
-# ---------------------------------------------------------------------------------- two accuracies
+    assert alone / 1.96 > 1.1 * spread
 
 
 def test_mcnemar_equals_statsmodels():
@@ -271,8 +227,6 @@ def test_the_clustered_p_is_that_of_all_exchanges_of_the_models():
     expected = np.mean([total >= abs(sum(sums)) for total in totals])
     assert 0 < expected < 1
     assert metrics.paired_difference(a, b, groups, draws=10)["p"] == pytest.approx(expected)
-    copied = [np.repeat(part, 4) for part in (a, b, groups)]
-    assert metrics.paired_difference(*copied, draws=10)["p"] == pytest.approx(expected)
 
 
 def test_the_interval_of_a_difference_covers_the_truth():
@@ -295,8 +249,6 @@ def test_models_that_never_disagree_are_not_certainly_equal():
     apart = metrics.paired_difference(np.ones(40, bool), np.zeros(40, bool), patients)
     assert apart["value"] == apart["ci_high"] == 1
     assert apart["ci_low"] == pytest.approx(1 - 2 * reach) and apart["p"] == pytest.approx(2**-19)
-    with pytest.raises(ValueError, match="pair the same images"):
-        metrics.paired_difference(np.ones(3, bool), np.ones(4, bool), range(3))
 
 
 def test_holm_equals_the_definition_and_statsmodels():

@@ -37,83 +37,51 @@ def problems(content, tmp_path, **options):
     return str(error.value)
 
 
-ROWS = [  # what is replaced in the good file, by what, and what each line of the message says
-    (
-        "2,a.png",
-        "9,a.png",
-        "id: not in the mapping in 1 row: line 3 ('9')",
-        "ids are missing: 2. Fix",
-    ),
-    (
-        "3,c.png",
-        ",c.png",
-        "id: not in the mapping in 1 row: line 4 ('')",
-        "ids are missing: 3. Fix",
-    ),
-    (
-        "3,c.png",
-        "2,c.png",
-        "a second time in 1 row: line 4 ('2')",
-        "not the image of its id",
-        "missing: 3",
-    ),
-    ("3,c.png", "3,a.png", "image_id: not the image of its id in 1 row: line 4 ('a.png')"),
-    ("1,b.png", "1,B.png", "image_id: not the image of its id in 1 row: line 2 ('B.png')"),
-    (",20,", ",,", "y_min: no finite number in 1 row: line 3 ('')"),
-    ("1.0", "NaN", "confidence: no finite number in 1 row: line 5 ('NaN')"),
-    ("30.25", "inf", "x_max: no finite number in 1 row: line 2 ('inf')"),
-    ("30.25", "wide", "x_max: no finite number in 1 row: line 2 ('wide')"),
-    ("1.0", "1_0", "confidence: no finite number in 1 row: line 5 ('1_0')"),
-    ("10,20,90,80", "90,20,10,80", "x_min: not below x_max in 1 row: line 3 ('90')"),
-    ("10,20,90,80", "10,20,60,15", "y_min: not below y_max in 1 row: line 3 ('20')"),
-    (",5,5", ",5,-0.5", "y_min: negative in 1 row: line 5 ('-0.5')"),
-    ("0.9", "90", "confidence: above 1 in 1 row: line 2 ('90')"),
-    ("0.9", "-0.1", "confidence: below 0 in 1 row: line 2 ('-0.1')"),
-    (
-        "Infiltrate",
-        "Infiltration",
-        "line 4 ('Infiltration'). Fix: the competition spells it Infiltrate",
-    ),
-    ("Mass", "mass", "label: unknown in 1 row: line 2 ('mass'). Fix: one of Atelectasis"),
-    ("Mass", " Mass", "label: unknown in 1 row: line 2 (' Mass')"),
-    (",Atelectasis", "", "label: unknown in 1 row: line 3 ('')"),
-    ("90,80", "90,80.5", "y_max: beyond the image's height in 1 row: line 3 ('80.5')"),
-    ("60,60", "60.25,60", "x_max: beyond the image's width in 1 row: line 4 ('60.25')"),
-]
+# What is replaced in the good file, by what, and what each line of the message says.
+ROWS = """
+2,a.png | 9,a.png | id: not in the mapping in 1 row: line 3 ('9') | ids are missing: 2. Fix
+3,c.png | 2,c.png | a second time in 1 row: line 4 ('2') | not the image of its id | missing: 3
+3,c.png | 3,a.png | image_id: not the image of its id in 1 row: line 4 ('a.png')
+,20, | ,, | y_min: no finite number in 1 row: line 3 ('')
+1.0 | NaN | confidence: no finite number in 1 row: line 5 ('NaN')
+30.25 | inf | x_max: no finite number in 1 row: line 2 ('inf')
+30.25 | wide | x_max: no finite number in 1 row: line 2 ('wide')
+10,20,90,80 | 90,20,10,80 | x_min: not below x_max in 1 row: line 3 ('90')
+10,20,90,80 | 10,20,60,15 | y_min: not below y_max in 1 row: line 3 ('20')
+,5,5 | ,5,-0.5 | y_min: negative in 1 row: line 5 ('-0.5')
+0.9 | 90 | confidence: above 1 in 1 row: line 2 ('90')
+0.9 | -0.1 | confidence: below 0 in 1 row: line 2 ('-0.1')
+Infiltrate | Infiltration | line 4 ('Infiltration'). Fix: the competition spells it Infiltrate
+Mass | mass | label: unknown in 1 row: line 2 ('mass'). Fix: one of Atelectasis
+,Atelectasis |  | label: unknown in 1 row: line 3 ('')
+90,80 | 90,80.5 | y_max: beyond the image's height in 1 row: line 3 ('80.5')
+60,60 | 60.25,60 | x_max: beyond the image's width in 1 row: line 4 ('60.25')
+"""
 
 
-@pytest.mark.parametrize("old, new, expected", [(old, new, said) for old, new, *said in ROWS])
-def test_a_wrong_row_is_named_with_its_line_and_the_fix(old, new, expected, tmp_path):
+@pytest.mark.parametrize("row", ROWS.strip().splitlines())
+def test_a_wrong_row_is_named_with_its_line_and_the_fix(row, tmp_path):
+    old, new, *expected = (part.strip() for part in row.split("|"))
     assert old in GOOD
     head, *lines = problems(GOOD.replace(old, new, 1), tmp_path, images=SIZES).splitlines()
     assert f"bad.csv: {len(expected)} problem" in head and len(lines) == len(expected), lines
     assert all("Fix: " in line and part in line for line, part in zip(lines, expected, strict=True))
 
 
+SAME = [f"{line[:7]},0,0,1.5,1,0.01,Mass" for line in LINES[1:]]
+SHARES = [f"{line[:7]},.1,.2,.3,.{line[0]},.5,Mass" for line in LINES[1:]]
 FILES = {
     "empty": ("", "not readable as CSV"),
     "header only": (LINES[0], "0 rows. Fix: the header is id,image_id,x_min"),
     "no header": (text(LINES[1:]), "line 1 is '1,b.png"),
     "other edition": (GOOD.replace("id,", "ID,", 1), "Fix: the header is id,image_id"),
-    "wrong order": (GOOD.replace("x_min,y_min", "y_min,x_min"), "Fix: the header is"),
     "index": (text(f"{n or ''},{line}" for n, line in enumerate(LINES)), "without index"),
-    "semicolons": (GOOD.replace(",", ";"), "line 1 is 'id;image_id"),
     "decimal comma": (GOOD.replace("30.25", "30,25"), "more cells than the header"),
     "another one": (GOOD.replace(",0.0,", ",0,0,"), "line 4, saw 9"),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD.encode(), "without index or byte order mark"),
     "UTF-16": (GOOD.encode("utf-16"), "not readable as CSV ('utf-8' codec"),
-    "Latin-1": (
-        GOOD.replace("Atel", "Atél").encode("latin-1"),
-        "not readable as CSV ('utf-8' codec",
-    ),
-    "constant": (
-        text([LINES[0], *(f"{line[:7]},0,0,1.5,1,0.01,Mass" for line in LINES[1:])]),
-        "every row holds the same prediction",
-    ),
-    "fractions": (
-        text([LINES[0], *(f"{line[:7]},.1,.2,.3,.{line[0]},.5,Mass" for line in LINES[1:])]),
-        "not fractions of the image",
-    ),
+    "constant": (text([LINES[0], *SAME]), "every row holds the same prediction"),
+    "fractions": (text([LINES[0], *SHARES]), "not fractions of the image"),
 }
 
 
@@ -145,17 +113,11 @@ def test_true_sizes_are_read_from_a_folder_of_images(tmp_path):
         submission.check(tmp_path / "bad.csv", EDITIONS["A"], images=tmp_path)
 
 
-GOODS = {
-    "plain": GOOD,
-    "windows": GOOD.replace("\n", "\r\n"),
-    "blank last line": GOOD + "\n",
-    "any order": text([LINES[0], *LINES[:0:-1]]),
-    "quotes": GOOD.replace("a.png", '"a.png"'),
-    "exponent": GOOD.replace("1.0", "1e-3"),
-}
+GOODS = [GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n", text([LINES[0], *LINES[:0:-1]])]
+GOODS += [GOOD.replace("a.png", '"a.png"'), GOOD.replace("1.0", "1e-3")]
 
 
-@pytest.mark.parametrize("content", GOODS.values(), ids=GOODS)
+@pytest.mark.parametrize("content", GOODS)
 def test_good_files_pass(content, tmp_path):
     path = tmp_path / "good.csv"
     path.write_bytes(content.encode())
@@ -179,29 +141,19 @@ def test_other_classes_have_their_own_spelling():
     "columns, message",
     [
         ({"Id": [1], "image_id": ["a.png"]}, "has the columns Id, image_id; it needs `id` or `ID`"),
-        ({"id": [1], "ID": [1], "image_id": ["a.png"]}, "it needs `id` or `ID`"),
         ({"id": [1, 1], "image_id": ["a.png", "b.png"]}, "each id once"),
-        ({"id": [1, 2], "image_id": ["a.png", None]}, "an image for each id"),
     ],
 )
-def test_bad_mapping(columns, message, tmp_path):
+def test_bad_mapping(columns, message):
     with pytest.raises(ValueError, match=message):
         submission.leak_guard([], pd.DataFrame(columns))
-    with pytest.raises(FileNotFoundError, match="map.csv"):
-        submission.leak_guard([], tmp_path / "map.csv")
 
-
-# ------------------------------------------------------------------------------------ building
 
 NAMES = {10: "a.png", 11: "b.png", 12: "c.png", 13: "no_test_image.png"}
 FRAMES = {row: SIZES.get(name, (50, 50)) for row, name in NAMES.items()}
 COLUMNS = ["image", "x1", "y1", "x2", "y2", "label"]
-TRUTH = [
-    (1, 10, 10, 50, 50, 3),
-    (1, 20, 20, 60, 60, 3),
-    (2, 40, 0, 80, 40, 3),
-    (2, 0, 0, 30, 10, 1),
-]
+TRUTH = [(1, 10, 10, 50, 50, 3), (1, 20, 20, 60, 60, 3)]
+TRUTH += [(2, 40, 0, 80, 40, 3), (2, 0, 0, 30, 10, 1)]
 PRIOR = submission.class_prior(pd.DataFrame(TRUTH, columns=COLUMNS), {1: (100, 100), 2: (200, 100)})
 
 
@@ -243,11 +195,8 @@ def test_prior_fills_empty_lists_and_missing_second_boxes_with_confidence_zero()
 
 
 def test_boxes_are_clipped_and_thin_ones_dropped_before_ranking():
-    a = [
-        (10, 120, 5, 140, 40, 1, 0.9),
-        (10, -20, -5, 40, 300, 2, 0.5),
-        (10, 99.9999, 0, 120, 50, 3, 0.8),
-    ]
+    a = [(10, 120, 5, 140, 40, 1, 0.9), (10, -20, -5, 40, 300, 2, 0.5)]
+    a += [(10, 99.9999, 0, 120, 50, 3, 0.8)]
     b = [(11, 30, 30, 20, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1)]
     table = build(found(*a, *b), "B")
     assert table.iloc[0, 2:].tolist() == [0, 0, 40, 80, 0.5, "Cardiomegaly"]
@@ -262,7 +211,6 @@ ONE = found((10, 1, 1, 9, 9, 1, 0.5))
     [
         ({"names": {10: "a.png", 12: "c.png"}}, "1 images of the mapping are not in names: b.png"),
         ({"predictions": ONE.assign(label=0)}, "labels outside 1..8: 0 is the background"),
-        ({"predictions": ONE.assign(x2=np.nan)}, "holds NaN"),
         ({"predictions": ONE.assign(score=50)}, "scores that are not in"),
         ({"predictions": ONE.assign(image=13)}, "no image of the mapping has a usable box"),
     ],
@@ -301,9 +249,7 @@ def test_whatever_is_predicted_the_built_file_is_valid(edition, tmp_path):
         assert (other.x_min < other.x_max).all() and (other.y_min < other.y_max).all()
 
 
-def test_a_refused_table_or_one_that_reads_back_differently_leaves_the_older_file(
-    tmp_path, monkeypatch
-):
+def test_a_refused_table_or_a_rounded_file_leaves_the_older_one(tmp_path, monkeypatch):
     table = build(found((10, 5, 5, 40, 40, 1, 0.33)))
     path = submission.write(table, tmp_path / "mine.csv", EDITIONS["A"])
     before, to_csv = path.read_bytes(), pd.DataFrame.to_csv

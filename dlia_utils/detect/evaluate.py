@@ -18,29 +18,26 @@ CORNERS = ("x1", "y1", "x2", "y2")
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
 RECALLS = np.linspace(0, 1, 101)
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image (Setio et al., 1612.08012)
-SWEEP = tuple((np.arange(1, 9) / 20).tolist())
+SWEEP = tuple((np.arange(1, 9) / 20).tolist())  # score thresholds
 STATISTICS = ("mAP50", "mAP50_95", "froc_mean", "sensitivity_at_1", "AP50")
 MAX_DETECTIONS = 100  # boxes of one image and class that count, as COCO has it
-CHUNK = 2_000_000  # numbers in one array of the bootstrap: bounds its memory
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
     """What `match` found; N images, K classes, D predictions, T IoU thresholds.
 
-    images: int64 [N] ids in the caller's order. truths: int64 [N,K] true boxes. The predictions are
-    ordered by class, then descending score; those of label k are `bounds[k - 1]:bounds[k]`. score:
-    float64 [D]. place: int64 [D], the row in `images`. hit: bool [T,D].
+    Predictions are ordered by class, then descending score.
     """
 
-    images: np.ndarray
+    images: np.ndarray  # int64 [N] ids in the caller's order
     labels: tuple[int, ...]
     iou: tuple[float, ...]
-    truths: np.ndarray
-    score: np.ndarray
-    place: np.ndarray
-    hit: np.ndarray
-    bounds: np.ndarray
+    truths: np.ndarray  # int64 [N,K] true boxes
+    score: np.ndarray  # float64 [D]
+    place: np.ndarray  # int64 [D], the row in `images`
+    hit: np.ndarray  # bool [T,D]
+    bounds: np.ndarray  # the predictions of label k are bounds[k - 1]:bounds[k]
 
     @property
     def half(self) -> int:
@@ -53,21 +50,14 @@ class Matches:
 
 
 def match(
-    truth: pd.DataFrame,
-    predictions: pd.DataFrame,
-    *,
-    images: Sequence[int] | np.ndarray,
-    classes: int,
-    iou: Sequence[float] = (0.5,),
+    truth: pd.DataFrame, predictions: pd.DataFrame, *, images, classes: int, iou=(0.5,)
 ) -> Matches:
     """Match predictions to true boxes as COCO does (Lin et al. 2014, 1405.0312), at all IoUs.
 
     truth: columns image, x1, y1, x2, y2, label (1..`classes`); predictions: and score. images: ids
     of all evaluated images, those without a box too. In each image and class the best 100 boxes
     are taken by score; each gets the free true box of highest IoU, if that reaches the threshold.
-    Ties are broken as in pycocotools: equal scores by image id, then by the table's order; equal
-    IoU by the later true box. Errors: ValueError naming the first wrong row, for ids twice, and
-    for IoUs without 0.5.
+    Ties as in pycocotools. Errors: ValueError naming the first wrong row, and for IoUs without 0.5.
 
     >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns=["image", *CORNERS, "label"])
     >>> found = pd.DataFrame([[7, 0, 0, 10, 9, 1]], columns=truth.columns).assign(score=0.8)
@@ -124,14 +114,11 @@ def summary(matches: Matches) -> dict[str, float]:
     return result | ({"mAP50_95": float(table.mean().mean())} if matches.iou == COCO_IOUS else {})
 
 
-# --------------------------------------------------------------------------------------- thresholds
-
-
 def curve(matches: Matches, label: int | None = None) -> pd.DataFrame:
     """What is right and wrong at IoU 0.5 when all boxes from a score upwards are kept.
 
-    One row per distinct score, descending: threshold, precision, recall (the sensitivity of FROC),
-    f1, fp_per_image; NaN without true boxes. label: one class, or None for all pooled.
+    One row per distinct score, descending: threshold, precision, recall, f1, fp_per_image; NaN
+    without true boxes. label: one class, or None for all pooled.
     """
     threshold, tp, fp = _counts(matches, label, np.ones((1, len(matches.images))))
     return _rates(matches, label, threshold, tp[0], fp[0])
@@ -144,9 +131,8 @@ def best_thresholds(
 
     objective: "f1", or "froc" for the highest sensitivity with at most `fp_per_image` false
     positives of the class per image. Columns label and those of `curve`. Ties go to the highest
-    threshold; NaN, which no score reaches, where keeping nothing is as good as anything. Choose on
-    other images than those that the result is reported on. Errors: ValueError for an unknown
-    objective.
+    threshold; NaN, which no score reaches, where keeping nothing is as good. Choose on other images
+    than those that the result is reported on.
 
     >>> truth = pd.DataFrame([[0, 0, 0, 9, 9, 1]], columns=["image", *CORNERS, "label"])
     >>> found = truth.loc[[0, 0]].assign(x2=[9, 3], score=[0.7, 0.4])
@@ -167,26 +153,23 @@ def best_thresholds(
     return pd.DataFrame(rows)
 
 
-def threshold_sweep(matches: Matches, thresholds: Sequence[float] = SWEEP) -> pd.DataFrame:
-    """mAP at IoU 0.5 and the columns of `curve` for the boxes that score at least each threshold.
+def threshold_sweep(matches: Matches) -> pd.DataFrame:
+    """mAP at IoU 0.5 and the columns of `curve` for the boxes that score at least each of `SWEEP`.
 
     A cut takes points off the end of each precision-recall curve, so mAP can only fall: choosing a
     threshold by mAP always answers with the lowest one tried. F1 does have a best threshold.
     """
     mean_ap, counts = [], []
-    for threshold in thresholds:
+    for threshold in SWEEP:
         keep = matches.score >= threshold
         bounds = np.r_[0, np.cumsum(keep)][matches.bounds]
         hit = matches.hit[matches.half, keep]
         kept = dict(score=matches.score[keep], place=matches.place[keep], hit=hit[None])
         mean_ap.append(summary(replace(matches, iou=(0.5,), bounds=bounds, **kept))["mAP50"])
         counts.append((hit.sum(), (~hit).sum()))
-    table = _rates(matches, None, np.array(thresholds), *np.array(counts).T)
+    table = _rates(matches, None, np.array(SWEEP), *np.array(counts).T)
     table.insert(1, "mAP50", mean_ap)
     return table
-
-
-# ---------------------------------------------------------------------------------------- intervals
 
 
 def bootstrap(
@@ -202,10 +185,8 @@ def bootstrap(
 
     groups: [N] patient of each of `matches.images`; an image without one (None, NaN) stands for
     itself. less: another pass of the same images and truth; the values are then the differences to
-    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class, FROC counts
-    hits at IoU 0.5. A class without true boxes in a draw is left out of it. Columns metric, label,
-    value, ci_low, ci_high, n (images). Errors: ValueError for passes that do not fit each other or
-    the statistics.
+    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class. Columns
+    metric, label, value, ci_low, ci_high, n (images).
 
     >>> truth = pd.DataFrame({"image": range(4), "x1": 0, "y1": 0, "x2": 9, "y2": 9, "label": 1})
     >>> result = match(truth, truth.assign(score=0.5)[:2], images=range(4), classes=1)
@@ -213,51 +194,38 @@ def bootstrap(
     [0.505]
     """
     passes = [matches] if less is None else [matches, less]
-    if unknown := sorted(set(statistics) - set(STATISTICS)):
-        raise ValueError(f"unknown statistics {unknown}; known: {', '.join(STATISTICS)}")
     if "mAP50_95" in statistics and any(one.iou != COCO_IOUS for one in passes):
         raise ValueError("statistic 'mAP50_95' needs match(..., iou=COCO_IOUS)")
-    for name in ("images", "truths"):
-        if not np.array_equal(getattr(passes[0], name), getattr(passes[-1], name)):
+    for a, b in zip(*((one.images, one.truths) for one in (matches, passes[-1])), strict=True):
+        if not np.array_equal(a, b):
             raise ValueError("the two passes differ in images, classes or true boxes")
-    codes = pd.factorize(np.asarray(groups, dtype=object))[0]
+    codes, _ = pd.factorize(np.asarray(groups, dtype=object))
     codes[codes < 0] = codes.max(initial=-1) + 1 + np.arange((codes < 0).sum())
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         first, *second = (_statistics(one, statistics, weights) for one in passes)
         return first - second[0] if second else first
 
-    table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed)
-    rows = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
-    table.insert(0, "metric", [name for name, _ in rows])
-    table.insert(1, "label", [label for _, label in rows])
-    return table
+    width = len(matches.score)
+    table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed, width=width)
+    names = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
+    return pd.DataFrame(names, columns=["metric", "label"]).join(table)
 
 
 def _statistics(matches: Matches, names: Sequence[str], weights: np.ndarray) -> np.ndarray:
     """Values [B,M] of the statistics, for every row of image weights [B,N]."""
-    step, parts = max(1, CHUNK // max(len(matches.score), 1)), []
-    numbers = range(len(matches.iou)) if "mAP50_95" in names else [matches.half]
-    for start in range(0, len(weights), step):
-        part, values = weights[start : start + step], {}
-        if {"mAP50", "mAP50_95", "AP50"} & set(names):
-            ap = _weighted_ap(matches, part, numbers)
-            at_half = ap[list(numbers).index(matches.half)]
-            values = {"mAP50": _mean_of_classes(at_half[None]), "AP50": at_half.T}
-            values["mAP50_95"] = _mean_of_classes(ap)
-        if {"froc_mean", "sensitivity_at_1"} & set(names):
-            reached = _sensitivity(matches, part, (*RATES, 1))
-            values |= {"froc_mean": reached[:, :-1].mean(1), "sensitivity_at_1": reached[:, -1]}
-        parts.append(np.column_stack([values[name] for name in names]))
-    return np.concatenate(parts)
-
-
-def _mean_of_classes(ap: np.ndarray) -> np.ndarray:
-    """Mean of [T,K,B] over IoUs and over the classes with a value; NaN where there is none."""
-    per_class = ap.mean(0)
-    there = ~np.isnan(per_class)
-    with np.errstate(invalid="ignore"):
-        return np.where(there, per_class, 0).sum(0) / there.sum(0)
+    values, numbers = {}, [matches.half]
+    if "mAP50_95" in names:
+        numbers = list(range(len(matches.iou)))
+    if {"mAP50", "mAP50_95", "AP50"} & set(names):
+        ap = _weighted_ap(matches, weights, numbers)
+        half = ap[numbers.index(matches.half)]
+        values = {"AP50": half.T, "mAP50": metrics.mean_of_defined(half)}
+        values["mAP50_95"] = metrics.mean_of_defined(ap.mean(0))
+    if {"froc_mean", "sensitivity_at_1"} & set(names):
+        reached = _sensitivity(matches, weights)
+        values |= {"froc_mean": reached.mean(1), "sensitivity_at_1": reached[:, RATES.index(1)]}
+    return np.column_stack([values[name] for name in names])
 
 
 def _weighted_ap(matches: Matches, weights: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -297,11 +265,11 @@ def _counts(matches: Matches, label: int | None, weights: np.ndarray) -> tuple:
     return score[ends], tp, seen - tp
 
 
-def _sensitivity(matches: Matches, weights: np.ndarray, rates: Sequence[float]) -> np.ndarray:
-    """Sensitivity [B,R] of all classes pooled at each number of false positives per image."""
+def _sensitivity(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Sensitivity [B,R] of all classes pooled at each of `RATES`."""
     _, tp, fp = _counts(matches, None, weights)
     # Counts are whole numbers: the small term only undoes the rounding of rate x images.
-    most = weights.sum(1)[:, None] * np.asarray(rates, float) + 1e-9
+    most = weights.sum(1)[:, None] * np.array(RATES, float) + 1e-9
     places = [np.searchsorted(row, limit, "right") for row, limit in zip(fp, most, strict=True)]
     reached = np.take_along_axis(np.hstack([np.zeros((len(tp), 1)), tp]), np.array(places), axis=1)
     truth = (weights @ matches.true_boxes(None))[:, None]
@@ -316,9 +284,6 @@ def _rates(matches, label, threshold, tp: np.ndarray, fp: np.ndarray) -> pd.Data
     return table.assign(fp_per_image=fp / len(matches.images))
 
 
-# ----------------------------------------------------------------------------------------- matching
-
-
 def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool = True):
     """Group (class x images + place of the image among the sorted ids), corners [4,n] and score."""
     image, corners, label, score = read_boxes(table, name, scored=scored)
@@ -331,8 +296,7 @@ def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool
 def read_boxes(table: pd.DataFrame, name: str, *, scored: bool = True) -> tuple[np.ndarray, ...]:
     """Image, corners [4,n], label and score (1 unless `scored`) of a box table as float64.
 
-    Errors: ValueError for missing columns, NaN, label 0, corners out of order, scores outside
-    [0,1].
+    Errors: ValueError for missing columns, NaN, label 0, corners out of order, wrong scores.
     """
     columns = ["image", *CORNERS, "label"] + ["score"] * scored
     if missing := [column for column in columns if column not in table.columns]:

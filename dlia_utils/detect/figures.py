@@ -13,9 +13,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLORS, line_style, panels
+from .evaluate import RATES
 
 CORNERS = ["x1", "y1", "x2", "y2"]
-FROC_POINTS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # as in LUNA16 (arXiv 1612.08012)
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
 
 # Light enough for a dark image; line style, score and label tell them apart without the colour too.
@@ -36,12 +36,10 @@ def boxes_by_image(
     array([[ 5., 20., 15., 40.]])
     """
     factors = np.tile(np.ones((len(images), 2)) if scale is None else scale, 2)
-    tables = [table[table["image"].eq(image)] for image in images]
-    scaled = [part[CORNERS] * by for part, by in zip(tables, factors, strict=True)]
-    return [part.assign(**own) for part, own in zip(tables, scaled, strict=True)]
-
-
-# ------------------------------------------------------------------------------------ images
+    parts = [
+        (table[table["image"].eq(image)], by) for image, by in zip(images, factors, strict=True)
+    ]
+    return [part.assign(**(part[CORNERS] * by)) for part, by in parts]
 
 
 def figure_boxes(
@@ -59,14 +57,14 @@ def figure_boxes(
     """Images with true boxes (green, solid) and predictions (red, dashed, with their score).
 
     images: uint8 [N,S,S]. truth_by_row, predictions_by_row: one table an image with corners in its
-    pixels (`boxes_by_image`). threshold: the lowest score shown; of more than twelve predictions
-    the best twelve are drawn, and the title says so. beside: truth left, predictions right. maps:
-    [N,S,S] in [0,1], such as `eigencam(..., size=S)`; a row then shows the image, the map over it
-    with the true boxes, and all boxes. Without a column `score` only the truth is shown.
+    pixels (`boxes_by_image`). threshold: the lowest score shown; of more than `DRAWN` predictions
+    the best are drawn, and the title says so. beside: truth left, predictions right. maps: [N,S,S]
+    in [0,1], such as `eigencam(..., size=S)`; a row then shows the image, the map over it with the
+    true boxes, and all boxes. Without a column `score` only the truth is shown.
     """
-    scored, each = any("score" in table for table in predictions_by_row), 1 + beside
+    scored = any("score" in table for table in predictions_by_row)
     across = 1 if maps is not None else min(len(images), 2 if beside or len(images) == 4 else 3)
-    each = each if maps is None else 3
+    each = 1 + beside if maps is None else 3
     figure, axes = panels(across * each, rows=-(-len(images) // across), width=3.3, height=3.7)
     for axis in axes.flat:
         axis.axis("off")
@@ -87,8 +85,10 @@ def figure_boxes(
         for axis, head in zip(own, heads, strict=True):
             axis.set_title(head)
     lines = {"ground truth": Line2D([], [], **TRUTH)}
-    if scored:
-        lines[f"prediction, {_cut_text(threshold)}"] = Line2D([], [], **PREDICTION)
+    if scored:  # NaN is a threshold that no score can reach
+        cut = f"score at least {threshold:.3g}"
+        cut = cut if np.isfinite(threshold) else "no score reaches the threshold"
+        lines[f"prediction, {cut}"] = Line2D([], [], **PREDICTION)
     look = {"fontsize": 9, "facecolor": "0.25", "labelcolor": "white", "handlelength": 3}
     figure.legend(lines.values(), lines, loc="outside lower center", ncol=len(lines), **look)
     return finish(figure, caption)
@@ -111,55 +111,41 @@ def labelled(boxes: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     return boxes.assign(text=text)
 
 
-def _cut_text(threshold: float) -> str:
-    reachable = np.isfinite(threshold)  # NaN is a threshold that no score can reach
-    return f"score at least {threshold:.3g}" if reachable else "no score reaches the threshold"
-
-
 def draw_boxes(groups: Sequence[tuple[Axes, pd.DataFrame, Mapping]]) -> None:
     """Draw boxes and their `text`, below predictions: (axis, boxes, style) per group."""
     for axis, boxes, style in groups:
-        above = style["ls"] == TRUTH["ls"]
+        look = {"facecolor": style["color"], "alpha": 0.85, "edgecolor": "none", "pad": 1}
+        look = {"bbox": look, "fontsize": 9, "clip_on": True}
         for (x1, y1, x2, y2), text in zip(boxes[CORNERS].to_numpy(float), boxes.text, strict=True):
             axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, **style))
             if text:
-                look = {"facecolor": style["color"], "alpha": 0.85, "edgecolor": "none", "pad": 1}
-                place = {"va": "bottom"} if above else {"va": "top"}
-                axis.text(
-                    x1, y1 if above else y2, text, fontsize=9, bbox=look, clip_on=True, **place
-                )
-
-
-# ------------------------------------------------------------------------------------ curves
+                y, side = (y1, "bottom") if style["ls"] == TRUTH["ls"] else (y2, "top")
+                axis.text(x1, y, text, va=side, **look)
 
 
 def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Free-response ROC: sensitivity against false positives per image, at seven points.
 
     curves: name -> columns fp_per_image, recall (`evaluate.curve`). A point is the highest
-    sensitivity with no more false positives. The legend gives their mean, the score of LUNA16
-    (arXiv 1612.08012).
+    sensitivity with no more false positives. The legend gives their mean, the score of LUNA16.
     """
-    figure, axes = panels(1, width=7.4, height=4.2)
-    axis = axes[0, 0]
+    figure, ((axis,),) = panels(1, width=7.4, height=4.2)
     for number, (name, curve) in enumerate(curves.items()):
-        need(curve, f"the FROC curve {name!r}", "fp_per_image", "recall")
         style = line_style(number)
         if len(curve) and curve.recall.isna().all():
             axis.plot([], [], ms=5, label=f"{name} (no true box)", **style)
             continue
         curve = curve.dropna().sort_values(["fp_per_image", "recall"])
-        reached = [curve.recall[curve.fp_per_image <= at * (1 + 1e-9)].max() for at in FROC_POINTS]
+        reached = [curve.recall[curve.fp_per_image <= at * (1 + 1e-9)].max() for at in RATES]
         reached = np.nan_to_num(np.array(reached, float))
-        x = np.r_[np.maximum(curve.fp_per_image, FROC_POINTS[0] / 8), 2 * FROC_POINTS[-1]]
+        x = np.r_[np.maximum(curve.fp_per_image, RATES[0] / 8), 2 * RATES[-1]]
         y = np.r_[curve.recall, curve.recall.max() if len(curve) else 0]
-        color, marker = style["color"], style["marker"]
-        axis.plot(x, y, drawstyle="steps-post", lw=1.3, color=color, ls=style["ls"])
-        axis.plot(FROC_POINTS, reached, ls="none", marker=marker, ms=5, color=color)
+        axis.plot(x, y, drawstyle="steps-post", lw=1.3, **style | {"marker": ""})
+        axis.plot(RATES, reached, ms=5, **style | {"ls": "none"})
         axis.plot([], [], ms=5, label=f"{name} (mean {reached.mean():.3f})", **style)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(FROC_POINTS, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    axis.set(xlim=(FROC_POINTS[0] / 1.15, FROC_POINTS[-1] * 1.15), ylim=(-0.02, 1.02))
+    axis.set_xticks(RATES, "1/8 1/4 1/2 1 2 4 8".split())
+    axis.set(xlim=(RATES[0] / 1.15, RATES[-1] * 1.15), ylim=(-0.02, 1.02))
     axis.set(xlabel="false positives per image", ylabel="sensitivity")
     axis.grid(alpha=0.25)
     _legend_right(axis)
@@ -171,8 +157,7 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
 
     curves: name -> columns threshold, precision, recall, f1.
     """
-    figure, axes = panels(1, width=7.4, height=4.4)
-    axis = axes[0, 0]
+    figure, ((axis,),) = panels(1, width=7.4, height=4.4)
     for f1 in (0.2, 0.4, 0.6, 0.8):
         precision = np.linspace(f1 / (2 - f1), 1, 200)
         axis.plot(f1 * precision / (2 * precision - f1), precision, color="0.8", lw=0.8, zorder=1)
@@ -180,16 +165,16 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.text(1.03, f1 / (2 - f1), f"F1 {f1:g}", fontsize=9, bbox=paper, **look)
     for number, (name, curve) in enumerate(curves.items()):
-        need(curve, f"the curve {name!r}", "threshold", "precision", "recall", "f1")
-        style = line_style(number)
-        color, label = style["color"], f"{name}: no " + ("true box" if len(curve) else "prediction")
+        style, label = (
+            line_style(number),
+            f"{name}: no {'true box' if len(curve) else 'prediction'}",
+        )
         curve = curve.dropna(subset=["precision", "recall", "f1"]).sort_values("threshold")
         if len(curve):
             best = curve.loc[curve.f1.idxmax()]
             label = f"{name}: F1 {best.f1:.2f} at {best.threshold:.2f}"
-            axis.plot(curve.recall, curve.precision, lw=1.3, color=color, ls=style["ls"])
-            mark = {"ms": 8, "color": color, "mec": "black", "mew": 0.8}
-            axis.plot(best.recall, best.precision, style["marker"], **mark)
+            axis.plot(curve.recall, curve.precision, lw=1.3, **style | {"marker": ""})
+            axis.plot(best.recall, best.precision, ms=8, mec="black", mew=0.8, **style)
         axis.plot([], [], ms=6, label=label, **style)
     axis.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), xlabel="recall", ylabel="precision")
     _legend_right(axis)
@@ -203,7 +188,6 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     to bottom as given. A difference whose interval crosses 0 shows no effect.
     """
     names = (("value", "ci_low", "ci_high"), ("difference", "difference_low", "difference_high"))
-    need(table, "table", "name", *names[0], *names[1])
     figure, axes = panels(2, width=4.2, height=1.4 + 0.3 * len(table))
     place = np.arange(len(table))
     for axis, (value, low, high), color in zip(axes[0], names, COLORS[:2], strict=True):
@@ -220,12 +204,6 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     return finish(figure, caption)
 
 
-def need(table: pd.DataFrame, name: str, *columns: str) -> None:
-    """ValueError naming the columns that the table lacks."""
-    if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"{name} lacks the columns {missing}; it has {list(table.columns)}")
-
-
 def _legend_right(axis: Axes) -> None:
     place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
     axis.legend(fontsize=9, frameon=False, handlelength=3, **place)
@@ -239,6 +217,3 @@ def finish(figure: Figure, caption: str) -> Figure:
     figure.suptitle(caption, fontsize=9)
     figure.set_layout_engine("constrained")
     return figure
-
-
-_need, _draw, _finish = need, draw_boxes, finish  # until explain is merged

@@ -2,8 +2,7 @@
 
 Three sets of images per fold never mix: `train`, `select` (epoch, fusion, thresholds) and `score`
 (read last). With an official split they are train, val and test; else fold k scores, fold k + 1
-selects and the others train: every image is scored once, by a model that neither saw nor was
-chosen on its patient.
+selects and the others train, so that every image is scored once.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,8 +31,7 @@ DETECTOR += "roi_batch anchor_sizes channels width seed".split()
 RECIPE = "weight_decay warmup_epochs lr_min accumulate clip_norm ema".split()
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """Manifest rows by use; `name` is also the model's folder in the run."""
 
     name: str
@@ -43,8 +40,7 @@ class Fold:
     score: np.ndarray
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Images that a submission is wanted for, their id table, and the models to ask."""
 
     name: str
@@ -59,8 +55,7 @@ def open_detection(run) -> Study:
     """Find, check, split and decode the boxed images of a `run`; asking again opens nothing again.
 
     An official train/val/test split is kept; otherwise `run.folds` patient-grouped folds are
-    drawn, saved as `split.json` and read back on resume. Errors: `tables.BadData`, before
-    anything is trained.
+    drawn, saved as `split.json` and read back on resume. Errors: `tables.BadData`.
     """
     dataset = datasets.load(run.location)
     dataset = dataset if dataset.mapping is not None else datasets.boxed(dataset)
@@ -70,7 +65,7 @@ def open_detection(run) -> Study:
     saved = run.run_dir / "split.json"
     if saved.exists():
         dataset = split.load(dataset, saved)
-    elif not _official(dataset):
+    elif not {"train", "val", "test"} <= set(dataset.manifest["split"]):
         dataset = split.folds(dataset, n=run.folds, seed=run.seed)
     decoded = cache.build(dataset, size=run.size, fit="pad")
     if not saved.exists():
@@ -91,7 +86,7 @@ def folds(study: Study) -> list[Fold]:
             return rows
         return np.sort(np.random.default_rng([run.seed, salt]).permutation(rows)[: run.images])
 
-    if _official(study.dataset):
+    if "fold" not in manifest:
         uses = [manifest["split"].eq(name) for name in ("train", "val", "test")]
         return [Fold("official", *map(some, range(3), uses))]
     number, result = manifest["fold"].to_numpy(), []
@@ -100,10 +95,6 @@ def folds(study: Study) -> list[Fold]:
         uses = ((number >= 0) & (number != k) & (number != chosen), number == chosen, number == k)
         result.append(Fold(f"fold{k}", *map(some, range(3), uses)))
     return result
-
-
-def _official(dataset: datasets.Dataset) -> bool:
-    return {"train", "val", "test"} <= set(dataset.manifest["split"])
 
 
 def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
@@ -127,10 +118,7 @@ def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> 
 
 
 def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -> Detector:
-    """A fresh detector; weights.txt in `folder` says what it starts from.
-
-    Without the weights of `options` (see `DETECTOR`) it goes on from random ones, and says so.
-    """
+    """A fresh detector; weights.txt in `folder` says what it starts from, random where it must."""
     record, weights = folder / "weights.txt", options["weights"]
     began = record.read_text(encoding="utf-8") if record.exists() else ""
     if weights is not None and began != "random":
@@ -156,21 +144,18 @@ def train_fold(
     recipe: Mapping[str, Any],
     flip: float = 0.5,
 ) -> train.FitResult:
-    """Train the detector of `fold`, or read the finished one back.
+    """Train the detector of `fold`, or read the finished one back; it stops by mAP on `select`.
 
-    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Early stopping and the best
-    epoch go by mAP@0.5 on `fold.select`. Errors: `study.OutOfTime`.
+    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Errors: `study.OutOfTime`.
     """
     dataset, images = study.dataset, study.cache
     model = build_detector(study.run.run_dir, len(dataset.box_classes), detector)
     boxes, transform = truth(study, fold.train), augment.box_transform(flip=flip)
-    train_set = augment.CachedBoxes(
-        images, fold.train, boxes, transform=transform, seed=study.run.seed
-    )
+    seed, batch = study.run.seed, study.run.batch_size
+    train_set = augment.CachedBoxes(images, fold.train, boxes, transform=transform, seed=seed)
 
     def select_by(candidate: Detector) -> dict[str, float]:
-        size = study.run.batch_size
-        found = views.predict(candidate, images, fold.select, batch_size=size, progress=False)
+        found = views.predict(candidate, images, fold.select, batch_size=batch, progress=False)
         return {"val_mAP50": evaluate.summary(matches(study, fold.select, found))["mAP50"]}
 
     options = dict(monitor="val_mAP50", val_metric=select_by, collate=augment.collate_boxes)
@@ -187,8 +172,8 @@ def targets(study: Study) -> list[Target]:
     paths = dataset.manifest["path"].to_numpy()
     if dataset.mapping is None:
         first = chosen[0]
-        names = [Path(path).name for path in paths[first.score]]
-        mapping = pd.DataFrame({"ID": range(len(names)), "image_id": names})
+        mapping = pd.DataFrame({"image_id": [Path(path).name for path in paths[first.score]]})
+        mapping = mapping.rename_axis("ID").reset_index()
         return [Target(f"{dataset.name}_{first.name}", dataset, first.score, mapping, (first,))]
     used = np.unique(np.concatenate([part for one in chosen for part in (one.train, one.select)]))
     result = []

@@ -20,8 +20,6 @@ COLUMNS = ("image", *CORNERS, "label", "score")
 def nms(predictions: pd.DataFrame, *, iou: float = 0.5) -> pd.DataFrame:
     """Suppression per image and class: a box goes if a better one overlaps it by more than `iou`.
 
-    All columns are kept. Errors: ValueError for a broken table.
-
     >>> boxes = pd.DataFrame({"image": 0, "x1": [0, 1, 0], "y1": 0, "x2": 9, "y2": 9, "score": 0.5})
     >>> nms(boxes.assign(label=[1, 1, 2]))["label"].tolist()
     [1, 2]
@@ -37,8 +35,7 @@ def wbf(predictions: pd.DataFrame, *, iou: float = 0.55, views: int = 1) -> pd.D
 
     A box joins the cluster of its image and class whose fused box it overlaps most, if by more
     than `iou`; fused corners are means weighted by score. views: how many there are, also those
-    that found nothing: the mean score of n boxes is multiplied by min(views, n) / views. Returns
-    `COLUMNS`; corners are not clipped. Errors: ValueError for a broken table.
+    that found nothing: the mean score of n boxes is multiplied by min(views, n) / views.
 
     >>> boxes = pd.DataFrame({"image": 0, "x1": [0, 2], "y1": 0, "x2": 9, "y2": 9, "label": 1})
     >>> wbf(boxes.assign(score=[0.9, 0.3]), views=2)["x1"].round(3).tolist()
@@ -48,8 +45,6 @@ def wbf(predictions: pd.DataFrame, *, iou: float = 0.55, views: int = 1) -> pd.D
     order = np.lexsort((-score, label, image))
     image, label, score, corners = image[order], label[order], score[order], corners[:, order]
     cluster = _cluster(corners, score, ranks(_group(image, label)), iou)
-
-    # A box's cluster has the number of the box that founded it.
     founders, cluster = np.unique(cluster, return_inverse=True)
     count, total = np.bincount(cluster), np.bincount(cluster, score)
     fused = np.array([np.bincount(cluster, score * corner) for corner in corners])
@@ -111,9 +106,7 @@ def _cluster(corners: np.ndarray, score: np.ndarray, rank: np.ndarray, iou: floa
     return cluster
 
 
-def _nearest(
-    boxes: np.ndarray, fused: np.ndarray, base: np.ndarray, number: np.ndarray, iou: float
-):
+def _nearest(boxes, fused, base: np.ndarray, number: np.ndarray, iou: float) -> np.ndarray:
     """Place of the cluster that each box [4,m] overlaps most, -1 unless by more than `iou`."""
     runs = np.cumsum(number) - number
     of = np.repeat(np.arange(len(base)), number)
