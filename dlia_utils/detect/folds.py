@@ -159,7 +159,7 @@ def train_fold(
     """Train the detector of `fold`, or read the finished one back.
 
     detector, recipe: the options named in `DETECTOR` and `RECIPE`. Early stopping and the best
-    epoch go by mAP@0.5 on `fold.select`. Errors: `study.OutOfTime`.
+    epoch go by mAP@0.5 on `fold.select`. Errors: `train.OutOfTime`.
     """
     dataset, images = study.dataset, study.cache
     model = build_detector(study.run.run_dir, len(dataset.box_classes), detector)
