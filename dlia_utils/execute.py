@@ -221,7 +221,7 @@ def narrated(stream: TextIO) -> Iterator[tuple[dict[str, Any], str]]:
 def narrate(stream: TextIO, at: Mapping[str, Any], status: Path, over: threading.Event) -> None:
     """Say about once a second where the execution is: one line that changes in a terminal, else a
     line for each new section, bar or epoch."""
-    begun, said, stage, bar, live = time.monotonic(), -math.inf, "", "", stream.isatty()
+    begun, said, stage, bar, live = time.monotonic(), -math.inf, ("", ""), "", stream.isatty()
     with suppress(OSError, ValueError):  # whoever read the lines has gone; the notebook goes on
         while not over.wait(1):
             text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else "\n"
@@ -230,8 +230,8 @@ def narrate(stream: TextIO, at: Mapping[str, Any], status: Path, over: threading
             if live:
                 print(f"\r{_line(at, bar, passed, live)}", end="", file=stream, flush=True)
             elif passed >= said + SECONDS_BETWEEN_LINES:
-                here = (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
-                if (here := f"{_section(at)} | {here}") != stage:
+                here = _section(at), (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
+                if here[0] != stage[0] or here[1] not in ("", stage[1]):
                     print(_line(at, bar, passed, live), file=stream, flush=True)
                     said, stage = passed, here
         if live:
