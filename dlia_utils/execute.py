@@ -80,19 +80,14 @@ def tags(cell: Mapping[str, Any]) -> list[str]:
 
 def full_settings(notebook: str | Path) -> dict[str, Any]:
     """FULL of a notebook: what its settings cells say of the whole study."""
-    names = opening(notebook, ("parameters", "settings"))
-    if "FULL" not in names:
-        raise ValueError(f"{Path(notebook).name} has no cell tagged 'settings' that defines FULL")
-    return names["FULL"]
+    return opening(notebook, ("parameters", "settings"))["FULL"]
 
 
 def opened(notebook: str | Path, **parameters: Any) -> Any:
     """The `run.Run` that a notebook's opening cells start, executed here with these PARAMETERS.
 
-    Prints its banner. Errors: those of `run.start`; TypeError for another parameter.
+    Prints its banner. Errors: those of `run.start`.
     """
-    if unknown := sorted(set(parameters) - set(PARAMETERS)):
-        raise TypeError(f"no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}")
     return opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
 
 

@@ -124,7 +124,7 @@ class Run:
     @property
     def data_name(self) -> str:
         """The word every result row carries, so synthetic numbers cannot pass for real ones."""
-        return f"{self.location.dataset} (SYNTHETIC)" if self.synthetic else self.location.dataset
+        return self.location.dataset + " (SYNTHETIC)" * self.synthetic
 
     @property
     def caption(self) -> str:
@@ -208,10 +208,10 @@ def reopen(folder: str | Path) -> Run:
     kept = _recorded(Path(folder))
     if not kept:
         raise ValueError(f"{folder} is no run folder: it holds no config.json (start the notebook)")
-    root = Path(kept["location"]["root"])
-    if not root.is_dir():
-        raise DataNotFound(f"the data of {folder} lay in {root}, which is not there")
-    location = sources.Location(**_tuples(kept["location"]) | {"root": root})
+    location = sources.Location(**_tuples(kept["location"]))
+    location = replace(location, root=Path(location.root))
+    if not location.root.is_dir():
+        raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
     told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
     told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
     return Run(location=location, run_dir=Path(folder), values=_tuples(kept["settings"]), **told)
@@ -382,11 +382,11 @@ def _find_data(
         options = {name: settings.get(name) for name in ("classes", "patient_pattern")}
         options = {name: value for name, value in options.items() if value}
         found = sources.find_own(folder, kind=kind, options=options)
-        if found is None and kind == "folder" and folder.is_dir():
-            if others := sources.published_in(folder):
-                how = f"CHANGES = {{'dataset': {others[0]!r}}} or --set dataset={others[0]}"
-                text = f"{told} does not hold {names}, but it holds {', '.join(others)}: {how}"
-                raise DataNotFound(f"{text} takes that") from missing
+        others = sources.published_in(folder) if kind == "folder" and folder.is_dir() else ()
+        if found is None and others:
+            how = f"CHANGES = {{'dataset': {others[0]!r}}} or --set dataset={others[0]} takes that"
+            text = f"{told} does not hold {names}, but it holds {', '.join(others)}"
+            raise DataNotFound(f"{text}: {how}") from missing
         if found is None:
             raise
     classes = datasets.load(found).classes  # only names are read: their faults are said here
@@ -410,7 +410,7 @@ def runs_root() -> Path:
 
 def submissions_root() -> Path:
     """`submissions/` beside the runs, or Kaggle's working folder, whose files it offers."""
-    return runs_root().parent if sources.on_kaggle() else runs_root().parent / "submissions"
+    return runs_root().parent / ("" if sources.on_kaggle() else "submissions")
 
 
 def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:

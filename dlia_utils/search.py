@@ -1,7 +1,6 @@
 """Hyper-parameter search that widens its own ranges, and fine-tuning that steps back.
 
-Both can be killed at any moment and called again. The search is an Optuna study in SQLite (Akiba et
-al., KDD 2019, arXiv 1907.10902): TPE draws the settings, median pruning ends hopeless runs.
+An Optuna study in SQLite (Akiba et al., KDD 2019, arXiv 1907.10902), killed and resumed any time.
 """
 
 from __future__ import annotations
@@ -323,12 +322,7 @@ def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize"
 def retrain_epochs(history: pd.DataFrame, *, monitor: str) -> int:
     """The early-stopped number of epochs: the best of a `train.fit` history, the first of equals.
 
-    The final model learns from training and validation data for so long, at a constant rate:
-    `train.fit(..., val_set=None, monitor="epoch", epochs=this)`. Raises: ValueError.
-
-    >>> history = pd.DataFrame({"epoch": [1, 2, 3], "val_auc": [0.7, 0.9, 0.9]})
-    >>> retrain_epochs(history, monitor="val_auc")
-    2
+    The final model learns from training and validation data for so long, at a constant rate.
     """
     scores = history.set_index("epoch")[monitor].dropna()
     return int(scores.idxmin() if monitor.endswith("loss") else scores.idxmax())

@@ -282,9 +282,8 @@ def same(a, b):
 
 
 def test_a_gain_without_a_drop_is_kept(tmp_path):
-    baseline = {"train_accuracy": 0.4, "val_accuracy": 0.5}
+    baseline, expected = {"train_accuracy": 0.4, "val_accuracy": 0.5}, linear()
     tuned = finetune(tmp_path, baseline, lrs=(0.05, 0.005), epochs=8)
-    expected = linear()
     fitted = fit(expected, tmp_path / "beside", lr=0.05, epochs=8)
     assert tuned.attempts["outcome"].tolist() == ["gain"] and same(tuned.model, expected)
     assert tuned.fitted.best_score == fitted.best_score == tuned.attempts["val_accuracy"][0] > 0.5
