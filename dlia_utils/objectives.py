@@ -86,8 +86,7 @@ PARTS["attack"] = partial(partial, _attack), dict(eps=inspect.Parameter.empty, s
 def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
     """Of a loss (model, x, y, ...) make the maker of an objective, which takes its other arguments.
 
-    The loss gets the PARTS that it asks for (attacks with step sizes of `step` * eps unless given),
-    models copied and frozen. Raises: ValueError for numbers out of range.
+    The loss gets the PARTS that it asks for (attacks step by `step` * eps), models copied, frozen.
     """
 
     def decorate(loss: Callable) -> Callable[..., Objective]:
@@ -138,10 +137,7 @@ def cross_entropy(model, x, y, *, ce):
 
 @_maker()
 def cross_entropy_at(model, x, y, temperature: float, *, ce):
-    """Cross-entropy of logits / T: the teacher of defensive distillation (arXiv 1511.04508).
-
-    Used at T = 1 afterwards: logits T times larger than usual hide its gradients.
-    """
+    """Cross-entropy of logits / T: the teacher of defensive distillation (arXiv 1511.04508)."""
     logits = model(x)
     return ce(logits / temperature, y), logits
 
@@ -209,10 +205,7 @@ def margin_gradient(model, x, y, *, ce, penalty: float):
 
 @_maker(steps=2)
 def pgd_adversarial(model, x, y, *, ce, attack):
-    """Adversarial training: cross-entropy on PGD images made on the spot (arXiv 1706.06083).
-
-    The default step size, 0.7 eps, is right for two steps.
-    """
+    """Adversarial training: cross-entropy on PGD images made on the spot (arXiv 1706.06083)."""
     logits = model(attack(model, x, y))
     return ce(logits, y), logits
 
@@ -283,10 +276,7 @@ def free_adversarial(model, x, y, *, ce, state, eps: float, replays=4, step_size
 
 @_maker(steps=2)
 def trades(model, x, y, *, ce, attack, beta=6.0):
-    """TRADES: clean cross-entropy + beta KL(clean || attacked) (Zhang et al., arXiv 1901.08573).
-
-    Attacked is the image whose answer differs most from the clean one. The logits are the clean.
-    """
+    """TRADES: clean cross-entropy + beta KL(clean || attacked) (arXiv 1901.08573)."""
     return _trades(model, x, y, ce, attack(model, x), beta)
 
 
@@ -301,8 +291,7 @@ def hat(model, x, y, standard, *, ce, attack, beta=2.5, gamma=0.5, helper=2.0):
     """Helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022): less excess margin.
 
     TRADES + gamma CE(f(x + helper (x' - x)), argmax standard(x')): an image beyond the attacked x'
-    gets the label that a `standard` (plainly trained) model gives to x', so that the border is not
-    pushed out further than needed. The paper takes 10 steps.
+    gets the label that a `standard` (plainly trained) model gives to x'. The paper takes 10 steps.
     """
     x_adv = attack(model, x)
     with torch.no_grad():
@@ -348,8 +337,8 @@ def gairat(model, x, y, *, attack, lam=-1.0, weight=None, label_smoothing=0.0):
     """Geometry-aware instance-reweighted adversarial training (ICLR 2021, arXiv 2010.01736).
 
     loss = mean of w_i CE(f(x'_i), y_i), w of `gairat_weights`: kappa counts the steps of PGD that
-    an image stays right, so that images near the border weigh most. Start from a `pgd_adversarial`
-    model: a random start can collapse. It hides its gradients: judge it by the suite's worst case.
+    an image stays right. Start from a `pgd_adversarial` model: a random start can collapse. It
+    hides its gradients: judge it by the suite's worst case.
     """
     kappa = torch.zeros_like(y)
     x_adv = attack(model, x, y, lambda logits: kappa.add_(logits.argmax(1) == y))

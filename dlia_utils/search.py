@@ -117,8 +117,8 @@ Space = Mapping[str, Range | Choice]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The values and score of the best complete run; a row a run; a dict for each widened side;
-    a row a parameter, where `edge` says why a best value still lies on an edge, else ""."""
+    """What `search` found; `extensions` has a dict for each widened side, `ranges` a row for each
+    parameter, with the reason why a best value still lies on an edge."""
 
     best: dict[str, Any]
     best_score: float
@@ -142,14 +142,13 @@ def search(
     """Search `space` for the best score: TPE, median pruning, ranges that grow where they must.
 
     `objective_fn(params, report)` trains a NEW model and returns a dict with "score" and other
-    metrics, all of validation data. `report(epoch, score)`, if called, ends a run below the median
-    (`optuna.TrialPruned`, to be let through). If after `trials` runs a best value lies on an
-    edge (the outer 10 % of its range, an end of a choice), the range grows there and trials // 2
-    more runs are made, at most `extend` times. `config`: what else the scores depend on.
+    metrics of validation data; `report(epoch, score)` ends a run below the median. If after
+    `trials` runs a best value lies on an edge (the outer 10 % of its range, an end of a choice),
+    the range grows there and trials // 2 more runs are made, at most `extend` times.
 
     `folder` receives runs.csv and extensions.csv. States: complete, pruned, diverged (the score is
-    no number, or FloatingPointError), failed (another error, which goes on to the caller, or a
-    kill; made anew by the next call). An interrupted search ends as one that was not.
+    no number, or FloatingPointError), failed (another error, or a kill: made anew by the next
+    call). An interrupted search ends as one that was not. `config`: what else scores depend on.
     Raises: ValueError (a folder of other settings, no complete run), RuntimeError (folder in use).
     """
     settings = {"space": {name: repr(part) for name, part in space.items()}, "trials": trials}
@@ -320,10 +319,7 @@ def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize"
 
 
 def retrain_epochs(history: pd.DataFrame, *, monitor: str) -> int:
-    """The early-stopped number of epochs: the best of a `train.fit` history, the first of equals.
-
-    The final model learns from training and validation data for so long, at a constant rate.
-    """
+    """The early-stopped number of epochs, for a final training without validation images."""
     scores = history.set_index("epoch")[monitor].dropna()
     return int(scores.idxmin() if monitor.endswith("loss") else scores.idxmax())
 
@@ -357,11 +353,10 @@ def finetune_with_drop_rule(
     """Fine-tune with the largest rate of `lrs` without a fall, or keep the start model.
 
     `make_model()` returns the start model anew, unfrozen; `baseline` has its "train_accuracy" and
-    its `monitor`. An attempt ends once the training accuracy is more than `tolerance` below its
-    highest so far, the baseline's included, or the loss is not finite; the next smaller rate
-    follows. One that ends well is kept if its best epoch beats the baseline. Attempt n is
-    `train.fit(..., **options)` in run_dir/attempt{n}, so a killed call goes on; attempts.csv is the
-    table. Raises: ValueError, `train.OutOfTime`.
+    its `monitor`. An attempt ends once the training accuracy is `tolerance` below its highest, the
+    baseline's included, or the loss is not finite; the next smaller rate follows. One that ends
+    well is kept if it beats the baseline. Attempt n is `train.fit(..., **options)` in
+    run_dir/attempt{n}; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
     """
     if not lrs or list(lrs) != sorted({*lrs}, reverse=True):
         raise ValueError(f"lrs must be falling rates, e.g. (1e-4, 1e-5); got {list(lrs)}")

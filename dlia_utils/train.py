@@ -106,14 +106,14 @@ def fit(
 
     Data sets yield (x float [C, H, W] in [0, 1], y int, ...), or what `collate` makes batches of;
     `train_set.set_epoch(epoch)` is called if it exists. `val_metric(model)` adds columns to the
-    history, `on_epoch(row)` gets every saved row of it, also those before a resume. GPUs work in
-    half precision unless the objective differentiates gradients; torchrun is understood (DDP).
+    history, `on_epoch(row)` gets every saved row of it. GPUs work in half precision unless the
+    objective differentiates gradients; torchrun is understood (DDP).
 
     `run_dir` receives last.pt, best.pt (see `models.load`) and metrics.csv after every epoch: a
     killed run goes on to bit-equal weights (one CPU process), a finished one returns at once, one
-    of other settings or `config` is refused; `resume=False` starts anew. The model ends in eval
-    mode; random numbers and Accelerate's state stay the caller's. Raises: ValueError,
-    FloatingPointError, `OutOfTime` before an epoch that would not end within `max_minutes`.
+    of other settings or `config` is refused. The model ends in eval mode; random numbers and
+    Accelerate's state stay the caller's. Raises: ValueError, FloatingPointError, `OutOfTime`
+    before an epoch that would not end within `max_minutes`.
 
     >>> import tempfile
     >>> from dlia_utils.objectives import cross_entropy
