@@ -30,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         return one.add_argument
 
     def check(function, group: str, text: str):
-        groups = commands.add_parser(group, help=text).add_subparsers(metavar="ACTION")
-        groups.required = True
+        one = commands.add_parser(group, help=text)
+        groups = one.add_subparsers(required=True, metavar="ACTION")
         return command(function, "check", text, groups)
 
     command(list_all, "list", "notebooks and data sets of the suite")
