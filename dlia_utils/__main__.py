@@ -11,8 +11,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 fine, 1 something failed, 2 wrong argument or
-    data."""
+    """Run one command; exit status 0 fine, 1 something failed, 2 wrong argument or data."""
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
@@ -24,42 +23,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dlia_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("list", help="notebooks and data sets of the suite")
-    one.set_defaults(command=list_all)
 
-    one = commands.add_parser("run", help="execute notebooks and print their results")
-    one.set_defaults(command=run)
-    add = one.add_argument
+    def command(function, name: str, text: str, under=commands):
+        one = under.add_parser(name, help=text)
+        one.set_defaults(command=function)
+        return one.add_argument
+
+    def check(function, group: str, text: str):
+        one = commands.add_parser(group, help=text)
+        groups = one.add_subparsers(required=True, metavar="ACTION")
+        return command(function, "check", text, groups)
+
+    command(list_all, "list", "notebooks and data sets of the suite")
+    add = command(run, "run", "execute notebooks and print their results")
     add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
     where = "folder of the data sets, or of class folders of your own (default: find them)"
     add("--data", default="", metavar="PATH", help=where)
     add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
     change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
-    many = {"nargs": "+", "action": "extend", "default": []}
-    add("--set", **many, metavar="NAME=VALUE", dest="changes", help=change)
+    many = {"nargs": "+", "action": "extend", "default": [], "dest": "changes"}
+    add("--set", **many, metavar="NAME=VALUE", help=change)
     add("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
     name = "folder name (default: profile and kind of data)"
     add("--run-name", default="", metavar="NAME", help=name)
     add("--fresh", action="store_true", help="put an older run of that name aside and start anew")
 
-    group = commands.add_parser("data", help="look at a data set")
-    one = group.add_subparsers(required=True, metavar="ACTION").add_parser(
-        "check", help="find, count and audit a data set"
-    )
-    one.set_defaults(command=data_check)
-    add, name = one.add_argument, "a data set's name, or your folder of class folders or of boxes"
+    add = check(data_check, "data", "find, count and audit a data set")
+    name = "a data set's name, or your folder of class folders or of boxes"
     add("dataset", metavar="NAME|PATH", help=name)
     add("--data", default="", metavar="PATH", help="folder to look for NAME in")
     pattern = "reads patients from your files' names"
     add("--patient-pattern", default="", metavar="REGEX", help=pattern)
 
-    group = commands.add_parser("submission", help="look at a competition CSV")
-    one = group.add_subparsers(required=True, metavar="ACTION").add_parser(
-        "check", help="find what the competition would refuse or score wrongly"
-    )
-    one.set_defaults(command=submission_check)
-    add, mapping = one.add_argument, "the competition's CSV of ids and image names"
+    text = "find what the competition would refuse or score wrongly in a CSV"
+    add = check(submission_check, "submission", text)
     add("file", metavar="FILE")
+    mapping = "the competition's CSV of ids and image names"
     add("--mapping", required=True, metavar="MAP", help=mapping)
     images = "folder of the test images: boxes must lie inside them"
     add("--images", default="", metavar="DIR", help=images)
@@ -88,22 +87,21 @@ def run(options: argparse.Namespace) -> int:
 
     changes = dict(map(parse_change, options.changes))
     changes |= {"dataset": options.dataset} if options.dataset else {}
-    chosen = {"profile": options.profile, "data": options.data, "run_name": options.run_name}
+    how = dict(profile=options.profile, data=options.data, run_name=options.run_name)
+    how |= dict(resume=not options.fresh, changes=changes)
     runs, paths = [], execute.pick(options.nb)
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.stem}, profile {options.profile}", flush=True)
         try:
-            done = execute.run(path, **chosen, resume=not options.fresh, changes=changes)
+            runs.append(execute.run(path, **how))
         except DataNotFound as missing:
             if options.nb or (path == paths[-1] and not runs):
                 raise
             # All notebooks were asked for, and few people have all the data sets.
             print(f"{path.stem} is left out: {missing}", file=sys.stderr)
-            continue
-        runs.append(done)
-        _report(done)
-    failed = [one.name for one in runs if one.error]
-    if failed:
+        else:
+            _report(runs[-1])
+    if failed := [one.name for one in runs if one.error]:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
@@ -114,15 +112,14 @@ def _report(one) -> None:
     from .run import submissions_root
 
     print(f"\n{one.name}: {'FAILED' if one.error else 'done'} in {one.seconds:.0f} s")
+    results = one.folder / "results.csv"
     if one.error:
         print(one.error, file=sys.stderr)
-    elif (one.folder / "results.csv").exists():
-        print("\n" + results_text(one.folder / "results.csv") + "\n")
+    elif results.exists():
+        print(f"\n{results_text(results)}\n")
     print(f"Look at  {execute.short(one.notebook)}")
-    kinds = {
-        "all results": one.folder.glob("results.csv"),
-        "figures": one.folder.glob("figures/*.png"),
-    }
+    kinds = {"all results": one.folder.glob(results.name)}
+    kinds["figures"] = one.folder.glob("figures/*.png")
     kinds["submissions"] = submissions_root().glob(f"*_{one.folder.name}.csv")
     for what, paths in kinds.items():
         if found := sorted(paths):
@@ -142,18 +139,14 @@ def results_text(path: Path) -> str:
     from . import report
 
     results = pd.read_csv(path)
-    shown = {
-        name: ", ".join(results[name].astype(str).unique()) for name in ("data", "profile", "size")
-    }
-    context = " | ".join(f"{name}: {values}" for name, values in shown.items())
+    shown = {name: results[name].astype(str).unique() for name in ("data", "profile", "size")}
+    context = " | ".join(f"{name}: {', '.join(values)}" for name, values in shown.items())
     headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]
-    if headline.empty:
-        clean = results[results.attack.eq("clean")]
-        rows = results if clean.empty else clean
-        table = rows[["model", "metric", "value", "n"]].head(20).to_string(index=False)
-    else:
-        table = report.results_table(headline).to_string()
-    return f"{context}\n{table}"
+    if len(headline):
+        return f"{context}\n{report.results_table(headline).to_string()}"
+    clean = results[results.attack.eq("clean")]
+    rows = clean if len(clean) else results
+    return f"{context}\n{rows[['model', 'metric', 'value', 'n']].head(20).to_string(index=False)}"
 
 
 def data_check(options: argparse.Namespace) -> int:
@@ -177,17 +170,17 @@ def data_check(options: argparse.Namespace) -> int:
     if len(problems):
         print("\n" + datasets.problem_text(problems))
         return 1
-    title, audit = "the patient-grouped split", None
     if own:
         dataset = split.with_looks(dataset, cache.build(dataset, size=64).images)
         title, audit = _own_audit(dataset)
-    audit = split.audit(split.grouped(dataset)) if audit is None else audit
+    else:
+        title, audit = "the patient-grouped split", split.audit(split.grouped(dataset))
     print(f"\nAudit of {title}\n" + audit.to_string(index=False))
     return int(audit["verdict"].eq("leak").any())
 
 
 def _own_audit(dataset):
-    """Near-duplicates of a reader's own folder, printed, and the audit of its split, or of one
+    """Near-duplicates of a reader's own folder, printed; title and audit of its split or of one
     drawn by patient."""
     from .data import split, tables
 
@@ -212,9 +205,8 @@ def _own_location(path: str, asked: argparse.Namespace):
     from .data.tables import DataNotFound
 
     if asked.data:
-        raise ValueError(
-            f"{path!r} is a folder, and --data {asked.data!r} names one too: leave --data out"
-        )
+        text = f"{path!r} is a folder, and --data {asked.data!r} names one too"
+        raise ValueError(f"{text}: leave --data out")
     folder = Path(path).expanduser()
     given = {"patient_pattern": asked.patient_pattern} if asked.patient_pattern else {}
     for kind in ("boxes", "folder"):
@@ -231,10 +223,9 @@ def submission_check(options: argparse.Namespace) -> int:
     from . import submission
     from .data import readers
 
-    classes = options.classes or readers.NIH_CLASSES
-    images = options.images or None
+    how = dict(images=options.images or None, classes=options.classes or readers.NIH_CLASSES)
     try:
-        table = submission.check(options.file, options.mapping, images=images, classes=classes)
+        table = submission.check(options.file, options.mapping, **how)
     except submission.SubmissionError as error:
         print(error)
         return 1

@@ -21,11 +21,7 @@ WORTH = 0.9  # all threads must save a tenth: beside a little other work they ma
 
 
 def pick_device() -> tuple[str, str]:
-    """The device that really works, with a remark; a GPU too old for this torch is not used.
-
-    >>> pick_device()[0] in ("cpu", "cuda")
-    True
-    """
+    """The device that really works, with a remark; a GPU too old for this torch is not used."""
     if not torch.cuda.is_available():
         return "cpu", "no GPU"
     name = torch.cuda.get_device_name(0)
@@ -45,11 +41,7 @@ def hardware() -> str:
 
 
 def device_of(model: nn.Module, images: torch.Tensor | None = None) -> torch.device:
-    """Where the model's weights (or buffers) lie; of a model without any, where the images do.
-
-    >>> device_of(nn.Linear(1, 1))
-    device(type='cpu')
-    """
+    """Where the model's weights (or buffers) lie; of a model without any, where the images do."""
     tensors = chain(model.parameters(), model.buffers())
     otherwise = torch.device("cpu") if images is None else images.device
     return next((tensor.device for tensor in tensors), otherwise)
@@ -57,15 +49,7 @@ def device_of(model: nn.Module, images: torch.Tensor | None = None) -> torch.dev
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards, also after an error, every training flag is back.
-
-    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(1).eval())
-    >>> with evaluating(model):
-    ...     model.training
-    False
-    >>> model.training, model[1].training
-    (True, False)
-    """
+    """Put the model in eval mode; afterwards, also after an error, every training flag is back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -76,11 +60,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short hash of all weights and buffers: equal for bit-equal models on any device.
-
-    >>> fingerprint(nn.Identity())
-    'da39a3ee5e6b'
-    """
+    """Short hash of all weights and buffers: equal for bit-equal models on any device."""
     digest = hashlib.sha1(usedforsecurity=False)
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -91,8 +71,8 @@ def fingerprint(model: nn.Module) -> str:
 def choose_threads() -> tuple[int, str]:
     """Set PyTorch's CPU threads, once a process, to what is not slower; returns number and remark.
 
-    Threads meet after every operation: where other work holds a core, they wait for each other
-    longer than it takes. OMP_NUM_THREADS is honoured; with it, one thread or a GPU nothing is set.
+    Where other work holds a core, threads wait for each other longer than the work takes.
+    OMP_NUM_THREADS is honoured.
     """
     most = torch.get_num_threads()
     if asked := os.environ.get("OMP_NUM_THREADS"):
@@ -113,9 +93,8 @@ def choose_threads() -> tuple[int, str]:
 def slowdown(most: int) -> float:
     """The time of small training steps with `most` threads over that with one, in turn for SECONDS.
 
-    Means, not the fastest: a training pays for every wait. The number of threads stays as it was.
-    A step is short (the first layers of a MobileNetV2 at 48 px), because an operation of threads
-    that wait for each other can take a tenth of a second.
+    Means, not the fastest: a training pays for every wait. A step is short (the first layers of a
+    MobileNetV2 at 48 px), because an operation of waiting threads can take a tenth of a second.
     """
     own = torch.Generator().manual_seed(0)  # the random numbers of the run stay as they were
     x = torch.randn(16, 3, 48, 48, generator=own).to(memory_format=torch.channels_last)

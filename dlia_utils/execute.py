@@ -1,5 +1,4 @@
-"""Runs the notebooks without a browser: finds them, checks their settings, executes them and tells
-how far they are."""
+"""Runs the notebooks without a browser and tells how far they are."""
 
 from __future__ import annotations
 
@@ -13,10 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+from unittest import mock
 
 from .progress import STATUS, Bar
 
@@ -51,25 +51,19 @@ class Executed:
         return self.folder / "executed.ipynb"
 
 
-def notebooks_folder() -> Path:
-    """The suite's `notebooks/`: below the working directory, else in the repository around this
-    package."""
-    here = Path("notebooks")
-    return here if any(here.glob("*.ipynb")) else Path(__file__).resolve().parents[1] / "notebooks"
-
-
 def pick(names: Sequence[str] = (), folder: str | Path | None = None) -> list[Path]:
-    """The notebooks that `names` means ("01", "1", "02,03" or the full name); all of them for no
-    names.
+    """The notebooks that `names` means ("01", "1", "02,03" or the full name); without names all.
 
-    Errors: ValueError naming what there is when a name fits no notebook.
+    Those of `folder`, else of notebooks/ here or in the repository around this package. Errors:
+    ValueError naming what there is when a name fits no notebook.
     """
-    folder = Path(folder or notebooks_folder())
-    found = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    home = Path("notebooks")
+    if not any(home.glob("*.ipynb")):
+        home = Path(__file__).resolve().parents[1] / "notebooks"
+    found = {path.stem: path for path in sorted(Path(folder or home).glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise ValueError(
-            f"no notebooks NN_name.ipynb in {folder}: run this in the suite's repository"
-        )
+        where = "run this in the suite's repository"
+        raise ValueError(f"no notebooks NN_name.ipynb in {folder or home}: {where}")
     numbers = {str(int(stem[:2])): stem for stem in found}
     chosen = []
     for name in (part for given in names for part in given.split(",") if part):
@@ -86,20 +80,14 @@ def tags(cell: Mapping[str, Any]) -> list[str]:
 
 def full_settings(notebook: str | Path) -> dict[str, Any]:
     """FULL of a notebook: what its settings cells say of the whole study."""
-    names = opening(notebook, ("parameters", "settings"))
-    if "FULL" not in names:
-        raise ValueError(f"{Path(notebook).name} has no cell tagged 'settings' that defines FULL")
-    return names["FULL"]
+    return opening(notebook, ("parameters", "settings"))["FULL"]
 
 
 def opened(notebook: str | Path, **parameters: Any) -> Any:
-    """The `run.Run` that a notebook's opening cells start, executed here with these parameters in
-    their place.
+    """The `run.Run` that a notebook's opening cells start, executed here with these PARAMETERS.
 
-    PROFILE, DATA_DIR, RUN_NAME, RESUME, CHANGES as in the notebook. Prints its banner. Errors:
-    those of `run.start`, before any kernel is started; TypeError for another parameter."""
-    if unknown := sorted(set(parameters) - set(PARAMETERS)):
-        raise TypeError(f"no parameter {', '.join(unknown)}; there are: {', '.join(PARAMETERS)}")
+    Prints its banner. Errors: those of `run.start`.
+    """
     return opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
 
 
@@ -127,9 +115,9 @@ def run(
 ) -> Executed:
     """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
 
-    Its opening cells are executed here first: a wrong setting, data path or name is reported before
-    a kernel starts. `changes` is the notebook's CHANGES. A failing cell is told in
-    `Executed.error`; everything written so far stays."""
+    Its opening cells are executed here first: a wrong setting or path is reported before a kernel
+    starts. A failing cell is told in `Executed.error`; everything written so far stays.
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -178,56 +166,37 @@ def execute(
     `parameters` replaces names of the tagged cell; `environment` changes the kernel's variables
     (None removes one); `cwd` is where the kernel starts (the notebook's folder). A failing cell
     raises papermill's PapermillExecutionError after `out` has been written. `progress` tells
-    standard error which section runs, and how far its innermost bar is: one line that changes in a
-    terminal, else a line for each new stage."""
+    standard error which section runs, and how far its innermost bar is.
+    """
     import papermill
 
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # The kernel starts in another folder, where a relative path would mean something else.
     paths = {name: absolute(os.environ[name]) for name in PATH_VARIABLES if os.environ.get(name)}
-    with narrated(sys.stderr if progress else None) as (hooks, status):
+    telling = narrated(sys.stderr) if progress else nullcontext(({}, None))
+    with telling as (hooks, status), mock.patch.dict(os.environ):  # put back afterwards
         variables = KERNEL_ENVIRONMENT | paths | {STATUS: status} | dict(environment or {})
-        with changed_environment(variables):
-            papermill.execute_notebook(
-                str(notebook),
-                str(out),
-                # As JSON has it: papermill would write a tuple down as a text.
-                parameters=json.loads(json.dumps(dict(parameters or {}))),
-                cwd=str(cwd or Path(notebook).parent),
-                kernel_name="python3",
-                progress_bar=False,
-                extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn of TCP
-                **hooks,
-            )
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in variables.items() if value is not None})
+        papermill.execute_notebook(
+            str(notebook),
+            str(out),
+            # As JSON has it: papermill would write a tuple down as a text.
+            parameters=json.loads(json.dumps(dict(parameters or {}))),
+            cwd=str(cwd or Path(notebook).parent),
+            kernel_name="python3",
+            progress_bar=False,
+            extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn of TCP
+            **hooks,
+        )
     return out
 
 
 @contextmanager
-def changed_environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Change environment variables for a while; None removes one."""
-    before = dict(os.environ)
-    for name, value in changes.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-# ---------------------------------------------------------------------------------------- narration
-
-
-@contextmanager
-def narrated(stream: TextIO | None) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """The hooks for nbclient, and the file for bars to write to, by which `stream` is told what
-    runs."""
-    if stream is None:
-        yield {}, None
-        return
+def narrated(stream: TextIO) -> Iterator[tuple[dict[str, Any], str]]:
+    """Hooks for nbclient and the file that bars write to, by which `stream` is told what runs."""
     at, over = {"cells": [], "number": 0}, threading.Event()
     hooks = {
         "on_notebook_start": lambda notebook: at.update(cells=list(notebook.cells)),
@@ -245,43 +214,34 @@ def narrated(stream: TextIO | None) -> Iterator[tuple[dict[str, Any], str | None
 
 
 def narrate(stream: TextIO, at: Mapping[str, Any], status: Path, over: threading.Event) -> None:
-    """Say about once a second where the execution is, until it is `over`; the last line stays."""
+    """Say about once a second where the execution is: one line that changes in a terminal, else a
+    line for each new section, bar or epoch."""
     begun, said, stage, bar, live = time.monotonic(), -math.inf, ("", ""), "", stream.isatty()
-
-    def rewrite(bar: str, end: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        line = _line(at, bar, time.monotonic() - begun, width)
-        print(f"\r{line.ljust(width)}", end=end, file=stream, flush=True)
-
     with suppress(OSError, ValueError):  # whoever read the lines has gone; the notebook goes on
         while not over.wait(1):
             text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else "\n"
             bar = text.strip() if text else bar  # empty: it is being written
-            passed, here = time.monotonic() - begun, _stage(at, bar)
+            passed = time.monotonic() - begun
             if live:
-                rewrite(bar, end="")
-            elif passed < said + SECONDS_BETWEEN_LINES:
-                continue
-            elif here[0] != stage[0] or here[1] not in ("", stage[1]):
-                print(_line(at, bar, passed), file=stream, flush=True)
-                said, stage = passed, here
+                print(f"\r{_line(at, bar, passed, live)}", end="", file=stream, flush=True)
+            elif passed >= said + SECONDS_BETWEEN_LINES:
+                here = _section(at), (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
+                if here[0] != stage[0] or here[1] not in ("", stage[1]):
+                    print(_line(at, bar, passed, live), file=stream, flush=True)
+                    said, stage = passed, here
         if live:
-            rewrite("", end="\n")
+            print(f"\r{_line(at, '', time.monotonic() - begun, live)}", file=stream, flush=True)
 
 
-def _line(at: Mapping[str, Any], bar: str, passed: float, width: int | None = None) -> str:
-    """Such as "[03/51] 2 Training | train pgd_at: epoch 3 of 12, loss 0.61, val_robust 0.40 |
-    00:44"."""
-    total = str(len(at["cells"]))
+def _line(at: Mapping[str, Any], bar: str, passed: float, live: bool) -> str:
+    """Such as "[03/51] 2 Training | train pgd_at: epoch 3 of 12, loss 0.61 | 00:44"."""
+    total, clock = str(len(at["cells"])), f" | {Bar.format_interval(passed)}"
     number = f"[{str(at['number']).zfill(len(total))}/{total}]"
-    clock = f" | {Bar.format_interval(passed)}"
     text = " | ".join(filter(None, [f"{number} {_section(at)}".strip(), bar]))
-    return text[: None if width is None else max(width - len(clock), 0)] + clock
-
-
-def _stage(at: Mapping[str, Any], bar: str) -> tuple[str, str]:
-    """What a log file is told of: another section, another bar or another epoch of it."""
-    return _section(at), (re.match(r".*epoch \d+ of \d+|[^:]*", bar) or [""])[0]
+    if not live:
+        return text + clock
+    width = shutil.get_terminal_size().columns - 1
+    return (text[: max(width - len(clock), 0)] + clock).ljust(width)
 
 
 def _section(at: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def copy_tree(source: str | Path, target: str | Path, *, linked: tuple[str, ...]
 
 
 def write_text(text: str, path: str | Path) -> Path:
-    """Write `text` (UTF-8) to `path` in one step; returns the path."""
+    """Write `text` (UTF-8) in one step; returns the path."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)

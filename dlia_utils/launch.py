@@ -1,8 +1,4 @@
-"""Independent jobs (folds, models, attack grids) side by side: one process per GPU, a log each.
-
-With fewer than two GPUs `each` is a plain loop. For *one* long training on several GPUs there is
-torchrun: `train.fit` is ready for it.
-"""
+"""Independent jobs (folds, models, attack grids) side by side: one process per GPU, a log each."""
 
 from __future__ import annotations
 
@@ -34,12 +30,8 @@ def each(
     """`{name: function(name)}`; with two or more `devices` as processes, each seeing one device.
 
     `devices` are values of CUDA_VISIBLE_DEVICES (default: all GPUs). The function may be a notebook
-    cell's; what it returns travels between processes: tables and numbers, not models. Output goes
-    to `log_dir`/NAME.log. A failed job lets the others end, an interrupt stops all.
-    Raises: RuntimeError with the end of the failed jobs' logs.
-
-    >>> each(str.upper, ["baseline", "papernot"], log_dir="logs", devices=[])
-    {'baseline': 'BASELINE', 'papernot': 'PAPERNOT'}
+    cell's; what it returns is pickled: tables and numbers. Output goes to `log_dir`/NAME.log. A
+    failed job lets the others end. Raises: RuntimeError with the end of the failed jobs' logs.
     """
     if devices is None:
         devices = [str(number) for number in range(torch.cuda.device_count())]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .device import evaluating, fingerprint
+from .device import device_of, evaluating, fingerprint
 from .models.lipschitz import quick_input_gradient
 
 Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
@@ -56,10 +56,9 @@ def _class_mean(losses: Tensor, y: Tensor, weight) -> Tensor:
 
 
 def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_size) -> Tensor:
-    """Images of PGD that raise the cross-entropy with y or, without it, the KL to the clean answer.
+    """Images of PGD (the last iterate) that raise the cross-entropy with y, or the KL to the clean.
 
-    The last iterate as it is, of the model in eval mode, which is left unchanged; draws come from
-    torch's global random stream. `watch` sees every iterate's logits.
+    Of the model in eval mode, which is left unchanged. `watch` sees every iterate's logits.
     """
     # DDP's wrapper would wait for the gradients of parameters.
     bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -87,8 +86,7 @@ PARTS["attack"] = partial(partial, _attack), dict(eps=inspect.Parameter.empty, s
 def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
     """Of a loss (model, x, y, ...) make the maker of an objective, which takes its other arguments.
 
-    The loss gets the PARTS that it asks for (attacks with step sizes of `step` * eps unless given),
-    models copied and frozen. Raises: ValueError for numbers out of range.
+    The loss gets the PARTS that it asks for (attacks step by `step` * eps), models copied, frozen.
     """
 
     def decorate(loss: Callable) -> Callable[..., Objective]:
@@ -132,23 +130,14 @@ def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
 
 @_maker()
 def cross_entropy(model, x, y, *, ce):
-    """Cross-entropy.
-
-    >>> x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> loss, logits = cross_entropy()(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), x, y)
-    >>> loss.shape, logits.shape
-    (torch.Size([]), torch.Size([4, 2]))
-    """
+    """Cross-entropy, optionally with class weights and label smoothing."""
     logits = model(x)
     return ce(logits, y), logits
 
 
 @_maker()
 def cross_entropy_at(model, x, y, temperature: float, *, ce):
-    """Cross-entropy of logits / T: the teacher of defensive distillation (arXiv 1511.04508).
-
-    The model is used at T = 1 afterwards: logits T times larger than usual hide its gradients.
-    """
+    """Cross-entropy of logits / T: the teacher of defensive distillation (arXiv 1511.04508)."""
     logits = model(x)
     return ce(logits / temperature, y), logits
 
@@ -158,7 +147,6 @@ def distillation(model, x, y, teacher, *, temperature: float, alpha=0.9, hard_te
     """Knowledge distillation (Hinton, arXiv 1503.02531): soft labels of a teacher, and hard ones.
 
     loss = alpha T^2 KL(teacher_T || student_T) + (1 - alpha) CE(student / hard_temperature, y).
-    Defensive distillation (arXiv 1511.04508): a teacher of `cross_entropy_at(T)` and the same T.
     """
     with torch.no_grad():
         soft = F.log_softmax(teacher.to(x.device)(x) / temperature, dim=1)
@@ -172,10 +160,7 @@ def distillation(model, x, y, teacher, *, temperature: float, alpha=0.9, hard_te
 
 @_maker()
 def gaussian_noise(model, x, y, *, ce, sigma: float):
-    """Cross-entropy on x + N(0, sigma^2), training for randomised smoothing (arXiv 1902.02918).
-
-    The noise is not cut to [0, 1]: neither is it when `smoothing.certify` certifies.
-    """
+    """Cross-entropy on x + N(0, sigma^2), not cut to [0, 1] (arXiv 1902.02918)."""
     logits = model(x + sigma * torch.randn_like(x))
     return ce(logits, y), logits
 
@@ -196,8 +181,8 @@ def _with_slope(model, x, y, ce, penalty, score, std=None):
 def lipschitz(model, x, y, *, ce, penalty=0.05, input_std=None):
     """Cross-entropy + penalty * mean over the batch of || d max_k softmax_k(x) / dx ||_2^2.
 
-    The gradient is that of pixels in [0, 1]. With `input_std` (a number a channel) it is taken per
-    colour channel in units of the normalised input: the published penalty, much weaker at 0.05.
+    x in pixels of [0, 1]; with `input_std` (a number a channel) in units of the normalised input:
+    the published penalty, much weaker at 0.05.
     """
     std = None if input_std is None else torch.tensor(input_std, device=x.device).view(1, -1, 1, 1)
     return _with_slope(model, x, y, ce, penalty, lambda z, y: z.softmax(dim=1).amax(dim=1), std)
@@ -205,11 +190,10 @@ def lipschitz(model, x, y, *, ce, penalty=0.05, input_std=None):
 
 @_maker(second_order=True)
 def margin_gradient(model, x, y, *, ce, penalty: float):
-    """Cross-entropy + penalty * mean over the batch of || d margin / dx ||_2^2.
+    """Cross-entropy + penalty * mean over the batch of || d (z_y - max_{k != y} z_k) / dx ||_2^2.
 
-    margin = z_y - max_{k != y} z_k. Unlike a penalty on the loss or on probabilities (Drucker &
-    Le Cun 1992; arXiv 1711.09404) it cannot be met by saturating the softmax. The gradient is in
-    logits per unit of a pixel: start with a `penalty` of 1e-4 to 1e-2.
+    Unlike a penalty on the loss or on probabilities (Drucker & Le Cun 1992; arXiv 1711.09404) it
+    cannot be met by saturating the softmax. Start with a `penalty` of 1e-4 to 1e-2.
     """
 
     def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -221,10 +205,7 @@ def margin_gradient(model, x, y, *, ce, penalty: float):
 
 @_maker(steps=2)
 def pgd_adversarial(model, x, y, *, ce, attack):
-    """Adversarial training: cross-entropy on PGD images made on the spot (arXiv 1706.06083).
-
-    The step size, by default 0.7 eps, is right for two steps. The logits are the attacked images'.
-    """
+    """Adversarial training: cross-entropy on PGD images made on the spot (arXiv 1706.06083)."""
     logits = model(attack(model, x, y))
     return ce(logits, y), logits
 
@@ -243,16 +224,15 @@ def fast_adversarial(model, x, y, *, ce, attack):
 def overfitting_monitor(x: Tensor, y: Tensor, *, eps: float) -> Callable[[nn.Module], dict]:
     """Watch for catastrophic overfitting (arXiv 2001.03994): a `val_metric` for `train.fit`.
 
-    Returns monitor(model) -> val_single_step_accuracy, val_pgd_accuracy, val_overfitting_gap: of
-    validation images x with labels y under fast training's own step and under ten steps of PGD, and
-    the difference; a gap above 0.2 is logged. Model and random stream stay as they are.
+    monitor(model) tells val_single_step_accuracy (under fast training's own step), val_pgd_accuracy
+    (under ten of PGD) and val_overfitting_gap, their difference; above 0.2 it is logged.
     """
     attacks = {"val_single_step_accuracy": dict(steps=1, step_size=1.25 * eps)}
     attacks["val_pgd_accuracy"] = dict(steps=10, step_size=0.25 * eps)
 
     def monitor(model: nn.Module) -> dict[str, float]:
-        device = next((parameter.device for parameter in model.parameters()), x.device)
-        row, cuda = dict.fromkeys(attacks, 0.0), [device] if device.type == "cuda" else []
+        device = device_of(model, x)
+        row, cuda = dict.fromkeys(attacks, 0.0), [device] * (device.type == "cuda")
         with torch.random.fork_rng(devices=cuda), evaluating(model):
             torch.manual_seed(0)
             for images, labels in zip(x.split(64), y.split(64), strict=True):
@@ -278,8 +258,7 @@ def free_adversarial(model, x, y, *, ce, state, eps: float, replays=4, step_size
 
     loss = CE(f(x + d), y); its gradient also moves d by `step_size` (default eps) times its sign,
     cut to [-eps, eps]. d lives on into the next minibatch; it is 0 for a new model and after a
-    resume. `train.fit` takes `replays` steps with each batch, so divide the epochs by `replays`, as
-    the paper does. The attack sees the model in train mode.
+    resume. `train.fit` takes `replays` steps with each batch: divide the epochs by `replays`.
     """
     if state.get("model", lambda: None)() is not model or len(state["d"]) < len(x):
         state |= {"model": weakref.ref(model), "d": torch.zeros_like(x)}
@@ -297,11 +276,11 @@ def free_adversarial(model, x, y, *, ce, state, eps: float, replays=4, step_size
 
 @_maker(steps=2)
 def trades(model, x, y, *, ce, attack, beta=6.0):
-    """TRADES: clean cross-entropy + beta KL(clean || attacked) (Zhang et al., arXiv 1901.08573).
+    """TRADES: clean cross-entropy + beta KL(clean || attacked) (arXiv 1901.08573)."""
+    return _trades(model, x, y, ce, attack(model, x), beta)
 
-    Attacked is the image whose answer differs most from the clean one. The logits are the clean.
-    """
-    x_adv = attack(model, x)
+
+def _trades(model, x, y, ce, x_adv: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     logits = model(x)
     stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
     return ce(logits, y) + beta * stability, logits
@@ -312,17 +291,14 @@ def hat(model, x, y, standard, *, ce, attack, beta=2.5, gamma=0.5, helper=2.0):
     """Helper-based adversarial training (Rade & Moosavi-Dezfooli, ICLR 2022): less excess margin.
 
     TRADES + gamma CE(f(x + helper (x' - x)), argmax standard(x')): an image beyond the attacked x'
-    gets the label that a `standard` (plainly trained) model gives to x', so that the border is not
-    pushed out further than needed. The logits are the clean images'; the paper takes 10 steps.
+    gets the label that a `standard` (plainly trained) model gives to x'. The paper takes 10 steps.
     """
     x_adv = attack(model, x)
     with torch.no_grad():
         helped = standard.to(x.device)(x_adv).argmax(1)
-    logits = model(x)
-    stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+    loss, logits = _trades(model, x, y, ce, x_adv, beta)
     further = (x + helper * (x_adv - x)).clamp_(0, 1)
-    help_loss = F.cross_entropy(model(further).float(), helped)
-    return ce(logits, y) + beta * stability + gamma * help_loss, logits
+    return loss + gamma * F.cross_entropy(model(further).float(), helped), logits
 
 
 def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float) -> Tensor:
@@ -343,21 +319,14 @@ def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float) -> Ten
 
 @_maker(steps=2)
 def mart(model, x, y, *, attack, beta=5.0, weight=None):
-    """Misclassification-aware adversarial training: `mart_loss` on PGD images.
-
-    The paper takes 10 steps of eps / 4. The logits are the clean images'.
-    """
+    """Misclassification-aware adversarial training: `mart_loss` on PGD images (paper: 10 steps)."""
     x_adv = attack(model, x, y)
     logits = model(x)
     return _class_mean(mart_loss(logits, model(x_adv), y, beta=beta), y, weight), logits
 
 
 def gairat_weights(kappa: Tensor, *, steps: int, lam: float = -1.0) -> Tensor:
-    """Weights per image [B]: (1 + tanh(lam + 5 (1 - 2 kappa / steps))) / 2, over their mean.
-
-    >>> gairat_weights(torch.tensor([0, 5, 10]), steps=10)
-    tensor([2.6804e+00, 3.1961e-01, 1.6474e-05])
-    """
+    """Weights per image [B]: (1 + tanh(lam + 5 (1 - 2 kappa / steps))) / 2, over their mean."""
     # (1 + tanh(u)) / 2 = sigmoid(2 u), which float32 would round to 0.
     w = torch.sigmoid(2 * (lam + 5 * (1 - 2 * kappa.double() / steps)))
     return (w / w.mean()).float()
@@ -368,9 +337,8 @@ def gairat(model, x, y, *, attack, lam=-1.0, weight=None, label_smoothing=0.0):
     """Geometry-aware instance-reweighted adversarial training (ICLR 2021, arXiv 2010.01736).
 
     loss = mean of w_i CE(f(x'_i), y_i), w of `gairat_weights`: kappa counts the steps of PGD that
-    an image stays right, so that images near the border weigh most. Go on with it from a
-    `pgd_adversarial` model: a random start can collapse. Known to hide its gradients: judge it by
-    the suite's worst case. The logits are the attacked images'.
+    an image stays right. Start from a `pgd_adversarial` model: a random start can collapse. It
+    hides its gradients: judge it by the suite's worst case.
     """
     kappa = torch.zeros_like(y)
     x_adv = attack(model, x, y, lambda logits: kappa.add_(logits.argmax(1) == y))
@@ -383,7 +351,7 @@ def gairat(model, x, y, *, attack, lam=-1.0, weight=None, label_smoothing=0.0):
 
 @_maker()
 def detection(model, x, y):
-    """Faster R-CNN's four losses, summed (arXiv 1506.01497); there are no logits.
+    """Faster R-CNN's four losses, summed (arXiv 1506.01497), without logits.
 
     `y` is the list of targets that `augment.collate_boxes` makes, the model a `models.Detector`.
     """

@@ -40,9 +40,7 @@ BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretr
 BASIC |= dict(epochs=10, batch_size=32, lr=1e-3, schedule="onecycle", patience=None)
 BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
 
-REMEDY = (
-    "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All again"
-)
+REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All"
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 KINDS |= {tuple: "a list", dict: "a dictionary", type(None): "None"}
 
@@ -105,14 +103,14 @@ class Run:
         texts = {name: setting_text(name, value) for name, value in self.values.items()}
         for name, value in self.changed.items():
             usual = setting_text(name, value)
-            lines.append(f"changed  * {name} = {texts[name]}  (in this profile: {usual})")
+            lines += [f"changed  * {name} = {texts[name]}  (in this profile: {usual})"]
         rule = "=" * max(map(len, lines))
         words = (f"{'*' * (name in self.changed)}{name}={text}" for name, text in texts.items())
         # With \0 for its spaces a value is not broken over two lines.
         unbroken = "  ".join(word.replace(" ", "\0") for word in words)
         folded = textwrap.fill(unbroken, 96, break_long_words=False, break_on_hyphens=False)
-        settings = f"settings (change them with CHANGES above)\n{folded}".replace("\0", " ")
-        return "\n".join([rule, *lines, rule, settings])
+        told = ["settings (change them with CHANGES above)", folded.replace("\0", " ")]
+        return "\n".join([rule, *lines, rule, *told])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class Run:
     @property
     def data_name(self) -> str:
         """The word every result row carries, so synthetic numbers cannot pass for real ones."""
-        return f"{self.location.dataset} (SYNTHETIC)" if self.synthetic else self.location.dataset
+        return self.location.dataset + " (SYNTHETIC)" * self.synthetic
 
     @property
     def caption(self) -> str:
@@ -148,9 +146,6 @@ class Run:
         return replace(self, values=self.values | settings)
 
 
-# ------------------------------------------------------------------------------------- start
-
-
 def start(
     notebook: str,
     settings: Mapping[str, Mapping[str, Any]],
@@ -168,10 +163,8 @@ def start(
     of, and None where that means "without". own_data: which data of the reader's own will do, 2
     or "any" class folders, or "boxes". trains: the section that trains the models.
     parameters, the reader's: profile ("auto": DLIA_PROFILE, else by GPU and data), data_dir,
-    run_name (default: profile, kind of data, hash of the changes), resume (True: go on with a run
-    of the same settings; False: put it aside, take nothing from other runs; "force": go on under
-    other settings), changes. Errors: ValueError for wrong settings, parameters, and a run folder
-    of other settings; `DataNotFound`, `BadData`.
+    run_name, resume (False: put an older run aside, take nothing from others; "force": go on under
+    other settings), changes. Errors: ValueError, `DataNotFound`, `BadData`.
     """
     given, full, by_data = _parameters(parameters or {}), dict(settings["full"]), by_data or {}
     names = [full["dataset"]] if isinstance(full["dataset"], str) else full["dataset"]
@@ -199,10 +192,7 @@ def start(
 def for_dataset(
     dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any
 ) -> Run:
-    """A run on a data set outside any notebook: `BASIC` with `changes`.
-
-    It goes to `folder` or below runs/own/. Errors: ValueError for a change that does not fit.
-    """
+    """A run on a data set outside any notebook: `BASIC` with `changes`."""
     settings = BASIC | _checked(changes, [BASIC], {})
     location = sources.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
     place = Path(folder) if folder else runs_root() / "own" / dataset.name
@@ -218,10 +208,10 @@ def reopen(folder: str | Path) -> Run:
     kept = _recorded(Path(folder))
     if not kept:
         raise ValueError(f"{folder} is no run folder: it holds no config.json (start the notebook)")
-    root = Path(kept["location"]["root"])
-    if not root.is_dir():
-        raise DataNotFound(f"the data of {folder} lay in {root}, which is not there")
-    location = sources.Location(**_tuples(kept["location"]) | {"root": root})
+    location = sources.Location(**_tuples(kept["location"]))
+    location = replace(location, root=Path(location.root))
+    if not location.root.is_dir():
+        raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
     told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
     told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
     return Run(location=location, run_dir=Path(folder), values=_tuples(kept["settings"]), **told)
@@ -269,32 +259,32 @@ def _checked(
     changes = _tuples(changes)
     for name, value in changes.items():
         words = allowed.get(name, ())
-        known = [_kinds(_tuples(layer[name])) for layer in layers if name in layer]
-        known = set().union(*known, {"None"} & {str(word) for word in words})
-        known |= {"a number", "a list"} if known == {"None"} else set()
-        known |= {kind.replace("a ", "a whole ") for kind in known if kind.startswith("a number")}
-        free = not any(kind.endswith("inside") for kind in known - {"None inside"})
-        odd = [kind for kind in _kinds(value) - known if not (free and kind.endswith("inside"))]
-        if odd:
-            usual = " or ".join(sorted(kind for kind in known if not kind.endswith("inside")))
-            found = f"{'holds' if odd[0].endswith('inside') else 'is'} {odd[0]}"
-            raise ValueError(
-                f"CHANGES: {name} = {value!r} {found.removesuffix(' inside')}; "
-                f"it must be {usual}, such as {layers[0][name]!r}"
-            )
+        usual = [_tuples(layer[name]) for layer in layers if name in layer]
+        if fault := _fault(value, [*usual, None] if None in words else usual):
+            raise ValueError(f"CHANGES: {name} = {value!r} {fault}, such as {layers[0][name]!r}")
         for word in value if isinstance(value, tuple) else (value,):
             if isinstance(word, str) and words and word not in words:
                 raise ValueError(f"CHANGES: {name} names {word!r}{nearest(word, words)}")
     return changes
 
 
-def _kinds(value: Any, inside: str = "") -> set[str]:
-    """The kind of a value, and the kinds of everything inside it."""
-    kind = next((word for kind, word in KINDS.items() if isinstance(value, kind)), "strange")
-    if kind.endswith("number") and not 0 <= value < math.inf:
-        kind = "negative" if value < 0 else "not a finite number"
-    parts = value.values() if kind == "a dictionary" else value if kind == "a list" else ()
-    return {kind + inside}.union(*(_kinds(part, " inside") for part in parts))
+def _fault(value: Any, usual: Sequence[Any]) -> str:
+    """What is wrong with a value that should be of the kind of those in `usual`, or ""."""
+    kinds, inside = set(map(type, usual)), set()
+    for one in usual:
+        inside |= set(map(type, one)) if isinstance(one, tuple) else set()
+    kinds |= {int, float, tuple} if kinds == {type(None)} else {int} if float in kinds else set()
+    inside |= {int} if float in inside else set()
+    parts = set(map(type, value)) if isinstance(value, tuple) else set()
+    if type(value) not in kinds:
+        found = f"is {KINDS.get(type(value), 'strange')}"
+    elif isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        found = "is negative" if value < 0 else "is not a finite number"
+    elif inside and parts - inside:
+        found = f"holds {KINDS.get((parts - inside).pop(), 'something strange')}"
+    else:
+        return ""
+    return f"{found}; it must be {' or '.join(sorted(KINDS[kind] for kind in kinds))}"
 
 
 def _tuples(value: Any) -> Any:
@@ -367,11 +357,7 @@ def digest(content: Any) -> str:
 
 
 def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """Which entries of two nested dictionaries differ, the first five by their dotted names.
-
-    >>> differences({"lr": 1, "more": {"a": 1}}, {"lr": 2, "more": {"a": 3}})
-    'lr: 1 -> 2; more.a: 1 -> 3'
-    """
+    """Which entries of two nested dictionaries differ, the first five by their dotted names."""
     found = []
     for name in {**kept, **wanted}:
         old, new = kept.get(name), wanted.get(name)
@@ -390,16 +376,18 @@ def _find_data(
     try:
         return sources.find(names, data_dir or None)
     except DataNotFound as missing:
+        if not (told and own_data):
+            raise
         folder, kind = Path(told).expanduser(), "boxes" if own_data == "boxes" else "folder"
         options = {name: settings.get(name) for name in ("classes", "patient_pattern")}
         options = {name: value for name, value in options.items() if value}
-        found = sources.find_own(folder, kind=kind, options=options) if told and own_data else None
+        found = sources.find_own(folder, kind=kind, options=options)
+        others = sources.published_in(folder) if kind == "folder" and folder.is_dir() else ()
+        if found is None and others:
+            how = f"CHANGES = {{'dataset': {others[0]!r}}} or --set dataset={others[0]} takes that"
+            text = f"{told} does not hold {names}, but it holds {', '.join(others)}"
+            raise DataNotFound(f"{text}: {how}") from missing
         if found is None:
-            usable = told and own_data and kind == "folder" and folder.is_dir()
-            if usable and (others := sources.published_in(folder)):
-                how = f"CHANGES = {{'dataset': {others[0]!r}}} or --set dataset={others[0]}"
-                text = f"{told} does not hold {names}, but it holds {', '.join(others)}: {how}"
-                raise DataNotFound(f"{text} takes that") from missing
             raise
     classes = datasets.load(found).classes  # only names are read: their faults are said here
     if isinstance(own_data, int) and len(classes) != own_data:
@@ -408,9 +396,6 @@ def _find_data(
             f"{own_data}. Fix: a folder with {own_data} class folders, or notebook 04 or 06"
         )
     return found
-
-
-# ---------------------------------------------------------------------------- the run folder
 
 
 def runs_root() -> Path:
@@ -425,7 +410,7 @@ def runs_root() -> Path:
 
 def submissions_root() -> Path:
     """`submissions/` beside the runs, or Kaggle's working folder, whose files it offers."""
-    return runs_root().parent if sources.on_kaggle() else runs_root().parent / "submissions"
+    return runs_root().parent / ("" if sources.on_kaggle() else "submissions")
 
 
 def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
@@ -474,10 +459,9 @@ def _open_folder(run: Run, *, named: bool) -> Run:
 
 
 def _import_run(run: Run) -> None:
-    """Copy the run of an earlier Kaggle session, attached as an input, if it has these settings.
+    """Copy the run of these settings from an earlier Kaggle session that is attached as an input.
 
-    A training that was cut off then goes on after its last whole epoch. Of several runs the one
-    with the newest checkpoint is taken.
+    A training that was cut off then goes on; of several the one with the newest checkpoint counts.
     """
     found, place = {}, Path(run.notebook) / run.run_dir.name
     for mount in sources.mounts():
@@ -487,9 +471,8 @@ def _import_run(run: Run) -> None:
                 times = (path.stat().st_mtime for path in folder.rglob("last.pt"))
                 found[folder] = max(times, default=0.0)
             elif kept:
-                log.warning(
-                    "the run in input %s has other settings: it is not continued", mount.name
-                )
+                text = "the run in input %s has other settings: it is not continued"
+                log.warning(text, mount.name)
     if found:
         chosen = max(found, key=found.get)
         files.copy_tree(chosen, run.run_dir)

@@ -1,7 +1,6 @@
 """Hyper-parameter search that widens its own ranges, and fine-tuning that steps back.
 
-Both can be killed at any moment and called again. The search is an Optuna study in SQLite (Akiba et
-al., KDD 2019, arXiv 1907.10902): TPE draws the settings, median pruning ends hopeless runs.
+An Optuna study in SQLite (Akiba et al., KDD 2019, arXiv 1907.10902), killed and resumed any time.
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ class Range:
 class Choice:
     """One of `values`, in order; `beyond` is (lower values, higher values) for extensions.
 
-    Drawn is the place in lower + values + higher: Optuna lets ranges of numbers change within a
-    study but not lists of values.
+    Drawn is the place in lower + values + higher: Optuna's ranges of numbers may change, not lists.
     """
 
     values: Sequence[Any]
@@ -119,11 +117,8 @@ Space = Mapping[str, Range | Choice]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `search` found: the values of the best complete run, its score, and tables.
-
-    runs: a row a run. extensions: a dict for each widened side. ranges: a row a parameter, the
-    range asked for and searched; `edge` says why a best value still lies on an edge, else "".
-    """
+    """What `search` found; `extensions` has a dict for each widened side, `ranges` a row for each
+    parameter, with the reason why a best value still lies on an edge."""
 
     best: dict[str, Any]
     best_score: float
@@ -147,15 +142,13 @@ def search(
     """Search `space` for the best score: TPE, median pruning, ranges that grow where they must.
 
     `objective_fn(params, report)` trains a NEW model and returns a dict with "score" and other
-    metrics, all of validation data. `report(epoch, score)`, if called, ends a run below the median
-    (`optuna.TrialPruned`, to be let through). If after `trials` runs a best value lies on an
-    edge (the outer 10 % of its range, an end of a choice), the range grows there and trials // 2
-    more runs are made, at most `extend` times.
+    metrics of validation data; `report(epoch, score)` ends a run below the median. If after
+    `trials` runs a best value lies on an edge (the outer 10 % of its range, an end of a choice),
+    the range grows there and trials // 2 more runs are made, at most `extend` times.
 
     `folder` receives runs.csv and extensions.csv. States: complete, pruned, diverged (the score is
-    no number, or FloatingPointError), failed (another error, which goes on to the caller, or a
-    kill; made anew by the next call). Draws depend on `seed` and the scores so far: an
-    interrupted search ends as one that was not. `config` is what else the scores depend on.
+    no number, or FloatingPointError), failed (another error, or a kill: made anew by the next
+    call). An interrupted search ends as one that was not. `config`: what else scores depend on.
     Raises: ValueError (a folder of other settings, no complete run), RuntimeError (folder in use).
     """
     settings = {"space": {name: repr(part) for name, part in space.items()}, "trials": trials}
@@ -219,8 +212,8 @@ def _finished(study: optuna.Study, extension: int | None = None) -> list[FrozenT
 
 def _best(study: optuna.Study, extension: int) -> FrozenTrial:
     """The best complete run up to that extension, the first of equals."""
-    complete = [trial for trial in _finished(study) if trial.state == TrialState.COMPLETE]
-    complete = [trial for trial in complete if trial.user_attrs["extension"] <= extension]
+    complete = [t for step in range(extension + 1) for t in _finished(study, step)]
+    complete = [trial for trial in complete if trial.state == TrialState.COMPLETE]
     if not complete:
         raise ValueError("no run of the search completed (see runs.csv): narrow the ranges")
     sign = 1 if study.direction.name == "MAXIMIZE" else -1
@@ -314,32 +307,19 @@ def _write(study: optuna.Study, space: Space, extensions: list[dict], folder: Pa
 
 
 def run_name(params: Mapping[str, Any]) -> str:
-    """A folder name for the files of a run, the same for the same values.
-
-    >>> run_name({"lr": 0.001, "dropout": 0.5}) == run_name({"dropout": 0.5, "lr": 0.001})
-    True
-    """
+    """A folder name for the files of a run, the same for the same values."""
     text = json.dumps(dict(params), sort_keys=True, default=str)
     return "run_" + hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize") -> pd.DataFrame:
     """The `count` best complete runs, the best one first."""
-    complete = runs[runs["state"] == "complete"]
-    up = direction == "minimize"
-    return complete.sort_values("score", ascending=up, kind="stable").head(count)
+    runs, up = runs[runs["state"] == "complete"], direction == "minimize"
+    return runs.sort_values("score", ascending=up, kind="stable").head(count)
 
 
 def retrain_epochs(history: pd.DataFrame, *, monitor: str) -> int:
-    """The early-stopped number of epochs: the best of a `train.fit` history, the first of equals.
-
-    The final model learns from training and validation data for so long, at a constant rate:
-    `train.fit(..., val_set=None, monitor="epoch", epochs=this)`. Raises: ValueError.
-
-    >>> history = pd.DataFrame({"epoch": [1, 2, 3], "val_auc": [0.7, 0.9, 0.9]})
-    >>> retrain_epochs(history, monitor="val_auc")
-    2
-    """
+    """The early-stopped number of epochs, for a final training without validation images."""
     scores = history.set_index("epoch")[monitor].dropna()
     return int(scores.idxmin() if monitor.endswith("loss") else scores.idxmax())
 
@@ -372,36 +352,35 @@ def finetune_with_drop_rule(
 ) -> FineTuned:
     """Fine-tune with the largest rate of `lrs` without a fall, or keep the start model.
 
-    `make_model()` returns the start model anew, unfrozen; `baseline` has its "train_accuracy",
-    measured as in a training, and its `monitor`. An attempt ends once the training accuracy is
-    more than `tolerance` below its highest so far, the baseline's included, or the loss is not
-    finite; the next smaller rate follows. An attempt that ends well is kept if its best epoch beats
-    the baseline. Attempt n is `train.fit(..., **options)` in run_dir/attempt{n}, so a killed call
-    goes on; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
+    `make_model()` returns the start model anew, unfrozen; `baseline` has its "train_accuracy" and
+    its `monitor`. An attempt ends once the training accuracy is `tolerance` below its highest, the
+    baseline's included, or the loss is not finite; the next smaller rate follows. One that ends
+    well is kept if it beats the baseline. Attempt n is `train.fit(..., **options)` in
+    run_dir/attempt{n}; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
     """
     if not lrs or list(lrs) != sorted({*lrs}, reverse=True):
         raise ValueError(f"lrs must be falling rates, e.g. (1e-4, 1e-5); got {list(lrs)}")
     rows, sign, share = [], -1 if monitor.endswith("loss") else 1, baseline["train_accuracy"]
     for number, lr in enumerate(lrs, 1):
-        model, seen, fitted, name = make_model(), [share], None, f"attempt{number}"
+        model, seen, fitted = make_model(), [share], None
 
         def watch(row: dict[str, float], seen: list[float] = seen) -> None:
             seen.append(row["train_accuracy"])
             if seen[-1] < max(seen) - tolerance:
                 raise _Drop
 
-        more = options | {"run_dir": Path(run_dir) / name, "lr": lr, "monitor": monitor}
+        more = dict(run_dir=Path(run_dir) / f"attempt{number}", lr=lr, monitor=monitor)
         try:
-            fitted = train.fit(model, objective, train_set, val_set, on_epoch=watch, **more)
+            fitted = train.fit(
+                model, objective, train_set, val_set, on_epoch=watch, **options | more
+            )
             gain = sign * (fitted.best_score - baseline[monitor]) > 0
             outcome = "gain" if gain else "no gain"
         except _Drop:
             outcome = "drop"
         except FloatingPointError:
             outcome = "diverged"
-        epochs, limit = len(seen) - 1, options.get("max_minutes")
-        if fitted and fitted.status == "interrupted":
-            raise train.OutOfTime(name, done=epochs, epochs=options["epochs"], limit=limit)
+        epochs = len(seen) - 1
         row = {"attempt": number, "lr": lr, "epochs": epochs, "outcome": outcome}
         row["train_accuracy"] = seen[-1] if epochs else math.nan
         row |= {"baseline_train_accuracy": share, "best_epoch": fitted.best_epoch if fitted else 0}

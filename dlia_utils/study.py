@@ -1,7 +1,6 @@
 """What the sections of one notebook share, so that each works alone after the opening cells.
 
-`open_study` gives the data (split, audited, cached); trained models and finished tables lie in the
-run folder and are read back by name. Each is kept with what it depends on (key.json): what other
+Trained models and tables lie in the run folder with what they depend on (key.json): what other
 settings made is never read back, what another run made from the same is taken from there.
 """
 
@@ -30,14 +29,12 @@ from . import files, metrics, models, train
 from .data import augment, cache, datasets, sources, split, tables
 from .device import fingerprint
 from .run import FORMAT, Run, differences, digest, for_dataset
-from .train import OutOfTime
 
 log = logging.getLogger("dlia_utils")
 
 FREE = "max_minutes num_workers resume progress on_epoch".split()  # they change no weight
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
 SUITE_USES = "attacks eps_grid pgd_steps pgd_restarts budgets expensive attack_batch seed".split()
-AGAIN = " (AGAIN, forced)"
 OWN = "the reader's own"
 
 
@@ -55,12 +52,10 @@ class Study:
 
     @functools.cached_property
     def key(self) -> dict[str, Any]:
-        """The data that whatever is made in this run depends on."""
-        # Lengths and not times of the files: a copy of the data is the same data.
+        """The data that whatever is made in this run depends on; copied files are the same."""
         files = digest(datasets.lengths(self.dataset))
-        known = dict(format=FORMAT, data=self.run.data_name, files=files)
-        known |= dict(size=self.cache.size, fit=self.cache.fit)
-        return known | {"split": split.split_hash(self.dataset)}
+        known = dict(format=FORMAT, data=self.run.data_name, files=files, size=self.cache.size)
+        return known | {"fit": self.cache.fit, "split": split.split_hash(self.dataset)}
 
     def rows(self, name: str) -> np.ndarray:
         """Row numbers (image ids) of a split, "train", "val" or "test"."""
@@ -96,10 +91,7 @@ class Study:
         return run.opened[run.key]
 
     def class_weights(self) -> tuple[float, ...] | None:
-        """n / (K n_c) per class of the training split, so that all weigh the same in the loss.
-
-        None where `balance` is "sampling": the classes are then drawn equally often instead.
-        """
+        """n / (K n_c) per class of the training split; None where `balance` is "sampling"."""
         if self.run.balance == "sampling":
             return None
         labels = self.labels(self.rows("train")).cpu().numpy()
@@ -110,8 +102,7 @@ class Study:
 def of(dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes: Any) -> Study:
     """The study of a data set of your own, outside any notebook: checked, split, decoded.
 
-    `changes` are settings of `run.BASIC`, such as size=96, epochs=5; trainings and tables go to
-    `folder` (default: below runs/own/). Errors: those of `run.for_dataset` and `open_study`.
+    `changes` are settings of `run.BASIC`, such as size=96; `folder` is by default below runs/own/.
     """
     return open_study(for_dataset(dataset, folder=folder, **changes), dataset=dataset)
 
@@ -119,12 +110,10 @@ def of(dataset: datasets.Dataset, *, folder: str | Path | None = None, **changes
 def open_study(run: Run, *, dataset: datasets.Dataset | None = None) -> Study:
     """Find, check, split and decode the data of a run (or `dataset`); the same run is opened once.
 
-    The split is drawn once per run folder, saved as `split.json` and read back on resume. Without
-    the setting `test_share` the official test split stays, and val is drawn. With it an official
-    split of all images stays (val is drawn where there is none), else all three are drawn, near-
-    duplicates kept together. At most `unusable_share` of the files may be left out when they do not
-    decode; the log names them. Errors, before anything is trained: `tables.BadData` naming
-    unreadable files, ValueError for a model of the reader's own that cannot take part.
+    The split is kept in `split.json`. Without the setting `test_share` the official test split
+    stays and val is drawn; with it an official split of all images stays, else all three are drawn,
+    near-duplicates together. At most `unusable_share` of the files may fail to decode. Errors:
+    `tables.BadData`; ValueError for a model of the reader's own that cannot take part.
     """
     if run.key not in run.opened:
         run.opened[run.key] = _opened(run, dataset or datasets.load(run.location))
@@ -150,27 +139,27 @@ def _opened(run: Run, dataset: datasets.Dataset) -> Study:
         dataset = split.with_looks(dataset, images.images)
     saved, shares = run.run_dir / "split.json", dict(val_share=run.val_share, seed=run.seed)
     if saved.exists():
-        dataset = split.load(dataset, saved)
-    elif anew:
+        return Study(run, split.load(dataset, saved), images)
+    if anew:
         dataset = split.drawn(dataset, test_share=run.test_share, **shares)
     elif not drawn or "val" not in official:
         dataset = split.grouped(dataset, **shares)
-    if not saved.exists():  # only now: it must not name a file that does not decode
-        split.save(dataset, saved)
+    split.save(dataset, saved)
     return Study(run, dataset, images)
 
 
 def _decoded(run: Run, dataset: datasets.Dataset) -> tuple[datasets.Dataset, cache.ImageCache]:
     """The decoded images, and the data set without the few that do not decode, if allowed."""
+    how = dict(size=run.size, fit=run.fit)
     try:
-        return dataset, cache.build(dataset, size=run.size, fit=run.fit)
+        return dataset, cache.build(dataset, **how)
     except tables.BadData as error:
         lost = getattr(error, "problems", pd.DataFrame({"path": []}))["path"]
         if not 0 < len(lost) <= run.unusable_share * len(dataset.manifest):
             raise
         log.warning("left out: %s", error)
     dataset = datasets.take(dataset, np.flatnonzero(~dataset.manifest["path"].isin(lost)))
-    return dataset, cache.build(dataset, size=run.size, fit=run.fit)
+    return dataset, cache.build(dataset, **how)
 
 
 def _check_own(study: Study, name: str) -> None:
@@ -186,23 +175,20 @@ def _check_own(study: Study, name: str) -> None:
 
 
 def _own_model(run: Run, name: str) -> torch.nn.Module:
-    """The reader's model `name`: a copy of the trained one, or a new one from its function."""
+    """The reader's model: a copy of the trained one, or a new one with the same start each time."""
     own = run.own[name]
     if isinstance(own, torch.nn.Module):
         return copy.deepcopy(own).to(run.device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)  # the same start whenever it is built
+        torch.manual_seed(run.seed)
         return own().to(run.device)
-
-
-# ------------------------------------------------------------------ what belongs to which settings
 
 
 def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
     """The folder `name` of this run for work that depends on `depends`, kept in its key.json.
 
-    What is there already and depends on something else is put aside (as NAME.<time>.old). Where
-    nothing is there, the same work of another run of this notebook is taken over, finished or not.
+    What is there and depends on something else is put aside (as NAME.<time>.old). Where nothing is
+    there, the same work of another run of this notebook is taken over, finished or not.
     """
     folder, wanted = run.run_dir / name, json.loads(json.dumps(depends, default=str))
     run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -214,17 +200,17 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
             folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
             what = differences(kept or {}, wanted)
             log.warning("%s was made under other settings (%s): put aside, made anew", name, what)
-        for record in _same(run, f"{name}/key.json", wanted):
-            files.copy_tree(record.parent, folder, linked=LINKED)
-            place = record.parents[len(Path(name).parts)].name
+        if same := _same(run, f"{name}/key.json", wanted):
+            files.copy_tree(same[0].parent, folder, linked=LINKED)
+            place = same[0].parents[len(Path(name).parts)].name
             log.info("%s is taken over from the run %s", name, place)
-            return folder
-        files.write_json(wanted, folder / "key.json")
+        else:
+            files.write_json(wanted, folder / "key.json")
         return folder
 
 
 def _same(run: Run, record: str, wanted: Mapping[str, Any]) -> list[Path]:
-    """Records of that name in the other runs of this notebook that say `wanted`, the newest first.
+    """Records of that name that say `wanted` in other runs of this notebook, the newest first.
 
     On Kaggle also in runs of earlier sessions that are attached as inputs; none for a fresh run.
     """
@@ -272,9 +258,6 @@ def _weights_hash(path: Path, stamp: int) -> str:
     return hashed.hexdigest()[:12]
 
 
-# ------------------------------------------------------------------------------------------ models
-
-
 def build_model(run: Run, *, classes: int = 2) -> models.PixelModel:
     """A fresh MobileNetV2 of the profile's width, from the run's starting weights."""
     start = {"weights": starting_weights(run), "seed": run.seed, "num_classes": classes}
@@ -305,30 +288,20 @@ def starting_weights(run: Run) -> str | None:
 
 
 def weights_label(run: Run, model: str = "") -> str:
-    """What result rows say about a model's starting weights: imagenet, file NAME, random, ...
-
-    What weights.txt in the model's folder says, else that of the run; else nothing was loaded.
-    """
+    """What result rows say of the weights that a model (else the run) started from."""
     records = (folder / "weights.txt" for folder in (run.run_dir / model, run.run_dir))
     return next((path.read_text(encoding="utf-8") for path in records if path.exists()), "random")
 
 
 def train_model(
-    study: Study,
-    name: str,
-    objective: Callable,
-    *,
-    start: str | None = None,
-    spectral: str | None = None,
-    train_set: Dataset | None = None,
-    **overrides,
+    study: Study, name: str, objective, *, start="", spectral="", train_set=None, **overrides
 ) -> train.FitResult:
     """Train a classifier of this run under `name` with the profile's recipe, or read it back.
 
     The network is MobileNetV2, or the reader's own where `run.own` has that name (a trained one is
-    kept as it is). `start` names a trained model of this run to go on from. `spectral` ("kernel" or
-    "operator", see `models.spectral_normalize`) bounds every layer in training. `train_set` takes
-    the place of the augmented training split. `overrides` go to `train.fit`. Errors: `OutOfTime`.
+    kept as it is). `start`: a trained model of this run to go on from. `spectral` ("kernel" or
+    "operator", see `models.spectral_normalize`) bounds every layer. `train_set` replaces the
+    augmented training split; `overrides` go to `train.fit`. Errors: `train.OutOfTime`.
     """
     run = study.run
     if isinstance(own := run.own.get(name), torch.nn.Module):
@@ -336,13 +309,12 @@ def train_model(
         files.write_text(OWN, folder / "weights.txt")
         models.save(own, folder / "best.pt", meta={"epoch": 0})
         history = pd.DataFrame(columns=[*train.MEASURED, "seconds"])
-        return train.FitResult(history, 0, float("nan"), "done", 0.0)
-    if own:
-        model = _own_model(run, name)
-    elif start:
+        return train.FitResult(history, 0, float("nan"), 0.0)
+    if start and not own:
         model = load_models(study, [start])[start]
     else:
-        model = build_model(run, classes=len(study.dataset.classes))
+        classes = len(study.dataset.classes)
+        model = _own_model(run, name) if own else build_model(run, classes=classes)
     if spectral:
         shape = (1, run.size, run.size) if spectral == "operator" else None
         model = models.spectral_normalize(model, kind=spectral, input_shape=shape)
@@ -355,18 +327,11 @@ def train_model(
 
 
 def train_head(
-    study: Study,
-    name: str,
-    model: models.PixelModel,
-    objective: Callable,
-    *,
-    augmented: bool = False,
-    **overrides,
+    study: Study, name: str, model, objective: Callable, *, augmented: bool = False, **overrides
 ) -> train.FitResult:
-    """Train only the head of `model` (see `models.with_head`); its body runs once over the images.
+    """Train only the head of `model` (see `models.with_head`); the whole model is kept.
 
-    With `augmented` the images pass through the body every time instead: for augmentation, and for
-    objectives that attack the image. `overrides` go to `train.fit`. The whole model is kept.
+    The body runs once over the images; with `augmented` every time, for augmentation and attacks.
     """
     run = study.run
     options = {"schedule": run.schedule, "monitor": "val_auc"} | overrides
@@ -375,31 +340,20 @@ def train_head(
         return fit_model(study, name, model, objective, *sets, **options)
     model = model.to(run.device)
     options |= {"num_workers": 0, "depends": {"model": fingerprint(model)}}
-    sets = [
-        models.cached_features(model, study.torch_set(part), batch_size=run.batch_size)
-        for part in ("train", "val")
-    ]
+    sets = map(study.torch_set, ("train", "val"))
+    sets = [models.cached_features(model, one, batch_size=run.batch_size) for one in sets]
     fitted = fit_model(study, f"{name}_head", model.head, objective, *sets, **options)
     models.save(model, run.run_dir / name / "best.pt", meta={"epoch": fitted.best_epoch})
     return fitted
 
 
 def fit_model(
-    study: Study,
-    name: str,
-    model: torch.nn.Module,
-    objective: Callable,
-    train_set: Dataset,
-    val_set: Dataset | None,
-    *,
-    depends: Mapping[str, Any] | None = None,
-    **overrides,
+    study: Study, name: str, model, objective, train_set, val_set, *, depends=None, **overrides
 ) -> train.FitResult:
     """`train.fit` in the run's folder `name`, with the run's epochs, batch size, rate and budget.
 
-    A training depends on its starting weights, the objective, the images that it learns and is
-    chosen on, its options, and `depends`; it is read back, or taken over from another run, only
-    where all are the same. Errors: `OutOfTime` when `max_minutes` ends first.
+    A training depends on its starting weights, objective, images, options and `depends`; it is read
+    back, or taken over from another run, only where all are the same. Errors: `train.OutOfTime`.
     """
     names = "epochs batch_size lr patience max_minutes num_workers seed".split()
     options = study.run.pick(*names) | overrides
@@ -412,11 +366,7 @@ def fit_model(
     key["options"] = described({name: options[name] for name in options if name not in FREE})
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
-    fitted = train.fit(model, objective, train_set, val_set, **where, **options)
-    if fitted.status == "interrupted":
-        done = {"done": len(fitted.history), "epochs": options["epochs"]}
-        raise OutOfTime(name, limit=options["max_minutes"], **done)
-    return fitted
+    return train.fit(model, objective, train_set, val_set, **where, **options)
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:
@@ -426,9 +376,7 @@ def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelMod
     """
     run, loaded = study.run, {}
     for name in names:
-        path = run.run_dir / name / "best.pt"
-        if not path.exists():
-            raise _missing(run, f"model {name!r}", run.trains)
+        path = made_by(run, f"{name}/best.pt", run.trains)
         build = functools.partial(_own_model, run, name) if name in run.own else None
         loaded[name] = models.load(path, build).to(run.device)
     return loaded
@@ -439,24 +387,14 @@ def trained(study: Study, names: Sequence[str]) -> list[str]:
     return [name for name in names if (study.run.run_dir / name / "best.pt").exists()]
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
 def stored(
-    study: Study,
-    name: str,
-    compute: Callable[[], pd.DataFrame] | None = None,
-    *,
-    model: str | Sequence[str] = (),
-    uses: Sequence[str] | None = None,
-    section: str = "",
+    study: Study, name: str, compute: Callable | None = None, *, model=(), uses=None, section=""
 ) -> pd.DataFrame:
     """Read table `name` of this run, or compute and keep it.
 
-    A table depends on the data and split, the weights of `model` (one name or several) and the
-    settings that `uses` names (None: all); what depended on others is computed again, and what
-    another run computed from the same is taken over. Without `compute` the table must be there:
-    `section` is then the one that makes it.
+    A table depends on data, split, the weights of `model` (a name or several) and the settings that
+    `uses` names (None: all); another run's of the same is taken over. Without `compute` it must be
+    there: `section` is then the one that makes it.
     """
     run, path = study.run, study.run.run_dir / "tables" / f"{name}.csv"
     record = path.with_suffix(".json")
@@ -464,9 +402,8 @@ def stored(
     key = {**study.key, "models": {one: weights_key(run, one) for one in names}}
     kept = (files.read_json(record) or {}) if path.exists() else {}
     if compute is None:
-        if not kept or any(kept.get(part) != key[part] for part in ("format", "models", "split")):
-            raise _missing(run, f"table {name}", section)
-        return pd.read_csv(path)
+        good = all(kept.get(part) == key[part] for part in ("format", "models", "split"))
+        return pd.read_csv(made_by(run, f"tables/{name}.csv", section, good=good))
     key["settings"] = run.settings if uses is None else run.pick(*uses)
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
@@ -478,32 +415,27 @@ def stored(
     return pd.read_csv(path)
 
 
-def made_by(run: Run, name: str, section: str) -> Path:
-    """The file `name` of this run, which `section` of the notebook writes.
+def made_by(run: Run, name: str, section: str, *, good: bool = True) -> Path:
+    """The file `name` of this run, unless it is missing or not `good`: then FileNotFoundError.
 
-    Errors: FileNotFoundError that names the section, where it has not been run.
+    It names the `section` of the notebook that writes the file.
     """
-    if not (run.run_dir / name).exists():
-        raise _missing(run, name, section)
+    if not (good and (run.run_dir / name).exists()):
+        raise FileNotFoundError(
+            f"{name} is not in {run.run_dir.parent.name}/{run.run_dir.name}: run the section "
+            f"'{section}' first; in a notebook of your own, copy that section as well"
+        )
     return run.run_dir / name
-
-
-def _missing(run: Run, what: str, section: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{what} is not in {run.run_dir.parent.name}/{run.run_dir.name}: run the section "
-        f"'{section}' first; in a notebook of your own, copy that section as well"
-    )
 
 
 def suite_options(run: Run) -> dict:
     """The options of `attacks.evaluate.robust` in the settings: every image, every attack."""
-    budgets, at = (
-        {name: value for name, value in chosen.items() if name in run.attacks}
-        for chosen in (run.budgets, run.expensive)
-    )
+    chosen = {"budgets": run.budgets, "at": run.expensive}
+    for option, by_attack in chosen.items():
+        chosen[option] = {name: by_attack[name] for name in by_attack if name in run.attacks}
     options = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    options |= dict(budgets=budgets, at=at, batch_size=run.attack_batch, seed=run.seed)
-    return options | {"early_drop": False}
+    options |= dict(batch_size=run.attack_batch, seed=run.seed, early_drop=False)
+    return options | chosen
 
 
 def suite_folder(study: Study, name: str) -> Path:
@@ -520,9 +452,6 @@ def attack_subset(study: Study, per_class: int) -> np.ndarray:
     return np.sort(np.concatenate(drawn))
 
 
-# ---------------------------------------------------------------------------------- the test split
-
-
 def test_opened(
     study: Study, purpose: str, *, final: bool = False, force: bool = False
 ) -> pd.DataFrame:
@@ -535,19 +464,20 @@ def test_opened(
     if not purpose.strip():
         raise ValueError("purpose is empty: say in a few words what the test split is opened for")
     path = study.run.run_dir / "test_log.csv"
-    log_so_far = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["time", "purpose"])
-    before = log_so_far.loc[log_so_far["purpose"] == purpose, "time"].tolist() if final else []
+    opened = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["time", "purpose"])
+    before = opened.loc[opened["purpose"] == purpose, "time"].tolist() if final else []
     if before and not force:
         raise AlreadyOpened(
             f"the test split was opened for {purpose!r} at {before[0]} ({path.name} of this run). "
             "What was changed since then was changed by somebody who may know the result. Start a "
             "new run (RUN_NAME), or open it again with force=True, which is logged"
         )
-    entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose + AGAIN * bool(before)}
+    purpose += " (AGAIN, forced)" * bool(before)
+    entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose}
     entry |= {"config": study.run.key, "split": study.key["split"]}
-    log_so_far = pd.DataFrame([*log_so_far.to_dict("records"), entry])
-    files.write_csv(log_so_far, path)
-    return log_so_far
+    opened = pd.DataFrame([*opened.to_dict("records"), entry])
+    files.write_csv(opened, path)
+    return opened
 
 
 def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame:
@@ -575,21 +505,13 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
 
 
 def scores(told: pd.DataFrame) -> np.ndarray:
-    """What `metrics.classification` takes of `predictions`: [N] of two classes, [N,K] of more.
-
-    >>> scores(pd.DataFrame({"p0": [0.6, 0.1], "p1": [0.3, 0.2], "p2": [0.1, 0.7]})).shape
-    (2, 3)
-    """
-    return (
-        told.filter(regex=r"^p\d+$").to_numpy() if "p0" in told else told["probability"].to_numpy()
-    )
+    """What `metrics.classification` takes of `predictions`: [N] of two classes, [N,K] of more."""
+    several = told.filter(regex=r"^p\d+$")
+    return several.to_numpy() if several.shape[1] else told["probability"].to_numpy()
 
 
-def evaluation(study: Study, name: str, *, force: bool = False) -> pd.DataFrame:
-    """Metrics of the trained model `name` on the test split with intervals by patient.
-
-    From `predictions`; columns metric, value, ci_low, ci_high, n.
-    """
-    told = predictions(study, name, force=force)
+def evaluation(study: Study, name: str) -> pd.DataFrame:
+    """Metrics of `predictions`: metric, value, interval by patient (ci_low, ci_high), n."""
+    told = predictions(study, name)
     patients, draws = study.patients(told["image"].to_numpy()), study.run.bootstrap_draws
     return metrics.classification(told["label"], scores(told), patients, draws=draws)

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from . import models
-from .device import evaluating, pick_device
+from .device import device_of, evaluating, pick_device
 from .files import atomic_path, write_csv
 from .objectives import Objective
 from .progress import Bar
@@ -44,18 +44,6 @@ log = logging.getLogger("dlia_utils")
 
 class OutOfTime(RuntimeError):
     """A training met the budget `max_minutes`: the same call goes on from what is kept."""
-
-    def __init__(self, name: str, *, done: int, epochs: int, limit: float) -> None:
-        more = f"{4 * limit:g}"
-        text = f"{name} stopped after {done} of {epochs} epochs: the next would not end within "
-        text += (
-            f"max_minutes = {limit:g}. What is done is kept: run again to go on from there (the "
-        )
-        text += (
-            f"same command, or Run All). For more time: --set max_minutes={more} on the command "
-        )
-        text += f'line, CHANGES = {{"max_minutes": {more}}} in the notebook; None is no limit.'
-        super().__init__(text)
 
 
 @dataclass(frozen=True)
@@ -92,15 +80,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `fit` did: a row of `history` per epoch from 1 on; the model has `best_epoch`'s weights.
-
-    `status` is "done" (all epochs, or stopped early) or "interrupted" (`max_minutes`).
-    """
+    """What `fit` did: a row of `history` per epoch from 1 on; the model has the best weights."""
 
     history: pd.DataFrame
     best_epoch: int
     best_score: float
-    status: str
     seconds: float
 
 
@@ -125,21 +109,21 @@ def fit(
 
     Data sets yield (x float [C, H, W] in [0, 1], y int, ...), or what `collate` makes batches of;
     `train_set.set_epoch(epoch)` is called if it exists. `val_metric(model)` adds columns to the
-    history, `on_epoch(row)` gets every saved row of it, also those before a resume. GPUs work in
-    half precision unless the objective differentiates gradients; torchrun is understood (DDP).
+    history, `on_epoch(row)` gets every saved row of it. GPUs work in half precision unless the
+    objective differentiates gradients; torchrun is understood (DDP).
 
     `run_dir` receives last.pt, best.pt (see `models.load`) and metrics.csv after every epoch: a
     killed run goes on to bit-equal weights (one CPU process), a finished one returns at once, one
-    of other settings or `config` is refused; `resume=False` starts anew. No epoch after the first
-    begins that would not end within `max_minutes`. The model ends in eval mode; random numbers and
-    Accelerate's state stay the caller's. Raises: ValueError, FloatingPointError.
+    of other settings or `config` is refused. The model ends in eval mode; random numbers and
+    Accelerate's state stay the caller's. Raises: ValueError, FloatingPointError, `OutOfTime`
+    before an epoch that would not end within `max_minutes`.
 
     >>> import tempfile
     >>> from dlia_utils.objectives import cross_entropy
     >>> data = TensorDataset(torch.rand(8, 1, 4, 4), torch.tensor([0, 1] * 4))
     >>> net, where = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), tempfile.mkdtemp()
-    >>> fit(net, cross_entropy(), data, data, run_dir=where, epochs=2, progress=False).status
-    'done'
+    >>> len(fit(net, cross_entropy(), data, data, run_dir=where, epochs=2, progress=False).history)
+    2
     """
     asked, measured = Recipe(**recipe), MEASURED[: 3 if val_set is None else None]
     if val_metric is None and asked.monitor not in measured:
@@ -151,16 +135,16 @@ def fit(
     settings["val_images"] = None if val_set is None else len(val_set)
     settings["objective"] = getattr(objective, "settings", getattr(objective, "__qualname__", ""))
     measure = partial(_measure, val_set=val_set, val_metric=val_metric, images=asked.batch_size)
+    loading = dict(num_workers=num_workers, collate_fn=collate)
     with _process_state_kept():
-        run = _Run(model, objective, measure, Path(run_dir), asked, settings)
-        run.load(train_set, num_workers=num_workers, collate_fn=collate)
+        run = _Run(model, objective, train_set, measure, Path(run_dir), asked, settings, loading)
         run.start(resume)
-        status = run.train(on_epoch, max_minutes, progress)
-    history, best = pd.DataFrame(run.state["history"]), run.state["best_state"]
-    model.load_state_dict(best or model.state_dict())
+        run.train(on_epoch, max_minutes, progress)
+    state, history = run.state, pd.DataFrame(run.state["history"])
+    model.load_state_dict(state["best_state"] or model.state_dict())
     model.eval()
-    best = run.state["best_epoch"], run.state["best_score"]
-    return FitResult(history, *best, status, float(sum(history.get("seconds", ()))))
+    seconds = float(sum(history.get("seconds", ())))
+    return FitResult(history, state["best_epoch"], state["best_score"], seconds)
 
 
 class _Trained(nn.Module):
@@ -193,14 +177,14 @@ class _Batches(list):
 class _Run:
     """One call of `fit`: what is prepared, and `state`, the part of it that is plain numbers."""
 
-    def __init__(self, model, objective, measure, run_dir, recipe: Recipe, settings) -> None:
+    def __init__(self, model, objective, train_set, measure, run_dir, recipe, settings, loading):
         self.objective, self.measure, self.recipe = objective, measure, recipe
-        self.run_dir, self.name = run_dir, run_dir.name
+        self.run_dir, self.name, self.train_set = run_dir, run_dir.name, train_set
         self.settings = json.loads(json.dumps(settings, default=str))
         self.state = {"epoch": 0, "history": [], "best_epoch": 0, "best_score": math.nan}
         self.state |= {"best_state": {}, "finished": False}
         second_order = getattr(objective, "second_order", False)
-        self.accelerator = _accelerator(objective, recipe.accumulate)
+        self.accelerator = _accelerator(second_order, recipe.accumulate)
         # Convolutions are faster channels-last, second derivatives of batch norms much slower.
         layout = torch.contiguous_format if second_order else torch.channels_last
         self.model = model.to(self.accelerator.device, memory_format=layout)
@@ -209,14 +193,9 @@ class _Run:
             blend = partial(_blend, recipe.ema)
             self.average = AveragedModel(self.model, multi_avg_fn=blend, use_buffers=True)
             self.judged = self.average.module
-
-    def load(self, train_set: Dataset, **options: Any) -> None:
-        """Prepare what walks over the training images: loader, optimiser and schedule."""
-        recipe = self.recipe
-        self.train_set = train_set
         self.batches = _Batches(len(train_set), recipe)
-        options["pin_memory"] = self.accelerator.device.type == "cuda"
-        loader = DataLoader(train_set, batch_sampler=self.batches, **options)
+        loading["pin_memory"] = self.accelerator.device.type == "cuda"
+        loader = DataLoader(train_set, batch_sampler=self.batches, **loading)
         # One fused kernel instead of one loop per parameter, which costs time on a CPU.
         kind = dict(lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
         kind |= {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
@@ -225,7 +204,7 @@ class _Run:
         self.trained, self.optimizer, self.loader = self.accelerator.prepare(
             _Trained(self.model), optimizer, loader
         )
-        self.replays = getattr(self.objective, "replays", 1)
+        self.replays = getattr(objective, "replays", 1)
         steps = math.ceil(len(self.loader) * self.replays / recipe.accumulate)
         self.scheduler = LambdaLR(optimizer, _factor(recipe, steps))
         self.parts = {"average": self.average, "optimizer": self.optimizer}
@@ -251,7 +230,7 @@ class _Run:
             for path in [*old, *self.run_dir.glob(".*.tmp.*")]:
                 path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        if saved is not None:
+        if saved:
             self.restore(saved)
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -287,8 +266,8 @@ class _Run:
             meta |= {"score": state["best_score"], "settings": self.settings}
             models.save(self.judged, self.run_dir / "best.pt", meta=meta)
 
-    def train(self, on_epoch: Callable | None, max_minutes: float | None, progress: bool) -> str:
-        """Run the epochs that are left; returns "done" or "interrupted"."""
+    def train(self, on_epoch: Callable | None, max_minutes: float | None, progress: bool) -> None:
+        """Run the epochs that are left."""
         history, begun, batches = self.state["history"], time.monotonic(), len(self.loader)
         for row in history if on_epoch else ():
             on_epoch(dict(row))
@@ -302,8 +281,7 @@ class _Run:
                 longest = 1.25 * max([row["seconds"] for row in history[-3:]], default=-math.inf)
                 late = time.monotonic() - begun + longest > 60 * (max_minutes or math.inf)
                 if broadcast_object_list([late])[0]:
-                    log.warning("%s: stopped by max_minutes", self.name)
-                    return "interrupted"
+                    raise OutOfTime(self.out_of_time(max_minutes))
                 self.epoch(bar)
                 if on_epoch:
                     on_epoch(dict(history[-1]))
@@ -311,7 +289,16 @@ class _Run:
         if len(history) > 1 and len(scores) == 1 and not math.isnan(self.state["best_score"]):
             text = "%s: %s was %g in every epoch, so the first one was kept; choose another monitor"
             log.warning(text, self.name, self.recipe.monitor, scores.pop())
-        return "done"
+
+    def out_of_time(self, limit: float) -> str:
+        """What a reader is told, with how to go on."""
+        return (
+            f"{self.name} stopped after {self.state['epoch']} of {self.recipe.epochs} epochs: the "
+            f"next would not end within max_minutes = {limit:g}. What is done is kept: run again "
+            "to go on from there (the same command, or Run All). For more time: --set max_minutes="
+            f'{4 * limit:g} on the command line, CHANGES = {{"max_minutes": {4 * limit:g}}} in the '
+            "notebook; None is no limit."
+        )
 
     def reached(self, epoch: int) -> str:
         """Where the training stands in `epoch`, and how the last whole one ended."""
@@ -428,11 +415,6 @@ def predict(
 
     `data` is a tensor of images [N, C, H, W] (labels are then None) or a data set that yields
     (x, y) or (x, y, row). Runs on the model's device in eval mode; training flags are restored.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    >>> probabilities, labels, rows = predict(model, torch.rand(3, 1, 4, 4))
-    >>> probabilities.shape, labels, rows.tolist()
-    ((3, 2), None, [0, 1, 2])
     """
     logits, labels, rows = _logits(model, data, batch_size)
     return logits.double().softmax(dim=1).numpy(), labels, rows
@@ -442,8 +424,7 @@ def log_odds(model: nn.Module, data: Dataset | Tensor) -> np.ndarray:
     """The score z1 - z0 [N] (float64) of a two-class model: rank by it, cut it at 0, not at 0.5.
 
     Unlike the probability (`scipy.special.expit` of it) it does not saturate: from about 37 on all
-    probabilities are exactly 1, and large logits would lose their AUC to rounding.
-    Raises: ValueError for a model with other than two logits.
+    probabilities are exactly 1. Raises: ValueError for a model with other than two logits.
 
     >>> log_odds(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(3, 1, 4, 4)).shape
     (3,)
@@ -459,7 +440,7 @@ def _logits(
     model: nn.Module, data: Dataset | Tensor, batch_size: int
 ) -> tuple[Tensor, np.ndarray | None, np.ndarray]:
     data = TensorDataset(data) if isinstance(data, Tensor) else data
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     logits, others = [], []
     with evaluating(model):
         # Without a generator of its own a loader draws from the global random stream.
@@ -471,10 +452,9 @@ def _logits(
     return together, labels, np.arange(len(together)) if rows is None else rows
 
 
-def _accelerator(objective: Objective, accumulate: int) -> Accelerator:
+def _accelerator(second_order: bool, accumulate: int) -> Accelerator:
     gpu = pick_device()[0] == "cuda"
-    # Second derivatives underflow in half precision.
-    half = gpu and not getattr(objective, "second_order", False)
+    half = gpu and not second_order  # second derivatives underflow in half precision
     # is_bf16_supported() also says yes where bf16 is emulated (T4), hence the capability.
     modern = half and torch.cuda.get_device_capability() >= (8, 0)
     return Accelerator(

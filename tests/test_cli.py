@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 import tiny
 from papermill.exceptions import PapermillExecutionError
@@ -87,8 +86,6 @@ WRONG = [
     ("--set epochs", "--set 'epochs': write name=value"),
     ("--set epoch=5", "no such setting 'epoch'; did you mean epochs?"),
     ("--set epochs=often", "epochs = 'often' is a text; it must be a whole number"),
-    ("--set epochs=2.5", "epochs = 2.5 is a number; it must be a whole number"),
-    ("--set epochs=-1", "epochs = -1 is negative"),
     ("--set epochs=(1", "is no Python value"),
 ]
 
@@ -139,15 +136,9 @@ def test_another_data_set_is_taken_only_by_a_notebook_that_can(tmp_path, monkeyp
     assert done.folder.name == "smoke-breastmnist-synthetic"
 
 
-def test_results_without_accuracies_are_shown_as_rows(tmp_path):
-    row = dict(model="a", attack="clean", metric="map", value=0.5, n=3, data="x", profile="smoke")
-    pd.DataFrame([row | {"size": 48}]).to_csv(tmp_path / "results.csv", index=False)
-    assert "map" in cli.results_text(tmp_path / "results.csv")
-
-
-def test_list_names_notebooks_and_data_sets(suite, capsys):
-    assert cli.main(["list"]) == 0
-    printed = capsys.readouterr().out
+def test_list_names_notebooks_and_data_sets(suite):
+    command = [sys.executable, "-m", "dlia_utils", "list"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "07_tiny" in printed and "A tiny notebook" in printed and "pneumonia" in printed
 
 
@@ -189,10 +180,3 @@ def test_submission_check_sums_up_or_prints_problems(sent, capsys):
     assert "Nodule" in capsys.readouterr().out
     assert cli.main([*check[:-1], str(sent / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-def test_module_has_help():
-    command = [sys.executable, "-m", "dlia_utils", "--help"]
-    options = {"capture_output": True, "text": True, "check": True, "cwd": notebooks.REPOSITORY}
-    printed = subprocess.run(command, **options).stdout
-    assert all(word in printed for word in ("run", "data", "submission", "list"))

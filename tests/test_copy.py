@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import kaggle_tree
-import nbformat
 import pytest
 
 from tools import notebooks
@@ -93,34 +92,3 @@ def test_from_an_empty_run_a_section_runs_or_names_the_section_to_copy_as_well(s
     first = next(iter(sections))
     assert first in alone, f"the first section needs nothing: {done[first]['error'][-800:]}"
     assert len(alone) >= 2, f"only {alone} run by themselves"
-
-
-# -------------------------------------------------------------------------------- the runner itself
-
-OPENING = {"bootstrap": "import os", "parameters": "N = 2", "start": "print(N)"}
-OPENING |= {"imports": "import sys\nsys.cached = []"}
-SECTIONS = {
-    "fine": ["value = N + 1", "sys.cached.append(1)\nimport colorsys\ndisplay(value)"],
-    "again": ["'value' in globals(), sys.cached, 'colorsys' in sys.modules"],
-    "needs fine": ["x = 1\nvalue + x", "print('never')"],
-    "dies": ["print('before', flush=True)\nos.kill(os.getpid(), 9)"],
-    "leaves": ["sys.exit(0)"],
-}
-
-
-def test_sections_see_the_opening_cells_and_nothing_of_each_other(tmp_path):
-    v4 = nbformat.v4
-    cells = [v4.new_code_cell(code, metadata={"tags": [tag]}) for tag, code in OPENING.items()]
-    for title, codes in SECTIONS.items():
-        cells += [v4.new_markdown_cell(f"## {title}\n\nSome prose."), *map(v4.new_code_cell, codes)]
-    opening, sections = notebooks.sections(v4.new_notebook(cells=cells))
-    done = run_sections(opening, sections, tmp_path, os.environ, tmp_path)
-    assert list(done) == list(SECTIONS)
-    assert not done["fine"]["error"] and done["fine"]["output"] == "3\n"
-    assert done["again"]["output"].endswith("(False, [], False)\n")
-    assert "NameError: name 'value' is not defined" in done["needs fine"]["error"]
-    assert "never" not in done["needs fine"]["output"]
-    assert "status -9" in done["dies"]["error"] and "before" in done["dies"]["output"]
-    assert "SystemExit" in done["leaves"]["error"]
-    with pytest.raises(AssertionError, match="the opening cells failed(.|\n)*ZeroDivisionError"):
-        run_sections(["N = 1 / 0"], {}, tmp_path, os.environ, tmp_path)

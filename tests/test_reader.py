@@ -1,9 +1,6 @@
 """The reader in charge: own images, boxes, model and settings, from the command to results.csv."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -156,30 +153,3 @@ def test_three_lines_of_python_from_a_folder_to_a_training_and_an_evaluation(fol
     assert table["n"].iloc[0] == len(data.rows("test"))
     with pytest.raises(ValueError, match="no such setting 'epoch'; did you mean epochs"):
         study.of(data.dataset, epoch=3)
-
-
-@pytest.mark.notebook
-def test_the_first_command_ends_well_on_a_core_that_others_keep_busy(runs):
-    """As README says it, on one core beside two endless loops: slower, and that is all."""
-    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-
-    def pin():
-        if core is not None:  # elsewhere the loops keep one core busy each, and the run another
-            os.sched_setaffinity(0, {core})
-
-    loop = [sys.executable, "-c", "while True: pass"]
-    small = ["epochs=2", "images=12", "width=0.25", "channels=16", "size=64", "bootstrap_draws=20"]
-    command = [sys.executable, "-m", "dlia_utils", "run", "--nb", "05", "--set", *small]
-    how = dict(cwd=notebooks.REPOSITORY, preexec_fn=pin, capture_output=True, text=True)
-    loops = [subprocess.Popen(loop, preexec_fn=pin) for _ in range(2)]
-    try:
-        done = subprocess.run(command, check=False, **how)
-    finally:
-        for process in loops:
-            process.kill()
-            process.wait()
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "changed  * epochs = 2  (in this profile: 11)" in done.stdout
-    assert "submissions)" in done.stdout
-    (record,) = (runs / "runs" / "05_nih_detection").glob("*/config.json")
-    assert json.loads(record.read_text())["settings"]["images"] == 12

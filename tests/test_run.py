@@ -38,24 +38,15 @@ def begin(profile="smoke", full=FULL, cpu=None, by_data=None, allowed=None, own=
     return start(NOTEBOOK, settings, parameters | {"profile": profile}, **more)
 
 
-# ---------------------------------------------------------------------------------------- profiles
-
-
-def test_auto_without_gpu_is_smoke_and_says_why():
+def test_auto_is_smoke_without_gpu_and_full_with_one_and_real_data(monkeypatch):
     one = begin("auto")
     assert one.profile == "smoke" and "no GPU" in one.reason and one.size == 48 and one.epochs == 25
     assert "SYNTHETIC" in str(one) and "SMOKE" in str(one)
     assert one.run_dir.name == "smoke-synthetic" and one.caption.endswith("smoke profile, 48 px")
-
-
-def test_auto_with_gpu_and_real_data_is_full(monkeypatch):
     monkeypatch.setattr(run, "pick_device", lambda: ("cuda", "2 x Tesla T4"))
     one = begin("auto", data_dir="somewhere")
     assert (one.profile, one.run_dir.name, one.size) == ("full", "full-real", 224)
     assert "SYNTHETIC" not in str(one)
-
-
-def test_environment_profile_replaces_auto_only_and_the_banner_says_so(monkeypatch):
     monkeypatch.setenv("DLIA_PROFILE", "cpu")
     assert "auto, and the environment says DLIA_PROFILE=cpu" in str(begin("auto"))
     assert begin("smoke").profile == "smoke"
@@ -70,22 +61,17 @@ def test_what_differs_with_the_data_comes_before_the_profile():
     assert begin("smoke", **given).size == 48
 
 
-# ---------------------------------------------------------------------------------------- settings
-
-
 def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own():
     one = begin(changes={"epochs": 5, "eps_grid": [2 / 255]})
-    assert (
-        one.epochs == 5
-        and one.eps_grid == (2 / 255,)
-        and list(one.changed) == ["epochs", "eps_grid"]
-    )
+    assert one.pick("epochs", "eps_grid") == {"epochs": 5, "eps_grid": (2 / 255,)}
     text = str(one)
     assert "* epochs = 5  (in this profile: 25)" in text
     assert "*epochs=5" in text and "(2/255)" in text
     assert one.run_dir.name.startswith("smoke-synthetic-") and one.run_dir != begin().run_dir
     kept = json.loads((one.run_dir / "config.json").read_text())
-    assert kept["settings"]["epochs"] == 5 and kept["changed"] == ["epochs", "eps_grid"]
+    assert kept["settings"] == json.loads(json.dumps(one.settings))
+    assert kept["changed"] == ["epochs", "eps_grid"]
+    assert json.loads((one.run_dir / "env.json").read_text())["torch"]
     again = begin(changes={"epochs": 5, "eps_grid": (2 / 255,)})
     assert (again.run_dir, again.key) == (one.run_dir, one.key), "a list is a tuple"
     assert begin(changes={"epochs": 25}).run_dir == begin().run_dir, "it is set already"
@@ -95,14 +81,11 @@ def test_a_changed_setting_is_starred_written_down_and_has_a_folder_of_its_own()
     ("change", "message"),
     [
         ({"epoch": 5}, "CHANGES: no such setting 'epoch'; did you mean epochs"),
-        ({"zzz": 1}, "there are: dataset, seed"),
         ({"epochs": "5"}, "is a text; it must be a whole number, such as 25"),
-        ({"epochs": 2.5}, "is a number"),
         ({"epochs": True}, "is True or False; it must be a whole"),
         ({"epochs": None}, "epochs = None"),
         ({"lr": float("nan")}, "is not a finite number"),
         ({"lr": -1.0}, "is negative"),
-        ({"pretrained": 1}, "must be True or False"),
         ({"patience": "often"}, "is a text"),
         ({"attacks": "fgsm"}, "is a text; it must be a list"),
         ({"attacks": ("fgms",)}, "names 'fgms'; did you mean fgsm"),
@@ -126,12 +109,7 @@ def test_what_fits_is_taken(change):
     assert begin(changes=change, allowed=WORDS | {"lr": (None,)}).pick(*change) == change
 
 
-def test_a_profile_that_names_an_unknown_setting_is_a_fault_of_the_notebook():
-    with pytest.raises(ValueError, match="by_data: no such setting 'sise'; did you mean size"):
-        begin(cpu={"sise": 3})
-
-
-def test_settings_cannot_be_changed_behind_the_runs_back():
+def test_settings_cannot_be_changed_behind_the_runs_back_but_in_a_variant():
     one = begin()
     one.settings["epochs"], one.budgets["fmn"]["steps"] = 2, 99
     assert one.epochs == 25 and one.budgets["fmn"]["steps"] == 5
@@ -139,13 +117,11 @@ def test_settings_cannot_be_changed_behind_the_runs_back():
         one.epochs = 2
     with pytest.raises(AttributeError, match="no setting 'sise'; did you mean size"):
         _ = one.sise
-    assert json.loads((one.run_dir / "config.json").read_text())["settings"]["epochs"] == one.epochs
-
-
-def test_a_setting_that_a_notebook_does_not_have_has_its_default():
-    one = begin()
-    assert (one.fit, one.balance, one.unusable_share) == ("squash", "weights", 0.0)
-    assert "fit" not in one.settings and begin(full=FULL | {"fit": "pad"}).fit == "pad"
+    assert one.fit == "squash" and begin(full=FULL | {"fit": "pad"}).fit == "pad", "its default"
+    other = one.variant(size=24)
+    assert (other.size, one.size, other.run_dir) == (24, 48, one.run_dir) and other.key != one.key
+    with pytest.raises(ValueError, match="no such setting 'sizes'; did you mean size"):
+        one.variant(sizes=3)
 
 
 def test_a_run_survives_pickling_and_is_opened_again_from_its_folder():
@@ -158,17 +134,6 @@ def test_a_run_survives_pickling_and_is_opened_again_from_its_folder():
         assert getattr(again, name) == getattr(one, name)
     with pytest.raises(ValueError, match="is no run folder"):
         run.reopen(one.run_dir / "figures")
-
-
-def test_a_variant_has_other_settings_and_the_same_folder():
-    one = begin()
-    other = one.variant(size=24)
-    assert (other.size, one.size, other.run_dir) == (24, 48, one.run_dir) and other.key != one.key
-    with pytest.raises(ValueError, match="no such setting 'sizes'; did you mean size"):
-        one.variant(sizes=3)
-
-
-# ------------------------------------------------------------------------------------- run folders
 
 
 def test_run_folder_refuses_other_settings_unless_forced_or_put_aside():
@@ -205,13 +170,6 @@ def test_settings_changed_in_their_own_cell_go_to_another_folder_instead_of_an_e
     assert begin(full=FULL | {"epochs": 3}).run_dir == edited.run_dir
 
 
-def test_run_folder_records_config_and_environment():
-    one = begin()
-    kept = json.loads((one.run_dir / "config.json").read_text())
-    assert kept["settings"] == json.loads(json.dumps(one.settings))
-    assert json.loads((one.run_dir / "env.json").read_text())["torch"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,9 +181,6 @@ def test_run_folder_records_config_and_environment():
 def test_bad_parameters_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         begin(**arguments)
-
-
-# --------------------------------------------------------------------------- a folder of one's own
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from dlia_utils import models, objectives
-from dlia_utils.train import FitResult, fit, log_odds, predict
+from dlia_utils.train import FitResult, OutOfTime, fit, log_odds, predict
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,23 +86,14 @@ def never(*_):
 never.settings = objectives.cross_entropy().settings
 
 
-def scripted(values):
-    values = iter(values)
-    return {"monitor": "val_robust", "val_metric": lambda model: {"val_robust": next(values)}}
-
-
-# ------------------------------------------------------------------ kill -9 and resume
-
 # Where the process dies: at the n-th image read, or as the n-th file moves into place. Each epoch
 # reads 20 images and moves last.pt, best.pt (when it is the best so far) and metrics.csv.
 KILLS = {
-    "first epoch": ("image", 7),
     "second epoch": ("image", 33),
     "half of last.pt written": ("half of last.pt", 2),
     "last.pt written, not yet moved": ("before last.pt", 2),
     "last.pt moved, metrics.csv not": ("after last.pt", 2),
     "best.pt moved": ("after best.pt", 1),
-    "last epoch saved": ("after last.pt", 3),
     "from outside": ("outside", 0),
 }
 
@@ -196,14 +187,8 @@ def test_killed_and_resumed_is_the_same_as_never_killed(killed_runs, name):
     assert left == ["best.pt", "last.pt", "metrics.csv"]  # and no temporary file
     tables = [pd.read_csv(folder / "metrics.csv").drop(columns="seconds") for folder in folders]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    best = [
-        models.load(folder / "best.pt", lambda: models.mobilenet_v2(width=0.1))
-        for folder in folders
-    ]
-    assert same(*(model.state_dict() for model in best))
-
-
-# ------------------------------------------------------------------ resume within a process
+    best = [torch.load(folder / "best.pt", weights_only=True)["state_dict"] for folder in folders]
+    assert same(*best)
 
 
 def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
@@ -212,7 +197,7 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     second = run(tmp_path, model=second_model, objective=never)
     assert torch.equal(weights(first_model), weights(second_model))
     pd.testing.assert_frame_equal(first.history, second.history)
-    assert (first.best_epoch, first.status) == (second.best_epoch, "done")
+    assert first.best_epoch == second.best_epoch
 
 
 def test_a_run_of_other_settings_or_a_foreign_file_is_refused_or_overwritten(tmp_path):
@@ -221,8 +206,7 @@ def test_a_run_of_other_settings_or_a_foreign_file_is_refused_or_overwritten(tmp
         run(tmp_path, epochs=4, config={"size": 32})
     with pytest.raises(ValueError, match="objective"):
         run(tmp_path, config={"size": 16}, objective=objectives.cross_entropy_at(3.0))
-    anew = run(tmp_path, epochs=1, resume=False)
-    assert len(anew.history) == 1 == len(pd.read_csv(tmp_path / "metrics.csv"))
+    assert len(run(tmp_path, epochs=1, resume=False).history) == 1
     torch.save({"model": {}}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="resume=False"):
         run(tmp_path)
@@ -232,27 +216,26 @@ def test_the_budget_interrupts_and_the_next_call_goes_on_to_the_same_end(tmp_pat
     straight, resumed = linear(), linear()
     options = {"epochs": 4, "schedule": "cosine"}
     run(tmp_path / "straight", model=straight, **options)
-    first = run(tmp_path / "budget", max_minutes=1e-9, **options)
-    assert (first.status, len(first.history), first.best_epoch) == ("interrupted", 1, 1)
-    second = run(tmp_path / "budget", model=resumed, max_minutes=5, **options)
-    assert second.status == "done" and torch.equal(weights(straight), weights(resumed))
+    with pytest.raises(OutOfTime, match="budget stopped after 1 of 4 epochs"):
+        run(tmp_path / "budget", max_minutes=1e-9, **options)
+    assert len(pd.read_csv(tmp_path / "budget" / "metrics.csv")) == 1
+    run(tmp_path / "budget", model=resumed, max_minutes=5, **options)
+    assert torch.equal(weights(straight), weights(resumed))
 
 
 def test_every_saved_epoch_is_told_and_what_the_listener_raises_ends_the_call(tmp_path):
-    told, straight, resumed = [], linear(), linear()
-    run(tmp_path / "straight", model=straight, epochs=4)
+    told = []
 
     def stop_at_two(row):
-        saved = pd.read_csv(tmp_path / "run" / "metrics.csv")
+        saved = pd.read_csv(tmp_path / "metrics.csv")
         assert len(saved) == row["epoch"]  # saved before it is told
         if row["epoch"] == 2:
             raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
-        run(tmp_path / "run", epochs=4, on_epoch=stop_at_two)
-    result = run(tmp_path / "run", model=resumed, epochs=4, on_epoch=told.append)
+        run(tmp_path, epochs=4, on_epoch=stop_at_two)
+    result = run(tmp_path, epochs=4, on_epoch=told.append)
     assert told == result.history.to_dict("records") and len(told) == 4
-    assert torch.equal(weights(straight), weights(resumed))
 
 
 def test_random_numbers_and_accelerates_state_stay_the_callers(tmp_path):
@@ -271,9 +254,6 @@ def test_random_numbers_and_accelerates_state_stay_the_callers(tmp_path):
     assert Accelerator(cpu=True, mixed_precision="bf16").state.mixed_precision == "bf16"
     mine.state._reset_state()
     mine.gradient_state._reset_state()
-
-
-# ------------------------------------------------------------------ what is learnt and kept
 
 
 def test_order_depends_on_seed_and_epoch_only_and_each_image_comes_once(tmp_path):
@@ -308,12 +288,10 @@ def test_accumulation_equals_the_large_batch_also_in_a_smaller_last_group(tmp_pa
 
 
 def test_gradients_are_clipped_after_they_were_accumulated(tmp_path):
-    moved = {}
+    moved, options = {}, dict(batch_size=10, accumulate=2, optimizer="sgd", lr=1.0, epochs=1)
     for clip_norm in (None, 1e-3):
-        options, model = {"batch_size": 10, "accumulate": 2, "optimizer": "sgd"}, linear()
-        run(
-            tmp_path / str(clip_norm), model=model, lr=1.0, epochs=1, clip_norm=clip_norm, **options
-        )
+        model = linear()
+        run(tmp_path / str(clip_norm), model=model, clip_norm=clip_norm, **options)
         moved[clip_norm] = weights(model) - weights(linear())
     free, clipped = moved.values()
     assert clipped.norm() == pytest.approx(1e-3, rel=1e-3) and free.norm() > 1e-2
@@ -371,7 +349,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
 def test_a_known_number_of_epochs_without_validation_keeps_the_last_weights(tmp_path):
     alone, beside = linear(), linear()
     done = run(tmp_path / "a", model=alone, val_set=None, monitor="epoch", patience=1)
-    assert (done.best_epoch, done.status, len(done.history)) == (3, "done", 3)
+    assert (done.best_epoch, len(done.history)) == (3, 3)
     assert list(done.history) == ["epoch", "lr", "train_loss", "train_accuracy", "seconds"]
     # A validation set would have changed nothing but what is measured.
     run(tmp_path / "b", model=beside, monitor="epoch")
@@ -393,15 +371,9 @@ def test_the_best_epoch_wins_a_nan_never_and_patience_stops(tmp_path):
     assert torch.equal(weights(model), kept[1]) and not torch.equal(kept[1], kept[4])
     assert torch.equal(weights(models.load(tmp_path / "a" / "best.pt", linear)), kept[1])
     assert not model.training
-    result = run(tmp_path / "b", **scripted([math.nan] * 3))
+    nothing = {"monitor": "val_robust", "val_metric": lambda model: {"val_robust": math.nan}}
+    result = run(tmp_path / "b", **nothing)
     assert result.best_epoch == 3 and (tmp_path / "b" / "best.pt").exists()
-
-
-def test_a_monitor_that_never_moved_is_told(tmp_path, caplog):
-    run(tmp_path / "b", **scripted([0.0, 0.1, 0.0]))
-    assert "so the first one was kept" not in caplog.text
-    run(tmp_path / "a", **scripted([0.0] * 3))
-    assert "a: val_robust was 0 in every epoch, so the first one was kept" in caplog.text
 
 
 def test_a_loss_that_is_no_number_stops_and_the_last_whole_epoch_stays(tmp_path):
@@ -432,8 +404,6 @@ def test_the_model_learns_what_there_is_to_learn(tmp_path):
     ("options", "message"),
     [
         ({"optimizer": "lion"}, "adam, adamw, sgd"),
-        ({"schedule": "step"}, "onecycle"),
-        ({"epochs": 0}, "epochs"),
         ({"schedule": "cosine", "warmup_epochs": 3}, "fewer than epochs"),
         ({"monitor": "val_f1"}, "val_f1"),
         ({"val_set": None}, "give a val_set or a val_metric"),
@@ -443,9 +413,6 @@ def test_unusable_arguments_are_refused_before_anything_is_written(tmp_path, opt
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
-
-
-# ------------------------------------------------------------------ predictions, two processes
 
 
 def test_predict_returns_rows_in_order_and_leaves_the_model_alone():

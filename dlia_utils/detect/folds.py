@@ -146,7 +146,7 @@ def train_fold(
 ) -> train.FitResult:
     """Train the detector of `fold`, or read the finished one back; it stops by mAP on `select`.
 
-    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Errors: `study.OutOfTime`.
+    detector, recipe: the options named in `DETECTOR` and `RECIPE`. Errors: `train.OutOfTime`.
     """
     dataset, images = study.dataset, study.cache
     model = build_detector(study.run.run_dir, len(dataset.box_classes), detector)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from ..run import reopen
-from ..study import OutOfTime
+from ..train import OutOfTime
 from . import folds
 
 
