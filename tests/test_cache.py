@@ -69,12 +69,12 @@ def test_pixels_are_those_of_pillow(dataset, tmp_path, fit, height):
         assert (cached.images[row, height:] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [[3, 1], np.array([3, 1]), torch.tensor([3, 1])])
-def test_batch(dataset, tmp_path, rows):
+def test_batch(dataset, tmp_path):
     cached = build(dataset, tmp_path)
-    batch = cached.batch(rows)
-    assert batch.shape == (2, 1, 24, 24) and batch.dtype == torch.float32
-    assert torch.equal(batch[1, 0], torch.from_numpy(np.array(cached.images[1])).float() / 255)
+    for rows in ([3, 1], np.array([3, 1]), torch.tensor([3, 1])):
+        batch = cached.batch(rows)
+        assert batch.shape == (2, 1, 24, 24) and batch.dtype == torch.float32
+        assert torch.equal(batch[1, 0], torch.from_numpy(np.array(cached.images[1])).float() / 255)
     assert cached.batch([]).shape == (0, 1, 24, 24)
 
 
@@ -97,9 +97,6 @@ def test_changed_file_size_fit_and_manifest_give_another_cache(dataset, tmp_path
     assert abs(changed.images[0] - plain(dataset.root / "0.jpeg")).max() <= 6
     turned = replace(dataset, manifest=dataset.manifest.iloc[::-1].reset_index(drop=True))
     assert len({first.key, *keys, changed.key, build(turned, tmp_path).key}) == 5
-    for wrong in ({"fit": "crop"}, {"size": 4}):
-        with pytest.raises(ValueError, match="at least 8 pixels, squash or pad"):
-            build(dataset, tmp_path, **wrong)
 
 
 def test_bad_files_are_listed_together_before_decoding(dataset, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """The synthetic radiographs: what is planted can be seen, where it is said to be."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,14 +43,6 @@ def test_pneumonia_tree_has_a_second_copy_junk_and_masks(tmp_path):
     masks = list((tmp_path / "phantom_masks").rglob("*.png"))
     masks = [p.relative_to(tmp_path / "phantom_masks").with_suffix(".jpeg") for p in masks]
     assert sorted(masks) == sorted(p for p in own if p.parts[1] == "PNEUMONIA")
-
-
-@pytest.mark.parametrize("pneumonia", [False, True])
-def test_chest(pneumonia):
-    image, opacities, lungs = phantom.chest(np.random.default_rng(1), size=64, pneumonia=pneumonia)
-    assert image.shape == opacities.shape == (64, 64) and image.dtype == np.float32
-    assert 0 <= image.min() < 0.1 and 0.8 < image.max() <= 1
-    assert opacities.any() == pneumonia and not (opacities & ~lungs).any()
 
 
 def test_classes_differ_by_the_opacity_and_not_by_brightness():
@@ -183,13 +173,3 @@ def test_bone(seed):
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
     _, none, empty = phantom.bone(rng, height=64, width=96, fractured=False)
     assert none is None and not empty.any()
-
-
-def test_fracatlas_tree_has_the_traps(tmp_path):
-    tree = phantom.write_fracatlas(tmp_path, images=(10, 6), size=64)
-    turned = Image.open(tree / "images" / "Fractured" / "IMG0000001.jpg")
-    assert turned.getexif()[0x0112] == 6
-    table = pd.read_csv(tree / "dataset.csv")
-    assert len(table) == 16 and table["fractured"].sum() == 9
-    assert table["fracture_count"].sum() == 10
-    assert len(json.loads((tree / readers.FRAC_BOXES).read_text())["annotations"]) == 10
