@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from trees import need_every_file_accounted_for, save
 
-from dlia_utils.data import datasets, phantom, readers, sources
+from dlia_utils.data import datasets, phantom, sources
 from dlia_utils.data.tables import COLUMNS, BadData, DataNotFound
 
 
@@ -42,18 +42,6 @@ def test_pneumonia(tree):
     table = datasets.summary(dataset)
     assert table["split"].tolist() == ["train"] * 2 + ["val"] * 2 + ["test"] * 2
     assert table["images"].tolist() == [6, 8, 2, 2, 3, 3]
-
-
-@pytest.mark.parametrize(
-    "name, patient, kind",
-    [
-        ("person01_virus_2.jpeg", "person-1", "virus"),
-        ("IM-0001-0001.jpeg", "IM-0001", "normal"),
-        ("odd.jpeg", "odd", "unknown"),
-    ],
-)
-def test_patients_from_names(name, patient, kind):
-    assert readers.pneumonia_patient(Path(name)) == (patient, kind)
 
 
 def test_odd_names_missing_val_and_empty_classes(tree, caplog):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -102,16 +101,6 @@ def build(
     return cached
 
 
-def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Decode as `build` would and keep nothing: all unusable files, and those cut short."""
-    problems = datasets.check(dataset)
-    rest = dataset.manifest[~dataset.manifest["path"].isin(problems["path"])]
-    with tempfile.TemporaryDirectory() as scratch:
-        target, readable = Path(scratch) / "images.npy", replace(dataset, manifest=rest)
-        truncated, unusable = _decode_all(target, readable, 8, "squash", progress=progress)
-    return pd.concat([problems, unusable]), tuple(truncated)
-
-
 def shapes(dataset: Dataset) -> np.ndarray:
     """Height and width int32 [N,2] of each image, upright, from the headers."""
     if dataset.archive:
@@ -172,8 +161,8 @@ def _decode_all(
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = list(Bar(pool.map(decode, range(len(paths))), **bar))
-        # Pillow's switch for truncated files is global, hence one file at a time, after the threads.
-        for row in np.flatnonzero(found):
+        # Pillow's switch for it is global, hence one file at a time, after the threads.
+        for row in (row for row, problem in enumerate(found) if problem):
             problem = decode(row, truncated=True)
             (unusable if problem else truncated).append((paths[row], problem))
     images.flush()

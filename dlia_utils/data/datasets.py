@@ -56,10 +56,9 @@ class Dataset:
 def load(location: Location, **options: bool) -> Dataset:
     """Read the data set at `location` (see `sources.find`, `find_own`); no image is decoded.
 
-    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there where others are
-    missing; `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set
-    too. Errors: `DataNotFound` for a missing file or folder; `BadData` listing what cannot be
-    used.
+    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there; `allow_leak`
+    ("dlia") keeps training rows whose image is in the competition's test set too. Errors:
+    `DataNotFound` for a missing file or folder; `BadData` listing what cannot be used.
     """
     if location.kind == "published":
         read = readers.READERS.get(location.dataset) or partial(medmnist.read, location.dataset)
@@ -84,16 +83,13 @@ def from_folder(
 ) -> Dataset:
     """Your own images as a data set under the folder's name: a folder for each class.
 
-    Images are jpg, png, bmp, tif or webp, of 8 bits. The class folders may lie below train/, val/
-    and test/ (also training, valid, validation, testing; train and one other at least), which are
-    then the split; without them `split` is "". One CSV with a column `file` (paths below `path`)
-    may lie in the folder: its column `label` replaces the class folders, `patient` names the
-    patients, `split` the split, and images that it does not list are ignored.
-
-    Labels count from 0 in the order of `classes`; without it, names that mean healthy come first,
-    then alphabetical. `patient_pattern` is a regular expression searched in each image's path: its
-    group `patient`, or the first one, is the patient. With neither, each image is a patient of its
-    own. Errors: `DataNotFound`; `BadData` naming the files, folders or rows; `ValueError`.
+    The class folders may lie below train/, val/ and test/, which are then the split; without them
+    `split` is "". One CSV with a column `file` (paths below `path`) may lie in the folder: its
+    column `label` replaces the class folders, `patient` names the patients, `split` the split, and
+    images that it does not list are ignored. Labels count from 0 in the order of `classes`, without
+    it healthy first, then by name. `patient_pattern` is a regular expression searched in each
+    image's path: its group `patient`, or the first one, is the patient; with neither, each image is
+    a patient of its own. Errors: `DataNotFound`; `BadData` naming the rows; `ValueError`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "mine"
@@ -116,12 +112,11 @@ def from_boxes(
 ) -> Dataset:
     """Your own boxes as a detection set under the name of the folder `images`.
 
-    `annotations` is a CSV with a row for each box: `file` (or filename, image, image_id), `label`,
-    and the corners x1, y1, x2, y2 (or xmin, x_min, ...) in pixels of the upright image; a row
-    without corners and label is an image without boxes. Or it is a COCO JSON. `patient` and `split`
-    may stand in either; without a split every image is in train. Images that are not listed are
-    ignored. The rest is as for `from_folder`; label k is `box_classes[k - 1]`, and an image's class
-    is that of its rarest box.
+    `annotations` is a CSV with a row for each box: `file`, `label`, and the corners x1, y1, x2, y2
+    (or xmin, x_min, ...) in pixels of the upright image; a row without corners and label is an
+    image without boxes. Or it is a COCO JSON. `patient` and `split` may stand in either; without a
+    split every image is in train. The rest is as for `from_folder`; label k is
+    `box_classes[k - 1]`, and an image's class is that of its rarest box.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -171,13 +166,7 @@ def _file_problem(path: Path) -> str:
 
 
 def problem_text(problems: pd.DataFrame) -> str:
-    """The message of a `BadData` error: the first files, the number of the rest, and the fix.
-
-    >>> print(problem_text(pd.DataFrame([("a.png", "not an image")], columns=["path", "problem"])))
-    1 unusable files:
-      a.png: not an image
-    Fix: copy these files again, or delete them (`data check` decodes every file).
-    """
+    """The message of a `BadData` error: the first files, the number of the rest, and the fix."""
     lines = [f"  {row.path}: {row.problem}" for row in problems.head(SHOWN).itertuples()]
     more = [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     fix = "Fix: copy these files again, or delete them (`data check` decodes every file)."

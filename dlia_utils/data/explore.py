@@ -109,10 +109,9 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     """Could the splits be one pool divided at random? Tests of class counts, mean grey, contrast.
 
     Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis
-    test inside each class, so that other class shares do not count twice. A patient's images of
-    one class in one split count as one, their mean. Columns test, class_name, p, p_holm (Holm
-    1979, over all rows), effect_name, effect (Cramer's V or epsilon squared, 0 to 1), uneven
-    (p_holm < 0.05), detail (share or median per split) and meaning, in words.
+    test inside each class. A patient's images of one class in one split count as one, their mean.
+    Columns test, class_name, p, p_holm (Holm 1979, over all rows), effect_name, effect (Cramer's V
+    or epsilon squared, 0 to 1), uneven (p_holm < 0.05), detail and meaning, in words.
     """
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
@@ -163,10 +162,9 @@ def size_shortcut(
     """How well the format alone tells the class: AUC of boosting on height, width and aspect ratio.
 
     `shapes` as for `sizes`. Cross-validated by patient in 5 folds; scores are ranked inside each
-    fold, since those of two fits cannot be compared. Columns features, metric ("auc"), value,
-    ci_low, ci_high (patient bootstrap), n and finding, in words. Unlabelled images are left out.
-    Of more than two classes the AUC is the mean of each against the rest. Errors: ValueError for
-    fewer than two classes or two patients of a class.
+    fold, since those of two fits cannot be compared. Columns features, metric ("auc"; of more than
+    two classes the mean of each against the rest), value, ci_low, ci_high (patient bootstrap), n
+    and finding, in words. Errors: ValueError for fewer than two classes, or patients of a class.
 
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")

@@ -6,9 +6,7 @@ A set is named as its file is, without the ending: `pneumoniamnist` (28 px), `pn
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -94,15 +92,12 @@ def download(name: str) -> Path:
     except ImportError as error:
         raise DataNotFound("medmnist is missing: python -m pip install medmnist") from error
     home().mkdir(parents=True, exist_ok=True)
-    # Beside its place, then renamed: a download that is cut off leaves no half file.
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".part-") as part:
-        try:
-            published = getattr(medmnist, medmnist.INFO[flag]["python_class"])
-            published(split="val", download=True, root=part, size=size)
-        except RuntimeError as error:
-            fix = f"put {file_name(flag, size)} (Zenodo 10519652) into {home()} yourself"
-            raise DataNotFound(f"the download failed, perhaps without internet: {fix}") from error
-        os.replace(Path(part) / file_name(flag, size), home() / file_name(flag, size))
+    try:
+        published = getattr(medmnist, medmnist.INFO[flag]["python_class"])
+        published(split="val", download=True, root=str(home()), size=size)
+    except RuntimeError as error:
+        fix = f"put {file_name(flag, size)} (Zenodo 10519652) into {home()} yourself"
+        raise DataNotFound(f"the download failed, perhaps without internet: {fix}") from error
     return home()
 
 

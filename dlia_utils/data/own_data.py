@@ -332,14 +332,9 @@ def _fix_rows(root: Path) -> str:
 
 def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str]) -> list[str]:
     """The patient of each row: from the column `patient`, by `pattern`, or each image its own."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        text = f"patient_pattern = {pattern!r} is no regular expression"
-        raise ValueError(f"{text}: {error}") from error
+    compiled = re.compile(pattern)
     if pattern and ("patient" in rows or not compiled.groups):
-        text = "a table names the patients: leave one out"
-        text = text if "patient" in rows else "it needs (a group)"
+        text = "it needs (a group), and no table that names the patients"
         raise ValueError(f"patient_pattern = {pattern!r}: {text}")
     if "patient" in rows:
         problems += _lines(rows[rows["patient"] == ""], "has no patient")

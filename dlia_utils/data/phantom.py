@@ -46,7 +46,7 @@ DEVIATIONS = (0.03, 2, 0.015, 0.03, 0.008, 0.05, 0.006, 0.05)
 BALLS = {"Mass": ((0.15, 0.20), (-0.05, 0.25), (-0.40, 0.10))}
 BALLS["Nodule"] = ((0.075, 0.09), (-0.25, 0.45), (-0.50, 0.15))
 
-Box = tuple[float, float, float, float]
+Box, Pair = tuple[float, float, float, float], tuple[int, int]
 Array, Rng, Patient = np.ndarray, np.random.Generator, SimpleNamespace
 
 
@@ -149,7 +149,7 @@ def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, 
 
 
 def _tight_box(effect: Array) -> Box:
-    """Corners of what can be seen of a change: above a quarter of its greatest value."""
+    """Corners of where a change is above a quarter of its greatest value."""
     seen = np.abs(effect) > 0.25 * np.abs(effect).max()
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
@@ -342,7 +342,7 @@ def _finding(name: str, rng: Rng, x: Array, y: Array, out: Array, floor: Array) 
 
 
 def write_pneumonia(
-    root: Path, *, seed: int = 0, images: Mapping[str, tuple[int, int]] = IMAGES, size: int = 128
+    root: Path, *, seed: int = 0, images: Mapping[str, Pair] = IMAGES, size: int = 128
 ) -> Path:
     """Chest X-Ray Images (Pneumonia); `images` of NORMAL and PNEUMONIA by split.
 
@@ -376,7 +376,7 @@ def write_pneumonia(
     return _marked(root, tree, seed)
 
 
-def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterator[tuple]:
+def _plan_pneumonia(seed: int, images: Mapping[str, Pair]) -> Iterator[tuple]:
     """(path, seed of the patient, seed of the image, pneumonia) of every image."""
     for s, (split, counts) in enumerate(images.items()):
         for pneumonia, count in enumerate(counts):
@@ -400,8 +400,7 @@ def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterato
 def write_competition(
     root: Path, *, seed: int = 0, images: Mapping[str, int] = FINDING_IMAGES, size: int = 128
 ) -> Path:
-    """Both editions of the DLIA competition; `images` of one edition, 12 "train" and 8 "test" or
-    more.
+    """Both editions of the DLIA competition; `images` of one edition, at least 12 and 8.
 
     Edition A's ids are the boxes that train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand
     in train and test; B's test images have one box each. The boxes of the test images are in
@@ -426,17 +425,14 @@ def write_competition(
     rows = [(one, rng.choice(["AP", "PA"]), *box, name) for one, name, *box in rows]
     ids = list(enumerate(sorted(one.name for one in test_b)))
     second = ("image_id view x_min y_min x_max y_max label".split(), rows, "ID", ids)
-    for edition, (header, rows, key, ids), test in (
-        ("a", first, test_a + leaked),
-        ("b", second, test_b),
-    ):
+    editions = {"a": (*first, test_a + leaked), "b": (*second, test_b)}
+    for edition, (header, rows, key, ids, test) in editions.items():
         tree = root / f"competition_edition_{edition}"
         _write_table(tree / readers.DLIA_TRAIN, header, rows)
         _write_table(tree / readers.DLIA_MAPPING, (key, "image_id"), ids)
-        for one in train:
-            _save(one.image, tree / "train" / one.name)
-        for one in test:
-            _save(one.image, tree / "test" / one.name)
+        for folder, drawn in (("train", train), ("test", test)):
+            for one in drawn:
+                _save(one.image, tree / folder / one.name)
     truth = [("A", *row) for row in sorted(hidden)]
     truth += [("B", *row) for row in sorted(_box_rows(test_b))]
     header = "edition image_id class_name x1 y1 x2 y2".split()
@@ -496,16 +492,14 @@ def _xywh(rows: Iterable[tuple]) -> list[tuple]:
     return [(name, kind, x1, y1, x2 - x1, y2 - y1) for name, kind, x1, y1, x2, y2 in rows]
 
 
-def write_fracatlas(
-    root: Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
-) -> Path:
+def write_fracatlas(root: Path, *, seed: int = 0, images: Pair = (60, 60), size: int = 128) -> Path:
     """FracAtlas: long bones, fractured (4 at least) or not, boxes and outlines of the fractures.
 
     As in the archive: image 1 lies on its side (EXIF), 2 has a flag in dataset.csv that
     contradicts its box, 3 is cut short.
     """
-    tree, upright = root / "FracAtlas", Image.Exif()
-    upright[0x0112] = 6
+    tree, turned = root / "FracAtlas", Image.Exif()
+    turned[0x0112] = 6
     names = [f"IMG{number:07d}.jpg" for number in range(sum(images))]
 
     def draw(number: int) -> tuple[Array, Box | None, Array]:
@@ -514,10 +508,8 @@ def write_fracatlas(
         height, width = sides[::-1] if rng.random() < 0.3 else sides
         image, box, gap = bone(rng, height=height, width=width, fractured=number < images[0])
         path = tree / "images" / ("Fractured" if box else "Non_fractured") / names[number]
-        if number == 1:
-            _save(np.rot90(image), path, exif=upright)
-        else:
-            _save(image, path)
+        on_its_side = number == 1
+        _save(np.rot90(image, on_its_side), path, **{"exif": turned} if on_its_side else {})
         if number == 3:
             path.write_bytes(path.read_bytes()[:-40])
         return image, box, gap
@@ -545,7 +537,7 @@ def write_fracatlas(
 
 
 def write_tuberculosis(
-    root: Path, *, seed: int = 0, images: tuple[int, int] = (200, 40), size: int = 128
+    root: Path, *, seed: int = 0, images: Pair = (200, 40), size: int = 128
 ) -> Path:
     """The TB Chest Radiography Database; `images` of Normal and Tuberculosis."""
     tree = root / "TB_Chest_Radiography_Database"
@@ -560,9 +552,7 @@ def write_tuberculosis(
     return _marked(root, tree, seed)
 
 
-def write_covid(
-    root: Path, *, seed: int = 0, images: tuple[int, int] = (90, 90), size: int = 128
-) -> Path:
+def write_covid(root: Path, *, seed: int = 0, images: Pair = (90, 90), size: int = 128) -> Path:
     """The COVID-19 Radiography Database, Normal and COVID, with lung masks and a shortcut.
 
     COVID has opacities, but a share `MARKED` of each class also bears a bright L in the top left

@@ -56,22 +56,22 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 def pneumonia(root: Path) -> dict:
     """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/."""
-    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), pneumonia_patient, splits=True)
+    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _pneumonia_patient, splits=True)
     odd = fields["manifest"].query("group == 'unknown'")["path"]
     if len(odd):
         log.warning("%d file names tell no patient, first: %s", len(odd), ", ".join(odd[:3]))
     return fields
 
 
-def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
+def _pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
     """Patient and group read from a file name of the pneumonia set; another name is its own.
 
     The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful
     reading: nothing published says whether the numbers of the two kinds are separate.
 
-    >>> pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
+    >>> _pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
     ('person-12', 'virus')
-    >>> pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
+    >>> _pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
     ('NORMAL2-IM-0501', 'normal')
     """
     if match := re.match(r"person(\d+)_(bacteria|virus)_", path.name):

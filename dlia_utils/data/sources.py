@@ -53,11 +53,6 @@ class Source:
     handle: str = ""
     mount: str = ""
 
-    @property
-    def slugs(self) -> list[str]:
-        """Names of its Kaggle mounts."""
-        return [name for name in (self.handle.split("/")[-1], self.mount) if name]
-
 
 _PNEUMONIA = ("train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA")
 _DLIA = (readers.DLIA_MAPPING, readers.DLIA_TRAIN, "train|train_images", "test|test_images")
@@ -114,10 +109,8 @@ def cache_root() -> Path:
 def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> Location:
     """Find a data set by name; of several names the first of which a usable copy is there.
 
-    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` in the working directory or above it,
-    for MedMNIST `~/.medmnist`, a download (only with `DLIA_DOWNLOAD=1`, never on Kaggle), and the
-    synthetic phantom. Errors: `DataNotFound` when `data_dir` or `DLIA_DATA` does not hold it;
-    `ValueError` for an unknown name.
+    Where it looks, in order, data/README.md says. Errors: `DataNotFound` when `data_dir` or
+    `DLIA_DATA` does not hold it; `ValueError` for an unknown name.
 
     >>> downloads = Path(tempfile.mkdtemp())
     >>> for folder in SOURCES["pneumonia"].trees[0]:
@@ -232,7 +225,8 @@ def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
             if root := _descend(folder, source):
                 return _location(dataset, root, origin)
             raise DataNotFound(f"{what} = {told!r} {_why_not(dataset, folder, source)}")
-    places = [(mount, "kaggle") for mount in mounts(source.slugs)]
+    slugs = [slug for slug in (source.handle.split("/")[-1], source.mount) if slug]
+    places = [(mount, "kaggle") for mount in mounts(slugs)]
     above = [Path.cwd(), *list(Path.cwd().parents)[:2]]
     above += [REPOSITORY] if (REPOSITORY / "pyproject.toml").is_file() else []  # not site-packages
     places += [(folder / "data", "data/") for folder in above]
