@@ -159,12 +159,6 @@ def test_covid_splits_in_any_case(tmp_path, spelled, splits):
     assert set(dataset.ignored["reason"]) == {"not a class of this data set"}
 
 
-def test_sets_are_told_apart(tmp_path, covid, tree):
-    for name, root in (("covid", tree), ("pneumonia", covid), ("tuberculosis", covid)):
-        with pytest.raises(DataNotFound, match=f"does not hold {name}"):
-            sources.find(name, root)
-
-
 # --- the real files
 
 

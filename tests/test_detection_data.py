@@ -202,18 +202,6 @@ def test_competition_folders_missing_images_and_columns(competition, tmp_path, f
         load("dlia", tree)
 
 
-def test_take_renumbers_images_and_boxes(competition):
-    dataset = load("dlia", competition / "competition_edition_b")
-    rows = [5, 30, 2]
-    part = datasets.take(dataset, rows)
-    assert list(part.manifest["path"]) == list(dataset.manifest["path"].iloc[rows])
-    paths = [one.manifest["path"].iloc[one.boxes["image"]].to_numpy() for one in (dataset, part)]
-    before, after = dataset.boxes.assign(path=paths[0]), part.boxes.assign(path=paths[1])
-    before = before[before["path"].isin(part.manifest["path"])].drop(columns="image")
-    assert sorted(after.drop(columns="image").values.tolist()) == sorted(before.values.tolist())
-    assert datasets.take(dataset, []).boxes.empty and datasets.take(dataset, []).manifest.empty
-
-
 # --- FracAtlas
 
 

@@ -106,20 +106,6 @@ def test_patients_by_pattern(root):
         assert list(dataset.manifest["patient"]) == ["p1", "p1", "p2"]
 
 
-@pytest.mark.parametrize(
-    "names, order",
-    [
-        (["malignant", "benign", "normal"], ["normal", "benign", "malignant"]),
-        (["Asthma", "No_Finding", "asbestos"], ["No_Finding", "asbestos", "Asthma"]),
-        (["10", "9", "1", "0"], ["0", "1", "9", "10"]),
-    ],
-)
-def test_class_order(root, names, order):
-    draw(root, [f"{name}/1.png" for name in names])
-    assert list(datasets.from_folder(root).classes) == order
-    assert list(datasets.from_folder(root, classes=names).classes) == names
-
-
 def test_links_are_followed_or_named(root, tmp_path):
     draw(tmp_path, ["else/1.png", "mine/normal/1.png"])
     (root / "flu").symlink_to(tmp_path / "else", target_is_directory=True)

@@ -33,18 +33,6 @@ def test_same_seed_same_bytes_and_marked(tmp_path, write, options):
     assert a == b != c
 
 
-def test_pneumonia_tree_has_a_second_copy_junk_and_masks(tmp_path):
-    tree = phantom.write_pneumonia(tmp_path, images=FEW, size=32)
-    own = [p.relative_to(tree) for p in tree.glob("[tv]*/*/[!.]*.jpeg")]
-    nested = [p.relative_to(tree / "chest_xray") for p in (tree / "chest_xray").rglob("*.jpeg")]
-    assert len(own) == 22 and sorted(own) == sorted(nested)
-    for junk in ("__MACOSX/**/._*", "*/*/._*", "*/*/.DS_Store"):
-        assert list(tree.glob(junk))
-    masks = list((tmp_path / "phantom_masks").rglob("*.png"))
-    masks = [p.relative_to(tmp_path / "phantom_masks").with_suffix(".jpeg") for p in masks]
-    assert sorted(masks) == sorted(p for p in own if p.parts[1] == "PNEUMONIA")
-
-
 def test_classes_differ_by_the_opacity_and_not_by_brightness():
     labels = np.arange(160) % 2
     drawn = [

@@ -199,17 +199,6 @@ def test_looks_find_another_exposure_size_and_compression_and_nothing_else(tmp_p
     assert (found[:700] == found[700:]).all() and len(np.unique(found)) == 700
 
 
-def test_images_of_one_look_stay_on_one_side_and_the_audit_shows_it(dataset):
-    number, parts = np.arange(len(dataset.manifest)), dataset.manifest["split"]
-    train, test = (np.flatnonzero((parts == name).to_numpy()) for name in ("train", "test"))
-    number[train[:30]] = number[test[:30]]
-    linked = replace(dataset, manifest=dataset.manifest.assign(look=number))
-    row = split.audit(linked).set_index("check").loc["near-duplicates in train and test"]
-    assert row["count"] == 30 and row["verdict"] == "leak"
-    healed = split.audit(split.drawn(linked, val_share=0.2, test_share=0.2)).set_index("check")
-    assert (healed.filter(like="near-duplicates in", axis=0)["count"] == 0).all()
-
-
 def test_real_set(real_data):
     dataset = split.grouped(datasets.load(sources.find("pneumonia", real_data)))
     audit = split.audit(dataset).set_index("check")

@@ -112,52 +112,41 @@ class _Seeded(torch.utils.data.Dataset):
 
 
 class CachedImages(_Seeded):
-    """Rows of an `ImageCache` as (x float32 [1,S,S] in [0,1], y int, row int)."""
+    """Rows of an `ImageCache` as (x float32 [1,S,S] in [0,1], y int, row int).
+
+    `balanced`: as many draws of every class in each epoch, which `seed` and epoch decide; the
+    alternative to class weights in the loss.
+    """
 
     def __init__(
         self,
         cache: ImageCache,
-        manifest_rows: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
         *,
         transform: A.Compose | None = None,
         seed: int = 0,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(cache, manifest_rows, transform, seed)
-        self.labels = np.asarray(labels, dtype=np.int64)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        row = int(self.rows[index])
-        pixels = torch.from_numpy(self.augmented(row)["image"])
-        return pixels.unsqueeze(0).float().div_(255), int(self.labels[index]), row
-
-
-class Balanced(torch.utils.data.Dataset):
-    """As many draws of every class in each epoch: the alternative to class weights in the loss.
-
-    What an epoch draws depends on `seed` and epoch alone; an image drawn twice in one epoch is
-    augmented alike.
-    """
-
-    def __init__(self, data: CachedImages, *, seed: int = 0) -> None:
-        self.data, self.seed = data, seed
+        super().__init__(cache, rows, transform, seed)
+        self.labels, self.balanced = np.asarray(labels, dtype=np.int64), balanced
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the epoch's images; call it before the epoch's loader starts."""
-        self.data.set_epoch(epoch)
-        rng, labels = np.random.default_rng([self.seed, epoch]), self.data.labels
-        classes = np.unique(labels)
-        counts = [len(part) for part in np.array_split(labels, len(classes))]
-        drawn = zip(classes, counts, strict=True)
-        drawn = [rng.choice(np.flatnonzero(labels == c), count) for c, count in drawn]
-        self.order = np.concatenate(drawn)
-
-    def __len__(self) -> int:
-        return len(self.order)
+        super().set_epoch(epoch)
+        self.order = np.arange(len(self.rows))
+        if self.balanced:
+            rng, classes = np.random.default_rng([self.seed, epoch]), np.unique(self.labels)
+            places = [np.flatnonzero(self.labels == one) for one in classes]
+            parts = np.array_split(self.order, len(classes))
+            drawn = [rng.choice(own, len(p)) for own, p in zip(places, parts, strict=True)]
+            self.order = np.concatenate(drawn)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return self.data[int(self.order[index])]
+        place = self.order[index]
+        row = int(self.rows[place])
+        pixels = torch.from_numpy(self.augmented(row)["image"])
+        return pixels.unsqueeze(0).float().div_(255), int(self.labels[place]), row
 
 
 class CachedBoxes(_Seeded):
