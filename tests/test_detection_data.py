@@ -137,12 +137,6 @@ def test_unusable_rows_are_named(small, row, problem):
         datasets.load(location, allow_missing=True)
 
 
-def test_wrong_header_is_named(small):
-    write_list(small, "00000001_000.png,Mass,1,2,3,4", header="name,label,x,y,w,h")
-    with pytest.raises(BadData, match="no column image_id, .*it has name, label"):
-        load("nih", small)
-
-
 # --- the competition
 
 
@@ -182,15 +176,10 @@ def test_leaked_images_are_refused(competition, caplog):
 
 
 @pytest.mark.parametrize("folder", ["train", "train_images"])
-def test_competition_folders_missing_images_and_columns(competition, tmp_path, folder):
+def test_competition_folders_and_columns(competition, tmp_path, folder):
     tree = Path(shutil.copytree(competition / "competition_edition_b", tmp_path / "b"))
     (tree / "train").rename(tree / folder)
     mapping = load("dlia", tmp_path).mapping
-    name = mapping["image_id"][0]
-    (tree / "test" / name).unlink()
-    with pytest.raises(BadData, match=f"1 of the 32 listed images are missing, first: {name}"):
-        load("dlia", tmp_path)
-    assert len(load("dlia", tmp_path, allow_missing=True).manifest) == 31
     for wrong in (mapping.assign(ID=0), mapping.rename(columns={"ID": "number"})):
         wrong.to_csv(tree / readers.DLIA_MAPPING, index=False)
         with pytest.raises(BadData, match="needs a column id or ID, each filled once"):
@@ -224,11 +213,6 @@ def need_outlines_in_boxes(dataset, *, slack=0.0):
         assert np.abs(corners[row.image] - span).max(axis=1).min() <= slack
 
 
-def area(points):
-    x, y = points.T
-    return abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-
-
 def test_fracatlas_phantom(fracatlas_tree, caplog):
     dataset = load("fracatlas", fracatlas_tree)
     need_boxes(dataset)
@@ -239,9 +223,6 @@ def test_fracatlas_phantom(fracatlas_tree, caplog):
     assert (manifest["label"] == manifest["path"].str.contains("/Fractured/")).all()
     assert "1 images are marked or called fractured, not both" in caplog.text
     assert "IMG0000002.jpg" in caplog.text and set(manifest["group"]) == {"leg"}
-    sides = dataset.boxes[["x2", "y2"]].to_numpy() - dataset.boxes[["x1", "y1"]].to_numpy()
-    shares = [area(points) for points in dataset.outlines["points"]] / sides.prod(axis=1)
-    assert (shares > 0.3).all() and (shares < 1).all()  # Tilted: not the box once more.
     part = datasets.take(dataset, [7, 0])
     assert list(part.outlines["image"]) == [0, 1]
     assert part.outlines["points"][0] is dataset.outlines["points"][7]
@@ -267,17 +248,19 @@ def test_fracatlas_problems_are_listed_together(fracatlas):
     Image.open(path).resize((32, 32)).save(path)
     coco = json.loads((fracatlas / readers.FRAC_BOXES).read_text())
     coco["annotations"][3]["category_id"] = 7
-    for points in ([1, 1, 5, 5], [1, 1, 5, 5, 7], [1, 1, 500, 5, 7, 2], [-3, 1, 5, 5, 7, 2]):
-        coco["annotations"][4]["segmentation"].append(points)
+    coco["annotations"][4]["segmentation"] += [[1, 1, 5, 5, 7], [1, 1, 500, 5, 7, 2]]
     (fracatlas / readers.FRAC_BOXES).write_text(json.dumps(coco))
     (fracatlas / readers.FRAC_SPLITS["test"]).write_text("image_id\nIMG0000000.jpg\n")
     with pytest.raises(BadData) as error:
         load("fracatlas", fracatlas)
-    text = str(error.value)
-    for problem in ("IMG0000005.jpg is 32 x 32 px", "annotation 3: image_id and", "in two splits"):
-        assert problem in text
-    assert text.count("annotation 4: IMG0000004.jpg: no polygon of three or more points") == 2
-    assert text.count("annotation 4: IMG0000004.jpg: the outline reaches out of its image") == 2
+    for problem in (
+        "IMG0000005.jpg is 32 x 32 px",
+        "annotation 3: image_id and",
+        "IMG0000000.jpg is in two splits",
+        "annotation 4: IMG0000004.jpg: no polygon of three or more points",
+        "annotation 4: IMG0000004.jpg: the outline reaches out of its image",
+    ):
+        assert problem in str(error.value)
     (fracatlas / readers.FRAC_SPLITS["test"]).unlink()
     with pytest.raises(DataNotFound, match="Fracture Split/test.csv"):
         load("fracatlas", fracatlas)
@@ -293,17 +276,6 @@ def test_fracatlas_outlines_may_be_absent_coded_or_a_little_outside(fracatlas):
     (fracatlas / readers.FRAC_BOXES).write_text(json.dumps(coco))
     dataset = load("fracatlas", fracatlas)
     assert [one.tolist() for one in dataset.outlines["points"]] == [[[0, 3], [9, 3], [9, 12]]]
-
-
-def test_trace_gives_the_edges_of_the_pixels():
-    mask = np.zeros((9, 12), bool)
-    mask[2, 3] = True
-    mask[4:9, 6:12] = True
-    mask[6, 8] = False  # A hole is filled.
-    small, large = sorted(readers.trace(mask), key=area)
-    assert sorted(small.tolist()) == [[3, 2], [3, 3], [4, 2], [4, 3]]
-    assert (large.min(0).tolist(), large.max(0).tolist(), area(large)) == ([6, 4], [12, 9], 30)
-    assert readers.trace(np.zeros((4, 4), bool)) == []
 
 
 # --- FracAtlas as DatasetNinja publishes it

@@ -47,16 +47,6 @@ def test_sizes():
     assert table.loc["COVID", columns].tolist() == [2, 2, 20, 40, 50, 2.5]
 
 
-def test_rows_by_split_are_complete_and_in_order():
-    dataset = images_of(splits=("test", "train"))
-    found = explore.rows_by_split(dataset)
-    names = ("all", "Normal", "COVID")
-    assert list(found) == [(split, name) for split in ("train", "test") for name in names]
-    assert sorted(np.concatenate([found["train", "all"], found["test", "all"]])) == list(range(240))
-    assert set(dataset.manifest["class_name"].iloc[found["test", "COVID"]]) == {"COVID"}
-    assert ("train", "all") not in explore.rows_by_split(dataset, together=False)
-
-
 def test_pixel_statistics_equal_numpy():
     images = cached(np.random.default_rng(1).integers(0, 256, (600, 8, 8)))  # More than one chunk.
     rows = {("train", "all"): np.arange(0, 600, 2), ("val", "COVID"): np.array([1, 5, 599])}

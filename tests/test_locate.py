@@ -81,16 +81,15 @@ def test_a_wrong_path_is_an_error_that_says_what_is_wrong(tmp_path, monkeypatch,
         sources.find("pnumonia")
 
 
-MOUNTS = (
-    "chest-xray-pneumonia/chest_xray",
-    "datasets/paultimothymooney/chest-xray-pneumonia/chest_xray",
-    "datasets/organizations/some-hospital/chest-xray-pneumonia/chest_xray",
-    "a-renamed-copy/archive/chest_xray",
-    "notebooks/somebody/prepared/chest_xray",
+@pytest.mark.parametrize(
+    "mount",
+    [
+        "chest-xray-pneumonia/chest_xray",
+        "datasets/paultimothymooney/chest-xray-pneumonia/chest_xray",
+        "datasets/organizations/some-hospital/chest-xray-pneumonia/chest_xray",
+        "notebooks/somebody/prepared/archive/chest_xray",
+    ],
 )
-
-
-@pytest.mark.parametrize("mount", MOUNTS)
 def test_kaggle_mounts_of_both_layouts(tmp_path, mount):
     root = make_tree(tmp_path / "kaggle" / "input" / mount)
     assert sources.find("pneumonia") == sources.Location("pneumonia", root, "kaggle", False)
