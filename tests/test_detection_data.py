@@ -114,8 +114,6 @@ def test_missing_images_are_an_error_or_left_out(small, caplog):
     dataset = datasets.load(location, allow_missing=True)
     assert len(dataset.manifest) == 1 and len(dataset.boxes) == 1
     assert "the others are used" in caplog.text
-    with pytest.raises(ValueError, match="nih has no option allow_leak"):
-        datasets.load(location, allow_leak=True)
 
 
 @pytest.mark.parametrize(

@@ -274,8 +274,6 @@ def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, m
     assert location.kind == "folder" and hash(location) and not location.synthetic
     with pytest.raises(BadData, match="cold"):
         datasets.load(location)
-    with pytest.raises(ValueError, match="mine has no option allow_leak"):
-        datasets.load(location, allow_leak=True)
     monkeypatch.chdir(root)
     assert sources.find_own(".").root == root
 

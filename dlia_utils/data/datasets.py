@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -64,10 +63,7 @@ def load(location: Location, **options: bool) -> Dataset:
         read = readers.READERS.get(location.dataset) or partial(medmnist.read, location.dataset)
     else:
         read = own_data.read_folder if location.kind == "folder" else own_data.read_boxes
-    options = location.options | options
-    if unknown := set(options) - set(inspect.signature(read).parameters):
-        raise ValueError(f"{location.dataset} has no option {', '.join(unknown)}; leave it out")
-    fields = read(location.root, **options)
+    fields = read(location.root, **location.options | options)
     reasons = fields["ignored"]["reason"].value_counts()
     if len(reasons):
         log.info("not read: %s", "; ".join(f"{n} {reason}" for reason, n in reasons.items()))

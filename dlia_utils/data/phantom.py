@@ -560,7 +560,15 @@ def write_covid(root: Path, *, seed: int = 0, images: Pair = (90, 90), size: int
     name of their own. The truth is in `root`/phantom_truth.csv (path, marker, twin_of).
     """
     tree = root / "COVID-19_Radiography_Dataset"
-    jobs = [job for label in (0, 1) for job in _plan_covid(seed, label, images[label])]
+    jobs = []  # path, marker, path of the image that it repeats, seed; twins come last
+    for label, (name, count) in enumerate(zip(readers.COVID_CLASSES, images, strict=True)):
+        rng, own = np.random.default_rng([seed, label]), count - int(count * TWINS)
+        shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
+        marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
+        paths = [f"{name}/images/{name}-{number + 1}.png" for number in rng.permutation(count)]
+        for k, image in enumerate(shown):
+            twin_of = paths[image] if k >= own else ""
+            jobs.append((paths[k], int(image in marked), twin_of, [seed, 6 + label, image]))
 
     def write(job: tuple[str, int, str, list[int]]) -> None:
         path, marker, twin_of, key = job
@@ -585,18 +593,6 @@ def write_covid(root: Path, *, seed: int = 0, images: Pair = (90, 90), size: int
     rows = sorted(job[:3] for job in jobs)
     _write_table(root / "phantom_truth.csv", "path marker twin_of".split(), rows)
     return _marked(root, tree, seed)
-
-
-def _plan_covid(seed: int, label: int, count: int) -> Iterator[tuple[str, int, str, list[int]]]:
-    """(path, marker, path of the image that it repeats, seed) of every image; twins come last."""
-    rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
-    own = count - int(count * TWINS)
-    shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
-    marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
-    paths = [f"{name}/images/{name}-{number + 1}.png" for number in rng.permutation(count)]
-    for k, image in enumerate(shown):
-        twin_of = paths[image] if k >= own else ""
-        yield paths[k], int(image in marked), twin_of, [seed, 6 + label, image]
 
 
 def write_medmnist(root: Path, *, name: str) -> Path:
