@@ -217,7 +217,7 @@ def _own_location(path: str, asked: argparse.Namespace):
         )
     folder = Path(path).expanduser()
     given = {"patient_pattern": asked.patient_pattern} if asked.patient_pattern else {}
-    for kind in ("boxes", "classes"):
+    for kind in ("boxes", "folder"):
         if found := sources.find_own(folder, kind=kind, options=given):
             return found
     if folder.is_dir() and (names := sources.published_in(folder)):
