@@ -122,7 +122,7 @@ def trained_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tenso
     """(model, x, y): the model, and the test images that it has right."""
     counts = {"train": (100, 100), "val": (1, 1), "test": (options.images, options.images)}
     with tempfile.TemporaryDirectory() as folder:
-        phantom.write_pneumonia(folder, images=counts, size=2 * options.size)
+        phantom.write_pneumonia(Path(folder), images=counts, size=2 * options.size)
         images = datasets.load(sources.find("pneumonia", Path(folder)))
         cached = cache.build(images, size=options.size, root=Path(folder) / "cache", progress=False)
         split = images.manifest["split"].to_numpy()

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import platform
+import warnings
 from collections.abc import Callable
 
 from timing import Row, installed, print_table, seconds
 
-from dlia_utils.data import augment, phantom
+from dlia_utils.data import phantom
 from dlia_utils import corrupt
 
 import albumentations as A
@@ -119,7 +120,8 @@ def albumentations_nearest() -> dict[str, tuple[A.BasicTransform, bool]]:
         return corrupt.CORRUPTIONS[name].parameters(SEVERITY, "imagenet-c")[0]
 
     def make(build: Callable, **arguments) -> A.BasicTransform:
-        with augment.strict():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # albumentations only warns of unknown arguments
             return build(p=1, **arguments)
 
     sigma, speckle, photons = level("gaussian_noise"), level("speckle_noise"), level("shot_noise")

@@ -255,7 +255,7 @@ def loader(options: argparse.Namespace, *, images: int = 16) -> list[Row]:
     """An augmented sample from the cache, grey, against decoding and augmenting in colour as the
     original study."""
     with tempfile.TemporaryDirectory() as folder:
-        phantom.write_nih(folder, images=images, size=SIDE)
+        phantom.write_nih(Path(folder), images=images, size=SIDE)
         images = datasets.boxed(datasets.load(sources.find("nih", Path(folder))))
         cached = cache.build(
             images, size=SIDE, fit="pad", root=Path(folder) / "cache", progress=False

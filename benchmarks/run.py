@@ -224,7 +224,7 @@ def loader(options: argparse.Namespace, device: str) -> list[Row]:
     """Images from the cache against decoding and resizing the same JPEG images with PIL."""
     with tempfile.TemporaryDirectory() as folder:
         counts = {"train": (12, 12), "val": (1, 1), "test": (3, 3)}
-        phantom.write_pneumonia(folder, images=counts, size=options.jpeg)
+        phantom.write_pneumonia(Path(folder), images=counts, size=options.jpeg)
         images = datasets.load(sources.find("pneumonia", Path(folder)))
         cached = cache.build(images, size=options.size, root=Path(folder) / "cache", progress=False)
         paths = [images.root / path for path in images.manifest["path"]]

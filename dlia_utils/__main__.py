@@ -164,15 +164,15 @@ def data_check(options: argparse.Namespace) -> int:
         print(datasets.box_summary(dataset).round(2).to_string(), "\n")
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
-    problems, truncated = cache.examine(dataset)
-    cut = ", ".join(truncated[: tables.SHOWN])
-    print(f"used although they end too early: {len(truncated)} files {cut}")
-    if len(problems):
-        print("\n" + datasets.problem_text(problems))
+    try:
+        images = cache.build(dataset, size=64)
+    except tables.BadData as error:
+        print(f"\n{error}")
         return 1
+    cut = ", ".join(images.truncated[: tables.SHOWN])
+    print(f"used although they end too early: {len(images.truncated)} files {cut}")
     if own:
-        dataset = split.with_looks(dataset, cache.build(dataset, size=64).images)
-        title, audit = _own_audit(dataset)
+        title, audit = _own_audit(split.with_looks(dataset, images.images))
     else:
         title, audit = "the patient-grouped split", split.audit(split.grouped(dataset))
     print(f"\nAudit of {title}\n" + audit.to_string(index=False))

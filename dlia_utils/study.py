@@ -77,9 +77,8 @@ class Study:
         rows, seed = self.rows(name), self.run.seed
         transform = augment.train_transform() if augmented is True else augmented or None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
-        images = augment.CachedImages(self.cache, rows, labels, transform=transform, seed=seed)
-        balanced = augmented and self.run.balance == "sampling"
-        return augment.Balanced(images, seed=seed) if balanced else images
+        options = dict(balanced=bool(augmented) and self.run.balance == "sampling", seed=seed)
+        return augment.CachedImages(self.cache, rows, labels, transform=transform, **options)
 
     def variant(self, **settings) -> Study:
         """The same images, split and run folder under other settings, e.g. `size` and `epochs`."""

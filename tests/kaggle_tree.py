@@ -116,7 +116,9 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         (root / name).mkdir(parents=True)
     for name in datasets:
         source = sources.SOURCES[name]
-        source.write_phantom(_mount(root, source.handle, source.slugs[0], layout))
+        source.write_phantom(
+            _mount(root, source.handle, source.handle.split("/")[-1] or source.mount, layout)
+        )
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
     kaggle.write_wheel(ours)
     write_wheel(ours, "captum", "0.9.0", "LOCAL = True\n")

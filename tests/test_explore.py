@@ -1,10 +1,8 @@
 from dataclasses import replace
 
-import albumentations as A
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from dlia_utils.data import cache, datasets, explore, sources
 
@@ -47,16 +45,6 @@ def test_sizes():
     assert table.loc["Normal", columns].tolist() == [3, 1, "30 x 20", 1.0]
     columns = ["images", "sizes", "height_min", "height_max", "width_max", "aspect_max"]
     assert table.loc["COVID", columns].tolist() == [2, 2, 20, 40, 50, 2.5]
-
-
-def test_rows_by_split_are_complete_and_in_order():
-    dataset = images_of(splits=("test", "train"))
-    found = explore.rows_by_split(dataset)
-    names = ("all", "Normal", "COVID")
-    assert list(found) == [(split, name) for split in ("train", "test") for name in names]
-    assert sorted(np.concatenate([found["train", "all"], found["test", "all"]])) == list(range(240))
-    assert set(dataset.manifest["class_name"].iloc[found["test", "COVID"]]) == {"COVID"}
-    assert ("train", "all") not in explore.rows_by_split(dataset, together=False)
 
 
 def test_pixel_statistics_equal_numpy():
@@ -112,15 +100,12 @@ def test_a_patient_counts_once():
     dataset = with_labels(images_of(patients=np.repeat(np.arange(24), 10)), label, split=split)
     images = np.repeat(noise(24, 3), 10, axis=0)
     once = replace(dataset, manifest=dataset.manifest.iloc[::10].reset_index(drop=True))
-    tables = [
-        explore.uniform_split_test(one, cached(pixels))["p"]
-        for one, pixels in ((dataset, images), (once, images[::10]))
-    ]
-    pd.testing.assert_series_equal(*tables)
+    p = explore.uniform_split_test(dataset, cached(images))["p"]
+    pd.testing.assert_series_equal(p, explore.uniform_split_test(once, cached(images[::10]))["p"])
 
 
 def test_one_split_cannot_be_compared_and_one_grey_is_no_error():
-    with pytest.raises(ValueError, match="one split only.*split.grouped"):
+    with pytest.raises(ValueError, match="one split only"):
         explore.uniform_split_test(images_of(splits=("",)), cached(noise(240)))
     dataset = with_labels(images_of(60), np.zeros(60, int))
     table = explore.uniform_split_test(dataset, cached(np.full((60, 8, 8), 9)))
@@ -152,7 +137,7 @@ def test_sizes_that_have_nothing_to_do_with_the_class_score_chance():
         values += shortcut(images_of(seed=seed), shapes)["value"].tolist()
     assert abs(np.mean(values) - 0.5) < 0.04
     found = shortcut(images_of(101), np.full((101, 2), 224))
-    assert found["value"].tolist() == [0.5] * 4 and found["ci_high"].tolist() == [0.5] * 4
+    assert found["value"].tolist() == [0.5] * 4 == found["ci_high"].tolist()
     assert set(found["finding"]) == {"the same for all images: tells nothing"}
 
 
@@ -170,30 +155,6 @@ def test_patients_are_not_split_between_fit_and_score():
             shortcut(wrong, np.ones((480, 2)))
 
 
-# --- normalisation
-
-
-def test_normalisations_do_what_their_names_say_and_read_only_training_rows():
-    images = noise(40)
-    ways = explore.normalisations(cached(images), np.arange(30))
-    x = cached(images).batch(np.arange(30))
-    assert torch.allclose(ways["fixed"](x), (x - 0.5) / 0.25)
-    for name, dims in (
-        ("sample", (1, 2, 3)),
-        ("training", (0, 1, 2, 3)),
-        ("training, each pixel", 0),
-    ):
-        made = ways[name](x)
-        assert made.mean(dims).abs().max() < 1e-4
-        assert (made.std(dims, correction=0) - 1).abs().max() < 1e-3
-    flat = ways["sample"](torch.full((1, 1, 8, 8), 0.7))
-    assert flat.abs().max() < 1e-3  # It has no contrast that could be scaled.
-    before = {name: way(x) for name, way in ways.items()}
-    images[30:35] = 255
-    after = explore.normalisations(cached(images), np.arange(30))
-    assert all(torch.equal(before[name], way(x)) for name, way in after.items())
-
-
 # --- figures
 
 
@@ -209,18 +170,6 @@ def test_figures_show_counts_and_mean_images():
     means = [images.images[part].mean(0) / 255 for part in rows]
     shown = [axis.images[0].get_array() for axis in figure.axes[:3]]
     assert np.allclose(shown[0], means[0]) and np.allclose(shown[2], means[1] - means[0])
-
-
-def test_augmentations_are_shown_singly_and_combined():
-    image = np.tile(np.arange(32, dtype=np.uint8) * 4, (32, 1))
-    transforms = {"flip": A.HorizontalFlip(p=1), "bright": A.RandomBrightnessContrast(p=1)}
-    figures = [explore.figure_augmentations(image, transforms, repeats=2) for _ in range(2)]
-    titles = [axis.get_title() for axis in figures[0].axes]
-    assert titles[::3] == ["original"] * 3 and titles[1::3] == ["flip", "bright", "combined"]
-    pixels, again = ([axis.images[0].get_array() for axis in one.axes] for one in figures)
-    assert np.array_equal(pixels[0], image) and np.array_equal(pixels[1], image[:, ::-1])
-    assert not np.array_equal(pixels[7], pixels[8])  # Another draw.
-    assert np.array_equal(again[7], pixels[7])
 
 
 def test_real_fractures_are_given_away_by_the_format_in_part(real_data):

@@ -62,37 +62,31 @@ def test_class_folders_at_any_depth_and_of_every_type(root, caplog):
 @pytest.mark.parametrize(
     "tops, splits",
     [
-        (("train", "val", "test"), {"train", "val", "test"}),
-        (("Training", "validation"), {"train", "val"}),
-        (("TRAIN", "Testing"), {"train", "test"}),
+        (("train", "val", "test"), ["test", "train", "val"]),
+        (("TRAIN", "Testing"), ["test", "train"]),
     ],
 )
 def test_split_folders(root, tops, splits):
     draw(root, [f"{top}/{name}/deep/1.png" for top in tops for name in ("flu", "normal")])
     dataset = datasets.from_folder(root)
-    assert set(dataset.manifest["split"]) == splits and dataset.split_rule == "given by the folders"
+    assert sorted(set(dataset.manifest["split"])) == splits
+    assert dataset.split_rule == "given by the folders"
     assert dataset.classes == ("normal", "flu") and len(dataset.manifest) == 2 * len(tops)
 
 
-@pytest.mark.parametrize("place", ["mine/labels.csv", "mine.csv", "mine/Table.CSV"])
-@pytest.mark.parametrize("head", ["", "\ufeff"])
-def test_csv_of_flat_images(root, place, head):
+@pytest.mark.parametrize("name, head", [("labels.csv", ""), ("Table.CSV", "\ufeff")])
+def test_csv_of_flat_images(root, name, head):
     draw(root, [*FLAT, "e.png"])
     text = " File ;LABEL;Patient;Split\n./a.png;flu;0012;train\nb.png;flu;12;Valid\n\n"
     text += f"{root}/c.png;normal;7;train\nd.png;normal;8;val\n"
-    file = root.parent / place
-    file.write_text(head + text, encoding="utf-8")
+    (root / name).write_text(head + text, encoding="utf-8")
     dataset = datasets.from_folder(root)
-    assert list(dataset.manifest["path"]) == FLAT and list(dataset.manifest["label"]) == [
-        1,
-        1,
-        0,
-        0,
-    ]
+    assert list(dataset.manifest["path"]) == FLAT
+    assert list(dataset.manifest["label"]) == [1, 1, 0, 0]
     assert list(dataset.manifest["patient"]) == ["0012", "12", "7", "8"]
     assert list(dataset.manifest["split"]) == ["train", "val", "train", "val"]
-    assert dataset.split_rule == f"given by {file.name}"
-    assert dataset.ignored.values.tolist() == [["e.png", f"not in {file.name}"]]
+    assert dataset.split_rule == f"given by {name}"
+    assert dataset.ignored.values.tolist() == [["e.png", f"not in {name}"]]
 
 
 def test_csv_beside_class_folders_names_patients_by_file_name(root, caplog):
@@ -105,15 +99,6 @@ def test_csv_beside_class_folders_names_patients_by_file_name(root, caplog):
     assert "other.csv" in caplog.text and "no patients" not in caplog.text
 
 
-def test_labels_by_csv_with_split_folders(root):
-    draw(root, [f"{top}/{name}" for top in ("train", "test") for name in FLAT])
-    rows = [f"{top}/{name},{name > 'b.png'}" for top in ("train", "test") for name in FLAT]
-    (root / "labels.csv").write_text("\n".join(["file,label", *rows]))
-    dataset = datasets.from_folder(root, classes=["True", "False"])
-    assert dataset.split_rule == "given by the folders" and dataset.classes == ("True", "False")
-    assert list(datasets.summary(dataset)["images"]) == [2, 2, 2, 2]
-
-
 def test_patients_by_pattern(root):
     draw(root, ["flu/p1_a.png", "flu/p1_b.png", "normal/p2_a.png"])
     for pattern in (r"/(p\d)", r"(?P<x>.)/(?P<patient>p\d)_"):
@@ -121,79 +106,31 @@ def test_patients_by_pattern(root):
         assert list(dataset.manifest["patient"]) == ["p1", "p1", "p2"]
 
 
-@pytest.mark.parametrize(
-    "names, order",
-    [
-        (["malignant", "benign", "normal"], ["normal", "benign", "malignant"]),
-        (["Asthma", "No_Finding", "asbestos"], ["No_Finding", "asbestos", "Asthma"]),
-        (["10", "9", "1", "0"], ["0", "1", "9", "10"]),
-    ],
-)
-def test_class_order(root, names, order):
-    draw(root, [f"{name}/1.png" for name in names])
-    assert list(datasets.from_folder(root).classes) == order
-    assert list(datasets.from_folder(root, classes=names).classes) == names
-
-
-def test_links_are_followed_or_named(root, tmp_path):
-    draw(tmp_path, ["else/1.png", "mine/normal/1.png"])
-    (root / "flu").symlink_to(tmp_path / "else", target_is_directory=True)
-    (root / "normal" / "up").symlink_to(root, target_is_directory=True)
-    (root / "normal" / "gone.png").symlink_to(tmp_path / "nothing.png")
-    dataset = datasets.from_folder(root)
-    assert list(dataset.manifest["path"]) == ["flu/1.png", "normal/1.png"]
-    reasons = dict(dataset.ignored.itertuples(index=False))
-    assert "folder that it lies in" in reasons["normal/up"] and "link" in reasons["normal/gone.png"]
-
-
 def test_names_and_synthetic(tmp_path):
-    for name, known in (("covid", "covid-folder"), ("pathmnist", "pathmnist-folder")):
-        dataset = datasets.from_folder(draw(tmp_path / "x" / name, CLASSES))
-        assert dataset.name == known and not dataset.synthetic
+    dataset = datasets.from_folder(draw(tmp_path / "x" / "covid", CLASSES))
+    assert dataset.name == "covid-folder" and not dataset.synthetic
     (tmp_path / "x" / "covid" / phantom.MARKER).touch()
     assert datasets.from_folder(tmp_path / "x" / "covid").synthetic
 
 
 SPLITS_CSV = "file,label,split\na.png,x,train\nb.png,y,"
 BAD = {  # images, text of l.csv, message
-    "empty": ([], "", "no class folder, but 0 images: make a folder for each class"),
     "flat": (FLAT, "", "no class folder, but 4 images(.|\n)*add a CSV with file and label"),
     "no image": ([*CLASSES, "x/1.dcm"], "", r"class folder x has no image .*only \.dcm: convert"),
     "case": ([*CLASSES, "Flu/1.png"], "", "Flu and flu\nFix: write each class in one way"),
     "one class": (["flu/1.png"], "", "one class only, flu: .*another class; if .*mine/flu holds"),
-    "one label": (FLAT, LABELS.replace("normal", "flu"), "one class only, flu"),
     "class in one split": (SPLIT[:3], "", "test has no image of normal"),
     "train only": (SPLIT[:2], "", "are train only: train is needed, with test, val or both"),
-    "no train": ([n.replace("train", "val") for n in SPLIT], "", "are test, val only: train is"),
-    "beside splits": (
-        [*SPLIT, "more/1.png"],
-        "",
-        "more/1.png lies outside the folders of the splits",
-    ),
+    "beside splits": ([*SPLIT, "more/1.png"], "", "more/1.png lies outside the folders of the sp"),
     "missing": (FLAT[:3], LABELS, "line 5: d.png is not there"),
     "case of name": (["A.png", *FLAT[1:]], LABELS, "a.png is not there, but A.png is"),
     "twice": (FLAT, LABELS + "./a.png,flu\n", "line 6: a.png stands above already: keep one row"),
     "ambiguous": (CLASSES, "file\n1.png", "not there, but flu/1.png and normal/1.png is"),
-    "outside": (FLAT, LABELS + "../e.png,flu\n", "line 6: ../e.png is not there"),
-    "type": (FLAT, LABELS + "e.dcm,flu\n", r"line 6: e.dcm is not there; read are .*\.webp"),
-    "no name": (FLAT, LABELS + ",flu\n", "line 6: no file is not there"),
     "blank label": (FLAT, LABELS.replace("b.png,flu", "b.png,"), "line 3: b.png has no label"),
-    "blank patient": (
-        CLASSES,
-        "file,patient\nflu/1.png,\nnormal/1.png,x",
-        "flu/1.png has no patient",
-    ),
-    "blank split": (FLAT, SPLITS_CSV, "line 3: b.png has no split of train, val, test"),
     "unknown split": (FLAT, SPLITS_CSV + "dev", "line 3: b.png has no split of train, val, test"),
-    "unlisted class": (
-        CLASSES,
-        "file\nflu/1.png",
-        "class folder normal has no image listed in l.csv",
-    ),
-    "listed but loose": ([*CLASSES, "x.png"], "file\nx.png", "x.png lies in no class folder"),
+    "unlisted class": (CLASSES, "file\nflu/1.png", "folder normal has no image listed in l.csv"),
     "cells": (FLAT, LABELS + "a.png,flu,more\n", "cannot be read .*line 6, saw 3.*double quotes"),
     "no rows": (FLAT, "file,label\n", "no rows: give a row for each image"),
-    "columns": (FLAT, "file,label,label\na.png,1,2", "two columns label"),
     "not UTF-8": (FLAT, LABELS.encode() + b"\xff", "cannot be read .*save it as CSV in UTF-8"),
 }
 
@@ -211,50 +148,14 @@ def test_bad_folders_are_refused_with_the_fix(root, names, table, message):
 def test_wrong_options_and_folders_are_refused(root):
     draw(root, CLASSES)
     for options, message in (
-        ({"patient_pattern": "("}, r"'\(' is no regular expression"),
         ({"patient_pattern": "flu"}, r"'flu': it needs \(a group\)"),
-        (
-            {"patient_pattern": "(flu)"},
-            r"normal/1.png has no patient by patient_pattern = '\(flu\)'",
-        ),
+        ({"patient_pattern": "(flu)"}, r"normal/1.png has no patient by patient_pattern"),
         ({"classes": ["flu", "cold"]}, "must name each class once: flu, normal"),
     ):
         with pytest.raises(ValueError, match=message):
             datasets.from_folder(root, **options)
     with pytest.raises(DataNotFound, match="nowhere is not a folder; name the folder"):
         datasets.from_folder(root / "nowhere")
-    (root / "a.csv").write_text("file,patient\n" + "".join(f"{one},1\n" for one in CLASSES))
-    with pytest.raises(ValueError, match="a table names the patients: leave one out"):
-        datasets.from_folder(root, patient_pattern="(.)")
-    (root / "b.csv").write_text("file\n")
-    with pytest.raises(
-        BadData, match=r"a\.csv and .*b\.csv both have a column file. Fix: keep one"
-    ):
-        datasets.from_folder(root)
-
-
-def test_split_column_against_the_folders(root):
-    draw(root, SPLIT)
-    rows = [f"{one},{'test' if '/f' in one else 'train'}" for one in SPLIT]
-    (root / "l.csv").write_text("\n".join(["file,split", *rows]))
-    with pytest.raises(
-        BadData, match="line 2: train/flu/1.png lies in the folder of another split"
-    ):
-        datasets.from_folder(root)
-
-
-def test_tiff_with_pages_or_turned_is_named(root):
-    draw(root, ["flu/1.png", "normal/1.png"])
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    image = Image.open(root / "flu/1.png")
-    for name in ("flu/2.tif", "flu/2.webp"):
-        image.save(root / name, exif=turned)
-    image.save(root / "normal/2.tif", save_all=True, append_images=[image])
-    problems = dict(datasets.check(datasets.from_folder(root)).itertuples(index=False))
-    assert list(problems) == ["flu/2.tif", "normal/2.tif"]
-    assert "save it upright" in problems["flu/2.tif"]
-    assert "holds 2 images" in problems["normal/2.tif"]
 
 
 # --- boxes
@@ -313,26 +214,19 @@ def test_boxes_from_csv_and_coco_are_the_same(root, more):
 
 TWO_PATIENTS = BOXES.strip() + ",patient\na.png,M,1,1,3,9,p\na.png,M,1,2,3,9,q"
 BAD_BOXES = {
-    "columns": (
-        "file,label,x,y,w,h\na.png,M,1,1,2,2",
-        "no column x1, y1, x2, y2; it has file, .*h. F",
-    ),
+    "columns": ("file,label,x,y,w,h\na.png,M,1,1,2,2", "no column x1, y1, x2, y2; it has file, "),
     "missing": (BOXES + "z.png,M,1,1,2,2", "line 2: z.png is not there"),
     "width": (BOXES + "a.png,M,9,9,4,4", r"line 2: a.png M .*are these x, y, width, height\?"),
     "outside": (BOXES + "a.png,M,1,1,30,9", "line 2: a.png M .*reaches out of its image"),
     "shares": (BOXES + "a.png,M,0.1,0.1,0.3,0.9", "are these shares"),
-    "number": (BOXES + "a.png,M,1,1,x,9", "line 2: .*a coordinate is not a number"),
     "no label": (BOXES + "a.png,M,1,1,3,9\nb.png,,1,1,3,9", "line 3: b.png .*unknown label"),
     "no box": (BOXES + "a.png,,,,,", "holds no box"),
-    "case": (BOXES + "a.png,M,1,1,3,9\nb.png,m,1,1,3,9", "  M and m"),
     "patients": (TWO_PATIENTS, "line 2: a.png has more than one patient"),
 }
 BAD_COCO = {
     "two ids": ("images", {"id": 1, "file_name": "./a.png"}, "image 7: a.png has more than one id"),
     "one id": ("images", {"id": 7, "file_name": "b.png"}, "image 7 is given more than once"),
-    "absent": ("images", {"id": 1, "file_name": "z.png"}, "image 1: z.png is not there"),
     "unknown": ("annotations", {"image_id": 99}, "annotation 1: image_id and category_id must be"),
-    "bbox": ("annotations", {"image_id": 7, "bbox": [1, 2]}, "annotation 1: .*bbox be x, y, width"),
 }
 
 
@@ -363,10 +257,9 @@ def test_files_of_boxes_that_are_none(root):
         datasets.from_boxes(root / "size.json", root)
     with pytest.raises(DataNotFound, match="b.csv is not there; name the CSV or COCO"):
         datasets.from_boxes(root / "b.csv", root)
-    for text in ("{", json.dumps({"images": [], "annotations": []})):
-        (root / "b.json").write_text(text)
-        with pytest.raises(BadData, match="b.json is not COCO .*Fix: export"):
-            datasets.from_boxes(root / "b.json", root)
+    (root / "b.json").write_text("{")
+    with pytest.raises(BadData, match="b.json is not COCO .*Fix: export"):
+        datasets.from_boxes(root / "b.json", root)
 
 
 # --- finding
@@ -381,13 +274,11 @@ def test_find_own_takes_what_looks_like_it_and_leaves_the_errors_to_load(root, m
     assert location.kind == "folder" and hash(location) and not location.synthetic
     with pytest.raises(BadData, match="cold"):
         datasets.load(location)
-    with pytest.raises(ValueError, match="mine has no option allow_leak"):
-        datasets.load(location, allow_leak=True)
     monkeypatch.chdir(root)
     assert sources.find_own(".").root == root
 
 
-@pytest.mark.parametrize("name", [*sources.SOURCES, "breastmnist"])
+@pytest.mark.parametrize("name", ["pneumonia", "nih", "breastmnist"])
 def test_find_own_is_not_fooled_by_published_sets(tmp_path, monkeypatch, name):
     monkeypatch.delenv("DLIA_DATA", raising=False)  # with it no phantom would be written
     monkeypatch.setenv("DLIA_CACHE", str(tmp_path))
@@ -411,10 +302,8 @@ def test_data_check_draws_a_split_and_names_near_duplicates(root, capsys, caplog
     assert "near-duplicates: 1 groups" in printed and "flu/0.png = flu/copy.png" in printed
     assert "near-duplicates in train and test" in printed and "no patients are known" in caplog.text
     (root / "flu/0.png").write_bytes(b"")
-    assert (
-        cli.main(["data", "check", str(root)]) == 1
-        and "flu/0.png: empty file" in capsys.readouterr().out
-    )
+    assert cli.main(["data", "check", str(root)]) == 1
+    assert "flu/0.png: empty file" in capsys.readouterr().out
 
 
 def test_data_check_reads_patients_of_class_folders_by_the_pattern(root, capsys, caplog):
@@ -427,16 +316,13 @@ def test_data_check_reads_patients_of_class_folders_by_the_pattern(root, capsys,
 
 def test_data_check_fails_on_a_leak_in_a_given_split(root, capsys, monkeypatch):
     draw(root, SPLIT)
-    (root / "labels.csv").write_text(
-        "file,patient\n" + "".join(f"{one},{one.split('/')[1]}\n" for one in SPLIT)
-    )
+    rows = [f"{one},{one.split('/')[1]}" for one in SPLIT]
+    (root / "labels.csv").write_text("\n".join(["file,patient", *rows]))
     monkeypatch.chdir(root.parent)
     assert cli.main(["data", "check", "mine"]) == 1
     printed = capsys.readouterr().out
-    assert (
-        "split that is given by the folders" in printed
-        and "by number      2    leak flu, normal" in printed
-    )
+    assert "split that is given by the folders" in printed
+    assert "by number      2    leak flu, normal" in printed
 
 
 def test_data_check_of_boxes_and_of_bad_folders(root, tmp_path, capsys):
@@ -445,12 +331,9 @@ def test_data_check_of_boxes_and_of_bad_folders(root, tmp_path, capsys):
     assert cli.main(["data", "check", str(root)]) == 0
     assert "side_median" in capsys.readouterr().out
     phantom.write_pneumonia(tmp_path / "p", images={"train": (2, 2), "test": (2, 2)}, size=24)
+    published = "holds the published pneumonia: python -m dlia_utils data check pneumonia --data"
     for path, options, message in (
-        (
-            tmp_path / "p",
-            [],
-            "holds the published pneumonia: python -m dlia_utils data check pneumonia --data",
-        ),
+        (tmp_path / "p", [], published),
         (root / "images", [], "no class folder, but 12 images"),
         (root / "nowhere", [], "is not a folder"),
         (root, ["--data", "x"], "leave --data out"),

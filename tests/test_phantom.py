@@ -1,7 +1,5 @@
 """The synthetic radiographs: what is planted can be seen, where it is said to be."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,26 +31,6 @@ def test_same_seed_same_bytes_and_marked(tmp_path, write, options):
         assert (tmp_path / name / phantom.MARKER).is_file()
     a, b, c = (tree_hash(tmp_path / name) for name in "abc")
     assert a == b != c
-
-
-def test_pneumonia_tree_has_a_second_copy_junk_and_masks(tmp_path):
-    tree = phantom.write_pneumonia(tmp_path, images=FEW, size=32)
-    own = [p.relative_to(tree) for p in tree.glob("[tv]*/*/[!.]*.jpeg")]
-    nested = [p.relative_to(tree / "chest_xray") for p in (tree / "chest_xray").rglob("*.jpeg")]
-    assert len(own) == 22 and sorted(own) == sorted(nested)
-    for junk in ("__MACOSX/**/._*", "*/*/._*", "*/*/.DS_Store"):
-        assert list(tree.glob(junk))
-    masks = list((tmp_path / "phantom_masks").rglob("*.png"))
-    masks = [p.relative_to(tmp_path / "phantom_masks").with_suffix(".jpeg") for p in masks]
-    assert sorted(masks) == sorted(p for p in own if p.parts[1] == "PNEUMONIA")
-
-
-@pytest.mark.parametrize("pneumonia", [False, True])
-def test_chest(pneumonia):
-    image, opacities, lungs = phantom.chest(np.random.default_rng(1), size=64, pneumonia=pneumonia)
-    assert image.shape == opacities.shape == (64, 64) and image.dtype == np.float32
-    assert 0 <= image.min() < 0.1 and 0.8 < image.max() <= 1
-    assert opacities.any() == pneumonia and not (opacities & ~lungs).any()
 
 
 def test_classes_differ_by_the_opacity_and_not_by_brightness():
@@ -117,22 +95,6 @@ def test_a_finding_stands_out_and_its_box_is_the_extent_of_the_change(findings, 
     assert np.median(overlaps) > 0.8 and min(overlaps) > 0.6
 
 
-def test_sizes_and_places(findings):
-    boxes = {name: np.array([box for _, _, box in made]) for name, made in findings.items()}
-    sides = {name: np.sqrt((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])) for name, b in boxes.items()}
-    middles = {name: (b[:, :2] + b[:, 2:]) / 2 / SIZE for name, b in boxes.items()}
-    assert 8 <= sides["Nodule"].min() and sides["Nodule"].max() < sides["Mass"].min()
-    assert sides["Mass"].max() < sides["Cardiomegaly"].min()
-    assert middles["Pneumothorax"][:, 1].max() < 0.5 < middles["Effusion"][:, 1].min()
-    assert middles["Pneumonia"][:, 1].max() < 0.5 < middles["Atelectasis"][:, 1].min()
-    both = {name for name, m in middles.items() if m[:, 0].min() < 0.45 and m[:, 0].max() > 0.55}
-    assert both >= set(readers.NIH_CLASSES) - {"Cardiomegaly"}
-    for seed in range(6):  # Two findings lie in different lungs.
-        rng = np.random.default_rng(seed)
-        _, (one, other) = phantom.chest_with_findings(rng, ["Mass", "Effusion"], size=64)
-        assert (one[2] <= 34) != (other[2] <= 34)
-
-
 def test_competition_plan(tmp_path):
     phantom.write_competition(tmp_path, images={"train": 30, "test": 8}, size=32)
     first, second = (datasets.load(one) for one in sources.siblings(sources.find("dlia", tmp_path)))
@@ -183,13 +145,3 @@ def test_bone(seed):
     assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
     _, none, empty = phantom.bone(rng, height=64, width=96, fractured=False)
     assert none is None and not empty.any()
-
-
-def test_fracatlas_tree_has_the_traps(tmp_path):
-    tree = phantom.write_fracatlas(tmp_path, images=(10, 6), size=64)
-    turned = Image.open(tree / "images" / "Fractured" / "IMG0000001.jpg")
-    assert turned.getexif()[0x0112] == 6
-    table = pd.read_csv(tree / "dataset.csv")
-    assert len(table) == 16 and table["fractured"].sum() == 9
-    assert table["fracture_count"].sum() == 10
-    assert len(json.loads((tree / readers.FRAC_BOXES).read_text())["annotations"]) == 10

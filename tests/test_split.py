@@ -45,26 +45,15 @@ def need_no_overlap(dataset, *names):
     assert not any(patients[one] & patients[other] for one, other in combinations(names, 2))
 
 
-@pytest.mark.parametrize("val_share", [0.05, 0.15, 0.5])
-def test_grouped(dataset, val_share):
-    divided = split.grouped(dataset, val_share=val_share, seed=1)
+@pytest.mark.parametrize("val_share, seed", [(0.05, 1), (0.5, 1), *((0.15, k) for k in range(5))])
+def test_grouped(dataset, val_share, seed):
+    divided = split.grouped(dataset, val_share=val_share, seed=seed)
     before, after = dataset.manifest, divided.manifest
     need_no_overlap(divided, "train", "val")
     assert ((before["split"] == "test") == (after["split"] == "test")).all()
     for _, part in after[after["split"] != "test"].groupby("class_name"):
-        assert (part["split"] == "val").mean() == pytest.approx(val_share, abs=1 / split.FOLDS)
+        assert (part["split"] == "val").mean() == pytest.approx(val_share, abs=0.012)
     assert "official test" in divided.split_rule and before["path"].equals(after["path"])
-
-
-@pytest.mark.parametrize("draw", [split.grouped, split.drawn])
-def test_shares_are_even_for_every_seed(dataset, draw):
-    """The splitter's own shuffle dealt out very uneven shares before scikit-learn 1.7."""
-    for seed in range(5):
-        manifest = draw(dataset, val_share=0.15, seed=seed).manifest
-        parts = [
-            part["split"] for _, part in manifest[manifest["group"] != "other"].groupby("label")
-        ]
-        assert all(part.eq("val").mean() == pytest.approx(0.15, abs=0.012) for part in parts)
 
 
 @pytest.mark.parametrize(("val_share", "test_share"), [(0.1, 0.1), (0.15, 0.2)])
@@ -105,11 +94,6 @@ def test_a_split_depends_on_the_seed_alone_and_keeps_copies_together(dataset, dr
 
 
 def test_what_cannot_be_divided_is_refused(dataset, tmp_path, caplog):
-    for share in (0, -0.1, 0.6):
-        with pytest.raises(ValueError, match="val_share"):
-            split.grouped(dataset, val_share=share)
-        with pytest.raises(ValueError, match="positive, together at most"):
-            split.drawn(dataset, test_share=share)
     few = make(tmp_path / "few", [(f"{k}", int(k < 2), f"p{k}", "g", "train") for k in range(12)])
     with pytest.raises(BadData, match="fewer than 3 patients"):
         split.drawn(few)
@@ -185,9 +169,6 @@ def test_subset(dataset):
     assert len(split.subset(divided, per_class=10**6).manifest) == len(divided.manifest)
     each = split.subset(dataset, per_class=(5, 9)).manifest.query("split == 'train'")
     assert each["label"].value_counts().to_dict() == {0: 5, 1: 9}
-    for wrong in (0, (5, 9, 1)):
-        with pytest.raises(ValueError, match="per_class"):
-            split.subset(divided, per_class=wrong)
 
 
 # --- looks
@@ -216,17 +197,6 @@ def test_looks_find_another_exposure_size_and_compression_and_nothing_else(tmp_p
     many = pictures(700)
     found = looks(tmp_path, np.concatenate([many, many]))  # across blocks
     assert (found[:700] == found[700:]).all() and len(np.unique(found)) == 700
-
-
-def test_images_of_one_look_stay_on_one_side_and_the_audit_shows_it(dataset):
-    number, parts = np.arange(len(dataset.manifest)), dataset.manifest["split"]
-    train, test = (np.flatnonzero((parts == name).to_numpy()) for name in ("train", "test"))
-    number[train[:30]] = number[test[:30]]
-    linked = replace(dataset, manifest=dataset.manifest.assign(look=number))
-    row = split.audit(linked).set_index("check").loc["near-duplicates in train and test"]
-    assert row["count"] == 30 and row["verdict"] == "leak"
-    healed = split.audit(split.drawn(linked, val_share=0.2, test_share=0.2)).set_index("check")
-    assert (healed.filter(like="near-duplicates in", axis=0)["count"] == 0).all()
 
 
 def test_real_set(real_data):

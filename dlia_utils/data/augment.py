@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import cv2
@@ -56,18 +54,12 @@ def box_transform(*, flip: float = 0.5) -> BoxTransform:
     limits = dict(brightness_limit=0.2, contrast_limit=0.2)
     kept = dict(min_visibility=0.3, clip=True, filter_invalid_bboxes=True)
     holes = dict(hole_height_range=(0.02, 0.06), hole_width_range=(0.02, 0.06), fill=0)
-    with strict():
-        together = A.Compose(
-            [
-                A.HorizontalFlip(p=flip),
-                A.Affine(**place, rotate_method="ellipse", p=0.5),
-                A.RandomBrightnessContrast(**limits, p=0.5),
-            ],
-            bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"], **kept),
-        )
-        # Apart: with boxes in sight it would shrink them to what is left visible.
-        erase = A.Compose([A.CoarseDropout(num_holes_range=(1, 4), **holes, p=0.2)])
-    return BoxTransform(together, erase)
+    steps = [A.HorizontalFlip(p=flip), A.Affine(**place, rotate_method="ellipse", p=0.5)]
+    steps.append(A.RandomBrightnessContrast(**limits, p=0.5))
+    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], **kept)
+    # Apart: with boxes in sight it would shrink them to what is left visible.
+    erase = A.Compose([A.CoarseDropout(num_holes_range=(1, 4), **holes, p=0.2)])
+    return BoxTransform(A.Compose(steps, bbox_params=boxes), erase)
 
 
 class BoxTransform:
@@ -89,23 +81,6 @@ class BoxTransform:
         if not any(part.size and part.mean() > 0.5 for part in parts):
             moved["image"] = erased
         return moved
-
-
-@contextmanager
-def strict() -> Iterator[None]:
-    """Arguments that albumentations ignores are errors inside this block: it only warns of them.
-
-    >>> with strict():
-    ...     A.CoarseDropout(max_holes=8)
-    Traceback (most recent call last):
-    ValueError: Argument(s) 'max_holes' are not valid for transform CoarseDropout
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            yield
-        except (Warning, TypeError) as problem:
-            raise ValueError(str(problem)) from problem
 
 
 class _Seeded(torch.utils.data.Dataset):
@@ -137,56 +112,41 @@ class _Seeded(torch.utils.data.Dataset):
 
 
 class CachedImages(_Seeded):
-    """Rows of an `ImageCache` as (x float32 [1,S,S] in [0,1], y int, row int)."""
+    """Rows of an `ImageCache` as (x float32 [1,S,S] in [0,1], y int, row int).
+
+    `balanced`: as many draws of every class in each epoch, which `seed` and epoch decide; the
+    alternative to class weights in the loss.
+    """
 
     def __init__(
         self,
         cache: ImageCache,
-        manifest_rows: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
         *,
         transform: A.Compose | None = None,
         seed: int = 0,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(cache, manifest_rows, transform, seed)
-        self.labels = np.asarray(labels, dtype=np.int64)
-        if len(self.rows) != len(self.labels):
-            raise ValueError(
-                f"{len(self.rows)} rows but {len(self.labels)} labels: give one for each"
-            )
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        row = int(self.rows[index])
-        pixels = torch.from_numpy(self.augmented(row)["image"])
-        return pixels.unsqueeze(0).float().div_(255), int(self.labels[index]), row
-
-
-class Balanced(torch.utils.data.Dataset):
-    """As many draws of every class in each epoch: the alternative to class weights in the loss.
-
-    What an epoch draws depends on `seed` and epoch alone; an image drawn twice in one epoch is
-    augmented alike.
-    """
-
-    def __init__(self, data: CachedImages, *, seed: int = 0) -> None:
-        self.data, self.seed = data, seed
+        super().__init__(cache, rows, transform, seed)
+        self.labels, self.balanced = np.asarray(labels, dtype=np.int64), balanced
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the epoch's images; call it before the epoch's loader starts."""
-        self.data.set_epoch(epoch)
-        rng, labels = np.random.default_rng([self.seed, epoch]), self.data.labels
-        parts = np.array_split(labels, len(np.unique(labels)))
-        drawn = zip(np.unique(labels), parts, strict=True)
-        self.order = np.concatenate(
-            [rng.choice(np.flatnonzero(labels == c), len(p)) for c, p in drawn]
-        )
-
-    def __len__(self) -> int:
-        return len(self.order)
+        super().set_epoch(epoch)
+        self.order = np.arange(len(self.rows))
+        if self.balanced:
+            rng, classes = np.random.default_rng([self.seed, epoch]), np.unique(self.labels)
+            places = [np.flatnonzero(self.labels == one) for one in classes]
+            parts = np.array_split(self.order, len(classes))
+            drawn = [rng.choice(own, len(p)) for own, p in zip(places, parts, strict=True)]
+            self.order = np.concatenate(drawn)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return self.data[int(self.order[index])]
+        place = self.order[index]
+        row = int(self.rows[place])
+        pixels = torch.from_numpy(self.augmented(row)["image"])
+        return pixels.unsqueeze(0).float().div_(255), int(self.labels[place]), row
 
 
 class CachedBoxes(_Seeded):
@@ -207,8 +167,6 @@ class CachedBoxes(_Seeded):
         seed: int = 0,
     ) -> None:
         super().__init__(cache, rows, transform, seed)
-        if len(boxes) and boxes["label"].min() < 1:
-            raise ValueError("labels of boxes start at 1, for 0 is the background")
         scale = np.tile(cache.scale(boxes["image"].to_numpy()), 2)
         self.corners = boxes[["x1", "y1", "x2", "y2"]].to_numpy(float) * scale
         self.labels, self.places = boxes["label"].to_numpy(np.int64), boxes.groupby("image").indices
@@ -217,13 +175,9 @@ class CachedBoxes(_Seeded):
         row = int(self.rows[index])
         own = self.places.get(row, np.empty(0, dtype=np.int64))
         moved = self.augmented(row, bboxes=self.corners[own], labels=self.labels[own])
-        target = {
-            "boxes": torch.as_tensor(np.asarray(moved["bboxes"]), dtype=torch.float32).reshape(
-                -1, 4
-            ),
-            "labels": torch.as_tensor(np.asarray(moved["labels"], dtype=np.int64)),
-            "image_id": torch.tensor(row),
-        }
+        boxes = torch.as_tensor(np.asarray(moved["bboxes"]), dtype=torch.float32).reshape(-1, 4)
+        labels = torch.as_tensor(np.asarray(moved["labels"], dtype=np.int64))
+        target = dict(boxes=boxes, labels=labels, image_id=torch.tensor(row))
         return torch.from_numpy(moved["image"]).unsqueeze(0), target
 
 

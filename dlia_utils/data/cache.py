@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +50,10 @@ class ImageCache:
 
     def scale(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """(sx, sy) float64 [n,2]: cached position = position in the upright original x scale."""
-        shapes = self.shapes[np.asarray(rows, dtype=np.int64)].astype(np.int64).reshape(-1, 2)
-        inside = [
-            content_size(height, width, self.size, self.fit) for height, width in shapes.tolist()
-        ]
-        return np.array(inside, dtype=np.float64).reshape(-1, 2)[:, ::-1] / shapes[:, ::-1]
+        shapes = self.shapes[np.asarray(rows, dtype=np.int64)].tolist()
+        inside = [_content_size(*shape, self.size, self.fit) for shape in shapes]
+        scale = np.array(inside, dtype=np.float64) / np.array(shapes)
+        return scale.reshape(-1, 2)[:, ::-1]
 
     def __reduce__(self) -> tuple:
         # A pickled memmap (workers under spawn) would carry all its pixels: send its path instead.
@@ -103,16 +101,6 @@ def build(
     return cached
 
 
-def examine(dataset: Dataset, *, progress: bool = True) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Decode as `build` would and keep nothing: all unusable files, and those cut short."""
-    problems = datasets.check(dataset)
-    rest = dataset.manifest[~dataset.manifest["path"].isin(problems["path"])]
-    with tempfile.TemporaryDirectory() as scratch:
-        target, readable = Path(scratch) / "images.npy", replace(dataset, manifest=rest)
-        truncated, unusable = _decode_all(target, readable, 8, "squash", progress=progress)
-    return pd.concat([problems, unusable]), tuple(truncated)
-
-
 def shapes(dataset: Dataset) -> np.ndarray:
     """Height and width int32 [N,2] of each image, upright, from the headers."""
     if dataset.archive:
@@ -121,12 +109,8 @@ def shapes(dataset: Dataset) -> np.ndarray:
     return np.array(shapes_of(dataset.root, dataset.manifest["path"]), np.int32).reshape(-1, 2)
 
 
-def content_size(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
-    """Height and width that an image takes up in the square of `size` pixels.
-
-    >>> content_size(50, 100, 64, "pad"), content_size(50, 100, 64, "squash")
-    ((32, 64), (64, 64))
-    """
+def _content_size(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
+    """Height and width that an image takes up in the square of `size` pixels."""
     if fit == "squash":
         return size, size
     ratio = size / max(height, width)
@@ -157,42 +141,36 @@ def _decode_all(
     target: Path, dataset: Dataset, size: int, fit: str, *, progress: bool
 ) -> tuple[list[str], pd.DataFrame]:
     """Decode into a new .npy file; returns the files cut short but used, and the unusable."""
-    paths, unusable = list(dataset.manifest["path"]), []
+    paths, truncated, unusable = list(dataset.manifest["path"]), [], []
     shape = (len(paths), size, size)
     images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
     bar = dict(desc=f"decoding to {size} px", total=len(paths), disable=not progress)
 
-    def decode(row: int) -> int | None:
-        """Fill one row; returns it when the file does not decode cleanly."""
+    def decode(row: int, truncated: bool = False) -> str:
+        """Fill one row; returns what is wrong with the file."""
         try:
-            images[row] = _decode(dataset.root / paths[row], size, fit)
-        except (OSError, SyntaxError, ValueError):
-            return row
-        return None
+            images[row] = _decode(dataset.root / paths[row], size, fit, truncated=truncated)
+        except (OSError, SyntaxError, ValueError) as error:
+            return str(error) or type(error).__name__
+        return ""
 
     if dataset.archive:
         row_of = {path: row for row, path in enumerate(paths)}
         for path, pixels in Bar(medmnist.images(dataset.archive, paths), **bar):
             images[row_of[path]] = _fitted(Image.fromarray(pixels), size, fit)
-        return [], pd.DataFrame(columns=["path", "problem"])
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = Bar(pool.map(decode, range(len(paths))), **bar)
-        doubtful, truncated = [row for row in jobs if row is not None], []
-    for row in doubtful:
-        try:
-            images[row] = _decode(dataset.root / paths[row], size, fit, truncated=True)
-            truncated.append(paths[row])
-        except (OSError, SyntaxError, ValueError) as error:
-            unusable.append((paths[row], str(error)))
+    else:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(Bar(pool.map(decode, range(len(paths))), **bar))
+        # Pillow's switch for it is global, hence one file at a time, after the threads.
+        for row in (row for row, problem in enumerate(found) if problem):
+            problem = decode(row, truncated=True)
+            (unusable if problem else truncated).append((paths[row], problem))
     images.flush()
-    return truncated, pd.DataFrame(unusable, columns=["path", "problem"])
+    return [path for path, _ in truncated], pd.DataFrame(unusable, columns=["path", "problem"])
 
 
 def _decode(path: Path, size: int, fit: str, *, truncated: bool = False) -> np.ndarray:
-    """One image; with `truncated` also of a file that ends too early, its missing rows flat.
-
-    Pillow's switch for it is global, hence one file at a time, after the threads.
-    """
+    """One image; with `truncated` also of a file that ends too early, its missing rows flat."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = before or truncated
     try:
@@ -212,7 +190,7 @@ def _decode(path: Path, size: int, fit: str, *, truncated: bool = False) -> np.n
 
 def _fitted(image: Image.Image, size: int, fit: str) -> np.ndarray:
     """The image upright and grey, top left in a black square."""
-    height, width = content_size(*upright_shape(image), size, fit)
+    height, width = _content_size(*upright_shape(image), size, fit)
     if orientation(image) > 1:  # Boxes were drawn on the upright image.
         ImageOps.exif_transpose(image, in_place=True)
     square = np.zeros((size, size), np.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -56,19 +55,15 @@ class Dataset:
 def load(location: Location, **options: bool) -> Dataset:
     """Read the data set at `location` (see `sources.find`, `find_own`); no image is decoded.
 
-    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there where others are
-    missing; `allow_leak` ("dlia") keeps training rows whose image is in the competition's test set
-    too. Errors: `DataNotFound` for a missing file or folder; `BadData` listing what cannot be
-    used.
+    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there; `allow_leak`
+    ("dlia") keeps training rows whose image is in the competition's test set too. Errors:
+    `DataNotFound` for a missing file or folder; `BadData` listing what cannot be used.
     """
     if location.kind == "published":
         read = readers.READERS.get(location.dataset) or partial(medmnist.read, location.dataset)
     else:
         read = own_data.read_folder if location.kind == "folder" else own_data.read_boxes
-    options = location.options | options
-    if unknown := set(options) - set(inspect.signature(read).parameters):
-        raise ValueError(f"{location.dataset} has no option {', '.join(unknown)}; leave it out")
-    fields = read(location.root, **options)
+    fields = read(location.root, **location.options | options)
     reasons = fields["ignored"]["reason"].value_counts()
     if len(reasons):
         log.info("not read: %s", "; ".join(f"{n} {reason}" for reason, n in reasons.items()))
@@ -84,17 +79,13 @@ def from_folder(
 ) -> Dataset:
     """Your own images as a data set under the folder's name: a folder for each class.
 
-    Images are jpg, png, bmp, tif or webp, of 8 bits. The class folders may lie below train/, val/
-    and test/ (also training, valid, validation, testing; train and one other at least), which are
-    then the split; without them `split` is "". One CSV with a column `file` (paths below `path`)
-    may lie in the folder, or beside it as PATH.csv: its column `label` replaces the class folders,
-    `patient` names the patients, `split` the split, and images that it does not list are ignored.
-
-    Labels count from 0 in the order of `classes`; without it, names that mean healthy come first,
-    then alphabetical. Of two classes label 1 is the disease that sensitivity speaks of.
-    `patient_pattern` is a regular expression searched in each image's path: its group `patient`,
-    or the first one, is the patient. With neither, each image is a patient of its own, with a
-    warning. Errors: `DataNotFound`; `BadData` naming the files, folders or rows; `ValueError`.
+    The class folders may lie below train/, val/ and test/, which are then the split; without them
+    `split` is "". One CSV with a column `file` (paths below `path`) may lie in the folder: its
+    column `label` replaces the class folders, `patient` names the patients, `split` the split, and
+    images that it does not list are ignored. Labels count from 0 in the order of `classes`, without
+    it healthy first, then by name. `patient_pattern` is a regular expression searched in each
+    image's path: its group `patient`, or the first one, is the patient; with neither, each image is
+    a patient of its own. Errors: `DataNotFound`; `BadData` naming the rows; `ValueError`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "mine"
@@ -117,13 +108,11 @@ def from_boxes(
 ) -> Dataset:
     """Your own boxes as a detection set under the name of the folder `images`.
 
-    `annotations` is a CSV with a row for each box: `file` (or filename, image, image_id; a path
-    below `images`), `label`, and the corners x1, y1, x2, y2 (or xmin, x_min, ...) in pixels of the
-    upright image; a row without corners and label is an image without boxes. Or it is a COCO JSON.
-    `patient` and `split` may stand in the CSV's columns or with COCO's images; without a split (or
-    folders train/, val/, test/) every image is in train. Images that are not listed are ignored.
-    `classes`, `patient_pattern` and errors as for `from_folder`; label k is `box_classes[k - 1]`,
-    and an image's class is that of its rarest box.
+    `annotations` is a CSV with a row for each box: `file`, `label`, and the corners x1, y1, x2, y2
+    (or xmin, x_min, ...) in pixels of the upright image; a row without corners and label is an
+    image without boxes. Or it is a COCO JSON. `patient` and `split` may stand in either; without a
+    split every image is in train. The rest is as for `from_folder`; label k is
+    `box_classes[k - 1]`, and an image's class is that of its rarest box.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -140,9 +129,8 @@ def from_boxes(
 def summary(dataset: Dataset) -> pd.DataFrame:
     """Images and patients by split and class: columns split, class_name, images, patients."""
     order = pd.CategoricalDtype(["train", "val", "test", ""], ordered=True)
-    groups = dataset.manifest.astype({"split": order}).groupby(
-        ["split", "class_name"], observed=True
-    )
+    manifest = dataset.manifest.astype({"split": order})
+    groups = manifest.groupby(["split", "class_name"], observed=True)
     table = groups.agg(images=("path", "size"), patients=("patient", "nunique")).reset_index()
     return table.astype({"split": str})
 
@@ -174,13 +162,7 @@ def _file_problem(path: Path) -> str:
 
 
 def problem_text(problems: pd.DataFrame) -> str:
-    """The message of a `BadData` error: the first files, the number of the rest, and the fix.
-
-    >>> print(problem_text(pd.DataFrame([("a.png", "not an image")], columns=["path", "problem"])))
-    1 unusable files:
-      a.png: not an image
-    Fix: copy these files again, or delete them (`data check` decodes every file).
-    """
+    """The message of a `BadData` error: the first files, the number of the rest, and the fix."""
     lines = [f"  {row.path}: {row.problem}" for row in problems.head(SHOWN).itertuples()]
     more = [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     fix = "Fix: copy these files again, or delete them (`data check` decodes every file)."
@@ -221,9 +203,8 @@ def box_summary(dataset: Dataset) -> pd.DataFrame:
     boxes = dataset.boxes.join(dataset.manifest["patient"], on="image")
     boxes = boxes.assign(width=boxes["x2"] - boxes["x1"], height=boxes["y2"] - boxes["y1"])
     groups = boxes.assign(side=np.sqrt(boxes["width"] * boxes["height"])).groupby("label")
-    counts = dict(
-        boxes=("image", "size"), images=("image", "nunique"), patients=("patient", "nunique")
-    )
+    counts = dict(boxes=("image", "size"), images=("image", "nunique"))
+    counts |= dict(patients=("patient", "nunique"))
     medians = dict(width=("width", "median"), height=("height", "median"))
     sides = {f"side_{how}": ("side", how) for how in ("min", "median", "max")}
     table = groups.agg(**counts, **medians, **sides).reindex(range(1, len(dataset.box_classes) + 1))

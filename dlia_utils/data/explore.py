@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from scipy.stats import chi2_contingency, kruskal, rankdata
 from sklearn.ensemble import HistGradientBoostingClassifier
-from torch import Tensor
 
 from .. import metrics
 from ..plots import COLORS, panels
-from .augment import A
 from .cache import ImageCache
 from .datasets import Dataset
 from .split import deal
 
 SPLITS = ("train", "val", "test", "")
 CHUNK = 256  # Images that are turned to floats at a time.
-SHAPE_FEATURES = {name: [name] for name in ("height", "width", "aspect ratio")}
-SHAPE_FEATURES["all three"] = list(SHAPE_FEATURES)
+SHAPE_FEATURES = {"height": ["height"], "width": ["width"], "aspect ratio": ["aspect"]}
+SHAPE_FEATURES["all three"] = ["height", "width", "aspect"]
 # Upper ends of "negligible", "small" and "medium" (Cohen 1988).
 EFFECTS = {"Cramer's V": (0.1, 0.3, 0.5), "epsilon squared": (0.01, 0.06, 0.14)}
 
@@ -56,6 +53,11 @@ def sizes(dataset: Dataset, shapes: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _format(shapes: np.ndarray) -> pd.DataFrame:
+    table = pd.DataFrame(np.asarray(shapes), columns=["height", "width"])
+    return table.assign(aspect=table["width"] / table["height"])
+
+
 def mean_and_spread(
     cache: ImageCache, rows: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +79,7 @@ def pixel_statistics(
 
     Columns split, class_name, images, min, max; mean and std of all pixels; contrast, the mean of
     the images' own standard deviations; and of the mean image and the image of standard deviations
-    the lowest and highest pixel: pixel_mean_min, pixel_mean_max, pixel_std_min, pixel_std_max.
-    Padding counts.
+    the lowest and highest pixel: pixel_mean_min, ... Padding counts.
     """
     statistics, rows = _image_statistics(cache), []
     for (split, class_name), chosen in groups.items():
@@ -108,17 +109,14 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     """Could the splits be one pool divided at random? Tests of class counts, mean grey, contrast.
 
     Class counts by a chi-square test; mean grey and contrast of the images by a Kruskal-Wallis
-    test inside each class, so that other class shares do not count twice. A patient's images of
-    one class in one split count as one, their mean. Columns test, class_name, p, p_holm (Holm
-    1979, over all rows), effect_name, effect (Cramer's V or epsilon squared, 0 to 1), uneven
-    (p_holm < 0.05), detail (share or median per split) and meaning, in words.
+    test inside each class. A patient's images of one class in one split count as one, their mean.
+    Columns test, class_name, p, p_holm (Holm 1979, over all rows), effect_name, effect (Cramer's V
+    or epsilon squared, 0 to 1), uneven (p_holm < 0.05), detail and meaning, in words.
     """
     manifest = dataset.manifest
     splits = [name for name in SPLITS if (manifest["split"] == name).any()]
     if len(splits) < 2:
-        raise ValueError(
-            "the data set has one split only: divide it first, e.g. with split.grouped"
-        )
+        raise ValueError("the data set has one split only: divide it first, with split.grouped")
     keys = ["split", "patient", "class_name"]
     table = manifest[keys].join(_image_statistics(cache))
     units = table.groupby(keys, as_index=False)[["grey", "contrast"]].mean()
@@ -127,11 +125,8 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     outcome = chi2_contingency(counts)
     effect = np.sqrt(outcome.statistic / (counts.to_numpy().sum() * max(min(counts.shape) - 1, 1)))
     shares = (counts[names[-1]] / counts.sum(axis=1)).map("{:.1%}".format)
-    row = dict(test="class counts", class_name="all", p=outcome.pvalue, effect_name="Cramer's V")
-    detail = f"share of {names[-1]}: " + "; ".join(
-        f"{split} {share}" for split, share in shares.items()
-    )
-    rows = [row | dict(effect=effect, detail=detail)]
+    detail = f"share of {names[-1]}: " + "; ".join(map(" ".join, shares.items()))
+    rows = [("class counts", "all", outcome.pvalue, "Cramer's V", effect, detail)]
     for column, test in (("grey", "mean grey"), ("contrast", "contrast")):
         for name in names:
             own = units[units["class_name"] == name]
@@ -140,10 +135,10 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
             alike = len(parts) < 2 or own[column].nunique() < 2
             statistic, p = (0.0, 1.0) if alike else kruskal(*parts.values())
             detail = "; ".join(f"{split} {values.median():.3f}" for split, values in parts.items())
-            row = dict(test=test, class_name=name, p=p, effect_name="epsilon squared")
             effect = statistic / max(len(own) - 1, 1)
-            rows.append(row | dict(effect=effect, detail=f"median: {detail}"))
-    result = pd.DataFrame(rows)
+            rows.append((test, name, p, "epsilon squared", effect, f"median: {detail}"))
+    columns = ["test", "class_name", "p", "effect_name", "effect", "detail"]
+    result = pd.DataFrame(rows, columns=columns)
     result.insert(3, "p_holm", metrics.holm(result["p"]))
     result.insert(6, "uneven", result["p_holm"] < 0.05)
     result["meaning"] = [_meaning(row, len(result)) for _, row in result.iterrows()]
@@ -167,10 +162,9 @@ def size_shortcut(
     """How well the format alone tells the class: AUC of boosting on height, width and aspect ratio.
 
     `shapes` as for `sizes`. Cross-validated by patient in 5 folds; scores are ranked inside each
-    fold, since those of two fits cannot be compared. Columns features, metric ("auc"), value,
-    ci_low, ci_high (patient bootstrap), n and finding, in words. Unlabelled images are left out.
-    Of more than two classes the AUC is the mean of each against the rest. Errors: ValueError for
-    fewer than two classes or two patients of a class.
+    fold, since those of two fits cannot be compared. Columns features, metric ("auc"; of more than
+    two classes the mean of each against the rest), value, ci_low, ci_high (patient bootstrap), n
+    and finding, in words. Errors: ValueError for fewer than two classes, or patients of a class.
 
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")
@@ -178,29 +172,21 @@ def size_shortcut(
     >>> size_shortcut(images, given_away, draws=50)["value"].round(2).tolist()
     [0.5, 1.0, 1.0, 1.0]
     """
-    labels = dataset.manifest["label"].to_numpy()
-    known = labels >= 0
-    table, labels = _format(shapes)[known].to_numpy(float), labels[known]
-    table = pd.DataFrame(table, columns=list(SHAPE_FEATURES)[:3])
-    patients = dataset.manifest["patient"].to_numpy()[known]
+    known = dataset.manifest[dataset.manifest["label"] >= 0]
+    labels, patients = known["label"].to_numpy(), known["patient"].to_numpy()
+    table = _format(np.asarray(shapes)[known.index])
     spread = pd.Series(patients).groupby(labels).nunique()
     if len(spread) < 2 or spread.min() < 2:
-        raise ValueError(
-            "size_shortcut compares two classes or more, with two patients or more of each"
-        )
-    units, rows = pd.factorize(patients)[0], []
-    folds = deal(labels, units, min(5, spread.min()), seed=seed)
+        text = "two classes or more, with two patients or more of each"
+        raise ValueError(f"size_shortcut compares {text}")
+    folds = deal(labels, pd.factorize(patients)[0], min(5, spread.min()), seed=seed)
+    small = dict(max_iter=40, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False)
+    rows = []
     for name, features in SHAPE_FEATURES.items():
-        x, scores = table[features].to_numpy(), np.empty((len(table), len(spread)))
+        x, scores = table[features].to_numpy(float), np.empty((len(table), len(spread)))
         for held_out in folds:
             train = np.setdiff1d(np.arange(len(table)), held_out)
-            model = HistGradientBoostingClassifier(
-                max_iter=40,
-                max_leaf_nodes=8,
-                min_samples_leaf=10,
-                early_stopping=False,
-                random_state=seed,
-            )
+            model = HistGradientBoostingClassifier(**small, random_state=seed)
             score = model.fit(x[train], labels[train]).predict_proba(x[held_out])
             # Rounded, for scores that differ in the last digit must share their rank.
             scores[held_out] = (rankdata(score.round(9), axis=0) - 0.5) / len(held_out)
@@ -218,43 +204,11 @@ def size_shortcut(
     return pd.DataFrame(rows)
 
 
-def _format(shapes: np.ndarray) -> pd.DataFrame:
-    table = pd.DataFrame(np.asarray(shapes), columns=["height", "width"])
-    return table.assign(aspect=table["width"] / table["height"])
-
-
-def normalisations(
-    cache: ImageCache, train_rows: Sequence[int] | np.ndarray
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Four ways to normalise images [N,1,S,S] in [0,1], by the statistics of `train_rows`.
-
-    "fixed": (x - 0.5) / 0.25. "sample": each image by its own mean and standard deviation (a flat
-    image becomes zeros). "training": one mean and one deviation for all pixels. "training, each
-    pixel": a mean and a deviation for each place.
-    """
-    mean, spread = mean_and_spread(cache, train_rows)
-    overall = float(mean.mean()), float(np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2))
-    place = torch.from_numpy(mean).float(), torch.from_numpy(spread).float()
-    least = 1 / 255  # A border that is black in every image has no deviation.
-
-    def sample(x: Tensor) -> Tensor:
-        deviation = x.std((1, 2, 3), keepdim=True, correction=0)
-        return (x - x.mean((1, 2, 3), keepdim=True)) / deviation.clamp(min=least)
-
-    return {
-        "fixed": lambda x: (x - 0.5) / 0.25,
-        "sample": sample,
-        "training": lambda x: (x - overall[0]) / max(overall[1], least),
-        "training, each pixel": lambda x: (x - place[0].to(x)) / place[1].to(x).clamp(min=least),
-    }
-
-
 def figure_classes(dataset: Dataset, caption: str) -> Figure:
     """Images of each class in each split, with numbers and shares."""
     counts = pd.crosstab(dataset.manifest["split"], dataset.manifest["class_name"])
-    counts = counts.reindex([name for name in SPLITS if name in counts.index])[
-        list(dataset.classes)
-    ]
+    splits = [name for name in SPLITS if name in counts.index]
+    counts = counts.loc[splits, list(dataset.classes)]
     figure, axes = panels(1, width=6.0, height=3.2)
     colours = [COLORS[k % len(COLORS)] for k in range(len(dataset.classes))]
     counts.plot.bar(ax=axes[0, 0], width=0.8, color=colours, rot=0, xlabel="", ylabel="images")
@@ -271,56 +225,25 @@ def figure_classes(dataset: Dataset, caption: str) -> Figure:
 def figure_mean_images(cache: ImageCache, dataset: Dataset, caption: str) -> Figure:
     """Mean image and deviation of each class in training, and the difference of two means."""
     groups = rows_by_split(dataset, together=False)
-    maps = {
-        c: mean_and_spread(cache, rows) for (s, c), rows in groups.items() if s in ("train", "")
-    }
-    names = list(maps)
+    groups = {name: rows for (split, name), rows in groups.items() if split in ("train", "")}
+    maps = {name: mean_and_spread(cache, rows) for name, rows in groups.items()}
     figure, axes = panels(len(maps) + 1, rows=2, width=2.5, height=2.6)
     for axis in axes.flat:
         axis.axis("off")
-    widest = max(spread.max() for _, spread in maps.values())
-    shown = [
-        (axes[0, k], maps[name][0], f"mean, {name}", "gray", (0, 1)) for k, name in enumerate(names)
-    ]
-    shown += [
-        (axes[1, k], maps[name][1], f"standard deviation, {name}", "viridis", (0, widest))
-        for k, name in enumerate(names)
-    ]
-    if len(names) > 1:
-        difference = maps[names[1]][0] - maps[names[0]][0]
+    widest, shown = max(spread.max() for _, spread in maps.values()), []
+    for k, (name, (mean, _)) in enumerate(maps.items()):
+        shown.append((axes[0, k], mean, f"mean, {name}", "gray", 0, 1))
+    for k, (name, (_, spread)) in enumerate(maps.items()):
+        shown.append((axes[1, k], spread, f"standard deviation, {name}", "viridis", 0, widest))
+    if len(maps) > 1:
+        one, other = list(maps)[:2]
+        difference = maps[other][0] - maps[one][0]
         reach = max(float(np.abs(difference).max()), 1e-6)
-        shown.append(
-            (axes[0, -1], difference, f"{names[1]} - {names[0]}", "RdBu_r", (-reach, reach))
-        )
-    for axis, image, title, colours, (low, high) in shown:
+        shown.append((axes[0, -1], difference, f"{other} - {one}", "RdBu_r", -reach, reach))
+    for axis, image, title, colours, low, high in shown:
         drawn = axis.imshow(image, cmap=colours, vmin=low, vmax=high)
         axis.set_title(title, fontsize=9)
         if colours != "gray":
             figure.colorbar(drawn, ax=axis, fraction=0.046)
     figure.suptitle(f"{caption}; grey values in [0, 1]", fontsize=9)
-    return figure
-
-
-def figure_augmentations(
-    image: np.ndarray,
-    transforms: Mapping[str, A.BasicTransform],
-    *,
-    repeats: int = 2,
-    seed: int = 0,
-) -> Figure:
-    """Each transform alone, `repeats` draws in a row, then all combined; the original is first.
-
-    `image` uint8 [H,W], e.g. `cache.images[row]`. Give transforms with p=1 to see each one.
-    """
-    lines = {name: A.Compose([transform]) for name, transform in transforms.items()}
-    lines["combined"] = A.Compose(list(transforms.values()))
-    figure, axes = panels(repeats + 1, rows=len(lines), width=1.8, height=2.0)
-    for line, (name, transform) in zip(axes, lines.items(), strict=True):
-        for draw, axis in enumerate(line):
-            if draw:
-                transform.set_random_seed(seed + draw - 1)
-            shown = transform(image=image)["image"] if draw else image
-            axis.imshow(shown, cmap="gray", vmin=0, vmax=255)
-            axis.set_title(name if draw else "original", fontsize=8)
-            axis.axis("off")
     return figure

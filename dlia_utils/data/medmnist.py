@@ -6,9 +6,7 @@ A set is named as its file is, without the ending: `pneumoniamnist` (28 px), `pn
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,25 +21,29 @@ log = logging.getLogger("dlia_utils")
 DAMAGED = (KeyError, zipfile.BadZipFile, zlib.error, EOFError, ValueError)
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
+# Names of the classes by the number in the file; ChestMNIST: of its findings.
 _ORGANS = "bladder/femur-left/femur-right/heart/kidney-left/kidney-right/liver/lung-left/lung-right"
-FLAGS = {  # names of the classes by the number in the file; ChestMNIST: of its findings
-    "pathmnist": "adipose/background/debris/lymphocytes/mucus/smooth muscle/normal colon mucosa/"
-    "cancer-associated stroma/colorectal adenocarcinoma epithelium",
-    "chestmnist": "atelectasis/cardiomegaly/effusion/infiltration/mass/nodule/pneumonia/"
-    "pneumothorax/consolidation/edema/emphysema/fibrosis/pleural/hernia",
-    "dermamnist": "actinic keratoses and intraepithelial carcinoma/basal cell carcinoma/benign "
-    "keratosis-like lesions/dermatofibroma/melanoma/melanocytic nevi/vascular lesions",
-    "octmnist": "choroidal neovascularization/diabetic macular edema/drusen/normal",
-    "pneumoniamnist": "normal/pneumonia",
-    "retinamnist": "grade 0/grade 1/grade 2/grade 3/grade 4",
-    "breastmnist": "malignant/normal or benign",
-    "bloodmnist": "basophil/eosinophil/erythroblast/immature granulocytes/lymphocyte/monocyte/"
-    "neutrophil/platelet",
-    "tissuemnist": "collecting duct, connecting tubule/distal convoluted tubule/glomerular "
-    "endothelial cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule "
-    "segments/thick ascending limb",
-    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), f"{_ORGANS}/pancreas/spleen"),
-}
+_CLASSES = f"""
+pathmnist: adipose/background/debris/lymphocytes/mucus/smooth muscle/normal colon mucosa/\
+cancer-associated stroma/colorectal adenocarcinoma epithelium
+chestmnist: atelectasis/cardiomegaly/effusion/infiltration/mass/nodule/pneumonia/pneumothorax/\
+consolidation/edema/emphysema/fibrosis/pleural/hernia
+dermamnist: actinic keratoses and intraepithelial carcinoma/basal cell carcinoma/benign \
+keratosis-like lesions/dermatofibroma/melanoma/melanocytic nevi/vascular lesions
+octmnist: choroidal neovascularization/diabetic macular edema/drusen/normal
+pneumoniamnist: normal/pneumonia
+retinamnist: grade 0/grade 1/grade 2/grade 3/grade 4
+breastmnist: malignant/normal or benign
+bloodmnist: basophil/eosinophil/erythroblast/immature granulocytes/lymphocyte/monocyte/neutrophil/\
+platelet
+tissuemnist: collecting duct, connecting tubule/distal convoluted tubule/glomerular endothelial \
+cells/interstitial endothelial cells/leukocytes/podocytes/proximal tubule segments/thick ascending \
+limb
+organamnist: {_ORGANS}/pancreas/spleen
+organcmnist: {_ORGANS}/pancreas/spleen
+organsmnist: {_ORGANS}/pancreas/spleen
+"""
+FLAGS = dict(line.split(": ") for line in _CLASSES.strip().splitlines())
 FLAGS = {flag: tuple(names.split("/")) for flag, names in FLAGS.items()}
 
 
@@ -61,9 +63,8 @@ def parse(name: str) -> tuple[str, int, str]:
     known = ("", *FLAGS["chestmnist"]) if flag == "chestmnist" else ("",)
     if flag not in FLAGS or (size and size not in map(str, SIZES[1:])) or finding not in known:
         how = "a 2-D set, with _64, _128 or _224 behind it if it is not of 28 px"
-        raise ValueError(
-            f"no MedMNIST set {name!r}: name {how}: {', '.join(FLAGS)}; chestmnist-FINDING"
-        )
+        text = f"no MedMNIST set {name!r}: name {how}: {', '.join(FLAGS)}; chestmnist-FINDING"
+        raise ValueError(text)
     return flag, int(size or SIZES[0]), finding
 
 
@@ -76,17 +77,6 @@ def file_names(name: str) -> list[str]:
     """The files that serve a name, the best first: larger images can be made smaller."""
     flag, asked, _ = parse(name)
     return [file_name(flag, size) for size in SIZES if size >= asked]
-
-
-def smaller(name: str, folder: Path) -> str:
-    """What a folder holds of the set in smaller sizes, and the fix; "" when nothing."""
-    flag, asked, _ = parse(name)
-    there = [file_name(flag, size) for size in SIZES if size < asked]
-    there = [file for file in there if (folder / file).is_file()]
-    fix = (
-        f"but {name} needs {asked} px or more: add {file_name(flag, asked)}, or name a smaller set"
-    )
-    return f"{folder} has {' and '.join(there)}, {fix}" if there else ""
 
 
 def home() -> Path:
@@ -102,15 +92,12 @@ def download(name: str) -> Path:
     except ImportError as error:
         raise DataNotFound("medmnist is missing: python -m pip install medmnist") from error
     home().mkdir(parents=True, exist_ok=True)
-    # Beside its place, then renamed: a download that is cut off leaves no half file.
-    with tempfile.TemporaryDirectory(dir=home(), prefix=".part-") as part:
-        try:
-            published = getattr(medmnist, medmnist.INFO[flag]["python_class"])
-            published(split="val", download=True, root=part, size=size)
-        except RuntimeError as error:
-            fix = f"put {file_name(flag, size)} (Zenodo 10519652) into {home()} yourself"
-            raise DataNotFound(f"the download failed, perhaps without internet: {fix}") from error
-        os.replace(Path(part) / file_name(flag, size), home() / file_name(flag, size))
+    try:
+        published = getattr(medmnist, medmnist.INFO[flag]["python_class"])
+        published(split="val", download=True, root=str(home()), size=size)
+    except RuntimeError as error:
+        fix = f"put {file_name(flag, size)} (Zenodo 10519652) into {home()} yourself"
+        raise DataNotFound(f"the download failed, perhaps without internet: {fix}") from error
     return home()
 
 
@@ -125,35 +112,30 @@ def read(name: str, root: Path) -> dict:
     flag, _, finding = parse(name)
     path = next((root / file for file in file_names(name) if (root / file).is_file()), None)
     if path is None:
-        raise DataNotFound(smaller(name, root) or f"{root} has no {' or '.join(file_names(name))}")
+        raise DataNotFound(f"{root} has no {' or '.join(file_names(name))}")
     size = next(size for size in SIZES if file_name(flag, size) == path.name)
     fix = f"download {path.name} again (see data/README.md)"
-    labels, problems = {}, []
+    chest, labels, problems = flag == "chestmnist", {}, []
+    columns, top = (len(FLAGS[flag]), 1) if chest else (1, len(FLAGS[flag]) - 1)
     try:
         with zipfile.ZipFile(path) as archive:
             for split in SPLITS:
-                labels[split] = np.lib.format.read_array(archive.open(f"{split}_labels.npy"))
+                found = np.lib.format.read_array(archive.open(f"{split}_labels.npy"))
                 shape, fortran, kind = _header(archive.open(f"{split}_images.npy"))
-                columns = len(FLAGS[flag]) if flag == "chestmnist" else 1
-                top = 1 if flag == "chestmnist" else len(FLAGS[flag]) - 1
                 if fortran or kind != np.uint8 or shape[1:] not in ((size, size), (size, size, 3)):
-                    problems.append(
-                        f"{split}_images is {kind} {list(shape)}, not uint8 of {size} px"
-                    )
-                if (
-                    labels[split].shape != (shape[0], columns)
-                    or not 0 <= labels[split].max() <= top
-                ):
-                    problems.append(
-                        f"{split}_labels is not [{shape[0]}, {columns}] from 0 to {top}"
-                    )
+                    text = f"{split}_images is {kind} {list(shape)}, not uint8 of {size} px"
+                    problems.append(text)
+                if found.shape != (shape[0], columns) or not 0 <= found.max() <= top:
+                    text = f"{split}_labels is not [{shape[0]}, {columns}] from 0 to {top}"
+                    problems.append(text)
+                labels[split] = found.astype(int)
     except DAMAGED as error:
         raise BadData(f"{path} is damaged or not of MedMNIST ({error}). Fix: {fix}.") from error
     refuse(f"{path} is not {flag} of {size} px", problems, fix)
-    raw = np.concatenate([labels[split] for split in SPLITS]).astype(int)
-    notes = ["official", f"images of {size} px"] + ["colour is turned to grey"] * (len(shape) == 4)
-    classes, label = FLAGS[flag], raw[:, 0]
-    if flag == "chestmnist":
+    raw, classes = np.concatenate([labels[split] for split in SPLITS]), FLAGS[flag]
+    notes, label = ["official", f"images of {size} px"], raw[:, 0]
+    notes += ["colour is turned to grey"] * (len(shape) == 4)
+    if chest:
         classes = (f"no {finding or 'finding'}", finding or "finding")
         label = raw[:, FLAGS[flag].index(finding)] if finding else raw.max(1)
     if flag == "breastmnist":
@@ -193,6 +175,5 @@ def sums(archive: Path) -> list[tuple[str, int]]:
 
 def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and type of an array, from the head of its .npy file."""
-    old = np.lib.format.read_magic(file) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-    return read(file)
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)

@@ -49,15 +49,13 @@ def read_folder(
     root: Path, *, classes: Sequence[str] | None = None, patient_pattern: str = ""
 ) -> dict:
     """Read class folders, perhaps below splits, perhaps with a CSV: see `datasets.from_folder`."""
-    images, ignored = _images(root)
-    file = _labels_file(root)
-    rows, problems = pd.DataFrame({"path": images, "where": images}, dtype=object), []
+    (images, ignored), file, problems = _images(root), _labels_file(root), []
+    rows = pd.DataFrame({"path": images, "where": images}, dtype=object)
     if file:
-        rows, problems = _located(_table(file), images, root)
-        ignored = _unread(images, ignored, rows, root, file)
-        again = rows["path"].duplicated() & (rows["path"] != "")
+        rows, ignored = _located(_table(file), file, images, ignored, root, problems)
+        again = rows["path"].duplicated()
         problems += _lines(rows[again], "stands above already: keep one row for each file")
-        refuse(f"{file}", problems, f"correct these rows (paths count from {root})")
+        refuse(f"{file}", problems, _fix_rows(root))
     rows["split"], rule = _splits(rows, file, problems)
     if "label" in rows:
         rows["class_name"] = rows["label"]
@@ -90,42 +88,62 @@ def read_boxes(
     patient_pattern: str = "",
 ) -> dict:
     """Read boxes from a CSV or a COCO JSON: see `datasets.from_boxes`."""
-    images, ignored = _images(root)
-    file = annotations
+    (images, ignored), file = _images(root), annotations
     if not file.is_file():
         raise DataNotFound(f"{file} is not there; name the CSV or COCO JSON that holds the boxes")
     marks = read_coco(file) if file.suffix.lower() == ".json" else _csv_boxes(file)
-    rows, raw, problems = marks.images, marks.boxes, marks.problems
+    raw, problems = marks.boxes, marks.problems
     if raw.empty:
         problems.append("it holds no box: export it again with the boxes")
     elif raw[CORNERS].max(axis=None) <= 1:
         problems.append(f"no corner lies beyond 1: are these shares? {NEED_CORNERS}")
-    rows, lost = _located(rows, images, root)
+    rows, ignored = _located(marks.images, file, images, ignored, root, problems)
     for column in sorted({"id", "patient", "split"} & set(rows)):
         odd = rows[rows.groupby("path")[column].transform("nunique") > 1]
         problems += _lines(odd, f"has more than one {column}")
-    refuse(f"{file}", problems + lost, f"correct these rows (paths count from {root})")
+    refuse(f"{file}", problems, _fix_rows(root))
     path_of = dict(zip(rows["file"], rows["path"], strict=True))
-    ignored = _unread(images, ignored, rows, root, file)
     rows = rows.drop_duplicates("path").sort_values("path", ignore_index=True)
     raw = raw.assign(name=raw["name"].map(path_of)).astype({"name": str, "class_name": str})
     names = class_order(set(raw["class_name"]) - {""}, classes)
     row_of = {path: row for row, path in enumerate(rows["path"])}
     shapes = dict(zip(row_of, shapes_of(root, row_of), strict=True))
-    sizes = {path_of[name]: size for name, size in marks.sizes.items()}
-    problems += other_sizes(sizes, shapes)
+    problems += other_sizes({path_of[name]: size for name, size in marks.sizes.items()}, shapes)
     boxes, wrong = box_table(raw, names, row_of, shapes)
     rows["split"], rule = _splits(rows, file, problems, train_alone=True)
     rows["patient"] = _patients(rows, patient_pattern, root, problems)
     refuse(f"{file}", problems + wrong, f"correct or delete these rows ({NEED_CORNERS})")
     if set(rows["split"]) == {""}:
         rows["split"], rule = "train", "none given: every image is in train"
-    labels = rarest_class(boxes, len(rows))
     manifest = [
         (row.path, k, names[k] if k >= 0 else UNLABELLED, row.patient, "", row.split)
-        for k, row in zip(labels, rows.itertuples(), strict=True)
+        for k, row in zip(rarest_class(boxes, len(rows)), rows.itertuples(), strict=True)
     ]
     return tables(manifest, names, ignored, split_rule=rule, boxes=boxes, box_classes=names)
+
+
+def recognised(folder: Path, kind: str) -> dict | None:
+    """Options for reading a folder that looks like data of `kind` ("folder", "boxes"), else None.
+
+    One class folder is enough, for an error about the others says more than that nothing is there;
+    beside a table of boxes it takes two.
+    """
+    images, boxes, lists = _images(folder)[0], [], False
+    for path in _csv_files(folder):
+        header = _header(path)
+        if not _corners(header):
+            lists |= {"file", "label"} <= set(header)
+        elif {*header} & {*FILE_COLUMNS}:
+            boxes.append(path)
+    for path in folder.glob("*.[jJ][sS][oO][nN]"):
+        with path.open("rb") as stream:  # A large file is not read whole for this.
+            start = stream.read(1 << 16)
+        boxes += [path] if b'"images"' in start or b'"annotations"' in start else []
+    if kind == "boxes":
+        return {"annotations": boxes[0]} if images and len(boxes) == 1 else None
+    level = int(any(map(_split_folder, images)))
+    places = {tuple(path.split("/")[: level + 1]) for path in images if path.count("/") > level}
+    return {} if images and (lists or len(places) >= (2 if boxes else 1)) else None
 
 
 def class_order(names: Iterable[str], classes: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -136,17 +154,15 @@ def class_order(names: Iterable[str], classes: Sequence[str] | None = None) -> t
     >>> class_order(["flu", "Normal", "Asthma"]), class_order(["10", "2", "1"])
     (('Normal', 'Asthma', 'flu'), ('1', '2', '10'))
     """
-    there = sorted(set(names))
-    alike = defaultdict(list)
+    there, alike = sorted(set(names)), defaultdict(list)
     for name in there:
         alike[_plain(name)].append(name)
     same = [" and ".join(some) for some in alike.values() if len(some) > 1]
     refuse("classes that differ by their writing only", same, "write each class in one way")
     if classes is not None:
         if sorted(classes) != there:
-            raise ValueError(
-                f"classes = {list(classes)!r} must name each class once: {', '.join(there)}"
-            )
+            text = f"must name each class once: {', '.join(there)}"
+            raise ValueError(f"classes = {list(classes)!r} {text}")
         return tuple(classes)
 
     def rank(name: str) -> tuple:
@@ -161,62 +177,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).strip()).casefold()
 
 
-def holds_classes(folder: Path) -> bool:
-    """Whether a folder looks like class folders with images, or like images with a CSV of labels.
-
-    One class folder is enough, for an error about the others says more than that nothing is there;
-    beside a table of boxes it takes two.
-    """
-    headers = [_header(path) for path in _csv_files(folder)]
-    if any({"file", "label"} <= set(one) and not _corners(one) for one in headers):
-        return has_image(folder)
-    tops = [folder / name for name in _subfolders(folder)]
-    levels = [top for top in tops if top.name.casefold() in SPLIT_OF]
-    places = [level / name for level in levels for name in _subfolders(level)] if levels else tops
-    return sum(map(has_image, places)) >= (2 if box_files(folder) else 1)
-
-
-def box_files(folder: Path) -> list[Path]:
-    """Files at a folder's top that look like boxes: CSV with files and corners, or COCO JSON."""
-    found = []
-    for path in _csv_files(folder):
-        if path.parent == folder and _corners(_header(path)) and {*_header(path)} & {*FILE_COLUMNS}:
-            found.append(path)
-    for path in folder.glob("*.[jJ][sS][oO][nN]"):
-        with path.open("rb") as stream:  # A large file is not read whole for this.
-            start = stream.read(1 << 16)
-        if b'"images"' in start or b'"annotations"' in start:
-            found.append(path)
-    return sorted(found)
-
-
-def has_image(folder: Path) -> bool:
-    """Whether any file below a folder is named like an image."""
-    return bool(sort_files(folder, lambda path: "", SUFFIXES)[0])
-
-
 # ------------------------------------------------------------------------------ files and folders
 
 
 def _images(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
     if not root.is_dir():
-        raise DataNotFound(
-            f"{root} is not a folder; name the folder that holds the images (unpacked)"
-        )
+        text = "is not a folder; name the folder that holds the images (unpacked)"
+        raise DataNotFound(f"{root} {text}")
     found, ignored = sort_files(root, lambda path: "", SUFFIXES)
     return sorted(map(str, found)), ignored
-
-
-def _unread(images: list, ignored: list, rows: pd.DataFrame, root: Path, file: Path) -> list:
-    """The ignored files, with the images that `file` does not list and without `file` itself."""
-    unlisted = sorted(set(images) - set(rows["path"]))
-    kept = [(path, why) for path, why in ignored if root / path != file]
-    return kept + [(path, f"not in {file.name}") for path in unlisted]
-
-
-def _subfolders(folder: Path) -> list[str]:
-    names = sorted(one.name for one in folder.iterdir() if one.is_dir())
-    return [name for name in names if not junk_reason(PurePosixPath(name))]
 
 
 def _by_folders(
@@ -225,25 +194,22 @@ def _by_folders(
     """The rows with the column class_name; images outside the class folders go to `ignored`."""
     level = int(rows["path"].map(_split_folder).ne("").any())
     parts = rows["path"].str.split("/")
-    loose = rows[parts.map(len) <= level + 1]
+    loose = parts.map(len) <= level + 1
     if file:
-        problems += _lines(loose, f"lies in no class folder, and {file.name} has no column label")
-    ignored += [(path, "outside the class folders") for path in loose["path"]]
-    tops = _subfolders(root)
-    if level:
-        tops = [top for top in tops if top.casefold() in SPLIT_OF]
-        deeper = ([f"{top}/{name}" for name in _subfolders(root / top)] or [top] for top in tops)
-        tops = sum(deeper, [])
+        text = f"lies in no class folder, and {file.name} has no column label"
+        problems += _lines(rows[loose], text)
+    ignored += [(path, "outside the class folders") for path in rows["path"][loose]]
+    tops = [one.relative_to(root) for one in root.glob("/".join("*" * (level + 1))) if one.is_dir()]
+    tops = {one.as_posix() for one in tops if not junk_reason(PurePosixPath(one))}
+    tops -= {top for top in tops if level and not _split_folder(top)}
     if not tops:
         problems.append(f"no class folder, but {len(rows)} images: make a folder for each class")
-    filled = {"/".join(some[: level + 1]) for some in parts}
-    for top in sorted(set(tops) - filled):
+    for top in sorted(tops - {"/".join(some[: level + 1]) for some in parts}):
         kinds = {PurePosixPath(path).suffix for path, _ in ignored if path.startswith(f"{top}/")}
         which = f"listed in {file.name}" if file else f"({', '.join(SUFFIXES)})"
         found = f", only {', '.join(sorted(kinds))}: convert them to PNG" if kinds else ""
         problems.append(f"the class folder {top} has no image {which}{found}")
-    rows = rows[parts.map(len) > level + 1]
-    return rows.assign(class_name=rows["path"].str.split("/").str[level])
+    return rows[~loose].assign(class_name=parts.str[level])
 
 
 def _split_folder(path: str) -> str:
@@ -279,32 +245,27 @@ def _splits(
 
 
 def _csv_files(folder: Path) -> list[Path]:
-    beside = folder.parent / f"{folder.name}.csv"
-    found = folder.glob("[!.]*.[cC][sS][vV]")
-    return sorted(found) + ([beside] if beside.is_file() else [])
+    return sorted(folder.glob("[!.]*.[cC][sS][vV]"))
 
 
 def _labels_file(root: Path) -> Path | None:
-    """The CSV with a column `file` in `root` or beside it; others are named in a warning."""
+    """The CSV with a column `file` in `root`; others are named in a warning."""
     found = _csv_files(root)
     fit = [path for path in found if "file" in _header(path) and not _corners(_header(path))]
     if len(fit) > 1:
         names = " and ".join(map(str, fit))
         raise BadData(f"{root}: {names} both have a column file. Fix: keep one there.")
-    if others := [path.name for path in found if path not in fit and path.parent == root]:
+    if others := [path.name for path in found if path not in fit]:
         text = "%s: not read, for it has no column file, or is of boxes: %s"
         log.warning(text, root, ", ".join(others))
     return fit[0] if fit else None
 
 
 def _header(path: Path) -> list[str]:
-    """The column names of a CSV in lower case; none when it cannot be read."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            first = lines.readline(1 << 16)
-        cells = next(csv.reader([first], delimiter=_delimiter(first)), [])
-    except (OSError, csv.Error):
-        return []
+    """The column names of a CSV in lower case."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        first = lines.readline(1 << 16)
+    cells = next(csv.reader([first], delimiter=_delimiter(first)), [])
     return [cell.strip().casefold() for cell in cells]
 
 
@@ -320,7 +281,6 @@ def _corners(header: Collection[str]) -> list[str]:
 def _table(path: Path) -> pd.DataFrame:
     """A CSV as text (0012 stays 0012), without blank rows; `where` is the line of each row."""
     header = _header(path)
-    twice = sorted({name for name in header if name and header.count(name) > 1})
     try:
         with path.open(encoding="utf-8-sig") as stream:
             options = dict(sep=_delimiter(stream.readline()), encoding="utf-8-sig", dtype=str)
@@ -332,6 +292,7 @@ def _table(path: Path) -> pd.DataFrame:
     table = table.fillna("").apply(lambda cells: cells.str.strip())
     table = table.assign(where=[f"line {row + 2}" for row in range(len(table))])
     table = table[table.drop(columns="where").ne("").any(axis=1)].reset_index(drop=True)
+    twice = sorted({name for name in header if name and header.count(name) > 1})
     problems = [f"two columns {name}: keep one" for name in twice]
     refuse(f"{path}", problems + ["no rows: give a row for each image"] * table.empty, "correct it")
     return table
@@ -343,54 +304,45 @@ def _lines(rows: pd.DataFrame, what: str) -> list[str]:
     return [f"{path if where == path else f'{where}: {path}'} {what}" for where, path in pairs]
 
 
-def _located(rows: pd.DataFrame, images: list[str], root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The rows with `path`, the image below `root` that `file` means, and problems."""
-    there, named, found, problems = set(images), defaultdict(list), [], []
+def _located(
+    rows: pd.DataFrame, file: Path, images: list[str], ignored: list, root: Path, problems: list
+) -> tuple[pd.DataFrame, list]:
+    """The rows with `path`, the image that `file` means, and the ignored, unlisted images too."""
+    there, named, found = set(images), defaultdict(list), []
     for path in images:
-        named[path.rpartition("/")[2].casefold()].append(path)
+        named[posixpath.basename(path).casefold()].append(path)
     for text, where in zip(rows["file"], rows["where"], strict=True):
-        name = Path(os.path.relpath(text, root)).as_posix() if os.path.isabs(text) else text
-        path = posixpath.normpath(name.replace("\\", "/"))
-        same = named[path.rpartition("/")[2].casefold()]
-        if (
-            path not in there
-            and "/" not in path
-            and len(same) == 1
-            and same[0].endswith(f"/{path}")
-        ):
+        path = os.path.relpath(text, root) if os.path.isabs(text) else text
+        path = posixpath.normpath(path.replace("\\", "/"))
+        same = named[posixpath.basename(path).casefold()]
+        if "/" not in path and len(same) == 1 and same[0].endswith(f"/{path}"):
             path = same[0]
         if path not in there:
             instead = f", but {' and '.join(same[:2])} is" if same else ""
-            kind = "" if path.casefold().endswith(SUFFIXES) else f"; read are {', '.join(SUFFIXES)}"
-            problems.append(f"{where}: {text or 'no file'} is not there{instead}{kind}")
+            problems.append(f"{where}: {text or 'no file'} is not there{instead}")
         found.append(path)
-    return rows.assign(path=found), problems
+    unlisted = [(path, f"not in {file.name}") for path in sorted(there - set(found))]
+    kept = [one for one in ignored if root / one[0] != file]
+    return rows.assign(path=found), kept + unlisted
+
+
+def _fix_rows(root: Path) -> str:
+    return f"correct these rows (paths count from {root}; images are {', '.join(SUFFIXES)})"
 
 
 def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str]) -> list[str]:
     """The patient of each row: from the column `patient`, by `pattern`, or each image its own."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"patient_pattern = {pattern!r} is no regular expression: {error}"
-        ) from error
+    compiled = re.compile(pattern)
     if pattern and ("patient" in rows or not compiled.groups):
-        fix = (
-            "a table names the patients: leave one out"
-            if "patient" in rows
-            else "it needs (a group)"
-        )
-        raise ValueError(f"patient_pattern = {pattern!r}: {fix}")
+        text = "it needs (a group), and no table that names the patients"
+        raise ValueError(f"patient_pattern = {pattern!r}: {text}")
     if "patient" in rows:
         problems += _lines(rows[rows["patient"] == ""], "has no patient")
         return list(rows["patient"])
     if not pattern:
-        text = (
-            "%s: no patients are known, so each of the %d images counts as a patient of its own. "
-            "Images of one patient may land on both sides of the split, and scores then come out "
-            "too good. Give a column patient in a CSV, or the setting patient_pattern."
-        )
+        text = "%s: no patients are known, so each of the %d images counts as a patient of its own."
+        text += " Images of one patient may land on both sides of the split, and scores then come "
+        text += "out too good. Give a column patient in a CSV, or the setting patient_pattern."
         log.warning(text, root, len(rows))
         return list(rows["path"])
     group = "patient" if "patient" in compiled.groupindex else 1

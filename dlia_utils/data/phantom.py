@@ -38,14 +38,16 @@ SOFT, BONE, LUNG = 0.20, 0.55, 0.05  # linear attenuation in 1/cm near 60 keV
 PHOTONS = 12_000  # per detector pixel before the patient
 HALF_WIDTH = 17.0  # cm
 GAS_DEPTH = 2.5  # Free air is shown as deep as this many lungs: a real one is faint.
-SHAPE = (
-    "width depth lung heart ribs slope spine dome".split()
-)  # half widths of the image; depth: cm
+# Half widths of a patient's image (depth: cm), means and deviations.
+SHAPE = "width depth lung heart ribs slope spine dome".split()
 MEANS = (0.95, 20, 0.345, 0.27, 0.165, 0.30, 0.085, 0.50)
 DEVIATIONS = (0.03, 2, 0.015, 0.03, 0.008, 0.05, 0.006, 0.05)
+# Half width of a ball, and where it may lie in a lung, across and down.
+BALLS = {"Mass": ((0.15, 0.20), (-0.05, 0.25), (-0.40, 0.10))}
+BALLS["Nodule"] = ((0.075, 0.09), (-0.25, 0.45), (-0.50, 0.15))
 
-Box = tuple[float, float, float, float]
-Array, Rng, Patient, Lung = np.ndarray, np.random.Generator, SimpleNamespace, SimpleNamespace
+Box, Pair = tuple[float, float, float, float], tuple[int, int]
+Array, Rng, Patient = np.ndarray, np.random.Generator, SimpleNamespace
 
 
 # ------------------------------------------------------------------------------------ radiographs
@@ -70,9 +72,8 @@ def chest(
 ) -> tuple[Array, Array, Array]:
     """A frontal chest float32 [S,S] in [0,1]; masks bool [S,S] of its opacities and of the lungs.
 
-    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart: pose, exposure
-    and noise are drawn alike. `spread` multiplies how differently patients are placed; `patient`
-    comes from `anatomy`.
+    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart. `spread`
+    multiplies how differently patients are placed.
 
     >>> image, opacities, lungs = chest(np.random.default_rng(0), size=48, pneumonia=True)
     >>> image.shape, bool(opacities.any()), 0.1 < float(lungs.mean()) < 0.5
@@ -82,8 +83,7 @@ def chest(
     x, y = _pose(rng, size, spread=spread)
     air = _lungs(a, x, y)
     fluid = _opacities(rng, air, lowest=0.42 if upper else 1.0) if pneumonia else np.zeros_like(air)
-    aerated = air * (1 - 0.85 * fluid)
-    aerated = np.maximum(aerated * _texture(rng, size) - _vessels(a, x, y) * (air > 0), 0)
+    aerated = _aerated(rng, a, x, y, air * (1 - 0.85 * fluid), air)
     lungs = air > 1.0
     return _exposed(rng, _attenuation(a, x, y, aerated)), (fluid > 0.3) & lungs, lungs
 
@@ -104,14 +104,13 @@ def chest_with_findings(
     a = patient or anatomy(rng)
     x, y = _pose(rng, size)
     air = _lungs(a, x, y)
-    aerated = np.maximum(air * _texture(rng, size) - _vessels(a, x, y) * (air > 0), 0)
+    aerated = _aerated(rng, a, x, y, air, air)
     tissue = GAS_DEPTH * (SOFT * air - (SOFT - LUNG) * aerated)  # what free air takes the place of
     side = -1 if "Cardiomegaly" in names else int(planting.choice([-1, 1]))
     filled, freed, boxes = np.zeros_like(air), np.zeros_like(air), []
     for name in names:
         out = side * _across(a, x, y, side)
-        lung = SimpleNamespace(x=x, y=y, out=out, floor=_floor(a, x, side))
-        change = _finding(name, planting, lung)
+        change = _finding(name, planting, x, y, out, _floor(a, x, side))
         if name != "Cardiomegaly":
             change, side = change * (np.abs(out) < 1), -side
         change = change * (air > 0)
@@ -150,7 +149,7 @@ def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, 
 
 
 def _tight_box(effect: Array) -> Box:
-    """Corners of what can be seen of a change: above a quarter of its greatest value."""
+    """Corners of where a change is above a quarter of its greatest value."""
     seen = np.abs(effect) > 0.25 * np.abs(effect).max()
     rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
@@ -183,9 +182,8 @@ def _tube(distance: Array, radius: Array | float) -> Array:
 
 def _across(a: Patient, x: Array, y: Array, side: int) -> Array:
     """-1 at the left, 1 at the right edge of a lung; side -1 is at the left of the image."""
-    centre = side * (0.43 + 0.12 * np.clip(y, -0.7, 0.6))
-    width = a.lung * (1 + 0.20 * np.clip(y, -0.7, 0.6))
-    return (x - centre) / width
+    level = np.clip(y, -0.7, 0.6)
+    return (x - side * (0.43 + 0.12 * level)) / (a.lung * (1 + 0.20 * level))
 
 
 def _floor(a: Patient, x: Array, side: int) -> Array:
@@ -202,6 +200,22 @@ def _lungs(a: Patient, x: Array, y: Array) -> Array:
     vessels = 0.8 * _dome(x, y, (0.02, -0.25), (0.14, 0.45))
     heart = _dome(x, y, (0.09, 0.24), (a.heart, 0.30)) + vessels
     return 0.74 * a.depth * np.maximum(total - 0.75 * heart, 0)
+
+
+def _aerated(rng: Rng, a: Patient, x: Array, y: Array, aerated: Array, air: Array) -> Array:
+    """The aerated lung with its texture, less the vessels that fan out from both hila."""
+    size, vessels = len(air), np.zeros_like(x)
+    texture = 1 + 0.03 * _smooth_noise(rng, size, 6) + 0.03 * _smooth_noise(rng, size, 28)
+    rng = np.random.default_rng(a.vessels)
+    for side in (-1, 1):
+        out, down = side * x - 0.14, y - 0.02
+        near = (np.hypot(out, down) < 0.73) & (out > -0.05)  # Beyond, they have no width left.
+        radius, angle = np.hypot(out, down)[near], np.arctan2(down, out)[near]
+        for direction in rng.uniform(-1.4, 1.4, 11):
+            bend = direction + 0.35 * np.sin(rng.uniform(4, 9) * radius + rng.uniform(0, 6))
+            vessels[near] += _tube(radius * (angle - bend), 0.022 - 0.030 * radius)
+        vessels += 0.10 * _dome(out, down, (0, 0), (0.10, 0.15))
+    return np.maximum(aerated * texture - HALF_WIDTH * 1.3 * vessels * (air > 0), 0)
 
 
 def _attenuation(a: Patient, x: Array, y: Array, aerated: Array) -> Array:
@@ -236,30 +250,11 @@ def _bones(a: Patient, x: Array, y: Array) -> Array:
     return total + HALF_WIDTH * 0.45 * _tube(x, a.spine) * bodies
 
 
-def _vessels(a: Patient, x: Array, y: Array) -> Array:
-    """Centimetres of blood in the vessels that fan out from both hila, thinner towards the edge."""
-    rng = np.random.default_rng(a.vessels)
-    total = np.zeros_like(x)
-    for side in (-1, 1):
-        out, down = side * x - 0.14, y - 0.02
-        near = (np.hypot(out, down) < 0.73) & (out > -0.05)  # Beyond, they have no width left.
-        radius, angle = np.hypot(out, down)[near], np.arctan2(down, out)[near]
-        for direction in rng.uniform(-1.4, 1.4, 11):
-            bend = direction + 0.35 * np.sin(rng.uniform(4, 9) * radius + rng.uniform(0, 6))
-            total[near] += _tube(radius * (angle - bend), 0.022 - 0.030 * radius)
-        total += 0.10 * _dome(out, down, (0, 0), (0.10, 0.15))
-    return HALF_WIDTH * 1.3 * total
-
-
 def _smooth_noise(rng: Rng, size: int, cells: int) -> Array:
     """Noise of unit variance with structures of about size/cells pixels."""
     coarse = rng.standard_normal((cells + 3, cells + 3))
     fine = zoom(coarse.astype(np.float32), size / cells + 0.01, order=3)[:size, :size]
     return fine / fine.std()
-
-
-def _texture(rng: Rng, size: int) -> Array:
-    return 1 + 0.03 * _smooth_noise(rng, size, 6) + 0.03 * _smooth_noise(rng, size, 28)
 
 
 def _opacities(rng: Rng, air: Array, *, lowest: float) -> Array:
@@ -289,57 +284,50 @@ def _exposed(rng: Rng, path: Array) -> Array:
     return (rng.uniform(0.01, 0.06) + rng.uniform(0.84, 0.93) * shown).astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------- findings
-
-
 def _edge(distance: Array, soft: float) -> Array:
     """1 where `distance` is positive, 0 where negative, over a width of about `soft`."""
     return expit(distance / soft * 2)
 
 
-def _disc(lung: Lung, centre: Sequence, radii: Sequence, soft: float) -> Array:
-    reach = np.hypot((lung.x - centre[0]) / radii[0], (lung.y - centre[1]) / radii[1])
-    return _edge((1 - reach) * min(radii), soft)
-
-
-def _place(rng: Rng, lung: Lung, out: Sequence, down: Sequence) -> tuple:
-    """Image coordinates of a random spot of the lung."""
-    across, level = rng.uniform(*out), rng.uniform(*down)
-    nearest = np.argmin((lung.out - across) ** 2 + (lung.y - level) ** 2)
-    return float(lung.x.flat[nearest]), float(lung.y.flat[nearest])
-
-
-def _finding(name: str, rng: Rng, lung: Lung) -> Array:
+def _finding(name: str, rng: Rng, x: Array, y: Array, out: Array, floor: Array) -> Array:
     """Share [S,S] of the lung's air that fluid replaces or, below zero, free air.
 
-    `lung.out` runs from -1 (spine) to 1 (ribs); `lung.floor` is the height of the diaphragm.
+    `out` runs from -1 (spine) to 1 (ribs); `floor` is the height of the diaphragm.
     """
-    draw, out, y = rng.uniform, lung.out, lung.y
+    draw = rng.uniform
+
+    def ball(centre: Sequence, radii: Sequence, soft: float) -> Array:
+        reach = np.hypot((x - centre[0]) / radii[0], (y - centre[1]) / radii[1])
+        return _edge((1 - reach) * min(radii), soft)
+
+    def place(across: Sequence, down: Sequence) -> tuple[float, float]:
+        spot, level = draw(*across), draw(*down)
+        nearest = np.argmin((out - spot) ** 2 + (y - level) ** 2)
+        return float(x.flat[nearest]), float(y.flat[nearest])
+
+    if name in BALLS:  # dense, large or small
+        radius, *spot = BALLS[name]
+        radii = [draw(*radius)] * 2
+        return 0.95 * ball(place(*spot), radii, 0.01)
     match name:
         case "Atelectasis":  # a flat, dense, slightly tilted band above the diaphragm
             height, thick = draw(0.17, 0.27), draw(0.10, 0.12)
             start, length = draw(-0.35, -0.15), draw(0.85, 1.05)
-            line = lung.floor.min() - height + draw(-0.12, 0.12) * out
+            line = floor.min() - height + draw(-0.12, 0.12) * out
             inside = 0.95 * _edge(thick / 2 - np.abs(y - line), 0.012)
             return inside * _edge(out - start, 0.04) * _edge(start + length - out, 0.04)
         case "Cardiomegaly":  # a wide heart, whichever lung is given
             radii = draw(0.43, 0.51), draw(0.36, 0.42)
-            return 0.97 * _disc(lung, (draw(0.10, 0.14), draw(0.20, 0.25)), radii, 0.02)
+            return 0.97 * ball((draw(0.10, 0.14), draw(0.20, 0.25)), radii, 0.02)
         case "Effusion":  # fluid at the bottom, its surface rising towards the ribs like a meniscus
-            level = lung.floor.min() - draw(0.05, 0.16)
+            level = floor.min() - draw(0.05, 0.16)
             rise = draw(0.16, 0.25) * np.clip(out + 0.5, 0, None) ** 2
             return 0.97 * _edge(y - (level - rise), 0.015)
         case "Infiltrate":  # a cloud of small faint patches with lung between them
-            centre = _place(rng, lung, (-0.1, 0.25), (-0.20, 0.15))
-            cloud = _disc(lung, centre, (draw(0.21, 0.27), draw(0.24, 0.32)), 0.05)
+            centre = place((-0.1, 0.25), (-0.20, 0.15))
+            cloud = ball(centre, (draw(0.21, 0.27), draw(0.24, 0.32)), 0.05)
             patches = gaussian_filter(rng.standard_normal(y.shape), 0.034 / (2 / len(y)))
             return 0.65 * cloud * expit((patches / patches.std() - 0.1) / 0.15)
-        case "Mass":  # a large dense ball
-            radii = [draw(0.15, 0.20)] * 2
-            return 0.95 * _disc(lung, _place(rng, lung, (-0.05, 0.25), (-0.40, 0.10)), radii, 0.01)
-        case "Nodule":  # a small dense ball
-            radii = [draw(0.075, 0.09)] * 2
-            return 0.95 * _disc(lung, _place(rng, lung, (-0.25, 0.45), (-0.50, 0.15)), radii, 0.01)
         case "Pneumonia":  # a whole upper lobe, evenly dense, that ends at a straight fissure
             fissure = draw(-0.16, 0.0) + draw(-0.06, 0.06) * out
             return 0.85 * _edge(fissure - y, 0.012) * _edge(y - draw(-0.62, -0.54), 0.05)
@@ -349,34 +337,30 @@ def _finding(name: str, rng: Rng, lung: Lung) -> Array:
 
 
 # ------------------------------------------------------------------------------------------ trees
+# Each function returns the folder of its tree. The same seed gives the same bytes; `MARKER` comes
+# last. `images` are numbers of images, `size` is the (long) side of an image.
 
 
 def write_pneumonia(
-    root: str | Path,
-    *,
-    seed: int = 0,
-    images: Mapping[str, tuple[int, int]] | None = None,
-    size: int = 128,
+    root: Path, *, seed: int = 0, images: Mapping[str, Pair] = IMAGES, size: int = 128
 ) -> Path:
-    """Write the tree of Chest X-Ray Images (Pneumonia); returns `root`/chest_xray.
+    """Chest X-Ray Images (Pneumonia); `images` of NORMAL and PNEUMONIA by split.
 
-    `images` counts (NORMAL, PNEUMONIA) of each split. As in the archive: a second copy of the
-    tree, macOS junk files, a 16-image val, an identical pair, patients of train (bacteria) whose
-    number is in test (virus). Masks of the opacities lie in `root`/phantom_masks. As for all
-    trees: the same seed, the same bytes; `MARKER` comes last.
+    As in the archive: a second copy of the tree, macOS junk files, a 16-image val, an identical
+    pair, patients of train (bacteria) whose number is in test (virus). Masks of the opacities lie
+    in `root`/phantom_masks.
     """
-    root = Path(root)
     tree = root / "chest_xray"
 
     def write(job: tuple[str, list[int], list[int], bool]) -> None:
         path, patient, image, pneumonia = job
         who = anatomy(np.random.default_rng(patient))
         drawn = chest(np.random.default_rng(image), size=size, pneumonia=pneumonia, patient=who)
-        _save(drawn[0], tree / path, "JPEG")
+        _save(drawn[0], tree / path)
         if pneumonia:
-            _save(drawn[1], (root / "phantom_masks" / path).with_suffix(".png"), "PNG")
+            _save(drawn[1], (root / "phantom_masks" / path).with_suffix(".png"))
 
-    _in_parallel(write, list(_plan_pneumonia(seed, images or IMAGES)))
+    _in_parallel(write, _plan_pneumonia(seed, images))
     first_of: dict[str, Path] = {}
     for path in sorted(tree.glob("train/NORMAL/*.jpeg")):
         first = first_of.setdefault(path.name.rpartition("-")[0], path)
@@ -392,7 +376,7 @@ def write_pneumonia(
     return _marked(root, tree, seed)
 
 
-def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterator[tuple]:
+def _plan_pneumonia(seed: int, images: Mapping[str, Pair]) -> Iterator[tuple]:
     """(path, seed of the patient, seed of the image, pneumonia) of every image."""
     for s, (split, counts) in enumerate(images.items()):
         for pneumonia, count in enumerate(counts):
@@ -414,43 +398,41 @@ def _plan_pneumonia(seed: int, images: Mapping[str, tuple[int, int]]) -> Iterato
 
 
 def write_competition(
-    root: str | Path, *, seed: int = 0, images: Mapping[str, int] | None = None, size: int = 128
+    root: Path, *, seed: int = 0, images: Mapping[str, int] = FINDING_IMAGES, size: int = 128
 ) -> Path:
-    """Write both editions of the DLIA competition; returns `root`.
+    """Both editions of the DLIA competition; `images` of one edition, at least 12 and 8.
 
-    `images` counts the images of one edition, at least 12 "train" and 8 "test". Edition A's ids
-    are the boxes that train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand in train and
-    test; B's test images have one box each. The boxes of the test images are in
+    Edition A's ids are the boxes that train.csv lacks: `TWO_IDS` images have two, `LEAKED` stand
+    in train and test; B's test images have one box each. The boxes of the test images are in
     `root`/phantom_truth.csv.
     """
-    root, counts = Path(root), images or FINDING_IMAGES
-    drawn = _draw_findings(counts["train"] + 2 * counts["test"] - LEAKED, seed=seed, size=size)
+    tests = images["test"]
+    drawn = _draw_findings(images["train"] + 2 * tests - LEAKED, seed=seed, size=size)
     rng = np.random.default_rng([seed, 1])
     order = [drawn[k] for k in rng.permutation(len(drawn))]
     single, double = ([one for one in order if len(one.names) == k] for k in (1, 2))
-    test_b, rest = single[: counts["test"]], single[counts["test"] :]
-    alone = counts["test"] - LEAKED - TWO_IDS
+    test_b, rest = single[:tests], single[tests:]
+    alone = tests - LEAKED - TWO_IDS
     test_a, train = [*rest[:alone], *double[:TWO_IDS]], [*rest[alone:], *double[TWO_IDS:]]
     leaked = double[TWO_IDS : TWO_IDS + LEAKED]
     hidden = [*_box_rows(test_a), *(list(_box_rows([one]))[1] for one in leaked)]
 
-    tree = root / "competition_edition_a"
     rows = _xywh(row for row in _box_rows(train) if row not in hidden)
-    header = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")
-    _write_table(tree / readers.DLIA_TRAIN, header, [rows[k] for k in rng.permutation(len(rows))])
+    rows = [rows[k] for k in rng.permutation(len(rows))]
     ids = [(n, hidden[k][0]) for n, k in enumerate(rng.permutation(len(hidden)), 1)]
-    _write_table(tree / readers.DLIA_MAPPING, ("id", "image_id"), ids)
-    _save_all(tree, train=train, test=test_a + leaked)
-
-    tree = root / "competition_edition_b"
+    first = ("Image Index,Finding Label,Bbox [x,y,w,h]".split(","), rows, "id", ids)
     rows = sorted(_box_rows(train))
     rows = [(one, rng.choice(["AP", "PA"]), *box, name) for one, name, *box in rows]
-    header = "image_id view x_min y_min x_max y_max label".split()
-    _write_table(tree / readers.DLIA_TRAIN, header, rows)
-    ids = enumerate(sorted(one.name for one in test_b))
-    _write_table(tree / readers.DLIA_MAPPING, ("ID", "image_id"), ids)
-    _save_all(tree, train=train, test=test_b)
-
+    ids = list(enumerate(sorted(one.name for one in test_b)))
+    second = ("image_id view x_min y_min x_max y_max label".split(), rows, "ID", ids)
+    editions = {"a": (*first, test_a + leaked), "b": (*second, test_b)}
+    for edition, (header, rows, key, ids, test) in editions.items():
+        tree = root / f"competition_edition_{edition}"
+        _write_table(tree / readers.DLIA_TRAIN, header, rows)
+        _write_table(tree / readers.DLIA_MAPPING, (key, "image_id"), ids)
+        for folder, drawn in (("train", train), ("test", test)):
+            for one in drawn:
+                _save(one.image, tree / folder / one.name)
     truth = [("A", *row) for row in sorted(hidden)]
     truth += [("B", *row) for row in sorted(_box_rows(test_b))]
     header = "edition image_id class_name x1 y1 x2 y2".split()
@@ -458,16 +440,15 @@ def write_competition(
     return _marked(root, root, seed)
 
 
-def write_nih(root: str | Path, *, seed: int = 0, images: int = 240, size: int = 128) -> Path:
-    """Write NIH ChestX-ray8 with `images` boxed images, and some without; returns its folder."""
-    root = Path(root)
+def write_nih(root: Path, *, seed: int = 0, images: int = 240, size: int = 128) -> Path:
+    """NIH ChestX-ray8 with `images` boxed images, and some without."""
     tree = root / "nih"
     drawn = _draw_findings(images, seed=seed, size=size)
     for k, one in enumerate(drawn):
-        _save(one.image, tree / f"images_{1 + 2 * k // images:03d}" / "images" / one.name, "PNG")
+        _save(one.image, tree / f"images_{1 + 2 * k // images:03d}" / "images" / one.name)
     for k in range(max(images // 20, 1)):  # As in the real archive, where most images have no box.
         image, _ = chest_with_findings(np.random.default_rng([seed, 2, k]), [], size=size)
-        _save(image, tree / "images_002" / "images" / f"{90_000_000 + k:08d}_000.png", "PNG")
+        _save(image, tree / "images_002" / "images" / f"{90_000_000 + k:08d}_000.png")
     header = "Image Index,Finding Label,Bbox [x,y,w,h],,,".split(",")
     rows = [[*row, "", "", ""] for row in _xywh(_box_rows(drawn))]
     _write_table(tree / readers.NIH_BOXES, header, rows)
@@ -483,12 +464,7 @@ def _draw_findings(count: int, *, seed: int, size: int) -> list[SimpleNamespace]
         image, boxes = chest_with_findings(rng, names, size=size, patient=who)
         return SimpleNamespace(name=name, image=image, names=names, boxes=boxes)
 
-    return _in_parallel(draw, list(_plan_findings(seed, count)))
-
-
-def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list[int], list[int]]]:
-    """(file name, names of the findings, seed of the patient, seed of the image) of every image."""
-    rng = np.random.default_rng([seed, 0])
+    rng, jobs = np.random.default_rng([seed, 0]), []
     patient, left, deck = 0, 0, []
     for number in range(count):
         if not left:
@@ -501,7 +477,9 @@ def _plan_findings(seed: int, count: int) -> Iterator[tuple[str, list[str], list
         names = [deck.pop(0)]
         if number % 3 == 2:
             names.append(deck.pop(next(k for k, name in enumerate(deck) if name != names[0])))
-        yield f"{patient:08d}_{visit:03d}.png", names, [seed, 3, patient], [seed, 4, patient, visit]
+        keys = [seed, 3, patient], [seed, 4, patient, visit]
+        jobs.append((f"{patient:08d}_{visit:03d}.png", names, *keys))
+    return _in_parallel(draw, jobs)
 
 
 def _box_rows(drawn: Iterable[SimpleNamespace]) -> Iterator[tuple]:
@@ -514,38 +492,29 @@ def _xywh(rows: Iterable[tuple]) -> list[tuple]:
     return [(name, kind, x1, y1, x2 - x1, y2 - y1) for name, kind, x1, y1, x2, y2 in rows]
 
 
-def _save_all(tree: Path, **drawn: list[SimpleNamespace]) -> None:
-    for folder, images in drawn.items():
-        for one in images:
-            _save(one.image, tree / folder / one.name, "PNG")
+def write_fracatlas(root: Path, *, seed: int = 0, images: Pair = (60, 60), size: int = 128) -> Path:
+    """FracAtlas: long bones, fractured (4 at least) or not, boxes and outlines of the fractures.
 
-
-def write_fracatlas(
-    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (60, 60), size: int = 128
-) -> Path:
-    """Write FracAtlas with long bones, boxes and outlines of the fractures; returns its folder.
-
-    `images` counts (fractured, 4 at least, and not fractured); `size` is the long side. As in the
-    archive: image 1 lies on its side (EXIF), 2 has a flag in dataset.csv that contradicts its box,
-    3 is cut short.
+    As in the archive: image 1 lies on its side (EXIF), 2 has a flag in dataset.csv that
+    contradicts its box, 3 is cut short.
     """
-    root = Path(root)
-    tree = root / "FracAtlas"
+    tree, turned = root / "FracAtlas", Image.Exif()
+    turned[0x0112] = 6
+    names = [f"IMG{number:07d}.jpg" for number in range(sum(images))]
 
     def draw(number: int) -> tuple[Array, Box | None, Array]:
         rng = np.random.default_rng([seed, number])
         sides = size, int(size * rng.uniform(0.55, 1.0))
         height, width = sides[::-1] if rng.random() < 0.3 else sides
         image, box, gap = bone(rng, height=height, width=width, fractured=number < images[0])
-        folder, name = "Fractured" if box else "Non_fractured", f"IMG{number:07d}.jpg"
-        path = tree / "images" / folder / name
-        _save(image, path, "JPEG", on_its_side=number == 1)
+        path = tree / "images" / ("Fractured" if box else "Non_fractured") / names[number]
+        on_its_side = number == 1
+        _save(np.rot90(image, on_its_side), path, **{"exif": turned} if on_its_side else {})
         if number == 3:
             path.write_bytes(path.read_bytes()[:-40])
         return image, box, gap
 
     drawn = _in_parallel(draw, range(sum(images)))
-    names = [f"IMG{number:07d}.jpg" for number in range(sum(images))]
     parts = "hand leg hip shoulder mixed hardware multiscan fractured fracture_count frontal"
     table = [
         (name, 0, 1, 0, 0, 0, 0, 0, int(box is not None and n != 2), int(box is not None), 1)
@@ -568,35 +537,38 @@ def write_fracatlas(
 
 
 def write_tuberculosis(
-    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (200, 40), size: int = 128
+    root: Path, *, seed: int = 0, images: Pair = (200, 40), size: int = 128
 ) -> Path:
-    """Write the TB Chest Radiography Database, `images` counts (Normal, Tuberculosis)."""
-    root = Path(root)
+    """The TB Chest Radiography Database; `images` of Normal and Tuberculosis."""
     tree = root / "TB_Chest_Radiography_Database"
 
     def write(job: tuple[int, int]) -> None:
         label, name = job[0], readers.TUBERCULOSIS_CLASSES[job[0]]
         rng = np.random.default_rng([seed, *job])
         image, *_ = chest(rng, size=size, pneumonia=bool(label), upper=True, spread=SPREAD)
-        _save(image, tree / name / f"{name}-{job[1]}.png", "PNG")
+        _save(image, tree / name / f"{name}-{job[1]}.png")
 
     _in_parallel(write, [(label, k + 1) for label in (0, 1) for k in range(images[label])])
     return _marked(root, tree, seed)
 
 
-def write_covid(
-    root: str | Path, *, seed: int = 0, images: tuple[int, int] = (90, 90), size: int = 128
-) -> Path:
-    """Write the COVID-19 Radiography Database with lung masks and a planted shortcut.
+def write_covid(root: Path, *, seed: int = 0, images: Pair = (90, 90), size: int = 128) -> Path:
+    """The COVID-19 Radiography Database, Normal and COVID, with lung masks and a shortcut.
 
-    `images` counts (Normal, COVID). COVID has opacities, but a share `MARKED` of each class also
-    bears a bright L in the top left corner. `TWINS` of the images are another one of their class
-    once more, re-encoded, under a name of their own. The truth is in `root`/phantom_truth.csv
-    (path, marker, twin_of).
+    COVID has opacities, but a share `MARKED` of each class also bears a bright L in the top left
+    corner. `TWINS` of the images are another one of their class once more, re-encoded, under a
+    name of their own. The truth is in `root`/phantom_truth.csv (path, marker, twin_of).
     """
-    root = Path(root)
     tree = root / "COVID-19_Radiography_Dataset"
-    jobs = [job for label in (0, 1) for job in _plan_covid(seed, label, images[label])]
+    jobs = []  # path, marker, path of the image that it repeats, seed; twins come last
+    for label, (name, count) in enumerate(zip(readers.COVID_CLASSES, images, strict=True)):
+        rng, own = np.random.default_rng([seed, label]), count - int(count * TWINS)
+        shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
+        marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
+        paths = [f"{name}/images/{name}-{number + 1}.png" for number in rng.permutation(count)]
+        for k, image in enumerate(shown):
+            twin_of = paths[image] if k >= own else ""
+            jobs.append((paths[k], int(image in marked), twin_of, [seed, 6 + label, image]))
 
     def write(job: tuple[str, int, str, list[int]]) -> None:
         path, marker, twin_of, key = job
@@ -612,10 +584,10 @@ def write_covid(
             flat = ((0.94 * image + 0.03) * 255).round().astype(np.uint8)
             Image.fromarray(flat).save(buffer, "JPEG", quality=70)
             image = np.asarray(Image.open(buffer), dtype=np.float32) / 255
-        _save(image, tree / path, "PNG")
+        _save(image, tree / path)
         side = round(size * 256 / 299)  # The real masks are smaller than the images, too.
         mask = Image.fromarray(lungs).resize((side, side), Image.Resampling.NEAREST)
-        _save(np.asarray(mask), tree / path.replace("/images/", "/masks/"), "PNG")
+        _save(np.asarray(mask), tree / path.replace("/images/", "/masks/"))
 
     _in_parallel(write, jobs)
     rows = sorted(job[:3] for job in jobs)
@@ -623,27 +595,9 @@ def write_covid(
     return _marked(root, tree, seed)
 
 
-def _plan_covid(seed: int, label: int, count: int) -> Iterator[tuple[str, int, str, list[int]]]:
-    """(path, marker, path of the image that it repeats, seed) of every image; twins come last."""
-    rng, name = np.random.default_rng([seed, label]), readers.COVID_CLASSES[label]
-    own = count - int(count * TWINS)
-    shown = [*range(own), *rng.permutation(own)[: count - own].tolist()]
-    marked = set(rng.permutation(own)[: round(MARKED[label] * own)].tolist())
-    paths = [f"{name}/images/{name}-{number + 1}.png" for number in rng.permutation(count)]
-    for k, image in enumerate(shown):
-        twin_of = paths[image] if k >= own else ""
-        yield paths[k], int(image in marked), twin_of, [seed, 6 + label, image]
-
-
-def write_medmnist(
-    root: str | Path, name: str, *, seed: int = 0, images: Mapping[str, int] | None = None
-) -> Path:
-    """Write the .npz file of the MedMNIST set `name`; returns `root`.
-
-    PneumoniaMNIST shows chests with and without opacities; in the other sets label k is a bright
-    patch at place k.
-    """
-    root = Path(root)
+def write_medmnist(root: Path, *, name: str) -> Path:
+    """The .npz file of a MedMNIST set: chests in PneumoniaMNIST, else a bright patch at place k
+    of label k."""
     flag, size, _ = medmnist.parse(name)
     count, arrays = len(medmnist.FLAGS[flag]), {}
     cells = np.array_split(np.arange(size * size), count)
@@ -656,8 +610,8 @@ def write_medmnist(
             image.flat[[pixel for label in labels for pixel in cells[label]]] += 0.4
         return (255 * image.clip(0, 1)).round().astype(np.uint8)
 
-    for s, (split, number) in enumerate((images or MEDMNIST_IMAGES).items()):
-        rngs = np.random.default_rng([seed, s]).spawn(number + 1)
+    for s, (split, number) in enumerate(MEDMNIST_IMAGES.items()):
+        rngs = np.random.default_rng([0, s]).spawn(number + 1)
         shown = [[label] for label in rngs.pop().permutation(np.arange(number) % count).tolist()]
         labels = np.array(shown, np.uint8)
         if flag == "chestmnist":  # each image has none, one or two findings
@@ -667,7 +621,7 @@ def write_medmnist(
         arrays[f"{split}_labels"] = labels
     root.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(root / medmnist.file_name(flag, size), **arrays)
-    return _marked(root, root, seed)
+    return _marked(root, root, 0)
 
 
 def _in_parallel(work: Callable, jobs: Iterable) -> list:
@@ -689,12 +643,8 @@ def _marked(root: Path, tree: Path, seed: int) -> Path:
     return tree
 
 
-def _save(picture: Array, path: Path, kind: str, *, on_its_side: bool = False) -> None:
-    """Write grey values in [0, 1], perhaps turned, with the EXIF tag that says so."""
-    image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
-    exif = Image.Exif()
-    if on_its_side:
-        image = image.transpose(Image.Transpose.ROTATE_90)
-        exif[0x0112] = 6
+def _save(picture: Array, path: Path, **more) -> None:
+    """Write grey values in [0, 1] in the format that the name tells."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, kind, quality=92, **({"exif": exif} if on_its_side else {}))
+    image = Image.fromarray((picture * 255.0).round().astype(np.uint8))
+    image.save(path, quality=92, **more)

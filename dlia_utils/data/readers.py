@@ -55,27 +55,23 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 def pneumonia(root: Path) -> dict:
-    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/.
-
-    The archive's second copy in chest_xray/chest_xray and its junk files are listed in `ignored`,
-    never read.
-    """
-    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _splits(root), pneumonia_patient)
+    """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/."""
+    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _pneumonia_patient, splits=True)
     odd = fields["manifest"].query("group == 'unknown'")["path"]
     if len(odd):
         log.warning("%d file names tell no patient, first: %s", len(odd), ", ".join(odd[:3]))
     return fields
 
 
-def pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
+def _pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
     """Patient and group read from a file name of the pneumonia set; another name is its own.
 
     The number of `personN_bacteria_M` and `personN_virus_M` is taken for one patient, the careful
     reading: nothing published says whether the numbers of the two kinds are separate.
 
-    >>> pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
+    >>> _pneumonia_patient(PurePosixPath("person12_virus_48.jpeg"))
     ('person-12', 'virus')
-    >>> pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
+    >>> _pneumonia_patient(PurePosixPath("NORMAL2-IM-0501-0001-0002.jpeg"))
     ('NORMAL2-IM-0501', 'normal')
     """
     if match := re.match(r"person(\d+)_(bacteria|virus)_", path.name):
@@ -99,7 +95,7 @@ def covid(root: Path) -> dict:
     perhaps val/, with normal/ and COVID/ in any case.
     """
     if (root / "train").is_dir():
-        return _class_folders(root, COVID_CLASSES, _splits(root))
+        return _class_folders(root, COVID_CLASSES, splits=True)
     fields = _class_folders(root, COVID_CLASSES, below=("images", "masks"))
     table = fields["manifest"]
     table["key"] = table["patient"].str.replace("/(images|masks)/", "/", regex=True)
@@ -111,45 +107,41 @@ def covid(root: Path) -> dict:
     if of_mask.any() and (lost or bare):
         log.warning("%s: %d images have no mask, %d masks have no image", root, bare, lost)
     masks = masks[["image", "path"]].astype({"image": "int64"}).sort_values("image")
-    read, extra = {*images["path"], *masks["path"]}, "second copy, or a mask without an image"
-    extra = [(path, extra) for path in table["path"] if path not in read]
-    ignored = pd.concat([fields["ignored"], pd.DataFrame(extra, columns=["path", "reason"])])
+    extra = table.loc[~table["path"].isin([*images["path"], *masks["path"]]), ["path"]]
+    extra = extra.assign(reason="second copy, or a mask without an image")
+    ignored = pd.concat([fields["ignored"], extra], ignore_index=True)
     fields |= dict(manifest=images.drop(columns="key"), masks=masks.reset_index(drop=True))
-    return fields | dict(ignored=ignored.reset_index(drop=True))
-
-
-def _splits(root: Path) -> list[str]:
-    return [name for name in ("train", "val", "test") if name != "val" or (root / name).is_dir()]
+    return fields | dict(ignored=ignored)
 
 
 def _class_folders(
     root: Path,
     classes: Sequence[str],
-    splits: Sequence[str] = (),
     patient: Callable = lambda path: (str(path.with_suffix("")), ""),
     *,
+    splits: bool = False,
     below: tuple[str, ...] = (),
 ) -> dict:
-    """Images in folders of `classes`, perhaps below `splits`, perhaps in folders `below`."""
-    spelled, level = {name.casefold(): name for name in classes}, int(bool(splits))
+    """Images in folders of `classes`, perhaps below train, val, test, perhaps above `below`."""
+    spelled, level = {name.casefold(): name for name in classes}, int(splits)
+    tops = [one for one in ("train", "val", "test") if one != "val" or (root / one).is_dir()]
 
     def reason(path: PurePosixPath) -> str:
         if path.parts[0] == "chest_xray":
             return "second copy of the data set (nested chest_xray)"
-        if splits and path.parts[0] not in splits:
+        if splits and path.parts[0] not in tops:
             return "outside the folders of the splits"
         if len(path.parts) > level + 1 and path.parts[level].casefold() not in spelled:
             return "not a class of this data set"
         inside = path.parts[level + 1 : -1] in ((), *((name,) for name in below))
         return "" if inside and len(path.parts) > level + 1 else "outside the class folders"
 
-    found, ignored = sort_files(root, reason, SUFFIXES)
-    rows = []
+    (found, ignored), rows = sort_files(root, reason, SUFFIXES), []
     for path in found:
         name, split = spelled[path.parts[level].casefold()], path.parts[0] if splits else ""
         rows.append((str(path), classes.index(name), name, *patient(path), split))
     there = {(row[5], row[2]) for row in rows}
-    wanted = [(split, name) for split in splits or [""] for name in classes]
+    wanted = [(split, name) for split in (tops if splits else [""]) for name in classes]
     empty = ["no images in " + "/".join(filter(None, one)) for one in wanted if one not in there]
     refuse(f"{root}", empty, REPAIR)
     return tables(rows, classes, ignored, split_rule="official" if splits else "none published")
@@ -203,9 +195,8 @@ def _named_files(root: Path, pattern: str) -> tuple[dict[tuple[str, str], str], 
         kind = (*re.fullmatch(pattern, str(path.parent)).groups(), "train")[0]
         if found.setdefault((kind, path.name), str(path)) != str(path):
             ignored.append((str(path), "second copy of an image"))
-    tables_of_a_set = (NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING, FRAC_TABLE, FRAC_BOXES)
-    known = {*tables_of_a_set, *FRAC_SPLITS.values()}
-    return found, [one for one in ignored if one[0] not in known]
+    read = {NIH_BOXES, DLIA_TRAIN, DLIA_MAPPING, FRAC_TABLE, FRAC_BOXES, *FRAC_SPLITS.values()}
+    return found, [one for one in ignored if one[0] not in read]
 
 
 def _findings(
@@ -324,13 +315,11 @@ def _original(root: Path) -> tuple:
     parts = ["hand", "leg", "hip", "shoulder"]
     table = read_csv(root / FRAC_TABLE, ["image_id", "fractured", *parts])
     table = table.drop_duplicates("image_id").set_index("image_id")
-    splits = {one: read_csv(root / file, ["image_id"]) for one, file in FRAC_SPLITS.items()}
-    listed = pd.concat(splits).reset_index(level=0, names="split")
-    listed["split"] = listed["split"].replace("valid", "val")
-    marks = read_coco(root / FRAC_BOXES)
-    again = listed["image_id"][listed["image_id"].duplicated()]
-    marks.problems.extend(f"{name} is in two splits" for name in again)
-    split_of, images = dict(zip(listed["image_id"], listed["split"], strict=True)), []
+    marks, split_of, images = read_coco(root / FRAC_BOXES), {}, []
+    for split, file in FRAC_SPLITS.items():
+        for name in read_csv(root / file, ["image_id"])["image_id"]:
+            marks.problems.extend([f"{name} is in two splits"] * (name in split_of))
+            split_of[name] = split.replace("valid", "val")
     for (_, name), path in sorted(found.items()):
         if name in table.index:
             row = table.loc[name]
@@ -346,13 +335,13 @@ def _ninja(root: Path) -> tuple:
     folders = "|".join(NINJA_FOLDERS)
     found, ignored = _named_files(root, f"({folders})/img")
     pattern = f"({folders})/ann/[^./][^/]*[.]json"  # without macOS junk
-    notes = [path for path, _ in ignored if re.fullmatch(pattern, path)]
+    notes = {path for path, _ in ignored if re.fullmatch(pattern, path)}
     wanted = {f"{folder}/ann/{name}.json" for folder, name in found}
-    problems = [f"{path} has no partner" for path in sorted(wanted ^ set(notes))]
+    problems = [f"{path} has no partner" for path in sorted(wanted ^ notes)]
     names = pd.Series([name for _, name in found], dtype=str)
     problems += [f"{name} lies in two of the folders" for name in names[names.duplicated()]]
     rows, outlines, sizes = [], [], {}
-    for path in sorted(wanted & set(notes)):
+    for path in sorted(wanted & notes):
         name = PurePosixPath(path).name.removesuffix(".json")
         try:
             note = json.loads((root / path).read_text(encoding="utf-8"))
@@ -368,7 +357,7 @@ def _ninja(root: Path) -> tuple:
     for (folder, name), path in sorted(found.items(), key=lambda one: one[0][1]):
         fractured = folder != NINJA_FOLDERS[0]
         images.append((name, path, fractured, "", folder * fractured))
-    ignored = [one for one in ignored if one[0] not in set(notes)]
+    ignored = [one for one in ignored if one[0] not in notes]
     marks = dict(boxes=raw_boxes(rows), outlines=outlines, sizes=sizes, problems=problems)
     return images, ignored, SimpleNamespace(**marks)
 
@@ -427,23 +416,16 @@ def read_coco(path: Path) -> SimpleNamespace:
         coco = json.loads(path.read_text(encoding="utf-8-sig"))
         kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
         images = pd.DataFrame([{"split": "", "patient": ""} | one for one in coco["images"]])
-        images = images.assign(
-            file=images["file_name"].str.strip(), where=images["id"].map("image {}".format)
-        )
+        images["file"] = images["file_name"].str.strip()
+        images["where"] = images["id"].map("image {}".format)
         annotations = list(coco["annotations"])
     except (KeyError, TypeError, ValueError) as error:
         text = f"{path} is not COCO ({type(error).__name__}: {error})"
         fix = "Fix: export it again, with the lists images, annotations and categories."
         raise BadData(f"{text}. {fix}") from error
-    name_of, boxes, outlines, problems = (
-        dict(zip(images["id"], images["file"], strict=True)),
-        [],
-        [],
-        [],
-    )
-    problems += [
-        f"{where} is given more than once" for where in images["where"][images["id"].duplicated()]
-    ]
+    again = images["where"][images["id"].duplicated()]
+    problems = [f"{where} is given more than once" for where in again]
+    name_of, boxes, outlines = dict(zip(images["id"], images["file"], strict=True)), [], []
     for number, one in enumerate(annotations):
         try:
             x, y, width, height = map(float, one["bbox"])
@@ -453,9 +435,8 @@ def read_coco(path: Path) -> SimpleNamespace:
             coded = isinstance(one.get("segmentation"), dict)  # run-length coded: not read
             for flat in () if coded else one.get("segmentation") or ():
                 points = np.asarray(flat, dtype=np.float64)
-                outlines.append(
-                    (*about, points if points.size % 2 else points.reshape(-1, 2), where)
-                )
+                points = points if points.size % 2 else points.reshape(-1, 2)
+                outlines.append((*about, points, where))
         except (AttributeError, KeyError, TypeError, ValueError):
             what = "image_id and category_id must be listed, bbox be x, y, width, height"
             problems.append(f"annotation {number}: {what}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -27,9 +28,8 @@ MAX_DEPTH = 3  # How far below a mount or an argument the data set's own folder 
 class Location:
     """Where a data set lies: `root` is the folder that holds its published tree.
 
-    `origin` is one of "argument", "DLIA_DATA", "kaggle", "data/", "kagglehub", "phantom",
-    "~/.medmnist", "medmnist". `kind` is "published", or the reader's own "folder" of class folders
-    or "boxes", with `options` for the reader.
+    `kind` is "published", or the reader's own "folder" of class folders or "boxes", with `options`
+    for the reader.
     """
 
     dataset: str
@@ -45,19 +45,13 @@ class Source:
     """How a data set is recognised, its synthetic stand-in, and where to get it.
 
     `trees` are those that it is published in: paths that must exist, the most telling first;
-    "a|b": either. `handle` is kagglehub's "owner/slug"; Kaggle's mounts bear the slug, or the name
-    `mount`.
+    "a|b": either. `handle` is kagglehub's "owner/slug", `mount` another name of a Kaggle mount.
     """
 
     write_phantom: Callable[[Path], Path]
     trees: tuple[tuple[str, ...], ...]
     handle: str = ""
     mount: str = ""
-
-    @property
-    def slugs(self) -> list[str]:
-        """Names of its Kaggle mounts."""
-        return [name for name in (self.handle.split("/")[-1], self.mount) if name]
 
 
 _PNEUMONIA = ("train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA")
@@ -115,10 +109,8 @@ def cache_root() -> Path:
 def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> Location:
     """Find a data set by name; of several names the first of which a usable copy is there.
 
-    Order: `data_dir`, `DLIA_DATA`, Kaggle mounts, `data/` in the working directory or above it,
-    for MedMNIST `~/.medmnist`, a download (only with `DLIA_DOWNLOAD=1`, never on Kaggle), and the
-    synthetic phantom. Errors: `DataNotFound` when `data_dir` or `DLIA_DATA` does not hold it;
-    `ValueError` for an unknown name.
+    Where it looks, in order, data/README.md says. Errors: `DataNotFound` when `data_dir` or
+    `DLIA_DATA` does not hold it; `ValueError` for an unknown name.
 
     >>> downloads = Path(tempfile.mkdtemp())
     >>> for folder in SOURCES["pneumonia"].trees[0]:
@@ -142,7 +134,12 @@ def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> L
                 return location
     if data_dir or os.environ.get("DLIA_DATA"):
         raise DataNotFound(f"none of {', '.join(names)} can be used:\n" + "\n".join(reasons))
-    return _made(names[0])
+    if os.environ.get("DLIA_DOWNLOAD") == "1" and not on_kaggle():
+        known = medmnist.meant(names[0])
+        root = medmnist.download(names[0]) if known else _download(names[0])
+        return _location(names[0], root, "medmnist" if known else "kagglehub")
+    log.warning("no real %s data found: SYNTHETIC images are used (see data/README.md)", names[0])
+    return _location(names[0], _phantom(names[0]), "phantom")
 
 
 def find_own(
@@ -163,12 +160,8 @@ def find_own(
     folder = Path(os.path.abspath(Path(data_dir or "").expanduser()))
     if not data_dir or not folder.is_dir() or published_in(folder):
         return None
-    if kind == "folder":
-        return own(folder, options=options) if own_data.holds_classes(folder) else None
-    tables = own_data.box_files(folder)
-    if len(tables) != 1 or not own_data.has_image(folder):
-        return None
-    return own(folder, kind=kind, options={"annotations": tables[0]} | (options or {}))
+    read = own_data.recognised(folder, kind)
+    return None if read is None else own(folder, kind=kind, options=read | (options or {}))
 
 
 def own(folder: str | Path, *, kind: str = "folder", options: dict | None = None) -> Location:
@@ -220,41 +213,38 @@ def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
     yield from dict.fromkeys(one for one in found if one.name not in layouts)
 
 
-def _usual_places(dataset: str) -> Iterator[tuple[Path, str]]:
-    for mount in mounts(source_of(dataset).slugs):
-        yield mount, "kaggle"
-    for folder in (Path.cwd(), *list(Path.cwd().parents)[:2], REPOSITORY):
-        if folder != REPOSITORY or (REPOSITORY / "pyproject.toml").is_file():  # else site-packages
-            yield folder / "data", "data/"
-    if medmnist.meant(dataset):
-        yield medmnist.home(), "~/.medmnist"
-
-
 def _present(dataset: str, data_dir: str | Path | None) -> Location | None:
     """A copy that is there: where the user said (else `DataNotFound`) or in a usual place."""
     source = source_of(dataset)
-    for told, origin in ((data_dir, "argument"), (os.environ.get("DLIA_DATA"), "DLIA_DATA")):
+    for told, what, origin in (
+        (data_dir, "data_dir", "argument"),
+        (os.environ.get("DLIA_DATA"), "the environment variable DLIA_DATA", "DLIA_DATA"),
+    ):
         if told:
             folder = Path(told).expanduser()
             if root := _descend(folder, source):
                 return _location(dataset, root, origin)
-            what = "data_dir" if origin == "argument" else "the environment variable DLIA_DATA"
-            raise DataNotFound(f"{what} = {told!r} {_why_not(dataset, folder)}")
-    for folder, origin in _usual_places(dataset):
+            raise DataNotFound(f"{what} = {told!r} {_why_not(dataset, folder, source)}")
+    slugs = [slug for slug in (source.handle.split("/")[-1], source.mount) if slug]
+    places = [(mount, "kaggle") for mount in mounts(slugs)]
+    above = [Path.cwd(), *list(Path.cwd().parents)[:2]]
+    above += [REPOSITORY] if (REPOSITORY / "pyproject.toml").is_file() else []  # not site-packages
+    places += [(folder / "data", "data/") for folder in above]
+    places += [(medmnist.home(), "~/.medmnist")] if medmnist.meant(dataset) else []
+    for folder, origin in places:
         if root := _descend(folder, source):
             return _location(dataset, root, origin)
-        if nearly := _nearly(dataset, folder):
+        if nearly := _nearly(folder, source):
             log.warning("%s looks like %s but is passed over: %s", folder, dataset, nearly)
     return None
 
 
-def _why_not(dataset: str, folder: Path) -> str:
+def _why_not(dataset: str, folder: Path, source: Source) -> str:
     """What is wrong with a folder that does not hold the data set, and what to do."""
-    source = source_of(dataset)
     wanted = "; or ".join(", ".join(tree).replace("|", " or ") for tree in source.trees)
     if not folder.is_dir():
         return f"is not a folder; name the folder that holds {dataset}'s {wanted}"
-    if nearly := _nearly(dataset, folder):
+    if nearly := _nearly(folder, source):
         return f"looks like {dataset} but is not complete: {nearly}"
     for parent in list(folder.resolve().parents)[:2]:
         if _is_root(parent, source):
@@ -264,16 +254,6 @@ def _why_not(dataset: str, folder: Path) -> str:
         "Correct the path, or leave it out to search the usual places. A folder of class folders "
         "works in notebooks 01, 04, 06, 07"
     )
-
-
-def _made(dataset: str) -> Location:
-    """A download, if asked for, else the phantom."""
-    if os.environ.get("DLIA_DOWNLOAD") == "1" and not on_kaggle():
-        if medmnist.meant(dataset):
-            return _location(dataset, medmnist.download(dataset), "medmnist")
-        return _location(dataset, _download(dataset), "kagglehub")
-    log.warning("no real %s data found: SYNTHETIC images are used (see data/README.md)", dataset)
-    return _location(dataset, _phantom(dataset), "phantom")
 
 
 def _download(dataset: str) -> Path:
@@ -291,17 +271,17 @@ def _download(dataset: str) -> Path:
 
 def _phantom(dataset: str) -> Path:
     """Write the phantom once: one left half-written is not used, two processes do not collide."""
-    folder = cache_root() / "phantom" / f"{dataset}-{phantom.VERSION}"
+    folder, source = cache_root() / "phantom" / f"{dataset}-{phantom.VERSION}", source_of(dataset)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
         if not (folder / phantom.MARKER).is_file():
             for left_over in folder.parent.glob(f"{folder.name}.part-*"):
                 shutil.rmtree(left_over)
             part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-            source_of(dataset).write_phantom(part)
+            source.write_phantom(part)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
-    return _descend(folder, source_of(dataset)) or folder
+    return _descend(folder, source) or folder
 
 
 def _location(dataset: str, root: Path, origin: str) -> Location:
@@ -313,10 +293,10 @@ def _location(dataset: str, root: Path, origin: str) -> Location:
 def _folders(top: Path) -> Iterator[Path]:
     """`top` and the folders below it, nearest first, down to `MAX_DEPTH`; junk folders left out."""
     level = [top] if top.is_dir() else []
-    for depth in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         yield from level
-        if depth < MAX_DEPTH:
-            level = [child for folder in level for child in _children(folder)]
+        level = [child for folder in level for child in _children(folder)]
+    yield from level
 
 
 def _children(folder: Path) -> list[Path]:
@@ -342,16 +322,12 @@ def _missing(folder: Path, tree: Sequence[str]) -> list[str]:
     return [one for one in tree if not any((folder / part).exists() for part in one.split("|"))]
 
 
-def _nearly(dataset: str, top: Path) -> str:
+def _nearly(top: Path, source: Source) -> str:
     """What the first folder lacks that has some of the data set; "" when there is none."""
-    for folder in _folders(top):
-        if medmnist.meant(dataset) and (smaller := medmnist.smaller(dataset, folder)):
-            return smaller
-        for tree in source_of(dataset).trees:
-            missing = _missing(folder, tree)
-            # A train/ and a test/ tell nothing: its first part must be there, or most of it.
-            if missing and (tree[0] not in missing or 2 * len(missing) < len(tree)):
-                return (
-                    f"{folder} has no {', '.join(missing).replace('|', ' or ')}; {readers.REPAIR}"
-                )
+    for folder, tree in itertools.product(_folders(top), source.trees):
+        missing = _missing(folder, tree)
+        # A train/ and a test/ tell nothing: its first part must be there, or most of it.
+        if missing and (tree[0] not in missing or 2 * len(missing) < len(tree)):
+            lacks = ", ".join(missing).replace("|", " or ")
+            return f"{folder} has no {lacks}; {readers.REPAIR}"
     return ""

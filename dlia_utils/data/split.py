@@ -42,16 +42,10 @@ def grouped(dataset: Dataset, *, val_share: float = 0.15, seed: int = 0) -> Data
     """
     if not 0 < val_share <= 0.5:
         raise ValueError(f"val_share is {val_share}; it must lie in (0, 0.5]")
-    pool = np.flatnonzero((dataset.manifest["split"] != "test").to_numpy())
-    parts = _parts(dataset, pool, seed=seed, needed=2)
-    chosen = min(max(round(val_share * len(parts)), 1), len(parts) - 1)
-    names = dataset.manifest["split"].to_numpy(dtype=object).copy()
-    names[pool] = "train"
-    names[pool[np.concatenate(parts[:chosen])]] = "val"
     given = dataset.split_rule.startswith("given by")
     test = f"test {dataset.split_rule}" if given else "official test"
     rule = f"{test}; val = {val_share:g} of train+val by patient, stratified, seed {seed}"
-    return replace(dataset, manifest=dataset.manifest.assign(split=names), split_rule=rule)
+    return _divided(dataset, rule, seed, val=val_share)
 
 
 def drawn(
@@ -60,16 +54,28 @@ def drawn(
     """Draw train, val and test anew: patients, shares and errors as for `grouped`."""
     if not (min(val_share, test_share) > 0 and val_share + test_share <= 0.5):
         raise ValueError("val_share and test_share must be positive, together at most 0.5")
-    parts = _parts(dataset, np.arange(len(dataset.manifest)), seed=seed, needed=3)
-    names = np.full(len(dataset.manifest), "train", dtype=object)
-    start = 0
-    for name, share in (("test", test_share), ("val", val_share)):
-        end = start + max(round(share * len(parts)), 1)
-        names[np.concatenate(parts[start:end])] = name
-        start = end
     rule = f"test = {test_share:g}, val = {val_share:g} of all, drawn by patient, stratified"
-    rule += f", seed {seed}"
-    return replace(dataset, manifest=dataset.manifest.assign(split=names), split_rule=rule)
+    return _divided(dataset, f"{rule}, seed {seed}", seed, test=test_share, val=val_share)
+
+
+def _divided(dataset: Dataset, rule: str, seed: int, **shares: float) -> Dataset:
+    """The images (without a share for "test" those of the test split stay) divided by patient."""
+    split = dataset.manifest["split"].to_numpy(dtype=object).copy()
+    pool = np.flatnonzero(split != "test") if "test" not in shares else np.arange(len(split))
+    manifest, units = dataset.manifest.iloc[pool], _units(dataset)[pool]
+    labels, needed = manifest["label"].to_numpy(), len(shares) + 1
+    fewest = pd.Series(units).groupby(labels).nunique().min()
+    if fewest < needed:
+        raise BadData(f"a class has fewer than {needed} patients: no split can be drawn")
+    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
+    target = strata if manifest.groupby(strata).size().min() >= FOLDS else labels
+    parts = deal(target, units, min(FOLDS, fewest), seed=seed)
+    split[pool], start = "train", 0
+    for name, share in shares.items():
+        end = start + max(round(share * len(parts)), 1)
+        split[pool[np.concatenate(parts[start:end])]] = name
+        start = end
+    return replace(dataset, manifest=dataset.manifest.assign(split=split), split_rule=rule)
 
 
 def folds(dataset: Dataset, *, n: int = 5, seed: int = 0) -> Dataset:
@@ -111,22 +117,10 @@ def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np
         return [part for _, part in StratifiedGroupKFold(n).split(units, target, units)]
 
 
-def _parts(dataset: Dataset, rows: np.ndarray, *, seed: int, needed: int) -> list[np.ndarray]:
-    """Positions in `rows` of up to `FOLDS` folds, stratified by class, and by frequent group."""
-    manifest, units = dataset.manifest.iloc[rows], _units(dataset)[rows]
-    labels = manifest["label"].to_numpy()
-    fewest = pd.Series(units).groupby(labels).nunique().min()
-    if fewest < needed:
-        raise BadData(f"a class has fewer than {needed} patients: no split can be drawn")
-    strata = (manifest["class_name"] + "/" + manifest["group"]).to_numpy()
-    target = strata if manifest.groupby(strata).size().min() >= FOLDS else labels
-    return deal(target, units, min(FOLDS, fewest), seed=seed)
-
-
 def _units(dataset: Dataset) -> np.ndarray:
     """An integer per row: rows linked by patient, identical bytes or look share it."""
     patients = pd.factorize(dataset.manifest["patient"])[0]
-    ties = [pd.factorize(byte_hashes(dataset))[0]]
+    ties = [pd.factorize(_contents(dataset))[0]]
     if "look" in dataset.manifest:
         ties.append(dataset.manifest["look"].to_numpy())
     nodes, ends = patients.max() + 1, []
@@ -167,14 +161,12 @@ def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
     return replace(dataset, manifest=dataset.manifest.assign(look=looks))
 
 
-def byte_hashes(dataset: Dataset) -> pd.Series:
+def _contents(dataset: Dataset) -> pd.Series:
     """An id of each image's bytes: sha1 where another file has the same length, else the path."""
     paths, ids = dataset.manifest["path"], dataset.manifest["path"].copy()
     if dataset.archive:
         pixels = medmnist.images(dataset.archive, paths)
-        return paths.map(
-            {path: hashlib.sha1(image.tobytes()).hexdigest() for path, image in pixels}
-        )
+        return paths.map({path: hashlib.sha1(one.tobytes()).hexdigest() for path, one in pixels})
     lengths = pd.Series([(dataset.root / path).stat().st_size for path in paths])
     doubtful = np.flatnonzero(lengths.duplicated(keep=False).to_numpy())
     for row in Bar(doubtful, desc="hashing files of equal length", delay=2):
@@ -201,15 +193,11 @@ def save(dataset: Dataset, path: str | Path) -> str:
 
 def load(dataset: Dataset, path: str | Path) -> Dataset:
     """Apply a split written by `save`; `BadData` when it was edited or is of other images."""
-    saved = files.read_json(path)
-    if odd := set(dataset.manifest["path"]) ^ set(saved["split"]):
+    saved, paths = files.read_json(path), dataset.manifest["path"]
+    if odd := set(paths) ^ set(saved["split"]):
         text = f"{path} is the split of other images: {len(odd)} differ, first {min(odd)}"
         raise BadData(f"{text}. Delete it to draw a new split.")
-    kept = {
-        name: dataset.manifest["path"].map(saved[name])
-        for name in ("split", "fold")
-        if name in saved
-    }
+    kept = {name: paths.map(saved[name]) for name in ("split", "fold") if name in saved}
     manifest = dataset.manifest.drop(columns="fold", errors="ignore").assign(**kept)
     loaded = replace(dataset, manifest=manifest, split_rule=saved["rule"])
     if split_hash(loaded) != saved["hash"]:
@@ -225,10 +213,10 @@ def audit(dataset: Dataset) -> pd.DataFrame:
     patients' groups differ (bacteria, virus), they are compared by number and kind too. Unlabelled
     images conflict with none.
     """
-    manifest = dataset.manifest.assign(content=byte_hashes(dataset).to_numpy())
+    manifest = dataset.manifest.assign(content=_contents(dataset).to_numpy())
     manifest["kind"] = manifest["patient"] + " " + manifest["group"]
-    several = manifest["group"].nunique() > 1
-    parts = {name: part for name, part in manifest.groupby("split") if name in SPLITS}
+    several, looks = manifest["group"].nunique() > 1, "look" in manifest
+    parts = dict(list(manifest.groupby("split")))
     parts = {name: parts[name] for name in SPLITS if name in parts}
     rows = []
 
@@ -236,32 +224,26 @@ def audit(dataset: Dataset) -> pd.DataFrame:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         rows.append((check, len(found), verdict if len(found) else "ok", shown))
 
-    for (one, left), (other, right) in itertools.combinations(parts.items(), 2):
-        where = f"in {one} and {other}"
-
-        def shared(
-            column: str, left: pd.DataFrame = left, right: pd.DataFrame = right
-        ) -> pd.DataFrame:
-            return left[left[column].isin(right[column])]
-
+    for one, other in itertools.combinations(parts, 2):
+        left, right, where = parts[one], parts[other], f"in {one} and {other}"
+        shared = {name: left[left[name].isin(right[name])] for name in left.columns}
         verdict = "warning" if other == "test" else "leak"
-        by_number = sorted(set(shared("patient")["patient"]))
-        add(f"patients {where}, by number", by_number, verdict)
+        add(f"patients {where}, by number", sorted(set(shared["patient"]["patient"])), verdict)
         if several:
-            by_kind = sorted(set(shared("kind")["kind"]))
-            add(f"patients {where}, by number and kind", by_kind, "leak")
-        add(f"identical files {where}", shared("content")["path"].tolist(), "leak")
-        if "look" in manifest:
-            add(f"near-duplicates {where}", shared("look")["path"].tolist(), "leak")
+            kinds = sorted(set(shared["kind"]["kind"]))
+            add(f"patients {where}, by number and kind", kinds, "leak")
+        add(f"identical files {where}", shared["content"]["path"].tolist(), "leak")
+        if looks:
+            add(f"near-duplicates {where}", shared["look"]["path"].tolist(), "leak")
     for name, part in parts.items():
         copies = part["path"][part.duplicated("content")].tolist()
         add(f"identical files within {name}", copies, "warning")
-    for column, what in (("content", "identical files"), ("look", "near-duplicates")):
-        if column in manifest:
-            labels = manifest[manifest["label"] >= 0].groupby(column)["label"].nunique()
-            odd = manifest["path"][manifest[column].isin(labels.index[labels > 1])].tolist()
-            verdict = "leak" if column == "content" else "warning"
-            add(f"{what} with different labels", odd, verdict)
+    checks = [("content", "identical files", "leak")]
+    checks += [("look", "near-duplicates", "warning")] * looks
+    for column, what, verdict in checks:
+        labels = manifest[manifest["label"] >= 0].groupby(column)["label"].nunique()
+        odd = manifest["path"][manifest[column].isin(labels.index[labels > 1])].tolist()
+        add(f"{what} with different labels", odd, verdict)
     return pd.DataFrame(rows, columns=["check", "count", "verdict", "detail"])
 
 

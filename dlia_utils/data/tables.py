@@ -15,12 +15,8 @@ COLUMNS = ("path", "label", "class_name", "patient", "group", "split")
 CORNERS = ["x1", "y1", "x2", "y2"]
 BOX_COLUMNS = ("image", *CORNERS, "label", "class_name")
 SHOWN = 20  # How many names an error message lists before it only counts.
-SLACK = (
-    1.0  # A box may stick out of its image by this many pixels: it is clipped. More is an error.
-)
+SLACK = 1.0  # A box may stick out of its image by this many pixels: it is clipped. More: an error.
 REPAIR = "unpack the whole archive again (see data/README.md)"
-JUNK = {"__MACOSX": "macOS archive junk (__MACOSX)", "._": "macOS resource fork (._*)"}
-JUNK["."] = "hidden file or folder"
 
 
 class DataNotFound(FileNotFoundError):
@@ -52,9 +48,10 @@ def junk_reason(path: PurePosixPath) -> str:
     if path.name.lower() in (".ds_store", "thumbs.db", "desktop.ini"):
         return "folder settings of the operating system"
     if "__MACOSX" in path.parts:
-        return JUNK["__MACOSX"]
-    hidden = any(part.startswith(".") for part in path.parts)
-    return JUNK["._"] if path.name.startswith("._") else JUNK["."] if hidden else ""
+        return "macOS archive junk (__MACOSX)"
+    if path.name.startswith("._"):
+        return "macOS resource fork (._*)"
+    return "hidden file or folder" if any(part.startswith(".") for part in path.parts) else ""
 
 
 def sort_files(
@@ -62,14 +59,12 @@ def sort_files(
 ) -> tuple[list[PurePosixPath], list[tuple[str, str]]]:
     """The images below `root`, sorted, for which `reason` is "", and (path, reason) of other files.
 
-    Links are followed, but never in a circle. Errors: `BadData` for a folder that cannot be read.
+    Links are followed, but never in a circle.
     """
     kept, ignored = [], []
 
     def failed(error: OSError) -> None:
-        raise BadData(
-            f"{error.filename} cannot be read ({error.strerror}). Fix: its access rights."
-        )
+        raise error  # a folder that cannot be read
 
     for folder, below, names in os.walk(root, followlinks=True, onerror=failed):
         above = Path(os.path.realpath(os.path.dirname(folder)))
@@ -84,8 +79,10 @@ def sort_files(
                 why = "not named like an image"
             if not why and not os.path.isfile(root / path):
                 why = "a link to nothing, or no file"
-            ignored += [(str(path), why)] if why else []
-            kept += [] if why else [path]
+            if why:
+                ignored.append((str(path), why))
+            else:
+                kept.append(path)
     return sorted(kept), ignored
 
 
@@ -123,28 +120,26 @@ def box_table(
     """
     sides = [shapes.get(name) or (np.inf, np.inf) for name in raw["name"]]
     height, width = np.array(sides, dtype=float).reshape(-1, 2).T
-    x1, y1, x2, y2 = raw[CORNERS].to_numpy(float).T
+    given = raw[CORNERS].to_numpy(float)
+    x1, y1, x2, y2 = given.T
     tests = {
         "names no image": raw["name"] == "",
         f"unknown label (known: {', '.join(classes)})": ~raw["class_name"].isin(classes),
-        "a coordinate is not a number": np.isnan(x1 + y1 + x2 + y2),
+        "a coordinate is not a number": np.isnan(given).any(1),
         "no width or no height; are these x, y, width, height?": (x2 <= x1) | (y2 <= y1),
         "a coordinate is negative": (x1 < -SLACK) | (y1 < -SLACK),
         "reaches out of its image": (x2 > width + SLACK) | (y2 > height + SLACK),
         "the same box stands above already": raw.duplicated(["name", "class_name", *CORNERS]),
     }
     wrong = np.select([np.asarray(test, bool) for test in tests.values()], list(tests), "")
-    corners = [", ".join(map("{:g}".format, row)) for row in raw[CORNERS].to_numpy(float)]
+    corners = [", ".join(map("{:g}".format, row)) for row in given]
     lines = raw["where"] + ": " + raw["name"] + " " + raw["class_name"] + " [" + corners + "]: "
     problems = (lines + wrong)[wrong != ""].tolist()
-    number = {name: k for k, name in enumerate(classes, 1)}
-    corners = np.stack([x1.clip(0), y1.clip(0), np.minimum(x2, width), np.minimum(y2, height)], 1)
-    boxes = raw.assign(
-        **dict(zip(CORNERS, corners.T, strict=True)), label=raw["class_name"].map(number)
-    )
-    boxes = boxes.assign(image=raw["name"].map(row_of))[
-        raw["name"].isin(list(row_of)) & (wrong == "")
-    ]
+    boxes = raw.assign(x1=x1.clip(0), y1=y1.clip(0))
+    boxes = boxes.assign(x2=np.minimum(x2, width), y2=np.minimum(y2, height))
+    boxes["image"] = raw["name"].map(row_of)
+    boxes["label"] = raw["class_name"].map({name: k for k, name in enumerate(classes, 1)})
+    boxes = boxes[boxes["image"].notna() & (wrong == "")]
     boxes = boxes.sort_values(["image", "label", *CORNERS], ignore_index=True)[list(BOX_COLUMNS)]
     return boxes.astype({"image": "int64", "label": "int64"}), problems
 

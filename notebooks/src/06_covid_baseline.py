@@ -364,8 +364,27 @@ table.round(3)
 # First, what each normalisation makes of a few validation images.
 
 # %%
+def normalisations(study):
+    """Four ways to normalise images [N,1,S,S] in [0,1], by statistics of the training images."""
+    mean, spread = explore.mean_and_spread(study.cache, study.rows("train"))
+    overall = float(mean.mean()), float(np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2))
+    place = torch.from_numpy(mean).float(), torch.from_numpy(spread).float()
+    least = 1 / 255  # a flat image or a border that is black in every image has no deviation
+
+    def sample(x):
+        deviation = x.std((1, 2, 3), keepdim=True, correction=0)
+        return (x - x.mean((1, 2, 3), keepdim=True)) / deviation.clamp(min=least)
+
+    return {
+        "fixed": lambda x: (x - 0.5) / 0.25,
+        "sample": sample,
+        "training": lambda x: (x - overall[0]) / max(overall[1], least),
+        "training, each pixel": lambda x: (x - place[0].to(x)) / place[1].to(x).clamp(min=least),
+    }
+
+
 study = open_study(run)
-strategies = explore.normalisations(study.cache, study.rows("train"))
+strategies = normalisations(study)
 sample = study.images(study.rows("val")[:16])
 made = {name: normalise(sample) for name, normalise in strategies.items()}
 pd.DataFrame(
@@ -458,8 +477,17 @@ names = ("flip", "rotation, shift, zoom", "brightness, contrast", "gamma", "soft
 steps = dict(zip(names, augment.train_transform(flip=1, blur=1).transforms, strict=True))
 for step in steps.values():
     step.p = 1  # in training some steps are left out at random
+lines = {name: augment.A.Compose([step]) for name, step in steps.items()}
+lines["combined"] = augment.A.Compose(list(steps.values()))
 image = np.array(study.cache.images[study.rows("train")[0]])
-figure = explore.figure_augmentations(image, steps, repeats=2, seed=run.seed)
+figure, axes = plots.panels(3, rows=len(lines), width=1.8, height=2.0)
+for line, (name, transform) in zip(axes, lines.items(), strict=True):
+    for draw, axis in enumerate(line):
+        if draw:
+            transform.set_random_seed(run.seed + draw - 1)
+        axis.imshow(transform(image=image)["image"] if draw else image, "gray", vmin=0, vmax=255)
+        axis.set_title(name if draw else "original", fontsize=8)
+        axis.axis("off")
 report.save_figure(figure, run, "augmentation")
 figure
 
