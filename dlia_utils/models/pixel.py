@@ -67,10 +67,9 @@ def check_pixels(x: Tensor) -> None:
     """Refuse images with values outside [0, 1] or NaN. Raises: ValueError."""
     low, high = (value.item() for value in x.detach().aminmax())
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-        raise ValueError(
-            f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
-            f"normalisation, the model owns its mean and std: {WRAPPING}"
-        )
+        span = f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]"
+        fix = f"pass pixels before normalisation, the model owns its mean and std: {WRAPPING}"
+        raise ValueError(f"{span}: {fix}")
 
 
 def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> PixelModel:
@@ -109,8 +108,8 @@ def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> 
 def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequence[str]) -> None:
     """Refuse, before any long work, a model that the suite would fail on, or be wrong about.
 
-    Two of the images [N, C, H, W] in [0, 1] are run through. classes: how many there are, or their
-    names. Raises: ValueError that names the fix.
+    Two of the images [N, C, H, W] in [0, 1] are run through; classes: number or names. Raises:
+    ValueError that names the fix.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
     >>> check_classifier(net, torch.rand(2, 1, 4, 4), classes=2)  # doctest: +ELLIPSIS
@@ -124,8 +123,8 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequenc
         with evaluating(model), torch.no_grad():
             output = model(images[:2].clone())
     except (RuntimeError, ValueError, AssertionError) as error:
-        reads, shape = first_channels(model), list(images.shape[1:])
-        hint = f"it reads {reads} channel(s), and {WRAPPING} repeats a grey one"
+        hint = f"it reads {first_channels(model)} channel(s), and {WRAPPING} repeats a grey one"
+        shape = list(images.shape[1:])
         raise ValueError(f"the model cannot read images {shape} ({hint}): {error}") from error
     classes = classes if isinstance(classes, int) else len(classes)
     if problem := _problem(output, len(images[:2]), classes):
@@ -155,9 +154,10 @@ def _problem(output: object, count: int, classes: int) -> str:
 
 
 class TwoLogits(nn.Module):
-    """`model` with one column per class: a scalar logit z becomes [-z, z]. Its input is copied.
+    """`model` with a column per class: one logit z becomes [-z, z]; half: [-z / 2, z / 2].
 
-    half: [-z / 2, z / 2], whose softmax gives class 1 the probability sigmoid(z).
+    The softmax of the latter gives class 1 the probability sigmoid(z). The input is copied, as a
+    first layer may work in place.
     """
 
     def __init__(self, model: nn.Module, *, half: bool = False) -> None:
@@ -165,7 +165,7 @@ class TwoLogits(nn.Module):
         self.model, self.half = model, half
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.model(x.clone())  # a first layer may work in place
+        output = self.model(x.clone())
         logits = two_logits(output)
         return logits / 2 if self.half and output.shape != logits.shape else logits
 
@@ -175,10 +175,8 @@ def two_logits(output: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim not in (1, 2):
         what = getattr(output, "shape", type(output).__name__)
         raise ValueError(f"the model must return logits [B,K], [B,1] or [B], not {what}")
-    if output.ndim == 1 or output.shape[1] == 1:
-        z = output.reshape(-1)
-        return torch.stack([-z, z], 1)
-    return output
+    z = output.reshape(-1)
+    return torch.stack([-z, z], 1) if output.ndim == 1 or output.shape[1] == 1 else output
 
 
 class Backbone(nn.Module):

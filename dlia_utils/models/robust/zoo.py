@@ -89,8 +89,8 @@ def create(
 
     pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, or
     "public", which downloads it. All but the head is loaded strictly; the head is the file's if it
-    has `num_classes`, else drawn from `seed`. width: of every channel count; public files have 1.
-    Raises: ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError.
+    has `num_classes`, else drawn. width: of every channel count; public files have 1. Raises:
+    ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError (download).
 
     >>> create("hat_wrn_34_10", width=1 / 16).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
@@ -109,10 +109,7 @@ def create(
 
 
 def download(name: str) -> Path:
-    """Fetch the public checkpoint of `name` into the suite's cache, once; returns its path.
-
-    Raises: RuntimeError when nothing could be fetched, with each reason.
-    """
+    """Fetch the public checkpoint of `name` into the suite's cache, once, or raise RuntimeError."""
     folder = cache_root() / "checkpoints"
     for kept in sorted(folder.glob(f"{name}*.pt")):
         return kept
@@ -128,10 +125,9 @@ def download(name: str) -> Path:
             return target
         except OSError as error:
             failures.append(f"{url} ({type(error).__name__}: {error})")
-    reasons = f"the checkpoint of {name} could not be downloaded; tried {'; '.join(failures)}"
-    advice = "Google Drive also refuses files that were fetched too often: wait, or use a browser"
-    fix = "switch the internet on, or pass the path of the file as pretrained="
-    raise RuntimeError(f"{reasons}: {fix} ({advice})")
+    fix = "switch the internet on, wait (Google Drive refuses files fetched too often), or pass the"
+    fix += " path of the file as pretrained="
+    raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
 
 
 def _load(model: FeatureModel, path: Path, name: str) -> str:
@@ -139,19 +135,13 @@ def _load(model: FeatureModel, path: Path, name: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: correct `pretrained=`, or use None")
     network, origin, size = model.backbone, path.name, path.stat().st_size / 1e6
-    head = [f"{network.HEAD}.weight", f"{network.HEAD}.bias"]
     state = _weights(path, model)
     if name == "gairat_wrn_28_10":  # whose file holds a block that is never run
-        kept = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-        if len(kept) == len(state):
-            raise ValueError(f"{origin} lacks the block sub_block1.*: another model's file")
-        state = kept
+        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+    head = [f"{network.HEAD}.weight", f"{network.HEAD}.bias"]
     from_file = load_strictly(network, state, origin=origin, head=head)
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{origin} holds NaN or infinite values: fetch it again")
-    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if all((norm.running_var == 1).all() for norm in norms):
-        raise ValueError(f"{origin}: every batch norm's variance is 1: weights never trained")
     entries, last = len(network.state_dict()) - 2, "from the file" if from_file else "drawn anew"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
