@@ -103,7 +103,6 @@ def test_trainable_stages_are_counted_from_the_end():
         ({"arch": "yolo"}, "unknown arch"),
         ({"roi_batches": 3}, r"unknown options \['roi_batches'\]"),
         ({"weights": "imagenet"}, "do not go with"),
-        ({"anchor_sizes": [(8,)]}, "3 levels"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):

@@ -23,9 +23,7 @@ RESNET50 = "fasterrcnn_resnet50_fpn_v2"
 LIGHT = "fasterrcnn_mobilenet_v3_large_320_fpn"
 MOBILENET_V2 = "fasterrcnn_mobilenet_v2_fpn"
 ARCHITECTURES = (RESNET50, LIGHT, MOBILENET_V2)
-COCO_CLASSES = 91
 STAGES = 5  # resolutions 1/2 to 1/32 of a backbone
-RATIOS = (0.5, 1.0, 2.0)
 OPTIONS = {  # ours -> torchvision's names, and the usual value
     "nms": ("box_nms_thresh", 0.3),  # class-wise IoU of the last suppression
     "score_floor": ("box_score_thresh", 0.001),  # mAP needs the low scores too
@@ -153,7 +151,7 @@ def scaled(model: Detector, scale: float) -> Iterator[Detector]:
 def _torchvision(arch, num_classes, anchor_sizes, weights, options) -> FasterRCNN:
     """A detector of torchvision's, always with plain batch norms, whatever the `weights`."""
     build = getattr(detection, arch)
-    rcnn = build(weights=None, weights_backbone=None, num_classes=COCO_CLASSES, **options)
+    rcnn = build(weights=None, weights_backbone=None, num_classes=91, **options)  # as in COCO
     if weights is not None:
         coco = torchvision.models.get_model_weights(arch).DEFAULT
         try:
@@ -165,15 +163,14 @@ def _torchvision(arch, num_classes, anchor_sizes, weights, options) -> FasterRCN
     features = rcnn.roi_heads.box_predictor.cls_score.in_features
     rcnn.roi_heads.box_predictor = FastRCNNPredictor(features, num_classes + 1)
     if anchor_sizes is not None:
-        levels, channels = len(rcnn.rpn.anchor_generator.sizes), rcnn.backbone.out_channels
-        rcnn.rpn.anchor_generator, rcnn.rpn.head = _anchors(anchor_sizes, levels, channels)
+        heads = _anchors(anchor_sizes, rcnn.backbone.out_channels)
+        rcnn.rpn.anchor_generator, rcnn.rpn.head = heads
     return rcnn
 
 
-def _anchors(sizes, levels: int, channels: int) -> tuple[AnchorGenerator, nn.Module]:
-    if len(sizes) != levels or len({len(level) for level in sizes}) != 1:
-        raise ValueError(f"anchor_sizes must give {levels} levels equally many sizes, got {sizes}")
-    generator = AnchorGenerator(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
+def _anchors(sizes, channels: int) -> tuple[AnchorGenerator, nn.Module]:
+    sizes = tuple(tuple(level) for level in sizes)
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return generator, detection.rpn.RPNHead(channels, generator.num_anchors_per_location()[0])
 
 
@@ -185,7 +182,7 @@ def _mobilenet_v2_fpn(num_classes, channels, width, anchor_sizes, weights, optio
     depths = [features[int(end)].conv[-1].num_features for end in ends]
     backbone = BackboneWithFPN(features, ends, depths, channels)
     sizes = anchor_sizes or tuple((4.0 * stride, 5.7 * stride) for stride in (4, 8, 16, 32, 64))
-    generator, head = _anchors(sizes, len(ends) + 1, channels)
+    generator, head = _anchors(sizes, channels)
     options = dict(rpn_anchor_generator=generator, rpn_head=head) | options
     return FasterRCNN(backbone, num_classes + 1, **options)
 
