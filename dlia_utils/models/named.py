@@ -29,9 +29,8 @@ def backbone(
     timm's. pretrained: with ImageNet weights and a last layer drawn from `seed`.
     Raises: ValueError for an unknown name; RuntimeError for weights that cannot be had.
 
-    >>> model = backbone("resnet18", num_classes=3).eval()
-    >>> model(torch.rand(2, 1, 64, 64)).shape, model.recipe["arch"]
-    (torch.Size([2, 3]), 'resnet18')
+    >>> backbone("resnet18", num_classes=3).backbone.fc.out_features
+    3
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, not {num_classes}")
