@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .device import device_of, evaluating, fingerprint
-from .models.lipschitz import quick_input_gradient
+from .models.lipschitz import QuickInputGradient
 
 Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
 
@@ -170,7 +170,7 @@ def _with_slope(model, x, y, ce, penalty, score, std=None):
     with torch.autocast(x.device.type, enabled=False):
         x = x.float() if std is None else x.float().expand(-1, std.shape[1], -1, -1)
         x = x.detach().requires_grad_()
-        with quick_input_gradient():
+        with QuickInputGradient():
             logits = model(x)
         (gradient,) = torch.autograd.grad(score(logits, y).sum(), x, create_graph=True)
         gradient = gradient if std is None else gradient * std

@@ -6,6 +6,7 @@ from torch import nn
 
 from dlia_utils import models
 from dlia_utils.device import fingerprint
+from dlia_utils.models import mobilenet_v2
 from dlia_utils.models.detector import (
     ARCHITECTURES,
     LIGHT,
@@ -102,9 +103,6 @@ def test_trainable_stages_are_counted_from_the_end():
         ({"arch": "yolo"}, "unknown arch"),
         ({"roi_batches": 3}, r"unknown options \['roi_batches'\]"),
         ({"weights": "imagenet"}, "do not go with"),
-        ({"arch": MOBILENET_V2, "weights": "coco"}, "do not go with"),
-        ({"anchor_sizes": [(8,)]}, "3 levels"),
-        ({"arch": MOBILENET_V2, "anchor_sizes": [(8,), (16, 20), (32,), (64,), (128,)]}, "equally"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):
@@ -115,7 +113,6 @@ def test_wrong_arguments_are_named(wrong, message):
 def test_own_anchors_replace_the_head():
     model = faster_rcnn(**SMALL, anchor_sizes=[(8, 12), (16, 24), (32, 48)])
     assert model.rcnn.rpn.anchor_generator.num_anchors_per_location() == [6, 6, 6]
-    assert model.eval()(torch.zeros(1, 1, 64, 64))
 
 
 def test_weights_depend_on_the_seed_and_leave_the_callers_randomness():
@@ -128,10 +125,7 @@ def test_weights_depend_on_the_seed_and_leave_the_callers_randomness():
 
 
 def test_pretrained_features_are_really_taken(tmp_path):
-    from torchvision.models import mobilenet_v2
-
-    torch.manual_seed(3)
-    state = mobilenet_v2().state_dict()
+    state = mobilenet_v2(seed=3).backbone.state_dict()
     features = {key: value for key, value in state.items() if not key.startswith("classifier")}
     torch.save(features, tmp_path / "features.pth")
     model = faster_rcnn(arch=MOBILENET_V2, **SMALL, weights=tmp_path / "features.pth")

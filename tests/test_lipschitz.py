@@ -8,9 +8,9 @@ from torch import nn
 
 from dlia_utils import models, objectives
 from dlia_utils.models.lipschitz import (
+    QuickInputGradient,
     compare_norms,
     operator_norm,
-    quick_input_gradient,
     spectral_like,
     spectral_normalize,
 )
@@ -152,7 +152,7 @@ def test_the_quick_second_derivative_is_torchs(stride):
         return torch.autograd.grad(out + gradient.square().sum(), [x, *model.parameters()])
 
     expected = gradients(model(x).square().sum())
-    with quick_input_gradient():
+    with QuickInputGradient():
         out = model(x).square().sum()
     for ours, torchs in zip(gradients(out), expected, strict=True):
         torch.testing.assert_close(ours, torchs)

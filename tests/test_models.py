@@ -1,11 +1,14 @@
-"""MobileNetV2 and its weights from files, and the suite's files, which load strictly or not."""
+"""Weights from files and downloads, and the suite's files, which load strictly or not at all."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cnn import equal
+from safetensors.torch import save_file
+from test_cnn import equal, randomised, tiny_resnet
 from torch import nn
 from torchvision.models import MobileNet_V2_Weights
-from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
 from dlia_utils import models
 from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
@@ -13,6 +16,31 @@ from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
 
 def small(**options):
     return models.mobilenet_v2(width=0.25, **options)
+
+
+def public_mobilenet(classes: int = 1000) -> dict:
+    return small(num_classes=classes, seed=11).backbone.state_dict()
+
+
+def public_resnet(classes: int = 1000) -> dict:
+    state = randomised(tiny_resnet(num_classes=classes, seed=7)).backbone.state_dict()
+    return {**state, "head.fc.weight": state["head.fc.weight"][:, :, None, None]}
+
+
+FAMILIES = {  # build, a public file, the variable that may name it, its head, another entry
+    "mobilenet": (small, public_mobilenet, "DLIA_WEIGHTS", "classifier.1", "features.0.0.weight"),
+    "resnet": (tiny_resnet, public_resnet, "DLIA_RESNETV2_WEIGHTS", "head.fc", "stem.conv.weight"),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def written(state: dict, tmp_path, suffix: str = "pth"):
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
 
 
 def test_a_grey_image_is_the_same_as_three_equal_channels_normalised_by_hand():
@@ -27,66 +55,67 @@ def test_a_grey_image_is_the_same_as_three_equal_channels_normalised_by_hand():
             model(torch.rand(shape))
 
 
-@pytest.fixture(scope="module")
-def published() -> dict:
-    """What a published file holds: 1000 classes, no normalisation buffers."""
-    torch.manual_seed(11)
-    return torchvision_mobilenet_v2(width_mult=0.25).state_dict()
-
-
-def written(state, tmp_path):
-    torch.save(state, tmp_path / "weights.pth")
-    return tmp_path / "weights.pth"
-
-
-@pytest.mark.parametrize("dropped", [(), ("bias",)])
-def test_a_file_gives_the_features_and_the_seed_gives_a_last_layer_that_does_not_fit(
-    published, tmp_path, caplog, dropped
+@every_family
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_gives_the_body_and_the_seed_a_head_that_does_not_fit(
+    family, suffix, tmp_path, monkeypatch, caplog
 ):
-    state = {k: v for k, v in published.items() if k.removeprefix("classifier.1.") not in dropped}
+    build, public, variable, head, _ = FAMILIES[family]
+    state = {key: value for key, value in public().items() if key != f"{head}.bias"}
+    monkeypatch.setenv(variable, str(written(state, tmp_path, suffix)))
     with caplog.at_level("INFO", "dlia_utils"):
-        model = small(weights=written(state, tmp_path))
-    backbone, fresh = model.backbone.state_dict(), small().backbone.state_dict()
-    kept = [key for key in backbone if key.startswith("features.")]
-    assert all(torch.equal(backbone[key], published[key]) for key in kept)
-    assert torch.equal(backbone["classifier.1.weight"], fresh["classifier.1.weight"])
-    assert "weights.pth" in caplog.text and str(tmp_path) not in caplog.text
+        own = build(weights="imagenet", seed=3).backbone.state_dict()
+    fresh = build(seed=3).backbone.state_dict()
+    for key, value in own.items():
+        assert torch.equal(value, (fresh if key.startswith(head) else state)[key])
+    assert f"weights.{suffix}" in caplog.text and str(tmp_path) not in caplog.text
 
 
-def test_a_file_that_does_not_fit_is_refused_with_the_keys(published, tmp_path):
-    name = "features.0.0.weight"
-    for state, message in [
-        ({key: value for key, value in published.items() if key != name}, f"missing {name}"),
-        ({**published, "extra": torch.zeros(1)}, "unknown extra"),
-        ({**published, name: torch.zeros(1, 2)}, f"{name}: \\(1, 2\\), expected"),
-        ({"state_dict": published}, "no plain state dict"),
+@every_family
+def test_a_head_that_fits_is_taken_and_what_does_not_fit_is_refused(family, tmp_path):
+    build, public, variable, head, name = FAMILIES[family]
+    state = public(classes=2)
+    taken = build(weights=written(state, tmp_path)).backbone.state_dict()
+    assert torch.equal(taken[f"{head}.weight"], state[f"{head}.weight"].flatten(1))
+    for wrong, message in [
+        ({key: value for key, value in state.items() if key != name}, f"missing {name}"),
+        ({**state, "extra": torch.zeros(1)}, "unknown extra"),
+        ({**state, name: torch.zeros(1, 2)}, rf"{name}: \(1, 2\), expected"),
+        ({"state_dict": state}, "no plain state dict"),
     ]:
         with pytest.raises(ValueError, match=message):
-            small(weights=written(state, tmp_path))
-    with pytest.raises(FileNotFoundError, match="DLIA_WEIGHTS"):
-        small(weights=tmp_path / "nowhere.pth")
+            build(weights=written(wrong, tmp_path))
+    with pytest.raises(FileNotFoundError, match=variable):
+        build(weights=tmp_path / "nowhere.pth")
 
 
-def test_imagenet_is_the_file_that_the_environment_names_or_a_download(
-    published, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("DLIA_WEIGHTS", str(written(published, tmp_path)))
-    taken = small(weights="imagenet").backbone.state_dict()["features.0.0.weight"]
-    assert torch.equal(taken, published["features.0.0.weight"])
-
+def test_without_a_file_imagenet_is_a_download(monkeypatch):
     def offline(*_, **__):
-        raise OSError("no route")
+        raise ConnectionError("no route")
 
-    monkeypatch.delenv("DLIA_WEIGHTS")
+    def create_model(name, *, pretrained):
+        assert (name, pretrained) == ("resnetv2_50.a1h_in1k", True)
+        return SimpleNamespace(state_dict=public_resnet)
+
+    for _, _, variable, _, _ in FAMILIES.values():
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(MobileNet_V2_Weights, "get_state_dict", offline)
     with pytest.raises(RuntimeError, match="weights=None"):
         small(weights="imagenet")
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    stem = tiny_resnet(weights="imagenet").backbone.stem.conv.weight
+    assert torch.equal(stem, public_resnet()["stem.conv.weight"])
+    for timm, message in [
+        (SimpleNamespace(create_model=offline), "ConnectionError.*internet.*DLIA_RESNETV2_WEIGHTS"),
+        (None, "pip install timm.*DLIA_RESNETV2_WEIGHTS.*weights=None"),  # not installed
+    ]:
+        monkeypatch.setitem(sys.modules, "timm", timm)
+        with pytest.raises(RuntimeError, match=message):
+            tiny_resnet(weights="imagenet")
 
 
 def test_a_saved_model_comes_back_bit_equal_with_its_recipe(tmp_path):
     model = small(num_classes=3, seed=2)
-    again = small(num_classes=3, weights=written(model.backbone.state_dict(), tmp_path))
-    assert equal(again.state_dict(), model.state_dict())  # a last layer that fits is taken
     loaded = models.load(models.save(model, tmp_path / "model.pt", meta={"epoch": 4}))
     assert loaded.recipe == model.recipe and not loaded.training
     assert equal(loaded.state_dict(), model.state_dict())
@@ -97,14 +126,12 @@ def test_a_saved_model_comes_back_bit_equal_with_its_recipe(tmp_path):
 
 def test_other_files_and_other_models_are_refused(tmp_path):
     path = models.save(nn.Linear(2, 2), tmp_path / "linear.pt", meta={})
-    plain = written(nn.Linear(2, 2).state_dict(), tmp_path)
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(path.read_bytes()[:-300])
     for file, build, message in [
         (path, None, "pass build="),
         (path, lambda: nn.Linear(2, 3), r"0 of 2 .*weight: \(2, 2\), expected \(3, 2\)"),
-        (path, lambda: nn.Linear(2, 2, bias=False), "unknown bias"),
-        (plain, None, "not written by models.save"),
+        (written(nn.Linear(2, 2).state_dict(), tmp_path), None, "not written by models.save"),
         (damaged, None, "damaged.pt is damaged .*delete it"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from test_cnn import equal, kept
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from dlia_utils import attacks, models
+from dlia_utils import models
 from dlia_utils.attacks import evaluate
 from dlia_utils.explain import drift, gradcam
 from dlia_utils.models.mobilenet import IMAGENET_MEAN, IMAGENET_STD
@@ -39,8 +39,6 @@ def homemade(channels=3, outputs=2):
 
 
 class Answers(nn.Module):
-    """A network that answers as it is told."""
-
     def __init__(self, forward):
         super().__init__()
         self.forward = forward
@@ -88,19 +86,16 @@ def test_grey_networks_are_not_given_three_channels_and_no_numbers_mean_no_chang
 def test_numbers_that_make_no_sense_are_refused_and_what_is_no_bare_network():
     for net, mean, std, message in [
         (homemade(), 0.5, None, "both mean and std"),
-        (homemade(), 0.5, [0.2, -0.1, 0.2], "std positive"),
         (homemade(), [123.7, 116.3, 103.5], [58.4, 57.1, 57.4], "0..255 scale. divide by 255"),
         (homemade(), [0.5, 0.5], 0.5, "one number or 3"),
         (models.cnn(), 0.5, 0.25, "already"),
     ]:
         refused(message, lambda net=net, m=mean, s=std: models.wrap(net, mean=m, std=s))
-    refused("not function", lambda: models.wrap(homemade), TypeError)
 
 
 def test_answers_that_are_not_a_row_of_logits_an_image_are_refused():
     for answer, message in [
         (lambda x: x.mean((1, 2, 3)), r"nn.Linear\(n, 2\).*models.TwoLogits"),
-        (lambda x: x.mean((2, 3)), r"nn.Linear\(n, 2\).*models.TwoLogits"),
         (lambda x: x.new_zeros(len(x), 1000), "1000 logits but .* 2 classes.*with_head"),
         (lambda x: x.new_full((len(x), 2), torch.nan), "NaN or infinite"),
         (lambda x: x.new_full((len(x), 2), 0.5), "take the softmax off"),
@@ -111,18 +106,14 @@ def test_answers_that_are_not_a_row_of_logits_an_image_are_refused():
         refused(message, lambda model=model: models.check_classifier(model, X, classes=2))
 
 
-def test_the_door_names_the_device_the_channels_and_the_normalisation():
+def test_the_door_names_the_channels_and_the_normalisation():
     net, x = homemade(), X[..., :32, :32]
-    for model, images, message in [
-        (net, x, r"reads 3 channel\(s\), and models.wrap"),
-        (models.wrap(net), X, "cannot read images .*mat1"),
-        (models.wrap(net), 4 * x - 2, r"before normalisation.*models.wrap\(net, mean=, std=\)"),
-        (net, (255 * x).byte(), "/ 255"),
+    for images, message in [
+        (x, r"reads 3 channel\(s\), and models.wrap"),
+        (4 * x - 2, r"before normalisation.*models.wrap\(net, mean=, std=\)"),
+        ((255 * x).byte(), "/ 255"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            models.check_classifier(model, images, classes=2)
-    message = r"models.wrap\(net, mean=, std=\)"
-    refused(message, lambda: attacks.fgsm(net.eval(), 4 * x - 2, Y, eps=1 / 255))
+        refused(message, lambda images=images: models.check_classifier(net, images, classes=2))
 
 
 def test_a_good_model_passes_and_stays_as_it_was_and_one_logit_becomes_two():
@@ -139,23 +130,16 @@ def test_a_good_model_passes_and_stays_as_it_was_and_one_logit_becomes_two():
     assert models.last_map_layer(two) == "backbone.model.5"
 
 
-def test_the_suites_own_networks_are_what_they_were():
-    for name in ("mobilenet_v2", "resnet50_v2"):
-        ours, theirs = models.backbone(name, seed=3), getattr(models, name)(seed=3)
-        assert ours.recipe == theirs.recipe and equal(kept(ours), kept(theirs))
-
-
 def test_pretrained_takes_torchvisions_weights_and_a_head_of_its_own(monkeypatch):
     published = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: published)
     model, again = (
         models.backbone("resnet18", num_classes=3, pretrained=True, seed=1) for _ in range(2)
     )
-    state = model.backbone.state_dict()
-    body = [key for key in state if not key.startswith("fc.")]
-    assert all(torch.equal(state[key], published[key]) for key in body)
-    assert state["fc.weight"].shape == (3, 512) and equal(kept(again), kept(model))
-    assert torch.equal(model.mean.flatten(), torch.tensor(IMAGENET_MEAN))
+    state = kept(model.backbone)
+    head = {key: state.pop(key) for key in ("fc.weight", "fc.bias")}
+    assert equal(state, {key: published[key] for key in state})
+    assert head["fc.weight"].shape == (3, 512) and equal(kept(again), kept(model))
 
     def offline(*_, **__):
         raise OSError("no route")
@@ -165,14 +149,11 @@ def test_pretrained_takes_torchvisions_weights_and_a_head_of_its_own(monkeypatch
     refused(message, lambda: models.backbone("resnet18", pretrained=True), RuntimeError)
 
 
-def test_unknown_names_are_refused_with_the_nearest_and_with_what_is_missing(monkeypatch):
+def test_timm_is_asked_for_what_torchvision_does_not_know(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "timm", None)
     refused("near: resnet18, .*timm.* not installed", lambda: models.backbone("ResNet-18"))
-    refused("num_classes", lambda: models.backbone("resnet18", num_classes=1))
     refused("pip install timm", lambda: models.create("timm", arch="resnet10t"), RuntimeError)
 
-
-def test_timm_is_asked_for_what_torchvision_does_not_know(monkeypatch, tmp_path):
     def create_model(name, *, pretrained, num_classes):
         if pretrained:
             raise LookupError("hub")
@@ -188,7 +169,6 @@ def test_timm_is_asked_for_what_torchvision_does_not_know(monkeypatch, tmp_path)
     assert equal(kept(again), kept(model)) and again.mean.flatten().tolist() == [0.5] * 3
     with pytest.raises(RuntimeError, match="timm could not .*LookupError"):
         models.backbone("tiny_net", pretrained=True)
-    refused("near: tiny_net$", lambda: models.backbone("tiny_ned"))
 
 
 def test_layers_are_found_and_the_model_stays_as_it_was(named):
@@ -252,15 +232,13 @@ def test_transformers_want_their_layer_named_and_what_has_no_head_is_refused():
     refused("0 to 0 blocks or 'all'", lambda: models.unfreeze(made, 1))
     softmax = models.wrap(nn.Sequential(homemade(), nn.Softmax(1)))
     refused("does not end in an nn.Linear.*softmax", lambda: models.with_head(softmax))
-    odd = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(5, 2))
-    refused("none of the sizes.*name the layer", lambda: models.last_map_layer(odd))
 
 
 def test_a_model_without_a_recipe_comes_back_through_the_function_that_builds_it(tmp_path):
     def build():
         return models.wrap(homemade(channels=1), **HALF)
 
-    for number, make in enumerate((homemade, build, lambda: models.with_head(build(), unfrozen=1))):
+    for number, make in enumerate((build, lambda: models.with_head(build(), unfrozen=1))):
         model = make().eval()
         nn.init.ones_(next(model.parameters()))
         path = models.save(model, tmp_path / f"{number}.pt", meta={})

@@ -10,10 +10,8 @@ from test_cnn import equal, kept
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dlia_utils import attacks, models, objectives, train
-from dlia_utils.explain import activations, gradcam
+from dlia_utils import models, objectives, train
 from dlia_utils.models import robust
-from dlia_utils.models.pixel import fast_copy
 
 SPARSE = "meansparse_wrn_94_16"
 WIDE = ("standard_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10", SPARSE)
@@ -123,18 +121,6 @@ def test_a_training_step_moves_the_head_and_the_last_blocks_that_were_unfrozen(n
     assert not equal(kept(body), before)
 
 
-@most_families
-def test_attacks_maps_and_the_folded_copy_work_on_a_frozen_model(name):
-    model = models.with_head(base(name), head="mlp", hidden=8).requires_grad_(False).eval()
-    before, y = kept(model), model(X).argmax(1)
-    torch.testing.assert_close(fast_copy(model)(X), model(X), rtol=1e-3, atol=1e-4)
-    found = attacks.pgd(model, X, y, eps=1 / 255, steps=4, loss="margin", stop_when_fooled=False)
-    other = torch.arange(len(X)), 1 - y
-    assert (model(found.x_adv) - model(X))[other].mean() > 0
-    assert gradcam(model, X, models.last_map_layer(model), target=1).maps.shape == (4, 32, 32)
-    assert equal(kept(model), before) and not any(p.requires_grad for p in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["cnn", "mobilenet_v2", "standard_wrn_28_10", "resnet50_v2"])
 def test_a_saved_model_comes_back_with_its_frozen_parts(name, tmp_path):
     options = dict(head="mlp", hidden=8, num_classes=3, dropout=0.2, unfrozen=1)
@@ -145,12 +131,6 @@ def test_a_saved_model_comes_back_with_its_frozen_parts(name, tmp_path):
     trains = {key for key, p in model.named_parameters() if p.requires_grad}
     assert {key for key, p in again.named_parameters() if p.requires_grad} == trains
     assert again.train().backbone.live == model.backbone.live != ()
-
-
-def test_a_robust_models_check_of_the_range_is_kept():
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        models.with_head(models.with_head(base("hat_wrn_34_10"))).eval()(2 * X)
-    models.with_head(base("cnn")).eval()(2 * X)  # as the cnn itself
 
 
 def test_the_head_comes_from_the_seed_and_replaces_an_old_one():
@@ -166,6 +146,10 @@ def test_the_head_comes_from_the_seed_and_replaces_an_old_one():
     assert second(X).shape == (4, 5) and torch.equal(second.features(X), first.features(X))
     assert not any(p.requires_grad for p in second.backbone.body.parameters())
     assert second.recipe["body"]["name"] == "hat_wrn_34_10" and first.recipe["unfrozen"] == 2
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):  # as the robust model itself
+        second(2 * X)
+    with pytest.raises(ValueError, match="0 to 15 blocks or 'all'"):
+        models.unfreeze(second, 16)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "cnn", SPARSE])
@@ -195,32 +179,6 @@ def test_a_head_trained_on_cached_features_is_the_models_head(tmp_path):
     train.fit(model.head, loss, features, features, run_dir=tmp_path, **options)
     assert (model.eval()(x).argmax(1) == y).float().mean() > 0.95
     assert equal(kept(model.backbone.body), body)
-
-
-def test_what_makes_no_sense_is_refused():
-    model = base("cnn")
-    for unfrozen in (4, "some"):
-        with pytest.raises(ValueError, match="0 to 3 blocks or 'all'"):
-            models.with_head(model, unfrozen=unfrozen)
-    with pytest.raises(ValueError, match="made by with_head"):
-        models.unfreeze(model, 1)
-
-
-# ------------------------------------------------------------------ bugs of the original TB study
-
-
-@pytest.mark.parametrize("name", WIDE[:3])
-def test_a_map_is_pooled_and_not_scrambled_as_in_the_original(name):
-    """It took a fixed window, then rows of C numbers in the order of the memory."""
-    model, x = models.with_head(base(name)).eval(), torch.rand(3, 1, 72, 72)
-    maps = activations(model, x, models.last_map_layer(model))
-    assert maps.shape[2:] == (18, 18)
-    torch.testing.assert_close(model(x), model.head(maps.mean((2, 3))))
-    wrong = model.head(F.avg_pool2d(maps, 8).view(-1, maps.shape[1]))
-    assert len(wrong) == 4 * len(x)
-    assert (wrong.view(3, 4, 2).mean(1) - model(x)).abs().max() > 0.02 * model(x).std()
-    maps = activations(model, X, models.last_map_layer(model))  # at 32 pixels the two agree
-    torch.testing.assert_close(model.head(F.avg_pool2d(maps, 8).flatten(1)), model(X))
 
 
 @pytest.mark.parametrize("name", ["standard_wrn_28_10", SPARSE])

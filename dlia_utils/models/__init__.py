@@ -19,9 +19,9 @@ from .mobilenet import mobilenet_v2
 from .named import backbone, build
 from .pixel import PixelModel, TwoLogits, check_classifier, load_strictly, wrap
 from .resnet import resnet18_cifar, resnet50_v2
-from .transfer import TransferModel, blocks, cached_features, last_map_layer, unfreeze, with_head
+from .transfer import blocks, cached_features, last_map_layer, unfreeze, with_head
 
-__all__ = ["PixelModel", "TransferModel", "TwoLogits", "backbone", "bake", "blocks", "cnn"]
+__all__ = ["PixelModel", "TwoLogits", "backbone", "bake", "blocks", "cnn"]
 __all__ += ["cached_features", "check_classifier", "compare_norms", "create", "last_map_layer"]
 __all__ += ["load", "load_strictly", "mobilenet_v2", "resnet18_cifar", "resnet50_v2", "save"]
 __all__ += ["spectral_normalize", "summary", "unfreeze", "with_head", "wrap"]
@@ -31,7 +31,7 @@ FORMAT = "dlia_utils model 1"
 log = logging.getLogger("dlia_utils")
 
 
-def _transfer(*, body: dict, **options) -> TransferModel:
+def _transfer(*, body: dict, **options) -> PixelModel:
     return with_head(create(**body), **options)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import traced
+from .layers import drawn, traced
 from .pixel import Backbone, PixelModel
 
 
@@ -67,40 +67,33 @@ def cnn(
     torch.Size([2, 2])
     """
     channels, mean, std = [int(c) for c in channels], float(mean), float(std)
-    if not channels or min(channels) < 1:
-        raise ValueError(f"channels must be at least 1, not {channels}")
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
-        torch.manual_seed(seed)
-        network = ConvNet(num_classes, channels, kernel, hidden, dropout, batch_norm)
+    network = drawn(seed, ConvNet, num_classes, channels, kernel, hidden, dropout, batch_norm)
     recipe = {"name": "cnn", "num_classes": num_classes, "channels": channels, "kernel": kernel}
     recipe |= {"hidden": hidden, "dropout": dropout, "batch_norm": batch_norm}
     return PixelModel(network, [mean] * 3, [std] * 3, recipe=recipe | {"mean": mean, "std": std})
 
 
-def summary(model: nn.Module, size: int | tuple[int, int]) -> pd.DataFrame:
+def summary(model: nn.Module, size: int) -> pd.DataFrame:
     """One row per layer in the order of a forward pass, and a row "total": the architecture.
 
-    size: side of a square image, or (height, width). Columns: layer, kind, output (shape for one
-    image), parameters, trainable (how many train). Shared parameters count once.
+    size: side of a square image. Columns: layer, kind, output (shape for one image), parameters,
+    trainable (how many train). Shared parameters count once.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> summary(net, 4)[["kind", "output", "parameters"]].values.tolist()[-2:]
     [['Linear', '[1, 2]', 18], ['total', '', 38]]
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    weights = next(model.parameters(), torch.zeros(1))
+    black = next(model.parameters(), torch.zeros(1)).new_zeros(1, 1, size, size)
     rows, counted = [], set()
-    for call in traced(model, weights.new_zeros(1, 1, height, width)).ended():
+
+    def add(layer: str, kind: str, output: str, weights: set) -> None:
+        learning = sum(p.numel() for p in weights if p.requires_grad)
+        rows.append((layer, kind, output, sum(p.numel() for p in weights), learning))
+
+    for call in traced(model, black).ended():
         if call.leaf:
             fresh = set(call.module.parameters()) - counted
             counted |= fresh
-            rows.append(
-                (call.name, type(call.module).__name__, str(list(call.shape)), *_sizes(fresh))
-            )
-    rows.append(("", "total", "", *_sizes(model.parameters())))
-    return pd.DataFrame(rows, columns=["layer", "kind", "output", "parameters", "trainable"])
-
-
-def _sizes(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    sizes = [(p.numel(), p.requires_grad) for p in parameters]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+            add(call.name, type(call.module).__name__, str(list(call.shape)), fresh)
+    add("", "total", "", set(model.parameters()))
+    return pd.DataFrame(rows, columns="layer kind output parameters trainable".split())

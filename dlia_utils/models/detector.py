@@ -7,27 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import detection
-from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
-from .mobilenet import STAGES, load_weights, read_weights
+from .layers import drawn
+from .mobilenet import load_weights, network
+from .pixel import load_strictly
 
 RESNET50 = "fasterrcnn_resnet50_fpn_v2"
 LIGHT = "fasterrcnn_mobilenet_v3_large_320_fpn"
 MOBILENET_V2 = "fasterrcnn_mobilenet_v2_fpn"
 ARCHITECTURES = (RESNET50, LIGHT, MOBILENET_V2)
-COCO_WEIGHTS = {
-    RESNET50: detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
-    LIGHT: detection.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1,
-}
-COCO_CLASSES = 91
-BACKBONE_STAGES = 5  # resolutions 1/2 to 1/32
-RATIOS = (0.5, 1.0, 2.0)
+STAGES = 5  # resolutions 1/2 to 1/32 of a backbone
 OPTIONS = {  # ours -> torchvision's names, and the usual value
     "nms": ("box_nms_thresh", 0.3),  # class-wise IoU of the last suppression
     "score_floor": ("box_score_thresh", 0.001),  # mAP needs the low scores too
@@ -43,9 +39,8 @@ class Detector(nn.Module):
 
     In training mode `model(images, targets)` gives the dict of losses, in eval mode
     `model(images)` one dict (boxes xyxy in pixels of the input, labels from 1, scores) per image.
-    `freeze_bn` keeps every batch normalisation at its running statistics: with four images a step
-    they would be noise. Errors: ValueError for floats outside [0, 1] (normalised already?) and for
-    labels below 1 (0 is the background: such a class could never be found).
+    freeze_bn: every batch norm keeps its running statistics, which few images a step would make
+    noise. Raises: ValueError for floats outside [0, 1] and for labels below 1, the background.
     """
 
     def __init__(
@@ -53,15 +48,14 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.rcnn, self.freeze_bn, self.recipe = rcnn, freeze_bn, recipe
-        self._norms = [layer for layer in rcnn.modules() if isinstance(layer, _BatchNorm)]
-        if freeze_bn:
-            for layer in self._norms:
-                layer.requires_grad_(False)
-            self.train(self.training)
+        self.frozen = [m for m in rcnn.modules() if isinstance(m, _BatchNorm) and freeze_bn]
+        for layer in self.frozen:
+            layer.requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Detector:
         super().train(mode)
-        for layer in self._norms if self.freeze_bn else []:
+        for layer in self.frozen:
             layer.eval()
         return self
 
@@ -78,10 +72,8 @@ class Detector(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         elif images.numel() and (images.amin() < 0 or images.amax() > 1):
-            raise ValueError(
-                f"images lie in [{images.min():.3g}, {images.max():.3g}], expected [0, 1]: the "
-                "detector normalises them itself, leave your own normalisation out"
-            )
+            span = f"images lie in [{images.min():.3g}, {images.max():.3g}], expected [0, 1]"
+            raise ValueError(f"{span}: the detector normalises them itself, leave yours out")
         return images.expand(-1, 3, -1, -1)
 
 
@@ -91,7 +83,7 @@ def faster_rcnn(
     num_classes: int,
     size: int,
     weights: str | Path | None = None,
-    trainable_layers: int = BACKBONE_STAGES,
+    trainable_layers: int = STAGES,
     freeze_bn: bool = False,
     anchor_sizes: Sequence[Sequence[float]] | None = None,
     channels: int = 128,
@@ -101,15 +93,12 @@ def faster_rcnn(
 ) -> Detector:
     """Faster R-CNN with an FPN (Ren et al. 2015, 1506.01497; Lin et al. 2017, 1612.03144).
 
-    num_classes counts findings, without the background. Every image is resized so that its sides
-    are at most `size`. weights: None (drawn from `seed`), "coco" (for the two torchvision
-    architectures), or, for the MobileNetV2 backbone, "imagenet" or a file as in
-    `models.mobilenet_v2`; the class head is always new. The last `trainable_layers` of the
-    backbone's 5 resolution stages learn. anchor_sizes, one tuple per pyramid level, replaces the
-    anchors and draws the region proposal head anew. channels and width belong to the MobileNetV2
-    backbone. options: of `OPTIONS`, what is suppressed (`nms`, `score_floor`, `detections`) and
-    what it costs (proposals `rpn_pre_nms`, `rpn_post_nms`, regions an image `roi_batch`). Raises:
-    ValueError (arguments), RuntimeError (weights without internet), FileNotFoundError.
+    num_classes: without the background. size: the longest side to which every image is resized.
+    weights: None (drawn from `seed`), "coco" (torchvision's two), or, for the MobileNetV2 backbone,
+    "imagenet" or a file; the class head is always new. The last `trainable_layers` of the
+    backbone's 5 resolution stages learn. anchor_sizes: a tuple per pyramid level. channels, width:
+    of the MobileNetV2 backbone. options: see `OPTIONS`. Raises: ValueError (arguments),
+    RuntimeError (weights without internet), FileNotFoundError.
 
     >>> model = faster_rcnn(num_classes=8, size=64, rpn_post_nms=20).eval()
     >>> sorted(model(torch.zeros(1, 1, 64, 64))[0])
@@ -129,13 +118,12 @@ def faster_rcnn(
     for name, (theirs, usual) in OPTIONS.items():
         recipe[name] = options.get(name, usual)
         chosen |= dict.fromkeys(theirs.split(), recipe[name])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if arch == MOBILENET_V2:
-            rcnn = _mobilenet_v2_fpn(num_classes, channels, width, anchor_sizes, weights, chosen)
-        else:
-            rcnn = _torchvision(arch, num_classes, anchor_sizes, weights, chosen)
-    _freeze_stages(rcnn.backbone.body, BACKBONE_STAGES - trainable_layers)
+    if arch == MOBILENET_V2:
+        sides = channels, width
+        rcnn = drawn(seed, _mobilenet_v2_fpn, num_classes, *sides, anchor_sizes, weights, chosen)
+    else:
+        rcnn = drawn(seed, _torchvision, arch, num_classes, anchor_sizes, weights, chosen)
+    _freeze_stages(rcnn.backbone.body, STAGES - trainable_layers)
     return Detector(rcnn, freeze_bn=freeze_bn, recipe=recipe)
 
 
@@ -143,8 +131,7 @@ def faster_rcnn(
 def scaled(model: Detector, scale: float) -> Iterator[Detector]:
     """The detector looking at its images `scale` times as large; boxes stay in input pixels.
 
-    Only here another scale really reaches the network: an image resized beforehand is resized back
-    by the model's own transform.
+    An image resized beforehand would be resized back by the model's own transform.
 
     >>> model = faster_rcnn(num_classes=1, size=100)
     >>> with scaled(model, 0.9):
@@ -161,61 +148,43 @@ def scaled(model: Detector, scale: float) -> Iterator[Detector]:
         transform.min_size, transform.max_size = kept
 
 
-# -------------------------------------------------------------------- parts
-
-
 def _torchvision(arch, num_classes, anchor_sizes, weights, options) -> FasterRCNN:
     """A detector of torchvision's, always with plain batch norms, whatever the `weights`."""
     build = getattr(detection, arch)
-    rcnn = build(weights=None, weights_backbone=None, num_classes=COCO_CLASSES, **options)
+    rcnn = build(weights=None, weights_backbone=None, num_classes=91, **options)  # as in COCO
     if weights is not None:
-        _load_coco(rcnn, COCO_WEIGHTS[arch])
+        coco = torchvision.models.get_model_weights(arch).DEFAULT
+        try:
+            state = coco.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            fix = "switch the internet on, or train from scratch with weights=None"
+            raise RuntimeError(f"the COCO weights could not be downloaded: {fix}") from error
+        load_strictly(rcnn, state, origin="the file of COCO weights")
     features = rcnn.roi_heads.box_predictor.cls_score.in_features
     rcnn.roi_heads.box_predictor = FastRCNNPredictor(features, num_classes + 1)
     if anchor_sizes is not None:
-        levels, channels = len(rcnn.rpn.anchor_generator.sizes), rcnn.backbone.out_channels
-        rcnn.rpn.anchor_generator, rcnn.rpn.head = _anchors(anchor_sizes, levels, channels)
+        heads = _anchors(anchor_sizes, rcnn.backbone.out_channels)
+        rcnn.rpn.anchor_generator, rcnn.rpn.head = heads
     return rcnn
 
 
-def _load_coco(rcnn: FasterRCNN, weights) -> None:
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise RuntimeError(
-            "the COCO weights could not be downloaded: switch the internet on, attach them under "
-            "torch's hub folder, or train from scratch with weights=None"
-        ) from error
-    missing, unknown = rcnn.load_state_dict(state, strict=False)
-    # The light detector's weights were trained with frozen batch norms, which do not count batches.
-    wrong = [key for key in missing if not key.endswith("num_batches_tracked")] + list(unknown)
-    if wrong:
-        raise ValueError(f"the COCO weights do not fit this torchvision: {', '.join(wrong[:10])}")
-
-
-def _anchors(sizes, levels: int, channels: int) -> tuple[AnchorGenerator, nn.Module]:
-    if len(sizes) != levels or len({len(level) for level in sizes}) != 1:
-        raise ValueError(f"anchor_sizes must give {levels} levels equally many sizes, got {sizes}")
-    generator = AnchorGenerator(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
+def _anchors(sizes, channels: int) -> tuple[AnchorGenerator, nn.Module]:
+    sizes = tuple(tuple(level) for level in sizes)
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return generator, detection.rpn.RPNHead(channels, generator.num_anchors_per_location()[0])
 
 
 def _mobilenet_v2_fpn(num_classes, channels, width, anchor_sizes, weights, options) -> FasterRCNN:
     """MobileNetV2 with pyramid levels at strides 4 to 64; two anchor sizes per level by default."""
-    stages = [list(stage) for stage in STAGES]
-    network = torchvision_mobilenet_v2(
-        num_classes=2, width_mult=width, inverted_residual_setting=stages
-    )
-    if weights is not None:
-        load_weights(network, *read_weights(weights))
-    features = network.features[:-1]  # the last 1x1 convolution serves the classifier
+    # The last 1x1 convolution serves the classifier.
+    features = load_weights(network(2, width), weights).features[:-1]
     ends = {"3": "0", "6": "1", "13": "2", "17": "3"}
     depths = [features[int(end)].conv[-1].num_features for end in ends]
     backbone = BackboneWithFPN(features, ends, depths, channels)
     sizes = anchor_sizes or tuple((4.0 * stride, 5.7 * stride) for stride in (4, 8, 16, 32, 64))
-    generator, head = _anchors(sizes, len(ends) + 1, channels)
-    heads = dict(rpn_anchor_generator=generator, rpn_head=head)
-    return FasterRCNN(backbone, num_classes + 1, **heads, **options)
+    generator, head = _anchors(sizes, channels)
+    options = dict(rpn_anchor_generator=generator, rpn_head=head) | options
+    return FasterRCNN(backbone, num_classes + 1, **options)
 
 
 def _freeze_stages(body: nn.Module, frozen: int) -> None:

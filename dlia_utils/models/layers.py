@@ -1,9 +1,9 @@
-"""Layers of an unknown network, found by one forward pass, which leaves it as it was."""
+"""Layers drawn from a seed, and those of an unknown network, found by one forward pass."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,37 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d,
 ADVICE = "name the layer of the maps yourself (named_modules() has the names)"
 
 
-@dataclass
+def drawn(seed: int, make: Callable, *args, **options):
+    """What `make` builds with random weights from `seed`; the caller's random stream stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(*args, **options)
+
+
+def first_channels(network: nn.Module) -> int | None:
+    """Channels that the first convolution reads; None for a network without any."""
+    found = (module for module in network.modules() if isinstance(module, nn.Conv2d))
+    return next((module.in_channels for module in found), None)
+
+
 class Call:
-    """One run of a module: its dotted name, itself, the runs inside it, what it returned."""
+    """One run of a module: its name, itself, its inputs and output, the runs inside it.
 
-    name: str
-    module: nn.Module
-    inner: list[Call] = field(default_factory=list)
-    output: object = None
+    map: it returned [1, C, h, h], h > 1: of a square image, so that channels last does not pass for
+    one. tokens: it has weights and returned vectors [1, N, C] or channels last [1, h, w, C], what a
+    transformer passes on.
+    """
 
-    @property
-    def leaf(self) -> bool:
-        return not any(self.module.children())
+    def __init__(self, name: str, module: nn.Module, inputs: tuple) -> None:
+        self.name, self.module, self.inputs = name, module, inputs
+        self.inner: list[Call] = []
+        self.leaf = not any(module.children())
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.output.shape) if isinstance(self.output, Tensor) else ()
-
-    @property
-    def map(self) -> bool:
-        """[1, C, h, h], h > 1: of a square image, so that channels last does not pass for one."""
-        return len(self.shape) == 4 and self.shape[0] == 1 and self.shape[2] == self.shape[3] > 1
-
-    @property
-    def tokens(self) -> bool:
-        """Vectors [1, N, C], or channels last [1, h, w, C]: what a transformer passes on."""
-        trained = any(True for _ in self.module.parameters())
-        return trained and len(self.shape) > 2 and not self.map and self.shape[2:] != (1, 1)
+    def end(self, output: object) -> None:
+        self.output, trained = output, any(True for _ in self.module.parameters())
+        self.shape = shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+        self.map = len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] > 1
+        self.tokens = trained and len(shape) > 2 and not self.map and shape[2:] != (1, 1)
 
     def begun(self) -> list[Call]:
         """All runs in the order in which they began."""
@@ -54,10 +58,27 @@ class Call:
         return [*(call for part in self.inner for call in part.ended()), self]
 
 
-def first_channels(network: nn.Module) -> int | None:
-    """Channels that the first convolution reads; None for a network without any."""
-    found = (module for module in network.modules() if isinstance(module, nn.Conv2d))
-    return next((module.in_channels for module in found), None)
+def traced(network: nn.Module, x: Tensor) -> Call:
+    """Run `network` in eval mode on `x`, note every module's run and leave it as it was."""
+    running, names = [Call("", nn.Identity(), ())], {m: name for name, m in network.named_modules()}
+
+    def enter(module: nn.Module, inputs: tuple) -> None:
+        call = Call(names[module], module, inputs)
+        running[-1].inner.append(call)
+        running.append(call)
+
+    def leave(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        running.pop().end(output)
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
+    try:
+        with evaluating(network), torch.no_grad():
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return running[0].inner[0]
 
 
 def trace(network: nn.Module, channels: int | None = None) -> Call:
@@ -69,33 +90,8 @@ def trace(network: nn.Module, channels: int | None = None) -> Call:
             return traced(network, weights.new_zeros(1, channels, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             failed = error
-    raise ValueError(
-        f"{type(network).__name__} takes none of the sizes {SIZES}: {ADVICE}"
-    ) from failed
-
-
-def traced(network: nn.Module, x: Tensor) -> Call:
-    """Run `network` in eval mode on `x` and note every module's run."""
-    running = [Call("", nn.Identity())]
-    names = {module: name for name, module in network.named_modules()}
-
-    def enter(module: nn.Module, _inputs: tuple) -> None:
-        call = Call(names[module], module)
-        running[-1].inner.append(call)
-        running.append(call)
-
-    def leave(_module: nn.Module, _inputs: tuple, output: object) -> None:
-        running.pop().output = output
-
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
-    try:
-        with evaluating(network), torch.no_grad():
-            network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return running[0].inner[0]
+    kind = type(network).__name__
+    raise ValueError(f"{kind} takes none of the sizes {SIZES}: {ADVICE}") from failed
 
 
 def block_names(root: Call) -> list[str]:
@@ -118,8 +114,7 @@ def block_names(root: Call) -> list[str]:
             parts = split(child) if chain or not child.map else [child]
             single = child.map and len(parts) < 2 and all(part.leaf for part in parts)
             found += [child] if single else parts
-        convolutions = [c for c in children if c.map and isinstance(c.module, nn.Conv2d)]
-        return found or convolutions
+        return found or [c for c in children if c.map and isinstance(c.module, nn.Conv2d)]
 
     blocks = split(root)
     while len(blocks) == 1 and len(parts := split(blocks[0])) > 1:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
 
 from ..device import evaluating
+from .layers import drawn, traced
 
 LINEAR = nn.Conv2d | nn.Linear
 V = ".parametrizations.weight.0.v"
-TINY = 1e-12
 
 
 def spectral_normalize(
@@ -40,53 +44,64 @@ def spectral_normalize(
     layers = [module for module in model.modules() if isinstance(module, LINEAR)]
     if any(parametrize.is_parametrized(layer) for layer in layers):
         raise ValueError("the model is already spectrally normalised")
-    if kind == "operator":
-        for layer, shape in _input_shapes(model, input_shape).items():
-            start = _start(shape, layer.weight)
-            _register(layer, _iterate(start, layer.weight, _geometry(layer), 100))
+    if kind == "kernel":
+        drawn(0, lambda: [spectral_norm(layer) for layer in layers])
         return model
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
-        torch.manual_seed(0)
-        for layer in layers:
-            spectral_norm(layer)
+    for name, shape in _input_shapes(model, input_shape).items():
+        layer, generator = model.get_submodule(name), torch.Generator().manual_seed(0)
+        part = OperatorNorm(layer, torch.randn((1, *shape), generator=generator))
+        part.iterate(layer.weight, 100)
+        # Without `unsafe` the weight would be read, and one more iteration made, to compare shapes.
+        parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     return model
 
 
 def spectral_like(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Parametrise a plain model, in place, as the model was whose state dict is `state`."""
     operators = [key.removesuffix(V) for key in state if key.endswith(V)]
-    for name in operators:
-        _register(model.get_submodule(name), state[name + V].clone())
+    for layer, v in [(model.get_submodule(name), state[name + V]) for name in operators]:
+        part = OperatorNorm(layer, v.clone())
+        parametrize.register_parametrization(layer, "weight", part, unsafe=True)
     kernels = not operators and any(".parametrizations." in key for key in state)
     return spectral_normalize(model) if kernels else model
 
 
 class OperatorNorm(nn.Module):
-    """The parametrisation: weight -> weight scaled so that no group's norm is above the bound."""
+    """The parametrisation: weight -> weight scaled so that no group's norm is above the bound.
 
-    def __init__(self, v: Tensor, geometry: list) -> None:
+    v: an input [1, C, H, W] of the layer, about that which each group stretches most.
+    """
+
+    def __init__(self, layer: LINEAR, v: Tensor) -> None:
         super().__init__()
-        self.register_buffer("v", v)
-        self.register_buffer("bound", torch.tensor(1.0, device=v.device))
-        self.geometry = geometry
+        self.register_buffer("v", v.to(layer.weight))
+        self.register_buffer("bound", torch.tensor(1.0, device=self.v.device))
+        self.geometry = _geometry(layer)
+        self.train(layer.training)
+
+    def unit(self, v: Tensor) -> Tensor:
+        rows = v.reshape(self.geometry["groups"], -1)
+        return (rows / rows.norm(dim=1).clamp_min(1e-12)[:, None]).view(v.shape)
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor, times: int) -> None:
+        """Power iteration on the transposed operator times the operator."""
+        v = self.unit(self.v)
+        for _ in range(times):
+            v = self.unit(_gram(v, weight, self.geometry))
+        self.v.copy_(v)
 
     def forward(self, weight: Tensor) -> Tensor:
-        groups = self.geometry[3]
+        groups = self.geometry["groups"]
         # A norm of half-precision sums would be off by more than what it bounds.
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
-                self.v.copy_(_iterate(self.v, weight, self.geometry, 1))
+                self.iterate(weight, 1)
             # Again, as an averaged model's v is a mean of unit vectors; and a copy, as the next
             # reading of the weight changes the buffer before this one is differentiated.
-            out = _convolve(_unit(self.v, groups), weight, self.geometry)
+            out = F.conv2d(self.unit(self.v), _kernel(weight), **self.geometry)
             scale = self.bound / out.reshape(groups, -1).norm(dim=1).maximum(self.bound)
         return (weight.reshape(groups, -1) * scale[:, None]).view_as(weight)
-
-
-def _register(layer: LINEAR, v: Tensor) -> None:
-    part = OperatorNorm(v.to(layer.weight), _geometry(layer)).train(layer.training)
-    # Without `unsafe` the weight would be read, and one more iteration made, to compare shapes.
-    parametrize.register_parametrization(layer, "weight", part, unsafe=True)
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -106,36 +121,23 @@ def bake(model: nn.Module) -> nn.Module:
 def operator_norm(layer: LINEAR, input_shape: Sequence[int]) -> float:
     """Largest singular value of a layer as a linear map of inputs (C, H, W), without its bias.
 
-    Exact for matrices (Linear, 1 x 1 without padding), else the largest in the span of 50 iterates
-    of the convolution and its transpose (Lanczos 1950, J. Res. NBS 45), from below.
-
     >>> blur = nn.Conv2d(1, 1, 3, padding=1, bias=False)
     >>> _ = nn.init.constant_(blur.weight, 1 / 9)
     >>> 0.9 < operator_norm(blur, (1, 16, 16)) < 1.0
     True
     """
-    geometry, weight = _geometry(layer), layer.weight.float()
-    groups = geometry[3]
-    if weight.ndim == 2 or (weight.shape[2:] == (1, 1) and geometry[1] == [0, 0]):
-        matrices = weight.reshape(groups, -1, weight.shape[1])
+    geometry, weight, size = _geometry(layer), layer.weight.float(), math.prod(input_shape)
+    if weight.ndim == 2 or (weight.shape[2:] == (1, 1) and layer.padding == (0, 0)):
+        matrices = weight.reshape(geometry["groups"], -1, weight.shape[1])
         return torch.linalg.matrix_norm(matrices, ord=2).max().item()
-    v = _start(input_shape, weight)
-    v, shape = _unit(v, groups).reshape(groups, -1), v.shape
-    before, link, squares, links = torch.zeros_like(v), v.new_zeros(groups), [], []
-    # Without orthogonalisation against all former vectors: rounding only repeats values found.
-    for _ in range(50):
-        back = _transpose_times(v.view(shape), weight, geometry).reshape(groups, -1)
-        squares.append((back * v).sum(1))
-        back = back - squares[-1][:, None] * v - link[:, None] * before
-        link = back.norm(dim=1)
-        # Where the span is complete nothing but rounding is left.
-        link = torch.where(link > 1e-5 * squares[0], link, 0.0)
-        links.append(link)
-        before, v = v, torch.where(link[:, None] > 0, back / link[:, None].clamp_min(TINY), 0.0)
-    # The operator in the basis of the iterates: tridiagonal; eigvalsh reads the lower half.
-    small = torch.diag_embed(torch.stack(squares, 1))
-    small = small + torch.diag_embed(torch.stack(links[:-1], 1), offset=-1)
-    return torch.linalg.eigvalsh(small)[:, -1].clamp_min(0).sqrt().max().item()
+
+    def gram(v) -> Any:
+        v = torch.as_tensor(v, dtype=weight.dtype, device=weight.device).view(1, *input_shape)
+        return _gram(v, weight, geometry).flatten().cpu().numpy()
+
+    operator = LinearOperator((size, size), matvec=gram, dtype="float32")
+    start = np.random.default_rng(0).standard_normal(size, dtype="float32")
+    return math.sqrt(eigsh(operator, 1, v0=start, tol=1e-4, return_eigenvectors=False)[0])
 
 
 def compare_norms(model: nn.Module, input_shape: Sequence[int]) -> pd.DataFrame:
@@ -148,82 +150,45 @@ def compare_norms(model: nn.Module, input_shape: Sequence[int]) -> pd.DataFrame:
     >>> compare_norms(net, (1, 4, 4)).kind.tolist()
     ['Conv2d', 'Linear']
     """
-    rows, names = [], {layer: name for name, layer in model.named_modules()}
+    rows = []
     with evaluating(model):
-        for layer, shape in _input_shapes(model, input_shape).items():
+        for name, shape in _input_shapes(model, input_shape).items():
+            layer = model.get_submodule(name)
             matrix = layer.weight.detach().float().flatten(1)
             norms = torch.linalg.matrix_norm(matrix, ord=2).item(), operator_norm(layer, shape)
-            rows.append((names[layer], type(layer).__name__, *norms))
+            rows.append((name, type(layer).__name__, *norms))
     table = pd.DataFrame(rows, columns=["layer", "kind", "reshaped_norm", "operator_norm"])
     return table.assign(ratio=table.operator_norm / table.reshaped_norm)
 
 
-def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[nn.Module, tuple]:
+def _input_shapes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, tuple]:
     """What shape, without the batch, each Conv2d and Linear sees; the largest of several runs."""
-    layers, shapes = [module for module in model.modules() if isinstance(module, LINEAR)], {}
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen = tuple(inputs[0].shape[1:]) if inputs[0].ndim == 4 else (layer.in_features, 1, 1)
-        shapes[layer] = max(shapes.get(layer, (0,)), seen, key=math.prod)
-
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, *input_shape, device=layers[0].weight.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer: shapes[layer] for layer in layers if layer in shapes}
+    shapes: dict[str, tuple] = {}
+    for call in traced(model, next(model.parameters()).new_zeros(1, *input_shape)).begun():
+        if isinstance(call.module, LINEAR):
+            x = call.inputs[0]
+            seen = tuple(x.shape[1:]) if x.ndim == 4 else (x.shape[-1], 1, 1)
+            shapes[call.name] = max(shapes.get(call.name, (0,)), seen, key=math.prod)
+    return {name: shapes[name] for name, _ in model.named_modules() if name in shapes}
 
 
-# A geometry is [stride, padding, dilation, groups]; a linear layer is a 1 x 1 convolution; a vector
-# is one map [1, C, H, W], normalised group by group.
-
-
-def _geometry(layer: LINEAR) -> list:
+def _geometry(layer: LINEAR) -> dict[str, Any]:
+    """How `F.conv2d` applies a layer; a linear one is a 1 x 1 convolution."""
     if isinstance(layer, nn.Linear):
-        return [[1, 1], [0, 0], [1, 1], 1]
+        return dict(stride=1, padding=0, dilation=1, groups=1)
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise ValueError("norms are known for a number of zeros as padding; use F.pad before")
-    return [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+    return {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
 
 
-def _start(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A random input, drawn on the CPU: the same on every device."""
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).to(like.device)
+def _kernel(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 4 else weight[:, :, None, None]
 
 
-def _unit(v: Tensor, groups: int) -> Tensor:
-    rows = v.reshape(groups, -1)
-    return (rows / rows.norm(dim=1).clamp_min(TINY)[:, None]).view(v.shape)
-
-
-@torch.no_grad()
-def _iterate(v: Tensor, weight: Tensor, geometry: list, iterations: int) -> Tensor:
-    """Power iteration on the transposed operator times the operator."""
-    v = _unit(v, geometry[3])
-    for _ in range(iterations):
-        v = _unit(_transpose_times(v, weight, geometry), geometry[3])
-    return v
-
-
-def _convolve(v: Tensor, weight: Tensor, geometry: list) -> Tensor:
-    kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
-    stride, padding, dilation, groups = geometry
-    # By name, so that `quick_input_gradient` leaves it alone: here the weight is differentiated.
-    return F.conv2d(v, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)
-
-
-def _transpose_times(v: Tensor, weight: Tensor, geometry: list) -> Tensor:
-    kernel = weight if weight.ndim == 4 else weight[:, :, None, None]
-    return _backward(_convolve(v, kernel, geometry), v, kernel, geometry, [True, False])[0]
-
-
-def _backward(upstream: Tensor, x: Tensor, weight: Tensor, geometry: Sequence, wanted) -> tuple:
-    """Gradients of a convolution by its input and its weight, those that are `wanted`."""
-    stride, padding, dilation, groups = geometry
-    rest = (None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False])
-    return torch.ops.aten.convolution_backward(upstream, x, weight, *rest)[:2]
+def _gram(v: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
+    """The transposed operator times the operator times `v`."""
+    kernel = _kernel(weight)
+    return conv2d_input(v.shape, kernel, F.conv2d(v, kernel, **geometry), **geometry)
 
 
 class QuickInputGradient(TorchFunctionMode):
@@ -235,17 +200,15 @@ class QuickInputGradient(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        # What a layer calls; `OperatorNorm`, whose weight is differentiated, names its options.
         by_layer = function is F.conv2d and len(args) == 7 and args[2] is None
         if by_layer and args[6] > 1 and not isinstance(args[4], str):
             return GroupedConv.apply(args[0], args[1], args[3:])
         return function(*args, **(kwargs or {}))
 
 
-quick_input_gradient = QuickInputGradient
-
-
 class GroupedConv(torch.autograd.Function):
-    """A grouped convolution without bias."""
+    """A grouped convolution without bias; geometry: stride, padding, dilation, groups."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, geometry: Sequence) -> Tensor:
@@ -256,22 +219,24 @@ class GroupedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the input's gradient alone is wanted
-            return InputGradient.apply(upstream, x.detach(), weight, ctx.geometry), None, None
-        return *_backward(upstream, x, weight, ctx.geometry, ctx.needs_input_grad[:2]), None
+        by_x, by_weight = InputGradient.apply(upstream, weight, x.shape, ctx.geometry), None
+        # With create_graph=True the input's gradient alone is wanted.
+        if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
+            by_weight = conv2d_weight(x, weight.shape, upstream, *ctx.geometry)
+        return by_x, by_weight, None
 
 
 class InputGradient(torch.autograd.Function):
-    """The input's gradient is linear in `upstream` and `weight`; of `x` it takes the shape only."""
+    """The gradient of a convolution by its input, linear in `upstream` and `weight`."""
 
     @staticmethod
-    def forward(ctx, upstream: Tensor, x: Tensor, weight: Tensor, geometry: Sequence) -> Tensor:
+    def forward(ctx, upstream: Tensor, weight: Tensor, shape, geometry: Sequence) -> Tensor:
         ctx.save_for_backward(upstream, weight)
         ctx.geometry = geometry
-        return _backward(upstream, x, weight, geometry, [True, False])[0]
+        return conv2d_input(shape, weight, upstream, *geometry)
 
     @staticmethod
     def backward(ctx, direction: Tensor):
         upstream, weight = ctx.saved_tensors
-        by_weight = _backward(upstream, direction, weight, ctx.geometry, [False, True])[1]
-        return F.conv2d(direction, weight, None, *ctx.geometry), None, by_weight, None
+        by_weight = conv2d_weight(direction, weight.shape, upstream, *ctx.geometry)
+        return F.conv2d(direction, weight, None, *ctx.geometry), by_weight, None, None

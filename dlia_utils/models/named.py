@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 
-import torch
 import torchvision
 from torch import nn
 
-from .layers import last_linear, trace
+from .layers import drawn, last_linear, trace
 from .mobilenet import IMAGENET_MEAN, IMAGENET_STD, mobilenet_v2
 from .pixel import PixelModel, wrap
 from .resnet import resnet50_v2, timm_model
@@ -30,9 +29,8 @@ def backbone(
     timm's. pretrained: with ImageNet weights and a last layer drawn from `seed`.
     Raises: ValueError for an unknown name; RuntimeError for weights that cannot be had.
 
-    >>> model = backbone("resnet18", num_classes=3).eval()
-    >>> model(torch.rand(2, 1, 64, 64)).shape, model.recipe["arch"]
-    (torch.Size([2, 3]), 'resnet18')
+    >>> backbone("resnet18", num_classes=3).backbone.fc.out_features
+    3
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, not {num_classes}")
@@ -59,13 +57,12 @@ def build(
     source: str, *, arch: str, num_classes: int = 2, pretrained: bool = False, seed: int = 0
 ) -> PixelModel:
     """`backbone` for a name of "torchvision" or "timm": what their recipes are made of."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if source == "timm":
-            advice = "begin from random weights with pretrained=False"
-            network = timm_model(arch, advice, pretrained=pretrained, num_classes=num_classes)
-        else:
-            network = _torchvision(arch, num_classes, pretrained)
+    if source == "timm":
+        advice = "begin from random weights with pretrained=False"
+        options = dict(pretrained=pretrained, num_classes=num_classes)
+        network = drawn(seed, timm_model, arch, advice, **options)
+    else:
+        network = drawn(seed, _torchvision, arch, num_classes, pretrained)
     trained = getattr(network, "pretrained_cfg", {})  # timm's: what the network was trained with
     mean, std = trained.get("mean", IMAGENET_MEAN), trained.get("std", IMAGENET_STD)
     recipe = {"name": source, "arch": arch, "num_classes": num_classes}

@@ -31,8 +31,8 @@ class PixelModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.recipe, self.checked = backbone, recipe, checked
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1))
 
     def normalize(self, x: Tensor) -> Tensor:
         """Pixels [B, 1 or C, H, W] in [0, 1] -> normalised [B, C, H, W]; grey is repeated."""
@@ -51,9 +51,11 @@ class PixelModel(nn.Module):
 class FeatureModel(PixelModel):
     """A `PixelModel` whose backbone tells features from the head, the layer `backbone.HEAD`."""
 
+    load_report: str | None = None  # what a robust model's checkpoint gave
+
     @property
     def head(self) -> nn.Module:
-        """The layers between features and logits."""
+        """The layers between features and logits; what trains it trains the model."""
         return getattr(self.backbone, self.backbone.HEAD)
 
     def features(self, x: Tensor) -> Tensor:
@@ -65,19 +67,17 @@ def check_pixels(x: Tensor) -> None:
     """Refuse images with values outside [0, 1] or NaN. Raises: ValueError."""
     low, high = (value.item() for value in x.detach().aminmax())
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-        raise ValueError(
-            f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]: pass pixels before "
-            f"normalisation, the model owns its mean and std: {WRAPPING}"
-        )
+        span = f"images must lie in [0, 1] but span [{low:.4g}, {high:.4g}]"
+        fix = f"pass pixels before normalisation, the model owns its mean and std: {WRAPPING}"
+        raise ValueError(f"{span}: {fix}")
 
 
 def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> PixelModel:
     """Your own network as a model of the suite: images in [0, 1] go in, normalised inside.
 
     mean, std: what it was trained with, for pixels in [0, 1], a number or one per channel; neither:
-    it takes [0, 1] itself. recipe: what `models.create` needs to build it again.
-    Shapes: [B, 1 or C, H, W] -> what `net` returns; C is what the first convolution reads.
-    Raises: TypeError, ValueError for what is no bare network, and numbers that cannot be these.
+    it takes [0, 1] itself. Shapes: [B, 1 or C, H, W] -> what `net` returns; C is what the first
+    convolution reads. Raises: TypeError, ValueError for what is no bare network or no such numbers.
 
     >>> net, x = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()), torch.rand(2, 1, 8, 8)
     >>> model = wrap(net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -90,16 +90,16 @@ def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> 
         raise ValueError(f"this {type(net).__name__} normalises images already: use it as it is")
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither where the network takes [0, 1] itself")
-    given = (0.0, 1.0) if mean is None else (mean, std)
-    means, stds = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in given)
-    if not bool((stds > 0).all()) or max(means.max(), stds.max()) > 1:
+    mean, std = (0.0, 1.0) if mean is None else (mean, std)
+    means, stds = (torch.as_tensor(v, dtype=torch.float64).flatten().tolist() for v in (mean, std))
+    if not (min(stds) > 0 and max(means + stds) <= 1):
         text = f"mean {mean} and std {std} must be those of pixels in [0, 1], and std positive"
         raise ValueError(f"{text}: are these on the 0..255 scale? divide by 255")
     listed = max(len(means), len(stds))
     channels = first_channels(net) or (listed if listed > 1 or isinstance(mean, Sequence) else 3)
     if {len(means), len(stds)} - {1, channels}:
         raise ValueError(f"mean and std must be one number or {channels}, not {mean} and {std}")
-    numbers = (values.expand(channels).tolist() for values in (means, stds))
+    numbers = (v * channels if len(v) == 1 else v for v in (means, stds))
     model = PixelModel(net, *numbers, recipe=recipe)
     model.training = net.training
     return model.to(device_of(net))
@@ -108,13 +108,8 @@ def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> 
 def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequence[str]) -> None:
     """Refuse, before any long work, a model that the suite would fail on, or be wrong about.
 
-    Two of the images [N, C, H, W] in [0, 1] are run through. classes: how many there are, or their
-    names. Raises: ValueError that names the fix.
-
-    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
-    >>> check_classifier(net, torch.rand(2, 1, 4, 4), classes=2)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: the model returns one logit z an image, but the suite needs one per class: ...
+    Two of the images [N, C, H, W] in [0, 1] are run through; classes: number or names. Raises:
+    ValueError that names the fix.
     """
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError("images must be floats [N, C, H, W] in [0, 1]; of uint8: x.float() / 255")
@@ -123,20 +118,19 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int | Sequenc
         with evaluating(model), torch.no_grad():
             output = model(images[:2].clone())
     except (RuntimeError, ValueError, AssertionError) as error:
-        reads, shape = first_channels(model), list(images.shape[1:])
-        hint = f"it reads {reads} channel(s), and {WRAPPING} repeats a grey one"
+        hint = f"it reads {first_channels(model)} channel(s), and {WRAPPING} repeats a grey one"
+        shape = list(images.shape[1:])
         raise ValueError(f"the model cannot read images {shape} ({hint}): {error}") from error
     classes = classes if isinstance(classes, int) else len(classes)
-    problem = _problem(output, len(images[:2]), classes)
-    if problem:
+    if problem := _problem(output, len(images[:2]), classes):
         raise ValueError(f"the model returns {problem}")
 
 
 def _problem(output: object, count: int, classes: int) -> str:
     """What is wrong with an answer that should be logits [count, classes]."""
     if not isinstance(output, Tensor):
-        kind = f"a {type(output).__name__}, not a tensor of logits [B, K]: put it into an nn.Module"
-        return f"{kind} whose forward returns those, such as net(x)['logits'] or net(x)[0]"
+        fix = "put it into an nn.Module whose forward returns net(x)['logits'] or net(x)[0]"
+        return f"a {type(output).__name__}, not a tensor of logits [B, K]: {fix}"
     shape = list(output.shape)
     if shape in ([count], [count, 1]):
         fix = "give it nn.Linear(n, 2) as its last layer and train that, or make z [-z/2, z/2]"
@@ -147,17 +141,18 @@ def _problem(output: object, count: int, classes: int) -> str:
     if shape[1] != classes:
         fix = f"build it with that many, or models.with_head(model, num_classes={classes})"
         return f"{shape[1]} logits but there are {classes} classes: {fix}"
-    if not bool(output.isfinite().all()):
+    if not output.isfinite().all():
         return "NaN or infinite logits: were its weights loaded?"
-    if bool((output >= 0).all()) and bool(((output.double().sum(1) - 1).abs() < 1e-5).all()):
+    if (output >= 0).all() and ((output.double().sum(1) - 1).abs() < 1e-5).all():
         return "probabilities, not logits: take the softmax off its end"
     return ""
 
 
 class TwoLogits(nn.Module):
-    """`model` with one column per class: a scalar logit z becomes [-z, z]. Its input is copied.
+    """`model` with a column per class: one logit z becomes [-z, z]; half: [-z / 2, z / 2].
 
-    half: [-z / 2, z / 2], whose softmax gives class 1 the probability sigmoid(z).
+    The softmax of the latter gives class 1 the probability sigmoid(z). The input is copied, as a
+    first layer may work in place.
     """
 
     def __init__(self, model: nn.Module, *, half: bool = False) -> None:
@@ -165,7 +160,7 @@ class TwoLogits(nn.Module):
         self.model, self.half = model, half
 
     def forward(self, x: Tensor) -> Tensor:
-        output = self.model(x.clone())  # a first layer may work in place
+        output = self.model(x.clone())
         logits = two_logits(output)
         return logits / 2 if self.half and output.shape != logits.shape else logits
 
@@ -175,32 +170,40 @@ def two_logits(output: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim not in (1, 2):
         what = getattr(output, "shape", type(output).__name__)
         raise ValueError(f"the model must return logits [B,K], [B,1] or [B], not {what}")
-    if output.ndim == 1 or output.shape[1] == 1:
-        z = output.reshape(-1)
-        return torch.stack([-z, z], 1)
-    return output
+    z = output.reshape(-1)
+    return torch.stack([-z, z], 1) if output.ndim == 1 or output.shape[1] == 1 else output
 
 
 class Backbone(nn.Module):
     """A network of normalised images: `features` [B, 3, H, W] -> [B, C], then the layer `HEAD`.
 
-    `BLOCK`: the class of its blocks, which transfer learning freezes one by one; `MAP`: the layer
-    of the last map, "" the last block. Submodules are registered in the order of the forward pass.
+    Submodules are registered in the order of the forward pass, the head as the last. `BLOCK`: the
+    class of its blocks, which transfer learning freezes one by one; `MAP`: the layer of the last
+    map, "" the last block.
     """
 
     HEAD = "fc"
     MAP = ""
     BLOCK: type[nn.Module]
 
+    def features(self, x: Tensor) -> Tensor:
+        for part in [*self.children()][:-1]:
+            x = part(x)
+        return x.mean(dim=(2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self, self.HEAD)(self.features(x))
 
 
-def group(block: type, inputs: int, outputs: int, depth: int, stride: int, **options):
-    """A chain of `depth` blocks of one width; only the first may stride."""
-    blocks = [block(inputs, outputs, stride, first=True, **options)]
-    blocks += [block(outputs, outputs, 1, first=False, **options) for _ in range(depth - 1)]
-    return nn.Sequential(*blocks)
+def chains(block: type, channels: Sequence[int], depths: Sequence[int], **options) -> list:
+    """Chains of `depths` blocks, from one of `channels` to the next; all but the first stride."""
+    made = []
+    for k, depth in enumerate(depths):
+        sides = [(channels[k], channels[k + 1], 1 if k == 0 else 2)]
+        sides += [(channels[k + 1], channels[k + 1], 1)] * (depth - 1)
+        blocks = (block(*side, first=n == 0, **options) for n, side in enumerate(sides))
+        made.append(nn.Sequential(*blocks))
+    return made
 
 
 def scaled(channels: int, width: float) -> int:
@@ -213,16 +216,17 @@ def load_strictly(
 ) -> bool:
     """Load `state` if every key and shape fits, else ValueError with the differences; never a part.
 
-    head: keys of a last layer that may be absent or of another width; the model then keeps its own.
-    Returns whether the head came from `state`.
+    head: keys of a last layer that may be absent or of another width; the model then keeps its own,
+    as it keeps batch norms' counters that old files lack. Returns whether `state` gave the head.
 
     >>> load_strictly(nn.Linear(2, 1), {"weight": torch.zeros(1, 2)}, origin="demo.pt")
     Traceback (most recent call last):
     ValueError: demo.pt does not fit Linear (1 of 2 entries matched): missing bias
     """
     own = model.state_dict()
+    optional = {*head, *(key for key in own if key.endswith("num_batches_tracked"))}
     fits = {key for key in own if key in state and state[key].shape == own[key].shape}
-    problems = [f"missing {key}" for key in own if key not in state and key not in head]
+    problems = [f"missing {key}" for key in own if key not in state and key not in optional]
     problems += [f"unknown {key}" for key in state if key not in own]
     for key in [key for key in own if key in state and key not in fits and key not in head]:
         problems.append(f"{key}: {tuple(state[key].shape)}, expected {tuple(own[key].shape)}")
@@ -232,7 +236,8 @@ def load_strictly(
         matched = f"{len(fits)} of {len(own)} entries matched"
         raise ValueError(f"{origin} does not fit {type(model).__name__} ({matched}): {shown}")
     from_state = fits.issuperset(head)
-    model.load_state_dict({k: state[k] if from_state or k not in head else own[k] for k in own})
+    taken = {key: value for key, value in state.items() if from_state or key not in head}
+    model.load_state_dict(own | taken)
     return from_state
 
 
@@ -256,5 +261,6 @@ def fast_copy(model: nn.Module) -> nn.Module:
         warnings.warn(f"{message} (torch.fx: {error})", RuntimeWarning, stacklevel=2)
     if inside:
         copied.backbone = folded
-    copied = copied if inside else folded
+    else:
+        copied = folded
     return copied.requires_grad_(False).to(memory_format=torch.channels_last)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from .mobilenet import load_weights, read_weights
-from .pixel import Backbone, PixelModel, group, scaled
+from .layers import drawn
+from .mobilenet import load_weights
+from .pixel import Backbone, PixelModel, chains, scaled
 
 TIMM_NAME = "resnetv2_50.a1h_in1k"
 TIMM_MEAN = TIMM_STD = (0.5, 0.5, 0.5)  # what those weights were trained with
 HEAD = ("head.fc.weight", "head.fc.bias")
 VARIABLE = "DLIA_RESNETV2_WEIGHTS"
-
-log = logging.getLogger("dlia_utils")
 
 
 class PreActBottleneck(nn.Module):
@@ -58,18 +55,12 @@ class PreActResNet(Backbone):
         channels = [scaled(c, width) for c in (64, 256, 512, 1024, 2048)][: len(depths) + 1]
         conv = nn.Conv2d(3, channels[0], 7, 2, padding=3, bias=False)
         self.stem = nn.Sequential(OrderedDict(conv=conv, pool=nn.MaxPool2d(3, 2, padding=1)))
-        self.stages = nn.Sequential()
-        for k, depth in enumerate(depths):
-            sides, stride = channels[k : k + 2], 1 if k == 0 else 2
-            blocks = group(PreActBottleneck, *sides, depth, stride)
-            self.stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
+        stages = chains(PreActBottleneck, channels, depths)
+        self.stages = nn.Sequential(*(nn.Sequential(OrderedDict(blocks=s)) for s in stages))
         self.norm = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
         self.head = nn.Sequential(OrderedDict(fc=nn.Linear(channels[-1], num_classes)))
         _initialise(self)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.relu(self.norm(self.stages(self.stem(x)))).mean(dim=(2, 3))
 
 
 def resnet50_v2(
@@ -84,29 +75,20 @@ def resnet50_v2(
 
     weights: None (random, drawn from `seed`); a file with the keys of timm's resnetv2_50 with batch
     norm; or "imagenet": the file that DLIA_RESNETV2_WEIGHTS names, else timm's download. See
-    `read_weights`, `load_weights`. Public files have this width and these depths.
+    `load_weights`. Public files have this width and these depths.
 
-    >>> model = resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).eval()
-    >>> model(torch.rand(2, 1, 64, 64)).shape
-    torch.Size([2, 2])
+    >>> resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).backbone.head.fc.out_features
+    2
     """
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
-        torch.manual_seed(seed)
-        backbone = PreActResNet(num_classes, width, depths)
-    if weights is None:
-        log.info("ResNet-50 V2: random weights, seed %d", seed)
-    else:
-        state, origin = read_weights(weights, variable=VARIABLE, download=_download)
-        if HEAD[0] in state:  # timm's last layer is a 1 x 1 convolution
-            state = {**state, HEAD[0]: state[HEAD[0]].flatten(1)}
-        load_weights(backbone, state, origin, head=HEAD)
+    backbone = drawn(seed, PreActResNet, num_classes, width, depths)
+    load_weights(backbone, weights, head=HEAD, variable=VARIABLE, download=_download)
     recipe = {"name": "resnet50_v2", "num_classes": num_classes, "width": width}
     return PixelModel(backbone, TIMM_MEAN, TIMM_STD, recipe=recipe | {"depths": list(depths)})
 
 
-def _download() -> tuple[dict[str, Tensor], str]:
+def _download() -> dict[str, Tensor]:
     advice = f"name a file by `weights=` or {VARIABLE}, or train with weights=None"
-    return timm_model(TIMM_NAME, advice, pretrained=True).state_dict(), f"timm {TIMM_NAME}"
+    return timm_model(TIMM_NAME, advice, pretrained=True).state_dict()
 
 
 def timm_model(arch: str, advice: str, **options) -> nn.Module:
@@ -125,7 +107,7 @@ def timm_model(arch: str, advice: str, **options) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with norms, the sum, ReLU; every module runs once."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, *, first: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1, self.relu1 = nn.BatchNorm2d(outputs), nn.ReLU()
@@ -151,16 +133,10 @@ class CifarResNet(Backbone):
         channels = [scaled(c, width) for c in (64, 64, 128, 256, 512)]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1, self.relu = nn.BatchNorm2d(channels[0]), nn.ReLU()
-        for k, stride in enumerate((1, 2, 2, 2)):
-            first = BasicBlock(channels[k], channels[k + 1], stride)
-            stage = nn.Sequential(first, BasicBlock(channels[k + 1], channels[k + 1], 1))
-            self.add_module(f"layer{k + 1}", stage)
+        for k, stage in enumerate(chains(BasicBlock, channels, (2, 2, 2, 2)), start=1):
+            self.add_module(f"layer{k}", stage)
         self.fc = nn.Linear(channels[-1], num_classes)
         _initialise(self)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
 
 
 def resnet18_cifar(
@@ -171,9 +147,7 @@ def resnet18_cifar(
     mean, std: of pixels in [0, 1], for all channels. [B, 1 or 3, H, W] -> [B, num_classes].
     """
     mean, std = float(mean), float(std)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = CifarResNet(num_classes, width)
+    backbone = drawn(seed, CifarResNet, num_classes, width)
     recipe = {"name": "resnet18_cifar", "num_classes": num_classes, "width": width}
     recipe |= {"mean": mean, "std": std}
     return PixelModel(backbone, [mean] * 3, [std] * 3, recipe=recipe)

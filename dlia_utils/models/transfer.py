@@ -6,6 +6,7 @@ A frozen part stays in eval mode whatever `train()` is called: else its batch no
 from __future__ import annotations
 
 import copy
+from itertools import dropwhile
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import MobileNetV2
 
 from ..progress import Bar
-from .layers import Call, block_names, last_linear, last_map, trace
+from .layers import Call, block_names, drawn, last_linear, last_map, trace
 from .pixel import Backbone, FeatureModel, PixelModel, fast_copy
 
 OURS = (Backbone, MobileNetV2)  # networks whose blocks and last map are known
@@ -43,10 +44,6 @@ class HeadOnBody(nn.Module):
         return self
 
 
-class TransferModel(FeatureModel):
-    """The model that `with_head` makes: to train its `head` alone (`cached_features`) trains it."""
-
-
 def with_head(
     model: PixelModel,
     *,
@@ -56,14 +53,13 @@ def with_head(
     dropout: float = 0.0,
     unfrozen: int | str = 0,
     seed: int = 0,
-) -> TransferModel:
+) -> FeatureModel:
     """A new model: a copy of `model`'s body, frozen but for its last blocks, and a new head.
 
     model: the body is all of it but its last layer (of a transfer model, its head). head, drawn by
     `seed`: "linear", or "mlp" (to `hidden`, ReLU, batch norm, linear), both after dropout.
     unfrozen: see `unfreeze`. The gradient still flows through the frozen part to the image.
-    Shapes: [B, 1 or 3, H, W] -> [B, num_classes]. Raises: ValueError for a network without a last
-    nn.Linear, another head.
+    Raises: ValueError for a network without a last nn.Linear, another head.
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> model = with_head(mobilenet_v2(width=0.25), num_classes=3).train()
@@ -77,74 +73,72 @@ def with_head(
         raise ValueError(f"a {kind} does not take [0, 1]: models.wrap(net, mean=, std=) makes one")
     _, network, found = _network(model)
     body, inner = copy.deepcopy(network), model.recipe
-    if isinstance(model, TransferModel):
-        replaced, inner = model.head, inner and inner["body"]
+    if isinstance(model.backbone, HeadOnBody):
+        replaced, inner = model.backbone.head, inner and inner["body"]
     else:
-        known = "classifier" if isinstance(network, MobileNetV2) else getattr(network, "HEAD", "")
-        last = last_linear(found) if found else known
+        last = last_linear(found) if found else getattr(network, "HEAD", "classifier")
         replaced = network.get_submodule(last)
         body.set_submodule(last, nn.Identity())
     channels = next(m.in_features for m in replaced.modules() if isinstance(m, nn.Linear))
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
-        torch.manual_seed(seed)
-        layers = [nn.Dropout(dropout)]
-        if head == "mlp":
-            layers += [nn.Linear(channels, hidden), nn.ReLU(), nn.BatchNorm1d(hidden)]
-            layers.append(nn.Dropout(dropout))
-        layers.append(nn.Linear(hidden if head == "mlp" else channels, num_classes))
+    layers = drawn(seed, _head, head, channels, hidden, num_classes, dropout)
+    made = _behind(model, HeadOnBody(body, layers))
     recipe = {"name": "transfer", "body": inner, "head": head, "num_classes": num_classes}
-    recipe |= {"hidden": hidden, "dropout": dropout}
-    made = _behind(model, HeadOnBody(body, nn.Sequential(*layers)))
-    made.recipe = recipe if inner is not None else None
+    made.recipe = recipe | {"hidden": hidden, "dropout": dropout} if inner is not None else None
     return unfreeze(made, unfrozen)
 
 
-def _behind(model: PixelModel, network: nn.Module) -> TransferModel:
+def _head(kind: str, channels: int, hidden: int, classes: int, dropout: float) -> nn.Sequential:
+    if kind == "linear":
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, classes))
+    middle = nn.Linear(channels, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), nn.Dropout(dropout)
+    return nn.Sequential(nn.Dropout(dropout), *middle, nn.Linear(hidden, classes))
+
+
+def _behind(model: PixelModel, network: nn.Module) -> FeatureModel:
     """`network` with the normalisation of `model`, on its device."""
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    return TransferModel(network, mean, std, checked=model.checked).to(model.mean.device)
+    return FeatureModel(network, mean, std, checked=model.checked).to(model.mean.device)
 
 
-def unfreeze(model: TransferModel, unfrozen: int | str) -> TransferModel:
+def unfreeze(model: FeatureModel, unfrozen: int | str) -> FeatureModel:
     """Let the last `unfrozen` of `blocks(model)` train, or "all" of the body; freeze the rest.
 
-    In place. What follows the last block trains with it, the stem only with "all". A transformer
-    has no blocks: 0 or "all". Make an optimiser after this call. Raises: ValueError.
+    In place, before an optimiser is made. What follows the last block trains with it, the stem
+    only with "all". A transformer has no blocks: 0 or "all".
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> model = unfreeze(with_head(mobilenet_v2(width=0.25)), 1)
     >>> [name for name, p in model.named_parameters() if p.requires_grad][0]
     'backbone.body.features.18.0.weight'
     """
-    if not isinstance(model, TransferModel):
+    if not isinstance(getattr(model, "backbone", None), HeadOnBody):
         raise ValueError(f"a model made by with_head is wanted, not a {type(model).__name__}")
     _, body, found = _network(model)
     parts, names = _parts(body, found)
-    if unfrozen == "all":
-        live = parts
-    elif type(unfrozen) is not int or not 0 <= unfrozen <= len(names):
-        raise ValueError(f"unfrozen must be 0 to {len(names)} blocks or 'all', not {unfrozen!r}")
-    else:
-        front = f"{names[-unfrozen]}." if unfrozen else None
-        starts = [k for k, name in enumerate(parts) if front and f"{name}.".startswith(front)]
-        live = parts[starts[0] :] if starts else []
+    if unfrozen != "all":
+        if type(unfrozen) is not int or not 0 <= unfrozen <= len(names):
+            raise ValueError(
+                f"unfrozen must be 0 to {len(names)} blocks or 'all', not {unfrozen!r}"
+            )
+        first = f"{names[-unfrozen]}." if unfrozen else "none"
+        parts = [*dropwhile(lambda name: not f"{name}.".startswith(first), parts)]
     body.requires_grad_(False)
-    for name in live:
+    for name in parts:
         body.get_submodule(name).requires_grad_(True)
-    model.backbone.live = tuple(live)
+    model.backbone.live = tuple(parts)
     if model.recipe is not None:
         model.recipe = {**model.recipe, "unfrozen": unfrozen}
     return model.train(model.training)
 
 
 def cached_features(
-    model: TransferModel, dataset: Dataset, *, batch_size: int = 64, progress: bool = True
+    model: FeatureModel, dataset: Dataset, *, batch_size: int = 64, progress: bool = True
 ) -> TensorDataset:
     """The frozen body's features of all images, computed once: (feature [C], label), and the row.
 
     dataset: yields (x [1 or 3, H, W] in [0, 1], y) or (x, y, row), without augmentation. Then
     `train.fit(model.head, objective, features, ...)` trains the head, which the model holds.
-    Those of a MeanSparse body belong to its alpha. Raises: ValueError if part of the body trains.
+    Raises: ValueError if part of the body trains.
     """
     if any(parameter.requires_grad for parameter in model.backbone.body.parameters()):
         raise ValueError("part of the body trains, so its features change: unfreeze(model, 0)")
@@ -163,8 +157,6 @@ def cached_features(
 
 def blocks(model: nn.Module) -> list[str]:
     """Dotted names of the body's blocks, the first one first, each with an output [B, C, h, w].
-
-    Raises: ValueError for a network without such blocks, such as a transformer.
 
     >>> from dlia_utils.models import mobilenet_v2
     >>> blocks(mobilenet_v2(width=0.25))[-2:]
@@ -186,41 +178,36 @@ def last_map_layer(model: nn.Module) -> str:
     'backbone.body.features.18'
     """
     prefix, network, found = _network(model)
-    if found:
-        return prefix + last_map(found)
-    return prefix + (getattr(network, "MAP", "") or _parts(network, None)[1][-1])
+    known = last_map(found) if found else getattr(network, "MAP", "")
+    return prefix + (known or _parts(network, found)[1][-1])
 
 
 def _network(model: nn.Module) -> tuple[str, nn.Module, Call | None]:
     """The network with the blocks in `model`, its names' prefix, its trace if it is unknown."""
-    prefix, network = "", model
-    if isinstance(getattr(model, "backbone", None), HeadOnBody):
-        prefix, network = "backbone.body.", model.backbone.body
-    elif isinstance(model, PixelModel):
-        prefix, network = "backbone.", model.backbone
-    if isinstance(network, OURS):
-        return prefix, network, None
-    return prefix, network, trace(network, model.mean.shape[1] if prefix else None)
+    prefix, network, channels = "", model, None
+    if isinstance(model, PixelModel):
+        prefix, network, channels = "backbone.", model.backbone, model.mean.shape[1]
+    if isinstance(network, HeadOnBody):
+        prefix, network = f"{prefix}body.", network.body
+    return prefix, network, None if isinstance(network, OURS) else trace(network, channels)
 
 
 def _parts(network: nn.Module, found: Call | None) -> tuple[list[str], list[str]]:
     """Names of the parts that can train, in the order of the forward pass, and of the blocks."""
-    modules = dict(network.named_modules())
-    if found is None:  # ours are registered in the order of the forward pass
-        names = [name for name, module in modules.items() if not any(module.children())]
-        if isinstance(network, MobileNetV2):
-            return names, [f"features.{i}" for i in range(1, len(network.features))]
-        return names, [
-            name for name, module in modules.items() if isinstance(module, network.BLOCK)
-        ]
-    order = {call.name: number for number, call in reversed([*enumerate(found.begun())])}
-
-    def place(name: str) -> int:
-        # What does not run itself, such as the last layer inside an attention, is with its parent.
-        return order[name] if name in order else place(name.rpartition(".")[0])
-
-    own = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
-    own |= {name for name, module in modules.items() if not any(module.children())}
-    return sorted(own, key=lambda name: (place(name), list(modules).index(name))), block_names(
-        found
-    )
+    modules, order = dict(network.named_modules()), {}
+    # Ours are registered in the order of the forward pass.
+    for number, name in enumerate([call.name for call in found.begun()] if found else modules):
+        order.setdefault(name, number)
+    for name in modules:  # what does not run itself, such as the last layer inside an attention,
+        order.setdefault(name, order[name.rpartition(".")[0]])  # is with its parent
+    parts = [
+        name
+        for name, module in modules.items()
+        if not any(module.children()) or any(True for _ in module.parameters(recurse=False))
+    ]
+    parts.sort(key=order.get)
+    if found:
+        return parts, block_names(found)
+    if isinstance(network, MobileNetV2):
+        return parts, [f"features.{i}" for i in range(1, len(network.features))]
+    return parts, [name for name, module in modules.items() if isinstance(module, network.BLOCK)]

@@ -20,7 +20,7 @@ ALPHAS = tuple(round(0.05 * step, 2) for step in range(11))  # the authors' grid
 class MeanSparse(nn.Module):
     """y = mean where |x - mean| < alpha * std per channel, else x; [B, C, H, W] -> the same.
 
-    Buffers as in the public checkpoints: `threshold` is alpha (0: identity), the last two unused.
+    Buffers as in the public checkpoints: `threshold` is alpha, the last two are unused.
 
     >>> operator = set_alpha(MeanSparse(1), 0.5)  # mean 0, variance 1
     >>> operator(torch.tensor([-0.6, 0.4, 0.5]).view(1, 1, 1, 3)).flatten()
@@ -50,8 +50,7 @@ def operators(model: nn.Module) -> list[MeanSparse]:
     """Every MeanSparse operator of `model`, in order. Raises: ValueError if it has none."""
     found = [module for module in model.modules() if isinstance(module, MeanSparse)]
     if not found:
-        fix = "create one of the meansparse models; a folded copy has lost its operators"
-        raise ValueError(f"the model holds no MeanSparse operator: {fix}")
+        raise ValueError("the model holds no MeanSparse operator (a folded copy has lost them)")
     return found
 
 
@@ -84,12 +83,11 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Modu
     Raises: ValueError without operators or images, or for a statistic that is not finite.
     """
     found, count = operators(model), 0
-    alphas = [operator.threshold.clone() for operator in found]
-    sums = {operator: (0, 0.0, 0.0) for operator in found}  # values, mean, squares about the mean
+    alphas, sums = [operator.threshold.clone() for operator in found], {}
 
     def add(operator: MeanSparse, inputs: tuple[Tensor]) -> None:
         """Take in one batch, in float64 on the CPU: the merge of Chan, Golub and LeVeque (1979)."""
-        x, (values, mean, squares) = inputs[0].float(), sums[operator]
+        x, (values, mean, squares) = inputs[0].float(), sums.get(operator, (0, 0.0, 0.0))
         more = x.numel() // x.shape[1]
         variance, centre = (t.cpu().double() for t in torch.var_mean(x, (0, 2, 3), correction=0))
         total, shift = values + more, centre - mean
@@ -109,8 +107,9 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Modu
             operator.threshold.copy_(alpha)
     if not count:
         raise ValueError("batches holds no images: pass the training images, [B, C, H, W]")
-    estimates = [(mean, squares / max(values - 1, 1)) for values, mean, squares in sums.values()]
-    if not all(bool(value.isfinite().all()) for pair in estimates for value in pair):
+    parts = [sums[operator] for operator in found]
+    estimates = [(mean, squares / max(values - 1, 1)) for values, mean, squares in parts]
+    if not all(value.isfinite().all() for pair in estimates for value in pair):
         raise ValueError("a MeanSparse statistic is not finite: NaN in the images or the weights")
     for operator, (mean, variance) in zip(found, estimates, strict=True):
         operator.running_mean.copy_(mean)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from ..pixel import Backbone, group, scaled
+from ..pixel import Backbone, chains, scaled
 from .meansparse import MeanSparse
 
 
@@ -52,10 +52,8 @@ class TradesWideResNet(Backbone):
         super().__init__()
         channels = [scaled(c, width) for c in (16, *widths)]
         self.add_module("stem_conv" if huang else "conv1", _conv(3, channels[0]))
-        groups = []
-        for k, stride in enumerate((1, 2, 2)):
-            layer = group(TradesBlock, channels[k], channels[k + 1], depth, stride)
-            groups.append(nn.Sequential(OrderedDict(layer=layer)))
+        groups = chains(TradesBlock, channels, (depth,) * 3)
+        groups = [nn.Sequential(OrderedDict(layer=layer)) for layer in groups]
         if huang:
             self.blocks = nn.Sequential(*groups)
         else:
@@ -63,13 +61,6 @@ class TradesWideResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(channels[-1])
         self.relu = nn.ReLU()
         self.fc = nn.Linear(channels[-1], num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        if hasattr(self, "blocks"):
-            x = self.blocks(self.stem_conv(x))
-        else:
-            x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.relu(self.bn1(x)).mean(dim=(2, 3))
 
 
 class DeepMindBlock(nn.Module):
@@ -125,18 +116,11 @@ class DeepMindWideResNet(Backbone):
         super().__init__()
         channels = [scaled(c, width) for c in widths]
         self.init_conv = _conv(3, channels[0])
-        self.layer = nn.Sequential()
-        for k, stride in enumerate((1, 2, 2)):
-            sides = channels[k], channels[k + 1]
-            block = group(DeepMindBlock, *sides, depths[k], stride, **options)
-            self.layer.append(nn.Sequential(OrderedDict(block=block)))
+        groups = chains(DeepMindBlock, channels, depths, **options)
+        self.layer = nn.Sequential(*(nn.Sequential(OrderedDict(block=block)) for block in groups))
         self.batchnorm = nn.BatchNorm2d(
             channels[-1], momentum=0.01 if options.get("squeeze") else 0.1
         )
         self.meansparse_end = MeanSparse(channels[-1]) if options.get("sparse") else nn.Identity()
         self.relu = nn.SiLU()
         self.logits = nn.Linear(channels[-1], num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = self.batchnorm(self.layer(self.init_conv(x)))
-        return self.relu(self.meansparse_end(x)).mean(dim=(2, 3))

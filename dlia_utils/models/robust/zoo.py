@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...data.sources import cache_root
 from ...files import atomic_path
+from ..layers import drawn
 from ..pixel import FeatureModel, load_strictly
 from .nets import DeepMindWideResNet, TradesWideResNet
 
@@ -63,15 +64,6 @@ HUB = "https://huggingface.co/poloclub/{}/resolve/main/{}"
 log = logging.getLogger("dlia_utils")
 
 
-class RobustModel(FeatureModel):
-    """A robust network that takes [0, 1], refuses other values, and normalises as its authors did.
-
-    A caller who normalises as well would get far worse numbers without an error, hence the check.
-    """
-
-    load_report: str | None = None  # what a checkpoint gave
-
-
 def names() -> pd.DataFrame:
     """One row per model: what it is, what it reported, its licence, whether it normalises.
 
@@ -92,13 +84,13 @@ def create(
     width: float = 1.0,
     pretrained: str | Path | None = None,
     seed: int = 0,
-) -> RobustModel:
+) -> FeatureModel:
     """Build a robust model by name, for images of any size, [B, 1 or 3, H, W] in [0, 1].
 
     pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, or
     "public", which downloads it. All but the head is loaded strictly; the head is the file's if it
-    has `num_classes`, else drawn from `seed`. width: of every channel count; public files have 1.
-    Raises: ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError.
+    has `num_classes`, else drawn. width: of every channel count; public files have 1. Raises:
+    ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError (download).
 
     >>> create("hat_wrn_34_10", width=1 / 16).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
@@ -107,11 +99,9 @@ def create(
         raise ValueError(f"unknown robust model {name!r}; known: {', '.join(NETWORKS)}")
     path = download(name) if pretrained == "public" else pretrained
     build, normalisation = NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays as it is
-        torch.manual_seed(seed)
-        backbone = build(num_classes, width)
+    backbone = drawn(seed, build, num_classes, width)
     recipe = {"name": name, "num_classes": num_classes, "width": width}
-    model = RobustModel(backbone, *normalisation, recipe=recipe, checked=True)
+    model = FeatureModel(backbone, *normalisation, recipe=recipe, checked=True)
     if path is not None:
         model.load_report = _load(model, Path(path), name)
     log.info("%s: %s", name, model.load_report or f"random weights, seed {seed}")
@@ -119,10 +109,7 @@ def create(
 
 
 def download(name: str) -> Path:
-    """Fetch the public checkpoint of `name` into the suite's cache, once; returns its path.
-
-    Raises: RuntimeError when nothing could be fetched, with each reason.
-    """
+    """Fetch the public checkpoint of `name` into the suite's cache, once, or raise RuntimeError."""
     folder = cache_root() / "checkpoints"
     for kept in sorted(folder.glob(f"{name}*.pt")):
         return kept
@@ -138,40 +125,31 @@ def download(name: str) -> Path:
             return target
         except OSError as error:
             failures.append(f"{url} ({type(error).__name__}: {error})")
-    reasons = f"the checkpoint of {name} could not be downloaded; tried {'; '.join(failures)}"
-    advice = "Google Drive also refuses files that were fetched too often: wait, or use a browser"
-    fix = "switch the internet on, or pass the path of the file as pretrained="
-    raise RuntimeError(f"{reasons}: {fix} ({advice})")
+    fix = "switch the internet on, wait (Google Drive refuses files fetched too often), or pass the"
+    fix += " path of the file as pretrained="
+    raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
 
 
-def _load(model: RobustModel, path: Path, name: str) -> str:
+def _load(model: FeatureModel, path: Path, name: str) -> str:
     """Load a public checkpoint, all but the head, or raise; returns what it gave in a line."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: correct `pretrained=`, or use None")
-    own, origin, size = model.backbone.state_dict(), path.name, path.stat().st_size / 1e6
-    head = [key for key in own if key.startswith(f"{model.backbone.HEAD}.")]
+    network, origin, size = model.backbone, path.name, path.stat().st_size / 1e6
     state = _weights(path, model)
     if name == "gairat_wrn_28_10":  # whose file holds a block that is never run
-        kept = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-        if len(kept) == len(state):
-            raise ValueError(f"{origin} lacks the block sub_block1.*: another model's file")
-        state = kept
-    counters = [key for key in own if key.endswith("num_batches_tracked")]  # absent from old files
-    state = {key: torch.tensor(0) for key in counters} | state
-    from_file = load_strictly(model.backbone, state, origin=origin, head=head)
-    if not all(bool(value.isfinite().all()) for value in state.values()):
+        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
+    head = [f"{network.HEAD}.weight", f"{network.HEAD}.bias"]
+    from_file = load_strictly(network, state, origin=origin, head=head)
+    if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{origin} holds NaN or infinite values: fetch it again")
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    if all(bool((norm.running_var == 1).all()) for norm in norms):
-        raise ValueError(f"{origin}: every batch norm's variance is 1: weights never trained")
-    entries, last = len(own) - len(head), "from the file" if from_file else "drawn anew"
+    entries, last = len(network.state_dict()) - 2, "from the file" if from_file else "drawn anew"
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     what = f"{origin} ({size:.1f} MB, sha256 {digest})"
     return f"{what}: {entries} of {entries} entries; head {last}"
 
 
-def _weights(path: Path, model: RobustModel) -> dict[str, Tensor]:
+def _weights(path: Path, model: FeatureModel) -> dict[str, Tensor]:
     """The state dict in a file: out of its container, without prefixes, mean and std."""
     # Scores saved beside the weights may be numpy numbers; these rebuild data only.
     scalar = np._core.multiarray.scalar
