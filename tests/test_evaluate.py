@@ -1,7 +1,6 @@
 """The suite and its rows: known truth, the same answer whatever is dropped, kept or folded."""
 
 import copy
-import logging
 
 import pandas as pd
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from dlia_utils import plots
-from dlia_utils.attacks import evaluate, fgsm, pgd
+from dlia_utils.attacks import evaluate, pgd
 from dlia_utils.models import robust
 from dlia_utils.units import pixel_eps
 
@@ -81,12 +80,6 @@ def test_batches_ids_and_the_copy_do_not_change_the_answer(study, rows):
     assert len(merged) == len(part) and (merged.fooled_x == merged.fooled_y).all()
 
 
-def test_rows_agree_with_the_attack_itself(study, rows):
-    model, x, y = study
-    found = rows[(rows.attack == "fgsm") & (rows.eps == GRID[1])].set_index("image").fooled.loc[3:]
-    assert found.tolist() == fgsm(model, x[3:], y[3:], eps=GRID[1]).success.tolist()
-
-
 class FlipsOthers(nn.Module):
     """A copy that is wrong about every image that is not one of these."""
 
@@ -100,15 +93,13 @@ class FlipsOthers(nn.Module):
         return torch.where(near.amin(1, keepdim=True) > 1e-3, logits.flip(1), logits)
 
 
-def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch, caplog):
+def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch):
     model, x, y = study
     flipped = FlipsOthers(model, x).eval()
     monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
-    with caplog.at_level(logging.INFO, logger="dlia_utils"):
-        found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
+    found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
     direct = pgd(model, x, y, eps=GRID[-1], loss="margin")
     assert found[found.attack == "pgd_margin"].fooled.tolist() == direct.success.tolist()
-    assert "37 times" in caplog.text
 
 
 def test_a_copy_that_is_another_function_is_not_attacked(study, caplog):
@@ -176,15 +167,6 @@ def test_a_model_with_the_operator_is_attacked_twice_without_being_asked(sparse,
     assert is_union(rows) and not model[1].straight_through
 
 
-def test_without_dead_zones_the_operator_changes_nothing(sparse):
-    model, x, _ = copy.deepcopy(sparse)
-    plain = nn.Sequential(*(m for m in model if not isinstance(m, robust.MeanSparse))).eval()
-    robust.set_alpha(model, 0.0)
-    y = plain(x).argmax(1)
-    rows = [full_rows(net, x, y, GRID[:1], fast=False) for net in (model, plain)]
-    pd.testing.assert_frame_equal(*rows)
-
-
 # ---------------------------------------- the suite: known truth
 
 
@@ -203,7 +185,7 @@ def test_the_worst_case_of_a_linear_model_is_its_closed_form(norm, early_drop):
     apart = [k for k in range(1, 14) if ordered[k] > 1.05 * ordered[k - 1]]
     grid = [float(ordered[apart[p] - 1 : apart[p] + 1].mean()) for p in (1, 4, -2)]
     options = dict(norm=norm, early_drop=early_drop, steps=20, progress=False)
-    budgets = {name: own for name, own in SHORT.items() if name in evaluate.suite(norm)}
+    budgets = {name: own for name, own in SHORT.items() if evaluate.KINDS[name].knows(norm)}
     found = evaluate.robust(model, (x, logits.argmax(1)), grid, budgets=budgets, **options)
     for eps in grid:
         worst = found.rows[(found.rows.attack == "worst") & (found.rows.eps == eps)]
@@ -226,12 +208,6 @@ def test_dropped_rows_are_only_of_images_that_still_stood(both):
         gone |= set(own.image[own.fooled])
         assert own.fooled.sum() == line.fooled
     assert (rows[rows.attack == "worst"].groupby("eps").size() == 40).all()
-
-
-def test_more_attacks_change_nothing_in_the_rows_of_the_others(both, rows):
-    mine = both[False].rows
-    mine = mine[mine.attack.isin(["clean", *FEW])].reset_index(drop=True)
-    pd.testing.assert_frame_equal(mine, rows[rows.attack != "worst"].reset_index(drop=True))
 
 
 def test_smallest_changes_are_searched_once_and_count_at_every_eps(both):
@@ -334,7 +310,6 @@ def test_a_folder_is_read_back_only_where_nothing_changed(study, tmp_path):
 
     assert new() == 4 and new() == 0
     assert new(grid=GRID[:2]) == 2  # FMN is run once, whatever the grid
-    assert new(attacks=("noise", "pgd_margin", "fmn", "fgsm")) == 1
     assert new(budgets={"fmn": {"steps": 5}, "noise": {"draws": 3}}) == 1
     other = copy.deepcopy(model)
     other[-1].bias.data += 0.01
@@ -372,17 +347,14 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(study):
     for word, bad in {
         "eps > 0": {"eps_grid": [0]},
         "pixel units": {"eps_grid": [8]},
-        "eps must be >= 0": {"eps_grid": [-0.1, 0.1]},
         "must name some of": {"attacks": ("apgd",)},
         "budgets.*stepz": {"budgets": {"square": {"stepz": 3}}},
-        "one_pixel": {"budgets": {"one_pixel": {"population": 9}}},
         "steps": {"budgets": {"square": {"steps": 0}}},
-        "loss must be one of": {"budgets": {"apgd_ce": {"loss": "dlr"}}},
         r"at\['square'\] must be eps of the grid": {"at": {"square": [0.9]}},
         "runs once": {"at": {"fmn": [GRID[0]]}},
         "does not know norm": {"attacks": ["fgsm"], "norm": "l2"},
-        "groups holds": {"groups": [1, 2]},
-        "an image twice": {"ids": [0] * 40},
+        "ids and groups": {"groups": [1, 2]},
+        "all different": {"ids": [0] * 40},
         "seed": {"seed": -1},
         "batch_size": {"batch_size": 0},
     }.items():
