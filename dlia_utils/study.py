@@ -502,8 +502,7 @@ def suite_options(run: Run) -> dict:
         for chosen in (run.budgets, run.expensive)
     )
     options = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    options |= dict(budgets=budgets, at=at, batch_size=run.attack_batch, seed=run.seed)
-    return options | {"early_drop": False}
+    return options | dict(budgets=budgets, at=at, batch_size=run.attack_batch, seed=run.seed)
 
 
 def suite_folder(study: Study, name: str) -> Path:

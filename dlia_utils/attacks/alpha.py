@@ -53,8 +53,7 @@ def select_alpha(
     check_attack(model, x_val, y_val, eps=eps)
     recompute_statistics(model, train_batches)
     before, rows = [operator.threshold.clone() for operator in found], []
-    options = {"steps": steps, "seed": seed, "progress": progress, "early_drop": False}
-    options["attacks"] = ["pgd_margin"]
+    options = dict(attacks=["pgd_margin"], steps=steps, seed=seed, progress=progress)
     try:
         for alpha in alphas:
             set_alpha(model, alpha)

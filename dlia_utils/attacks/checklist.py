@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..device import device_of
 from ..metrics import with_interval
+from ..units import pixel_text
 from .evaluate import BPDA, KINDS, PASSES, Evaluation, kind, robust, zero_gradient_share
 
 SAME = 1e-4  # of the logits, or of their size where that is above 1
@@ -65,8 +66,7 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 
     subset: the most images that are attacked anew, with twice the steps and in a ball in which
     every image must fall. Columns: check, verdict, value (what was found), why (after WARN: what it
-    means). A check is left out where it does not apply. Where fooled images were dropped, the
-    attacks are first run on every image.
+    means). A check is left out where it does not apply.
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)
@@ -75,11 +75,8 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     'PASS'
     """
     said = found.settings
-    if said["early_drop"]:
-        everyone = np.arange(len(found.labels))
-        found = _again(found, everyone, said["eps_grid"], said["attacks"], said["at"])
     right = np.flatnonzero(~found.fooled("clean", 0.0))
-    stated = f"{said['norm']}, eps {_balls(found)}, {len(said['attacks'])} attacks"
+    stated = f"linf, eps {_balls(found)}, {len(said['attacks'])} attacks"
     largest = float(found.labels.bincount().max()) / len(found.labels)
     accuracy = len(right) / len(found.labels)
     lines = [("threat", True, f"{stated}, seed {said['seed']}")]
@@ -88,7 +85,7 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     if len(right):  # else there is nothing to attack, which the second line says
         shares = found.rows[found.rows.attack.eq("worst")].groupby("eps").fooled.mean()
         stuck = bool(((shares.diff() <= 0) & (shares < 1)).any())
-        rising = [f"{found.text(eps)}: {share:.1%} fooled" for eps, share in shares.items()]
+        rising = [f"{pixel_text(eps)}: {share:.1%} fooled" for eps, share in shares.items()]
         some = torch.from_numpy(_spread(right, subset))
         data = found.model, found.images[some], found.labels[some]
         ce, margin = (zero_gradient_share(*data, loss=loss) for loss in ("ce", "margin"))
@@ -108,9 +105,6 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     """One page: threat model, table, cost, and the check list where `report(found)` is given."""
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
     said = "Every attack was run on every image that the model gets right; columns are over all."
-    if found.settings["early_drop"]:
-        said = "Fooled images were dropped: an attack's column is over the images that still stood "
-        said += "when it came (-: none); clean and worst are over all."
     by = "image (no patients given)" if found.groups is None else "patient"
     table = found.table().drop(columns="eps").set_index("ball")
     for name in ("clean", "worst"):
@@ -138,14 +132,13 @@ def _threat(found: Evaluation) -> str:
     """The threat model in words."""
     said, budgets = found.settings, []
     blind = [name for name in said["attacks"] if KINDS[name].blind]
-    unit = "largest change of a pixel" if said["norm"] == "linf" else "length of the whole change"
     for name, own in said["attacks"].items():
-        words = [f"{key} {value}" for key, value in own.items() if key not in ("norm", "loss")]
+        words = [f"{key} {value}" for key, value in own.items() if key != "loss"]
         words += [f"only at {_balls(found, name)}"] if name in said["at"] else []
         budgets.append(f"{name} ({', '.join(words)})" if words else name)
     lines = {
         "goal": "any wrong class (of two, the other one: targeted and untargeted are the same)",
-        "ball": f"{said['norm']} ({unit}), eps {_balls(found)}, pixels in [0,1]",
+        "ball": f"linf (largest change of a pixel), eps {_balls(found)}, pixels in [0,1]",
         "limits": "none besides: every pixel and channel may change",
         "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
         "attacks": "; ".join(budgets),
@@ -158,17 +151,16 @@ def _threat(found: Evaluation) -> str:
 def _balls(found: Evaluation, name: str = "") -> str:
     """The eps grid in words, or those eps at which the attack `name` is run."""
     grid = found.settings["at"].get(name, found.settings["eps_grid"])
-    return ", ".join(map(found.text, grid))
+    return ", ".join(map(pixel_text, grid))
 
 
-def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], budgets, at=None):
+def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], budgets: Mapping):
     """`robust` once more on some of the images, these attacks in full."""
     said, some = found.settings, torch.from_numpy(positions)
-    options = {key: said[key] for key in ("norm", "seed", "batch_size", "fast")}
-    options |= dict(ids=said["ids"][positions], early_drop=False, progress=False, at=at)
-    options["budgets"] = {n: {k: own[k] for k in own if k != "norm"} for n, own in budgets.items()}
+    options = {key: said[key] for key in ("seed", "batch_size", "fast")}
+    options |= dict(attacks=list(budgets), budgets=budgets, ids=said["ids"][positions])
     data = found.images[some], found.labels[some]
-    return robust(found.model, data, grid, attacks=list(budgets), **options)
+    return robust(found.model, data, grid, progress=False, **options)
 
 
 def _spread(positions: np.ndarray, most: int) -> np.ndarray:
@@ -190,7 +182,7 @@ def _compared(found: Evaluation) -> list[tuple]:
         met = pd.DataFrame({"ours": strong, "theirs": wide[weak]}).dropna()
         sums = met.groupby("eps").sum().astype(int)
         signs = np.where(sums.ours >= sums.theirs, ">=", "<")
-        said = zip(map(found.text, sums.index), sums.ours, signs, sums.theirs, strict=True)
+        said = zip(map(pixel_text, sums.index), sums.ours, signs, sums.theirs, strict=True)
         value = "; ".join(f"{at}: {a} {sign} {b}" for at, a, sign, b in said)
         value += f"; fooled by {weak} only: {(met.theirs > met.ours).sum()}"
         if len(met):
@@ -202,12 +194,12 @@ def _compared(found: Evaluation) -> list[tuple]:
             pairs.append(("through", name, name.removesuffix(BPDA), through))
         counts = wide[name].groupby("eps").sum(min_count=1).dropna()
         for eps in counts.index[counts.diff() < 0]:
-            falls.append(f"{name} at {found.text(eps)}: {counts[eps]:.0f}")
+            falls.append(f"{name} at {pixel_text(eps)}: {counts[eps]:.0f}")
     for key, more, less, what in pairs:
         pair = wide.reindex(columns=[more, less])
         lead = (pair[more] - pair[less]).groupby("eps").mean().dropna()
         if len(lead):
-            most = f"{lead.max():.1%} of the images at {found.text(lead.idxmax())}"
+            most = f"{lead.max():.1%} of the images at {pixel_text(lead.idxmax())}"
             lines.append((key, lead.max() <= LEAD, f"largest lead of {what}: {most}", more))
     return [*lines, ("monotone", not falls, "; ".join(falls) or "holds for every attack")]
 
@@ -225,7 +217,7 @@ def _black_box(found: Evaluation) -> tuple:
     count = alone.image.nunique()
     value = f"{count} image(s) fooled by {' or '.join(blind)} alone"
     alone = alone.groupby(["image", "attack"]).eps.min()
-    shown = [f"image {i} by {name} at {found.text(eps)}" for (i, name), eps in alone.items()]
+    shown = [f"image {i} by {name} at {pixel_text(eps)}" for (i, name), eps in alone.items()]
     if shown:
         value += f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
     return "black box", count <= ALONE * rows.image.nunique(), value
@@ -236,13 +228,12 @@ def _everything(found: Evaluation, subset: int) -> tuple:
     last = found.settings["eps_grid"][-1]
     some = _spread(np.flatnonzero(~found.fooled("worst", last)), subset)
     if not len(some):
-        return "everything", True, f"all fooled at {found.text(last)}"
-    whole = 1.0 if found.settings["norm"] == "linf" else found.images[0].numel() ** 0.5
-    far = [eps for eps in (0.5 * whole, whole) if eps > last] or [last]
+        return "everything", True, f"all fooled at {pixel_text(last)}"
+    far = [eps for eps in (0.5, 1.0) if eps > last] or [last]
     budgets = {name: {"steps": 20} for name in ("pgd_ce", "pgd_margin")}
     left = int((~_again(found, some, far, budgets).fooled("worst", far[-1])).sum())
-    value = f"of {len(some)} images that stand at {found.text(last)}, {left} still stand at "
-    return "everything", not left, value + found.text(far[-1])
+    value = f"of {len(some)} images that stand at {pixel_text(last)}, {left} still stand at "
+    return "everything", not left, value + pixel_text(far[-1])
 
 
 def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
@@ -263,7 +254,7 @@ def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
     budgets = {name: own[name] | {"steps": 2 * own[name]["steps"]} for name in names}
     new = _again(found, some, [eps], budgets).fooled("worst", eps).mean()
     added = 100 * new * len(standing) / len(found.labels)
-    value = f"{added:.1f} points at {found.text(eps)} "
+    value = f"{added:.1f} points at {pixel_text(eps)} "
     value += f"({new:.1%} of {len(some)} images that stood there)"
     return "converged", added <= POINTS, value
 
@@ -274,7 +265,7 @@ def _per_image(found: Evaluation, shares: pd.Series) -> tuple:
     single = found.rows[~found.rows.attack.eq("worst") & found.rows.fooled]
     first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
     missed = int((worst.fooled != (worst.eps >= first)).sum())
-    said = [f"{found.text(eps)}: {share:.1%}" for eps, share in shares.items()]
+    said = [f"{pixel_text(eps)}: {share:.1%}" for eps, share in shares.items()]
     differ = f"; {missed} outcomes differ" if missed else ""
     return "union", not missed, f"fooled by any attack {'; '.join(said)}{differ}"
 

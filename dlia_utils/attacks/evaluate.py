@@ -23,8 +23,8 @@ from ..device import device_of, fingerprint
 from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..progress import Bar
-from ..units import eps_text
-from . import apgd, base, carlini_wagner, deepfool, fgsm, fmn, noise, one_pixel, pgd, square
+from ..units import pixel_text
+from . import apgd, base, deepfool, fgsm, fmn, noise, one_pixel, pgd, square
 
 log = logging.getLogger("dlia_utils")
 
@@ -46,14 +46,16 @@ class Kind:
     blind: bool = False  # sees no gradient
     smallest: bool = False  # looks for the smallest change: one run counts at every eps
     twice: bool = False  # run straight through an operator as well
-    norm: str = "linf"  # the only one, where the attack has no choice
 
     @property
     def parameters(self) -> set[str]:
         return set(inspect.signature(self.attack).parameters)
 
-    def knows(self, norm: str) -> bool:
-        return norm == self.norm or "norm" in self.parameters
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, options: Mapping, **given):
+        """The attack, with what it takes of eps and seed."""
+        given = {"norm": "linf"} | given
+        given = {key: value for key, value in given.items() if key in self.parameters}
+        return self.attack(model, x, y, **options, **given)
 
 
 KINDS = {
@@ -65,16 +67,14 @@ KINDS = {
     "apgd_ce": Kind(apgd, {"loss": "ce", "steps": 50}, twice=True),
     "apgd_margin": Kind(apgd, {"loss": "margin", "steps": 50}, twice=True),
     "fmn": Kind(fmn, {"steps": 50}, smallest=True),
-    "carlini_wagner": Kind(carlini_wagner, {"steps": 200}, smallest=True, norm="l2"),
     "one_pixel": Kind(one_pixel, {"population": 20, "iterations": 20}, blind=True),
     "square": Kind(square, {"steps": 500, "restarts": 1}, blind=True),
 }
-# Cheap ones first; the black boxes last, to show what no gradient found.
-ORDER = "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda".split()
-ORDER += "apgd_ce apgd_margin apgd_ce_bpda apgd_margin_bpda".split()
-ORDER += "fmn carlini_wagner one_pixel square".split()
-LINF = tuple(name for name, own in KINDS.items() if own.norm == "linf")
+LINF = tuple(KINDS)  # what `attacks` may name
 SUITE = tuple("noise fgsm pgd_ce pgd_margin deepfool apgd_ce apgd_margin fmn square".split())
+# Cheap ones first; the black boxes last, to show what no gradient found.
+ORDER = "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda apgd_ce apgd_margin"
+ORDER = f"{ORDER} apgd_ce_bpda apgd_margin_bpda fmn one_pixel square".split()
 
 
 def kind(name: str) -> Kind:
@@ -87,8 +87,7 @@ def robust(
     data: tuple[Tensor, Tensor],
     eps_grid: Iterable[float],
     *,
-    attacks: Sequence[str] | None = None,
-    norm: str = "linf",
+    attacks: Sequence[str] = SUITE,
     steps: int = 10,
     restarts: int = 1,
     budgets: Mapping[str, Mapping[str, Any]] | None = None,
@@ -98,20 +97,18 @@ def robust(
     ids: Sequence[int] | None = None,
     groups: Sequence | None = None,
     fast: bool = True,
-    early_drop: bool = True,
     folder: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """The worst case per image: right, and fooled by no attack at this eps or a smaller one.
 
-    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255), with norm
-    "l2" the length of the change. attacks: names in `KINDS` (None: `SUITE`). steps, restarts: of
-    PGD; budgets: options of single attacks; at: the eps of expensive ones. groups: patients [N].
-    The draws depend on seed and ids only. early_drop: a fooled image is not attacked again: "worst"
-    is the same, an attack's rows are of the images left. fast: attack a folded copy that answers
-    alike; success is judged on `model`. folder: finished blocks are kept there, and read back where
-    nothing they depend on has changed. Raises: ValueError before any work.
+    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255). attacks:
+    names in `KINDS`. steps, restarts: of PGD; budgets: options of single attacks; at: the eps of
+    expensive ones. groups: patients [N]. The draws depend on seed and ids only. fast: attack a
+    folded copy that answers alike; success is judged on `model`. folder: finished blocks are kept
+    there, and read back where nothing they depend on has changed. Raises: ValueError before any
+    work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
@@ -119,23 +116,15 @@ def robust(
     ['8/255', '255/255']
     """
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
-    names = [name for name in SUITE if KINDS[name].knows(norm)] if attacks is None else attacks
-    options = _options(names, norm, steps, restarts, budgets)
+    options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
-    settings = {"norm": norm, "eps_grid": grid, "attacks": options, "at": _at(at, options, grid)}
-    settings |= {"seed": seed, "ids": ids, "batch_size": batch_size, "fast": fast}
-    # MeanSparse operators in use: their exact gradients hide directions.
-    found = [module for module in model.modules() if isinstance(module, MeanSparse)]
-    through = any(bool(module.threshold > 0) for module in found)
-    settings |= {"early_drop": early_drop, "straight_through": through}
     groups = None if groups is None else np.asarray(groups)
     if not grid or batch_size < 1:
         raise ValueError("give an eps > 0 in eps_grid and a batch_size >= 1")
     if len(np.unique(ids)) != len(ids) or len(ids if groups is None else groups) != len(ids):
-        raise ValueError(
-            f"ids and groups must hold one entry for each of {len(data[0])} images, "
-            "ids all different"
-        )
+        raise ValueError("ids and groups must hold one entry per image, ids all different")
+    settings = {"eps_grid": grid, "attacks": options, "at": _at(at or {}, options, grid)}
+    settings |= {"seed": seed, "ids": ids, "batch_size": batch_size, "fast": fast}
     study = _Study(model, *data, settings, folder and Path(folder), resume)
     blocks = _attack_all(study, progress)
     cost = pd.DataFrame([block.cost() for block in blocks])
@@ -150,7 +139,7 @@ class Evaluation:
               queries: passes that show this attack's outcome on the image, the clean one counted in
     cost      one per (attack, eps), as they ran: attacked, fooled (images), forwards, backwards
               (image-passes really made, judging included), seconds
-    settings  the threat model and the budget: norm, eps_grid, attacks with their options, seed, ...
+    settings  the threat model and the budget: eps_grid, attacks with their options, seed, ...
     groups    patients [N] or None; model, images, labels: what was attacked
     """
 
@@ -162,21 +151,16 @@ class Evaluation:
     images: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
 
-    def text(self, eps: float) -> str:
-        """An eps of this evaluation as people write it."""
-        return eps_text(eps, "pixel" if self.settings["norm"] == "linf" else "length")
-
     def fooled(self, attack: str, eps: float) -> np.ndarray:
-        """Bool [N]; attack: "clean", "worst" or one that was run on every image."""
+        """Bool [N] of one attack, of "clean" (eps 0) or "worst"."""
         return self.rows.fooled[self.rows.attack.eq(attack) & self.rows.eps.eq(eps)].to_numpy(bool)
 
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
         """One row per eps: ball, images, clean, one column per attack, worst, ...
 
-        clean and worst are accuracies over all images (a clean error counts as fooled), with 95 %
+        Accuracies over all images (a clean error counts as fooled; NaN: not run), with 95 %
         intervals by patient; attack_success is the share of the images right at first that are
-        fooled. An attack's column is over all images too or, with early_drop, over those that still
-        stood when it came (NaN: none, or not run). Of two classes: sensitivity and specificity.
+        fooled. Of two classes: sensitivity and specificity in the worst case.
         """
         clean, labels, lines = ~self.fooled("clean", 0.0), self.labels.cpu().numpy(), []
         units = np.arange(len(clean)) if self.groups is None else self.groups
@@ -184,7 +168,8 @@ class Evaluation:
         names = [name for name in self.rows.attack.unique() if name not in ("clean", "worst")]
         for eps in self.settings["eps_grid"]:
             worst = ~self.fooled("worst", eps)
-            line = {"eps": eps, "ball": self.text(eps), "images": len(clean), "clean": clean.mean()}
+            line = {"eps": eps, "ball": pixel_text(eps), "images": len(clean)}
+            line["clean"] = clean.mean()
             line |= {name: means.get((name, eps), np.nan) for name in names}
             line["worst"] = worst.mean()
             if set(labels) == {0, 1}:
@@ -202,33 +187,29 @@ class Evaluation:
 
 
 def _options(
-    names: Iterable[str], norm: str, steps: int, restarts: int, budgets: Mapping | None
+    names: Iterable[str], steps: int, restarts: int, budgets: Mapping
 ) -> dict[str, dict[str, Any]]:
     """What each attack is called with: the shared options, its own, the caller's; in order."""
-    names, budgets, options = set(names), budgets or {}, {}
+    names, options, shared = set(names), {}, {"steps": steps, "restarts": restarts}
     unknown = sorted(names - set(KINDS)) + sorted(set(budgets) - names)
     if unknown or not names:
         raise ValueError(f"attacks and budgets must name some of {list(KINDS)}, not {unknown}")
     x, y = torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, dtype=torch.int64)
     for name in sorted(names, key=ORDER.index):
         known, own = KINDS[name].parameters, dict(budgets.get(name, {}))
-        if not KINDS[name].knows(norm):
-            raise ValueError(f"the attack {name!r} does not know norm={norm!r}; leave it out")
         free = known - set("model x y eps norm seed".split())
         if not set(own) <= free:
             raise ValueError(f"budgets[{name!r}] holds {sorted(own)}; it may set {sorted(free)}")
-        shared = {"norm": norm, "steps": steps, "restarts": restarts}
-        shared = {key: value for key, value in shared.items() if key in known}
-        options[name] = shared | dict(KINDS[name].options) | own
-        eps = {"eps": 0.0} if "eps" in known else {}
-        KINDS[name].attack(nn.Flatten(), x, y, **options[name], **eps)  # refuses bad options now
+        options[name] = {key: value for key, value in shared.items() if key in known}
+        options[name] |= dict(KINDS[name].options) | own
+        KINDS[name].run(nn.Flatten(), x, y, options[name], eps=0.0)  # refuses bad options now
     return options
 
 
-def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str, list[float]]:
+def _at(at: Mapping, options: Mapping, grid: Sequence[float]) -> dict[str, list[float]]:
     """By attack the eps at which it is run, for those that are not run at the whole grid."""
     chosen = {}
-    for name, wanted in (at or {}).items():
+    for name, wanted in at.items():
         wanted = list(wanted)
         near = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
         known = name in options and not kind(name).smallest  # the smallest change: one run for all
@@ -248,28 +229,33 @@ class _Study:
         self.model, self.images, self.labels = model, images, labels
         self.settings, self.folder, self.resume = settings, folder, resume
         for eps in settings["eps_grid"][:1] + settings["eps_grid"][-1:]:
-            base.check_attack(model, images, labels, eps=eps, norm=settings["norm"])
+            base.check_attack(model, images, labels, eps=eps)
         base.pairs([(settings["seed"], i) for i in settings["ids"]], len(images))
-        self.device, self.targets = device_of(model, images), {"": model}
+        # Where MeanSparse operators are in use, their exact gradients hide directions.
+        found = [module for module in model.modules() if isinstance(module, MeanSparse)]
+        settings["straight_through"] = any(bool(one.threshold > 0) for one in found)
+        self.device, self.targets = device_of(model, images), {}
+        self.places = np.arange(len(images))  # of the images to attack
         probe = images[:PROBE].to(self.device)
-        for suffix in ("", BPDA) if settings["straight_through"] else ("",):
-            with CONTEXTS[suffix](model):  # a copy keeps the operators' gradient as it is now
-                self.targets[suffix] = _faithful_copy(model, probe) if settings["fast"] else model
-        self.key = [FORMAT, settings["norm"], settings["seed"], settings["fast"]]
+        for way in ["", BPDA] if settings["straight_through"] else [""]:
+            with CONTEXTS[way](model):  # a copy keeps the operators' gradient as it is now
+                self.targets[way] = _faithful_copy(model, probe) if settings["fast"] else model
+        self.key = [FORMAT, settings["seed"], settings["fast"]]
         if folder:  # what a kept block depends on
             content = images.cpu().numpy(), labels.cpu().numpy(), settings["ids"]
-            self.key += [fingerprint(model), _attributes(model)]
+            self.key += [fingerprint(model), str(model)]
             self.key += [(part.shape, _hash(part.tobytes())) for part in content]
 
-    def batches(self, count: int) -> list[np.ndarray]:
-        """Row numbers, a batch at a time."""
-        size = self.settings["batch_size"]
+    def batches(self) -> list[np.ndarray]:
+        """Which of `places`, a batch at a time."""
+        count, size = len(self.places), self.settings["batch_size"]
         return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    def batch(self, some: np.ndarray) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """Images, labels, and the seeds of their draws."""
-        rows = torch.from_numpy(positions)
-        seeds = [(self.settings["seed"], i) for i in self.settings["ids"][positions].tolist()]
+        places = self.places[some]
+        rows = torch.from_numpy(places)
+        seeds = [(self.settings["seed"], i) for i in self.settings["ids"][places].tolist()]
         return self.images[rows].to(self.device), self.labels[rows].to(self.device), seeds
 
     @torch.no_grad()
@@ -290,16 +276,6 @@ def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     return model
 
 
-def _attributes(model: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
-    """Layers and their plain attributes: two models may share no more than the weights."""
-    found, plain = [], (bool, int, float, str, tuple, list)
-    for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
-        own = {key: own[key] for key in sorted(own) if key[0] != "_" and key != "training"}
-        found.append((name, type(module).__name__, own))
-    return found
-
-
 def _hash(content: bytes) -> str:
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:12]
 
@@ -309,11 +285,10 @@ def _hash(content: bytes) -> str:
 
 @dataclass
 class _Block:
-    """One attack at one eps: what it did to the images at `positions`, and what it cost."""
+    """One attack at one eps: what it did to the n images attacked, and what it cost."""
 
     attack: str
     eps: float
-    positions: np.ndarray  # [n] of the images attacked
     step: np.ndarray  # [n] first step that fooled; -1: none
     queries: np.ndarray  # [n]
     distance: np.ndarray  # [n] size of the smallest fooling change; inf: none, or not looked for
@@ -321,63 +296,62 @@ class _Block:
     backwards: int = 0
     seconds: float = 0.0
 
-    def inside(self, eps: float, positions: np.ndarray, *, again: bool) -> _Block:
+    def inside(self, eps: float, *, again: bool) -> _Block:
         """A search for the smallest change as an attack in this ball; again: at no cost."""
-        rows = np.searchsorted(self.positions, positions)
-        step = np.where(self.distance[rows] <= eps, self.step[rows], -1)
-        block = replace(self, eps=eps, positions=positions, step=step)
-        free = dict(queries=np.zeros_like(step), forwards=0, backwards=0, seconds=0.0)
+        block = replace(self, eps=eps, step=np.where(self.distance <= eps, self.step, -1))
+        free = dict(queries=np.zeros_like(self.queries), forwards=0, backwards=0, seconds=0.0)
         return replace(block, **free) if again else block
 
     def cost(self) -> dict[str, Any]:
-        counts = {"attacked": len(self.positions), "fooled": int((self.step >= 0).sum())}
+        counts = {"attacked": len(self.step), "fooled": int((self.step >= 0).sum())}
         spent = {key: getattr(self, key) for key in ("forwards", "backwards", "seconds")}
         return {"attack": self.attack, "eps": self.eps, **counts, **spent}
 
 
 def _attack_all(study: _Study, progress: bool) -> list[_Block]:
-    """The clean images, then every attack at every eps, small balls first."""
+    """The clean images, then every attack at every eps on the right ones, small balls first."""
     total, known, grid = len(study.images), {}, study.settings["eps_grid"]
-    blocks = [_kept(study, "clean", np.arange(total), 0.0)]
-    fooled = blocks[0].step == 0
-    attackable, names = np.flatnonzero(~fooled), list(study.settings["attacks"])
-    names += [name + BPDA for name in names if BPDA in study.targets and kind(name).twice]
+    blocks = [_kept(study, "clean", 0.0)]
+    study.places = np.flatnonzero(blocks[0].step < 0)
+    names = [
+        name + way
+        for name in study.settings["attacks"]
+        for way in study.targets
+        if not way or kind(name).twice
+    ]
     count = total * len(grid) * len(names)
     with Bar(total=count, desc="attacks", unit="image", disable=not progress) as bar:
         for eps in grid:
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
+                if eps in study.settings["at"].get(name.removesuffix(BPDA), grid):
+                    again = name in known
+                    block = known[name] if again else _kept(study, name, eps)
+                    if kind(name).smallest:  # run once, whatever the grid
+                        known[name], block = block, block.inside(eps, again=again)
+                    blocks.append(block)
                 bar.update(total)
-                if eps not in study.settings["at"].get(name.removesuffix(BPDA), grid):
-                    continue
-                standing = np.flatnonzero(~fooled) if study.settings["early_drop"] else attackable
-                again = name in known
-                block = known[name] if again else _kept(study, name, standing, eps)
-                if kind(name).smallest:  # run once, whatever the grid
-                    known[name], block = block, block.inside(eps, standing, again=again)
-                fooled[standing[block.step >= 0]] = True
-                blocks.append(block)
-                bar.set_postfix(eps=f"{eps:.3g}", standing=int((~fooled).sum()))
+                bar.set_postfix(eps=f"{eps:.3g}", attack=name)
     return blocks
 
 
-def _kept(study: _Study, name: str, positions: np.ndarray, eps: float) -> _Block:
+def _kept(study: _Study, name: str, eps: float) -> _Block:
     """The block that the folder keeps for this model, these images and settings, or a new one."""
-    path, n = None, len(positions)
+    path, n = None, len(study.places)
     if study.folder:
         own = study.settings["attacks"].get(name.removesuffix(BPDA))
         place = None if name != "clean" and kind(name).smallest else eps
-        key = json.dumps([study.key, own, place, positions.tolist()], default=str)
+        key = json.dumps([study.key, own, place], default=str)
         path = study.folder / f"block_{eps:.9g}_{name}_{_hash(key.encode())}.npz"
         if study.resume and path.exists():
             with np.load(path) as kept:
                 return _Block(
-                    **{key: value if value.ndim else value.item() for key, value in kept.items()}
+                    **{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
                 )
     start = time.perf_counter()
-    block = _Block(name, eps, positions, np.full(n, -1), np.ones(n, int), np.full(n, np.inf))
+    block = _Block(name, eps, np.full(n, -1), np.ones(n, int), np.full(n, np.inf))
     if name == "clean":
         block.forwards = n
-        for rows in study.batches(n):
+        for rows in study.batches():
             block.step[rows] = np.where(study.wrong(*study.batch(rows)[:2]), 0, -1)
     else:
         _strike(study, block)
@@ -390,23 +364,20 @@ def _kept(study: _Study, name: str, positions: np.ndarray, eps: float) -> _Block
 
 def _strike(study: _Study, block: _Block) -> None:
     """One attack, judged on the model itself."""
-    name, suffix = block.attack.removesuffix(BPDA), BPDA if block.attack.endswith(BPDA) else ""
+    name, way = block.attack.removesuffix(BPDA), BPDA if block.attack.endswith(BPDA) else ""
     own, options = KINDS[name], study.settings["attacks"][name]
-    for rows in study.batches(len(block.positions)):
-        for target in dict.fromkeys([study.targets[suffix], study.model]):
+    for rows in study.batches():
+        for target in dict.fromkeys([study.targets[way], study.model]):
             if not len(rows):
                 break
-            x, y, seeds = study.batch(block.positions[rows])
-            more = {"eps": block.eps, "seed": seeds}
-            more = {key: value for key, value in more.items() if key in own.parameters}
-            with CONTEXTS[suffix](study.model):
-                result = own.attack(target, x, y, **options, **more)
+            x, y, seeds = study.batch(rows)
+            with CONTEXTS[way](study.model):
+                result = own.run(target, x, y, options, eps=block.eps, seed=seeds)
             success, claimed = study.wrong(result.x_adv, y), result.success.cpu().numpy()
             hit = rows[success]
             block.step[hit] = np.maximum(result.first_success_step.cpu().numpy(), 1)[success]
             if own.smallest:
-                size = getattr(result, study.settings["norm"])
-                block.distance[hit] = size.double().cpu().numpy()[success]
+                block.distance[hit] = result.linf.double().cpu().numpy()[success]
             block.queries[rows] += result.queries.cpu().numpy() + 1
             block.forwards += result.forwards + len(rows)
             block.backwards += result.backwards
@@ -416,26 +387,25 @@ def _strike(study: _Study, block: _Block) -> None:
 def _rows(blocks: Sequence[_Block], study: _Study) -> pd.DataFrame:
     """Tidy rows of all blocks, and of the worst case at every eps."""
     ids, labels = study.settings["ids"], study.labels.cpu().numpy()
-    wrong, everyone = blocks[0].step == 0, blocks[0].positions
+    tables, worst, wrong = [], [], blocks[0].step == 0
     best, spent = np.where(wrong, 0, NEVER), np.zeros(len(wrong), dtype=np.int64)
 
-    def table(attack, eps, positions, step, queries):
-        columns = attack, eps, ids[positions], labels[positions], step >= 0, step, queries
+    def table(attack, eps, step, queries):
+        columns = attack, eps, ids, labels, step >= 0, step, queries
         return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
-    tables, worst = [table("clean", 0.0, everyone, blocks[0].step, blocks[0].queries)], []
-    for eps in study.settings["eps_grid"]:
-        for block in (block for block in blocks[1:] if block.eps == eps):
-            positions, step, queries = block.positions, block.step, block.queries
-            if not study.settings["early_drop"]:  # a clean error counts as fooled by every attack
-                step, queries = np.where(wrong, 0, -1), np.ones(len(wrong), dtype=np.int64)
-                step[positions], queries[positions] = block.step, block.queries
-                positions = everyone
-            tables.append(table(block.attack, eps, positions, step, queries))
-            best[positions] = np.minimum(best[positions], np.where(step < 0, NEVER, step))
-            spent[positions] += queries
-        step = np.where(best < NEVER, best, -1)
-        worst.append(table("worst", eps, everyone, step, np.maximum(spent, 1)))
+    for eps in [0.0, *study.settings["eps_grid"]]:
+        for block in (block for block in blocks if block.eps == eps):
+            # A clean error counts as fooled by every attack.
+            step, queries = np.where(wrong, 0, -1), np.ones(len(wrong), dtype=np.int64)
+            if eps:
+                step[study.places], queries[study.places] = block.step, block.queries
+                best = np.minimum(best, np.where(step < 0, NEVER, step))
+                spent += queries
+            tables.append(table(block.attack, eps, step, queries))
+        if eps:
+            step = np.where(best < NEVER, best, -1)
+            worst.append(table("worst", eps, step, np.maximum(spent, 1)))
     return pd.concat([*tables, *worst], ignore_index=True)
 
 
