@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -33,17 +32,13 @@ def sound():
 @pytest.fixture(scope="module")
 def evaluation(sound):
     model, *data = sound
-    return evaluate.robust(model, data, GRID, budgets=SHORT, early_drop=False, progress=False)
+    return evaluate.robust(model, data, GRID, budgets=SHORT, progress=False)
 
 
 def evaluated(model, x, y, **options):
     """The check list of an evaluation of this model, by check."""
     names = ("noise", "fgsm", "pgd_ce", "pgd_margin", "square")
-    options = {
-        "attacks": names,
-        "budgets": {"square": {"steps": 25}},
-        "early_drop": False,
-    } | options
+    options = {"attacks": names, "budgets": {"square": {"steps": 25}}} | options
     found = evaluate.robust(model.eval(), (x, y), GRID, progress=False, **options)
     return checklist.report(found, subset=20).set_index("check")
 
@@ -62,15 +57,10 @@ def test_a_sound_evaluation_passes_every_check(sound, evaluation):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_a_dropped_evaluation_is_checked_as_one_in_full(sound):
-    dropped, full = (evaluated(*sound, early_drop=drop) for drop in (True, False))
-    pd.testing.assert_frame_equal(dropped, full)
-
-
 def test_attacks_run_at_some_eps_only(sound):
     model, *data = sound
     at = {"pgd_ce": [GRID[0]], "pgd_margin": GRID[1:], "fgsm": [GRID[1]]}
-    options = dict(attacks=["noise", *at], at=at, early_drop=False, progress=False)
+    options = dict(attacks=["noise", *at], at=at, progress=False)
     found = evaluate.robust(model, data, GRID, **options)
     table = checklist.report(found).set_index("check")
     assert not table.index.str.contains("margin loss").any(), "they meet at no eps"
@@ -117,7 +107,7 @@ def test_an_operator_that_hides_its_gradient(sound):
     operator = robust.MeanSparse(1)
     operator.running_mean.fill_(0.5), operator.threshold.fill_(0.1)
     model = nn.Sequential(operator, inner).eval()
-    options = dict(attacks=["pgd_margin"], early_drop=False, progress=False)
+    options = dict(attacks=["pgd_margin"], progress=False)
     found = evaluate.robust(model, (x, model(x).argmax(1)), GRID, **options)
     check = "exact gradients find what pgd_margin_bpda finds (no masking)"
     exact, through = (found.rows.attack.eq(name) for name in ("pgd_margin", "pgd_margin_bpda"))
