@@ -283,17 +283,6 @@ def test_linear_optimum_of_two_classes(channels, loss):
         assert torch.equal(result.success, model(best).argmax(1) != y)
 
 
-@pytest.mark.parametrize("attack", [attacks.apgd, attacks.pgd])
-def test_l2_attacks_reach_the_linear_optimum(attack):
-    model = linear_model(2)
-    x, y = near_boundary(model, 2)
-    best = 0.2 * (model[1].weight[1 - y] - model[1].weight[y]).norm(dim=1)
-    options = {"norm": "l2", "steps": 40, "loss": "margin", "stop_when_fooled": False}
-    result = attack(model, x, y, eps=0.2, **options)
-    gain = attacks.margin(model(result.x_adv), y) - attacks.margin(model(x), y)
-    assert (gain >= 0.97 * best).all() and (result.l2 <= 0.2 + 1e-9).all()
-
-
 @pytest.mark.parametrize("classes", [2, 10])
 def test_attacks_in_a_ball_fool_exactly_what_can_be_fooled(classes):
     """A linear model's image falls exactly when its closed-form distance lies within eps."""
@@ -406,23 +395,6 @@ def test_curved_boundary(attack, options, excess):
         assert (size >= 0.1 * (1 - 1e-9)).all() and (size <= 0.1 * excess).all(), size.max()
 
 
-def test_square_comes_near_the_optimum_without_gradients():
-    """Share of the highest margin in the ball, after 400 squares, of 108 free values."""
-    model = linear_model(3, size=6)
-    x, y = near_boundary(model, 3, size=6)
-    eps = float(boundary_distances(model, x, y, "linf").min()) * 0.9
-    best = eps * (model[1].weight[1 - y] - model[1].weight[y]).abs().sum(1)
-    gains = [
-        attacks.margin(model(result.x_adv), y) - attacks.margin(model(x), y)
-        for result in (
-            attacks.square(model, x, y, eps=eps, steps=400),
-            attacks.noise(model, x, y, eps=eps, draws=50),
-        )
-    ]
-    assert (gains[0] <= best * (1 + 1e-9)).all() and (gains[0] >= 0.8 * best).all()
-    assert gains[1].mean() < 0.8 * gains[0].mean()
-
-
 # ---------------------------------------- against each other
 
 
@@ -445,24 +417,11 @@ def test_more_work_fools_more(eps, ten):
 @pytest.mark.parametrize("restarts", [0, 1, 2])
 def test_stopping_early_fools_the_same_images(attack, restarts, ten):
     model, x, y = ten
-    options = {
-        "eps": 0.06,
-        "steps": 12,
-        "restarts": max(restarts, attack is attacks.apgd),
-        "seed": 5,
-    }
+    restarts = max(restarts, attack is attacks.apgd)
+    options = {"eps": 0.06, "steps": 12, "restarts": restarts, "seed": 5}
     early, full = (attack(model, x, y, stop_when_fooled=stop, **options) for stop in (True, False))
     assert torch.equal(early.success, full.success) and early.forwards < full.forwards
     assert torch.equal(early.first_success_step, full.first_success_step)
-
-
-def test_a_full_run_returns_the_point_of_highest_loss(ten):
-    model, x, y = ten
-    one = attacks.pgd(model, x, y, eps=0.1, steps=1, restarts=0, stop_when_fooled=False)
-    assert one.forwards == 2 * len(x) and one.backwards == len(x)
-    losses = [nn.functional.cross_entropy(model(p), y, reduction="none") for p in (one.x_adv, x)]
-    assert (losses[0] >= losses[1]).all()
-    assert one.linf.max() > 0.09  # the last update is evaluated and returned
 
 
 @pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
