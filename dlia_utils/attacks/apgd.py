@@ -34,9 +34,8 @@ def apgd(
     its steps since the last check raised the loss, or neither its step nor its best loss changed.
     The margin loss needs two classes only (the paper's DLR needs three). Arguments: as `pgd`.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = apgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
-    >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> bool(apgd(model, x, torch.tensor([0]), eps=0.1, steps=5).linf[0] <= 0.1 + 1e-6)
     True
     """
     if steps < 1 or restarts < 1:

@@ -62,10 +62,8 @@ def check_attack(
     if not bool((values >= 0).all()) or (norm == "linf" and bool((values > 1).any())):
         raise ValueError(f"eps must be >= 0 in pixel units of [0,1], such as 8/255, not {eps}")
     if values.ndim and (norm == "l2" or values.shape != (channels, 1, 1)):
-        per_channel = (
-            f"one per channel [{channels},1,1] (expand grey images: x.expand(-1, 3, -1, -1))"
-        )
-        raise ValueError(f"eps must be a number, or for 'linf' {per_channel}")
+        shape = f"[{channels},1,1], one per channel (expand grey images: x.expand(-1, 3, -1, -1))"
+        raise ValueError(f"eps must be a number, or for 'linf' {shape}")
     return x
 
 

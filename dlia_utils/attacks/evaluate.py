@@ -214,10 +214,8 @@ def _at(at: Mapping, options: Mapping, grid: Sequence[float]) -> dict[str, list[
         near = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
         known = name in options and not kind(name).smallest  # the smallest change: one run for all
         if not known or len(near) < max(1, len(set(wanted))):
-            run = "that is run at each eps (one for the smallest change runs once)"
-            raise ValueError(
-                f"at[{name!r}] must be eps of {grid}, not {wanted}, of an attack {run}"
-            )
+            run = "that is run at each (one for the smallest change runs once)"
+            raise ValueError(f"at[{name!r}] must be eps of {grid}, not {wanted}, of one {run}")
         chosen[name] = near
     return chosen
 
@@ -296,12 +294,6 @@ class _Block:
     backwards: int = 0
     seconds: float = 0.0
 
-    def inside(self, eps: float, *, again: bool) -> _Block:
-        """A search for the smallest change as an attack in this ball; again: at no cost."""
-        block = replace(self, eps=eps, step=np.where(self.distance <= eps, self.step, -1))
-        free = dict(queries=np.zeros_like(self.queries), forwards=0, backwards=0, seconds=0.0)
-        return replace(block, **free) if again else block
-
     def cost(self) -> dict[str, Any]:
         counts = {"attacked": len(self.step), "fooled": int((self.step >= 0).sum())}
         spent = {key: getattr(self, key) for key in ("forwards", "backwards", "seconds")}
@@ -324,10 +316,12 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
         for eps in grid:
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
                 if eps in study.settings["at"].get(name.removesuffix(BPDA), grid):
-                    again = name in known
-                    block = known[name] if again else _kept(study, name, eps)
-                    if kind(name).smallest:  # run once, whatever the grid
-                        known[name], block = block, block.inside(eps, again=again)
+                    block = known.get(name) or _kept(study, name, eps)
+                    if kind(name).smallest:  # run once for all balls: later at no cost
+                        step = np.where(block.distance <= eps, block.step, -1)
+                        none = dict(queries=block.queries * 0, forwards=0, backwards=0, seconds=0.0)
+                        known[name] = replace(block, **none)
+                        block = replace(block, eps=eps, step=step)
                     blocks.append(block)
                 bar.update(total)
                 bar.set_postfix(eps=f"{eps:.3g}", attack=name)

@@ -31,9 +31,8 @@ def one_pixel(
     per channel, |value - pixel| <= eps. A fooled image leaves. `first_success_step`: 1 is the first
     population, 1 + g generation g. Arguments: as `pgd`.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
-    >>> result = one_pixel(model, x, y, population=5, iterations=3)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> result = one_pixel(model, x, torch.tensor([0]), population=5, iterations=3)
     >>> int((result.x_adv != x).sum()) <= 1
     True
     """
