@@ -9,13 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
 TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
-# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
-HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
-RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B,K], y [B]) -> value per image [B]
 Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per image
@@ -53,7 +49,10 @@ def check_attack(
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
-    check_model(model)
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(f"{where} is in training mode, which may change it: call model.eval()")
     x, values, channels = check_images(x), torch.as_tensor(eps), x.shape[1]
     if getattr(y, "dtype", None) != torch.int64 or y.shape != x.shape[:1] or y.min() < 0:
         raise ValueError("y must be an int64 tensor [B], one label per image, none negative")
@@ -65,18 +64,6 @@ def check_attack(
         shape = f"[{channels},1,1], one per channel (expand grey images: x.expand(-1, 3, -1, -1))"
         raise ValueError(f"eps must be a number, or for 'linf' {shape}")
     return x
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model that training mode would make random or change."""
-    for name, module in model.named_modules():
-        kind = type(module).__module__.removeprefix("torch.nn.modules.")
-        changes = kind not in HARMLESS and not any(module.children())
-        # A parametrization such as spectral_norm changes its buffers.
-        changes |= isinstance(module, RANDOM) or parametrize.is_parametrized(module)
-        if module.training and changes and not (kind == "dropout" and module.p == 0):
-            where = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(f"{where} is in training mode and would change; call model.eval()")
 
 
 def check_images(x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def _options(
     unknown = sorted(names - set(KINDS)) + sorted(set(budgets) - names)
     if unknown or not names:
         raise ValueError(f"attacks and budgets must name some of {list(KINDS)}, not {unknown}")
-    x, y = torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, dtype=torch.int64)
+    toy, x, y = nn.Flatten().eval(), torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([0])
     for name in sorted(names, key=ORDER.index):
         known, own = KINDS[name].parameters, dict(budgets.get(name, {}))
         free = known - set("model x y eps norm seed".split())
@@ -202,7 +202,7 @@ def _options(
             raise ValueError(f"budgets[{name!r}] holds {sorted(own)}; it may set {sorted(free)}")
         options[name] = {key: value for key, value in shared.items() if key in known}
         options[name] |= dict(KINDS[name].options) | own
-        KINDS[name].run(nn.Flatten(), x, y, options[name], eps=0.0)  # refuses bad options now
+        KINDS[name].run(toy, x, y, options[name], eps=0.0)  # refuses bad options now
     return options
 
 
