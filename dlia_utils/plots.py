@@ -275,22 +275,20 @@ def _search_axis(axis: plt.Axes, values: pd.Series) -> pd.Series:
 def figure_worst_case(found: Any, caption: str) -> Figure:
     """Accuracy against eps (worst case with its band), and which attack fooled the images first.
 
-    `found` is what `attacks.evaluate.robust` returned. An attack's own line is drawn where it was
-    run on every image (early_drop=False).
+    `found` is what `attacks.evaluate.robust` returned.
     """
-    table, rows, scale = found.table(), found.rows, 255 if found.settings["norm"] == "linf" else 1
+    table, rows = found.table(), found.rows
     names = [name for name in dict.fromkeys(rows.attack) if name != "worst"]
     figure, ((left, right),) = panels(2, width=5.6, height=3.9)
-    x = np.r_[0, table.eps * scale]
-    for number, name in enumerate(names[1:] if not found.settings["early_drop"] else []):
+    x = np.r_[0, table.eps * 255]
+    for number, name in enumerate(names[1:]):
         style = line_style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
         left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
     worst = np.r_[table.clean[0], table.worst]
     left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
     band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
     left.fill_between(x, *band, color="0.2", alpha=0.12, lw=0)
-    unit = "k/255, pixel units" if scale == 255 else "L2 length, pixel units"
-    left.set(xlabel=f"eps ({unit})", ylabel="accuracy", ylim=(-0.02, 1.02))
+    left.set(xlabel="eps (k/255, pixel units)", ylabel="accuracy", ylim=(-0.02, 1.02))
     left.set_title(f"Worst case over the suite\n{caption}", fontsize=9)
     left.grid(alpha=0.25)
     left.legend(fontsize=7, frameon=False)

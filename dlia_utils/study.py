@@ -433,8 +433,7 @@ def suite_options(run: Run) -> dict:
     for option, by_attack in chosen.items():
         chosen[option] = {name: by_attack[name] for name in by_attack if name in run.attacks}
     options = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    options |= dict(batch_size=run.attack_batch, seed=run.seed, early_drop=False)
-    return options | chosen
+    return options | chosen | dict(batch_size=run.attack_batch, seed=run.seed)
 
 
 def suite_folder(study: Study, name: str) -> Path:

@@ -1,9 +1,8 @@
-"""The contract of every attack: true results, counted passes, an untouched model, errors."""
+"""Every attack: true results, counted passes, an untouched model, refusals, and its strength."""
 
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from dlia_utils import attacks
 from dlia_utils.attacks import base
@@ -11,13 +10,11 @@ from dlia_utils.attacks import base
 EPS = 8 / 255
 
 
-@pytest.fixture(scope="module", params=[2, 10])
-def trained(request):
-    """A small CNN of 2 or 10 classes and 40 images of 8 x 8 that it was trained on."""
-    classes = request.param
+def taught(classes, *more):
+    """A small CNN of so many classes and 40 images of 8 x 8 that it was trained on."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1), nn.Linear(6 * 16, classes))
+    model = nn.Sequential(*layers, nn.Flatten(), *more, nn.Linear(6 * 16, classes))
     y = torch.arange(40) % classes
     patterns = 0.5 + 0.15 * torch.randn(classes, 1, 8, 8)
     x = (patterns[y] + 0.05 * torch.randn(40, 1, 8, 8)).clamp(0, 1)
@@ -27,6 +24,16 @@ def trained(request):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval(), x, y
+
+
+@pytest.fixture(scope="module", params=[2, 10])
+def trained(request):
+    return taught(request.param, nn.Dropout(0.1))
+
+
+@pytest.fixture(scope="module")
+def ten():
+    return taught(10)
 
 
 IN_BALL = {  # attacks inside a given ball: (attack, its options)
@@ -52,7 +59,6 @@ SMALLEST = {  # attacks that look for the smallest change
 }
 ALL = IN_BALL | SMALLEST
 FREE = ("fgsm", "pgd_still", *SMALLEST)  # nothing is drawn
-DIRECT = {attack.__name__: attack for attack, _ in ALL.values()}
 
 
 def run(name, model, x, y, *, share=1.0, **options):
@@ -172,65 +178,41 @@ def test_an_answer_that_is_no_number_is_no_success(name):
 
 
 GOOD_X, GOOD_Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
-BAD = {
-    "uint8": ({"x": (GOOD_X * 255).to(torch.uint8)}, TypeError, "255"),
-    "half precision": ({"x": GOOD_X.half()}, TypeError, "x.float()"),
-    "no batch": ({"x": GOOD_X[0]}, ValueError, r"\[B,C,H,W\]"),
-    "empty": ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, ValueError, "non-empty"),
-    "NaN": ({"x": GOOD_X * torch.nan}, ValueError, "spans .nan"),
-    "normalised": ({"x": GOOD_X * 4 - 2.1}, ValueError, "before normalisation"),
-    "float label": ({"y": GOOD_Y.float()}, TypeError, "int64"),
-    "label 12": ({"y": GOOD_Y + 12}, ValueError, "the model has classes"),
-    "label -1": ({"y": GOOD_Y - 1}, ValueError, "negative"),
-    "three labels": ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, "one label per image"),
-    "no module": ({"model": lambda x: x}, TypeError, "Module"),
-    "training mode": ({"model": nn.Dropout()}, ValueError, r"\(Dropout\).*model\.eval\(\)"),
-    "one logit": (
-        {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), "y": 0 * GOOD_Y},
-        ValueError,
-        "K >= 2",
-    ),
+PER_CHANNEL = attacks.normalised_eps(0.1, [0.2] * 3)
+TRAINING = r"1 \(Dropout\) is in training mode.*model\.eval\(\)"
+BAD = {  # what is passed, and words of the answer
+    "bytes": ({"x": (GOOD_X * 255).to(torch.uint8)}, "255"),
+    "no batch": ({"x": GOOD_X[0]}, r"\[B,C,H,W\]"),
+    "empty": ({"x": GOOD_X[:0], "y": GOOD_Y[:0]}, "non-empty"),
+    "NaN": ({"x": GOOD_X * torch.nan}, "spans .nan"),
+    "normalised": ({"x": GOOD_X * 4 - 2.1}, "before normalisation"),
+    "float label": ({"y": GOOD_Y.float()}, "int64"),
+    "label 12": ({"y": GOOD_Y + 12}, "the model has classes"),
+    "label -1": ({"y": GOOD_Y - 1}, "negative"),
+    "three labels": ({"y": torch.zeros(3, dtype=torch.int64)}, "one label per image"),
+    "training mode": ({"model": nn.Sequential(nn.Dropout()).eval().append(nn.Dropout())}, TRAINING),
+    "one logit": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval()}, "K >= 2"),
+    "eps 8": ({"eps": 8}, "8/255"),
+    "negative eps": ({"eps": -0.1}, ">= 0"),
+    "eps per channel": ({"eps": PER_CHANNEL}, "expand"),
+    "loss": ({"loss": "dlr"}, "loss"),
+    "norm": ({"norm": "l1"}, "norm"),
+    "steps": ({"steps": 0}, "steps"),
+    "seed": ({"seed": [(0, 1)]}, "2 pairs"),
 }
 
 
-@pytest.mark.parametrize("name", DIRECT)
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused(name, case, trained):
-    arguments, error, words = BAD[case]
-    given = {"model": trained[0], "x": GOOD_X, "y": GOOD_Y} | arguments
-    given |= {} if name in ("fmn", "deepfool", "carlini_wagner") else {"eps": EPS}
-    with pytest.raises(error, match=words):
-        DIRECT[name](**given)
-
-
-@pytest.mark.parametrize(
-    ("attack", "options", "words"),
-    [
-        ("fgsm", {"eps": 8}, "8/255"),
-        ("fgsm", {"eps": -0.1}, ">= 0"),
-        ("fgsm", {"eps": attacks.normalised_eps(0.1, [0.2] * 3)}, "expand"),
-        ("pgd", {"eps": EPS, "loss": "dlr"}, "loss"),
-        ("pgd", {"eps": EPS, "norm": "l1"}, "norm"),
-        ("pgd", {"eps": torch.full((1, 1, 1), 0.1), "norm": "l2"}, "a number"),
-        ("apgd", {"eps": EPS, "steps": 0}, "steps"),
-        ("noise", {"eps": EPS, "seed": [(0, 1)]}, "2 pairs"),
-        ("deepfool", {"overshoot": -1}, "overshoot"),
-    ],
-)
-def test_other_errors_name_the_argument(attack, options, words, trained):
+def test_bad_input_is_refused(case, trained):
+    given, words = BAD[case]
     with pytest.raises(ValueError, match=words):
-        DIRECT[attack](trained[0], GOOD_X, GOOD_Y, **options)
+        attacks.pgd(**{"model": trained[0], "x": GOOD_X, "y": GOOD_Y, "eps": EPS} | given)
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.RReLU(), nn.FeatureAlphaDropout(), nn.BatchNorm1d(64), StochasticDepth(0.5, "row")]
-)
-def test_any_layer_that_changes_in_training_mode_is_refused(layer):
-    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, 2))
-    with pytest.raises(ValueError, match=r"1 \(\w+\) is in training mode"):
-        attacks.fgsm(model, GOOD_X, GOOD_Y, eps=EPS)
-    layer.eval()  # the rest does the same in both modes
-    assert len(attacks.fgsm(model, GOOD_X, GOOD_Y, eps=EPS).success) == 2
+@pytest.mark.parametrize("name", ALL)
+def test_another_range_is_refused_by_every_attack(name, trained):
+    with pytest.raises(ValueError, match="before normalisation"):
+        run(name, trained[0], GOOD_X * 4 - 2.1, GOOD_Y)
 
 
 def test_rounding_just_outside_the_range_is_tolerated(trained):
@@ -243,3 +225,205 @@ def test_an_l2_change_stays_in_the_ball_and_in_the_range():
     x = torch.full((1, 1, 2, 2), 0.9)
     inside = base.project(x + 10, x, 0.5, "l2")
     assert float(inside.max()) == 1 and float(base.size(inside - x, "l2")[0]) <= 0.5 + 1e-6
+
+
+# ---------------------------------------- strength: known truth
+
+
+def linear_model(channels: int = 1, classes: int = 2, size: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, classes)).double().eval()
+
+
+def near_boundary(model: nn.Module, channels: int = 1, n: int = 12, size: int = 4):
+    """Images well inside [0,1], so that the nearest boundary of a linear model lies inside, too."""
+    x = 0.4 + 0.2 * torch.rand(n, channels, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        model[1].bias -= model(x).mean(0)  # all classes about equally likely
+        return x, model(x).argmax(1)
+
+
+def boundary_distances(model: nn.Module, x, y, norm: str):
+    """Closed form: over the classes, the least |logit gap| / dual norm of the weight difference."""
+    weight, logits = model[1].weight.detach(), model(x).detach()
+    distances = []
+    for other in range(logits.shape[1]):
+        flat = weight[other] - weight[y]
+        rise = flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)
+        gap = logits.gather(1, y[:, None])[:, 0] - logits[:, other]
+        distances.append(torch.where(y == other, torch.inf, gap / rise))
+    return torch.stack(distances).min(0).values
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_linear_optimum_of_two_classes(channels, loss):
+    """Each pixel goes to the bound of the ball that raises the margin."""
+    model = linear_model(channels)
+    x = torch.rand(9, channels, 4, 4, dtype=torch.float64)
+    y = model(x).argmax(1)
+    direction = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()
+    best = (x + EPS * direction).clamp(0, 1)
+    torch.testing.assert_close(attacks.fgsm(model, x, y, eps=EPS, loss=loss).x_adv, best)
+    for attack, steps in ((attacks.pgd, 5), (attacks.apgd, 30)):
+        options = {"eps": EPS, "loss": loss, "steps": steps, "stop_when_fooled": False}
+        result = attack(model, x, y, **options)
+        torch.testing.assert_close(result.x_adv, best)
+        assert torch.equal(result.success, model(best).argmax(1) != y)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_attacks_in_a_ball_fool_exactly_what_can_be_fooled(classes):
+    """A linear model's image falls exactly when its closed-form distance lies within eps."""
+    model = linear_model(classes=classes)
+    x, y = near_boundary(model, n=20)
+    for norm, attack, options in [
+        ("linf", attacks.pgd, {"loss": "margin", "restarts": 3, "steps": 40}),
+        ("linf", attacks.apgd, {"loss": "margin", "restarts": 2, "steps": 40}),
+        ("l2", attacks.apgd, {"loss": "margin", "norm": "l2", "steps": 50}),
+        ("linf", attacks.square, {"steps": 400}),
+    ]:
+        distance = boundary_distances(model, x, y, norm)
+        eps = float(distance.sort().values[9:11].mean())  # half of them can be fooled
+        assert torch.equal(attack(model, x, y, eps=eps, **options).success, distance < eps)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_smallest_change_of_a_linear_model(norm, classes):
+    model = linear_model(classes=classes)
+    x, y = near_boundary(model)
+    best = boundary_distances(model, x, y, norm)
+    found = [(attacks.deepfool(model, x, y, norm=norm), 1.02)]
+    # The others follow the class that is likeliest at each step, not the nearest.
+    found += [(attacks.fmn(model, x, y, norm=norm), 1.02 if classes == 2 else 2.0)]
+    if norm == "l2":
+        nearest = attacks.carlini_wagner(model, x, y, steps=40, searches=4)
+        found += [(nearest, 1.05 if classes == 2 else 2.0)]
+    for result, allowed in found:
+        size = getattr(result, norm)
+        assert result.success.all() and (size >= best * (1 - 1e-6)).all()
+        assert (size <= best * allowed + 2e-4).all(), (size / best).max()
+
+
+def test_black_borders_do_not_stop_the_smallest_changes():
+    """Pixels at 0 that should go lower cannot move: the others have to make up for them."""
+    model = linear_model()
+    x, y = near_boundary(model, n=1)
+    direction = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).detach()
+    x = torch.where(direction < -0.2, 0.0, x)
+    with torch.no_grad():
+        model[1].bias[y] += attacks.margin(model(x), y) + 0.05
+    for attack in (attacks.deepfool, attacks.fmn, attacks.carlini_wagner):
+        assert attack(model, x, y, steps=60).success.all()
+
+
+def test_normalised_eps_is_a_step_in_normalised_space():
+    model = linear_model(3)
+    x, y = near_boundary(model, 3)
+    std = torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+    change = attacks.fgsm(model, x, y, eps=attacks.normalised_eps(0.1, std)).x_adv - x
+    torch.testing.assert_close((change / std).abs(), torch.full_like(x, 0.1), atol=1e-7, rtol=1e-6)
+
+
+def test_carlini_wagner_finds_the_scale_of_the_model():
+    """Images 1000 times as near to the boundary fall to changes 1000 times as small."""
+    model = linear_model(size=8)
+    x, y = near_boundary(model, size=8)
+    gaps, direction = -attacks.margin(model(x), y), model[1].weight[0] - model[1].weight[1]
+    toward = torch.where(y == 0, -1, 1) * gaps / direction.square().sum()  # to the boundary itself
+    for left in (1.0, 1e-3):
+        near = (x + (1 - left) * (toward[:, None] * direction).view_as(x)).detach()
+        best = boundary_distances(model, near, y, "l2")
+        found = attacks.carlini_wagner(model, near, y, steps=30, searches=3)
+        assert found.success.all() and (found.l2 <= 1.05 * best).all()
+
+
+def test_apgd_halves_the_step_where_the_loss_swings():
+    """A valley that a step of 2 eps jumps across: fixed steps swing, APGD settles at the top."""
+
+    class Ridge(nn.Module):
+        def forward(self, x):
+            height = -((x.flatten(1) - 0.513) ** 2).sum(1)
+            return torch.stack([1 - height, height], 1)
+
+    x, y = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), torch.tensor([0])
+    result = attacks.apgd(Ridge().eval(), x, y, eps=0.1, loss="margin", steps=100)
+    torch.testing.assert_close(result.x_adv, torch.full_like(x, 0.513), atol=1e-3, rtol=0)
+
+
+class Shell(nn.Module):
+    """Class 1 outside the L2 ball of radius 1 round the grey image."""
+
+    def forward(self, x):
+        rise = (x - 0.5).flatten(1).square().sum(1) - 1
+        return torch.stack([torch.zeros_like(rise), rise], 1)
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "excess"),
+    [
+        (attacks.pgd, {"norm": "l2", "steps": 20, "loss": "margin"}, 1.05),
+        (attacks.apgd, {"norm": "l2", "steps": 30, "loss": "margin"}, 1.01),
+        (attacks.fmn, {"norm": "l2"}, 1.02),
+        (attacks.carlini_wagner, {"steps": 80}, 1.03),
+        (attacks.deepfool, {}, 1.09),
+    ],
+)
+def test_curved_boundary(attack, options, excess):
+    """0.9 from the centre of a ball: 0.1 to go, in a direction that differs by image."""
+    generator = torch.Generator().manual_seed(1)
+    way = 2 * torch.rand(8, 1, 6, 6, dtype=torch.float64, generator=generator) - 1
+    x = 0.5 + 0.9 * way / way.flatten(1).norm(dim=1)[:, None, None, None]
+    y, model = torch.zeros(8, dtype=torch.int64), Shell().eval()
+    if attack in (attacks.pgd, attacks.apgd):
+        assert attack(model, x, y, eps=0.1 * excess, **options).success.all()
+        assert not attack(model, x, y, eps=0.0999, **options).success.any()
+    else:
+        size = attack(model, x, y, **options).l2
+        assert (size >= 0.1 * (1 - 1e-9)).all() and (size <= 0.1 * excess).all(), size.max()
+
+
+# ---------------------------------------- against each other
+
+
+@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
+def test_more_work_fools_more(eps, ten):
+    model, x, y = ten
+    fgsm = attacks.fgsm(model, x, y, eps=eps).success
+    once, thrice = (attacks.pgd(model, x, y, eps=eps, steps=8, restarts=k).success for k in (1, 3))
+    many = attacks.pgd(model, x, y, eps=eps, steps=30, loss="margin").success
+    apgd = attacks.apgd(model, x, y, eps=eps, steps=30, loss="margin").success
+    square = attacks.square(model, x, y, eps=eps, steps=60).success
+    noise = attacks.noise(model, x, y, eps=eps, draws=20).success
+    assert (thrice | ~once).all() and (apgd | ~square).all()
+    assert apgd.sum() >= many.sum() >= fgsm.sum() and square.sum() >= noise.sum()
+    distance = attacks.fmn(model, x, y, steps=40).linf  # one run answers for every eps
+    assert (distance <= eps).sum() >= many.sum() - 1
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+@pytest.mark.parametrize("restarts", [0, 1, 2])
+def test_stopping_early_fools_the_same_images(attack, restarts, ten):
+    model, x, y = ten
+    restarts = max(restarts, attack is attacks.apgd)
+    options = {"eps": 0.06, "steps": 12, "restarts": restarts, "seed": 5}
+    early, full = (attack(model, x, y, stop_when_fooled=stop, **options) for stop in (True, False))
+    assert torch.equal(early.success, full.success) and early.forwards < full.forwards
+    assert torch.equal(early.first_success_step, full.first_success_step)
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.apgd])
+def test_margin_fools_a_saturated_model_where_cross_entropy_has_no_gradient(attack, ten):
+    model, x, y = ten
+
+    class Saturated(nn.Module):
+        def forward(self, images):
+            return 1e4 * model(images)
+
+    right = model(x).argmax(1) == y
+    blind, seeing = (
+        attack(Saturated().eval(), x[right], y[right], eps=0.2, loss=loss, steps=10).success
+        for loss in ("ce", "margin")
+    )
+    assert seeing.float().mean() > 0.9 > blind.float().mean()

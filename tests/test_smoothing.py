@@ -22,8 +22,7 @@ def model():
 
 
 def distance(model, x):
-    """Signed L2 distance to the border, > 0 for class 1: the smoothed model's exact radius is its
-    size."""
+    """Signed L2 distance to the border, > 0 for class 1; its size is the exact smoothed radius."""
     w, b = model[1].weight[1] - model[1].weight[0], model[1].bias[1] - model[1].bias[0]
     return ((x.flatten(1) @ w + b) / w.norm()).detach().numpy()
 
@@ -39,9 +38,8 @@ def labels(x):
 def test_the_radius_stays_below_the_true_one_as_often_as_promised(model):
     x, alpha = images(200), 0.1
     truth = distance(model, x)
-    table = certify(
-        model, x, torch.from_numpy(truth > 0).long(), sigma=SIGMA, n0=20, n=100, alpha=alpha
-    )
+    y = torch.from_numpy(truth > 0).long()
+    table = certify(model, x, y, sigma=SIGMA, n0=20, n=100, alpha=alpha)
     answered = table.predicted != ABSTAIN
     # A certificate is wrong when its class is, or when its radius reaches past the border.
     wrong = answered & (~table.correct | (table.radius > np.abs(truth)))
@@ -62,9 +60,8 @@ def test_with_many_copies_the_radius_comes_near_the_true_one(model):
 def test_on_the_border_it_abstains_and_far_from_it_the_radius_is_the_largest_possible(model):
     grey = torch.full((5, 1, 4, 4), 0.5)
     table = certify(model, grey, torch.ones(5, dtype=torch.long), sigma=SIGMA, n=200, ids=range(5))
-    assert (
-        (table.predicted == ABSTAIN).all() and (table.radius == 0).all() and not table.correct.any()
-    )
+    assert (table.predicted == ABSTAIN).all() and (table.radius == 0).all()
+    assert not table.correct.any()
     model[1].bias.data[1] += 100
     table = certify(model, grey, labels(grey), sigma=SIGMA, n=200, alpha=0.01)
     assert (table.predicted == 1).all() and (table.k == 200).all()
@@ -79,9 +76,8 @@ def test_the_draws_depend_on_seed_and_id_only(model):
     again = certify(model, x[order], labels(order), ids=order, **options)
     pd.testing.assert_frame_equal(again, first.iloc[order].reset_index(drop=True))
     assert (certify(model, x, labels(x), seed=1, **options).k != first.k).any()
-    # Equal images under other ids see other noise; and the copies that chose a class do not count
-    # for it: on the border the chosen class has the majority of the others in every second image
-    # only.
+    # Equal images under other ids see other noise, and the copies that chose a class do not count
+    # for it: on the border it has the majority of the others in every second image only.
     grey = torch.full((40, 1, 4, 4), 0.5)
     table = certify(model, grey, labels(grey), sigma=SIGMA, n0=101, n=101)
     assert table.k.nunique() > 5 and 0.25 < (table.k > 50).mean() < 0.75
@@ -113,16 +109,10 @@ def test_certified_accuracy_counts_what_is_right_and_far_enough():
     assert (result.ci_low <= result.value).all() and (result.ci_high > result.value).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sigma": 0}, "sigma"),
-        ({"alpha": 0.6}, "alpha"),
-        ({"x": torch.full((2, 1, 4, 4), 2.0)}, "normalisation"),
-        ({"x": torch.zeros(1, 4, 4)}, r"\[B,C,H,W\]"),
-    ],
-)
-def test_unusable_arguments_are_refused(model, options, message):
-    options = {"x": images(2), "y": labels(range(2)), "sigma": SIGMA} | options
-    with pytest.raises(ValueError, match=message):
-        certify(model, **options)
+def test_unusable_arguments_are_refused(model):
+    for message, options in {
+        "sigma": {"sigma": 0},
+        "normalisation": {"x": 2 * images(2) + 1},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            certify(model, **{"x": images(2), "y": labels(range(2)), "sigma": SIGMA} | options)

@@ -14,6 +14,8 @@ from .base import check_attack
 
 log = logging.getLogger("dlia_utils")
 
+MAX_DROP = 0.01  # of the clean accuracy, against alpha 0
+
 
 def select_alpha(
     model: nn.Module,
@@ -24,7 +26,6 @@ def select_alpha(
     eps: float,
     grid: Sequence[float] = ALPHAS,
     steps: int = 10,
-    max_clean_drop: float = 0.01,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -32,7 +33,7 @@ def select_alpha(
 
     The authors chose on the test set, by exact gradients. Here a validation image is robust when it
     withstands PGD with exact gradients and straight through the operators. Of the alphas whose
-    clean accuracy lies at most `max_clean_drop` below that of alpha 0 (always tried) the most
+    clean accuracy lies at most MAX_DROP below that of alpha 0 (always tried) the most
     robust one is set, the smallest if several are. train_batches: images [B,1 or 3,H,W], read once;
     eps in pixel units. Returns one row per alpha: alpha, clean, exact, straight_through, robust
     (accuracies), chosen. After an error the alphas are as they were.
@@ -45,16 +46,10 @@ def select_alpha(
     [0.0, 0.2]
     """
     found, alphas = operators(model), sorted({0.0, *map(float, grid)})
-    if not (0 <= alphas[0] < alphas[-1] < float("inf") and 0 <= max_clean_drop <= 1):
-        raise ValueError(
-            f"grid must hold finite numbers >= 0 and one above 0, not {tuple(grid)}, and "
-            f"max_clean_drop be a share of the images, not {max_clean_drop}"
-        )
     check_attack(model, x_val, y_val, eps=eps)
     recompute_statistics(model, train_batches)
     before, rows = [operator.threshold.clone() for operator in found], []
-    options = {"steps": steps, "seed": seed, "progress": progress, "early_drop": False}
-    options["attacks"] = ["pgd_margin"]
+    options = dict(attacks=["pgd_margin"], steps=steps, seed=seed, progress=progress)
     try:
         for alpha in alphas:
             set_alpha(model, alpha)
@@ -70,7 +65,7 @@ def select_alpha(
         raise
     table = pd.DataFrame(rows)
     # Shares of whole images: the tolerance only absorbs their rounding.
-    allowed = table[table.clean >= table.clean.iloc[0] - max_clean_drop - 1e-9]
+    allowed = table[table.clean >= table.clean.iloc[0] - MAX_DROP - 1e-9]
     best = allowed.robust.idxmax()  # the first of equals
     set_alpha(model, table.alpha[best])
     return table.assign(chosen=table.index == best)

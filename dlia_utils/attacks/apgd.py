@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,8 @@ def apgd(
     its steps since the last check raised the loss, or neither its step nor its best loss changed.
     The margin loss needs two classes only (the paper's DLR needs three). Arguments: as `pgd`.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = apgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255, steps=5)
-    >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> bool(apgd(model, x, torch.tensor([0]), eps=0.1, steps=5).linf[0] <= 0.1 + 1e-6)
     True
     """
     if steps < 1 or restarts < 1:
@@ -52,19 +52,39 @@ def _climb(
     search: base.Search, rows: Tensor, points: Tensor, first: int, steps: int, stop: bool
 ) -> None:
     """One start for the images `rows`; every point, also the last, is judged."""
-    n, checks, last = _Climbers(rows, search.x[rows], points), _checks(steps), 0
+    x, eps, norm, checks, last = search.x[rows], search.eps, search.norm, _checks(steps), 0
+    # What every image still attacked carries along, all [n,...].
+    n = SimpleNamespace(rows=rows, x=x, points=points, best=points, best_gradient=points)
+    n.value = torch.full_like(x[:, 0, 0, 0], torch.inf)
+    n.best_value = n.checked = -n.value  # checked: best at the last check
+    n.step_size = torch.full_like(n.value, 2.0)  # in units of eps
+    n.rises = torch.zeros_like(rows)  # since the last check
+    n.halved = torch.zeros_like(rows, dtype=torch.bool)  # at the last check
     for step in range(steps):
-        count = first + max(step, 1)
-        fooled, value, gradient = search.gradient(n.rows, points, count, lazy=stop)
+        fooled, value, gradient = search.gradient(n.rows, points, first + max(step, 1), lazy=stop)
         if gradient is None:
             return
-        n.arrive(points, value, gradient)
-        if step in checks:
-            n.judge(step - last)
-            last = step
+        n.rises = n.rises + (value > n.value)
+        n.previous, n.points, n.value, n.gradient = n.points, points, value, gradient
+        better = value > n.best_value
+        n.best_value = torch.where(better, value, n.best_value)
+        n.best = torch.where(per_image(better), points, n.best)
+        n.best_gradient = torch.where(per_image(better), gradient, n.best_gradient)
+        if step in checks:  # images that stall go back to their best point with half the step
+            stalled = n.rises < ENOUGH_RISES * (step - last)
+            stalled |= ~n.halved & (n.checked >= n.best_value)
+            n.step_size = torch.where(stalled, n.step_size / 2, n.step_size)
+            n.points = torch.where(per_image(stalled), n.best, n.points)
+            n.value = torch.where(stalled, n.best_value, n.value)
+            n.gradient = torch.where(per_image(stalled), n.best_gradient, n.gradient)
+            n.halved, n.checked, n.rises, last = stalled, n.best_value, n.rises * 0, step
         if stop and bool(fooled.any()):
-            n.keep(~fooled)
-        points = n.next(search.eps, search.norm, push=step > 0)
+            n = SimpleNamespace(**{name: values[~fooled] for name, values in vars(n).items()})
+        move = per_image(n.step_size) * eps * base.ascent(n.gradient, norm)
+        points = base.project(n.points + move, n.x, eps, norm)
+        if step:  # along the last move as well
+            move = MOMENTUM * (points - n.points) + (1 - MOMENTUM) * (n.points - n.previous)
+            points = base.project(n.points + move, n.x, eps, norm)
     search.ask(n.rows, points, first + steps)
 
 
@@ -79,49 +99,3 @@ def _checks(steps: int) -> list[int]:
         places.append(math.ceil(round(place * steps, 6)))
         last, place = place, place + max(place - last - 0.03, 0.06)
     return places
-
-
-class _Climbers:
-    """What every image still attacked carries along, all [n,...]."""
-
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor) -> None:
-        self.rows, self.x, self.points, self.previous, self.best = rows, x, start, start, start
-        self.gradient = self.best_gradient = start
-        self.value = torch.full_like(x[:, 0, 0, 0], torch.inf)
-        self.best_value = self.checked_value = -self.value  # checked: best at the last check
-        self.step_size = torch.full_like(self.value, 2.0)  # in units of eps
-        self.rises = torch.zeros_like(rows)  # since the last check
-        self.halved = torch.zeros_like(rows, dtype=torch.bool)  # at the last check
-
-    def keep(self, rows: Tensor) -> None:
-        for name, values in vars(self).items():
-            setattr(self, name, values[rows])
-
-    def next(self, eps: float, norm: str, *, push: bool) -> Tensor:
-        """The next points, along the gradient and, with push, along the last move."""
-        move = per_image(self.step_size) * eps * base.ascent(self.gradient, norm)
-        moved = base.project(self.points + move, self.x, eps, norm)
-        if not push:
-            return moved
-        move = MOMENTUM * (moved - self.points) + (1 - MOMENTUM) * (self.points - self.previous)
-        return base.project(self.points + move, self.x, eps, norm)
-
-    def arrive(self, points: Tensor, value: Tensor, gradient: Tensor) -> None:
-        """Go there, and keep the point where the loss has never been higher."""
-        self.rises = self.rises + (value > self.value)
-        self.previous, self.points, self.value, self.gradient = self.points, points, value, gradient
-        better = value > self.best_value
-        self.best_value = torch.where(better, value, self.best_value)
-        self.best = torch.where(per_image(better), points, self.best)
-        self.best_gradient = torch.where(per_image(better), gradient, self.best_gradient)
-
-    def judge(self, interval: int) -> None:
-        """Halve the step of the images that stall and send them back to their best point."""
-        stalled = self.rises < ENOUGH_RISES * interval
-        stalled |= ~self.halved & (self.checked_value >= self.best_value)
-        self.step_size = torch.where(stalled, self.step_size / 2, self.step_size)
-        self.points = torch.where(per_image(stalled), self.best, self.points)
-        self.value = torch.where(stalled, self.best_value, self.value)
-        self.gradient = torch.where(per_image(stalled), self.best_gradient, self.gradient)
-        self.halved, self.checked_value = stalled, self.best_value
-        self.rises = torch.zeros_like(self.rises)

@@ -9,13 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
 TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
-# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
-HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
-RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B,K], y [B]) -> value per image [B]
 Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per image
@@ -25,12 +21,9 @@ Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per 
 class AttackResult:
     """What an attack found, per image of the batch.
 
-    x_adv               [B,C,H,W] in [0,1]
-    success             [B] bool: the model is wrong on x_adv
-    first_success_step  [B] int64: -1 never, 0 wrong before any step, else the step that fooled it
-    queries             [B] int64: forward passes spent on each image
-    linf, l2            [B]: size of x_adv - x in pixel units
-    backwards           image-passes of the whole batch, as `forwards`
+    x_adv [B,C,H,W] in [0,1]; success [B] bool: the model is wrong on it; first_success_step [B]: -1
+    never, 0 wrong before any step, else the step that fooled it; queries [B]: forward passes spent;
+    linf, l2 [B]: size of x_adv - x in pixel units; forwards, backwards: passes of the whole batch.
     """
 
     x_adv: Tensor
@@ -46,6 +39,9 @@ class AttackResult:
         return int(self.queries.sum())
 
 
+# ---------------------------------------- the door
+
+
 def check_attack(
     model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 0.0, norm: str = "linf"
 ) -> Tensor:
@@ -53,55 +49,31 @@ def check_attack(
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
-    check_model(model)
-    x, values = check_images(x), torch.as_tensor(eps)
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError("y must be an int64 tensor of class numbers; use labels.long()")
-    if y.shape != x.shape[:1] or y.min() < 0:
-        raise ValueError(f"y must hold one label per image, none negative; got {y.tolist()[:10]}")
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(f"{where} is in training mode, which may change it: call model.eval()")
+    x, values, channels = check_images(x), torch.as_tensor(eps), x.shape[1]
+    if getattr(y, "dtype", None) != torch.int64 or y.shape != x.shape[:1] or y.min() < 0:
+        raise ValueError("y must be an int64 tensor [B], one label per image, none negative")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
     if not bool((values >= 0).all()) or (norm == "linf" and bool((values > 1).any())):
         raise ValueError(f"eps must be >= 0 in pixel units of [0,1], such as 8/255, not {eps}")
-    if values.ndim and (norm == "l2" or values.shape != (x.shape[1], 1, 1)):
-        raise ValueError(
-            f"eps must be a number, or for 'linf' one per channel [{x.shape[1]},1,1], not "
-            f"{list(values.shape)}; expand grey images first with x.expand(-1, 3, -1, -1)"
-        )
+    if values.ndim and (norm == "l2" or values.shape != (channels, 1, 1)):
+        shape = f"[{channels},1,1], one per channel (expand grey images: x.expand(-1, 3, -1, -1))"
+        raise ValueError(f"eps must be a number, or for 'linf' {shape}")
     return x
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, and one that training mode would make random or change."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        if module.training and _changes_in_training(module):
-            where = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(
-                f"{where} is in training mode and would be random or change; call model.eval()"
-            )
-
-
-def _changes_in_training(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    # A parametrization such as spectral_norm changes its buffers.
-    if isinstance(module, RANDOM) or parametrize.is_parametrized(module):
-        return True
-    kind = type(module).__module__.removeprefix("torch.nn.modules.")
-    return not any(module.children()) and kind not in HARMLESS
 
 
 def check_images(x: Tensor) -> Tensor:
     """Images [B,C,H,W], detached and clamped to [0,1]; refuses another type, shape or range."""
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            "x must be a float32 or float64 tensor in [0,1]; for uint8 use images.float() / 255, "
-            "for half precision x.float() and torch.autocast inside the model"
+    dtype, shape = getattr(x, "dtype", type(x)), tuple(getattr(x, "shape", ()))
+    if dtype not in (torch.float32, torch.float64) or len(shape) != 4 or not x.numel():
+        raise ValueError(
+            "x must be a non-empty float32 or float64 batch [B,C,H,W] in [0,1] (of bytes: "
+            f"images.float() / 255), not {dtype} {shape}"
         )
-    if x.ndim != 4 or not x.numel():
-        raise ValueError(f"x must be a non-empty batch [B,C,H,W], not {tuple(x.shape)}")
     low, high = (value.item() for value in x.detach().aminmax())
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN compares false
         raise ValueError(
@@ -113,16 +85,14 @@ def check_images(x: Tensor) -> Tensor:
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     """Return the logits [B,K] when they fit the labels; an error that names the fix otherwise."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(shape, list) or len(shape) != 2 or shape[1] < 2:
         raise ValueError(
-            f"the model must return logits [B,K] with K >= 2 classes, not "
-            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}; a "
-            "single logit z of class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
+            f"the model must return logits [B,K] with K >= 2 classes, not {shape}; a single logit "
+            "z of class 1 becomes two by torch.cat([torch.zeros_like(z), z], dim=1)"
         )
-    if int(y.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"y holds label {int(y.max())} but the model has classes 0..{logits.shape[1] - 1}"
-        )
+    if int(y.max()) >= shape[1]:
+        raise ValueError(f"y holds label {int(y.max())}; the model has classes 0..{shape[1] - 1}")
     if not bool(logits.isfinite().all()):
         raise ValueError("the model returns NaN or infinite logits on these images")
     return logits
@@ -158,6 +128,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+
+
+def wrong(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether the answer is wrong, bool [B]: no number is no wrong answer."""
+    return (logits.argmax(1) != y) & logits.isfinite().all(1)
 
 
 def per_image(value: Tensor) -> Tensor:
@@ -220,57 +195,39 @@ def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
 
 
 @contextmanager
-def search(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor | None = None,
-    norm: str = "linf",
-    loss: str = "margin",
-    seed: Seed = 0,
-) -> Iterator[Search]:
-    """The frame of every attack: the check at the door, the model frozen, an empty record.
-
-    eps: None for an attack that looks for the smallest change.
-    """
-    x = check_attack(model, x, y, eps=0.0 if eps is None else eps, norm=norm)
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
-    eps = eps.to(x) if isinstance(eps, Tensor) else eps
+def search(model: nn.Module, x: Tensor, y: Tensor, **options) -> Iterator[Search]:
+    """The frame of every attack: the check at the door, the model frozen, an empty record."""
+    record = Search(model, x, y, **options)
     with frozen(model):
-        yield Search(model, x, y, eps, norm, LOSSES[loss], pairs(seed, len(x)))
+        yield record
 
 
-@dataclass
 class Search:
     """Keeps each image's strongest point (fooling first, then the higher value) and counts passes.
 
-    The value of a point is the loss or, without eps, how small its change is. `rows` are the
-    numbers of the images that points belong to. The first answers of a search are checked.
+    The value of a point is the loss or, without eps (the smallest change is looked for), how small
+    its change is. `rows` are the numbers of the images that points belong to. The first answers are
+    checked.
     """
 
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    eps: float | Tensor | None
-    norm: str
-    objective: Loss
-    keys: list[tuple[int, int]]
-
-    def __post_init__(self) -> None:
-        self.everyone = torch.arange(len(self.x), device=self.x.device)
-        self.x_adv, self.checked, self.backwards = self.x.clone(), False, 0
-        self.value = torch.full((len(self.x),), -torch.inf, device=self.x.device)
-        self.fooled = torch.zeros_like(self.y, dtype=torch.bool)
-        self.first_step, self.queries = torch.full_like(self.y, -1), torch.zeros_like(self.y)
+    def __init__(self, model, x, y, *, eps=None, norm="linf", loss="margin", seed: Seed = 0):
+        x = check_attack(model, x, y, eps=0.0 if eps is None else eps, norm=norm)
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
+        self.model, self.x, self.y, self.norm, self.objective = model, x, y, norm, LOSSES[loss]
+        self.eps = eps.to(x) if isinstance(eps, Tensor) else eps
+        self.keys, self.everyone = pairs(seed, len(x)), torch.arange(len(x), device=x.device)
+        self.x_adv, self.checked, self.backwards = x.clone(), False, 0
+        self.value = torch.full((len(x),), -torch.inf, device=x.device)
+        self.fooled = torch.zeros_like(y, dtype=torch.bool)
+        self.first_step, self.queries = torch.full_like(y, -1), torch.zeros_like(y)
 
     def rounds(
         self, streams: range, *, everyone: bool = False
     ) -> Iterator[tuple[int, Tensor, list[np.random.Generator]]]:
         """Rounds of the images that still stand: (stream, rows, a generator per image)."""
         for stream in streams:
-            rows = self.everyone if everyone else self.standing()
+            rows = self.everyone if everyone else torch.nonzero(~self.fooled)[:, 0]
             if not len(rows):
                 return
             keys = [self.keys[row] for row in rows.tolist()]
@@ -281,10 +238,6 @@ class Search:
         draw = ascent(draw, "l2") if self.norm == "l2" else draw
         return project(x + self.eps * draw, x, self.eps, self.norm)
 
-    def standing(self) -> Tensor:
-        """Row numbers of the images not fooled yet."""
-        return torch.nonzero(~self.fooled)[:, 0]
-
     def answer(self, rows: Tensor, points: Tensor) -> Tensor:
         """The model's logits."""
         self.queries[rows] += 1
@@ -294,38 +247,36 @@ class Search:
         self.checked = True
         return logits
 
+    @torch.no_grad()
     def ask(self, rows: Tensor, points: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Judge points of the images `rows`: (who is fooled [n], objective [n])."""
-        with torch.no_grad():
-            logits = self.answer(rows, points)
-            value = self.objective(logits, self.y[rows])
+        logits = self.answer(rows, points)
+        value = self.objective(logits, self.y[rows])
         return self.record(rows, points, logits, value, step), value
 
     def look(self) -> None:
         """Judge the clean images: those that the model gets wrong are fooled at step 0."""
         self.ask(self.everyone, self.x, 0)
 
+    @torch.enable_grad()
     def gradient(
         self, rows: Tensor, points: Tensor, step: int, *, objective: Loss | None = None, lazy=False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(who is fooled [n], objective [n], its gradient); lazy: None where all are fooled."""
         points = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self.answer(rows, points)
-            value = (objective or self.objective)(logits, self.y[rows])
-            total = value.sum()
-        value = value.detach()
-        fooled = self.record(rows, points.detach(), logits.detach(), value, step)
+        logits = self.answer(rows, points)
+        value = (objective or self.objective)(logits, self.y[rows])
+        fooled = self.record(rows, points.detach(), logits.detach(), value.detach(), step)
         if lazy and bool(fooled.all()):
-            return fooled, value, None
+            return fooled, value.detach(), None
         self.backwards += len(rows)
-        return fooled, value, torch.autograd.grad(total, points)[0]
+        return fooled, value.detach(), torch.autograd.grad(value.sum(), points)[0]
 
     def record(
         self, rows: Tensor, points: Tensor, logits: Tensor, value: Tensor, step: int
     ) -> Tensor:
-        """Note what the model said; returns who is fooled [n]: no number is no wrong answer."""
-        fooled = (logits.argmax(1) != self.y[rows]) & logits.isfinite().all(1)
+        """Note what the model said; returns who is fooled [n]."""
+        fooled = wrong(logits, self.y[rows])
         value = -size(points - self.x[rows], self.norm) if self.eps is None else value
         value, held_fooled, held = value.float(), self.fooled[rows], self.value[rows]
         better = (fooled & ~held_fooled) | ((fooled == held_fooled) & (value > held))

@@ -25,8 +25,7 @@ def carlini_wagner(
     It costs (steps + 1) * searches passes an image. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.ones(1, 1, 2, 2) / 2
     >>> bool(carlini_wagner(model, x, model(x).argmax(1), steps=50).success[0])
     True
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..device import device_of
-from ..units import eps_text
+from ..metrics import with_interval
+from ..units import pixel_text
 from .evaluate import BPDA, KINDS, PASSES, Evaluation, kind, robust, zero_gradient_share
 
 SAME = 1e-4  # of the logits, or of their size where that is above 1
@@ -19,7 +20,7 @@ ALONE = 0.002  # share of images that a black box may fool alone (as AutoAttack'
 LEAD = 0.05  # share of the images by which one loss, or one kind of gradient, may beat another
 SPAN, BETTER = 0.1, 0.1  # of [0,1] an image should fill; balanced accuracy in another range
 POINTS = 2.0  # per cent of the images that twice the steps may add
-LATE = ("one_pixel", "square")  # black boxes that run after everything else
+BLACK = {"one_pixel", "square"}  # black boxes that search, unlike noise
 
 # By key: the check, and below it what a WARN means and asks for.
 TEXTS = """\
@@ -59,16 +60,13 @@ CHECKS = {
     for head, why in zip(TEXTS[::2], TEXTS[1::2], strict=True)
 }
 
-Line = tuple[str, str, str, str]
-
 
 def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     """What an evaluation of robustness must show, PASS or WARN with the reason.
 
-    subset: the most images that anything is run on anew: all attacks in full when fooled images
-    were dropped, twice the steps, the ball in which every image must fall. Columns: check, verdict,
-    value (what was found), why (after WARN: what it means). A WARN says that the robust accuracy
-    may be too high, or speaks of something else. A check is left out where it does not apply.
+    subset: the most images that are attacked anew, with twice the steps and in a ball in which
+    every image must fall. Columns: check, verdict, value (what was found), why (after WARN: what it
+    means). A check is left out where it does not apply.
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)
@@ -76,21 +74,33 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     >>> report(found).set_index("check").verdict["white box beats black box"]
     'PASS'
     """
-    rows, said = found.rows, found.settings
-    right = np.flatnonzero(~_fooled(found, rows, "clean", 0.0))
-    stated = f"{said['norm']}, eps {balls(found)}, {len(said['attacks'])} attacks"
-    lines = [_line("threat", True, f"{stated}, seed {said['seed']}")]
-    lines += [_clean(found, right), _range(found, subset)]
+    said = found.settings
+    if said["early_drop"]:
+        raise ValueError("the check list compares attacks: run `robust` with early_drop=False")
+    right = np.flatnonzero(~found.fooled("clean", 0.0))
+    stated = f"linf, eps {_balls(found)}, {len(said['attacks'])} attacks"
+    largest = float(found.labels.bincount().max()) / len(found.labels)
+    accuracy = len(right) / len(found.labels)
+    lines = [("threat", True, f"{stated}, seed {said['seed']}")]
+    lines += [("clean", accuracy > largest, f"{accuracy:.1%} against {largest:.1%}")]
+    lines += [_range(found, subset)]
     if len(right):  # else there is nothing to attack, which the second line says
-        full, note, some = rows, "", _spread(right, subset)
-        if said["early_drop"]:
-            names = [name for name in said["attacks"] if name not in LATE] or ["pgd_margin"]
-            full = _again(found, some, said["eps_grid"], names, at=said["at"]).rows
-            note = f" (all attacks in full on {len(some)} images)"
-        lines += [*_compared(found, full, note), _black_box(found, full, note), _rising(found)]
-        lines += [_everything(found, subset), _converged(found, subset)]
-        lines += [_zero_gradients(found, some), _random(found), _per_image(found)]
-    return pd.DataFrame(lines, columns=["check", "verdict", "value", "why"])
+        shares = found.rows[found.rows.attack.eq("worst")].groupby("eps").fooled.mean()
+        stuck = bool(((shares.diff() <= 0) & (shares < 1)).any())
+        rising = [f"{pixel_text(eps)}: {share:.1%} fooled" for eps, share in shares.items()]
+        some = torch.from_numpy(_spread(right, subset))
+        data = found.model, found.images[some], found.labels[some]
+        ce, margin = (zero_gradient_share(*data, loss=loss) for loss in ("ce", "margin"))
+        zero = f"cross-entropy {ce:.1%}, margin {margin:.1%} of {len(some)} images"
+        lines += [*_compared(found), _black_box(found), ("rising", not stuck, "; ".join(rising))]
+        lines += [_everything(found, subset), _converged(found, shares, subset)]
+        lines += [("zero", ce == margin == 0, zero), _random(found), _per_image(found, shares)]
+    rows = []
+    for key, passed, value, *name in lines:
+        check, why = CHECKS[key]
+        verdict = ["PASS", value, ""] if passed else ["WARN", value, why]
+        rows.append([check.format(*name), *verdict])
+    return pd.DataFrame(rows, columns=["check", "verdict", "value", "why"])
 
 
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
@@ -98,17 +108,17 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
     said = "Every attack was run on every image that the model gets right; columns are over all."
     if found.settings["early_drop"]:
-        said = "Fooled images were dropped: an attack's column is over the images that still stood "
-        said += "when it came (-: none); clean and worst are over all."
+        said = "Images once fooled were attacked no more; clean and worst are over all images."
     by = "image (no patients given)" if found.groups is None else "patient"
     table = found.table().drop(columns="eps").set_index("ball")
     for name in ("clean", "worst"):
-        low, high = table.pop(f"{name}_low"), table.pop(f"{name}_high")
-        cells = zip(table[name], low, high, strict=True)
-        table[name] = [f"{value:.3f} [{least:.3f}, {most:.3f}]" for value, least, most in cells]
+        columns = {name: "value", f"{name}_low": "ci_low", f"{name}_high": "ci_high"}
+        cells = table[[*columns]].rename(columns=columns).to_dict("records")
+        table[name] = [with_interval(row) for row in cells]
+        table = table.drop(columns=[*columns][1:])
     parts = [
         "Robust accuracy, worst case per image (arXiv 1902.06705)",
-        threat(found),
+        _threat(found),
         table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"),
         f"{said} Brackets: 95 % by {by}.\nSpent: {spent.forwards:.0f} forward and "
         f"{spent.backwards:.0f} backward image-passes, {spent.seconds:.0f} s.",
@@ -122,19 +132,17 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def threat(found: Evaluation) -> str:
+def _threat(found: Evaluation) -> str:
     """The threat model in words."""
-    said = found.settings
+    said, budgets = found.settings, []
     blind = [name for name in said["attacks"] if KINDS[name].blind]
-    unit = "largest change of a pixel" if said["norm"] == "linf" else "length of the whole change"
-    budgets = []
     for name, own in said["attacks"].items():
-        words = [f"{key} {value}" for key, value in own.items() if key not in ("norm", "loss")]
-        words += [f"only at {balls(found, name)}"] if name in said["at"] else []
+        words = [f"{key} {value}" for key, value in own.items() if key != "loss"]
+        words += [f"only at {_balls(found, name)}"] if name in said["at"] else []
         budgets.append(f"{name} ({', '.join(words)})" if words else name)
     lines = {
         "goal": "any wrong class (of two, the other one: targeted and untargeted are the same)",
-        "ball": f"{said['norm']} ({unit}), eps {balls(found)}, pixels in [0,1]",
+        "ball": f"linf (largest change of a pixel), eps {_balls(found)}, pixels in [0,1]",
         "limits": "none besides: every pixel and channel may change",
         "knowledge": f"weights and gradients; answers alone: {', '.join(blind) or 'no attack'}",
         "attacks": "; ".join(budgets),
@@ -144,31 +152,19 @@ def threat(found: Evaluation) -> str:
     return "\n".join(f"  {name:10}{line}" for name, line in lines.items())
 
 
-def balls(found: Evaluation, name: str = "") -> str:
+def _balls(found: Evaluation, name: str = "") -> str:
     """The eps grid in words, or those eps at which the attack `name` is run."""
     grid = found.settings["at"].get(name, found.settings["eps_grid"])
-    return ", ".join(_text(found, eps) for eps in grid)
+    return ", ".join(map(pixel_text, grid))
 
 
-def _text(found: Evaluation, eps: float) -> str:
-    return eps_text(eps, "pixel" if found.settings["norm"] == "linf" else "length")
-
-
-def _line(key: str, passed: bool, value: str, name: str = "") -> Line:
-    check, why = CHECKS[key]
-    return check.format(name), "PASS" if passed else "WARN", value, "" if passed else why
-
-
-def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], names, **changes):
-    """`robust` once more on some of the images, every attack in full."""
+def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], budgets: Mapping):
+    """`robust` once more on some of the images, these attacks in full."""
     said, some = found.settings, torch.from_numpy(positions)
-    options = {key: said[key] for key in ("norm", "seed", "batch_size", "fast")}
-    options |= {"budgets": said["attacks"], "ids": said["ids"][positions]} | changes
-    known = {name: own for name, own in options["budgets"].items() if name in names}
-    options["budgets"] = {n: {k: v for k, v in known[n].items() if k != "norm"} for n in known}
-    data = (found.images[some], found.labels[some])
-    options |= {"attacks": names, "early_drop": False, "progress": False}
-    return robust(found.model, data, grid, **options)
+    options = {key: said[key] for key in ("seed", "batch_size", "fast")}
+    options |= dict(attacks=list(budgets), budgets=budgets, ids=said["ids"][positions])
+    data = found.images[some], found.labels[some]
+    return robust(found.model, data, grid, progress=False, **options)
 
 
 def _spread(positions: np.ndarray, most: int) -> np.ndarray:
@@ -177,146 +173,112 @@ def _spread(positions: np.ndarray, most: int) -> np.ndarray:
     return positions[np.linspace(0, len(positions) - 1, most).astype(int)]
 
 
-def _fooled(found: Evaluation, rows: pd.DataFrame, attack: str, eps: float) -> np.ndarray:
-    """Bool [N] in the order of the images."""
-    part = rows[rows.attack.eq(attack) & rows.eps.eq(eps)].set_index("image").fooled
-    return part.reindex([i for i in found.settings["ids"] if i in part.index]).to_numpy(bool)
-
-
-def _shares(found: Evaluation) -> pd.Series:
-    """The share of the images fooled in the worst case, by eps."""
-    return found.rows[found.rows.attack.eq("worst")].groupby("eps").fooled.mean()
-
-
 # ---------------------------------------- the evaluation
 
 
-def _clean(found: Evaluation, right: np.ndarray) -> Line:
-    largest = float(found.labels.bincount().max()) / len(found.labels)
-    accuracy = len(right) / len(found.labels)
-    return _line("clean", accuracy > largest, f"{accuracy:.1%} against {largest:.1%}")
-
-
-def _compared(found: Evaluation, full: pd.DataFrame, note: str) -> list[Line]:
-    """What attacks run in full say of each other, at the eps that they have in common."""
-    rows, lines = full[~full.attack.isin(["clean", "worst"])], []
-    names = list(dict.fromkeys(rows.attack))
+def _compared(found: Evaluation) -> list[tuple]:
+    """What the attacks say of each other, at the eps that they have in common."""
+    rows, lines, falls = found.rows[~found.rows.attack.isin(["clean", "worst"])], [], []
+    names = list(rows.attack.unique())
     wide = rows.set_index(["eps", "image", "attack"]).fooled.unstack().astype(float)
     strong = wide[[name for name in names if not kind(name).blind and name != "fgsm"]].max(axis=1)
-    for weak in ("fgsm", "noise"):
-        met = pd.DataFrame({"ours": strong, "theirs": wide.get(weak, np.nan)}).dropna()
+    for weak in [name for name in ("fgsm", "noise") if name in names]:
+        met = pd.DataFrame({"ours": strong, "theirs": wide[weak]}).dropna()
         sums = met.groupby("eps").sum().astype(int)
-        said = [
-            (_text(found, eps), a, ">=" if a >= b else "<", b) for eps, a, b in sums.itertuples()
-        ]
+        signs = np.where(sums.ours >= sums.theirs, ">=", "<")
+        said = zip(map(pixel_text, sums.index), sums.ours, signs, sums.theirs, strict=True)
         value = "; ".join(f"{at}: {a} {sign} {b}" for at, a, sign, b in said)
-        value += f"; fooled by {weak} only: {(met.theirs > met.ours).sum()}{note}"
+        value += f"; fooled by {weak} only: {(met.theirs > met.ours).sum()}"
         if len(met):
-            lines.append(_line(weak, bool((sums.ours >= sums.theirs).all()), value))
-    through = [("through", name, name.removesuffix(BPDA)) for name in names if name.endswith(BPDA)]
-    for key, more, less in [("loss", "pgd_margin", "pgd_ce"), *through]:
+            lines.append((weak, "<" not in signs, value))
+    pairs = [("loss", "pgd_margin", "pgd_ce", "the margin loss")]
+    for name in names:
+        if name.endswith(BPDA):
+            through = "the way through the operator"
+            pairs.append(("through", name, name.removesuffix(BPDA), through))
+        counts = wide[name].groupby("eps").sum(min_count=1).dropna()
+        for eps in counts.index[counts.diff() < 0]:
+            falls.append(f"{name} at {pixel_text(eps)}: {counts[eps]:.0f}")
+    for key, more, less, what in pairs:
         pair = wide.reindex(columns=[more, less])
         lead = (pair[more] - pair[less]).groupby("eps").mean().dropna()
         if len(lead):
-            what = "the margin loss" if key == "loss" else "the way through the operator"
-            value = f"largest lead of {what}: {lead.max():.1%} of the images at "
-            value += _text(found, lead.idxmax()) + note
-            lines.append(_line(key, lead.max() <= LEAD, value, more))
-    falls = []
-    for name in names:
-        counts = wide[name].groupby("eps").sum(min_count=1).dropna()
-        for eps in counts.index[counts.diff() < 0]:
-            falls.append(f"{name} at {_text(found, eps)}: {counts[eps]:.0f}")
-    return [
-        *lines,
-        _line("monotone", not falls, ("; ".join(falls) or "holds for every attack") + note),
-    ]
+            most = f"{lead.max():.1%} of the images at {pixel_text(lead.idxmax())}"
+            lines.append((key, lead.max() <= LEAD, f"largest lead of {what}: {most}", more))
+    return [*lines, ("monotone", not falls, "; ".join(falls) or "holds for every attack")]
 
 
-def _black_box(found: Evaluation, full: pd.DataFrame, note: str) -> Line:
+def _black_box(found: Evaluation) -> tuple:
     """Images that only an attack without gradients fools, inside the ball of some eps."""
     rows, names = found.rows, list(found.settings["attacks"])
     blind = [name for name in names if KINDS[name].blind]
-    if not set(names) & set(LATE):
-        return _line("black box", False, "no black-box attack was run")
-    hit = full[full.fooled & ~full.attack.isin(["clean", "worst"])]
+    if not BLACK & set(names):
+        return "black box", False, "no black-box attack was run"
+    hit = rows[rows.fooled & ~rows.attack.isin(["clean", "worst"])]
     first = hit[~hit.attack.isin(blind)].groupby("image").eps.min()
     hit = hit[hit.attack.isin(blind)]
     alone = hit[hit.eps < hit.image.map(first).fillna(np.inf)]
-    if full is not rows:  # what these fooled had withstood every gradient
-        alone, note = pd.concat([alone, rows[rows.attack.isin(LATE) & rows.fooled]]), ""
+    count = alone.image.nunique()
+    value = f"{count} image(s) fooled by {' or '.join(blind)} alone"
     alone = alone.groupby(["image", "attack"]).eps.min()
-    shown = [f"image {i} by {name} at {_text(found, eps)}" for (i, name), eps in alone.items()]
-    count = alone.reset_index().image.nunique()
-    value = f"{count} image(s) fooled by {' or '.join(blind)} alone{note}"
+    shown = [f"image {i} by {name} at {pixel_text(eps)}" for (i, name), eps in alone.items()]
     if shown:
         value += f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
-    return _line("black box", count <= ALONE * rows.image.nunique(), value)
+    return "black box", count <= ALONE * rows.image.nunique(), value
 
 
-def _rising(found: Evaluation) -> Line:
-    shares = _shares(found)
-    stuck = bool(((shares.diff() <= 0) & (shares < 1)).any())
-    said = [f"{_text(found, eps)}: {share:.1%} fooled" for eps, share in shares.items()]
-    return _line("rising", not stuck, "; ".join(said))
-
-
-def _everything(found: Evaluation, subset: int) -> Line:
+def _everything(found: Evaluation, subset: int) -> tuple:
     """In a ball that holds other images whole, every image must fall."""
     last = found.settings["eps_grid"][-1]
-    some = _spread(np.flatnonzero(~_fooled(found, found.rows, "worst", last)), subset)
+    some = _spread(np.flatnonzero(~found.fooled("worst", last)), subset)
     if not len(some):
-        return _line("everything", True, f"all fooled at {_text(found, last)}")
-    whole = 1.0 if found.settings["norm"] == "linf" else found.images[0].numel() ** 0.5
-    far = [eps for eps in (0.5 * whole, whole) if eps > last] or [last]
-    names = ["pgd_ce", "pgd_margin"]
-    again = _again(found, some, far, names, budgets={name: {"steps": 20} for name in names})
-    left = int((~_fooled(found, again.rows, "worst", far[-1])).sum())
-    value = f"of {len(some)} images that stand at {_text(found, last)}, {left} still stand at "
-    return _line("everything", not left, value + _text(found, far[-1]))
+        return "everything", True, f"all fooled at {pixel_text(last)}"
+    far = [eps for eps in (0.5, 1.0) if eps > last] or [last]
+    budgets = {name: {"steps": 20} for name in ("pgd_ce", "pgd_margin")}
+    left = int((~_again(found, some, far, budgets).fooled("worst", far[-1])).sum())
+    value = f"of {len(some)} images that stand at {pixel_text(last)}, {left} still stand at "
+    return "everything", not left, value + pixel_text(far[-1])
 
 
-def _converged(found: Evaluation, subset: int) -> Line:
+def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
     """Twice the steps, on images that still stand at the eps where about half have fallen.
 
     An eps at which an expensive attack was not run is not converged: another one is taken.
     """
-    said, shares = found.settings, _shares(found)
+    said = found.settings
     names = [name for name in said["attacks"] if KINDS[name].twice] or ["pgd_margin"]
     ran = [eps for eps in shares.index if all(eps in said["at"].get(name, [eps]) for name in names)]
     unfinished = shares.reindex(ran or shares.index)
     unfinished = unfinished[unfinished < 1]
     if not len(unfinished):
-        return _line("converged", True, "no image stands at any eps")
+        return "converged", True, "no image stands at any eps"
     eps = (unfinished - 0.5).abs().idxmin()
-    standing = np.flatnonzero(~_fooled(found, found.rows, "worst", eps))
-    some = _spread(standing, subset)
-    own = {name: said["attacks"].get(name, {"steps": 10}) for name in names}
+    standing = np.flatnonzero(~found.fooled("worst", eps))
+    some, own = _spread(standing, subset), {"pgd_margin": {"steps": 10}} | said["attacks"]
     budgets = {name: own[name] | {"steps": 2 * own[name]["steps"]} for name in names}
-    again = _again(found, some, [eps], names, budgets=budgets)
-    new = _fooled(found, again.rows, "worst", eps).mean()
+    new = _again(found, some, [eps], budgets).fooled("worst", eps).mean()
     added = 100 * new * len(standing) / len(found.labels)
-    value = f"{added:.1f} points at {_text(found, eps)} "
+    value = f"{added:.1f} points at {pixel_text(eps)} "
     value += f"({new:.1%} of {len(some)} images that stood there)"
-    return _line("converged", added <= POINTS, value)
+    return "converged", added <= POINTS, value
 
 
-def _per_image(found: Evaluation) -> Line:
+def _per_image(found: Evaluation, shares: pd.Series) -> tuple:
     """Whether "worst" is the union of all attacks per image, and not the best of their averages."""
     worst = found.rows[found.rows.attack.eq("worst")]
     single = found.rows[~found.rows.attack.eq("worst") & found.rows.fooled]
     first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
     missed = int((worst.fooled != (worst.eps >= first)).sum())
-    said = [f"{_text(found, eps)}: {share:.1%}" for eps, share in _shares(found).items()]
+    said = [f"{pixel_text(eps)}: {share:.1%}" for eps, share in shares.items()]
     differ = f"; {missed} outcomes differ" if missed else ""
-    return _line("union", not missed, f"fooled by any attack {'; '.join(said)}{differ}")
+    return "union", not missed, f"fooled by any attack {'; '.join(said)}{differ}"
 
 
 # ---------------------------------------- the model
 
 
 @torch.no_grad()
-def _range(found: Evaluation, subset: int) -> Line:
+def _range(found: Evaluation, subset: int) -> tuple:
     """Whether the model wants another range of pixels, and the images fill theirs."""
     some = torch.from_numpy(_spread(np.arange(len(found.images)), subset))
     device = device_of(found.model, found.images)
@@ -328,7 +290,7 @@ def _range(found: Evaluation, subset: int) -> Line:
     span = float((x.flatten(1).amax(1) - x.flatten(1).amin(1)).median())
     value = f"balanced accuracy {own:.1%} as given, {accuracy[best]:.1%} in {best}; "
     value += f"an image spans {span:.2g}"
-    return _line("range", accuracy[best] <= own + BETTER and span >= SPAN, value)
+    return "range", accuracy[best] <= own + BETTER and span >= SPAN, value
 
 
 def _balanced(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -342,19 +304,12 @@ def _balanced(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float(torch.stack([right[y == label].mean() for label in y.unique()]).mean())
 
 
-def _zero_gradients(found: Evaluation, some: np.ndarray) -> Line:
-    x, y = (part[torch.from_numpy(some)] for part in (found.images, found.labels))
-    ce, margin = (zero_gradient_share(found.model, x, y, loss=loss) for loss in ("ce", "margin"))
-    value = f"cross-entropy {ce:.1%}, margin {margin:.1%} of {len(some)} images"
-    return _line("zero", ce == 0 and margin == 0, value)
-
-
 @torch.no_grad()
-def _random(found: Evaluation) -> Line:
+def _random(found: Evaluation) -> tuple:
     x = found.images[: found.settings["batch_size"]].to(device_of(found.model, found.images))
     logits = torch.stack([found.model(x) for _ in range(PASSES)]).float()
     spread = float((logits.amax(0) - logits.amin(0)).max())
     flips = int((logits.argmax(2) != logits[0].argmax(1)).any(0).sum())
     value = f"{PASSES} passes differ by up to {spread:.2g}; "
     value += f"the answer changes on {flips} of {len(x)} images"
-    return _line("random", spread <= SAME * max(1.0, float(logits.abs().max())), value)
+    return "random", spread <= SAME * max(1.0, float(logits.abs().max())), value

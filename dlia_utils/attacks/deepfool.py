@@ -10,32 +10,25 @@ from torch import Tensor, nn
 from . import base
 from .base import TINY, per_image
 
+OVERSHOOT = 0.02  # how far beyond the boundary
 NUDGE = 1e-4  # length added to every step, as in the authors' code: past the boundary
 CANDIDATES = 10  # the likeliest wrong classes looked at per step, one backward pass each
 
 
 def deepfool(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    norm: str = "l2",
-    steps: int = 50,
-    overshoot: float = 0.02,
+    model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", steps: int = 50
 ) -> base.AttackResult:
     """Walk to the nearest linearised boundary until fooled (Moosavi-Dezfooli, arXiv 1511.04599).
 
-    overshoot: how far beyond the boundary. An image leaves once fooled; `first_success_step` is the
-    step. Nothing is random. Arguments: as `pgd`.
+    An image leaves once fooled. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.ones(1, 1, 2, 2) / 2
     >>> deepfool(model, x, model(x).argmax(1)).first_success_step
     tensor([1])
     """
-    if steps < 1 or not overshoot >= 0:
-        raise ValueError(f"steps must be >= 1 and overshoot >= 0, not {steps} and {overshoot}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, not {steps}")
     with base.search(model, x, y, norm=norm) as search:
         rows = search.everyone
         points, total = search.x, torch.zeros_like(search.x)
@@ -45,7 +38,7 @@ def deepfool(
                 return search.result()
             total = (total + _shortest(gaps, gradients, norm))[~fooled]
             rows = rows[~fooled]
-            points = (search.x[rows] + (1 + overshoot) * total).clamp(0, 1)
+            points = (search.x[rows] + (1 + OVERSHOOT) * total).clamp(0, 1)
         search.ask(rows, points, steps)
         return search.result()
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,18 @@ from ..device import device_of, fingerprint
 from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..progress import Bar
-from ..units import eps_text
-from . import base
-from .apgd import apgd
-from .carlini_wagner import carlini_wagner
-from .deepfool import deepfool
-from .fgsm import fgsm
-from .fmn import fmn
-from .noise import noise
-from .one_pixel import one_pixel
-from .pgd import pgd
-from .square import square
+from ..units import pixel_text
+from . import apgd, base, deepfool, fgsm, fmn, noise, one_pixel, pgd, square
 
 log = logging.getLogger("dlia_utils")
 
 BPDA = "_bpda"  # ends the name of an attack straight through an operator (arXiv 1802.00420)
 COLUMNS = "attack eps image label fooled first_success_step queries".split()
-FORMAT = 3  # of the files in `folder`
+FORMAT = 4  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
 PASSES = 5  # that a model must answer alike
 PROBE, ALIKE = 16, 1e-3  # images a folded copy is compared on; share of the logits it may differ by
+CONTEXTS = {"": nullcontext, BPDA: straight_through}  # around an attack, by the end of its name
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,16 @@ class Kind:
     blind: bool = False  # sees no gradient
     smallest: bool = False  # looks for the smallest change: one run counts at every eps
     twice: bool = False  # run straight through an operator as well
-    norm: str = "linf"  # the only one, where the attack has no choice
+
+    @property
+    def parameters(self) -> set[str]:
+        return set(inspect.signature(self.attack).parameters)
+
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, options: Mapping, **given):
+        """The attack, with what it takes of eps and seed."""
+        given = {"norm": "linf"} | given
+        given = {key: value for key, value in given.items() if key in self.parameters}
+        return self.attack(model, x, y, **options, **given)
 
 
 KINDS = {
@@ -67,17 +67,14 @@ KINDS = {
     "apgd_ce": Kind(apgd, {"loss": "ce", "steps": 50}, twice=True),
     "apgd_margin": Kind(apgd, {"loss": "margin", "steps": 50}, twice=True),
     "fmn": Kind(fmn, {"steps": 50}, smallest=True),
-    "carlini_wagner": Kind(carlini_wagner, {"steps": 200}, smallest=True, norm="l2"),
     "one_pixel": Kind(one_pixel, {"population": 20, "iterations": 20}, blind=True),
     "square": Kind(square, {"steps": 500, "restarts": 1}, blind=True),
 }
-# Cheap ones first; the black boxes last, to show what no gradient found.
-ORDER = "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda".split()
-ORDER += "apgd_ce apgd_margin apgd_ce_bpda apgd_margin_bpda".split()
-ORDER += "fmn carlini_wagner one_pixel square".split()
-LINF = tuple(name for name, own in KINDS.items() if own.norm == "linf")
+LINF = tuple(KINDS)  # what `attacks` may name
 SUITE = tuple("noise fgsm pgd_ce pgd_margin deepfool apgd_ce apgd_margin fmn square".split())
-CONTEXTS = {"": nullcontext, BPDA: straight_through}  # around an attack, by the end of its name
+# Cheap ones first; the black boxes last, to show what no gradient found.
+ORDER = "noise fgsm deepfool pgd_ce pgd_margin pgd_ce_bpda pgd_margin_bpda apgd_ce apgd_margin"
+ORDER = f"{ORDER} apgd_ce_bpda apgd_margin_bpda fmn one_pixel square".split()
 
 
 def kind(name: str) -> Kind:
@@ -85,22 +82,12 @@ def kind(name: str) -> Kind:
     return KINDS[name.removesuffix(BPDA)]
 
 
-def suite(norm: str = "linf") -> tuple[str, ...]:
-    """The attacks of `SUITE` that know the norm.
-
-    >>> "fgsm" in suite("linf"), "fgsm" in suite("l2")
-    (True, False)
-    """
-    return tuple(name for name in SUITE if _knows(name, norm))
-
-
 def robust(
     model: nn.Module,
     data: tuple[Tensor, Tensor],
     eps_grid: Iterable[float],
     *,
-    attacks: Sequence[str] | None = None,
-    norm: str = "linf",
+    attacks: Sequence[str] = SUITE,
     steps: int = 10,
     restarts: int = 1,
     budgets: Mapping[str, Mapping[str, Any]] | None = None,
@@ -109,21 +96,21 @@ def robust(
     seed: int = 0,
     ids: Sequence[int] | None = None,
     groups: Sequence | None = None,
+    early_drop: bool = False,
     fast: bool = True,
-    early_drop: bool = True,
     folder: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """The worst case per image: right, and fooled by no attack at this eps or a smaller one.
 
-    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255), with norm
-    "l2" the length of the change. attacks: names in `KINDS`. steps, restarts: of PGD; budgets:
-    options of single attacks; at: the eps of expensive attacks. groups: patients [N]. The draws
-    depend on seed and ids only. early_drop: a fooled image is not attacked again: "worst" is the
-    same, an attack's rows are of the images left. fast: attack a folded copy that answers alike;
-    success is judged on `model`. folder: finished blocks are kept there, and read back where
-    nothing they depend on has changed. Raises: ValueError before any work.
+    data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255). attacks:
+    names in `KINDS`. steps, restarts: of PGD; budgets: options of single attacks; at: the eps of
+    expensive ones. groups: patients [N]. The draws depend on seed and ids only. early_drop: images
+    once fooled are attacked no more, which gives the same worst case with far fewer passes, but no
+    accuracy by attack. fast: attack a folded copy that answers alike; success is judged on `model`.
+    folder: finished blocks are kept there, and read back where nothing they depend on has changed.
+    Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
@@ -131,28 +118,30 @@ def robust(
     ['8/255', '255/255']
     """
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
-    options = _options(suite(norm) if attacks is None else attacks, norm, steps, restarts, budgets)
+    options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
-    settings = {"norm": norm, "eps_grid": grid, "attacks": options, "at": _at(at, options, grid)}
-    settings |= {"seed": seed, "ids": ids, "batch_size": batch_size, "fast": fast}
-    settings |= {"early_drop": early_drop, "straight_through": _sparse(model)}
-    study = _Study(model, *data, settings, None if folder is None else Path(folder), resume)
-    study.check(groups)
-    blocks = _attack_all(study, progress)
-    rows, cost = _rows(blocks, study), pd.DataFrame([block.cost() for block in blocks])
     groups = None if groups is None else np.asarray(groups)
-    return Evaluation(rows, cost, settings, groups, model, *data)
+    if not grid or batch_size < 1:
+        raise ValueError("give an eps > 0 in eps_grid and a batch_size >= 1")
+    if len(np.unique(ids)) != len(ids) or len(ids if groups is None else groups) != len(ids):
+        raise ValueError("ids and groups must hold one entry per image, ids all different")
+    settings = {"eps_grid": grid, "attacks": options, "at": _at(at or {}, options, grid)}
+    settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, early_drop=early_drop)
+    study = _Study(model, *data, settings, folder and Path(folder), resume)
+    blocks = _attack_all(study, progress)
+    cost = pd.DataFrame([block.cost() for block in blocks])
+    return Evaluation(_rows(blocks, study), cost, settings, groups, model, *data)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What `robust` found.
 
-    rows      one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" for all at every eps;
-              queries: passes that show this attack's outcome on the image, the clean one counted in
+    rows      one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" at every eps; with
+              early_drop these two alone; queries: passes that show the outcome on the image
     cost      one per (attack, eps), as they ran: attacked, fooled (images), forwards, backwards
               (image-passes really made, judging included), seconds
-    settings  the threat model and the budget: norm, eps_grid, attacks with their options, seed, ...
+    settings  the threat model and the budget: eps_grid, attacks with their options, seed, ...
     groups    patients [N] or None; model, images, labels: what was attacked
     """
 
@@ -164,25 +153,26 @@ class Evaluation:
     images: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
 
+    def fooled(self, attack: str, eps: float) -> np.ndarray:
+        """Bool [N] of one attack, of "clean" (eps 0) or "worst"."""
+        return self.rows.fooled[self.rows.attack.eq(attack) & self.rows.eps.eq(eps)].to_numpy(bool)
+
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
         """One row per eps: ball, images, clean, one column per attack, worst, ...
 
-        clean and worst are accuracies over all images (a clean error counts as fooled), with 95 %
+        Accuracies over all images (a clean error counts as fooled; NaN: not run), with 95 %
         intervals by patient; attack_success is the share of the images right at first that are
-        fooled. An attack's column is over all images too or, with early_drop, over those that still
-        stood when it came (NaN: none, or not run). Of two classes: sensitivity and specificity.
+        fooled. Of two classes: sensitivity and specificity in the worst case.
         """
-        groups = self.rows.groupby(["attack", "eps"], sort=False)
-        right = {key: ~part.fooled.to_numpy() for key, part in groups}
-        clean, labels, lines = right["clean", 0.0], self.labels.cpu().numpy(), []
+        clean, labels, lines = ~self.fooled("clean", 0.0), self.labels.cpu().numpy(), []
         units = np.arange(len(clean)) if self.groups is None else self.groups
-        unit = "pixel" if self.settings["norm"] == "linf" else "length"
-        names = [name for name in dict.fromkeys(self.rows.attack) if name not in ("clean", "worst")]
+        means = (~self.rows.fooled).groupby([self.rows.attack, self.rows.eps]).mean()
+        names = [name for name in self.rows.attack.unique() if name not in ("clean", "worst")]
         for eps in self.settings["eps_grid"]:
-            worst = right["worst", eps]
-            line = {"eps": eps, "ball": eps_text(eps, unit), "images": len(clean)}
+            worst = ~self.fooled("worst", eps)
+            line = {"eps": eps, "ball": pixel_text(eps), "images": len(clean)}
             line["clean"] = clean.mean()
-            line |= {name: right.get((name, eps), np.array([np.nan])).mean() for name in names}
+            line |= {name: means.get((name, eps), np.nan) for name in names}
             line["worst"] = worst.mean()
             if set(labels) == {0, 1}:
                 sides = {"sensitivity": labels == 1, "specificity": labels == 0}
@@ -198,103 +188,73 @@ class Evaluation:
 # ---------------------------------------- what is asked
 
 
-def _knows(name: str, norm: str) -> bool:
-    return norm == KINDS[name].norm or "norm" in inspect.signature(KINDS[name].attack).parameters
-
-
 def _options(
-    names: Iterable[str], norm: str, steps: int, restarts: int, budgets: Mapping | None
+    names: Iterable[str], steps: int, restarts: int, budgets: Mapping
 ) -> dict[str, dict[str, Any]]:
     """What each attack is called with: the shared options, its own, the caller's; in order."""
-    names, budgets, options = set(names), budgets or {}, {}
+    names, options, shared = set(names), {}, {"steps": steps, "restarts": restarts}
     unknown = sorted(names - set(KINDS)) + sorted(set(budgets) - names)
     if unknown or not names:
         raise ValueError(f"attacks and budgets must name some of {list(KINDS)}, not {unknown}")
-    x, y = torch.tensor([[[[0.0, 1.0]]]]), torch.zeros(1, dtype=torch.int64)
+    toy, x, y = nn.Flatten().eval(), torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([0])
     for name in sorted(names, key=ORDER.index):
-        if not _knows(name, norm):
-            raise ValueError(f"the attack {name!r} does not know norm={norm!r}; leave it out")
-        known = set(inspect.signature(KINDS[name].attack).parameters)
-        free, own = known - set("model x y eps norm seed".split()), dict(budgets.get(name, {}))
+        known, own = KINDS[name].parameters, dict(budgets.get(name, {}))
+        free = known - set("model x y eps norm seed".split())
         if not set(own) <= free:
             raise ValueError(f"budgets[{name!r}] holds {sorted(own)}; it may set {sorted(free)}")
-        shared = {"norm": norm, "steps": steps, "restarts": restarts}
-        shared = {key: value for key, value in shared.items() if key in known}
-        options[name] = shared | dict(KINDS[name].options) | own
-        eps = {"eps": 0.0} if "eps" in known else {}
-        KINDS[name].attack(nn.Flatten(), x, y, **options[name], **eps)  # refuses bad options now
+        options[name] = {key: value for key, value in shared.items() if key in known}
+        options[name] |= dict(KINDS[name].options) | own
+        KINDS[name].run(toy, x, y, options[name], eps=0.0)  # refuses bad options now
     return options
 
 
-def _at(at: Mapping | None, options: Mapping, grid: Sequence[float]) -> dict[str, list[float]]:
+def _at(at: Mapping, options: Mapping, grid: Sequence[float]) -> dict[str, list[float]]:
     """By attack the eps at which it is run, for those that are not run at the whole grid."""
     chosen = {}
-    for name, wanted in (at or {}).items():
-        chosen[name] = [
-            eps for eps in grid if np.isclose(eps, list(wanted), rtol=1e-6, atol=0).any()
-        ]
-        if (
-            name not in options
-            or kind(name).smallest
-            or len(chosen[name]) < max(1, len(set(wanted)))
-        ):
-            raise ValueError(
-                f"at[{name!r}] must be eps of the grid {grid}, not {wanted}, of an attack that is "
-                "run at each eps (one for the smallest change runs once)"
-            )
+    for name, wanted in at.items():
+        wanted = list(wanted)
+        near = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
+        known = name in options and not kind(name).smallest  # the smallest change: one run for all
+        if not known or len(near) < max(1, len(set(wanted))):
+            run = "that is run at each (one for the smallest change runs once)"
+            raise ValueError(f"at[{name!r}] must be eps of {grid}, not {wanted}, of one {run}")
+        chosen[name] = near
     return chosen
 
 
-def _sparse(model: nn.Module) -> bool:
-    """Whether the model has MeanSparse operators in use: their exact gradients hide directions."""
-    found = (module for module in model.modules() if isinstance(module, MeanSparse))
-    return any(bool(one.threshold > 0) for one in found)
-
-
-@dataclass
 class _Study:
     """The model, the images, the settings, and where finished blocks are kept."""
 
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    settings: dict[str, Any]
-    folder: Path | None
-    resume: bool
-
-    def check(self, groups: Sequence | None) -> None:
-        """Refuse what would give a wrong number, and make the copies that are attacked."""
-        settings, ids, grid = self.settings, self.settings["ids"], self.settings["eps_grid"]
-        if not grid or settings["batch_size"] < 1:
-            raise ValueError("give an eps > 0 in eps_grid and a batch_size >= 1")
-        for eps in (grid[0], grid[-1]):
-            base.check_attack(self.model, self.images, self.labels, eps=eps, norm=settings["norm"])
-        base.pairs([(settings["seed"], i) for i in ids], len(self.images))
-        if len(np.unique(ids)) < len(ids):
-            raise ValueError("ids names an image twice; give every image an id of its own")
-        if groups is not None and len(groups) != len(ids):
-            raise ValueError(f"groups holds {len(groups)} patients for {len(ids)} images")
-        self.device, self.targets = device_of(self.model, self.images), {"": self.model}
-        probe = self.images[:PROBE].to(self.device)
-        for suffix in ("", BPDA) if settings["straight_through"] else ("",):
-            with CONTEXTS[suffix](self.model):  # a copy keeps the operators' gradient as it is now
-                copied = _faithful_copy(self.model, probe) if settings["fast"] else self.model
-            self.targets[suffix] = copied
-        self.key = [FORMAT, settings["norm"], settings["seed"], settings["fast"]]
-        if self.folder:  # what a kept block depends on
-            self.key += [fingerprint(self.model), _attributes(self.model)]
-            self.key.append(_hash(self.images, self.labels, torch.as_tensor(ids)))
-
-    def batch(self, positions: np.ndarray) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        """Images, labels, and the seeds of their draws."""
-        rows = torch.from_numpy(positions)
-        seeds = [(self.settings["seed"], i) for i in self.settings["ids"][positions].tolist()]
-        return self.images[rows].to(self.device), self.labels[rows].to(self.device), seeds
+    def __init__(self, model, images, labels, settings: dict, folder: Path | None, resume: bool):
+        self.model, self.images, self.labels = model, images, labels
+        self.settings, self.folder, self.resume = settings, folder, resume
+        for eps in settings["eps_grid"][:1] + settings["eps_grid"][-1:]:
+            base.check_attack(model, images, labels, eps=eps)
+        base.pairs([(settings["seed"], i) for i in settings["ids"]], len(images))
+        # Where MeanSparse operators are in use, their exact gradients hide directions.
+        found = [module for module in model.modules() if isinstance(module, MeanSparse)]
+        settings["straight_through"] = any(bool(one.threshold > 0) for one in found)
+        self.device, self.targets = device_of(model, images), {}
+        probe = images[:PROBE].to(self.device)
+        for way in ["", BPDA] if settings["straight_through"] else [""]:
+            with CONTEXTS[way](model):  # a copy keeps the operators' gradient as it is now
+                self.targets[way] = _faithful_copy(model, probe) if settings["fast"] else model
+        self.key = [FORMAT, settings["seed"], settings["fast"]]
+        if folder:  # what a kept block depends on
+            content = images.cpu().numpy(), labels.cpu().numpy(), settings["ids"]
+            self.key += [fingerprint(model), str(model)]
+            self.key += [(part.shape, _hash(part.tobytes())) for part in content]
 
     def batches(self, count: int) -> list[np.ndarray]:
-        """Row numbers, a batch at a time."""
+        """The numbers below `count`, a batch at a time."""
         size = self.settings["batch_size"]
         return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def batch(self, places: np.ndarray) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """Images, labels, and the seeds of their draws."""
+        rows = torch.from_numpy(places)
+        seeds = [(self.settings["seed"], i) for i in self.settings["ids"][places].tolist()]
+        return self.images[rows].to(self.device), self.labels[rows].to(self.device), seeds
 
     @torch.no_grad()
     def wrong(self, x: Tensor, y: Tensor) -> np.ndarray:
@@ -314,178 +274,137 @@ def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
     return model
 
 
+def _hash(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:12]
+
+
 # ---------------------------------------- running it
 
 
 @dataclass
 class _Block:
-    """One attack at one eps: what it did to the images at `positions`, and what it cost."""
+    """One attack at one eps: what it did to the n images attacked, and what it cost."""
 
     attack: str
     eps: float
-    positions: np.ndarray  # [n] of the images attacked
+    places: np.ndarray  # [n] of the images attacked
     step: np.ndarray  # [n] first step that fooled; -1: none
     queries: np.ndarray  # [n]
     distance: np.ndarray  # [n] size of the smallest fooling change; inf: none, or not looked for
     forwards: int = 0
     backwards: int = 0
-    refuted: int = 0  # fooled the copy only
     seconds: float = 0.0
 
-    @classmethod
-    def of(cls, attack: str, eps: float, positions: np.ndarray) -> _Block:
-        ones = np.ones(len(positions), dtype=np.int64)
-        return cls(attack, eps, positions, -ones, ones.copy(), np.full(len(ones), np.inf))
-
-    def inside(self, eps: float, positions: np.ndarray, *, again: bool) -> _Block:
-        """A search for the smallest change as an attack in this ball; again: at no cost."""
-        rows = np.searchsorted(self.positions, positions)
-        step = np.where(self.distance[rows] <= eps, self.step[rows], -1)
-        if not again:
-            return replace(self, eps=eps, step=step)
-        block = _Block.of(self.attack, eps, positions)
-        return replace(block, step=step, queries=np.zeros_like(step), distance=self.distance[rows])
-
     def cost(self) -> dict[str, Any]:
-        counts = {"attacked": len(self.positions), "fooled": int((self.step >= 0).sum())}
+        counts = {"attacked": len(self.step), "fooled": int((self.step >= 0).sum())}
         spent = {key: getattr(self, key) for key in ("forwards", "backwards", "seconds")}
         return {"attack": self.attack, "eps": self.eps, **counts, **spent}
 
 
 def _attack_all(study: _Study, progress: bool) -> list[_Block]:
-    """The clean images, then every attack at every eps, small balls first."""
+    """The clean images, then every attack at every eps on the right ones, small balls first."""
     total, known, grid = len(study.images), {}, study.settings["eps_grid"]
-    everyone = np.arange(total)
-    clean = _kept(study, "clean", everyone, 0.0, partial(_judge_clean, study, everyone))
-    blocks, fooled = [clean], clean.step == 0
-    attackable = np.flatnonzero(~fooled)
-    names = list(study.settings["attacks"])
-    names += [name + BPDA for name in names if BPDA in study.targets and kind(name).twice]
+    blocks = [_kept(study, "clean", 0.0, np.arange(total))]
+    right = standing = np.flatnonzero(blocks[0].step < 0)
+    names = [
+        name + way
+        for name in study.settings["attacks"]
+        for way in study.targets
+        if not way or kind(name).twice
+    ]
     count = total * len(grid) * len(names)
     with Bar(total=count, desc="attacks", unit="image", disable=not progress) as bar:
         for eps in grid:
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
+                if eps in study.settings["at"].get(name.removesuffix(BPDA), grid):
+                    places = standing if study.settings["early_drop"] else right
+                    block = known.get(name) or _kept(study, name, eps, places)
+                    if kind(name).smallest:  # run once for all balls: later at no cost
+                        step = np.where(block.distance <= eps, block.step, -1)
+                        none = dict(queries=block.queries * 0, forwards=0, backwards=0, seconds=0.0)
+                        known[name] = replace(block, **none)
+                        block = replace(block, eps=eps, step=step)
+                    blocks.append(block)
+                    standing = np.setdiff1d(standing, block.places[block.step >= 0])
                 bar.update(total)
-                if eps not in study.settings["at"].get(name.removesuffix(BPDA), grid):
-                    continue
-                standing = np.flatnonzero(~fooled) if study.settings["early_drop"] else attackable
-                again, strike = name in known, partial(_strike, study, name, standing, eps)
-                block = known[name] if again else _kept(study, name, standing, eps, strike)
-                if kind(name).smallest:  # run once, whatever the grid
-                    known[name], block = block, block.inside(eps, standing, again=again)
-                fooled[standing[block.step >= 0]] = True
-                blocks.append(block)
-                bar.set_postfix(eps=f"{eps:.3g}", standing=int((~fooled).sum()))
-    refuted = sum(block.refuted for block in blocks)
-    if refuted:
-        log.info("%d times an image fooled the folded copy only and was attacked again", refuted)
+                bar.set_postfix(eps=f"{eps:.3g}", attack=name)
     return blocks
 
 
-def _judge_clean(study: _Study, positions: np.ndarray) -> _Block:
-    start, block = time.perf_counter(), _Block.of("clean", 0.0, positions)
-    for rows in study.batches(len(positions)):
-        x, y, _ = study.batch(rows)
-        block.step[rows] = np.where(study.wrong(x, y), 0, -1)
-    return replace(block, forwards=len(positions), seconds=time.perf_counter() - start)
+def _kept(study: _Study, name: str, eps: float, places: np.ndarray) -> _Block:
+    """The block that the folder keeps for this model, these images and settings, or a new one."""
+    path, n = None, len(places)
+    if study.folder:
+        own = study.settings["attacks"].get(name.removesuffix(BPDA))
+        place = None if name != "clean" and kind(name).smallest else eps
+        key = json.dumps([study.key, own, place, places.tolist()], default=str)
+        path = study.folder / f"block_{eps:.9g}_{name}_{_hash(key.encode())}.npz"
+        if study.resume and path.exists():
+            with np.load(path) as kept:
+                return _Block(
+                    **{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
+                )
+    start = time.perf_counter()
+    block = _Block(name, eps, places, np.full(n, -1), np.ones(n, int), np.full(n, np.inf))
+    if name == "clean":
+        block.forwards = n
+        for rows in study.batches(n):
+            block.step[rows] = np.where(study.wrong(*study.batch(rows)[:2]), 0, -1)
+    else:
+        _strike(study, block)
+    block.seconds = time.perf_counter() - start
+    if path:
+        with files.atomic_path(path) as temporary:
+            np.savez(temporary, **vars(block))
+    return block
 
 
-def _strike(study: _Study, name: str, positions: np.ndarray, eps: float) -> _Block:
-    """One attack on the images at `positions`, judged on the model itself."""
-    start, block = time.perf_counter(), _Block.of(name, eps, positions)
-    own, suffix = kind(name), BPDA if name.endswith(BPDA) else ""
-    attack = partial(own.attack, **study.settings["attacks"][name.removesuffix(BPDA)])
-    known = inspect.signature(own.attack).parameters
-    for rows in study.batches(len(positions)):
-        for target in dict.fromkeys([study.targets[suffix], study.model]):
+def _strike(study: _Study, block: _Block) -> None:
+    """One attack, judged on the model itself."""
+    name, way = block.attack.removesuffix(BPDA), BPDA if block.attack.endswith(BPDA) else ""
+    own, options = KINDS[name], study.settings["attacks"][name]
+    for rows in study.batches(len(block.places)):
+        for target in dict.fromkeys([study.targets[way], study.model]):
             if not len(rows):
                 break
-            x, y, seeds = study.batch(positions[rows])
-            more = {key: value for key, value in (("eps", eps), ("seed", seeds)) if key in known}
-            with CONTEXTS[suffix](study.model):
-                result = attack(target, x, y, **more)
+            x, y, seeds = study.batch(block.places[rows])
+            with CONTEXTS[way](study.model):
+                result = own.run(target, x, y, options, eps=block.eps, seed=seeds)
             success, claimed = study.wrong(result.x_adv, y), result.success.cpu().numpy()
             hit = rows[success]
             block.step[hit] = np.maximum(result.first_success_step.cpu().numpy(), 1)[success]
             if own.smallest:
-                size = result.linf if study.settings["norm"] == "linf" else result.l2
-                block.distance[hit] = size.double().cpu().numpy()[success]
+                block.distance[hit] = result.linf.double().cpu().numpy()[success]
             block.queries[rows] += result.queries.cpu().numpy() + 1
             block.forwards += result.forwards + len(rows)
             block.backwards += result.backwards
             rows = rows[claimed & ~success]  # fooled the copy only: attacked again, on the model
-            block.refuted += len(rows) if target is not study.model else 0
-    return replace(block, seconds=time.perf_counter() - start)
 
 
 def _rows(blocks: Sequence[_Block], study: _Study) -> pd.DataFrame:
     """Tidy rows of all blocks, and of the worst case at every eps."""
-    clean, ids, labels = blocks[0], study.settings["ids"], study.labels.cpu().numpy()
-    wrong, everyone = clean.step == 0, clean.positions
+    ids, labels = study.settings["ids"], study.labels.cpu().numpy()
+    tables, worst, wrong = [], [], blocks[0].step == 0
     best, spent = np.where(wrong, 0, NEVER), np.zeros(len(wrong), dtype=np.int64)
 
-    def table(attack, eps, positions, step, queries):
-        about = {"image": ids[positions], "label": labels[positions], "fooled": step >= 0}
-        found = {"attack": attack, "eps": eps, **about, "first_success_step": step}
-        return pd.DataFrame(found | {"queries": queries})
+    def table(attack, eps, step, queries):
+        columns = attack, eps, ids, labels, step >= 0, step, queries
+        return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
-    tables, worst = [table("clean", 0.0, everyone, clean.step, clean.queries)], []
-    for eps in study.settings["eps_grid"]:
-        for block in (block for block in blocks[1:] if block.eps == eps):
-            positions, step, queries = block.positions, block.step, block.queries
-            if not study.settings["early_drop"]:  # a clean error counts as fooled by every attack
-                step, queries = np.where(wrong, 0, -1), np.ones(len(wrong), dtype=np.int64)
-                step[positions], queries[positions] = block.step, block.queries
-                positions = everyone
-            tables.append(table(block.attack, eps, positions, step, queries))
-            best[positions] = np.minimum(best[positions], np.where(step < 0, NEVER, step))
-            spent[positions] += queries
-        step = np.where(best < NEVER, best, -1)
-        worst.append(table("worst", eps, everyone, step, np.maximum(spent, 1)))
-    return pd.concat([*tables, *worst], ignore_index=True)[COLUMNS]
-
-
-# ---------------------------------------- going on
-
-
-def _kept(
-    study: _Study, name: str, positions: np.ndarray, eps: float, compute: Callable[[], _Block]
-) -> _Block:
-    """The block that the folder keeps for this model, these images and settings, or a new one."""
-    if study.folder is None:
-        return compute()
-    own = study.settings["attacks"].get(name.removesuffix(BPDA))
-    place = None if name != "clean" and kind(name).smallest else eps
-    key = json.dumps([study.key, own, place, positions.tolist()], default=str).encode()
-    digest = hashlib.sha1(key, usedforsecurity=False).hexdigest()[:12]
-    path = study.folder / f"block_{eps:.9g}_{name}_{digest}.npz"
-    if study.resume and path.exists():
-        with np.load(path) as kept:
-            return _Block(
-                **{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
-            )
-    block = compute()
-    with files.atomic_path(path) as temporary:
-        np.savez(temporary, **vars(block))
-    return block
-
-
-def _hash(*tensors: Tensor) -> str:
-    content = b"".join(
-        str(t.shape).encode() + t.cpu().contiguous().numpy().tobytes() for t in tensors
-    )
-    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
-
-
-def _attributes(model: nn.Module) -> list[tuple[str, str, str]]:
-    """Layers and their plain attributes: two models may share no more than the weights."""
-    plain = (bool, int, float, str, tuple, list)
-    return [
-        (name, type(module).__name__, f"{key}={value!r}")
-        for name, module in model.named_modules()
-        for key, value in [("", ""), *sorted(vars(module).items())]
-        if key != "training" and not key.startswith("_") and isinstance(value, plain)
-    ]
+    for eps in [0.0, *study.settings["eps_grid"]]:
+        for block in (block for block in blocks if block.eps == eps):
+            # A clean error counts as fooled by every attack.
+            step, queries = np.where(wrong, 0, -1), np.ones(len(wrong), dtype=np.int64)
+            if eps:
+                step[block.places], queries[block.places] = block.step, block.queries
+                best = np.minimum(best, np.where(step < 0, NEVER, step))
+                spent += queries
+            if not (eps and study.settings["early_drop"]):
+                tables.append(table(block.attack, eps, step, queries))
+        if eps:
+            step = np.where(best < NEVER, best, -1)
+            worst.append(table("worst", eps, step, np.maximum(spent, 1)))
+    return pd.concat([*tables, *worst], ignore_index=True)
 
 
 def zero_gradient_share(

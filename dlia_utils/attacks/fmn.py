@@ -26,8 +26,7 @@ def fmn(
     `l2`), or not fooled. Nothing is drawn. Arguments: as `pgd`.
 
     >>> _ = torch.manual_seed(1)
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.ones(1, 1, 2, 2) / 2
     >>> bool(fmn(model, x, model(x).argmax(1)).success[0])
     True
     """

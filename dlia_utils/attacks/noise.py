@@ -24,18 +24,16 @@ def noise(
     is the number of the draw. Arguments: as `pgd`.
 
     >>> import torch
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = noise(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255)
-    >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
-    (True, 0)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> noise(model, x, torch.tensor([0]), eps=8 / 255).backwards
+    0
     """
     if draws < 1:
         raise ValueError(f"draws must be >= 1, not {draws}")
     with base.search(model, x, y, eps=eps, norm=norm, seed=seed) as search:
         search.look()
         for draw, rows, rngs in search.rounds(range(1, draws + 1)):
-            points = search.x[rows]
-            unit = base.uniform(points, rngs)
+            unit = base.uniform(search.x[rows], rngs)
             unit = unit.sign() if draw % 2 == 0 else unit
-            search.ask(rows, search.reach(unit, points), draw)
+            search.ask(rows, search.reach(unit, search.x[rows]), draw)
         return search.result()

@@ -31,9 +31,8 @@ def one_pixel(
     per channel, |value - pixel| <= eps. A fooled image leaves. `first_success_step`: 1 is the first
     population, 1 + g generation g. Arguments: as `pgd`.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
-    >>> result = one_pixel(model, x, y, population=5, iterations=3)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> result = one_pixel(model, x, torch.tensor([0]), population=5, iterations=3)
     >>> int((result.x_adv != x).sum()) <= 1
     True
     """
@@ -44,44 +43,29 @@ def one_pixel(
         )
     with base.search(model, x, y, eps=eps, seed=seed) as search, torch.no_grad():
         search.look()
-        rows, x, x_adv = search.standing(), search.x, search.x.clone()
-        rngs = [np.random.default_rng(search.keys[row]) for row in rows.tolist()]
-        if rngs:
+        x_adv, places = search.x.clone(), np.array(x.shape[2:])
+        for _, rows, _ in search.rounds(range(1)):
+            rngs = [np.random.default_rng(search.keys[row]) for row in rows.tolist()]
             shape = (population, pixels, 2 + x.shape[1])
-            x_adv[rows] = _write(
-                x[rows], _evolve(search, rows, rngs, shape, iterations, f, cr), eps
-            )
+            genes = np.stack([_first_genes(rng, shape, places) for rng in rngs])
+            step, margins, trials = 1, np.full(genes.shape[:2], -np.inf, np.float32), genes
+            standing = np.arange(len(rows))
+            while True:
+                own = rows[torch.from_numpy(standing).to(rows.device)]
+                margin, fooled = _ask(search, own, trials)
+                better = margin >= margins[standing]
+                genes[standing] = np.where(better[..., None, None], trials, genes[standing])
+                margins[standing] = np.where(better, margin, margins[standing])
+                search.first_step[own[torch.from_numpy(fooled).to(rows.device)]] = step
+                standing, step = standing[~fooled], step + 1
+                if not len(standing) or step > iterations + 1:
+                    break
+                trials = np.stack([_trials(rngs[i], genes[i], f, cr, places) for i in standing])
+            best = genes[np.arange(len(genes)), margins.argmax(1)]
+            x_adv[rows] = _write(search.x[rows], best, eps)
         fooled, _ = search.ask(search.everyone, x_adv, iterations + 1)  # judged by a plain forward
         search.first_step[~fooled] = -1
         return search.result(x_adv, fooled)
-
-
-def _evolve(
-    search: base.Search,
-    rows: Tensor,
-    rngs: list,
-    shape: tuple[int, int, int],
-    iterations: int,
-    f: float,
-    cr: float,
-) -> np.ndarray:
-    """The best genes [n,pixels,2+C] of each of the images `rows`, of populations of `shape`."""
-    size = np.array(search.x.shape[2:])
-    genes = np.stack([_first_genes(rng, shape, size) for rng in rngs])
-    margins, standing = np.full(genes.shape[:2], -np.inf, dtype=np.float32), np.arange(len(rows))
-    trials = genes
-    for step in range(1, iterations + 2):
-        if step > 1:
-            trials = np.stack([_trials(rngs[i], genes[i], f, cr, size) for i in standing])
-        margin, fooled = _ask(search, rows[torch.from_numpy(standing).to(rows.device)], trials)
-        better = margin >= margins[standing]
-        genes[standing] = np.where(better[..., None, None], trials, genes[standing])
-        margins[standing] = np.where(better, margin, margins[standing])
-        search.first_step[rows[torch.from_numpy(standing[fooled]).to(rows.device)]] = step
-        standing = standing[~fooled]
-        if not len(standing):
-            break
-    return genes[np.arange(len(genes)), margins.argmax(1)]
 
 
 def _ask(search: base.Search, rows: Tensor, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +77,7 @@ def _ask(search: base.Search, rows: Tensor, trials: np.ndarray) -> tuple[np.ndar
         own = images[start : start + BATCH]
         logits = search.model(_write(search.x[own], flat[start : start + BATCH], search.eps))
         margins.append(base.margin(logits, search.y[own]).float())
-        fooling.append((logits.argmax(1) != search.y[own]) & logits.isfinite().all(1))
+        fooling.append(base.wrong(logits, search.y[own]))
     search.queries[rows] += population
     margins, fooling = (torch.cat(parts).cpu().numpy() for parts in (margins, fooling))
     return margins.reshape(n, -1), fooling.reshape(n, -1).any(1)
@@ -111,9 +95,7 @@ def _write(x: Tensor, genes: np.ndarray, eps: float) -> Tensor:
     return written
 
 
-def _first_genes(
-    rng: np.random.Generator, shape: tuple[int, ...], places: np.ndarray
-) -> np.ndarray:
+def _first_genes(rng: np.random.Generator, shape: tuple, places: np.ndarray) -> np.ndarray:
     """Places uniform, values normal(0.5, 0.5) cut to [0,1], as in the paper: [P,pixels,2+C]."""
     where = rng.integers(0, places, size=(*shape[:2], 2))
     values = rng.normal(0.5, 0.5, size=(*shape[:2], shape[2] - 2)).clip(0, 1)
@@ -127,7 +109,13 @@ def _trials(
 
     Places are rounded and wrap round the border, where clipping would crowd them.
     """
-    a, b, other = genes[_three_others(rng, len(genes))].swapaxes(0, 1)
+    taken = np.arange(len(genes))[:, None]  # for each member three others, none of them itself
+    for k in range(3):
+        pick = rng.integers(0, len(genes) - 1 - k, len(genes))
+        for column in np.sort(taken, axis=1).T:  # step over those already taken, from the smallest
+            pick += pick >= column
+        taken = np.column_stack([taken, pick])
+    a, b, other = genes[taken[:, 1:]].swapaxes(0, 1)
     mutant = a + np.float32(f) * (b - other)
     mutant[..., :2] = np.floor(mutant[..., :2] + 0.5) % places.astype(np.float32)
     mutant[..., 2:] = mutant[..., 2:].clip(0, 1)
@@ -135,18 +123,3 @@ def _trials(
     crossed = rng.random((len(genes), flat)) < cr
     crossed[np.arange(len(genes)), rng.integers(0, flat, len(genes))] = True  # at least one gene
     return np.where(crossed.reshape(genes.shape), mutant, genes)
-
-
-def _three_others(rng: np.random.Generator, population: int) -> np.ndarray:
-    """For each member three different members, none of them itself: [P,3].
-
-    >>> _three_others(np.random.default_rng(0), 4).shape
-    (4, 3)
-    """
-    taken = np.arange(population)[:, None]
-    for k in range(3):
-        pick = rng.integers(0, population - 1 - k, population)
-        for column in np.sort(taken, axis=1).T:  # step over those already taken, from the smallest
-            pick += pick >= column
-        taken = np.column_stack([taken, pick])
-    return taken[:, 1:]

@@ -33,9 +33,8 @@ def pgd(
     Raises: ValueError/TypeError for images outside [0,1], bad labels, a model in training mode.
 
     >>> import torch
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> result = pgd(model, torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), eps=8 / 255)
-    >>> bool(result.linf[0] <= 8 / 255 + 1e-6)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> bool(pgd(model, x, torch.tensor([0]), eps=8 / 255).linf[0] <= 8 / 255 + 1e-6)
     True
     """
     if steps < 1 or restarts < 0:

@@ -33,11 +33,9 @@ def square(
     restart, one forward pass each. Fooled images leave. `first_success_step`: 1 is the start, 1 + k
     the k-th square, over all restarts. Arguments: as `pgd`.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
-    >>> x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
-    >>> result = square(model, x, y, eps=8 / 255, steps=5)
-    >>> bool(result.linf[0] <= 8 / 255 + 1e-6), result.backwards
-    (True, 0)
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
+    >>> square(model, x, torch.tensor([0]), eps=8 / 255, steps=5).backwards
+    0
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
