@@ -49,10 +49,7 @@ def check_attack(
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
-    for name, module in model.named_modules():
-        if module.training:
-            where = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(f"{where} is in training mode, which may change it: call model.eval()")
+    check_model(model)
     x, values, channels = check_images(x), torch.as_tensor(eps), x.shape[1]
     if getattr(y, "dtype", None) != torch.int64 or y.shape != x.shape[:1] or y.min() < 0:
         raise ValueError("y must be an int64 tensor [B], one label per image, none negative")
@@ -64,6 +61,14 @@ def check_attack(
         shape = f"[{channels},1,1], one per channel (expand grey images: x.expand(-1, 3, -1, -1))"
         raise ValueError(f"eps must be a number, or for 'linf' {shape}")
     return x
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model of which any part is in training mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(f"{where} is in training mode, which may change it: call model.eval()")
 
 
 def check_images(x: Tensor) -> Tensor:
