@@ -9,9 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 TOLERANCE = 1e-6
 TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
+
+# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
+HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
+RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B,K], y [B]) -> value per image [B]
 Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per image
@@ -64,11 +69,25 @@ def check_attack(
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model of which any part is in training mode."""
+    """Refuse what is no module, and one that training mode would make random or change."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and _changes_in_training(module):
             where = f"{name or 'the model'} ({type(module).__name__})"
-            raise ValueError(f"{where} is in training mode, which may change it: call model.eval()")
+            raise ValueError(
+                f"{where} is in training mode and would be random or change; call model.eval()"
+            )
+
+
+def _changes_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # A parametrization such as spectral_norm changes its buffers.
+    if isinstance(module, RANDOM) or parametrize.is_parametrized(module):
+        return True
+    kind = type(module).__module__.removeprefix("torch.nn.modules.")
+    return not any(module.children()) and kind not in HARMLESS
 
 
 def check_images(x: Tensor) -> Tensor:
