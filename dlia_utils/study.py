@@ -264,14 +264,16 @@ def build_model(run: Run, *, classes: int = 2) -> models.PixelModel:
 
 
 def starting_weights(run: Run) -> str | None:
-    """ "imagenet" or None for `models.mobilenet_v2`: decided once per run, kept in weights.txt.
+    """`weights` of `models.mobilenet_v2`: decided once per run, kept in weights.txt.
 
     Without internet and without a file in DLIA_WEIGHTS the run goes on from random weights.
     """
     record, given = run.run_dir / "weights.txt", os.environ.get("DLIA_WEIGHTS")
     if not record.exists():
         chosen = "random"
-        if run.pretrained:
+        if run.pretrained == "phantom":
+            chosen = "phantom"
+        elif run.pretrained:
             try:
                 models.mobilenet_v2(weights="imagenet")
                 chosen = f"file {Path(given).name}" if given else "imagenet"
@@ -283,7 +285,7 @@ def starting_weights(run: Run) -> str | None:
     if chosen.startswith("file") and not given:
         how = "set DLIA_WEIGHTS to it, or use another RUN_NAME"
         raise FileNotFoundError(f"this run started from {chosen}: {how}")
-    return None if chosen == "random" else "imagenet"
+    return {"random": None, "phantom": "phantom"}.get(chosen, "imagenet")
 
 
 def weights_label(run: Run, model: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What makes the repository: `python -m tools build | check | refresh | back | kaggle | tables`."""
+"""What makes the repository: `python -m tools build | check | refresh | back | kaggle | tables | body`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = {}
-    for command in (build, check, refresh, back, kaggle_build, tables):
+    for command in (build, check, refresh, back, kaggle_build, tables, body):
         name = command.__name__.removesuffix("_build")
         one = commands.add_parser(name, help=command.__doc__)
         one.set_defaults(command=command)
@@ -95,6 +95,13 @@ def tables(options: argparse.Namespace) -> None:
 
     published.write()
     house.draw()
+
+
+def body(options: argparse.Namespace) -> None:
+    """learn the small body of the smoke profile anew from phantom images (a minute)"""
+    from . import body as small
+
+    print(f"wrote {execute.short(small.make())}")
 
 
 if __name__ == "__main__":

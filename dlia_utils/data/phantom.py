@@ -24,7 +24,7 @@ from scipy.special import expit
 
 from . import medmnist, readers
 
-VERSION = 4  # Raise it when the trees change: phantoms of another version are not reused.
+VERSION = 5  # Raise it when the trees change: phantoms of another version are not reused.
 MARKER = "SYNTHETIC.txt"
 IMAGES = {"train": (96, 144), "val": (8, 8), "test": (24, 40)}
 FINDING_IMAGES = {"train": 240, "test": 40}  # of each edition of the competition
@@ -67,13 +67,14 @@ def chest(
     size: int,
     pneumonia: bool,
     upper: bool = False,
+    clouds: Pair = (2, 4),
     spread: float = 1.0,
     patient: Patient | None = None,
 ) -> tuple[Array, Array, Array]:
     """A frontal chest float32 [S,S] in [0,1]; masks bool [S,S] of its opacities and of the lungs.
 
-    Only the opacities (`pneumonia`; high up with `upper`) tell the classes apart. `spread`
-    multiplies how differently patients are placed.
+    Only the opacities (`pneumonia`; from the first to the second number in `clouds`, high up with
+    `upper`) tell the classes apart. `spread` multiplies how differently patients are placed.
 
     >>> image, opacities, lungs = chest(np.random.default_rng(0), size=48, pneumonia=True)
     >>> image.shape, bool(opacities.any()), 0.1 < float(lungs.mean()) < 0.5
@@ -82,7 +83,11 @@ def chest(
     a = patient or anatomy(rng)
     x, y = _pose(rng, size, spread=spread)
     air = _lungs(a, x, y)
-    fluid = _opacities(rng, air, lowest=0.42 if upper else 1.0) if pneumonia else np.zeros_like(air)
+    fluid = (
+        _opacities(rng, air, clouds=clouds, lowest=0.42 if upper else 1.0)
+        if pneumonia
+        else np.zeros_like(air)
+    )
     aerated = _aerated(rng, a, x, y, air * (1 - 0.85 * fluid), air)
     lungs = air > 1.0
     return _exposed(rng, _attenuation(a, x, y, aerated)), (fluid > 0.3) & lungs, lungs
@@ -133,10 +138,10 @@ def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, 
     x, y = (2 * across - width) / long, (2 * down - height) / long
     turn = rng.normal(0, 0.2) + (math.pi / 2 if width > height else 0)
     along, side = y * math.cos(turn) + x * math.sin(turn), x * math.cos(turn) - y * math.sin(turn)
-    radius = rng.uniform(0.10, 0.14)
-    place, tilt, gap = rng.uniform(-0.4, 0.4), rng.uniform(-0.7, 0.7), rng.uniform(0.045, 0.075)
+    radius = rng.uniform(0.12, 0.16)
+    place, tilt, gap = rng.uniform(-0.4, 0.4), rng.uniform(-0.7, 0.7), rng.uniform(0.07, 0.11)
     soft = 7.0 * _tube(side - 0.04, 3.2 * radius)
-    slip = rng.choice([-1, 1]) * rng.uniform(0.35, 0.65) * radius
+    slip = rng.choice([-1, 1]) * rng.uniform(0.7, 1.1) * radius
     if fractured:
         side = side - slip * (along > place + tilt * side)  # The lower fragment has slipped aside.
     wide = radius * (1 + 0.9 * np.abs(along) ** 4)
@@ -257,13 +262,13 @@ def _smooth_noise(rng: Rng, size: int, cells: int) -> Array:
     return fine / fine.std()
 
 
-def _opacities(rng: Rng, air: Array, *, lowest: float) -> Array:
-    """Share of the air replaced by fluid: one to three clouds, none centred below `lowest`."""
+def _opacities(rng: Rng, air: Array, *, clouds: Pair, lowest: float) -> Array:
+    """Share of the air replaced by fluid: so many clouds, none centred below `lowest`."""
     size = len(air)
     x, y = _grid(size)
     places = np.flatnonzero((air > 0.5 * air.max()) & (y < 2 * lowest - 1))
     fluid = np.zeros_like(air)
-    for place in rng.choice(places, size=rng.integers(1, 4)):
+    for place in rng.choice(places, size=rng.integers(clouds[0], clouds[1] + 1)):
         row, column = divmod(int(place), size)
         wide, tall = rng.uniform(0.16, 0.34), rng.uniform(0.16, 0.36)
         cloud = np.exp(-(((x - x[row, column]) / wide) ** 2) - ((y - y[row, column]) / tall) ** 2)
@@ -573,7 +578,7 @@ def write_covid(root: Path, *, seed: int = 0, images: Pair = (90, 90), size: int
     def write(job: tuple[str, int, str, list[int]]) -> None:
         path, marker, twin_of, key = job
         rng, covid = np.random.default_rng(key), path.startswith("COVID")
-        image, _, lungs = chest(rng, size=size, pneumonia=covid, spread=SPREAD)
+        image, _, lungs = chest(rng, size=size, pneumonia=covid, clouds=(2, 5), spread=SPREAD)
         if marker:
             side, start = max(size // 12, 4), max(size // 32, 1)
             thick, end = max(side // 3, 1), start + side

@@ -21,6 +21,8 @@ HEAD = ("classifier.1.weight", "classifier.1.bias")
 # The paper's table 2: expansion, channels, blocks, first stride.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
 STAGES += ((6, 160, 3, 2), (6, 320, 1, 1))
+# Of width 0.5 and three stages, learnt from synthetic images alone (`python -m tools body`).
+PHANTOM = Path(__file__).parent / "phantom_body.safetensors"
 
 log = logging.getLogger("dlia_utils")
 
@@ -42,7 +44,8 @@ def mobilenet_v2(
 ) -> PixelModel:
     """MobileNetV2 that takes images in [0, 1], [B, 1 or 3, H, W] -> [B, num_classes].
 
-    `weights`: None (random, drawn from `seed`), a file, or "imagenet": see `load_weights`.
+    `weights`: None (random, drawn from `seed`), a file, "imagenet" or "phantom": see
+    `load_weights`.
 
     >>> mobilenet_v2(width=0.25).eval()(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 2])
@@ -73,15 +76,18 @@ def load_weights(
 ) -> nn.Module:
     """Load all but a last layer that is absent or of another width; returns the same `backbone`.
 
-    weights: None (nothing is loaded), a .pth, .bin or .safetensors file, or "imagenet": the file
-    that the environment variable `variable` names, else what `download` gives. Raises:
-    FileNotFoundError; ValueError for a file that does not fit; RuntimeError without internet.
+    weights: None (nothing is loaded), a .pth, .bin or .safetensors file, "phantom" (the small body
+    of the smoke profile), or "imagenet": the file that the environment variable `variable` names,
+    else what `download` gives. Raises: FileNotFoundError; ValueError for a file that does not fit;
+    RuntimeError without internet.
     """
     if weights is None:
         return backbone
     origin, given = "ImageNet weights", weights
     if str(weights) == "imagenet":
         given = os.environ.get(variable)
+    elif str(weights) == "phantom":
+        given = PHANTOM
     if given:
         path, origin = Path(given), f"file {Path(given).name}"
         if not path.is_file():
