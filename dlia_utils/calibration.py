@@ -46,7 +46,7 @@ def summary(
         largest = (gap / np.maximum(weights @ member, 1e-12)).max(1)
         return np.column_stack([part / weights.sum(1) for part in means] + [largest])
 
-    table = bootstrap(errors, groups, **{"interval": "bca"} | options)
+    table = bootstrap(errors, groups, **{"bca": True} | options)
     table.insert(0, "metric", ["brier", "log_loss", "ece", "mce"])
     codes = patient_codes(groups)
     rng = np.random.default_rng(options.get("seed", 0))

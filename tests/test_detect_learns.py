@@ -2,41 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import pytest
 from PIL import Image
 from small import start_run
 
-from dlia_utils import models, objectives, train
-from dlia_utils.data import augment, cache, datasets, sources
+from dlia_utils import models
 from dlia_utils.detect import evaluate, folds, fuse, views
-from dlia_utils.models.detector import LIGHT, faster_rcnn
-
-OVERFIT = dict(epochs=120, lr=0.02, warmup_epochs=5, batch_size=4, clip_norm=5.0)
-
-
-@pytest.mark.real
-def test_the_light_detector_learns_the_four_real_nih_images_by_heart(real_data, tmp_path):
-    """Class 1 (Atelectasis) included: with labels from 0 it cannot be found."""
-    nih = datasets.load(sources.find("nih", real_data), allow_missing=True)
-    boxes = datasets.boxed(nih).boxes
-    assert boxes["image"].nunique() == 4 and 1 in set(boxes["label"])
-    images = cache.build(datasets.boxed(nih), size=320, fit="pad")
-    cheap = dict(rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32)
-    model = faster_rcnn(arch=LIGHT, num_classes=8, size=320, **cheap)
-
-    def score(candidate):
-        found = views.predict(candidate, images, range(4), progress=False)
-        own = evaluate.match(boxes, found, images=range(4), classes=8)
-        return {"mAP50": evaluate.summary(own)["mAP50"]}
-
-    options = dict(run_dir=tmp_path, val_metric=score, monitor="mAP50", progress=False)
-    options |= dict(collate=augment.collate_boxes, optimizer="sgd", schedule="cosine", **OVERFIT)
-    train_set = augment.CachedBoxes(images, range(4), boxes)
-    fitted = train.fit(model, objectives.detection(), train_set, None, **options)
-    assert fitted.best_score >= 0.95, fitted.history.tail()
-    found = views.predict(models.load(tmp_path / "best.pt"), images, range(4), progress=False)
-    best = found.sort_values("score").groupby("image").tail(1).set_index("image")
-    assert (best.loc[boxes.loc[boxes["label"].eq(1), "image"], "label"] == 1).all()
 
 
 def plant(folder, *, images=72, side=64):
@@ -66,7 +36,7 @@ SMALL |= dict(rpn_pre_nms=100, rpn_post_nms=32, roi_batch=16)
 def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypatch):
     """24 images train, 24 choose the epoch, the last 24 are scored: half a minute.
 
-    Measured with seeds 0, 1, 2: AP50 of each class 0.54 to 1 after training, below 0.03 before it.
+    Measured with seeds 0, 1, 2: AP50 of each class 0.52 to 1 after training, below 0.06 before it.
     """
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     folder = tmp_path / "shapes"
