@@ -156,17 +156,15 @@ def threshold_sweep(matches: Matches) -> pd.DataFrame:
     A cut takes points off the end of each precision-recall curve, so mAP can only fall: choosing a
     threshold by mAP always answers with the lowest one tried. F1 does have a best threshold.
     """
-    mean_ap, counts = [], []
+    tables = []
     for threshold in SWEEP:
         keep = matches.score >= threshold
-        bounds = np.r_[0, np.cumsum(keep)][matches.bounds]
-        hit = matches.hit[matches.half, keep]
+        hit, bounds = matches.hit[matches.half, keep], np.r_[0, np.cumsum(keep)][matches.bounds]
         kept = dict(score=matches.score[keep], place=matches.place[keep], hit=hit[None])
-        mean_ap.append(summary(replace(matches, iou=(0.5,), bounds=bounds, **kept))["mAP50"])
-        counts.append((hit.sum(), (~hit).sum()))
-    table = _rates(matches, None, np.array(SWEEP), *np.array(counts).T)
-    table.insert(1, "mAP50", mean_ap)
-    return table
+        left = replace(matches, iou=(0.5,), bounds=bounds, **kept)
+        tables.append(_rates(matches, None, [threshold], hit.sum(), (~hit).sum()))
+        tables[-1].insert(1, "mAP50", summary(left)["mAP50"])
+    return pd.concat(tables, ignore_index=True)
 
 
 def bootstrap(
