@@ -40,16 +40,14 @@ def gradcam(
     once = one_pass(model, x, [last_map_layer(model) if layer is None else layer], target)
     found = grid(once.kept[0], once.gradients[0], plus=plus)
     resized = nn.functional.interpolate(found[:, None], x.shape[2:], mode="bilinear")[:, 0]
-    name = "gradcam++" if plus else "gradcam"
-    return base.Attribution(name, base.scale(resized), once.target, once.score, grid=found)
+    return base.Attribution(base.scale(resized), once.target, grid=found)
 
 
 class Pass(NamedTuple):
-    """The model's output, class explained and its logit; each layer's output and gradient."""
+    """The model's output and the class explained; each layer's output and gradient."""
 
     output: Tensor
     target: Tensor
-    score: Tensor
     kept: list[Tensor]
     gradients: list[Tensor]
     to_input: Tensor | None  # the gradient at the images
@@ -85,13 +83,12 @@ def one_pass(
             raise ValueError(f"{missing[0]} ran 0 times: choose one that runs once")
         logits = two_logits(output)
         chosen = base.choose_target(logits.detach(), target)
-        score = base.pick(logits, chosen)
         roots = [runs[name] for name in found] + ([x] if to_input else [])
         # A layer that the output does not depend on is refused by torch.
-        gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
+        gradients = [*torch.autograd.grad(base.pick(logits, chosen).sum(), roots)] if roots else []
     kept = [runs[name].detach() for name in found]
     at_input = gradients.pop() if to_input else None
-    return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
+    return Pass(output.detach(), chosen, kept, gradients, at_input)
 
 
 def grid(kept: Tensor, gradient: Tensor, *, plus: bool = False) -> Tensor:

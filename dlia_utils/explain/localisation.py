@@ -93,15 +93,13 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
     maps, rows = base.array(maps), []
     if not (maps >= 0).all():
         raise ValueError("maps must be [N,H,W] and >= 0 everywhere: pass Attribution.heat()")
-    for heat, region in zip(maps, regions, strict=True):
+    highest, count = base.highest(maps.reshape(len(maps), -1), TOP)
+    for heat, top, region in zip(maps, highest, regions, strict=True):
         mask = inside(region, heat.shape) if isinstance(region, pd.DataFrame) else region
         if not mask.any():
             raise ValueError(f"image {len(rows)}: no pixel of its region lies on the map")
-        count = max(1, round(TOP * heat.size))
-        level = np.partition(heat.ravel(), -count)[-count]
-        above, equal = heat > level, heat == level
-        covered = mask[above].sum() + (count - above.sum()) * mask[equal].mean()
-        area, zero, coverage = mask.mean(), not heat.max() > base.TINY, covered / mask.sum()
+        area, zero = mask.mean(), not heat.max() > base.TINY
+        coverage = top[mask.ravel()].sum() / mask.sum()
         energy = area if zero else heat[mask].sum() / heat.sum()
         row = {"area": area, "coverage": coverage, "coverage_gain": coverage - count / heat.size}
         row |= {"pointing": mask[heat == heat.max()].mean()}
@@ -140,15 +138,21 @@ def summarise(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
 
     Columns map, score, value, ci_low, ci_high, n, zero_maps.
     """
+    zero = per_image.groupby("map")["zero"].sum()
+    found = _means(per_image, draws, shares=True)
+    return found.assign(zero_maps=found["map"].map(zero).astype(int))
+
+
+def _means(per_image: pd.DataFrame, draws: int, *, shares: bool = False) -> pd.DataFrame:
+    """Means by map and score; shares: hits and misses have an interval also when all agree."""
     rows = []
     for name, table in per_image.groupby("map", sort=False):
         for score in SCORES:
-            values = table[score]
-            if values.isin([0, 1]).all():  # hits and misses: honest also when all agree
+            values = table[score].to_numpy(float)
+            if shares and np.isin(values, [0, 1]).all():
                 values = values.astype(bool)
-            row = metrics.mean(values.to_numpy(), table["group"], draws=draws)
-            zero = {"zero_maps": int(table["zero"].sum())}
-            rows.append({"map": name, "score": score} | row | zero)
+            row = metrics.mean(values, table["group"], draws=draws)
+            rows.append({"map": name, "score": score} | row)
     return pd.DataFrame(rows)
 
 
@@ -180,13 +184,8 @@ def against_model(
     if missing := set(per_image["image"]) - set(other["image"]):
         raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score the same")
     pairs = per_image.merge(other, on=["map", "image"], suffixes=("", "_other"))
-    rows = []
-    for name, table in pairs[~pairs["map"].isin(base.REFERENCES)].groupby("map", sort=False):
-        for score in SCORES:
-            gain = (table[score] - table[f"{score}_other"]).to_numpy(float)
-            row = metrics.mean(gain, table["group"], draws=draws)
-            rows.append({"map": name, "score": score} | row)
-    return pd.DataFrame(rows)
+    gains = {score: pairs[score] - pairs[f"{score}_other"] for score in SCORES}
+    return _means(pairs.assign(**gains)[~pairs["map"].isin(base.REFERENCES)], draws)
 
 
 def reference_maps(images: Tensor) -> dict[str, np.ndarray]:
