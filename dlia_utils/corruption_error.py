@@ -50,8 +50,7 @@ def grid(
     """The AUC at every corruption and severity, and its drop: clean minus corrupted, paired.
 
     Of more than two classes, the mean of one-vs-rest over the classes that occur. patients: image
-    -> patient. Columns corruption, severity, metric ("auc"), value, ci_low, ci_high, drop,
-    drop_low, drop_high, n; the clean row comes first.
+    -> patient. Rows by corruption and severity, the clean one first.
     """
     columns = check(predictions)
     order = [CLEAN, *predictions["corruption"].unique()]
@@ -100,14 +99,12 @@ def corruption_error(
         raise ValueError("predictions and reference_predictions differ in images or cells")
     names = [name for name in predictions["corruption"].unique() if name != CLEAN]
     severities = sorted(set(predictions["severity"]) - {0})
-    if not names or len(names) * len(severities) + 1 != ours.shape[1]:
-        raise ValueError("every corruption needs the same severities, and there must be one")
     weights = _weights(ours, patients, draws)
     cells = [(name, severity) for name in names for severity in severities]
     shape = (len(weights), len(names), len(severities))
     e, r = (_balanced_error(one[cells], weights).reshape(shape) for one in both)
     e0, r0 = (_balanced_error(one[[(CLEAN, 0)]], weights)[..., None] for one in both)
-    found = {"error": e.mean(2)}
+    found = {"error": e.sum(2) / len(severities)}
     for metric, above, below in (("ce", e, r), ("relative_ce", e - e0, r - r0)):
         below = below.sum(2)
         ratio = above.sum(2) / np.where(below > 0, below, np.nan)

@@ -29,8 +29,8 @@ def explain(
     """One map per image by `method`: a name of METHODS, whose function has the `options`.
 
     x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class; of one
-    logit z, class 1 is z and class 0 is -z. The model may be frozen and is left as it was. Errors:
-    ValueError for an unknown method or class, a model in training mode, images outside [0,1].
+    logit z, class 1 is z and class 0 is -z. The model is left as it was. ValueError for an unknown
+    method or class, a model in training mode, images outside [0,1].
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> found = explain("integrated_gradients", net, torch.rand(3, 1, 2, 2), target=1)
@@ -99,8 +99,8 @@ def deeplift(
     """DeepLIFT, rescale rule, from black. Source: Shrikumar et al., arXiv 1704.02685.
 
     captum's leaves out ReLU6, SiLU and activations called as functions, refuses reused ones, and
-    loses shares where pooling windows overlap. maps: as in `integrated_gradients`. Errors:
-    ValueError for a completeness `error` above 0.05.
+    loses shares where pooling windows overlap. maps: as in `integrated_gradients`. ValueError for a
+    completeness `error` above 0.05.
 
     >>> net = nn.Sequential(nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> bool((deeplift(net, torch.rand(2, 1, 4, 4)).error < 1e-3).all())
@@ -119,8 +119,8 @@ def deeplift(
     if not bool((error <= TOLERANCE).all()):
         raise ValueError(
             f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. "
-            "It has no rule for products of activations (attention, squeeze-excite), softmax and "
-            "layer norms, nor for what is read after a change in place. Use integrated_gradients"
+            "It has no rule for products of activations, softmax, layer norms, and what is read "
+            "after a change in place. Use integrated_gradients"
         )
     return base.Attribution(maps, chosen, error)
 
@@ -204,6 +204,5 @@ def _error(scored: nn.Module, maps: Tensor, x: Tensor, chosen: Tensor) -> Tensor
     return (maps.sum((1, 2)) - (image - black)).abs() / (image - black).abs().clamp(min=0.01)
 
 
-FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
-METHODS: dict[str, Callable[..., base.Attribution]] = {one.__name__: one for one in FUNCTIONS}
-METHODS["gradcam++"] = partial(gradcam, plus=True)
+_FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
+METHODS = {one.__name__: one for one in _FUNCTIONS} | {"gradcam++": partial(gradcam, plus=True)}

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.base import check_model
+from ..data.tables import CORNERS
 from . import base
-
-CORNERS = ["x1", "y1", "x2", "y2"]
 
 
 def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
@@ -57,8 +56,7 @@ def activations(
     """What `layer` (a module or its dotted name) returns while `model` reads `x`: a copy [B,C,H,W].
 
     level: which map of a layer that returns several by name, such as "0" (finest) to "3" of
-    torchvision's FPN. Errors: ValueError for a model in training mode, an unknown layer or level, a
-    layer without maps, or one that does not run exactly once.
+    torchvision's FPN. ValueError for a layer without maps, or one that does not run exactly once.
 
     >>> activations(nn.Sequential(nn.Conv2d(1, 3, 3)).eval(), torch.rand(2, 1, 8, 8), "0").shape
     torch.Size([2, 3, 6, 6])

@@ -29,9 +29,8 @@ def gradcam(
     With A the layer's output and g the gradient of the class's logit, channel c weighs w_c = mean
     of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
     1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). layer:
-    a module or its dotted name; None takes `models.last_map_layer`. x, target: as in
-    `attribution.explain`. Errors: also for an unknown layer, one without maps, or that does not run
-    once.
+    a module with maps that runs once, or its dotted name; None takes `models.last_map_layer`. x,
+    target: as in `attribution.explain`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     >>> gradcam(net, torch.rand(3, 1, 8, 8), "0").grid.shape

@@ -17,9 +17,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from .. import metrics
 from ..data.cache import ImageCache
 from ..data.datasets import Dataset
+from ..data.tables import CORNERS
 from . import base
 from .attribution import explain
-from .eigencam import CORNERS, inside
+from .eigencam import inside
 
 SCORES = ["coverage_gain", "pointing", "energy_gain", "auprc"]
 TOP = 0.05  # share of the pixels that coverage takes
@@ -34,7 +35,7 @@ def regions_of(
 
     kind: "box", per image the rows of `dataset.boxes`; or "outline", a mask [S,S] of all its
     polygons, where a pixel belongs when its centre lies inside. What is too small to hold a centre
-    gets a pixel. Errors: ValueError for images without a finding, by name.
+    gets a pixel. ValueError for images without a finding.
     """
     rows = np.asarray(rows, dtype=np.int64)
     table, found = {"box": dataset.boxes, "outline": dataset.outlines}[kind], []
@@ -83,8 +84,7 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
     the region among the highest 5 % of the pixels, and coverage_gain, above that 5 %; pointing, 1
     when the highest pixel lies inside (Zhang et al., arXiv 1608.00507); energy and energy_gain (see
     `energy_inside`); auprc of the pixels; zero, the map is 0 everywhere. Pixels of equal height
-    share their places, so flat maps and zero maps score chance. Errors: ValueError for maps that
-    are negative or NaN, and for a region without a pixel.
+    share their places, so flat maps and zero maps score chance.
 
     >>> score_maps(np.eye(8)[None], [np.eye(8, dtype=bool)])[["area", "pointing", "auprc"]]
         area  pointing  auprc
@@ -178,8 +178,7 @@ def against_model(
     """Do a model's maps beat another's on the same images? Of two `localise` tables.
 
     Columns map, score, value (mean of this - the other), ci_low, ci_high, n, method by method.
-    Methods that only one model has are left out, and so are the reference maps. Errors: ValueError
-    where `other` lacks an image.
+    Methods that only one model has are left out, and so are the reference maps.
     """
     if missing := set(per_image["image"]) - set(other["image"]):
         raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score the same")

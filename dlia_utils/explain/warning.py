@@ -166,8 +166,7 @@ def _won(happened: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nda
 def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
     """The (method, layer, score) with the highest AUROC for errors, to be judged on other images.
 
-    Of equals, the first in alphabetical order. Errors: ValueError where nothing, or all, went
-    wrong.
+    Of equals, the first in alphabetical order.
     """
     images = predictions["image"].unique()
     options = {"events": ["error"], "readings": ["within"], "against": [], "draws": 0}
@@ -175,8 +174,7 @@ def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
     table = table[table["method"].ne("")]
     if table["value"].isna().any():
         raise ValueError(
-            "no cell of these images holds copies with a wrong answer and with a right one: take "
-            "more images or stronger corruptions"
+            "no cell has both wrong and right answers: take more images or stronger corruptions"
         )
     key = list(NAMES[1:])
     table = table.assign(value=table["value"].round(12)).sort_values(key)
