@@ -37,7 +37,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from dlia_utils.detect import COCO_IOUS, evaluate, fuse
 
-CORNERS = list(evaluate.CORNERS)
+CORNERS = evaluate.CORNERS
 SIDE, CLASSES = 1024, 8
 
 

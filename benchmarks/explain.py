@@ -30,12 +30,11 @@ import torch
 from captum.attr import LayerGradCam, Occlusion
 from torch import Tensor, nn
 
-from dlia_utils.explain import gradcam
-from dlia_utils.explain.attribution import occlusion
+from dlia_utils.explain import attribution, gradcam
 from dlia_utils.models import PixelModel, mobilenet_v2
 
-WINDOW, STRIDE = 15, 8  # of the study that scored occlusion maps on FracAtlas
-PER_PASS = 16  # covered copies in one forward pass
+WINDOW, STRIDE = 16, 8  # ours lie half a window apart
+PER_PASS = attribution.BATCH  # covered copies in one forward pass
 
 
 def main() -> None:
@@ -154,7 +153,9 @@ def occlude(model: PixelModel, options: argparse.Namespace, device: str) -> list
     covered = x.repeat(PER_PASS, 1, 1, 1)
     coarse = {"window": 4 * WINDOW, "stride": 4 * STRIDE}  # the same code, sooner
     agree(
-        "occlusion, captum", our_occlusion(model, x, **coarse), captum_occlusion(model, x, **coarse)
+        "occlusion, captum",
+        our_occlusion(model, x, coarse["window"]),
+        captum_occlusion(model, x, **coarse),
     )
 
     def plain() -> None:
@@ -176,11 +177,9 @@ def occlude(model: PixelModel, options: argparse.Namespace, device: str) -> list
     ]
 
 
-def our_occlusion(
-    model: nn.Module, x: Tensor, *, window: int = WINDOW, stride: int = STRIDE
-) -> Tensor:
+def our_occlusion(model: nn.Module, x: Tensor, window: int = WINDOW) -> Tensor:
     """The folded copy of the model is made anew each time, and counted."""
-    return occlusion(model, x, target=0, window=window, stride=stride, batch_size=PER_PASS).maps
+    return attribution.occlusion(model, x, target=0, window=window).maps
 
 
 def captum_occlusion(

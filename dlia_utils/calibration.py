@@ -26,9 +26,8 @@ def summary(
 
     labels [N] of 0/1, probability [N] of class 1, groups [N]; options as in `metrics.bootstrap`.
     ece and mce: mean and largest gap between mean probability and share of class 1 in bins of equal
-    mass (Naeini et al. 2015; Nguyen & O'Connor 2015). Both are above 0 for a model without error:
-    if_calibrated is what the same probabilities would score if they were right, on average over
-    simulated labels. BCa intervals. Columns metric, value, ci_low, ci_high, n, if_calibrated.
+    mass (Naeini et al. 2015; Nguyen & O'Connor 2015). if_calibrated: what the same probabilities
+    would score if they were right, on average over simulated labels: also above 0. BCa intervals.
 
     >>> found = summary([0, 1, 0, 1], [0.2, 0.4, 0.6, 0.8], "abcd", bins=2, draws=50)
     >>> found["value"].round(3).tolist()
@@ -46,7 +45,7 @@ def summary(
         largest = (gap / np.maximum(weights @ member, 1e-12)).max(1)
         return np.column_stack([part / weights.sum(1) for part in means] + [largest])
 
-    table = bootstrap(errors, groups, **{"interval": "bca"} | options)
+    table = bootstrap(errors, groups, **{"bca": True} | options)
     table.insert(0, "metric", ["brier", "log_loss", "ece", "mce"])
     codes = patient_codes(groups)
     rng = np.random.default_rng(options.get("seed", 0))
@@ -61,8 +60,7 @@ def reliability(
     """Share of class 1 against mean P(class 1) in bins of equal mass: a reliability diagram.
 
     Niculescu-Mizil & Caruana 2005 (ICML). Equal probabilities share a bin, so there can be fewer
-    than `bins`. Columns low, high, probability (mean), value (share of class 1), ci_low, ci_high,
-    n, patients.
+    than `bins`. Columns probability (mean), value (share of class 1), ci_low, ci_high, n.
 
     >>> table = reliability([0, 1, 1, 1], [0.2, 0.4, 0.6, 0.8], "abcd", bins=2, draws=50)
     >>> table[["probability", "value"]].round(2).values.tolist()
@@ -77,11 +75,9 @@ def reliability(
     rows, patient = [], np.asarray(list(groups))
     found = bootstrap(shares, groups, **options).to_dict("records")
     for row, inside in zip(found, member.T.astype(bool), strict=True):
-        own, patients = probability[inside], patient[inside]
         if row["value"] in (0.0, 1.0):
-            row["ci_low"], row["ci_high"] = exact_interval(row["value"], patients)
-        row |= {"n": len(own), "patients": len(pd.unique(patients))}
-        rows.append({"low": own.min(), "high": own.max(), "probability": own.mean()} | row)
+            row["ci_low"], row["ci_high"] = exact_interval(row["value"], patient[inside])
+        rows.append({"probability": probability[inside].mean()} | row | {"n": inside.sum()})
     return pd.DataFrame(rows)
 
 

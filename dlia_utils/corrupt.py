@@ -75,12 +75,8 @@ def apply(
     >>> torch.equal(noisy[1:], apply("gaussian_noise", x[1:], 2, seed=0, ids=[9]))
     True
     """
-    known = {"corruption": (name, CORRUPTIONS), "scale": (scale, SCALES)}
-    for what, (value, all_known) in (known | {"severity": (severity, range(6))}).items():
-        if value not in all_known:
-            raise ValueError(
-                f"{what} must be one of {', '.join(map(str, all_known))}, not {value!r}"
-            )
+    if name not in CORRUPTIONS or scale not in SCALES:
+        raise ValueError(f"no {name!r}, scale {scale!r}: {', '.join([*CORRUPTIONS, *SCALES])}")
     if len(ids) != len(images):
         raise ValueError(f"ids must be {len(images)} integers, one per image, not {len(ids)}")
     low, high = (v.item() for v in images.aminmax())
@@ -150,8 +146,6 @@ _MULTIPLY = [(0, 1 + step / 10) for step in SEVERITIES]
 @_register(imagenet_c=_ADD, medmnist_c=_MULTIPLY)
 def brightness(x: Tensor, rngs: Rngs, add: float, factor: float) -> Tensor:
     """The value V of HSV, the largest channel, becomes factor V + add; hue and saturation stay."""
-    if x.shape[1] == 1:
-        return factor * x + add
     value = x.amax(1, keepdim=True)
     hue = torch.where(value > 0, x / value.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
     return hue * (factor * value + add).clamp(0, 1)

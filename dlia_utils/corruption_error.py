@@ -16,7 +16,6 @@ import pandas as pd
 from .metrics import interval_row, mean_of_defined, patient_weights, weighted_auc
 
 CLEAN = "clean"
-COLUMNS = ("image", "label", "corruption", "severity", "predicted")
 KEY = ["image", "corruption", "severity"]
 ALL_SEVERITIES = "all severities"  # eps_unit of result rows that sum up the severities
 LEAST = 0.01  # error of the reference that a corruption error may be a ratio to
@@ -25,11 +24,6 @@ LEAST = 0.01  # error of the reference that a corruption error may be a ratio to
 def check(predictions: pd.DataFrame) -> list[str]:
     """The probability columns p0 ... p{K-1} of a table of predictions; ValueError if it is none."""
     columns = list(predictions.filter(regex=r"^p\d+$"))
-    if missing := [c for c in (*COLUMNS, "p0", "p1") if c not in predictions]:
-        raise ValueError(f"predictions lacks the columns {missing}: see corruption_error")
-    if (again := predictions.duplicated(KEY)).any():
-        first = predictions.loc[again, KEY].iloc[0].to_dict()
-        raise ValueError(f"predictions has {first} twice: drop the duplicates of a repeated run")
     if not (predictions[columns].ge(0) & predictions[columns].le(1)).all(axis=None):
         raise ValueError(f"{', '.join(columns)} must be probabilities in [0,1] without NaN")
     clean = predictions[predictions["corruption"].eq(CLEAN)].set_index("image")["label"]
@@ -56,8 +50,7 @@ def grid(
     """The AUC at every corruption and severity, and its drop: clean minus corrupted, paired.
 
     Of more than two classes, the mean of one-vs-rest over the classes that occur. patients: image
-    -> patient. Columns corruption, severity, metric ("auc"), value, ci_low, ci_high, drop,
-    drop_low, drop_high, n; the clean row comes first.
+    -> patient. Rows by corruption and severity, the clean one first.
     """
     columns = check(predictions)
     order = [CLEAN, *predictions["corruption"].unique()]
@@ -106,14 +99,12 @@ def corruption_error(
         raise ValueError("predictions and reference_predictions differ in images or cells")
     names = [name for name in predictions["corruption"].unique() if name != CLEAN]
     severities = sorted(set(predictions["severity"]) - {0})
-    if not names or len(names) * len(severities) + 1 != ours.shape[1]:
-        raise ValueError("every corruption needs the same severities, and there must be one")
     weights = _weights(ours, patients, draws)
     cells = [(name, severity) for name in names for severity in severities]
     shape = (len(weights), len(names), len(severities))
     e, r = (_balanced_error(one[cells], weights).reshape(shape) for one in both)
     e0, r0 = (_balanced_error(one[[(CLEAN, 0)]], weights)[..., None] for one in both)
-    found = {"error": e.mean(2)}
+    found = {"error": e.sum(2) / len(severities)}
     for metric, above, below in (("ce", e, r), ("relative_ce", e - e0, r - r0)):
         below = below.sum(2)
         ratio = above.sum(2) / np.where(below > 0, below, np.nan)
@@ -124,9 +115,9 @@ def corruption_error(
 def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `grid` or `corruption_error` as metric rows for `report.result_rows`.
 
-    The corruption goes under attack, the severity under eps (eps_unit "severity"; the clean row's
-    is "pixel"). A grid gives its metric and, of corrupted images, "delta_" + metric. What sums up
-    the severities has eps 0 and eps_unit "all severities". NaN values are left out.
+    The corruption goes under attack, the severity under eps (eps_unit "severity"). A grid gives its
+    metric and, of corrupted images, "delta_" + metric. What sums up the severities has eps 0 and
+    eps_unit "all severities".
     """
     if "drop" in table.columns:
         lost = table[table["corruption"].ne(CLEAN)].drop(columns=["value", "ci_low", "ci_high"])
@@ -136,7 +127,11 @@ def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
         table["eps_unit"] = np.where(table["corruption"].eq(CLEAN), "pixel", "severity")
     else:
         table = table.assign(severity=0, eps_unit=ALL_SEVERITIES)
-    table = table.assign(attack=table["corruption"], eps=table["severity"].astype(float))
+    return defined(table.assign(attack=table["corruption"], eps=table["severity"].astype(float)))
+
+
+def defined(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns that a metric row has, of the rows whose value is not NaN."""
     columns = "attack eps eps_unit metric value ci_low ci_high n".split()
     return table.loc[table["value"].notna(), columns].reset_index(drop=True)
 

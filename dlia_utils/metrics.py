@@ -1,6 +1,6 @@
 """Classification metrics with intervals by patient, and paired comparisons of two models.
 
-`options` are those of `bootstrap` everywhere: draws, seed, interval. Intervals are of 95 %.
+`options` are those of `bootstrap` everywhere: draws, seed, bca. Intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -62,25 +62,21 @@ def bootstrap(
     *,
     draws: int = 2000,
     seed: int = 0,
-    interval: str = "percentile",
+    bca: bool = False,
     width: int = 0,
 ) -> pd.DataFrame:
     """Intervals of any statistic of weighted images by patient (Field & Welsh 2007).
 
     `statistic` takes weights [B,N], how often each image counts, and returns [B] or [B,M]; one row
-    a column: value (every image once), ci_low, ci_high, n. interval: "percentile", or "bca" on the
-    same draws (Efron 1987, JASA 82:171). A single patient has no interval (NaN), and BCa has none
-    when all draws lie on one side of the value. width: numbers that a draw needs, if above N.
+    a column: value (every image once), ci_low, ci_high, n. Percentile intervals, or BCa on the same
+    draws (Efron 1987, JASA 82:171). A single patient has no interval (NaN), and BCa has none when
+    all draws lie on one side of the value. width: numbers that a draw needs, if above N.
 
     >>> height = np.array([1.0, 3.0, 2.0, 6.0])
     >>> bootstrap(lambda w: w @ height / w.sum(1), list("aabc"), draws=100)["value"].item()
     3.0
     """
-    if interval not in ("percentile", "bca"):
-        raise ValueError(f"interval must be percentile or bca, not {interval!r}")
     codes = patient_codes(groups)
-    if not len(codes):
-        raise ValueError("groups is empty: an interval needs at least one image")
     weights = np.vstack([np.ones(len(codes)), patient_weights(codes, draws=draws, seed=seed)])
 
     def over(rows: Array) -> Array:
@@ -90,7 +86,7 @@ def bootstrap(
         return np.concatenate(parts).reshape(len(rows), -1).T
 
     values, patients = over(weights), np.arange(codes.max() + 1)
-    without = over(patients[:, None] != codes) if interval == "bca" else [None] * len(values)
+    without = over(patients[:, None] != codes) if bca else [None] * len(values)
     values = values if len(patients) > 1 else values[:, :1]
     pairs = zip(values, without, strict=True)
     return pd.DataFrame([interval_row(drawn, len(codes), without=w) for drawn, w in pairs])
@@ -121,11 +117,7 @@ def mean(values: Array, groups: Sequence, **options) -> dict[str, float]:
 
 
 def share(flags: Array, groups: Sequence, **options) -> dict[str, float]:
-    """Mean of booleans with its interval, the exact one where all agree (see `exact_interval`).
-
-    >>> share(np.array([True, True, False, True]), [1, 1, 2, 3], draws=100)["value"]
-    0.75
-    """
+    """Mean of booleans with its interval, the exact one where all agree (see `exact_interval`)."""
     return {"metric": "share"} | mean(np.asarray(flags, dtype=bool), groups, **options)
 
 
@@ -140,11 +132,7 @@ def exact_interval(value: float, groups: Sequence) -> tuple[float, float]:
 
 
 def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> Array:
-    """How often each image counts [draws,N] when whole patients are drawn with replacement.
-
-    >>> patient_weights(["a", "a", "b"], draws=2).shape
-    (2, 3)
-    """
+    """How often each image counts [draws,N] when whole patients are drawn with replacement."""
     codes = patient_codes(groups)
     patients = codes.max(initial=-1) + 1
     chances = np.full(patients, 1 / patients)

@@ -237,20 +237,17 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
         for (extension, state), part in shown.groupby(["extension", "state"]):
             color = COLORS[int(extension) % len(COLORS)]
             style = {"edgecolors": color, "facecolors": color if state == "complete" else "none"}
+            asked = f"extension {extension}, " if extension else "ranges as asked, "
+            style["label"] = f"{asked if shown['extension'].any() else ''}{state}"
             axis.scatter(place[part.index], part["score"], s=26, lw=1.1, **style)
-        axis.scatter(place[best.index], best["score"], marker="*", s=150, color="black", zorder=3)
+        star = {"marker": "*", "s": 150, "color": "black", "zorder": 3, "label": "best"}
+        axis.scatter(place[best.index], best["score"], **star)
         axis.set_xlabel(name)
         axis.grid(alpha=0.25)
     for row in axes:
         row[0].set_ylabel("score")
-    hollow = {"pruned": {"markerfacecolor": "none"}} if len(complete) < len(shown) else {}
-    signs = {"complete": {}} | hollow | {"best": {"marker": "*", "color": "black", "ms": 9}}
-    for number in sorted(shown["extension"].unique()) if shown["extension"].any() else ():
-        style = {"color": COLORS[int(number) % len(COLORS)], "marker": "s"}
-        signs[f"extension {number}" if number else "ranges as asked"] = style
-    common = {"ls": "", "marker": "o", "color": "0.4", "ms": 5}
-    handles = [plt.Line2D([], [], label=label, **common | own) for label, own in signs.items()]
-    figure.legend(handles=handles, fontsize=7, frameon=False, ncol=4, loc="outside lower center")
+    signs = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*signs, fontsize=7, frameon=False, ncol=4, loc="outside lower center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
     figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)

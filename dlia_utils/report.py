@@ -142,11 +142,8 @@ def paired_tests(
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
     """The FracAtlas study's table, completed: clean, PGD and worst case in per cent, by model."""
-    names = {
-        ("clean", "accuracy"): "clean accuracy (%)",
-        ("pgd_ce", "accuracy"): "PGD accuracy (%)",
-    }
-    names[("worst", "accuracy")] = "worst case (%)"
+    cases = {"clean": "clean accuracy (%)", "pgd_ce": "PGD accuracy (%)", "worst": "worst case (%)"}
+    names = {(attack, "accuracy"): name for attack, name in cases.items()}
     names |= {("worst", m): f"{m}, worst case (%)" for m in ("sensitivity", "specificity")}
     chosen = results[_at(results, eps) | results.attack.eq("clean")]
     table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))

@@ -247,10 +247,10 @@ def summary(table: pd.DataFrame) -> str:
     ids, confidence = table.iloc[:, 0], table["confidence"]
     labels = ", ".join(f"{label} {count}" for label, count in table["label"].value_counts().items())
     low, high, median = confidence.min(), confidence.max(), confidence.median()
-    told = {"rows": f"{len(table)}, ids {ids.min()} to {ids.max()}"}
-    told |= {"images": table["image_id"].nunique(), "labels": labels}
-    told["confidence"] = f"{low:.4g} to {high:.4g}, median {median:.4g}"
-    return "\n".join(f"{name:12}{value}" for name, value in told.items())
+    return f"""rows        {len(table)}, ids {ids.min()} to {ids.max()}
+images      {table["image_id"].nunique()}
+labels      {labels}
+confidence  {low:.4g} to {high:.4g}, median {median:.4g}"""
 
 
 def _mapping(mapping: Table) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -215,7 +216,11 @@ class _Run:
         set_seed(self.recipe.seed, device_specific=True)
         last, saved = self.run_dir / "last.pt", None
         if resume and last.is_file():
-            saved = torch.load(last, map_location="cpu", weights_only=True)
+            try:
+                saved = torch.load(last, map_location="cpu", weights_only=True)
+            except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+                fix = "delete it to train this model from the start"
+                raise ValueError(f"{last} is damaged: {fix}") from error
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
                 raise ValueError(f"{last} is not of this `fit`: remove it, or pass resume=False")
             old, new = saved["settings"], self.settings

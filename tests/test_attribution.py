@@ -11,9 +11,7 @@ from torch import nn
 from dlia_utils.explain.attribution import METHODS, explain
 from dlia_utils.models import mobilenet_v2, spectral_normalize
 
-OPTIONS = {"occlusion": {"window": 4, "stride": 2}} | dict.fromkeys(
-    ("gradcam", "gradcam++"), {"layer": "0"}
-)
+OPTIONS = {"occlusion": {"window": 4}} | dict.fromkeys(("gradcam", "gradcam++"), {"layer": "0"})
 OURS = ["saliency", "integrated_gradients", "deeplift", "occlusion"]
 
 
@@ -68,10 +66,9 @@ def test_one_contract_for_every_method(method, frozen):
     net, x, options = small().requires_grad_(not frozen), images(3), OPTIONS.get(method, {})
     before, pixels = copy.deepcopy(net.state_dict()), x.clone()
     found = explain(method, net, x, **options)
-    assert found.method == method and found.maps.dtype == torch.float32
+    assert found.maps.dtype == torch.float32
     assert found.maps.shape == (3, 12, 12) and not found.maps.requires_grad
     assert torch.equal(found.target, net(x).argmax(1))
-    torch.testing.assert_close(found.score, net(x).amax(1).detach())
     heat = found.heat()
     assert heat.amin() >= 0 and torch.equal(heat.amax((1, 2)) == 1, (found.maps > 0).any(1).any(1))
     with torch.no_grad():
@@ -89,7 +86,7 @@ def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 1)).eval(), images(2, 3, 6)
     weight = net[1].weight.detach().view(1, 3, 6, 6)
-    options = {"window": 1, "stride": 1} if method == "occlusion" else {}
+    options = {"window": 1} if method == "occlusion" else {}
     for target, sign in ((1, 1), (0, -1)):
         found = explain(method, net, x, target, **options)
         expected = sign * (weight * x).sum(1)
@@ -101,12 +98,12 @@ def test_a_linear_model_gives_its_weights_on_three_channels_and_one_logit(method
 
 def test_occlusion_equals_a_loop_over_windows():
     net, x = small(), images(2)
-    found = explain("occlusion", net, x, 1, window=5, stride=3, batch_size=7)
+    found = explain("occlusion", net, x, 1, window=6)
     total, times = torch.zeros(2, 12, 12), torch.zeros(12, 12)
     clean = net(x)[:, 1].detach()
-    for top in range(0, 12 - 5 + 3, 3):
-        for left in range(0, 12 - 5 + 3, 3):
-            place = (slice(None), slice(top, top + 5), slice(left, left + 5))
+    for top in range(0, 12 - 6 + 3, 3):
+        for left in range(0, 12 - 6 + 3, 3):
+            place = (slice(None), slice(top, top + 6), slice(left, left + 6))
             covered = x.clone()
             covered[:, 0][place] = 0
             total[place] += (clean - net(covered)[:, 1].detach())[:, None, None]
@@ -132,30 +129,18 @@ def test_deeplift_is_complete_with_every_activation(activation):
 
 
 @pytest.mark.filterwarnings("ignore:Setting forward", "ignore:Input Tensor 0 did not already")
-def test_deeplift_equals_captum_s_where_that_is_right():
-    net, x = small(), images()
-    theirs = DeepLift(copy.deepcopy(net)).attribute(x, target=1).sum(1).detach()
-    torch.testing.assert_close(explain("deeplift", net, x, 1).maps, theirs, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:Setting forward", "ignore:Input Tensor 0 did not already")
-def test_deeplift_on_mobilenet_where_captum_s_is_wrong():
-    net, x = mobilenet_v2(width=0.25, stages=4).eval(), images(2, 3, 32)
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad():
-        for module in norms:  # activations near 6, where the gradient of ReLU6 tells least
-            module.weight.fill_(3)
-            module.bias.fill_(2)
-        net.train()(x)
-        for module in norms:
-            module.momentum = 1.0
-        net(images(4, 3, 32))
-        generator = torch.Generator().manual_seed(0)
-        nn.init.normal_(net.eval().backbone.classifier[1].weight, generator=generator)
-        black = net(x)[:, 1] - net(0 * x)[:, 1]
-    theirs = DeepLift(copy.deepcopy(net)).attribute(x, target=1).sum((1, 2, 3)).detach()
-    assert ((theirs - black).abs() > 0.5 * black.abs()).any()
-    assert explain("deeplift", net, x, 1).error.max() < 1e-2
+def test_deeplift_equals_captum_s_where_that_is_right_and_is_complete_where_it_is_wrong():
+    x, bounded = images(), small(nn.ReLU6)
+    bounded[0].weight.data *= 30  # most activations are at 6, where the gradient tells nothing
+    for net, right in ((small(), True), (bounded, False)):
+        theirs = DeepLift(copy.deepcopy(net)).attribute(x, target=1).sum(1).detach()
+        ours = explain("deeplift", net, x, 1)
+        assert ours.error.max() < 1e-3
+        assert torch.allclose(ours.maps, theirs, atol=1e-6, rtol=1e-4) == right
+        black = (net(x) - net(0 * x))[:, 1].detach()
+        assert ((theirs.sum((1, 2)) - black).abs() < 1e-3).all() == right
+    mobile = explain("deeplift", mobilenet_v2(width=0.25, stages=4).eval(), images(2, 3, 32), 1)
+    assert mobile.error.max() < 1e-2
 
 
 @pytest.mark.parametrize("forward", [reused, untraceable])
@@ -186,8 +171,7 @@ def test_a_first_layer_that_works_in_place_does_not_write_into_the_images():
     ("method", "options", "said"),
     [
         ("lime", {}, "method must be one of saliency, integrated_gradients"),
-        ("occlusion", {"window": 4, "stride": 5}, "must not exceed the window"),
-        ("occlusion", {"window": 13}, "nor that the images"),
+        ("occlusion", {"window": 13}, "must be 1 to 12 pixels"),
         ("saliency", {"target": 2}, r"target must be None, a class 0\.\.1"),
         ("saliency", {"target": torch.tensor([0.0, 1.0])}, "target must be"),
         ("saliency", {"x": 3 * images()}, r"spans \[.*models.wrap"),

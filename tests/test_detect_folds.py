@@ -57,6 +57,17 @@ def test_the_uses_of_images_and_their_patients_never_mix(opened):
     assert sorted(scored) == labelled.tolist()  # every labelled image exactly once
 
 
+def test_figures_get_boxes_in_pixels_of_the_cached_images(opened):
+    rows = folds.folds(opened)[0].score
+    known = folds.truth(opened, rows)
+    images, true, found, titles = folds.on_images(opened, rows, known, known[:0])
+    assert len(images) == len(true) == len(titles) == len(rows) and not any(map(len, found))
+    for row, own in zip(rows, true, strict=True):
+        expected = known.loc[known["image"].eq(row), evaluate.CORNERS]
+        given = own[evaluate.CORNERS] / np.tile(opened.cache.scale([row])[0], 2)
+        np.testing.assert_allclose(given, expected)
+
+
 def test_an_official_split_is_kept(fresh_runs):
     one = folds.open_detection(start_run(NOTEBOOK, sources.find("fracatlas").root))
     (fold,) = folds.folds(one)

@@ -1,62 +1,58 @@
-"""What detectors learn: labels, boxes and decoding are right. These tests take minutes."""
+"""What detectors learn: labels, boxes and decoding are right."""
 
 import numpy as np
 import pandas as pd
-import pytest
+from PIL import Image
 from small import start_run
 
-from dlia_utils import launch, models, objectives, train
-from dlia_utils.data import augment, cache, datasets, sources
+from dlia_utils import models
 from dlia_utils.detect import evaluate, folds, fuse, views
-from dlia_utils.models.detector import LIGHT, faster_rcnn
-
-OVERFIT = dict(epochs=120, lr=0.02, warmup_epochs=5, batch_size=4, clip_norm=5.0)
 
 
-@pytest.mark.real
-def test_the_light_detector_learns_the_four_real_nih_images_by_heart(real_data, tmp_path):
-    """Class 1 (Atelectasis) included: with labels from 0 it cannot be found."""
-    nih = datasets.load(sources.find("nih", real_data), allow_missing=True)
-    boxes = datasets.boxed(nih).boxes
-    assert boxes["image"].nunique() == 4 and 1 in set(boxes["label"])
-    images = cache.build(datasets.boxed(nih), size=320, fit="pad")
-    cheap = dict(rpn_pre_nms=200, rpn_post_nms=64, roi_batch=32)
-    model = faster_rcnn(arch=LIGHT, num_classes=8, size=320, **cheap)
+def plant(folder, *, images=72, side=64):
+    """Images of noise with a dark bar (label 1) and a bright disc (2) each, and their boxes."""
+    rng, across, rows = np.random.default_rng(0), np.arange(side), []
+    for number in range(images):
+        pixels, name = rng.normal(100, 15, (side, side)), f"{number:02}.png"
+        for label in ("bar", "disc"):
+            round_side = rng.integers(14, 22)
+            height, width = rng.integers((11, 22), (15, 29)) if label == "bar" else [round_side] * 2
+            x, y = rng.integers(0, side - width + 1), rng.integers(0, side - height + 1)
+            if label == "bar":
+                pixels[y : y + height, x : x + width] -= 70
+            else:
+                from_middle = [(across + 0.5 - low) / round_side - 0.5 for low in (y, x)]
+                pixels[np.hypot(from_middle[0][:, None], from_middle[1]) <= 0.5] += 90
+            rows.append((name, label, x, y, x + width, y + height))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name)
+    columns = "file label x1 y1 x2 y2".split()
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "boxes.csv", index=False)
 
-    def score(candidate):
-        found = views.predict(candidate, images, range(4), progress=False)
-        own = evaluate.match(boxes, found, images=range(4), classes=8)
-        return {"mAP50": evaluate.summary(own)["mAP50"]}
 
-    options = dict(run_dir=tmp_path, val_metric=score, monitor="mAP50", progress=False)
-    options |= dict(collate=augment.collate_boxes, optimizer="sgd", schedule="cosine", **OVERFIT)
-    train_set = augment.CachedBoxes(images, range(4), boxes)
-    fitted = train.fit(model, objectives.detection(), train_set, None, **options)
-    assert fitted.best_score >= 0.95, fitted.history.tail()
-    found = views.predict(models.load(tmp_path / "best.pt"), images, range(4), progress=False)
-    best = found.sort_values("score").groupby("image").tail(1).set_index("image")
-    assert (best.loc[boxes.loc[boxes["label"].eq(1), "image"], "label"] == 1).all()
+SMALL = dict(size=64, images=None, folds=3, width=0.25, channels=32, epochs=40, batch_size=4)
+SMALL |= dict(rpn_pre_nms=100, rpn_post_nms=32, roi_batch=16)
 
 
 def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypatch):
-    """Five folds of the smoke profile's detector on all phantom images, in two processes."""
-    monkeypatch.setenv("DLIA_RUNS", str(tmp_path))
-    monkeypatch.delenv("DLIA_DATA", raising=False)
-    sizes = dict(images=None, folds=5, run_folds=5, epochs=11)
-    study = folds.open_detection(start_run("05_nih_detection", **sizes))
-    run, by_name = study.run, {fold.name: fold for fold in folds.folds(study)}
+    """24 images train, 24 choose the epoch, the last 24 are scored: half a minute.
+
+    Measured with seeds 0, 1, 2: AP50 of each class 0.52 to 1 after training, below 0.06 before it.
+    """
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    plant(folder)
+    study = folds.open_detection(start_run("05_nih_detection", folder, **SMALL))
+    run, fold = study.run, folds.folds(study)[0]
     uses = {"detector": run.pick(*folds.DETECTOR), "recipe": run.pick(*folds.RECIPE)}
+    fresh = folds.build_detector(tmp_path, 2, uses["detector"])
+    folds.train_fold(study, fold, flip=run.flip, **uses)
 
-    def look(name):
-        folds.train_fold(study, by_name[name], flip=run.flip, **uses)
-        model = models.load(run.run_dir / name / "best.pt")
-        return views.predict(model, study.cache, by_name[name].score, progress=False)
+    def precision(model):
+        found = views.predict(model, study.cache, fold.score, progress=False)
+        own = folds.matches(study, fold.score, fuse.one_per_class(found))
+        return evaluate.average_precision(own)[0.5]
 
-    parts = launch.each(look, list(by_name), log_dir=tmp_path / "logs", devices=["", ""])
-    scored = np.concatenate([fold.score for fold in by_name.values()])
-    found = fuse.one_per_class(pd.concat(parts.values(), ignore_index=True))
-    own = folds.matches(study, scored, found)
-    assert len(scored) == (study.dataset.manifest["label"] >= 0).sum()
-    by_class = evaluate.average_precision(own)[0.5]
-    assert evaluate.summary(own)["mAP50"] >= 0.6, by_class
-    assert by_class.loc[1] >= 0.4, "Atelectasis, label 1"
+    assert len(fold.score) == 24 and precision(fresh).max() < 0.1
+    learnt = precision(models.load(run.run_dir / fold.name / "best.pt"))
+    assert learnt.min() >= 0.4, learnt

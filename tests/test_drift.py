@@ -266,7 +266,6 @@ def test_measure_refuses_bad_input_before_any_work():
     net.register_forward_hook(lambda *_: runs.append(1))
     good = {"images": x, "labels": [0, 1], "ids": [0, 1], "methods": ()}
     for wrong, said in (
-        ({"images": 2 * x}, r"must lie in \[0,1\]"),
         ({"images": x[:1], "labels": [0], "ids": [0]}, "two images or more"),
         ({"ids": [3, 3]}, "an id of its own"),
         ({"methods": ["cam"]}, "methods must be some of"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dlia_utils import plots
-from dlia_utils.attacks import evaluate, pgd
+from dlia_utils.attacks import checklist, evaluate, pgd
 from dlia_utils.models import robust
 from dlia_utils.units import pixel_eps
 
@@ -45,6 +45,19 @@ def whole(study):
     """The whole suite."""
     model, *data = study
     return evaluate.robust(model, data, GRID, budgets=SHORT, batch_size=16, progress=False)
+
+
+def test_dropping_fooled_images_gives_the_same_worst_case_for_fewer_passes(study, whole):
+    model, *data = study
+    found = evaluate.robust(
+        model, data, GRID, budgets=SHORT, batch_size=16, early_drop=True, progress=False
+    )
+    assert set(found.rows.attack) == {"clean", "worst"}
+    worst, asked = (one.rows[one.rows.attack == "worst"] for one in (whole, found))
+    assert worst.fooled.tolist() == asked.fooled.tolist()
+    assert found.cost.forwards.sum() < 0.8 * whole.cost.forwards.sum()
+    with pytest.raises(ValueError, match="early_drop=False"):
+        checklist.report(found)
 
 
 def is_union(rows):

@@ -33,7 +33,6 @@ def test_equals_captum_for_two_logits(layer, target):
     resized = LayerGradCam.interpolate(theirs, (20, 20), interpolate_mode="bilinear")[:, 0]
     top = resized.amax((1, 2), keepdim=True)
     torch.testing.assert_close(ours.maps, resized / top.clamp(min=1e-12), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.score, net(x)[:, target].detach())
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
@@ -57,7 +56,6 @@ def test_plus_equals_its_closed_form_behind_a_linear_head():
     expected = (36 * alpha * weight.clamp(min=0))[:, :, None, None] * kept
     found = gradcam(net, x, "1", target=1, plus=True)
     torch.testing.assert_close(found.grid, expected.sum(1).clamp(min=0))
-    assert found.method == "gradcam++"
 
 
 def test_a_map_without_evidence_is_zero_and_said_to_be():
@@ -126,4 +124,3 @@ def test_layers_in_one_pass_equal_one_at_a_time(frozen):
                 alone = gradcam(net, x, name, target=1, plus=plus)
                 found = grid(kept, gradient, plus=plus)
                 assert (found - alone.grid).abs().max() <= 1e-6 * alone.grid.amax()
-                assert torch.equal(once.score, alone.score)

@@ -200,6 +200,14 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     assert first.best_epoch == second.best_epoch
 
 
+def test_a_training_that_was_cut_short_on_disk_is_named(tmp_path):
+    run(tmp_path)
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: delete it"):
+        run(tmp_path)
+
+
 def test_a_run_of_other_settings_or_a_foreign_file_is_refused_or_overwritten(tmp_path):
     run(tmp_path, config={"size": 16})
     with pytest.raises(ValueError, match=r"epochs: 3 -> 4; config: .*16.*32.*resume=False"):

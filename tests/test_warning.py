@@ -35,7 +35,7 @@ def noisy(images=60, severities=3, *, strength=1.0, seed=0, rate=0.3):
 def judged(predictions, maps, patients=None, **options):
     images = predictions["image"].unique()
     patients = dict(zip(images, images, strict=True)) if patients is None else patients
-    return w.warning(predictions, maps, patients, **{"events": ["error"], "draws": 20} | options)
+    return w.judge(predictions, maps, patients, **{"events": ["error"], "draws": 20} | options)
 
 
 def found(table, reading, metric="auroc", predictor="gradcam layer4_1 rmse"):
@@ -167,7 +167,7 @@ def test_new_errors_are_asked_of_images_that_were_right():
     assert table["n"].eq(40).all() and np.allclose(table["value"], rest["value"])
     predictions.loc[predictions["severity"] == 0, "predicted"] = 1
     table = judged(predictions, maps, events=["new_error"])
-    assert table["value"].isna().all() and table["n"].eq(0).all() and w.rows(table).empty
+    assert table["value"].isna().all() and table["n"].eq(0).all() and w.metric_rows(table).empty
 
 
 def test_select_takes_the_best_and_never_turns_a_score_round():
@@ -179,13 +179,13 @@ def test_select_takes_the_best_and_never_turns_a_score_round():
     # ssim grows with the errors here, so as a drift score it is perfectly wrong; equals go by name.
     for table in (both, both.sample(frac=1, random_state=2)):
         assert w.select(predictions, table) == ("gradcam", "layer1_2", "rmse")
-    with pytest.raises(ValueError, match="with a wrong answer and with a right one"):
+    with pytest.raises(ValueError, match="both wrong and right answers"):
         w.select(*tables(np.zeros((5, 2), bool), np.ones((5, 2))))
 
 
 def test_rows_do_not_collide():
     predictions, maps = tables(*noisy(), ssim=np.zeros((60, 3)))
-    rows = w.rows(judged(predictions, maps, events=w.OUTCOMES))
+    rows = w.metric_rows(judged(predictions, maps, events=w.OUTCOMES))
     assert not rows.duplicated(["attack", "eps", "eps_unit", "metric"]).any()
     assert len(rows) == 3 * (3 * (2 + 4) + 1)  # severity is a competitor when mixed
 

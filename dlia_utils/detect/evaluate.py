@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import metrics
 
-CORNERS = ("x1", "y1", "x2", "y2")
+CORNERS = "x1 y1 x2 y2".split()
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
 RECALLS = np.linspace(0, 1, 101)
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image (Setio et al., 1612.08012)
@@ -57,18 +57,17 @@ def match(
     truth: columns image, x1, y1, x2, y2, label (1..`classes`); predictions: and score. images: ids
     of all evaluated images, those without a box too. In each image and class the best 100 boxes
     are taken by score; each gets the free true box of highest IoU, if that reaches the threshold.
-    Ties as in pycocotools. Errors: ValueError naming the first wrong row, and for IoUs without 0.5.
+    Ties as in pycocotools. iou: ascending, 0.5 among them. Errors: ValueError naming the first
+    wrong row.
 
     >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns=["image", *CORNERS, "label"])
     >>> found = pd.DataFrame([[7, 0, 0, 10, 9, 1]], columns=truth.columns).assign(score=0.8)
     >>> summary(match(truth, found, images=[7, 8], classes=1, iou=COCO_IOUS))
     {'mAP50': 1.0, 'mAP50_95': 0.9}
     """
-    images, iou = np.asarray(images, dtype=np.int64), tuple(np.sort(iou).tolist())
+    images = np.asarray(images, dtype=np.int64)
     if not len(images) or len(np.unique(images)) < len(images):
         raise ValueError("images must name every evaluated image once, at least one")
-    if 0.5 not in iou or iou[0] <= 0 or iou[-1] > 1:
-        raise ValueError(f"iou is {iou}: thresholds lie in (0, 1], and 0.5 is one of them")
     order, shape = np.argsort(images), (len(images), classes)
     group, corners, _ = _grouped(truth, "truth", images[order], classes, scored=False)
     by_group = np.argsort(group, kind="stable")
@@ -85,7 +84,7 @@ def match(
     return Matches(
         images=images,
         labels=tuple(range(1, classes + 1)),
-        iou=iou,
+        iou=tuple(iou),
         truths=np.bincount(cells, minlength=len(images) * classes).reshape(shape),
         score=score[classwise],
         place=order[group[classwise] % len(images)],
@@ -139,13 +138,11 @@ def best_thresholds(
     >>> best_thresholds(match(truth, found, images=[0], classes=1))["threshold"].tolist()
     [0.7, 0.7]
     """
-    if objective not in ("f1", "froc"):
-        raise ValueError(f"objective is {objective!r}; it must be 'f1' or 'froc'")
     rows = []
     for label in (None, *matches.labels):
         table = curve(matches, label)
         allowed = table["recall"].where(table["fp_per_image"] <= fp_per_image)
-        value = table["f1"] if objective == "f1" else allowed
+        value = {"f1": table["f1"], "froc": allowed}[objective]
         zero = 0.0 if matches.true_boxes(label).any() else np.nan
         nothing = dict(threshold=np.nan, precision=np.nan, recall=zero, f1=zero, fp_per_image=0.0)
         chosen = table.loc[value.idxmax()] if value.gt(0).any() else nothing
@@ -159,17 +156,15 @@ def threshold_sweep(matches: Matches) -> pd.DataFrame:
     A cut takes points off the end of each precision-recall curve, so mAP can only fall: choosing a
     threshold by mAP always answers with the lowest one tried. F1 does have a best threshold.
     """
-    mean_ap, counts = [], []
+    tables = []
     for threshold in SWEEP:
         keep = matches.score >= threshold
-        bounds = np.r_[0, np.cumsum(keep)][matches.bounds]
-        hit = matches.hit[matches.half, keep]
+        hit, bounds = matches.hit[matches.half, keep], np.r_[0, np.cumsum(keep)][matches.bounds]
         kept = dict(score=matches.score[keep], place=matches.place[keep], hit=hit[None])
-        mean_ap.append(summary(replace(matches, iou=(0.5,), bounds=bounds, **kept))["mAP50"])
-        counts.append((hit.sum(), (~hit).sum()))
-    table = _rates(matches, None, np.array(SWEEP), *np.array(counts).T)
-    table.insert(1, "mAP50", mean_ap)
-    return table
+        left = replace(matches, iou=(0.5,), bounds=bounds, **kept)
+        tables.append(_rates(matches, None, [threshold], hit.sum(), (~hit).sum()))
+        tables[-1].insert(1, "mAP50", summary(left)["mAP50"])
+    return pd.concat(tables, ignore_index=True)
 
 
 def bootstrap(
@@ -183,10 +178,9 @@ def bootstrap(
 ) -> pd.DataFrame:
     """95 % intervals from drawing whole patients with replacement (Field & Welsh 2007).
 
-    groups: [N] patient of each of `matches.images`; an image without one (None, NaN) stands for
-    itself. less: another pass of the same images and truth; the values are then the differences to
-    it, on the same draws. statistics: of `STATISTICS`; "AP50" gives a row per class. Columns
-    metric, label, value, ci_low, ci_high, n (images).
+    groups: [N] patient of each of `matches.images`. less: another pass of the same images and
+    truth; the values are then the differences to it, on the same draws. statistics: of
+    `STATISTICS`; "AP50" gives a row per class. Columns metric, label, value, ci_low, ci_high, n.
 
     >>> truth = pd.DataFrame({"image": range(4), "x1": 0, "y1": 0, "x2": 9, "y2": 9, "label": 1})
     >>> result = match(truth, truth.assign(score=0.5)[:2], images=range(4), classes=1)
@@ -196,18 +190,16 @@ def bootstrap(
     passes = [matches] if less is None else [matches, less]
     if "mAP50_95" in statistics and any(one.iou != COCO_IOUS for one in passes):
         raise ValueError("statistic 'mAP50_95' needs match(..., iou=COCO_IOUS)")
-    for a, b in zip(*((one.images, one.truths) for one in (matches, passes[-1])), strict=True):
-        if not np.array_equal(a, b):
-            raise ValueError("the two passes differ in images, classes or true boxes")
-    codes, _ = pd.factorize(np.asarray(groups, dtype=object))
-    codes[codes < 0] = codes.max(initial=-1) + 1 + np.arange((codes < 0).sum())
+    pairs = ((matches.images, passes[-1].images), (matches.truths, passes[-1].truths))
+    if not all(np.array_equal(a, b) for a, b in pairs):
+        raise ValueError("the two passes differ in images, classes or true boxes")
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         first, *second = (_statistics(one, statistics, weights) for one in passes)
         return first - second[0] if second else first
 
     width = len(matches.score)
-    table = metrics.bootstrap(statistic, codes, draws=draws, seed=seed, width=width)
+    table = metrics.bootstrap(statistic, groups, draws=draws, seed=seed, width=width)
     names = [(s, k) for s in statistics for k in (matches.labels if s == "AP50" else ["all"])]
     return pd.DataFrame(names, columns=["metric", "label"]).join(table)
 
@@ -294,10 +286,7 @@ def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool
 
 
 def read_boxes(table: pd.DataFrame, name: str, *, scored: bool = True) -> tuple[np.ndarray, ...]:
-    """Image, corners [4,n], label and score (1 unless `scored`) of a box table as float64.
-
-    Errors: ValueError for missing columns, NaN, label 0, corners out of order, wrong scores.
-    """
+    """Image, corners [4,n], label and score (1 unless `scored`) of a box table as float64."""
     columns = ["image", *CORNERS, "label"] + ["score"] * scored
     if missing := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{name} lacks the columns {missing}; it has {list(table.columns)}")
@@ -319,11 +308,7 @@ def refuse(wrong: np.ndarray, name: str, problem: str) -> None:
 
 
 def ranks(groups: np.ndarray) -> np.ndarray:
-    """Place of each element in its run of equal values.
-
-    >>> ranks(np.array([7, 7, 8])).tolist()
-    [0, 1, 0]
-    """
+    """Place of each element in its run of equal values: 0, 1, 0 of 7, 7, 8."""
     number = np.arange(len(groups))
     new = np.r_[True, groups[1:] != groups[:-1]][: len(groups)]
     return number - np.maximum.accumulate(np.where(new, number, 0))
@@ -363,11 +348,7 @@ def _greedy(known, true_corners, group, corners, iou: np.ndarray) -> np.ndarray:
 
 
 def pair_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes [4,n] pair by pair (torchvision's box_iou compares all with all).
-
-    >>> float(pair_iou(np.array([0.0, 0, 2, 2]), np.array([1.0, 0, 3, 2])))
-    0.3333333333333333
-    """
+    """IoU of boxes [4,n] pair by pair (torchvision's box_iou compares all with all)."""
     width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
     height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
     both = np.maximum(width, 0) * np.maximum(height, 0)

@@ -13,33 +13,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLORS, line_style, panels
-from .evaluate import RATES
+from .evaluate import CORNERS, RATES
 
-CORNERS = ["x1", "y1", "x2", "y2"]
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
 
 # Light enough for a dark image; line style, score and label tell them apart without the colour too.
 TRUTH = {"color": "#3ddc84", "ls": "-", "lw": 1.8}
 PREDICTION = {"color": "#ff5964", "ls": (0, (4, 2)), "lw": 1.8}
-
-
-def boxes_by_image(
-    table: pd.DataFrame, images: Sequence[int], *, scale: np.ndarray | None = None
-) -> list[pd.DataFrame]:
-    """One table of boxes per image, in the order of `images`: what the figures take.
-
-    table: columns image, x1, y1, x2, y2. scale: [len(images), 2] of (sx, sy), such as
-    `ImageCache.scale(images)`: corners in pixels of the file become pixels of the cached image.
-
-    >>> boxes = pd.DataFrame([{"image": 7, "x1": 10.0, "y1": 10.0, "x2": 30.0, "y2": 20.0}])
-    >>> boxes_by_image(boxes, [3, 7], scale=np.array([[1, 1], [0.5, 2]]))[1][CORNERS].values
-    array([[ 5., 20., 15., 40.]])
-    """
-    factors = np.tile(np.ones((len(images), 2)) if scale is None else scale, 2)
-    parts = [
-        (table[table["image"].eq(image)], by) for image, by in zip(images, factors, strict=True)
-    ]
-    return [part.assign(**(part[CORNERS] * by)) for part, by in parts]
+LEGEND_RIGHT = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "fontsize": 9}
+LEGEND_RIGHT |= {"frameon": False, "handlelength": 3}
 
 
 def figure_boxes(
@@ -57,7 +39,7 @@ def figure_boxes(
     """Images with true boxes (green, solid) and predictions (red, dashed, with their score).
 
     images: uint8 [N,S,S]. truth_by_row, predictions_by_row: one table an image with corners in its
-    pixels (`boxes_by_image`). threshold: the lowest score shown; of more than `DRAWN` predictions
+    pixels (`folds.on_images`). threshold: the lowest score shown; of more than `DRAWN` predictions
     the best are drawn, and the title says so. beside: truth left, predictions right. maps: [N,S,S]
     in [0,1], such as `eigencam(..., size=S)`; a row then shows the image, the map over it with the
     true boxes, and all boxes. Without a column `score` only the truth is shown.
@@ -75,12 +57,12 @@ def figure_boxes(
         heads = [titles[row], "where the layer responds (yellow: most)", "all boxes"][: each - 1]
         if maps is not None:
             own[1].imshow(maps[row], cmap="plasma", vmin=0, vmax=1, alpha=0.4)
-            draw_boxes([(own[1], known.assign(text=""), TRUTH)])
-        drawn, note = [(own[0 if beside else -1], labelled(known, classes), TRUTH)], ""
+            _draw(own[1], known, TRUTH)
+        _draw(own[0 if beside else -1], known, TRUTH, classes)
+        note = ""
         if scored:
             shown, note = _strongest(predictions_by_row[row], threshold)
-            drawn.append((own[-1], labelled(shown, classes), PREDICTION))
-        draw_boxes(drawn)
+            _draw(own[-1], shown, PREDICTION, classes)
         heads.append(note or "predictions" if each > 1 else f"{titles[row]}\n{note}".strip())
         for axis, head in zip(own, heads, strict=True):
             axis.set_title(head)
@@ -103,24 +85,18 @@ def _strongest(predictions: pd.DataFrame, threshold: float) -> tuple[pd.DataFram
     return reached.head(DRAWN), note
 
 
-def labelled(boxes: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """The boxes with their `text`: the class name (label k is classes[k - 1]), and the score."""
-    text = [classes[int(label) - 1] for label in boxes["label"]]
-    if "score" in boxes:
-        text = [f"{name} {score:.2f}" for name, score in zip(text, boxes["score"], strict=True)]
-    return boxes.assign(text=text)
-
-
-def draw_boxes(groups: Sequence[tuple[Axes, pd.DataFrame, Mapping]]) -> None:
-    """Draw boxes and their `text`, below predictions: (axis, boxes, style) per group."""
-    for axis, boxes, style in groups:
-        look = {"facecolor": style["color"], "alpha": 0.85, "edgecolor": "none", "pad": 1}
-        look = {"bbox": look, "fontsize": 9, "clip_on": True}
-        for (x1, y1, x2, y2), text in zip(boxes[CORNERS].to_numpy(float), boxes.text, strict=True):
-            axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, **style))
-            if text:
-                y, side = (y1, "bottom") if style["ls"] == TRUTH["ls"] else (y2, "top")
-                axis.text(x1, y, text, va=side, **look)
+def _draw(axis: Axes, boxes: pd.DataFrame, style: Mapping, classes: Sequence[str] = ()) -> None:
+    """Boxes with the name of their class (label k is classes[k - 1]) and their score, if any."""
+    look = {"facecolor": style["color"], "alpha": 0.85, "edgecolor": "none", "pad": 1}
+    look = {"bbox": look, "fontsize": 9, "clip_on": True}
+    for box in boxes.to_dict("records"):
+        x1, y1, x2, y2 = (box[corner] for corner in CORNERS)
+        axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, **style))
+        if classes:
+            text = classes[int(box["label"]) - 1]
+            text += f" {box['score']:.2f}" if "score" in box else ""
+            y, side = (y1, "bottom") if style is TRUTH else (y2, "top")
+            axis.text(x1, y, text, va=side, **look)
 
 
 def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -148,7 +124,7 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     axis.set(xlim=(RATES[0] / 1.15, RATES[-1] * 1.15), ylim=(-0.02, 1.02))
     axis.set(xlabel="false positives per image", ylabel="sensitivity")
     axis.grid(alpha=0.25)
-    _legend_right(axis)
+    axis.legend(**LEGEND_RIGHT)
     return finish(figure, caption)
 
 
@@ -165,10 +141,8 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.text(1.03, f1 / (2 - f1), f"F1 {f1:g}", fontsize=9, bbox=paper, **look)
     for number, (name, curve) in enumerate(curves.items()):
-        style, label = (
-            line_style(number),
-            f"{name}: no {'true box' if len(curve) else 'prediction'}",
-        )
+        style, lacks = line_style(number), "true box" if len(curve) else "prediction"
+        label = f"{name}: no {lacks}"
         curve = curve.dropna(subset=["precision", "recall", "f1"]).sort_values("threshold")
         if len(curve):
             best = curve.loc[curve.f1.idxmax()]
@@ -177,7 +151,7 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.plot(best.recall, best.precision, ms=8, mec="black", mew=0.8, **style)
         axis.plot([], [], ms=6, label=label, **style)
     axis.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), xlabel="recall", ylabel="precision")
-    _legend_right(axis)
+    axis.legend(**LEGEND_RIGHT)
     return finish(figure, caption)
 
 
@@ -202,11 +176,6 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     axes[0, 0].set_xlabel("mAP at IoU 0.5, 95 % interval")
     axes[0, 1].set_xlabel(f"difference to {table['name'].iloc[0]!r}, 95 % interval")
     return finish(figure, caption)
-
-
-def _legend_right(axis: Axes) -> None:
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    axis.legend(fontsize=9, frameon=False, handlelength=3, **place)
 
 
 def finish(figure: Figure, caption: str) -> Figure:

@@ -21,7 +21,8 @@ from .. import files, objectives, submission, train
 from ..data import augment, cache, datasets, sources, split, tables
 from ..models.detector import Detector, faster_rcnn
 from ..study import Study, fit_model
-from . import evaluate, figures, views
+from . import evaluate, views
+from .evaluate import CORNERS
 
 log = logging.getLogger("dlia_utils")
 
@@ -111,10 +112,13 @@ def matches(study: Study, rows: Sequence[int], found: pd.DataFrame, **options) -
 
 def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> tuple:
     """What figures take: the images of `rows`, true and found boxes in their pixels, and titles."""
-    scale = study.cache.scale(rows)
-    both = (figures.boxes_by_image(table, rows, scale=scale) for table in (known, found))
+    scale, shown = np.tile(study.cache.scale(rows), 2), []
+    for table in (known, found):
+        own = [table[table["image"].eq(row)] for row in rows]
+        parts = zip(own, scale, strict=True)
+        shown.append([part.assign(**(part[CORNERS] * by)) for part, by in parts])
     titles = [Path(path).stem for path in study.dataset.manifest["path"].to_numpy()[rows]]
-    return np.asarray(study.cache.images[rows]), *both, titles
+    return np.asarray(study.cache.images[rows]), *shown, titles
 
 
 def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -> Detector:

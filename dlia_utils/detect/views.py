@@ -60,9 +60,6 @@ def predict(
 
     `view` is the number of the view in `views`. Boxes found in the padding of an image are cut off
     at its border, and dropped where nothing is left. The model's flags and sizes are restored.
-
-    >>> [view.name for view in VIEWS][:3]
-    ['plain', 'scale 0.9', 'scale 1.1']
     """
     rows, device, parts = np.asarray(rows, np.int64), device_of(model), []
     starts = range(0, len(rows), batch_size)

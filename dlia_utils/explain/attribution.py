@@ -29,8 +29,8 @@ def explain(
     """One map per image by `method`: a name of METHODS, whose function has the `options`.
 
     x: [B,1|3,H,W] in [0,1]. target: a class, int64 [B], or None for the predicted class; of one
-    logit z, class 1 is z and class 0 is -z. The model may be frozen and is left as it was. Errors:
-    ValueError for an unknown method or class, a model in training mode, images outside [0,1].
+    logit z, class 1 is z and class 0 is -z. The model is left as it was. ValueError for an unknown
+    method or class, a model in training mode, images outside [0,1].
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> found = explain("integrated_gradients", net, torch.rand(3, 1, 2, 2), target=1)
@@ -46,10 +46,10 @@ def saliency(
     model: nn.Module, x: Tensor, *, target: int | Tensor | None = None
 ) -> base.Attribution:
     """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
-    x, chosen, score = _start(model, x, target)
+    x, chosen = _start(model, x, target)
     pairs = _batches(BATCH, x, chosen)
     parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
-    return base.Attribution("saliency", torch.cat(parts).abs().amax(1).float(), chosen, score)
+    return base.Attribution(torch.cat(parts).abs().amax(1).float(), chosen)
 
 
 def integrated_gradients(
@@ -60,47 +60,37 @@ def integrated_gradients(
     steps: points of the Gauss-Legendre rule; more bring `error` down. maps: in logits, signed, the
     sum over channels.
     """
-    x, chosen, score = _start(model, x, target)
+    x, chosen = _start(model, x, target)
     quick = TwoLogits(fast_copy(model))
     method = partial(IntegratedGradients(quick).attribute, n_steps=steps, internal_batch_size=BATCH)
     with torch.enable_grad():  # one image at a time: its map does not depend on its neighbours
         parts = [method(image, target=one) for image, one in _batches(1, x, chosen)]
     maps = torch.cat(parts).detach().sum(1).float()
-    error = _error(quick, maps, x, chosen)
-    return base.Attribution("integrated_gradients", maps, chosen, score, error)
+    return base.Attribution(maps, chosen, _error(quick, maps, x, chosen))
 
 
 def occlusion(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    target: int | Tensor | None = None,
-    window: int = 16,
-    stride: int | None = None,
-    batch_size: int = BATCH,
+    model: nn.Module, x: Tensor, *, target: int | Tensor | None = None, window: int = 16
 ) -> base.Attribution:
     """Mean drop of the logit when a window is black. Source: Zeiler & Fergus, arXiv 1311.2901.
 
-    window, stride (default: half a window): pixels; windows are cut at the border. batch_size:
-    windows in one pass, through a folded copy of the model (same logits to 1e-4). maps: in logits,
-    signed, the mean over a pixel's windows.
+    window: side in pixels; windows lie half a side apart and are cut at the border. maps: in
+    logits, signed, the mean over a pixel's windows, by a folded copy (same logits to 1e-4).
     """
-    x, chosen, score = _start(model, x, target)
-    stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= stride <= window <= min(x.shape[2:]):
-        raise ValueError(
-            f"stride {stride} must not exceed the window {window}, nor that the images"
-        )
+    x, chosen = _start(model, x, target)
+    stride = max(1, window // 2)
+    if not 1 <= window <= min(x.shape[2:]):
+        raise ValueError(f"window must be 1 to {min(x.shape[2:])} pixels, not {window}")
     method = partial(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
         sliding_window_shapes=(x.shape[1], window, window),
         strides=(x.shape[1], stride, stride),
-        perturbations_per_eval=batch_size,
+        perturbations_per_eval=BATCH,
     )
     with torch.no_grad():
         parts = [method(image, target=one) for image, one in _batches(1, x, chosen)]
     # A window covers all channels at once, so captum gives each of them the same number.
-    return base.Attribution("occlusion", torch.cat(parts)[:, 0].float(), chosen, score)
+    return base.Attribution(torch.cat(parts)[:, 0].float(), chosen)
 
 
 def deeplift(
@@ -109,14 +99,14 @@ def deeplift(
     """DeepLIFT, rescale rule, from black. Source: Shrikumar et al., arXiv 1704.02685.
 
     captum's leaves out ReLU6, SiLU and activations called as functions, refuses reused ones, and
-    loses shares where pooling windows overlap. maps: as in `integrated_gradients`. Errors:
-    ValueError for a completeness `error` above 0.05.
+    loses shares where pooling windows overlap. maps: as in `integrated_gradients`. ValueError for a
+    completeness `error` above 0.05.
 
     >>> net = nn.Sequential(nn.ReLU6(inplace=True), nn.Flatten(), nn.Linear(16, 2)).eval()
     >>> bool((deeplift(net, torch.rand(2, 1, 4, 4)).error < 1e-3).all())
     True
     """
-    x, chosen, score = _start(model, x, target)
+    x, chosen = _start(model, x, target)
     scored, parts = TwoLogits(fast_copy(model)), []
     for images, classes in _batches(BATCH // 2, x, chosen):
         with torch.enable_grad(), Rescale(2 * len(images)):
@@ -129,10 +119,10 @@ def deeplift(
     if not bool((error <= TOLERANCE).all()):
         raise ValueError(
             f"DeepLIFT is wrong on this model: completeness error {error.max():.2g} > {TOLERANCE}. "
-            "It has no rule for products of activations (attention, squeeze-excite), softmax and "
-            "layer norms, nor for what is read after a change in place. Use integrated_gradients"
+            "It has no rule for products of activations, softmax, layer norms, and what is read "
+            "after a change in place. Use integrated_gradients"
         )
-    return base.Attribution("deeplift", maps, chosen, score, error)
+    return base.Attribution(maps, chosen, error)
 
 
 class Rescale(TorchFunctionMode):
@@ -193,14 +183,10 @@ def _plain(function: Callable, x: Tensor, gradient: Tensor) -> Tensor:
         return torch.autograd.grad(function(leaf), leaf, gradient)[0]
 
 
-def _start(
-    model: nn.Module, x: Tensor, target: int | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Checked images, the class of each, and its logit."""
+def _start(model: nn.Module, x: Tensor, target: int | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Checked images and the class of each."""
     x = base.check(model, x)
-    logits = _logits(TwoLogits(model), x)
-    chosen = base.choose_target(logits, target)
-    return x, chosen, base.pick(logits, chosen)
+    return x, base.choose_target(_logits(TwoLogits(model), x), target)
 
 
 def _logits(scored: nn.Module, x: Tensor) -> Tensor:
@@ -218,6 +204,5 @@ def _error(scored: nn.Module, maps: Tensor, x: Tensor, chosen: Tensor) -> Tensor
     return (maps.sum((1, 2)) - (image - black)).abs() / (image - black).abs().clamp(min=0.01)
 
 
-FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
-METHODS: dict[str, Callable[..., base.Attribution]] = {one.__name__: one for one in FUNCTIONS}
-METHODS["gradcam++"] = partial(gradcam, plus=True)
+_FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
+METHODS = {one.__name__: one for one in _FUNCTIONS} | {"gradcam++": partial(gradcam, plus=True)}

@@ -18,20 +18,18 @@ REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no mo
 
 @dataclass(frozen=True)
 class Attribution:
-    """Maps [B,H,W] of a batch at image size, the class explained [B] and its logit [B].
+    """Maps [B,H,W] of a batch at image size, and the class explained [B].
 
     maps: [0,1] for Grad-CAM, else signed and in logits (saliency: >= 0, per unit of grey). error
     [B], of methods whose maps should sum to d, the change of the logit from a black image: the
     completeness error |sum - d| / max(|d|, 0.01). grid: Grad-CAM's map [B,h,w] as computed.
 
-    >>> Attribution("demo", torch.tensor([[[-2.0, 0.0, 1.0]]]), *[torch.tensor([1])] * 2).heat()
+    >>> Attribution(torch.tensor([[[-2.0, 0.0, 1.0]]]), torch.tensor([1])).heat()
     tensor([[[0., 0., 1.]]])
     """
 
-    method: str
     maps: Tensor
     target: Tensor
-    score: Tensor
     error: Tensor | None = None
     grid: Tensor | None = None
 
@@ -49,6 +47,24 @@ def scale(maps: Tensor) -> Tensor:
     """Maps >= 0 divided by their own maximum; zero maps stay zero."""
     top = maps.amax((1, 2), keepdim=True)
     return torch.where(top > TINY, maps / top.clamp(min=TINY), 0.0)
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Maps [N,h,w] by their own range on [0,1]; a constant one becomes 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    size = maps.abs().amax((1, 2), keepdim=True)
+    # What is left of a constant map after rounding must not be blown up to a pattern.
+    varied = (high - low > 1e-6 * size) & (size > TINY)
+    return torch.where(varied, (maps - low) / torch.where(varied, high - low, 1), 0.0)
+
+
+def highest(maps: np.ndarray, share: float) -> tuple[np.ndarray, int]:
+    """Which places [N,n] are among that share of the highest, and how many are; ties share."""
+    count = max(1, round(share * maps.shape[1]))
+    level = np.partition(maps, -count, axis=1)[:, -count, None]
+    above, equal = maps > level, maps == level
+    left = (count - above.sum(1, keepdims=True)) / equal.sum(1, keepdims=True)
+    return np.where(above, 1.0, np.where(equal, left, 0.0)), count
 
 
 def check(model: nn.Module, x: Tensor) -> Tensor:

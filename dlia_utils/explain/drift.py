@@ -122,20 +122,13 @@ def prepared(heat: Tensor | np.ndarray) -> dict[str, np.ndarray]:
     ties share; centre [N,2]: down, right.
     """
     raw = base.array(heat)
-    low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
-    # What is left of a constant map after rounding must not be blown up to a pattern.
-    varied = (high - low > 1e-6 * high) & (high > base.TINY)
-    unit = np.where(varied, (raw - low) / np.where(varied, high - low, 1), 0.0)
-    flat, total, zero = unit.reshape(len(unit), -1), raw.sum((1, 2)), high[:, 0, 0] <= base.TINY
+    unit, total = base.stretch(torch.from_numpy(raw)).numpy(), raw.sum((1, 2))
+    flat, zero = unit.reshape(len(unit), -1), raw.max((1, 2)) <= base.TINY
     ranks = rankdata(flat, axis=1)
     ranks -= ranks.mean(1, keepdims=True)
     length = np.linalg.norm(ranks, axis=1, keepdims=True)
     ranks = np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
-    count = max(1, round(0.1 * flat.shape[1]))
-    level = np.partition(flat, -count, axis=1)[:, -count, None]
-    above, equal = flat > level, flat == level
-    left = (count - above.sum(1, keepdims=True)) / equal.sum(1, keepdims=True)
-    highest = np.where(above, 1.0, np.where(equal, left, 0.0))
+    highest, count = base.highest(flat, 0.1)
     total = np.where(total > base.TINY, total, np.nan)
     centre = [raw.sum(axis) @ np.arange(raw.shape[3 - axis]) / total for axis in (2, 1)]
     found = {"raw": raw, "unit": unit, "moments": base.moments(unit), "ranks": ranks, "zero": zero}

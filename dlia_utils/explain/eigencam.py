@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.base import check_model
+from ..data.tables import CORNERS
 from . import base
-
-CORNERS = ["x1", "y1", "x2", "y2"]
 
 
 def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None) -> Tensor:
@@ -29,11 +28,14 @@ def eigencam(activations: Tensor, *, size: int | tuple[int, int] | None = None) 
             [0.5000, 1.0000]])
     """
     # One at a time: a batch in float64 could fill a GPU, and its size would change the rounding.
-    return torch.stack([_map(image.detach(), size) for image in activations]).float()
+    maps = torch.stack([_projected(image.detach()) for image in activations])
+    if size is not None:
+        maps = nn.functional.interpolate(maps[:, None], size, mode="bilinear")[:, 0]
+    return base.stretch(maps).float()
 
 
-def _map(image: Tensor, size: int | tuple[int, int] | None) -> Tensor:
-    """The finished map of one image's activations [C,h,w]."""
+def _projected(image: Tensor) -> Tensor:
+    """One image's activations [C,h,w] on their first principal component, float64 [h,w]."""
     matrix = image.double().flatten(1)  # [C, h*w]: A transposed
     tall = matrix.shape[1] > matrix.shape[0]
     # The eigenvectors of the smaller Gram matrix are one side of the SVD, for less work.
@@ -41,14 +43,7 @@ def _map(image: Tensor, size: int | tuple[int, int] | None) -> Tensor:
     projected = vectors[:, -1] @ (matrix if tall else matrix.T @ matrix)
     if projected @ matrix.norm(dim=0) < 0:
         projected = -projected
-    grid = projected.view(1, 1, *image.shape[1:])
-    if size is not None:
-        grid = nn.functional.interpolate(grid, size, mode="bilinear")
-    low, high = grid.aminmax()
-    # What is left of a constant map after rounding must not be blown up to a pattern.
-    if high - low <= 1e-6 * grid.abs().max():
-        return torch.zeros_like(grid[0, 0])
-    return ((grid - low) / (high - low))[0, 0]
+    return projected.view(image.shape[1:])
 
 
 def activations(
@@ -61,8 +56,7 @@ def activations(
     """What `layer` (a module or its dotted name) returns while `model` reads `x`: a copy [B,C,H,W].
 
     level: which map of a layer that returns several by name, such as "0" (finest) to "3" of
-    torchvision's FPN. Errors: ValueError for a model in training mode, an unknown layer or level, a
-    layer without maps, or one that does not run exactly once.
+    torchvision's FPN. ValueError for a layer without maps, or one that does not run exactly once.
 
     >>> activations(nn.Sequential(nn.Conv2d(1, 3, 3)).eval(), torch.rand(2, 1, 8, 8), "0").shape
     torch.Size([2, 3, 6, 6])

@@ -16,10 +16,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..corruption_error import CLEAN
+from ..data.tables import CORNERS
 from ..plots import line_style, panels
 from . import base
 from .drift import CEILING, FLOOR
-from .eigencam import CORNERS
 
 HEAT, TRUTH = "plasma", "#3ddc84"
 WIDTH, LABEL = 12.0, 1.4  # inches: of a figure (864 pixels of a notebook), of the label of a line

@@ -29,9 +29,8 @@ def gradcam(
     With A the layer's output and g the gradient of the class's logit, channel c weighs w_c = mean
     of g_c, and the map is ReLU(sum of w_c A_c). plus: Grad-CAM++ (Chattopadhay et al., arXiv
     1710.11063), w_c = sum of alpha ReLU(g_c) with alpha = g^2 / (2 g^2 + g^3 * sum of A_c). layer:
-    a module or its dotted name; None takes `models.last_map_layer`. x, target: as in
-    `attribution.explain`. Errors: also for an unknown layer, one without maps, or that does not run
-    once.
+    a module with maps that runs once, or its dotted name; None takes `models.last_map_layer`. x,
+    target: as in `attribution.explain`.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     >>> gradcam(net, torch.rand(3, 1, 8, 8), "0").grid.shape
@@ -40,16 +39,14 @@ def gradcam(
     once = one_pass(model, x, [last_map_layer(model) if layer is None else layer], target)
     found = grid(once.kept[0], once.gradients[0], plus=plus)
     resized = nn.functional.interpolate(found[:, None], x.shape[2:], mode="bilinear")[:, 0]
-    name = "gradcam++" if plus else "gradcam"
-    return base.Attribution(name, base.scale(resized), once.target, once.score, grid=found)
+    return base.Attribution(base.scale(resized), once.target, grid=found)
 
 
 class Pass(NamedTuple):
-    """The model's output, class explained and its logit; each layer's output and gradient."""
+    """The model's output and the class explained; each layer's output and gradient."""
 
     output: Tensor
     target: Tensor
-    score: Tensor
     kept: list[Tensor]
     gradients: list[Tensor]
     to_input: Tensor | None  # the gradient at the images
@@ -85,13 +82,12 @@ def one_pass(
             raise ValueError(f"{missing[0]} ran 0 times: choose one that runs once")
         logits = two_logits(output)
         chosen = base.choose_target(logits.detach(), target)
-        score = base.pick(logits, chosen)
         roots = [runs[name] for name in found] + ([x] if to_input else [])
         # A layer that the output does not depend on is refused by torch.
-        gradients = [*torch.autograd.grad(score.sum(), roots)] if roots else []
+        gradients = [*torch.autograd.grad(base.pick(logits, chosen).sum(), roots)] if roots else []
     kept = [runs[name].detach() for name in found]
     at_input = gradients.pop() if to_input else None
-    return Pass(output.detach(), chosen, score.detach().float(), kept, gradients, at_input)
+    return Pass(output.detach(), chosen, kept, gradients, at_input)
 
 
 def grid(kept: Tensor, gradient: Tensor, *, plus: bool = False) -> Tensor:

@@ -17,9 +17,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from .. import metrics
 from ..data.cache import ImageCache
 from ..data.datasets import Dataset
+from ..data.tables import CORNERS
 from . import base
 from .attribution import explain
-from .eigencam import CORNERS, inside
+from .eigencam import inside
 
 SCORES = ["coverage_gain", "pointing", "energy_gain", "auprc"]
 TOP = 0.05  # share of the pixels that coverage takes
@@ -34,7 +35,7 @@ def regions_of(
 
     kind: "box", per image the rows of `dataset.boxes`; or "outline", a mask [S,S] of all its
     polygons, where a pixel belongs when its centre lies inside. What is too small to hold a centre
-    gets a pixel. Errors: ValueError for images without a finding, by name.
+    gets a pixel. ValueError for images without a finding.
     """
     rows = np.asarray(rows, dtype=np.int64)
     table, found = {"box": dataset.boxes, "outline": dataset.outlines}[kind], []
@@ -83,8 +84,7 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
     the region among the highest 5 % of the pixels, and coverage_gain, above that 5 %; pointing, 1
     when the highest pixel lies inside (Zhang et al., arXiv 1608.00507); energy and energy_gain (see
     `energy_inside`); auprc of the pixels; zero, the map is 0 everywhere. Pixels of equal height
-    share their places, so flat maps and zero maps score chance. Errors: ValueError for maps that
-    are negative or NaN, and for a region without a pixel.
+    share their places, so flat maps and zero maps score chance.
 
     >>> score_maps(np.eye(8)[None], [np.eye(8, dtype=bool)])[["area", "pointing", "auprc"]]
         area  pointing  auprc
@@ -93,15 +93,13 @@ def score_maps(maps: Tensor | np.ndarray, regions: Sequence[Region]) -> pd.DataF
     maps, rows = base.array(maps), []
     if not (maps >= 0).all():
         raise ValueError("maps must be [N,H,W] and >= 0 everywhere: pass Attribution.heat()")
-    for heat, region in zip(maps, regions, strict=True):
+    highest, count = base.highest(maps.reshape(len(maps), -1), TOP)
+    for heat, top, region in zip(maps, highest, regions, strict=True):
         mask = inside(region, heat.shape) if isinstance(region, pd.DataFrame) else region
         if not mask.any():
             raise ValueError(f"image {len(rows)}: no pixel of its region lies on the map")
-        count = max(1, round(TOP * heat.size))
-        level = np.partition(heat.ravel(), -count)[-count]
-        above, equal = heat > level, heat == level
-        covered = mask[above].sum() + (count - above.sum()) * mask[equal].mean()
-        area, zero, coverage = mask.mean(), not heat.max() > base.TINY, covered / mask.sum()
+        area, zero = mask.mean(), not heat.max() > base.TINY
+        coverage = top[mask.ravel()].sum() / mask.sum()
         energy = area if zero else heat[mask].sum() / heat.sum()
         row = {"area": area, "coverage": coverage, "coverage_gain": coverage - count / heat.size}
         row |= {"pointing": mask[heat == heat.max()].mean()}
@@ -140,15 +138,21 @@ def summarise(per_image: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
 
     Columns map, score, value, ci_low, ci_high, n, zero_maps.
     """
+    zero = per_image.groupby("map")["zero"].sum()
+    found = _means(per_image, draws, shares=True)
+    return found.assign(zero_maps=found["map"].map(zero).astype(int))
+
+
+def _means(per_image: pd.DataFrame, draws: int, *, shares: bool = False) -> pd.DataFrame:
+    """Means by map and score; shares: hits and misses have an interval also when all agree."""
     rows = []
     for name, table in per_image.groupby("map", sort=False):
         for score in SCORES:
-            values = table[score]
-            if values.isin([0, 1]).all():  # hits and misses: honest also when all agree
+            values = table[score].to_numpy(float)
+            if shares and np.isin(values, [0, 1]).all():
                 values = values.astype(bool)
-            row = metrics.mean(values.to_numpy(), table["group"], draws=draws)
-            zero = {"zero_maps": int(table["zero"].sum())}
-            rows.append({"map": name, "score": score} | row | zero)
+            row = metrics.mean(values, table["group"], draws=draws)
+            rows.append({"map": name, "score": score} | row)
     return pd.DataFrame(rows)
 
 
@@ -174,19 +178,13 @@ def against_model(
     """Do a model's maps beat another's on the same images? Of two `localise` tables.
 
     Columns map, score, value (mean of this - the other), ci_low, ci_high, n, method by method.
-    Methods that only one model has are left out, and so are the reference maps. Errors: ValueError
-    where `other` lacks an image.
+    Methods that only one model has are left out, and so are the reference maps.
     """
     if missing := set(per_image["image"]) - set(other["image"]):
         raise ValueError(f"the other table lacks the images {sorted(missing)[:5]}: score the same")
     pairs = per_image.merge(other, on=["map", "image"], suffixes=("", "_other"))
-    rows = []
-    for name, table in pairs[~pairs["map"].isin(base.REFERENCES)].groupby("map", sort=False):
-        for score in SCORES:
-            gain = (table[score] - table[f"{score}_other"]).to_numpy(float)
-            row = metrics.mean(gain, table["group"], draws=draws)
-            rows.append({"map": name, "score": score} | row)
-    return pd.DataFrame(rows)
+    gains = {score: pairs[score] - pairs[f"{score}_other"] for score in SCORES}
+    return _means(pairs.assign(**gains)[~pairs["map"].isin(base.REFERENCES)], draws)
 
 
 def reference_maps(images: Tensor) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..corruption_error import ALL_SEVERITIES, CLEAN, KEY, check, patients_of
+from ..corruption_error import ALL_SEVERITIES, CLEAN, KEY, check, defined, patients_of
 from ..metrics import bootstrap, weighted_auc
 from .drift import SIGN
 
@@ -51,7 +51,7 @@ def outcomes(predictions: pd.DataFrame) -> pd.DataFrame:
     return found.assign(uncertainty=1 - copies[columns].max(axis=1), p_shift=shift)
 
 
-def warning(
+def judge(
     predictions: pd.DataFrame,
     drift: pd.DataFrame,
     patients: pd.Series | Mapping,
@@ -68,13 +68,11 @@ def warning(
     image without it; ties and undefined scores (NaN) count one half. predictors: (method, layer,
     score), None for all. new_error is asked only of images that were right when clean. Readings
     compare copies "within" one corruption and severity; with the "same answer" when clean as well
-    (else a score that tells the classes apart passes for a warning where a corruption breaks the
-    answers of one class); or "mixed", each image weighing the same, where severity competes too.
-
-    Columns: reading, outcome, predictor, method, layer, score ("" for competitors), metric (auroc,
-    and for drift auroc_over_... of each competitor in `against`, paired), value, ci_low, ci_high, n
-    (images), copies, events, event_patients and other_patients (with a copy that has the event, or
-    has not, in cells where both occur). Errors: ValueError where maps differ in their copies.
+    (else a score that tells the classes apart passes for a warning); or "mixed", each image
+    weighing the same, where severity competes too. Columns: reading, outcome, predictor, method,
+    layer, score ("" for competitors), metric (auroc, and for drift auroc_over_... of each
+    competitor in `against`, paired), value, ci_low, ci_high, n (images), copies, events, and
+    event_patients and other_patients, in cells where both occur.
     """
     copies, scores = _copies(predictions, drift, predictors)
     unit = pd.factorize(patients_of(copies["image"].to_numpy(), patients))[0]
@@ -168,30 +166,26 @@ def _won(happened: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.nda
 def select(predictions: pd.DataFrame, drift: pd.DataFrame) -> Predictor:
     """The (method, layer, score) with the highest AUROC for errors, to be judged on other images.
 
-    Of equals, the first in alphabetical order. Errors: ValueError where nothing, or all, went
-    wrong.
+    Of equals, the first in alphabetical order.
     """
     images = predictions["image"].unique()
     options = {"events": ["error"], "readings": ["within"], "against": [], "draws": 0}
-    table = warning(predictions, drift, dict(zip(images, images, strict=True)), **options)
+    table = judge(predictions, drift, dict(zip(images, images, strict=True)), **options)
     table = table[table["method"].ne("")]
     if table["value"].isna().any():
         raise ValueError(
-            "no cell of these images holds copies with a wrong answer and with a right one: take "
-            "more images or stronger corruptions"
+            "no cell has both wrong and right answers: take more images or stronger corruptions"
         )
-    key = ["method", "layer", "score"]
+    key = list(NAMES[1:])
     table = table.assign(value=table["value"].round(12)).sort_values(key)
     return tuple(table.loc[table["value"].idxmax(), key])
 
 
-def rows(table: pd.DataFrame) -> pd.DataFrame:
-    """`warning`'s table as metric rows for `report.result_rows`, NaN values left out.
+def metric_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """`judge`'s table as metric rows for `report.result_rows`.
 
     "warning " and the predictor go under attack; metric, outcome and reading under metric.
     """
     metric = table["metric"] + " " + table["outcome"] + " " + table["reading"]
-    named = table.assign(attack="warning " + table["predictor"], metric=metric)
-    named = named.assign(eps=0.0, eps_unit=ALL_SEVERITIES)
-    columns = ["attack", "eps", "eps_unit", "metric", "value", "ci_low", "ci_high", "n"]
-    return named.loc[named["value"].notna(), columns].reset_index(drop=True)
+    named = {"attack": "warning " + table["predictor"], "metric": metric}
+    return defined(table.assign(eps=0.0, eps_unit=ALL_SEVERITIES, **named))

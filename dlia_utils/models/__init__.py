@@ -88,7 +88,7 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
         raise FileNotFoundError(f"no model file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
         fix = "delete it, so that its section trains the model again, or copy it again"
         raise ValueError(f"{path.name} is damaged or no model file: {fix}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -11,7 +11,7 @@
 #
 # | part | question |
 # |---|---|
-# | 1 Data | Which images, and what do fourteen ways of spoiling them look like in five severities? |
+# | 1 Data | Which images, and what do fourteen ways of corrupting them look like in five severities? |
 # | 2 Training | ResNet-18 and MobileNetV2, each trained on clean images and on images corrupted at random |
 # | 3 Accuracy | How far do AUC and accuracy fall, and what does training on corrupted images buy, also for damage it never saw? |
 # | 4 Maps | How far do saliency, Grad-CAM and Grad-CAM++ move, layer by layer, between a floor and a ceiling? |
@@ -247,7 +247,7 @@ def some_images(study, part, count):
 
 
 # %% [markdown]
-# ## 1 The images, and fourteen ways to spoil them
+# ## 1 The images, and fourteen ways to corrupt them
 #
 # **The data** is *Chest X-Ray Images (Pneumonia)* unless you say otherwise: `CHANGES = {"dataset": "covid"}` above takes any classification set of the
 # suite, and every 2-D set of MedMNIST, whose file (for example `pneumoniamnist_64.npz`) is found like any other data set.
@@ -619,14 +619,14 @@ for name in MODELS:
     chosen[name] = warning.select(*read["val"])
     images = read["test"][0]["image"].unique()
     patients = pd.Series(study.patients(images), index=images)
-    tables[name] = warning.warning(
+    tables[name] = warning.judge(
         *read["test"],
         patients,
         predictors=[chosen[name]],
         against=["uncertainty", "p_shift"],
         draws=run.bootstrap_draws,
     )
-    made = report.result_rows(warning.rows(tables[name]), study_of(name, study).run, model=name)
+    made = report.result_rows(warning.metric_rows(tables[name]), study_of(name, study).run, model=name)
     report.update_results(made, RESULTS)
 cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
 cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]
