@@ -1,4 +1,4 @@
-"""What makes the repository: build, check, refresh, back, kaggle, tables, body (`python -m tools`)."""
+"""What makes the repository: `python -m tools build`, check, refresh, back, kaggle, tables, body."""
 
 from __future__ import annotations
 

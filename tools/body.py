@@ -1,4 +1,4 @@
-"""The small body that stands for pretrained weights in the smoke profile."""
+"""What stands for pretrained weights in the smoke profile, learnt from phantom images alone."""
 
 from __future__ import annotations
 
@@ -13,41 +13,64 @@ from safetensors.torch import save_file
 
 from dlia_utils import models, objectives, train
 from dlia_utils.data import augment, cache, phantom
-from dlia_utils.models.mobilenet import HEAD, PHANTOM
 
 # None of the classes that the notebooks ask for in chests: a body that knew the answers would leave
 # nothing to fine-tune.
 FINDINGS = ([], ["Cardiomegaly"], ["Pneumothorax"])
-RECIPE = {"phantom": phantom.VERSION, "seed": 0, "size": 48, "width": 0.5, "stages": 3}
-RECIPE |= {"chests": 900, "bones": 900, "epochs": 12, "batch_size": 32, "lr": 4e-3}
+ROBUST = "hat_wrn_34_10 gairat_wrn_28_10 huang2021_wrn_34_r meansparse_wrn_94_16".split()
+RECIPE = {"phantom": phantom.VERSION, "seed": 0, "chests": 900, "bones": 900, "batch_size": 32}
+RECIPE |= {"size": 48, "width": 0.5, "stages": 3, "epochs": 12, "lr": 4e-3}
+# The robust ones: first without, then under attack
+RECIPE |= {"robust": ROBUST, "robust_size": 32, "robust_width": 1 / 40, "robust_epochs": [8, 4]}
+RECIPE |= {"eps": 4 / 255, "steps": 2}
+FILE = Path(models.__file__).parent / "phantom_weights.safetensors"
 
 
-def make(path: str | Path = PHANTOM, **changes: Any) -> Path:
+def make(path: str | Path = FILE, **changes: Any) -> Path:
     """Learn to tell the `FINDINGS` apart, and whole bones from broken ones; keep the features.
 
     The file holds them in half precision, and `RECIPE` with `changes` in its metadata.
     """
     recipe = RECIPE | changes
-    images, labels = _images(recipe)
-    rows, classes = np.arange(len(labels)), len(FINDINGS) + 2
-    options = {"weights": None, "seed": recipe["seed"], "num_classes": classes}
-    model = models.mobilenet_v2(width=recipe["width"], stages=recipe["stages"], **options)
-    held = cache.ImageCache(images, recipe["size"], "", Path(), ())
-    learnt = augment.CachedImages(held, rows, labels, transform=augment.train_transform())
-    names = "seed epochs batch_size lr".split()
-    fitting = {name: recipe[name] for name in names} | {"schedule": "onecycle", "monitor": "epoch"}
-    with tempfile.TemporaryDirectory() as folder:
-        train.fit(model, objectives.cross_entropy(), learnt, None, run_dir=folder, **fitting)
-    state = {name: value.cpu() for name, value in model.backbone.state_dict().items()}
-    state = {name: value.contiguous() for name, value in state.items() if name not in HEAD}
-    state = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+    classes, state = len(FINDINGS) + 2, {}
+    own = {"seed": recipe["seed"], "num_classes": classes}
+    network = models.mobilenet_v2(width=recipe["width"], stages=recipe["stages"], **own)
+    plain, hard = objectives.cross_entropy(), objectives.pgd_adversarial
+    hard = hard(eps=recipe["eps"], steps=recipe["steps"])
+    _learn(network, _images(recipe, recipe["size"]), recipe, [(recipe["epochs"], plain)])
+    found = {"mobilenet_v2": network.backbone}
+    images = _images(recipe, recipe["robust_size"])
+    for name in recipe["robust"]:
+        network = models.create(name, width=recipe["robust_width"], **own)
+        _learn(
+            network, images, recipe, list(zip(recipe["robust_epochs"], (plain, hard), strict=True))
+        )
+        found[name] = network.backbone
+    for name, network in found.items():
+        for key, value in network.state_dict().items():
+            value = value.half() if value.is_floating_point() else value
+            if not key.startswith(getattr(network, "HEAD", "classifier")):
+                state[f"{name}/{key}"] = value.cpu().contiguous()
     save_file(state, path, metadata={"recipe": json.dumps(recipe, sort_keys=True)})
     return Path(path)
 
 
-def _images(recipe: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _learn(network, images: tuple[np.ndarray, np.ndarray], recipe: dict, phases: list) -> None:
+    """Train the network in phases (epochs, objective)."""
+    pixels, labels = images
+    held = cache.ImageCache(pixels, pixels.shape[1], "", Path(), ())
+    rows, transform = np.arange(len(labels)), augment.train_transform()
+    learnt = augment.CachedImages(held, rows, labels, transform=transform)
+    options = {name: recipe[name] for name in "seed batch_size lr".split()}
+    options |= {"schedule": "onecycle", "monitor": "epoch"}
+    for epochs, objective in phases:
+        with tempfile.TemporaryDirectory() as folder:
+            train.fit(network, objective, learnt, None, run_dir=folder, epochs=epochs, **options)
+
+
+def _images(recipe: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N,S,S] and their classes [N]."""
-    size, drawn, labels = recipe["size"], [], []
+    drawn, labels = [], []
     for k in range(recipe["chests"]):
         rng, label = np.random.default_rng([recipe["seed"], 10, k]), k % len(FINDINGS)
         drawn.append(phantom.chest_with_findings(rng, FINDINGS[label], size=size)[0])

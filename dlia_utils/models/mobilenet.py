@@ -13,7 +13,7 @@ from torchvision.models import MobileNet_V2_Weights
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
 from .layers import drawn
-from .pixel import PixelModel, load_strictly
+from .pixel import PixelModel, load_strictly, phantom_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,8 +21,6 @@ HEAD = ("classifier.1.weight", "classifier.1.bias")
 # The paper's table 2: expansion, channels, blocks, first stride.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
 STAGES += ((6, 160, 3, 2), (6, 320, 1, 1))
-# Of width 0.5 and three stages, learnt from synthetic images alone (`python -m tools body`).
-PHANTOM = Path(__file__).parent / "phantom_body.safetensors"
 
 log = logging.getLogger("dlia_utils")
 
@@ -86,9 +84,9 @@ def load_weights(
     origin, given = "ImageNet weights", weights
     if str(weights) == "imagenet":
         given = os.environ.get(variable)
-    elif str(weights) == "phantom":
-        given = PHANTOM
-    if given:
+    if str(weights) == "phantom":
+        state, origin = phantom_weights("mobilenet_v2"), "weights from phantom images"
+    elif given:
         path, origin = Path(given), f"file {Path(given).name}"
         if not path.is_file():
             fix = f"correct `weights=` or {variable}, or use weights=None"

@@ -47,74 +47,34 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"trials": 1
 
 # %% tags=["settings"]
 # The data; unusable_share: at most so many files may fail to decode
-FULL = {
-    "dataset": "covid",
-    "seed": 0,
-    "size": 128,
-    "fit": "squash",
-    "per_class": None,
-    "unusable_share": 0.01,
-}
+FULL = {"dataset": "covid", "seed": 0, "size": 128, "fit": "squash", "per_class": None}
+FULL |= {"unusable_share": 0.01}
 FULL |= {"val_share": 0.15, "test_share": 0.15, "classes": None, "patient_pattern": ""}
 # The network: width is that of its first block, every further block has twice as many channels
 FULL |= {"blocks": 4, "width": 16, "hidden": 128, "dropout": 0.3}
 # The recipe; max_minutes is for one training, None is no limit
-FULL |= {
-    "epochs": 30,
-    "batch_size": 32,
-    "lr": 1e-3,
-    "patience": 8,
-    "max_minutes": 120.0,
-    "num_workers": 2,
-}
+FULL |= {"epochs": 30, "batch_size": 32, "lr": 1e-3, "patience": 8, "max_minutes": 120.0}
+FULL |= {"num_workers": 2}
 # Quick comparisons of sizes and normalisations
 FULL |= {"quick_images": 2000, "quick_epochs": 5}
 # The search; of batch and width: (values beyond, values, values beyond)
-FULL |= {
-    "trials": 30,
-    "extend": 3,
-    "search_epochs": 15,
-    "search_patience": 5,
-    "search_lr": (3e-4, 1e-2),
-}
+FULL |= {"trials": 30, "extend": 3, "search_epochs": 15, "search_patience": 5}
+FULL |= {"search_lr": (3e-4, 1e-2)}
 FULL |= {"search_dropout": (0.1, 0.6), "search_batch": ((8,), (16, 32, 64), (128,))}
 FULL |= {"search_width": ((4,), (8, 16, 32), (64,)), "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
-CPU = {
-    "size": 96,
-    "epochs": 15,
-    "patience": 4,
-    "num_workers": 0,
-    "quick_epochs": 3,
-    "trials": 10,
-    "extend": 2,
-}
+CPU = {"size": 96, "epochs": 15, "patience": 4, "num_workers": 0, "quick_epochs": 3, "trials": 10}
+CPU |= {"extend": 2}
 CPU |= {"search_epochs": 6, "search_patience": 3, "search_width": ((4,), (8, 16), (32,))}
 
-SMOKE = {
-    "size": 48,
-    "per_class": 90,
-    "blocks": 3,
-    "width": 8,
-    "hidden": 32,
-    "epochs": 10,
-    "batch_size": 16,
-}
-SMOKE |= {
-    "lr": 2e-3,
-    "patience": 4,
-    "max_minutes": None,
-    "num_workers": 0,
-    "quick_epochs": 3,
-    "trials": 4,
-}
+SMOKE = {"size": 48, "per_class": 90, "blocks": 3, "width": 8, "hidden": 32, "epochs": 10}
+SMOKE |= {"batch_size": 16}
+SMOKE |= {"lr": 2e-3, "patience": 4, "max_minutes": None, "num_workers": 0, "quick_epochs": 3}
+SMOKE |= {"trials": 4}
 SMOKE |= {"extend": 1, "search_epochs": 4, "search_patience": 4, "search_lr": (5e-4, 4e-3)}
-SMOKE |= {
-    "search_batch": ((4,), (8, 16), (32,)),
-    "search_width": ((4,), (8, 16), (32,)),
-    "bootstrap_draws": 200,
-}
+SMOKE |= {"search_batch": ((4,), (8, 16), (32,)), "search_width": ((4,), (8, 16), (32,))}
+SMOKE |= {"bootstrap_draws": 200}
 
 # %% tags=["start"]
 from dlia_utils.run import start

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...data.sources import cache_root
 from ...files import atomic_path
 from ..layers import drawn
-from ..pixel import FeatureModel, load_strictly
+from ..pixel import FeatureModel, load_strictly, phantom_weights
 from .nets import DeepMindWideResNet, TradesWideResNet
 
 RAW = ((0.0,) * 3, (1.0,) * 3)
@@ -87,10 +87,11 @@ def create(
 ) -> FeatureModel:
     """Build a robust model by name, for images of any size, [B, 1 or 3, H, W] in [0, 1].
 
-    pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, or
-    "public", which downloads it. All but the head is loaded strictly; the head is the file's if it
-    has `num_classes`, else drawn. width: of every channel count; public files have 1. Raises:
-    ValueError (another name, a file that does not fit), FileNotFoundError, RuntimeError (download).
+    pretrained: None (random weights, drawn from `seed`), the path of a public checkpoint, "public",
+    which downloads it, or "phantom" (width 1/40 of some models, for the smoke profile). All but the
+    head is loaded strictly; the head is the file's if it has `num_classes`, else drawn. width: of
+    every channel count; public files have 1. Raises: ValueError (another name, a file that does not
+    fit), FileNotFoundError, RuntimeError (download).
 
     >>> create("hat_wrn_34_10", width=1 / 16).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
@@ -102,7 +103,11 @@ def create(
     backbone = drawn(seed, build, num_classes, width)
     recipe = {"name": name, "num_classes": num_classes, "width": width}
     model = FeatureModel(backbone, *normalisation, recipe=recipe, checked=True)
-    if path is not None:
+    head = [f"{backbone.HEAD}.weight", f"{backbone.HEAD}.bias"]
+    if pretrained == "phantom":
+        load_strictly(backbone, phantom_weights(name), origin=f"phantom {name}", head=head)
+        model.load_report = "features learnt from phantom images"
+    elif path is not None:
         model.load_report = _load(model, Path(path), name)
     log.info("%s: %s", name, model.load_report or f"random weights, seed {seed}")
     return model
