@@ -80,7 +80,7 @@ def tags(cell: Mapping[str, Any]) -> list[str]:
 
 def full_settings(notebook: str | Path) -> dict[str, Any]:
     """FULL of a notebook: what its settings cells say of the whole study."""
-    return opening(notebook, ("parameters", "settings"))["FULL"]
+    return _opening(notebook, ("parameters", "settings"))["FULL"]
 
 
 def opened(notebook: str | Path, **parameters: Any) -> Any:
@@ -88,10 +88,10 @@ def opened(notebook: str | Path, **parameters: Any) -> Any:
 
     Prints its banner. Errors: those of `run.start`.
     """
-    return opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
+    return _opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
 
 
-def opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
+def _opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
     """The names that the cells with the `wanted` tags define, executed in this process."""
     names: dict[str, Any] = {}
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
@@ -115,24 +115,31 @@ def run(
 ) -> Executed:
     """Execute one notebook of the suite in its run folder `runs/<notebook>/<run_name>/`.
 
-    Its opening cells are executed here first: a wrong setting or path is reported before a kernel
-    starts. A failing cell is told in `Executed.error`; everything written so far stays.
+    Its opening cells are executed here first, and write nothing: a wrong setting or path is told
+    before a kernel starts. A failing cell is told in `Executed.error`; what was written stays.
     """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    data = absolute(data) if data else ""
-    parameters = {"PROFILE": profile, "DATA_DIR": data, "CHANGES": dict(changes or {})}
-    folder = opened(notebook, RUN_NAME=run_name, RESUME=resume, **parameters).run_dir.resolve()
-    # An older run was put aside above: what is there now is ours.
-    parameters |= {"RUN_NAME": folder.name, "RESUME": resume or True}
+    from . import run as runs
+
+    parameters = dict(PROFILE=profile, DATA_DIR=absolute(data) if data else "", RUN_NAME=run_name)
+    parameters |= {"RESUME": resume, "CHANGES": dict(changes or {})}
+    # The notebook opens its folder itself, so until then what is executed lies beside it.
+    with mock.patch.object(runs, "open_folder", lambda run: run):
+        folder = opened(notebook, **parameters).run_dir.resolve()
+    beside = folder.with_name(f"{folder.name}.executed.ipynb")
     start, error = time.perf_counter(), ""
     try:
-        execute(notebook, folder / "executed.ipynb", parameters=parameters, progress=progress)
+        execute(notebook, beside, parameters=parameters, progress=progress)
     except PapermillExecutionError as failure:
         error = failure_text(failure)
     except DeadKernelError:
         error = "the kernel died (out of memory is the usual reason): try a smaller profile"
+    finally:
+        if beside.exists():
+            folder.mkdir(exist_ok=True)
+            beside.replace(folder / "executed.ipynb")
     return Executed(Path(notebook).stem, folder, time.perf_counter() - start, error)
 
 
@@ -143,13 +150,13 @@ def failure_text(failure: Any) -> str:
     return "\n".join([f"cell [{failure.exec_count}] failed:", code, "", *trace[-12:]])
 
 
+def absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def short(path: Path) -> str:
     """`path` as seen from here when it is below, else whole."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def absolute(path: str | Path) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def execute(

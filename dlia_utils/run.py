@@ -186,7 +186,8 @@ def start(
     replaced = {name: usual[name] for name in changes if usual[name] != changes[name]}
     told = dict(device=device, device_note=note, reason=reason, trains=trains)
     run = Run(notebook, profile, location, folder, usual | changes, replaced, **told)
-    return _open_folder(replace(run, resume=given["resume"]), named=bool(given["run_name"]))
+    run = _placed(replace(run, resume=given["resume"]), named=bool(given["run_name"]))
+    return open_folder(run)
 
 
 def for_dataset(
@@ -197,7 +198,7 @@ def for_dataset(
     location = sources.Location(dataset.name, dataset.root, dataset.origin, dataset.synthetic)
     place = Path(folder) if folder else runs_root() / "own" / dataset.name
     run = Run("own", "own", location, place, settings, {}, *pick_device())
-    return _open_folder(run, named=bool(folder))
+    return open_folder(_placed(run, named=bool(folder)))
 
 
 def reopen(folder: str | Path) -> Run:
@@ -423,11 +424,9 @@ def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
     return kept
 
 
-def _open_folder(run: Run, *, named: bool) -> Run:
-    """Create the run folder, or go on in one of the same settings; it may be an earlier session's.
-
-    Where the reader gave no name, changed settings get a folder of their own.
-    """
+def _placed(run: Run, *, named: bool) -> Run:
+    """The run with its folder, of the same settings or new; where the reader gave no name, changed
+    settings get a folder of their own."""
     before = _recorded(run.run_dir, any_format=run.resume is False or bool(run.changed))
     taken = run.resume is True and before.get("key", run.key) != run.key
     if not named and (run.changed or taken):
@@ -435,25 +434,31 @@ def _open_folder(run: Run, *, named: bool) -> Run:
         if not run.changed:
             log.warning("%s holds a run of other settings; this is %s", run.run_dir, folder.name)
         run = replace(run, run_dir=folder)
-    if run.resume and not (run.run_dir / "config.json").exists():
-        _import_run(run)
     before = _recorded(run.run_dir, any_format=run.resume is False)
-    if before and run.resume is False:
-        old = f"{run.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"
-        run.run_dir.rename(run.run_dir.with_name(old))
-    elif before and run.resume is True and before["key"] != run.key:
+    if before and run.resume is True and before["key"] != run.key:
         now = json.loads(json.dumps(run.settings, default=str))
         raise ValueError(
             f"run folder {run.run_dir} holds a run with other settings "
             f"({differences(before['settings'], now)}): choose another RUN_NAME, RESUME = False to "
             "put the old run aside, or RESUME = 'force' to go on in it"
         )
+    return run
+
+
+def open_folder(run: Run) -> Run:
+    """Create the run's folder, or go on in it; it may be an earlier session's."""
+    if run.resume and not (run.run_dir / "config.json").exists():
+        _import_run(run)
+    before = _recorded(run.run_dir, any_format=run.resume is False)
+    if before and run.resume is False:
+        old = f"{run.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"
+        run.run_dir.rename(run.run_dir.with_name(old))
     # A run that was begun afresh takes nothing from other runs when it is gone on with, either.
     run = replace(run, fresh=run.resume is False or bool(before.get("fresh")))
     names = "notebook profile reason key device fresh trains settings".split()
     keep = {name: getattr(run, name) for name in names} | {"format": FORMAT, "data": run.data_name}
-    keep |= {"changed": list(run.changed)}
-    files.write_json(keep | {"location": asdict(run.location)}, run.run_dir / "config.json")
+    keep |= {"changed": list(run.changed), "location": asdict(run.location)}
+    files.write_json(keep, run.run_dir / "config.json")
     files.write_json(environment(), run.run_dir / "env.json")
     return run
 

@@ -219,7 +219,7 @@ class _Run:
             try:
                 saved = torch.load(last, map_location="cpu", weights_only=True)
             except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-                fix = "delete it to train this model from the start"
+                fix = "delete it to train this model anew, or set RESUME = False for the whole run"
                 raise ValueError(f"{last} is damaged: {fix}") from error
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
                 raise ValueError(f"{last} is not of this `fit`: remove it, or pass resume=False")

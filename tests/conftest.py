@@ -14,6 +14,9 @@ import torch
 # The models of the unit tests are so small that threads cost more than they give.
 torch.set_num_threads(1)
 
+# Beside the notebooks.
+LONG = ("test_detect_learns.py", "test_detect_folds.py")
+
 _SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
 
 
@@ -23,6 +26,8 @@ def pytest_configure(config):
     os.environ["DLIA_RUNS"] = str(_SCRATCH / "runs")
     if os.environ.get("DLIA_DATA"):
         os.environ["DLIA_DATA"] = os.path.abspath(os.environ["DLIA_DATA"])
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # in the order below, not the largest files first
     if os.environ.get("PYTEST_XDIST_WORKER"):
         # As many processes as cores, so one thread each; the kernels of notebooks inherit it.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,14 +36,18 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """With several processes (`make test`) a file's tests stay in one, as do all of a notebook.
 
-    They share fixtures and finished runs, which another process would have to make again.
+    They share fixtures and finished runs, which another process would have to make again. What
+    takes minutes goes first: else one process would end with it while the others are idle.
     """
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        notebook = item.get_closest_marker("notebook") and getattr(item, "callspec", None)
-        group = notebook.params["source"].stem if notebook else item.path.name
+        group = item.path.name
+        if item.get_closest_marker("notebook"):
+            source = getattr(item, "callspec", None)
+            group = source.params["source"].stem if source else item.name
         item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not (item.path.name in LONG or item.get_closest_marker("notebook")))
 
 
 def pytest_unconfigure(config):

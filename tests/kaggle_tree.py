@@ -6,8 +6,10 @@ once per test session, for every test that wants to look at what it left.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import time
 import zipfile
 from dataclasses import dataclass
@@ -120,7 +122,7 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
             _mount(root, source.handle, source.handle.split("/")[-1] or source.mount, layout)
         )
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
-    kaggle.write_wheel(ours)
+    shutil.copy(_our_wheel(), ours)
     write_wheel(ours, "captum", "0.9.0", "LOCAL = True\n")
     _write_junk(_mount(root, "somebody/else", "else", layout))
     _make_read_only(root / "input")
@@ -142,6 +144,12 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         "https_proxy": nowhere,
     }
     return Session(root, environment)
+
+
+@functools.cache
+def _our_wheel() -> Path:
+    """The package's wheel, built once for all sessions of this process."""
+    return kaggle.write_wheel(Path(os.environ["DLIA_CACHE"]).parent / f"wheel-{os.getpid()}")
 
 
 def _mount(root: Path, handle: str, slug: str, layout: str) -> Path:

@@ -1,7 +1,8 @@
 """Run every section of a notebook behind its opening cells, each in a fork; see test_copy.py.
 
-Reads {"opening": [cell, ...], "sections": {title: [cell, ...]}} from the file named
-first, and writes {title: {"error": "", "output": "..."}} to the second, without the repository.
+Reads {"opening": [cell, ...], "sections": {title: [cell, ...]}, "untrained": bool} from the file
+named first, and writes {title: {"error": "", "output": "..."}} to the second, without the
+repository. Untrained: a section ends, without an error, where it would begin to train.
 """
 
 import json
@@ -19,15 +20,27 @@ def run(shell, cells):
         shell.run_cell(cell).raise_error()
 
 
-def run_section(shell, cells):
+class Begun(BaseException):
+    """The section got as far as its first training."""
+
+
+def begin(*_, **__):
+    raise Begun
+
+
+def run_section(shell, cells, untrained):
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as report:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
+            if untrained:
+                sys.modules["dlia_utils.train"].fit = begin
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             try:
                 run(shell, cells)
+            except Begun:
+                pass
             except BaseException:
                 report.write(traceback.format_exc())
             sys.stdout.flush()
@@ -48,7 +61,8 @@ def main(work, results):
     config.InteractiveShell.colors = "nocolor"
     shell = InteractiveShell.instance(config=config)
     run(shell, plan["opening"])
-    done = {title: run_section(shell, cells) for title, cells in plan["sections"].items()}
+    how = plan["untrained"]
+    done = {title: run_section(shell, part, how) for title, part in plan["sections"].items()}
     with open(results, "w") as file:
         json.dump(done, file)
 

@@ -39,7 +39,6 @@ def ten():
 IN_BALL = {  # attacks inside a given ball: (attack, its options)
     "fgsm": (attacks.fgsm, {}),
     "noise": (attacks.noise, {}),
-    "noise_l2": (attacks.noise, {"norm": "l2"}),
     "pgd": (attacks.pgd, {"steps": 6, "restarts": 2}),
     "pgd_still": (attacks.pgd, {"steps": 6, "restarts": 0, "loss": "margin"}),
     "pgd_full": (attacks.pgd, {"steps": 6, "stop_when_fooled": False}),
@@ -213,6 +212,16 @@ def test_bad_input_is_refused(case, trained):
 def test_another_range_is_refused_by_every_attack(name, trained):
     with pytest.raises(ValueError, match="before normalisation"):
         run(name, trained[0], GOOD_X * 4 - 2.1, GOOD_Y)
+
+
+def test_training_mode_is_refused_only_where_it_would_change_the_answer():
+    layers = [nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout(0.0), nn.Flatten()]
+    base.check_model(nn.Sequential(*layers, nn.Linear(144, 2)).train())
+    changing = [nn.Dropout(), nn.BatchNorm2d(4), nn.RReLU()]
+    for layer in [*changing, nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))]:
+        base.check_model(nn.Sequential(layer).eval())
+        with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+            base.check_model(nn.Sequential(layer).train())
 
 
 def test_rounding_just_outside_the_range_is_tolerated(trained):

@@ -1,6 +1,7 @@
 """Sets that are folders of classes: pneumonia, TB, both COVID trees."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from trees import need_every_file_accounted_for, save
 
-from dlia_utils.data import datasets, phantom, sources
+from dlia_utils.data import datasets, phantom, readers, sources
 from dlia_utils.data.tables import COLUMNS, BadData, DataNotFound
 
 
@@ -87,6 +88,19 @@ def test_tuberculosis(tmp_path):
     assert set(manifest["split"]) == set(manifest["group"]) == {""}
     assert manifest["patient"].is_unique and dataset.split_rule == "none published"
     need_every_file_accounted_for(dataset)
+
+
+def test_a_new_set_of_class_folders_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DLIA_DATA", raising=False)
+    read = partial(readers.class_folders, classes=("well", "ill"))
+    monkeypatch.setitem(sources.SOURCES, "new", sources.Source(read, (("well", "ill"),)))
+    with pytest.raises(DataNotFound, match="no new found, and it has no synthetic images"):
+        sources.find("new")
+    for name in ("well/1.png", "ill/1.png", "ill/2.png"):
+        save(tmp_path / "told" / "archive" / name)
+    dataset = load("new", tmp_path / "told")
+    assert dataset.classes == ("well", "ill") and dataset.manifest["label"].tolist() == [1, 1, 0]
 
 
 # --- COVID-19 Radiography Database

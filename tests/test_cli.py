@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -95,15 +96,18 @@ def test_a_wrong_argument_stops_before_any_kernel_starts(
     suite, no_kernel, capsys, options, message
 ):
     assert cli.main(["run", *options.split()]) == 2
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not Path("runs").exists(), "nothing was written"
 
 
-def test_fresh_puts_an_older_run_aside(suite, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "execute", lambda *a, **k: None)
-    cli.main("run --run-name mine".split())
-    (tmp_path / "runs" / "07_tiny" / "mine" / "keep.txt").touch()
-    cli.main("run --run-name mine --fresh".split())
-    assert len(list((tmp_path / "runs" / "07_tiny").glob("mine.*.old/keep.txt"))) == 1
+def test_the_notebook_alone_opens_its_folder_and_fresh_puts_an_older_run_aside(suite, tmp_path):
+    runs = tmp_path / "runs" / "07_tiny"
+    (runs / "mine").mkdir(parents=True)
+    (runs / "mine" / "config.json").write_text('{"key": "other"}')
+    assert cli.main("run --run-name mine --fresh".split()) == 0
+    (older,) = runs.glob("mine.*.old")
+    assert [path.name for path in older.iterdir()] == ["config.json"]
+    assert {path.name for path in runs.iterdir()} == {"mine", older.name}, "nothing is left beside"
+    assert (runs / "mine" / "executed.ipynb").exists()
 
 
 def test_notebooks_without_data_are_left_out_by_name(suite, capsys, monkeypatch):

@@ -24,7 +24,7 @@ TINY = {"epochs": 1, "bootstrap_draws": 20}
 ATTACKS = {"attacks": ("fgsm", "pgd_ce", "pgd_margin"), "eps_grid": (4 / 255,), "check_images": 2}
 ATTACKS |= {"zoo": (), "maps": 2}
 SEARCH = {"trials": 2, "extend": 0, "patience": 1, "per_class": 30}
-EMPTY = {  # settings that make the training sections quick
+EMPTY = {  # settings that make what needs no training quick
     "01": dict(adversarial=("pgd_at",), one_pixel_per_class=1, certified_per_class=1, per_class=24),
     "02": ATTACKS | {"per_class": 30},
     "03": ATTACKS | {"per_class": (40, 20)},
@@ -37,10 +37,11 @@ EMPTY["01"] |= {name: ATTACKS[name] for name in ("attacks", "eps_grid", "check_i
 ASKED = re.compile(r"run the section '(.+?)' first; in a notebook of your own, copy that section")
 
 
-def run_sections(opening, sections, folder, environment, cwd):
+def run_sections(opening, sections, folder, environment, cwd, *, untrained=False):
     """What each section did alone: {title: {"error", "output"}}."""
     work, results = folder / "work.json", folder / "results.json"
-    work.write_text(json.dumps({"opening": opening, "sections": sections}))
+    plan = {"opening": opening, "sections": sections, "untrained": untrained}
+    work.write_text(json.dumps(plan))
     # One thread: those of OpenMP do not live on in a forked process, which would wait for ever.
     own = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "IPYTHONDIR": str(folder / "ipython")}
     command = [sys.executable, "-P", str(RUNNER), str(work), str(results)]
@@ -83,7 +84,9 @@ def test_from_an_empty_run_a_section_runs_or_names_the_section_to_copy_as_well(s
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DLIA_")}
     kept |= {"PYTHONPATH": str(notebooks.REPOSITORY), "DLIA_RUNS": str(tmp_path / "runs")}
     kept |= {"DLIA_CACHE": os.environ["DLIA_CACHE"]}
-    done = run_sections(opening, dict(reversed(sections.items())), tmp_path, kept, tmp_path)
+    # Trainings are those of the run on Kaggle: here a section ends where it would begin one.
+    parts = dict(reversed(sections.items()))
+    done = run_sections(opening, parts, tmp_path, kept, tmp_path, untrained=True)
     alone = [title for title, section in done.items() if not section["error"]]
     for title, section in done.items():
         asked = ASKED.search(section["error"])

@@ -145,10 +145,11 @@ def test_bad_folders_are_refused_with_the_fix(root, names, table, message):
     assert "Fix: " in str(error.value)
 
 
-def test_wrong_options_and_folders_are_refused(root):
+def test_wrong_options_and_folders_are_refused(root, monkeypatch):
     draw(root, CLASSES)
     for options, message in (
         ({"patient_pattern": "flu"}, r"'flu': it needs \(a group\)"),
+        ({"patient_pattern": "(flu"}, r"patient_pattern = '\(flu' is no regular expression"),
         ({"patient_pattern": "(flu)"}, r"normal/1.png has no patient by patient_pattern"),
         ({"classes": ["flu", "cold"]}, "must name each class once: flu, normal"),
     ):
@@ -156,6 +157,20 @@ def test_wrong_options_and_folders_are_refused(root):
             datasets.from_folder(root, **options)
     with pytest.raises(DataNotFound, match="nowhere is not a folder; name the folder"):
         datasets.from_folder(root / "nowhere")
+    for name in "ab":
+        (root / f"{name}.csv").write_text("file,label\nflu/1.png,flu\n")
+    with pytest.raises(BadData, match="a.csv and .*b.csv both have a column file. Fix: keep one"):
+        datasets.from_folder(root)
+    scandir = os.scandir
+
+    def shut(path):
+        if os.fspath(path).endswith("flu"):  # as root may open any folder, the system says no here
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(BadData, match=r"mine/flu cannot be read \(Permission denied\). Fix: its a"):
+        datasets.from_folder(root)
 
 
 # --- boxes

@@ -200,12 +200,21 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     assert first.best_epoch == second.best_epoch
 
 
-def test_a_training_that_was_cut_short_on_disk_is_named(tmp_path):
-    run(tmp_path)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_training_that_was_cut_short_on_disk_is_named(tmp_path, share):
+    run(tmp_path, epochs=1)
     last = tmp_path / "last.pt"
-    last.write_bytes(last.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"last\.pt is damaged: delete it"):
-        run(tmp_path)
+    os.truncate(last, int(share * last.stat().st_size))
+    with pytest.raises(ValueError, match=r"last\.pt is damaged: delete it.*RESUME = False"):
+        run(tmp_path, epochs=1)
+    run(tmp_path, epochs=1, resume=False)  # which the message names
+
+
+def test_a_run_with_numpy_numbers_is_read_back(tmp_path):
+    options = {"val_metric": lambda model: {"val_share": np.float64(0.5)}, "monitor": "val_share"}
+    options |= {"lr": np.float64(0.01), "weight_decay": np.float64(0.0), "schedule": "cosine"}
+    first = run(tmp_path, **options)
+    pd.testing.assert_frame_equal(run(tmp_path, **options).history, first.history)
 
 
 def test_a_run_of_other_settings_or_a_foreign_file_is_refused_or_overwritten(tmp_path):
@@ -483,10 +492,3 @@ def test_two_processes_train_one_model(tmp_path):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
-
-
-def test_a_run_with_numpy_numbers_is_read_back(tmp_path):
-    options = {"val_metric": lambda model: {"val_share": np.float64(0.5)}, "monitor": "val_share"}
-    options |= {"lr": np.float64(0.01), "weight_decay": np.float64(0.0), "schedule": "cosine"}
-    first = run(tmp_path, **options)
-    pd.testing.assert_frame_equal(run(tmp_path, **options).history, first.history)

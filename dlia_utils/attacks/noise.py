@@ -8,20 +8,12 @@ from . import base
 
 
 def noise(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float,
-    norm: str = "linf",
-    draws: int = 10,
-    seed: base.Seed = 0,
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float, draws: int = 10, seed: base.Seed = 0
 ) -> base.AttackResult:
     """Try `draws` random points of the ball, inside and on its corners by turns (arXiv 1902.06705).
 
-    Odd draws are uniform in the L-infinity ball, even ones +eps or -eps in every pixel; with "l2"
-    both are brought to the length eps, then cut to [0,1]. Fooled images leave. `first_success_step`
-    is the number of the draw. Arguments: as `pgd`.
+    Odd draws are uniform in the L-infinity ball, even ones +eps or -eps in every pixel. Fooled
+    images leave. `first_success_step` is the number of the draw. Arguments: as `pgd`.
 
     >>> import torch
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(1, 1, 2, 2)
@@ -30,7 +22,7 @@ def noise(
     """
     if draws < 1:
         raise ValueError(f"draws must be >= 1, not {draws}")
-    with base.search(model, x, y, eps=eps, norm=norm, seed=seed) as search:
+    with base.search(model, x, y, eps=eps, seed=seed) as search:
         search.look()
         for draw, rows, rngs in search.rounds(range(1, draws + 1)):
             unit = base.uniform(search.x[rows], rngs)

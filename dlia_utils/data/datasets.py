@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from . import medmnist, own_data, readers
-from .sources import Location, own
+from .sources import Location, own, source_of
 from .tables import BOX_COLUMNS, SHOWN, orientation
 
 log = logging.getLogger("dlia_utils")
@@ -60,7 +60,7 @@ def load(location: Location, **options: bool) -> Dataset:
     `DataNotFound` for a missing file or folder; `BadData` listing what cannot be used.
     """
     if location.kind == "published":
-        read = readers.READERS.get(location.dataset) or partial(medmnist.read, location.dataset)
+        read = source_of(location.dataset).read
     else:
         read = own_data.read_folder if location.kind == "folder" else own_data.read_boxes
     fields = read(location.root, **location.options | options)

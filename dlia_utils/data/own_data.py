@@ -332,7 +332,11 @@ def _fix_rows(root: Path) -> str:
 
 def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str]) -> list[str]:
     """The patient of each row: from the column `patient`, by `pattern`, or each image its own."""
-    compiled = re.compile(pattern)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        text = f"patient_pattern = {pattern!r} is no regular expression ({error})"
+        raise ValueError(text) from error
     if pattern and ("patient" in rows or not compiled.groups):
         text = "it needs (a group), and no table that names the patients"
         raise ValueError(f"patient_pattern = {pattern!r}: {text}")

@@ -56,7 +56,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 
 def pneumonia(root: Path) -> dict:
     """Chest X-Ray Images (Pneumonia), Kermany et al. 2018: train/, test/ and perhaps val/."""
-    fields = _class_folders(root, ("NORMAL", "PNEUMONIA"), _pneumonia_patient, splits=True)
+    fields = class_folders(root, ("NORMAL", "PNEUMONIA"), _pneumonia_patient, splits=True)
     odd = fields["manifest"].query("group == 'unknown'")["path"]
     if len(odd):
         log.warning("%d file names tell no patient, first: %s", len(odd), ", ".join(odd[:3]))
@@ -81,11 +81,6 @@ def _pneumonia_patient(path: PurePosixPath) -> tuple[str, str]:
     return path.stem, "unknown"
 
 
-def tuberculosis(root: Path) -> dict:
-    """TB Chest Radiography Database, Rahman et al. 2020: no split, no patients."""
-    return _class_folders(root, TUBERCULOSIS_CLASSES)
-
-
 def covid(root: Path) -> dict:
     """COVID-19 against normal chests, in either of two trees; each image counts as a patient.
 
@@ -95,8 +90,8 @@ def covid(root: Path) -> dict:
     perhaps val/, with normal/ and COVID/ in any case.
     """
     if (root / "train").is_dir():
-        return _class_folders(root, COVID_CLASSES, splits=True)
-    fields = _class_folders(root, COVID_CLASSES, below=("images", "masks"))
+        return class_folders(root, COVID_CLASSES, splits=True)
+    fields = class_folders(root, COVID_CLASSES, below=("images", "masks"))
     table = fields["manifest"]
     table["key"] = table["patient"].str.replace("/(images|masks)/", "/", regex=True)
     of_mask = table["path"].str.contains("^[^/]+/masks/")
@@ -114,7 +109,7 @@ def covid(root: Path) -> dict:
     return fields | dict(ignored=ignored)
 
 
-def _class_folders(
+def class_folders(
     root: Path,
     classes: Sequence[str],
     patient: Callable = lambda path: (str(path.with_suffix("")), ""),
@@ -122,7 +117,11 @@ def _class_folders(
     splits: bool = False,
     below: tuple[str, ...] = (),
 ) -> dict:
-    """Images in folders of `classes`, perhaps below train, val, test, perhaps above `below`."""
+    """Images in folders of `classes`, below train, test and perhaps val if `splits`.
+
+    `patient` tells patient and group from a path; `below`: folders inside a class folder that count
+    as it. `BadData` for a class without images.
+    """
     spelled, level = {name.casefold(): name for name in classes}, int(splits)
     tops = [one for one in ("train", "val", "test") if one != "val" or (root / one).is_dir()]
 
@@ -469,7 +468,3 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
         fine[down : down + 2 * height : 2, across : across + 2 * width : 2] |= mask.astype(np.uint8)
     found = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     return [one.reshape(-1, 2) / 2 for one in found if len(one) > 2]
-
-
-_ALL = (pneumonia, nih, dlia, fracatlas, tuberculosis, covid)
-READERS: dict[str, Callable[..., dict]] = {one.__name__: one for one in _ALL}

@@ -42,14 +42,16 @@ class Location:
 
 @dataclass(frozen=True)
 class Source:
-    """How a data set is recognised, its synthetic stand-in, and where to get it.
+    """How a data set is read and recognised, where to get it, and its synthetic stand-in, if any.
 
-    `trees` are those that it is published in: paths that must exist, the most telling first;
-    "a|b": either. `handle` is kagglehub's "owner/slug", `mount` another name of a Kaggle mount.
+    `read` turns its folder into the fields of a `Dataset`. `trees` are those that it is published
+    in: paths that must exist, the most telling first; "a|b": either. `handle` is kagglehub's
+    "owner/slug", `mount` another name of a Kaggle mount.
     """
 
-    write_phantom: Callable[[Path], Path]
+    read: Callable[..., dict]
     trees: tuple[tuple[str, ...], ...]
+    write_phantom: Callable[[Path], Path] | None = None
     handle: str = ""
     mount: str = ""
 
@@ -68,13 +70,18 @@ _KERMANY, _FRACTURES = "paultimothymooney/chest-xray-pneumonia", "vuppalaadithya
 _TB = "tawsifurrahman/tuberculosis-tb-chest-xray-dataset"
 _CHOWDHURY = "tawsifurrahman/covid19-radiography-database"
 _EDITION_A, _ORIGINAL = "m-2-big-data-dlia-project-2025-clean-dataset", "fracatlas-original-dataset"
+# The TB Chest Radiography Database, Rahman et al. 2020: no split, no patients.
+_tuberculosis = partial(readers.class_folders, classes=readers.TUBERCULOSIS_CLASSES)
+_NIH, _TUBERCULOSIS = (readers.NIH_BOXES,), ("Tuberculosis", "Normal")
 SOURCES: dict[str, Source] = {
-    "pneumonia": Source(phantom.write_pneumonia, (_PNEUMONIA,), _KERMANY),
-    "nih": Source(phantom.write_nih, ((readers.NIH_BOXES,),), "nih-chest-xrays/data"),
-    "dlia": Source(phantom.write_competition, (_DLIA,), mount=_EDITION_A),
-    "fracatlas": Source(phantom.write_fracatlas, (_FRAC, _NINJA), _FRACTURES, _ORIGINAL),
-    "tuberculosis": Source(phantom.write_tuberculosis, (("Tuberculosis", "Normal"),), _TB),
-    "covid": Source(phantom.write_covid, (("COVID", "Normal"), _COVID), _CHOWDHURY),
+    "pneumonia": Source(readers.pneumonia, (_PNEUMONIA,), phantom.write_pneumonia, _KERMANY),
+    "nih": Source(readers.nih, (_NIH,), phantom.write_nih, "nih-chest-xrays/data"),
+    "dlia": Source(readers.dlia, (_DLIA,), phantom.write_competition, mount=_EDITION_A),
+    "fracatlas": Source(
+        readers.fracatlas, (_FRAC, _NINJA), phantom.write_fracatlas, _FRACTURES, _ORIGINAL
+    ),
+    "tuberculosis": Source(_tuberculosis, (_TUBERCULOSIS,), phantom.write_tuberculosis, _TB),
+    "covid": Source(readers.covid, (("COVID", "Normal"), _COVID), phantom.write_covid, _CHOWDHURY),
 }
 
 
@@ -86,7 +93,8 @@ def source_of(dataset: str) -> Source:
         known = f"{', '.join(SOURCES)}, and MedMNIST's {', '.join(medmnist.FLAGS)}"
         raise ValueError(f"unknown data set {dataset!r}; known: {known}")
     tree = ("|".join(medmnist.file_names(dataset)),)
-    return Source(partial(phantom.write_medmnist, name=dataset), (tree,))
+    read, write = partial(medmnist.read, dataset), partial(phantom.write_medmnist, name=dataset)
+    return Source(read, (tree,), write)
 
 
 def kaggle_root() -> Path:
@@ -138,6 +146,8 @@ def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> L
         known = medmnist.meant(names[0])
         root = medmnist.download(names[0]) if known else _download(names[0])
         return _location(names[0], root, "medmnist" if known else "kagglehub")
+    if source_of(names[0]).write_phantom is None:
+        raise DataNotFound(f"no {names[0]} found, and it has no synthetic images: name its folder")
     log.warning("no real %s data found: SYNTHETIC images are used (see data/README.md)", names[0])
     return _location(names[0], _phantom(names[0]), "phantom")
 
@@ -200,7 +210,7 @@ def siblings(location: Location) -> list[Location]:
 def _need_usable(location: Location) -> None:
     """`BadData` for a set of listed images of which some are missing."""
     if location.dataset in ("nih", "dlia"):
-        readers.READERS[location.dataset](location.root)
+        source_of(location.dataset).read(location.root)
 
 
 def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:

@@ -64,7 +64,8 @@ def sort_files(
     kept, ignored = [], []
 
     def failed(error: OSError) -> None:
-        raise error  # a folder that cannot be read
+        text = f"{error.filename} cannot be read ({error.strerror}). Fix: its access rights."
+        raise BadData(text) from error
 
     for folder, below, names in os.walk(root, followlinks=True, onerror=failed):
         above = Path(os.path.realpath(os.path.dirname(folder)))
