@@ -134,7 +134,7 @@ def test_force_goes_on_in_a_folder_but_never_with_a_stale_model_or_table(opened,
     forced = study.open_study(start_run(NOTEBOOK, name="mine", resume="force", **changed))
     before = study.weights_key(first.run, "baseline")
     fit(forced)
-    words = "baseline was made under other settings (options.lr: 0.003 -> 0.0001): put aside"
+    words = "baseline was made under other settings (options.lr: 0.002 -> 0.0001): put aside"
     assert words in caplog.text and study.weights_key(forced.run, "baseline") != before
     assert list(forced.run.run_dir.glob("baseline.*.old/best.pt")), "nothing is lost"
     assert made_at(forced, "pgd_at"), "another model is left alone"

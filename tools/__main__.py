@@ -1,4 +1,4 @@
-"""What makes the repository: `python -m tools build`, check, refresh, back, kaggle, tables, body."""
+"""What makes the repository: `python -m tools build`, check, refresh, back, kaggle and so on."""
 
 from __future__ import annotations
 

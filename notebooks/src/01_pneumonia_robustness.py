@@ -118,7 +118,8 @@ run = start(
     dict(profile=PROFILE, data_dir=DATA_DIR, run_name=RUN_NAME, resume=RESUME, changes=CHANGES),
     by_data={"pneumonia": {}, "*": OTHER},
     own_data=2,
-    allowed={name: FULL[name] for name in ("attacks", "adversarial")} | {"pretrained": ("phantom",)},
+    allowed={name: FULL[name] for name in ("attacks", "adversarial")}
+    | {"pretrained": ("phantom",)},
     trains="2 Training",
 )
 print(run)

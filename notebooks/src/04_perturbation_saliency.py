@@ -73,7 +73,13 @@ CPU |= {"num_workers": 0, "mapped": THESIS + ("poisson_dose",), "choose_images":
 # width: not 1/8, for with 8 channels, channels-last, torch 2.14 crashes in the backward pass on
 # some CPUs
 SMOKE = {"size": 48, "per_class": 96, "width": 0.1875, "mobilenet_size": 48, "mobilenet_width": 0.5}
-SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 12, "mobilenet_epochs": 12, "batch_size": 16}
+SMOKE |= {
+    "stages": 3,
+    "pretrained": "phantom",
+    "epochs": 12,
+    "mobilenet_epochs": 12,
+    "batch_size": 16,
+}
 SMOKE |= {"lr": 3e-3}
 SMOKE |= {"num_workers": 0, "max_minutes": None}
 SMOKE |= {"corruptions": THESIS + ("poisson_dose", "collimation")}
@@ -594,7 +600,9 @@ for name in MODELS:
         against=["uncertainty", "p_shift"],
         draws=run.bootstrap_draws,
     )
-    made = report.result_rows(warning.metric_rows(tables[name]), study_of(name, study).run, model=name)
+    made = report.result_rows(
+        warning.metric_rows(tables[name]), study_of(name, study).run, model=name
+    )
     report.update_results(made, RESULTS)
 cells = pd.concat([table.assign(model=name) for name, table in tables.items()])
 cells = cells[cells["outcome"].eq("error") & cells["metric"].eq("auroc")]

@@ -311,6 +311,7 @@ files.write_csv(formats, TABLES / "formats.csv")
 display(formats.round(3))
 table.round(3)
 
+
 # %% [markdown]
 # ## 2 From image to input
 #
