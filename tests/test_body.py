@@ -19,7 +19,7 @@ def recipe_of(path):
 
 
 def test_the_file_is_small_and_of_the_recipe_and_phantoms_of_today():
-    assert body.FILE.stat().st_size <= 1_000_000
+    assert body.FILE.stat().st_size <= 2**20
     assert recipe_of(body.FILE) == json.loads(json.dumps(body.RECIPE))
 
 

@@ -243,7 +243,9 @@ def test_wheel_holds_the_package_alone_and_the_same_bytes_each_time(wheel, tmp_p
     with zipfile.ZipFile(wheel) as archive:
         inside = {name: archive.read(name) for name in archive.namelist()}
     modules = {f"dlia_utils/{name}": data for name, data in content(package).items()}
-    modules = {name: data for name, data in modules.items() if name.endswith((".py", ".safetensors"))}
+    modules = {
+        name: data for name, data in modules.items() if name.endswith((".py", ".safetensors"))
+    }
     assert {k: v for k, v in inside.items() if ".dist-info/" not in k} == modules
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert kaggle.write_wheel(tmp_path).read_bytes() == wheel.read_bytes()

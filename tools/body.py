@@ -49,7 +49,8 @@ def make(path: str | Path = FILE, **changes: Any) -> Path:
     for name, network in found.items():
         for key, value in network.state_dict().items():
             value = value.half() if value.is_floating_point() else value
-            if not key.startswith(getattr(network, "HEAD", "classifier")):
+            last = key.startswith(getattr(network, "HEAD", "classifier"))
+            if not last and not key.endswith("num_batches_tracked"):
                 state[f"{name}/{key}"] = value.cpu().contiguous()
     save_file(state, path, metadata={"recipe": json.dumps(recipe, sort_keys=True)})
     return Path(path)
