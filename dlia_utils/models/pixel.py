@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import resources
 
 import torch
 from torch import Tensor, nn
@@ -248,12 +248,11 @@ def phantom_weights(name: str) -> dict[str, Tensor]:
     Made by `python -m tools body`: MobileNetV2 of width 0.5 and three stages, robust models of
     width 1/40; all but the last layer.
     """
-    from safetensors.torch import load_file  # comes with accelerate; for such files only
+    from safetensors.torch import load  # comes with accelerate; for such files only
 
-    file = Path(__file__).parent / "phantom_weights.safetensors"
-    own = {
-        key.split("/", 1)[1]: v for key, v in load_file(file).items() if key.startswith(f"{name}/")
-    }
+    file = resources.files(__package__) / "phantom_weights.safetensors"  # maybe inside a wheel
+    found = load(file.read_bytes())
+    own = {key.split("/", 1)[1]: v for key, v in found.items() if key.startswith(f"{name}/")}
     if not own:
         raise ValueError(f"no weights from phantom images for {name!r}: train it, or use None")
     return own
