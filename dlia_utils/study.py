@@ -272,7 +272,11 @@ def starting_weights(run: Run) -> str | None:
     if not record.exists():
         chosen = "random"
         if run.pretrained == "phantom":
-            chosen = "phantom"
+            try:
+                models.mobilenet_v2(weights="phantom", **run.pick("width", "stages"))
+                chosen = "phantom"
+            except ValueError as error:
+                log.warning("training starts from RANDOM weights: %s", str(error)[:80])
         elif run.pretrained:
             try:
                 models.mobilenet_v2(weights="imagenet")

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import expit
 
@@ -150,7 +151,11 @@ def bone(rng: Rng, *, height: int, width: int, fractured: bool) -> tuple[Array, 
     shell = shell * (distance > gap / 2) if fractured else shell
     image = _exposed(rng, SOFT * soft + (BONE - SOFT) * shell)
     near = (distance < gap / 2 + 0.3 * radius) & (np.abs(side) < wide) & fractured
-    return image, _tight_box(near.astype(float)) if fractured else None, near
+    if not fractured:
+        return image, None, near
+    pieces, _ = ndimage.label(near, np.ones((3, 3)))  # without crumbs beside the gap
+    near = pieces == np.bincount(pieces[near]).argmax()
+    return image, _tight_box(near.astype(float)), near
 
 
 def _tight_box(effect: Array) -> Box:
