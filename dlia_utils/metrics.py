@@ -149,15 +149,25 @@ def patient_codes(groups: Sequence) -> Array:
     return codes
 
 
-def with_interval(row: Mapping, *, scale: float = 1, digits: int = 3, signed: bool = False) -> str:
+def with_interval(
+    row: Mapping, *, scale: float = 1, digits: int | None = None, signed: bool = False
+) -> str:
     """One number the way the tables print it; signed: a difference, with + or -.
 
-    >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94})
-    '0.912 [0.880, 0.940]'
+    digits: None for as many as `row["n"]` images carry, two below 500, else three.
+
+    >>> with_interval({"value": 0.9123, "ci_low": 0.88, "ci_high": 0.94, "n": 64})
+    '0.91 [0.88, 0.94]'
     """
+    digits = digits_of(row.get("n", 1000)) - round(np.log10(scale)) if digits is None else digits
     form = f"{'+' if signed else ''}.{digits}f"
     value, low, high = (f"{scale * row[one]:{form}}" for one in ("value", "ci_low", "ci_high"))
     return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
+
+
+def digits_of(n: float) -> int:
+    """How many decimals a share of n images carries: its standard error is at most 0.5/sqrt(n)."""
+    return 2 if n < 500 else 3
 
 
 def paired_difference(right_a: Array, right_b: Array, groups: Sequence, **options) -> dict:

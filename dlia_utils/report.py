@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,17 @@ from .units import eps_text
 IDENTITY = "notebook model attack eps eps_unit metric seed size profile data".split()
 RESULT_COLUMNS = [*IDENTITY[:6], *"value ci_low ci_high n seed size epochs weights".split()]
 RESULT_COLUMNS += "profile data hardware".split()
+
+# What a table calls a column; any other has blanks for its underscores.
+WORDS = {"auc": "AUC", "auprc": "AUPRC", "f1": "F1", "p_holm": "p (Holm)", "n": "images"}
+WORDS |= {
+    "ece": "calibration error (ECE)",
+    "lr": "learning rate",
+    "ci_low": "from",
+    "ci_high": "to",
+}
+WORDS |= {"only_model_right": "only this one right", "only_reference_right": "only reference right"}
+ALL_OR_NONE = re.compile(r"^(0\.0+ \[0\.0+, (?!0\.0+\])|1\.0+ \[0|100(\.0+)? \[)")
 
 
 def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
@@ -58,6 +72,97 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
     files.write_csv(merged, path)
     return merged.reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as a notebook or a terminal prints it."""
+
+    table: pd.DataFrame
+    notes: str
+
+    def __repr__(self) -> str:
+        return f"{self.table.to_string(index=False)}\n{self.notes}".strip()
+
+    def _repr_html_(self) -> str:
+        def cell(text, kind="td"):
+            number = re.match(r"^[<+-]? ?[\d.,]*\d( ?%|\s?\[|$)", text) or not text
+            style = f"text-align:{'right' if number else 'left'};max-width:36em"
+            bad, good = text.startswith("WARN"), text.startswith("PASS")
+            style += ";color:#B04A00;font-weight:bold" if bad else ";color:#006B4E" if good else ""
+            return f'<{kind} style="{style}">{html.escape(text)}</{kind}>'
+
+        lines = ["".join(cell(text) for text in row) for row in self.table.to_numpy()]
+        head = "".join(cell(name, "th") for name in self.table)
+        body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+        notes = f"<p><small>{html.escape(self.notes)}</small></p>" if self.notes else ""
+        return f"<table>\n<tr>{head}</tr>\n{body}\n</table>{notes}"
+
+
+def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -> Shown:
+    """A table for reading: words for column names, `digits` decimals, no counting index.
+
+    A named index becomes columns, NaN an empty cell. Where a share is 0 or 1 and has an interval a
+    line below says whose it is.
+
+    >>> show(pd.DataFrame({"fp_per_image": [0.1234], "n": [24.0]}))
+    fp per image images
+            0.12     24
+    """
+    frame = table.to_frame() if isinstance(table, pd.Series) else table
+    named = [name for name in frame.index.names if name]
+    frame = frame.reset_index() if named else frame
+    cells = {}
+    for name, column in frame.rename_axis(columns=None).items():
+        title = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+        title = WORDS.get(title.strip(), title.strip().replace("_", " "))
+        cells[title] = _cells(column, 3 if str(name).startswith("p_") or name == "p" else digits)
+    shown = pd.DataFrame(cells, dtype=object)
+    if shown.map(lambda text: bool(ALL_OR_NONE.match(text))).to_numpy().any():
+        notes += "\nNone or all: no resampling varies there, so the interval is the exact one, "
+        notes += "patients as trials (Clopper & Pearson 1934)."
+    return Shown(shown, notes.strip())
+
+
+def _cells(column: pd.Series, digits: int) -> list[str]:
+    """A column as text: whole numbers without decimals, True as yes, tiny p-values as < 0.001."""
+    if pd.api.types.is_bool_dtype(column):
+        return column.map({True: "yes", False: "no"}).to_list()
+    if not pd.api.types.is_numeric_dtype(column):
+        return ["" if value is None or value is np.nan else str(value) for value in column]
+    whole = (column.dropna() % 1 == 0).all() and column.abs().max() > 1
+    least = 10.0**-digits
+    told = []
+    for value in column:
+        tiny = 0 < abs(value) < least / 2
+        text = f"{value:,.0f}" if whole else f"{value:.1e}" if tiny else f"{value:.{digits}f}"
+        told.append("" if pd.isna(value) else text)
+    return told
+
+
+def wide(
+    rows: pd.DataFrame,
+    across: str = "metric",
+    *,
+    down: str | Sequence[str] = "model",
+    only: Sequence = (),
+    intervals: Sequence | None = None,
+    signed: bool = False,
+) -> pd.DataFrame:
+    """Long rows (value, ci_low, ci_high, n) as a table of texts: `down` down, `across` across.
+
+    only: what stands across, in this order (default: all); intervals: which of them show theirs
+    (None: all).
+    """
+    chosen = rows[rows[across].isin(only)] if len(only) else rows
+    told = []
+    for _, row in chosen.iterrows():
+        bare = intervals is not None and row[across] not in intervals
+        told.append(with_interval(dict(row) | {"ci_low": np.nan} if bare else row, signed=signed))
+    order = list(dict.fromkeys(only if len(only) else chosen[across]))
+    at = {"index": down, "columns": across, "values": "cell", "sort": False, "aggfunc": "first"}
+    table = chosen.assign(cell=told).pivot_table(**at)
+    return table[[name for name in order if name in table]].rename_axis(columns=None)
 
 
 def interval_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -149,7 +254,7 @@ def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:
     table = pd.DataFrame(index=pd.Index(dict.fromkeys(results.model), name="model"))
     for (attack, metric), name in names.items():
         own = chosen[chosen.attack.eq(attack) & chosen.metric.eq(metric)].set_index("model")
-        cells = {model: with_interval(row, scale=100, digits=1) for model, row in own.iterrows()}
+        cells = {model: with_interval(row, scale=100) for model, row in own.iterrows()}
         table[name] = pd.Series(cells)
     return table.dropna(how="all")
 
@@ -190,13 +295,24 @@ def verdict(
         remark = _judge(row["value"], gain, p, masking.loc[name], balanced=clean[name])
         text = f"{with_interval(row)}, {gain:+.3f} against {reference} ({said}). {remark}"
         lines.append(f"- **{name}**: {text}")
-    shown = "these sentences show the machinery, not a finding."
+    return finding(run, lines)
+
+
+def finding(run: Run, lines: str | Sequence[str]) -> str:
+    """`lines` (markdown) as the finding of this run; a smoke run on real images has none.
+
+    Where the images are synthetic a last line says so.
+    """
+    if run.profile == "smoke" and not run.synthetic:
+        small = "a network of this size on so few images concludes nothing"
+        how = 'PROFILE = "cpu" (a laptop) or "full" (a GPU), at the top, runs the study.'
+        return f"*No finding: this is a smoke run, and {small}. {how}*"
+    told = lines if isinstance(lines, str) else "\n".join(lines)
     if run.synthetic:
-        lines.append(f"\n*Synthetic images and a tiny model: {shown}*")
-    elif run.profile == "smoke":
-        more = "PROFILE = 'cpu' (a laptop) or 'full' (a GPU) runs the study."
-        lines.append(f"\n*A smoke run, a tiny model on few images: {shown} {more}*")
-    return "\n".join(lines)
+        told += (
+            "\n\n*Synthetic images and a tiny network: this shows the machinery, not a finding.*"
+        )
+    return told
 
 
 def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: float) -> str:
@@ -222,3 +338,18 @@ def save_figure(figure: Figure, run: Run, name: str) -> Path:
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     return path
+
+
+def written(run: Run) -> Shown:
+    """The files that this run wrote, for the end of a notebook; tables and blocks are counted."""
+    found = sorted(path for path in run.run_dir.rglob("*") if path.is_file())
+    names = pd.Series([path.relative_to(run.run_dir).as_posix() for path in found])
+    folder = names.where(names.str.contains("/"), "(top)").str.split("/").str[0]
+    parts = names.groupby(folder).agg(
+        lambda own: (
+            ", ".join(own.str.removeprefix(f"{own.name}/").head(8))
+            + (f" and {len(own) - 8} more" if len(own) > 8 else "")
+        )
+    )
+    where = f"{run.run_dir.parent.name}/{run.run_dir.name}"
+    return show(parts.rename("files").rename_axis("folder"), notes=f"All below {where}.")

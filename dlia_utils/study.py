@@ -34,7 +34,6 @@ log = logging.getLogger("dlia_utils")
 
 FREE = "max_minutes num_workers resume progress on_epoch".split()  # they change no weight
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
-SUITE_USES = "attacks eps_grid pgd_steps pgd_restarts budgets expensive attack_batch seed".split()
 OWN = "the reader's own"
 
 
@@ -431,21 +430,6 @@ def made_by(run: Run, name: str, section: str, *, good: bool = True) -> Path:
             f"'{section}' first; in a notebook of your own, copy that section as well"
         )
     return run.run_dir / name
-
-
-def suite_options(run: Run) -> dict:
-    """The options of `attacks.evaluate.robust` in the settings: every image, every attack."""
-    chosen = {"budgets": run.budgets, "at": run.expensive}
-    for option, by_attack in chosen.items():
-        chosen[option] = {name: by_attack[name] for name in by_attack if name in run.attacks}
-    options = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    return options | chosen | dict(batch_size=run.attack_batch, seed=run.seed)
-
-
-def suite_folder(study: Study, name: str) -> Path:
-    """Where `attacks.evaluate.robust` keeps what it has done to model `name`, as trained now."""
-    key = {**study.key, "weights": weights_key(study.run, name), "seed": study.run.seed}
-    return work_folder(study.run, f"suite/{name}", key | {"batch": study.run.attack_batch})
 
 
 def attack_subset(study: Study, per_class: int) -> np.ndarray:

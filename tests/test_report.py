@@ -126,9 +126,9 @@ def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(run
     others = [rows(run, "a", attack, eps, 0.5) for attack, eps in (("clean", 0.0), ("pgd_ce", EPS))]
     results = pd.concat([*others, accuracy.reset_index(), found.reset_index()])
     shown = report.attack_table(results, eps=EPS).loc["a"]
-    assert shown["PGD accuracy (%)"] == "50.0 [40.0, 60.0]"
-    assert shown["worst case (%)"].startswith("50.0")
-    assert shown["sensitivity, worst case (%)"].startswith("25.0")
+    assert shown["PGD accuracy (%)"] == "50 [40, 60]"
+    assert shown["worst case (%)"].startswith("50 [")
+    assert shown["sensitivity, worst case (%)"].startswith("25 [")
     wide = report.results_table(results[results.attack.ne("clean")])
     assert list(wide) == ["pgd_ce 4/255", "worst 4/255"] and wide.index.tolist() == ["a"]
 
@@ -159,7 +159,8 @@ def test_verdict_trusts_no_masked_gradients_nor_constant_answers(
     text = report.verdict(table, masking, paired, run)
     assert words in text and "p < 0.001" in text and "Synthetic images" in text
     real = replace(run, synthetic=False)
-    assert "A smoke run" in report.verdict(table, masking, paired, real), "nor is this a finding"
+    (line,) = report.verdict(table, masking, paired, real).splitlines()
+    assert "No finding" in line and 'PROFILE = "cpu"' in line and "mine" not in line
     assert "smoke" not in report.verdict(table, masking, paired, replace(real, profile="cpu"))
 
 
@@ -199,3 +200,40 @@ def test_log_axes_of_a_search_have_few_ticks_and_no_minor_labels(reach):
     labels = [label.get_text() for place, label in ticks if low <= place <= high]
     assert 2 <= len(labels) <= 5 and all(labels) and axis.get_scale() == "log"
     assert not any(label.get_text() for label in axis.get_ticklabels(minor=True))
+
+
+def test_a_shown_table_has_words_rounded_numbers_and_no_counting_index():
+    table = pd.DataFrame(
+        {"fp_per_image": [0.1234, np.nan], "n": [24.0, 1e3], "p_holm": [1e-6, 0.2]}
+    )
+    text = report.show(table.assign(verdict=["PASS", "WARN"], ok=[True, False]))
+    assert list(text.table) == ["fp per image", "images", "p (Holm)", "verdict", "ok"]
+    assert text.table.to_numpy().tolist() == [
+        ["0.12", "24", "1.0e-06", "PASS", "yes"],
+        ["", "1,000", "0.200", "WARN", "no"],
+    ]
+    page = text._repr_html_()
+    assert page.count("color:#B04A00") == 1 and 'text-align:right;max-width:36em">0.12' in page
+    named = report.show(table.rename_axis("model"), notes="a < b")
+    assert "model" in named.table and "a &lt; b" in named._repr_html_() and "a < b" in repr(named)
+
+
+def test_an_interval_at_none_or_all_is_explained(run):
+    near = pd.concat(
+        [rows(run, "a", "clean", 0.0, 1.0), rows(run, "a", "clean", 0.0, 0.5, metric="f1")]
+    )
+    given = near.assign(ci_low=[0.9, 0.4], ci_high=[1.0, 0.6], n=40)
+    both = report.wide(given, only=["f1", "accuracy"])
+    assert both.loc["a"].to_dict() == {"f1": "0.50 [0.40, 0.60]", "accuracy": "1.00 [0.90, 1.00]"}
+    assert "Clopper" in report.show(both).notes
+    bare = report.wide(given, intervals=["f1"])
+    assert bare.loc["a"].to_dict() == {"accuracy": "1.00", "f1": "0.50 [0.40, 0.60]"}
+    assert not report.show(bare).notes
+
+
+def test_the_files_of_a_run_are_listed_by_folder(run):
+    for name in ("results.csv", "tables/a.csv", *(f"suite/{k}.npz" for k in range(10))):
+        (run.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.run_dir / name).write_text("")
+    text = repr(report.written(run))
+    assert "results.csv" in text and "a.csv" in text and "and 2 more" in text

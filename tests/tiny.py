@@ -7,6 +7,10 @@ from tools import notebooks
 TINY = """\
 # %% [markdown]
 # # A tiny notebook
+#
+# **What you will learn** Nothing. **Before you start** Nothing. **Time** None.
+#
+# <!-- contents -->
 
 # %% tags=["bootstrap"]
 
@@ -37,7 +41,26 @@ import sys
 value = 6 * 7
 print("a bar: 50%|#####     | 1/2\\rdone", file=sys.stderr)
 value
+
+# %% [markdown]
+# **What we learnt.** The answer.
+
+# %% [markdown]
+# ## Takeaways
+
+# %% [markdown]
+# ## Exercises
 """
+SOLVED = """#
+# <details><summary>Solution</summary>
+#
+# ```python
+# print(6 * 7)
+# ```
+#
+# </details>
+"""
+TINY += 3 * SOLVED
 
 
 def write(folder, stem="07_tiny", text=TINY):

@@ -10,6 +10,7 @@ import ast
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,6 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -38,7 +38,7 @@ FOLDER = REPOSITORY / "notebooks"
 OPENING = ("bootstrap", "parameters", "settings", "start", "imports")  # "settings": perhaps several
 YOURS = "yours"  # cells for the reader's own models: also part of the opening
 FOLDED = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}  # JupyterLab, Kaggle fold it
-MAX_CODE_LINES, MAX_TEXT_LINES = 70, 100
+MAX_CODE_LINES, MEDIAN_CODE_LINES, MAX_TEXT_LINES = 25, 8, 100
 MAX_BYTES, MAX_OUTPUT_BYTES = 1_000_000, 500_000
 
 # The second cell of every notebook, folded; a source holds an empty cell tagged "bootstrap".
@@ -96,6 +96,7 @@ def build(source: Path) -> NotebookNode:
     Cell ids are the notebook's name and the cell's number: building twice gives the same bytes.
     """
     notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    _fill(notebook, source)
     kept = defaultdict(list)  # executed cells by the hash of their code, without the stale ones
     for cell in read(product(source)).cells if product(source).exists() else []:
         if cell.metadata.get("source_hash") == source_hash(cell.source):
@@ -110,6 +111,52 @@ def build(source: Path) -> NotebookNode:
             cell.metadata["source_hash"] = old.metadata["source_hash"]
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return clean(notebook)
+
+
+_BLOCK = re.compile(r"<!-- (table [\w-]+|contents) -->(?:\n.*?<!-- end \1 -->)?", re.DOTALL)
+_PICTURE = re.compile(r"!\[[^\]]+\]\(attachment:([\w.-]+)\)")
+
+
+def _fill(notebook: NotebookNode, source: Path) -> None:
+    """Put in what is not written by hand: contents, tables of results/, pictures of docs/."""
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        if _BLOCK.search(cell.source):
+            cell.source = _BLOCK.sub(lambda found: _block(found[1], notebook, source), cell.source)
+        pictures = {name: REPOSITORY / "docs" / name for name in _PICTURE.findall(cell.source)}
+        if pictures:
+            read = {name: base64.b64encode(one.read_bytes()) for name, one in pictures.items()}
+            told = {name: {"image/png": content.decode()} for name, content in read.items()}
+            cell["attachments"] = nbformat.from_dict(told)
+
+
+def _block(name: str, notebook: NotebookNode, source: Path) -> str:
+    if name == "contents":
+        headings = re.findall(r"^## (.+)", "\n".join(_markdown(notebook)), flags=re.MULTILINE)
+        # Jupyter, Kaggle and nbconvert name a heading by its words with hyphens between them.
+        text = "\n".join(f"- [{title}](#{title.replace(' ', '-')})" for title in headings)
+        text += f"\n\n{_neighbours(source)}"
+    else:
+        from . import published
+
+        text = "\n" + published.blocks()[name.removeprefix("table ")]
+    return f"<!-- {name} -->\n{text}\n<!-- end {name} -->"
+
+
+def _markdown(notebook: NotebookNode) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def _neighbours(source: Path) -> str:
+    """Links to the notebook before and after."""
+    suite = sorted(source.parent.glob("[0-9][0-9]_*.py"))
+    at, told = suite.index(source), []
+    for word, number in (("Previous", at - 1), ("Next", at + 1)):
+        if 0 <= number < len(suite):
+            stem = suite[number].stem
+            told.append(f"{word}: [{stem.replace('_', ' ')}]({stem}.ipynb)")
+    return " | ".join(told)
 
 
 def back(path: str | Path, *, folder: str | Path = FOLDER) -> Path:
@@ -128,6 +175,7 @@ def source_text(notebook: NotebookNode) -> str:
     cells = []
     for cell in notebook.cells:
         source = "" if "bootstrap" in tags(cell) else cell.source
+        source = _BLOCK.sub(r"<!-- \1 -->", source) if cell.cell_type == "markdown" else source
         new = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
         cells.append(new(source, metadata={"tags": tags(cell)} if tags(cell) else {}))
     metadata = {"jupytext": {"notebook_metadata_filter": "-all"}}
@@ -246,6 +294,7 @@ def check(source: Path) -> list[str]:
         return [f"{path.name} is not a notebook ({str(error)[:90]}): delete it and refresh"]
     problems = [*_file_problems(path, notebook), *_opening_problems(notebook)]
     problems += [*_parity_problems(source, notebook), *_section_problems(notebook)]
+    problems += _teaching_problems(notebook)
     for cell in notebook.cells:
         found = link_problems(cell.source, path.parent, path.parent.parent)
         if cell.cell_type == "code":
@@ -357,10 +406,12 @@ def _opening_problems(notebook: NotebookNode) -> Iterator[str]:
 
 def _parity_problems(source: Path, notebook: NotebookNode) -> Iterator[str]:
     essence = [
-        [(cell.get("id"), cell.cell_type, cell.source, tags(cell)) for cell in one.cells]
+        [(c.get("id"), c.cell_type, c.source, tags(c), c.get("attachments")) for c in one.cells]
         for one in (notebook, build(source))
     ]
-    wrong = [(there or meant)[0] for there, meant in zip_longest(*essence) if there != meant]
+    wrong = [
+        (there or meant)[0] for there, meant in itertools.zip_longest(*essence) if there != meant
+    ]
     if wrong:
         yield f"differs from src/{source.name}, first in cell {wrong[0]}: run `tools refresh`"
 
@@ -376,6 +427,8 @@ def _code_problems(cell: NotebookNode) -> Iterator[str]:
         yield f"{lines} lines; at most {MAX_CODE_LINES}: split it, or move code into dlia_utils"
     if "bootstrap" in tags(cell):
         return
+    if match := re.search(r"# *(noqa|fmt: skip)", cell.source):
+        yield f"{match.group()!r}: write the line so that no check need be switched off"
     if match := _MACHINE_PATH.search(cell.source):
         yield f"absolute path {match.group()!r}: use run.location and run.run_dir"
     if _CUDA.search(cell.source):
@@ -398,12 +451,52 @@ def _output_problems(cell: NotebookNode) -> Iterator[str]:
             yield f"its output has more than {MAX_TEXT_LINES} lines of text"
 
 
+# An exercise's solution, folded: it runs behind the opening cells, like a section.
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```", re.DOTALL)
+SHOWS = re.compile(r"(?m)^(display\()?figure\)?$")  # a cell that shows a figure
+
+
+def _teaching_problems(notebook: NotebookNode) -> Iterator[str]:
+    """What makes a page a lesson: opening, what to see, what was learnt, takeaways, exercises."""
+    text = notebook.cells[0].source if notebook.cells else ""
+    for part in ("**What you will learn", "**Before you start", "**Time", "<!-- contents -->"):
+        if part not in text:
+            yield f"the title cell lacks {part!r}"
+    lengths = [len(c.source.splitlines()) for c in notebook.cells if c.cell_type == "code"]
+    if lengths and (middle := sorted(lengths)[len(lengths) // 2]) > MEDIAN_CODE_LINES:
+        yield f"the median code cell has {middle} lines, more than {MEDIAN_CODE_LINES}"
+    for cell, after in itertools.pairwise([*notebook.cells, nbformat.v4.new_code_cell()]):
+        shows = cell.cell_type == "code" and SHOWS.search(cell.source)
+        if shows and after.cell_type != "markdown":
+            yield f"cell {cell.id}: no prose after the figure says what to see"
+    last = _last_text(notebook)
+    for title, text in last.items():
+        if re.match(r"\d", title) and "**What we learnt" not in text:
+            yield f"section {title!r} does not end with what we learnt"
+    for title in {"Takeaways", "Exercises"} - set(last):
+        yield f"there is no section '## {title}'"
+    if (found := sum(len(SOLUTION.findall(text)) for text in _markdown(notebook))) != 3:
+        yield f"{found} exercises have a folded solution, three are asked"
+
+
+def _last_text(notebook: NotebookNode) -> dict[str, str]:
+    """The last markdown cell of every section, by the section's title."""
+    last, title = {}, ""
+    for text in _markdown(notebook):
+        title = text.removeprefix("## ").split("\n")[0] if text.startswith("## ") else title
+        last[title] = text
+    return last
+
+
 def sections(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
     """The code of the opening cells, and that of every section ('## ', by its title), by cell."""
     opening, parts, title = [], defaultdict(list), ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (heading := re.match(r"## (.+)", cell.source)):
             title = heading.group(1)
+        if cell.cell_type == "markdown":
+            for number, code in enumerate(SOLUTION.findall(cell.source), 1):
+                parts[f"{title}, solution {number}"].append(code)
         elif cell.cell_type == "code":
             (opening if set(tags(cell)) & {*OPENING, YOURS} else parts[title]).append(cell.source)
     return opening, dict(parts)

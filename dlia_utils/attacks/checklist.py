@@ -114,7 +114,7 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     for name in ("clean", "worst"):
         columns = {name: "value", f"{name}_low": "ci_low", f"{name}_high": "ci_high"}
         cells = table[[*columns]].rename(columns=columns).to_dict("records")
-        table[name] = [with_interval(row) for row in cells]
+        table[name] = [with_interval(row | {"n": len(found.images)}) for row in cells]
         table = table.drop(columns=[*columns][1:])
     parts = [
         "Robust accuracy, worst case per image (arXiv 1902.06705)",

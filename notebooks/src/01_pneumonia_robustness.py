@@ -142,8 +142,10 @@ from dlia_utils.data import split
 from dlia_utils.attacks import checklist, evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.models.pixel import fast_copy
 from dlia_utils.models.mobilenet import IMAGENET_STD
-from dlia_utils.study import SUITE_USES, attack_subset, load_models, made_by, open_study, stored
-from dlia_utils.study import suite_folder, suite_options, test_opened, train_model, weights_label
+from dlia_utils import suite
+from dlia_utils.suite import choose_under_attack, held_out
+from dlia_utils.study import attack_subset, load_models, made_by, open_study, stored
+from dlia_utils.study import test_opened, train_model, weights_label
 from dlia_utils.units import eps_text
 
 RESULTS = run.run_dir / "results.csv"
@@ -281,12 +283,6 @@ def train_papernot(study):
 # classifier with a certificate.
 
 # %%
-def held_out(study):
-    """About 200 validation images with their labels, the same for every model."""
-    rows = study.rows("val")[:: max(1, len(study.rows("val")) // 200)]
-    return study.images(rows), study.labels(rows)
-
-
 def train_gaussian_noise(study):
     x, y = held_out(study)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(run.seed)).to(x.device)
@@ -317,25 +313,6 @@ def train_gaussian_noise(study):
 # Their best epoch is chosen by validation accuracy *under attack*: chosen on clean images it would be the least robust one.
 
 # %%
-def under_attack(study):
-    """What `train.fit` asks after each epoch: the share of some validation images that PGD does
-    not fool."""
-    images = held_out(study)
-
-    def robust_accuracy(model):
-        found = evaluate.robust(
-            model,
-            images,
-            [run.at_eps],
-            attacks=["pgd_margin"],
-            steps=5,
-            batch_size=run.attack_batch,
-            progress=False,
-        )
-        return {"val_robust": 1 - found.rows.query("attack == 'worst'").fooled.mean()}
-
-    return {"val_metric": robust_accuracy, "monitor": "val_robust"}
-
 
 # %%
 def train_adversarial(study, name):
@@ -351,7 +328,7 @@ def train_adversarial(study, name):
             val_metric=monitor,
             monitor="val_pgd_accuracy",
         )
-    options = under_attack(study)
+    options = choose_under_attack(study)
     if name == "pgd_at":
         objective = objectives.pgd_adversarial(**steps)
     elif name == "trades":
@@ -679,33 +656,8 @@ figure
 # attacks is `attacks` there: shorten or extend it. What is finished lies in the run folder.
 
 # %%
-def suite(study, name):
-    """The whole evaluation of one trained model; finished parts are read back."""
-    rows = study.rows("test")
-    images, labels, model = study.images(rows), study.labels(rows), load_models(study, [name])[name]
-    return evaluate.robust(
-        model,
-        (images, labels),
-        run.eps_grid,
-        **suite_options(run),
-        ids=rows,
-        groups=study.patients(rows),
-        folder=suite_folder(study, name),
-        resume=bool(run.resume),
-    )
-
-
 def evaluated(name):
-    found = suite(open_study(run), name)
-    stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
-    stored(
-        study,
-        f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_images),
-        model=name,
-        uses=(*SUITE_USES, "check_images"),
-    )
-    return found.cost.assign(model=name)
+    return suite.attack(open_study(run), name).cost.assign(model=name)
 
 
 # %%
@@ -771,7 +723,7 @@ cost.groupby("model", sort=False)[["forwards", "backwards", "seconds"]].sum().as
 
 # %%
 study = open_study(run)
-found = suite(study, (run.adversarial or MODELS)[0])
+found = suite.attack(study, (run.adversarial or MODELS)[0])
 print(checklist.page(found))
 figure = plots.figure_worst_case(found, run.caption)
 report.save_figure(figure, run, "one_page")

@@ -123,7 +123,7 @@ from IPython.display import Markdown, display
 from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
-from dlia_utils import files, launch, metrics, models, objectives, plots, report, train
+from dlia_utils import files, launch, metrics, models, objectives, plots, report, suite, train
 from dlia_utils.attacks import checklist, evaluate
 from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.data import datasets, explore, split
@@ -131,14 +131,11 @@ from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
 from dlia_utils.models import robust
 from dlia_utils.study import (
-    SUITE_USES,
     build_model,
     load_models,
     made_by,
     open_study,
     stored,
-    suite_folder,
-    suite_options,
     test_opened,
     train_head,
     train_model,
@@ -146,6 +143,7 @@ from dlia_utils.study import (
     weights_label,
     work_folder,
 )
+from dlia_utils.suite import choose_under_attack
 from dlia_utils.units import eps_text
 
 # %% [markdown]
@@ -261,26 +259,6 @@ pd.DataFrame(
 # the images healthy, a model that never sees a fracture would look robust.
 
 # %%
-def under_attack(study):
-    rows = study.rows("val")
-    images = study.images(rows), study.labels(rows)
-
-    def balanced(model):
-        found = evaluate.robust(
-            model,
-            images,
-            [run.at_eps],
-            attacks=["pgd_margin"],
-            steps=5,
-            batch_size=run.attack_batch,
-            progress=False,
-        )
-        worst = found.rows[found.rows["attack"].eq("worst")]
-        return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
-
-    return {"val_metric": balanced, "monitor": "val_robust"}
-
-
 def train_standard(study):
     return train_model(
         study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc"
@@ -291,7 +269,7 @@ def train_pgd_at(study):
     loss = objectives.pgd_adversarial(
         eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
-    return train_model(study, "pgd_at", loss, **under_attack(study))
+    return train_model(study, "pgd_at", loss, **choose_under_attack(study))
 
 
 def train_trades(study):
@@ -302,7 +280,7 @@ def train_trades(study):
         step_size=run.at_step_size,
         weight=study.class_weights(),
     )
-    return train_model(study, "trades", loss, **under_attack(study))
+    return train_model(study, "trades", loss, **choose_under_attack(study))
 
 
 # %% [markdown]
@@ -327,7 +305,13 @@ def train_robust_probe(study):
     )
     epochs = max(1, run.epochs // 3)  # a head alone is learnt soon
     return train_head(
-        study, "robust_probe", model, loss, augmented=True, epochs=epochs, **under_attack(study)
+        study,
+        "robust_probe",
+        model,
+        loss,
+        augmented=True,
+        epochs=epochs,
+        **choose_under_attack(study),
     )
 
 
@@ -540,27 +524,7 @@ test_opened(study, "the suite of attacks in pixel units")
 
 
 def attacked(name):
-    own = study_of(name)
-    model, rows = load_models(own, [name])[name], own.rows("test")
-    images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(
-        model,
-        (images, labels),
-        run.eps_grid,
-        **suite_options(run),
-        ids=rows,
-        groups=own.patients(rows),
-        folder=suite_folder(own, name),
-        resume=bool(run.resume),
-    )
-    stored(
-        own,
-        f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_images),
-        model=name,
-        uses=(*SUITE_USES, "check_images"),
-    )
-    return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
+    return suite.attack(study_of(name), name).rows
 
 
 for name, per_image in launch.each(attacked, names, log_dir=run.run_dir / "logs").items():

@@ -132,17 +132,10 @@ from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
 from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.models import robust
+from dlia_utils import suite
+from dlia_utils.suite import choose_under_attack
+from dlia_utils.study import build_model, load_models, made_by, open_study, stored
 from dlia_utils.study import (
-    SUITE_USES,
-    build_model,
-    load_models,
-    made_by,
-    open_study,
-    stored,
-    suite_folder,
-)
-from dlia_utils.study import (
-    suite_options,
     test_opened,
     train_head,
     train_model,
@@ -423,26 +416,6 @@ pd.DataFrame(
 # never says "TB" would otherwise look good and, since it cannot be changed, perfectly robust.
 
 # %%
-def under_attack(study):
-    rows = study.rows("val")
-    images = study.images(rows), study.labels(rows)
-
-    def balanced(model):
-        found = evaluate.robust(
-            model,
-            images,
-            [run.at_eps],
-            attacks=["pgd_margin"],
-            steps=5,
-            batch_size=run.attack_batch,
-            progress=False,
-        )
-        worst = found.rows[found.rows["attack"].eq("worst")]
-        return {"val_robust": 1 - worst.groupby("label")["fooled"].mean().mean()}
-
-    return {"val_metric": balanced, "monitor": "val_robust"}
-
-
 def train_standard(study):
     return train_model(
         study, "standard", objectives.cross_entropy(weight=study.class_weights()), monitor="val_auc"
@@ -453,7 +426,7 @@ def train_pgd_at(study):
     loss = objectives.pgd_adversarial(
         eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size, weight=study.class_weights()
     )
-    return train_model(study, "pgd_at", loss, **under_attack(study))
+    return train_model(study, "pgd_at", loss, **choose_under_attack(study))
 
 
 def train_linear_probe(study):
@@ -721,27 +694,7 @@ test_opened(study, "the suite of attacks in pixel units")
 
 
 def attacked(name):
-    own = study_of(name)
-    model, rows = load_models(own, [name])[name], own.rows("test")
-    images, labels = own.images(rows), own.labels(rows)
-    found = evaluate.robust(
-        model,
-        (images, labels),
-        run.eps_grid,
-        **suite_options(run),
-        ids=rows,
-        groups=own.patients(rows),
-        folder=suite_folder(own, name),
-        resume=bool(run.resume),
-    )
-    stored(
-        own,
-        f"checks_{name}",
-        lambda: checklist.report(found, subset=run.check_images),
-        model=name,
-        uses=(*SUITE_USES, "check_images"),
-    )
-    return stored(own, f"robust_{name}", lambda: found.rows, model=name, uses=SUITE_USES)
+    return suite.attack(study_of(name), name).rows
 
 
 found = []
@@ -792,7 +745,7 @@ def hidden(name):
     ].item()
     rows = own.rows("test")[own.labels(own.rows("test")).cpu().numpy() == 1]
     model = at_threshold(load_models(own, [name])[name], chosen)
-    options = suite_options(run) | {"at": None}  # at its only eps every attack is run
+    options = suite.options(run) | {"at": None}  # at its only eps every attack is run
     return stored(
         own,
         f"hidden_{name}",
@@ -802,7 +755,7 @@ def hidden(name):
             ).rows
         ),
         model=name,
-        uses=(*SUITE_USES, "headline_eps", "sensitivity"),
+        uses=(*suite.USES, "headline_eps", "sensitivity"),
     )
 
 
