@@ -3,8 +3,10 @@ left to fill in."""
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from tools import notebooks, published
 
@@ -54,7 +56,8 @@ def test_committed_covid_results_are_real_and_of_one_test_split():
     assert (results[results.metric.isin(["accuracy", "auc"])].n == 300).all()
 
 
-PAGES = [*notebooks.REPOSITORY.glob("*.md"), *notebooks.REPOSITORY.glob("*/README.md")]
+KINDS = "*.md", "*/README.md", "docs/*.md"
+PAGES = [page for kind in KINDS for page in notebooks.REPOSITORY.glob(kind)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -67,3 +70,55 @@ def test_pictures_are_made_from_the_results_and_lie_where_the_readme_looks():
     assert {f"docs/{name}.png" for name in pictures} == set(re.findall(r"docs/\w+\.png", PAGE))
     for name, figure in pictures.items():
         assert (published.REPOSITORY / "docs" / f"{name}.png").is_file() and figure.axes
+
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (notebooks.REPOSITORY / "README.md").read_text(), re.S
+)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["your own images", "your own model"])
+def test_examples_of_the_readme_run_as_pasted(code, tmp_path, monkeypatch, capsys):
+    for k in range(48):  # one bright and one dark class
+        path = tmp_path / "my_images" / ("sick", "well")[k % 2] / f"p{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(k).integers(0, 99, (40, 40), np.uint8)
+        Image.fromarray(noise + np.uint8(90 * (k % 2))).save(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
+    exec(code, {})
+    assert re.search(r"balanced_accuracy|worst", capsys.readouterr().out)
+
+
+def test_the_readme_is_short_and_names_what_exists():
+    text = (notebooks.REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    for command in ("run", "test", "lab"):
+        assert f"make {command}" in text
+    for source in notebooks.sources():
+        assert f"notebooks/{source.stem}.ipynb" in text
+
+
+def headline(name, model, attack, metric="accuracy", eps=4 / 255):
+    table = pd.read_csv(published.REPOSITORY / "results" / f"{name}.csv")
+    own = table[table.model.eq(model) & table.attack.eq(attack) & table.metric.eq(metric)]
+    return own[np.isclose(own.eps, eps if attack == "worst" else 0)].iloc[0]
+
+
+def test_what_readme_and_notebooks_say_of_the_real_studies_is_in_the_results():
+    pneumonia = pd.read_csv(published.REPOSITORY / "results" / "01_pneumonia.csv")
+    worst = pneumonia[pneumonia.attack.eq("worst") & pneumonia.metric.eq("accuracy")]
+    worst = worst[np.isclose(worst.eps, 4 / 255)].set_index("model")
+    assert round(headline("01_pneumonia", "baseline", "clean").value, 2) == 0.92
+    assert worst.value["baseline"] == 0 and len(worst) == 14
+    above = set(worst.index[worst.ci_low > 390 / 624])  # always answering pneumonia
+    assert above == {"pgd_at", "mart"} and worst.value.idxmax() == "pgd_at"
+    plain = [name for name in worst.index if re.match("baseline|lip|margin|dist|paper", name)]
+    assert len(plain) == 7 and (worst.value[plain] == 0).all()
+    fallen = {name: headline("02_fracatlas", name, "worst").value for name in ("pgd_at", "trades")}
+    assert [round(value, 3) for value in fallen.values()] == [0.387, 0.189]
+    for name in ("standard", "linear_probe", "robust_probe"):
+        assert headline("02_fracatlas", name, "worst").value == 0
+    for source, told in (("01", ["**0.718** [0.674, 0.757]", "0.691"]), ("02", ["0.387", "0.189"])):
+        text = notebooks.sources([source])[0].read_text()
+        assert all(one in text for one in told)

@@ -310,9 +310,9 @@ def orphans(folder: str | Path = FOLDER) -> list[str]:
 
 
 def page_problems(repository: str | Path = REPOSITORY) -> list[str]:
-    """Every link that leads nowhere in the repository's `*.md` and its folders' README.md."""
+    """Every link that leads nowhere in the repository's `*.md`, README.md of its folders, docs/."""
     root, found = Path(repository), []
-    for page in sorted([*root.glob("*.md"), *root.glob("*/README.md")]):
+    for page in sorted({*root.glob("*.md"), *root.glob("*/README.md"), *root.glob("docs/*.md")}):
         problems = link_problems(page.read_text(encoding="utf-8"), page.parent, root)
         found += [f"{page.relative_to(root).as_posix()}: {problem}" for problem in problems]
     return found
