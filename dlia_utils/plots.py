@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def figure_confusion(
     """Confusion matrices (rows truth, columns prediction), one a model."""
     columns = min(4, len(predictions))
     figure, axes = panels(columns, rows=-(-len(predictions) // columns), width=2.4, height=2.6)
-    short = [c if len(c) <= 12 else f"{c[:11]}." for c in classes]
+    short = [textwrap.fill(name.replace("_", " "), 12) for name in classes]
     for axis in axes.flat[len(predictions) :]:
         axis.axis("off")
     for axis, (name, predicted) in zip(axes.flat, predictions.items(), strict=False):

@@ -137,7 +137,7 @@ def _cells(column: pd.Series, digits: int) -> list[str]:
         return column.map({True: "yes", False: "no"}).to_list()
     if not pd.api.types.is_numeric_dtype(column):
         return ["" if value is None or value is np.nan else str(value) for value in column]
-    whole = (column.dropna() % 1 == 0).all() and column.abs().max() > 1
+    whole = (column.dropna() % 1 == 0).all() and (column.abs().max() > 1 or not column.any())
     least = 10.0**-digits
     told = []
     for value in column:

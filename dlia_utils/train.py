@@ -292,8 +292,8 @@ class _Run:
                     on_epoch(dict(history[-1]))
         scores = {row[self.recipe.monitor] for row in history}
         if len(history) > 1 and len(scores) == 1 and not math.isnan(self.state["best_score"]):
-            text = "%s: %s was %g in every epoch, so the first one was kept; choose another monitor"
-            log.warning(text, self.name, self.recipe.monitor, scores.pop())
+            text = "%s: %s was %g in every epoch, so the first one was kept"
+            log.info(text, self.name, self.recipe.monitor, scores.pop())
 
     def out_of_time(self, limit: float) -> str:
         """What a reader is told, with how to go on."""

@@ -72,22 +72,22 @@ def clean(figure):
     return inside and below and not any(a.shrunk(0.96, 0.9).overlaps(b) for a, b in pairs)
 
 
-def test_overlays_have_input_map_and_overlay_with_its_boxes_and_name_zero_maps():
-    maps = {name: heats(2, zero=[1] if name == "d" else []) for name in "abcde"}
+def test_overlays_tint_what_is_hot_line_the_hottest_and_name_zero_maps():
+    maps = {name: heats(2, zero=[1] if name == "d_d" else []) for name in ("a", "b", "c", "d_d")}
     boxes, x = [pd.DataFrame([{"x1": 2.0, "y1": 4.0, "x2": 10.0, "y2": 9.0}])] * 2, images(2)
     options = {"captions": ["IMG0003298.jpg, read as not fractured", "two"], "caption": CAPTION}
     figure = figures.figure_overlays(x, maps, boxes=boxes, **options)
-    axes = np.reshape(figure.axes, (4, 7))  # two lines an image
-    titles = [axis.get_title() for axis in axes[0]]
-    assert titles == ["input", "a", "overlay", "b", "overlay", "c", "overlay"]
-    assert axes[3, 1].get_title() == "d\nzero map" and axes[1, 1].get_title() == "d"
-    grey, alone, over = axes[0, :3]
+    axes = np.reshape(figure.axes, (2, 5))  # a line an image
+    assert [axis.get_title() for axis in axes[0]] == ["input", "a", "b", "c", "d d"]
+    assert axes[1, 4].get_title() == "d d\nzero map"
+    grey, over, zero = axes[0, 0], axes[0, 1], axes[1, 4]
     image, heat = x[0, 0].double(), maps["a"][0]
-    for axis, expected in ((grey, [image]), (alone, [heat]), (over, [image, heat])):
+    for axis, expected in ((grey, [image]), (over, [image, heat])):
         for drawn, values in zip(axis.images, expected, strict=True):
             np.testing.assert_array_equal(drawn.get_array(), values)
             assert drawn.get_clim() == (0, 1)
-    assert over.images[1].get_alpha() == 0.4 and not alone.patches
+    np.testing.assert_allclose(over.images[1].get_alpha(), 0.7 * np.asarray(heat))
+    assert len(over.collections) == 1 and not grey.collections and not zero.collections
     for axis in (grey, over):
         (frame,) = [patch for patch in axis.patches if isinstance(patch, Rectangle)]
         # Pixel i is drawn from i - 0.5 to i + 0.5, so a box from edge 2 starts at 1.5.
@@ -100,7 +100,8 @@ def test_a_small_map_covers_its_image_and_lines_may_be_shorter():
     lines = [("clean\nNORMAL", [Picture("image", x), Picture("layer4", x, np.eye(3), 0.5)])]
     figure = figures.figure_grid([*lines, ("contrast", [Picture("", x)])], CAPTION)
     over = figure.axes[1].images[1]
-    assert over.get_alpha() == 0.5 and list(over.get_extent()) == [-0.5, 23.5, 23.5, -0.5]
+    np.testing.assert_array_equal(over.get_alpha(), 0.5 * np.eye(3))
+    assert list(over.get_extent()) == [-0.5, 23.5, 23.5, -0.5]
     assert figure.axes[0].get_ylabel() == "clean\nNORMAL" and not figure.axes[3].images
     assert clean(figure)
 

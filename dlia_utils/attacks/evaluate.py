@@ -270,7 +270,7 @@ def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
         gap = float((torch.cat([answers, copied(probe).float()[None]]) - answers[0]).abs().max())
     if gap <= ALIKE * max(1.0, float(answers.abs().max())):
         return copied
-    log.warning("a folded copy answers otherwise (by %.2g): the model itself is attacked", gap)
+    log.info("a folded copy answers otherwise (by %.2g): the model itself is attacked", gap)
     return model
 
 

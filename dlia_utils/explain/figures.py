@@ -21,9 +21,8 @@ from ..plots import line_style, panels
 from . import base
 from .drift import CEILING, FLOOR
 
-HEAT, TRUTH = "plasma", "#3ddc84"
+HEAT, TRUTH, LINE = "plasma", "#3ddc84", "#56B4E9"
 WIDTH, LABEL = 12.0, 1.4  # inches: of a figure (864 pixels of a notebook), of the label of a line
-PAIRS = 3  # methods beside one image; more of them go to a line of their own
 METHOD = "gradcam++"  # whose drift is drawn
 
 
@@ -74,8 +73,13 @@ def _show(axis: Axes, picture: Picture) -> None:
         # A map of another size covers the image all the same.
         look["extent"] = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     if picture.heat is not None:
-        look |= {"cmap": HEAT, "alpha": picture.alpha, "interpolation": "bilinear"}
-        axis.imshow(base.array(picture.heat), **look)
+        heat, look = base.array(picture.heat), look | {"cmap": HEAT, "interpolation": "bilinear"}
+        # Over an image only what is hot is tinted, and a line goes round the hottest twentieth.
+        axis.imshow(heat, **look, alpha=None if picture.image is None else picture.alpha * heat)
+        if picture.image is not None and (level := np.quantile(heat, 0.95)) > base.TINY:
+            tall, wide = (axis.images[0].get_array().shape[k] / heat.shape[k] for k in (0, 1))
+            x, y = (np.arange(heat.shape[1]) + 0.5) * wide, (np.arange(heat.shape[0]) + 0.5) * tall
+            axis.contour(x - 0.5, y - 0.5, heat, [level], colors=[LINE], linewidths=1.0)
     if picture.boxes is not None:
         for x1, y1, x2, y2 in picture.boxes[CORNERS].to_numpy(float):
             corner = (x1 - 0.5, y1 - 0.5)  # pixel i is drawn from i - 0.5 to i + 0.5
@@ -94,19 +98,15 @@ def figure_overlays(
     caption: str,
     boxes: Sequence[pd.DataFrame] | None = None,
 ) -> Figure:
-    """Per image [N,1|3,H,W] the input, then each method's map (name -> [N,H,W]) alone and over it.
+    """Per image [N,1|3,H,W] the input, then each method's map (name -> [N,H,W]) over it.
 
     Maps lie in [0,1] (`Attribution.heat()`). boxes: per image a table of corners (`regions_of`).
     """
-    lines, names = [], list(maps)
+    lines = []
     for row, (image, text) in enumerate(zip(images, captions, strict=True)):
         own = None if boxes is None else boxes[row]
-        for start in range(0, len(names), PAIRS):
-            pictures = [Picture() if start else Picture("input", image, boxes=own)]
-            for name in names[start : start + PAIRS]:
-                heat = maps[name][row]
-                pictures += [Picture(name, heat=heat), Picture("overlay", image, heat, 0.4, own)]
-            lines.append(("" if start else text, pictures))
+        over = [Picture(_words(name), image, maps[name][row], 0.7, own) for name in maps]
+        lines.append((text, [Picture("input", image, boxes=own), *over]))
     return figure_grid(lines, caption)
 
 
