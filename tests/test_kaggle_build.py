@@ -42,8 +42,9 @@ def suite(tmp_path, monkeypatch):
     """A suite of two tiny notebooks, the second of which can use several data sets."""
     # The wheel is built once for all these tests but its own.
     monkeypatch.setattr(kaggle, "write_wheel", lambda folder: write_ours(folder))
-    tiny.write(tmp_path / "notebooks", "01_first")
-    tiny.write(tmp_path / "notebooks", "02_second_one", SEVERAL)
+    for _ in range(2):  # the first one links to the second
+        tiny.write(tmp_path / "notebooks", "01_first")
+        tiny.write(tmp_path / "notebooks", "02_second_one", SEVERAL)
     return tmp_path / "notebooks"
 
 
@@ -106,7 +107,17 @@ def test_kernel_says_machine_internet_and_sources_and_has_no_outputs(
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert not any(cell.outputs or cell.execution_count for cell in code)
         committed = notebooks.read(suite / said["code_file"])
-        assert [cell.source for cell in notebook.cells] == [one.source for one in committed.cells]
+        pushed, kept = ([cell.source for cell in one.cells] for one in (notebook, committed))
+        assert pushed[1:] == kept[1:] and ".ipynb" in kept[0] and ".ipynb" not in pushed[0]
+        other = next(one for one in built.kernels if one != slug)
+        assert f"(https://www.kaggle.com/code/me/{other})" in pushed[0]
+
+
+def test_links_lead_on_kaggle_where_they_can():
+    text = "[a](02_b_c.ipynb#x) [r](../README.md) ![p](attachment:a.png) [w](https://a.b) [h](#1)"
+    told = kaggle.for_kaggle(text, "me")
+    where = "https://www.kaggle.com/code/me/dlia-02-b-c"
+    assert told == f"[a]({where}) r ![p](attachment:a.png) [w](https://a.b) [h](#1)"
 
 
 def test_builds_are_byte_identical_and_replace_the_old_one_whole(built, suite, captum, tmp_path):

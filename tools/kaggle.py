@@ -35,6 +35,9 @@ CAPTUM_WHEEL = re.compile(r"captum-[^-]+-py3-none-any\.whl")
 MACHINE = "NvidiaTeslaT4"
 TITLE = "DLIA {}"  # groups the kernels in the user's list, and makes every title long enough
 MAX_TITLE = 50
+RELATIVE = re.compile(
+    r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)\s]*)?\)"
+)  # no web address, no #heading
 LICENSE = re.compile(r"[^/]+\.dist-info/(licenses/)?(LICEN[CS]E|COPYING)[^/]*")
 
 
@@ -151,6 +154,8 @@ def kernel(
         raise ValueError(f"{source.name} gives no Kaggle title: rename it to {fix}")
     notebook = notebooks.clean(notebooks.read(notebooks.product(source)))
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = for_kaggle(cell.source, user)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.metadata.pop("source_hash", None)
@@ -168,6 +173,22 @@ def kernel(
     metadata["competition_sources"] = list(competitions) if "" in handles else []
     metadata |= {"kernel_sources": [], "model_sources": []}
     return notebook, metadata
+
+
+def for_kaggle(text: str, user: str) -> str:
+    """Markdown whose links to notebooks lead to their kernels; other files are not there: no link.
+
+    >>> for_kaggle("[next](02_a_b.ipynb), [all results](../results/README.md)", "me")
+    '[next](https://www.kaggle.com/code/me/dlia-02-a-b), all results'
+    """
+
+    def one(link: re.Match) -> str:
+        words, target = link.groups()
+        slug = TITLE.format(PurePosixPath(target).stem.replace("_", " ")).lower().replace(" ", "-")
+        where = f"https://www.kaggle.com/code/{user}/{slug}"
+        return f"[{words}]({where})" if target.endswith(".ipynb") else words
+
+    return RELATIVE.sub(one, text)
 
 
 def _datasets(source: Path) -> Sequence[str]:
