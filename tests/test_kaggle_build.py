@@ -126,6 +126,7 @@ def test_builds_are_byte_identical_and_replace_the_old_one_whole(built, suite, c
     assert content(other.folder) == content(built.folder)
     for path in suite.rglob("01_first.*"):
         path.unlink()
+    tiny.write(suite, "02_second_one", SEVERAL)
     again = kaggle.build("other", out=built.folder, **options)
     assert again.kernels == ("dlia-02-second-one",)
     files = content(built.folder)
@@ -163,10 +164,12 @@ def test_what_kaggle_would_refuse_is_refused(suite, captum, tmp_path):
     refused("'competitions/x': give", tmp_path, competitions=["competitions/x"], **options)
     for stem in ("03_Capitals", "03_" + "very_" * 9 + "long"):
         source = tiny.write(suite, stem)
+        tiny.write(suite, "02_second_one", SEVERAL)  # which links to it
         refused("gives no Kaggle title: rename it", tmp_path, **options)
         source.unlink()
     for path in suite.rglob("02_second_one.*"):
         path.unlink()
+    tiny.write(suite, "01_first")
     refused("no notebook uses one", tmp_path, competitions=["real-slug"], **options)
 
 
@@ -396,5 +399,6 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, tmp_path, monkeyp
         sent = nbformat.reads(asked["text"], as_version=4)
         nbformat.validate(sent)
         committed = notebooks.read(notebooks.product(source)).cells
-        assert [cell.source for cell in sent.cells] == [cell.source for cell in committed]
+        expected = [kaggle.for_kaggle(cell.source, "some-user") for cell in committed]
+        assert [cell.source for cell in sent.cells] == expected
         assert len(asked["text"]) < 1_000_000 and not re.search(r'"outputs": \[[^]]', asked["text"])

@@ -1,9 +1,12 @@
 """A Kaggle session without Kaggle: both mount layouts, no repository or network, a P100."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import kaggle_tree
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small import start_run
@@ -94,6 +97,65 @@ def test_every_notebook_of_the_suite_runs_on_kaggle(source, tmp_path_factory):
     assert (session.root / "temp" / "dlia").is_dir(), "decoded images belong on the scratch disk"
     if "submit" in source.read_text(encoding="utf-8"):
         assert list(session.working.glob("*.csv")), "Kaggle offers them as submissions"
+
+
+# ------------------------------------------------------------------------ what a smoke run teaches
+
+
+def value(results, model, metric, attack="clean"):
+    own = results[results.model.eq(model) & results.metric.eq(metric) & results.attack.eq(attack)]
+    at = 0 if attack != "worst" else 4 / 255
+    (found,) = own[np.isclose(own.eps, at)]["value"]
+    return found
+
+
+def robust(results, run_dir, *, plain, trained):
+    """Nobody gives one answer to all; plain training falls, training on attacks holds."""
+    balanced = [value(results, model, "balanced_accuracy") for model in (plain, *trained)]
+    assert min(balanced) >= 0.8
+    fallen, *held = [value(results, model, "accuracy", "worst") for model in (plain, *trained)]
+    assert fallen < 0.3 and held[0] >= fallen + 0.3 and min(held) > fallen
+
+
+def corruptions(results, run_dir):
+    for network in ("resnet18", "mobilenet_v2"):
+        assert value(results, network, "auc") >= 0.8
+        seen = "mean of those seen in training"
+        assert value(results, f"{network}_augmented", "ce", seen) < 1
+
+
+def boxes(results, run_dir):
+    assert value(results, "plain", "mAP50") >= 0.5
+
+
+def searched(results, run_dir):
+    assert value(results, "baseline", "balanced_accuracy") >= 0.8
+    first, best = (pd.read_csv(run_dir / name / "metrics.csv") for name in ("first", "selected"))
+    assert best["val_auc"].max() >= first["val_auc"].max()
+
+
+def transferred(results, run_dir):
+    frozen, tuned = (value(results, name, "balanced_accuracy") for name in ("frozen", "finetuned"))
+    assert tuned > frozen >= 0.8
+    assert value(results, "finetuned", "auc") > value(results, "frozen", "auc")
+
+
+TEACHES = {
+    "01": partial(robust, plain="baseline", trained=["pgd_at", "trades"]),
+    "02": partial(robust, plain="standard", trained=["pgd_at", "trades"]),
+    "03": partial(robust, plain="standard", trained=["pgd_at"]),
+    "04": corruptions,
+    "05": boxes,
+    "06": searched,
+    "07": transferred,
+}
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
+def test_a_smoke_run_shows_what_the_study_teaches(source, tmp_path_factory):
+    run_dir = kaggle_tree.finished(source, tmp_path_factory).run_dir
+    TEACHES[source.stem[:2]](pd.read_csv(run_dir / "results.csv"), run_dir)
 
 
 # ---------------------------------------------------------------------- a GPU that torch cannot use
