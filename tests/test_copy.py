@@ -68,7 +68,9 @@ def test_every_section_runs_in_a_new_notebook(source, tmp_path, tmp_path_factory
     done = run_sections(opening, sections, tmp_path, *where)
     failed = {title: one["error"] for title, one in done.items() if one["error"]}
     assert not failed, "\n".join(f"section {title!r}:\n{error}" for title, error in failed.items())
-    assert len(done) > 1 and trained(run.run_dir) == before, "a finished model was trained again"
+    after = trained(run.run_dir)  # a solution may train something new
+    assert len(done) > 1 and {one: after[one] for one in before} == before, "trained again"
+    assert sum("solution" in title for title in done) == 3
     assert not session.network, "without internet a section must not even ask for it"
 
 
