@@ -53,6 +53,7 @@ FULL |= {"width": 1.0, "mobilenet_size": 224, "mobilenet_width": 1.0, "stages": 
 FULL |= {"pretrained": True}
 # The recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"epochs": 30, "mobilenet_epochs": 15, "batch_size": 64, "lr": 1e-3, "schedule": "onecycle"}
+FULL |= {"monitor": "val_auc"}
 FULL |= {"patience": None, "max_minutes": 120.0, "num_workers": 2}
 # The corruptions: those that the augmented trainings see, all that are measured, those whose maps
 # are compared
@@ -80,7 +81,7 @@ SMOKE |= {
     "mobilenet_epochs": 12,
     "batch_size": 16,
 }
-SMOKE |= {"lr": 3e-3}
+SMOKE |= {"lr": 3e-3, "monitor": "val_loss"}
 SMOKE |= {"num_workers": 0, "max_minutes": None}
 SMOKE |= {"corruptions": THESIS + ("poisson_dose", "collimation")}
 SMOKE |= {"mapped": THESIS, "severities": (1, 3, 5), "choose_images": 16, "map_images": 24}
@@ -126,7 +127,7 @@ from dlia_utils.study import (
     load_models,
     made_by,
     open_study,
-    starting_weights,
+    build_model,
     stored,
     test_opened,
 )
@@ -158,7 +159,8 @@ def study_of(name, study):
     """The study at the size that this network reads; images, rows and split are the same."""
     if not name.startswith("mobilenet_v2"):
         return study
-    return study.variant(size=run.mobilenet_size, epochs=run.mobilenet_epochs)
+    own = dict(size=run.mobilenet_size, width=run.mobilenet_width, epochs=run.mobilenet_epochs)
+    return study.variant(**own)
 
 
 @contextmanager
@@ -288,8 +290,7 @@ def build(name, study):
         return models.resnet18_cifar(num_classes=count, width=run.width, seed=run.seed).to(
             run.device
         )
-    start = {"stages": run.stages, "weights": starting_weights(run), "seed": run.seed}
-    return models.mobilenet_v2(num_classes=count, width=run.mobilenet_width, **start).to(run.device)
+    return build_model(study.run, classes=count)
 
 
 def train_set_of(name, study):
@@ -304,7 +305,7 @@ def fit(name, study):
     own = study_of(name, study)
     loss = objectives.cross_entropy(weight=own.class_weights())
     if name in run.own:
-        return train_model(own, name, loss, train_set=train_set_of(name, own), monitor="val_auc")
+        return train_model(own, name, loss, train_set=train_set_of(name, own), monitor=run.monitor)
     fitted = fit_model(
         own,
         name,
@@ -313,7 +314,7 @@ def fit(name, study):
         train_set_of(name, own),
         own.torch_set("val"),
         schedule=run.schedule,
-        monitor="val_auc",
+        monitor=run.monitor,
     )
     if name.startswith("resnet18"):
         files.write_text("random", run.run_dir / name / "weights.txt")  # what result rows will say
