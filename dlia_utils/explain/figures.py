@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -72,7 +73,7 @@ def _show(axis: Axes, picture: Picture) -> None:
     if picture.image is not None:
         grey = base.array(picture.image)
         grey = grey.mean(0) if grey.ndim == 3 else grey
-        axis.imshow(grey, cmap="gray", **look)
+        axis.imshow(grey, cmap="gray", interpolation="nearest" if len(grey) < 100 else None, **look)
         # A map of another size covers the image all the same.
         look["extent"] = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     if picture.heat is not None:
@@ -131,7 +132,8 @@ def figure_forest(
     """
     rows, names = list(table[row].unique()), list(table[series].unique()) if series else [""]
     common = isinstance(chance, float)  # else each panel has a scale of its own
-    figure, axes = _panels(table[panel].nunique(), height=1.5 + 0.3 * len(rows), common=common)
+    height = 1.5 + 0.15 * len(rows) * max(2, len(names))
+    figure, axes = _panels(table[panel].nunique(), height=height, common=common)
     for axis, (title, part) in zip(axes.flat, table.groupby(panel, sort=False), strict=True):
         for number, name in enumerate(names):
             own, look = part[part[series].eq(name)] if series else part, line_style(number)
@@ -212,10 +214,11 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.fill_between(layers, *half, color="0.5", alpha=0.15, lw=0)
             axis.set_title(f"severity {severity}" if training == [*drift][0] else "")
             axis.tick_params(axis="x", rotation=90, labelbottom=training == [*drift][-1])
-        words = [*map(_words, at.index), "floor", "ceiling"]
+        line[0].set_ylabel(_words(training))
+    words = [*map(_words, at.index), "floor", "ceiling"]
+    for axis in axes[:, -1]:  # once all are drawn: they share their y axis
         ends = [(len(layers) - 0.8, one.get_ydata()[-1]) for one in axis.lines]
         _names(axis, words, ends, [one.get_color() for one in axis.lines])
-        line[0].set_ylabel(_words(training))
     below = "RMSE of scaled maps (0 to 255), layers from shallow to deep; floor: the same image\n"
     below += "explained again; ceiling: another image (grey: the middle half of such pairs)"
     return _finish(figure, f"{METHOD}, {caption}", below, legend=False)
@@ -230,6 +233,7 @@ def figure_scatter(
     same thing. A panel per training. Lines join the severities of a corruption.
     """
     figure, axes = _panels(len(drift), height=3.6)
+    ends = []
     for axis, (name, table) in zip(axes.flat, drift.items(), strict=True):
         keys = ["corruption", "severity"]
         means = table[table["method"].eq(METHOD)].groupby(keys, sort=False)["rmse"].mean()
@@ -239,14 +243,15 @@ def figure_scatter(
             axis.plot(part["rmse"], part["drop"], lw=0.7, ms=0, alpha=0.5, **look)
             size = 12 + 14 * part.index.get_level_values("severity")
             axis.scatter(part["rmse"], part["drop"], size, look["color"], marker=look["marker"])
-        last = cells.groupby("corruption", sort=False)[["rmse", "drop"]].last()
         axis.axhline(0, color="0.6", lw=0.8)
         axis.margins(x=0.2)
-        colors = [line_style(number)["color"] for number in range(len(last))]
-        _names(axis, [f"  {_words(one)}" for one in last.index], last.to_numpy(), colors)
         rank = spearmanr(cells["rmse"], cells["drop"]).statistic
         axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
         axis.set_xlabel("mean RMSE of the maps")
+        ends.append(cells.groupby("corruption", sort=False)[["rmse", "drop"]].last())
+    for axis, last in zip(axes.flat, ends, strict=True):  # once all are drawn
+        colors = [line_style(number)["color"] for number in range(len(last))]
+        _names(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
     axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
     return _finish(figure, f"{METHOD}, {caption}", "larger points: higher severity", legend=False)
 
@@ -289,7 +294,8 @@ def _names(axis: Axes, names: Sequence[str], places: Sequence, colors: Sequence[
         heights[k] = min(heights[k], top)
     for k, height in zip(order, heights, strict=True):
         look = {"color": colors[k], "fontsize": TEXT, "va": "center"}
-        axis.text(places[k][0], height, names[k], clip_on=False, **look)
+        text = axis.text(places[k][0], height, names[k], clip_on=False, **look)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
 
 def _words(name: str) -> str:

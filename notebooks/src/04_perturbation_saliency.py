@@ -36,9 +36,7 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = (
-    "auto"  # "smoke" (a few minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
-)
+PROFILE = "auto"  # "smoke" (minutes), "cpu" (a laptop, about two hours), "full" (GPU), or "auto"
 DATA_DIR = ""  # empty: find it; else the folder that holds it, or your own: one of class folders
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
@@ -225,9 +223,9 @@ def patients_of(study, images):
 
 # %%
 rng = np.random.default_rng(0)
-severity = np.repeat([1, 3, 5], 200)
-moved = severity + rng.normal(size=600)  # severity moves the map ...
-wrong = rng.random(600) < severity / 8  # ... and severity makes answers wrong
+severity = np.repeat([1, 3, 5], 1000)
+moved = severity + rng.normal(size=3000)  # severity moves the map ...
+wrong = rng.random(3000) < severity / 8  # ... and severity makes answers wrong
 print(f"all copies together: AUROC {roc_auc_score(wrong, moved):.2f}")
 for step in (1, 3, 5):
     own = severity == step
@@ -238,10 +236,11 @@ figure, ((axis,),) = plots.panels(1, width=7.6, height=2.8)
 for place, (name, color) in enumerate((("right", plots.COLORS[0]), ("wrong", plots.COLORS[1]))):
     own = wrong == (name == "wrong")
     across = severity[own] + 0.5 * place + rng.uniform(-0.15, 0.15, own.sum())
-    axis.scatter(across, moved[own], 9, color, marker="os"[place], alpha=0.6, linewidths=0)
+    axis.scatter(across, moved[own], 7, color, marker="os"[place], alpha=0.4, linewidths=0)
     axis.text(1 + 0.5 * place, -3.2, name, color=color, ha="center", fontsize=10)
 axis.set(xlabel="severity (invented)", ylabel="how far the map moved", ylim=(-4, 9))
 axis.set_xticks([1.25, 3.25, 5.25], [1, 3, 5])
+figure.set_dpi(100)
 report.save_figure(figure, run, "trap")
 figure
 
@@ -296,6 +295,7 @@ noisy = (x + 0.18 * noise).clamp(0, 1)
 flat = x.mean() + 0.2 * (x - x.mean())
 names = ["the image", "noise, sigma 0.18", "contrast, a fifth"]
 figure = plots.figure_samples(torch.stack([x, noisy, flat]), names, run.caption, columns=3)
+figure.set_dpi(100)
 figure
 
 
@@ -340,7 +340,7 @@ figure
 # %% [markdown]
 # **What to see in it.** ImageNet-C's scale is harsh for radiographs; at the right end a radiologist would send the image back.
 # That is intended: the question is whether anything *warns*, and a warning can only be judged where things go wrong.
-# Collimation and dose, in contrast, look harmless throughout.
+# Collimation, in contrast, takes nothing from the lungs and looks harmless.
 
 # %% [markdown]
 # **What we learnt.** Clean and corrupted copies must differ in the corruption and in nothing else: same range of values, same
@@ -426,6 +426,7 @@ report.show(pd.DataFrame(rows))
 logs = {name: run.run_dir / name / "metrics.csv" for name in MODELS}
 histories = {name: pd.read_csv(log) for name, log in logs.items() if log.exists()}
 figure = plots.figure_history(histories, run.caption)
+figure.set_dpi(88)
 report.save_figure(figure, run, "training")
 figure
 
@@ -443,10 +444,12 @@ figure
 # The test images are opened here. Each is seen clean and through every corruption at every severity by all networks. Two
 # things are counted:
 #
-# - **AUC** clean and corrupted, and the difference $\Delta$AUC of the thesis. Both are resampled on the same patients, so
+# - **AUC** clean and corrupted, and the difference ΔAUC of the thesis. Both are resampled on the same patients, so
 #   that the interval is that of the *difference*.
-# - **mCE**, the *mean corruption error* of Hendrycks and Dietterich (2019, the paper of ImageNet-C above): for each corruption
-#   $c$ the error $E$ summed over the severities $s$, divided by that of a reference network $R$; then the mean of these ratios,
+# - **mCE**, the *mean corruption error* of Hendrycks and Dietterich (*Benchmarking Neural Network Robustness to Common
+#   Corruptions and Perturbations*, 2019, [arXiv 1903.12261](https://arxiv.org/abs/1903.12261)): for each corruption *c* the
+#   error *E* summed over the severities *s*, divided by the same sum *R* of a reference network; then the mean of
+#   these ratios over all *C* corruptions,
 #
 # $$\text{mCE} = \frac{1}{C} \sum_c \frac{\sum_s E_{c,s}}{\sum_s R_{c,s}}.$$
 #
@@ -455,10 +458,9 @@ figure
 # mCE counts only what is lost against clean images. By hand, for two corruptions in three severities:
 
 # %%
-reference = np.array(
-    [[0.10, 0.30, 0.50], [0.10, 0.20, 0.30]]
-)  # plain: corruptions down, severities
-error = np.array([[0.10, 0.15, 0.20], [0.12, 0.21, 0.33]])  # trained on the first corruption
+# A line for each corruption, a column for each severity
+reference = np.array([[0.10, 0.30, 0.50], [0.10, 0.20, 0.30]])  # trained plainly
+error = np.array([[0.10, 0.15, 0.20], [0.12, 0.21, 0.33]])  # trained on the first of the two
 ratio = error.sum(axis=1) / reference.sum(axis=1)
 print(f"corruption errors {ratio.round(2)}, mCE {ratio.mean():.2f}")
 
@@ -490,7 +492,7 @@ for name, grid in grids.items():
     row = {"model": name, "clean AUC": report.with_interval(grid.iloc[0])}
     row |= {"lowest AUC": report.with_interval(worst)}
     rows.append(row | {"under": f"{worst['corruption']} {worst['severity']}".replace("_", " ")})
-report.show(pd.DataFrame(rows))
+report.Shown(pd.DataFrame(rows), "In brackets: 95 % intervals, by resampling patients.")
 
 
 # %% [markdown]
@@ -548,9 +550,9 @@ new = [name for name in run.corruptions if name not in seen]
 kinds = {"seen in training": seen, "not seen": new}
 parts = [one for p in PAIRS for kind, names in kinds.items() for one in mean_errors(p, kind, names)]
 cost = pd.concat(parts)
-report.update_results(cost, RESULTS)
 
 # %%
+report.update_results(cost, RESULTS)
 words = {"error": "error (1 - balanced accuracy)", "ce": "mCE", "relative_ce": "relative mCE"}
 cost = cost.assign(corruptions=cost["attack"], what=cost["metric"].map(words))
 table = report.wide(cost, "what", down=["corruptions", "model"], only=words.values())
@@ -558,7 +560,7 @@ report.show(table, notes="mCE below 1: better than the plain training of the sam
 
 # %% [markdown]
 # **How to read it.** The plain trainings have mCE 1 by definition. Under "seen in training" both augmented networks must come out
-# below 1: that is what they were trained for, and they do here as in the real study. "Not seen" is the interesting half: does it
+# below 1: that is what they were trained for, and they do in the smoke run as in the real study. "Not seen" is the interesting half: does it
 # carry over to damage that no training image had? Where the interval reaches across 1, this test split cannot say. A relative
 # mCE has no interval where the reference loses nothing in some resamplings: a ratio to zero.
 
@@ -723,7 +725,7 @@ report.show(pd.DataFrame(rows))
 # %% [markdown]
 # ## 6 Corruption by corruption: the fall of the AUC against the movement of the maps
 #
-# This is the thesis' picture. It drew *every image* against the one $\Delta$AUC of its cell (a corruption at a severity). Images
+# This is the thesis' picture. It drew *every image* against the one ΔAUC of its cell (a corruption at a severity). Images
 # of a cell share that number, and a thousand points then look like evidence where there are a few dozen. How much that
 # matters, two unrelated columns of 15 numbers show, before and after each is written down 40 times:
 
@@ -782,13 +784,16 @@ for plain in [name for name in PAIRS if name != "resnet18"]:
 # An AUROC is a count of pairs; "within" means that both partners of a pair come from one cell. By hand, on two cells:
 
 # %%
-cells = {"noise 1": ([1.2, 3.0], [0.4, 0.9, 1.5]), "noise 5": ([4.1, 5.2, 6.0], [4.4, 5.8])}
+# Drift of copies with a wrong answer, and of those with a right one, by cell
+cells = {"noise 1": ([1.0], [0.4, 0.9, 1.2, 1.5]), "noise 5": ([4.1, 5.2, 6.0], [4.4, 5.8])}
 won = [(np.array(wrong)[:, None] > np.array(right)).ravel() for wrong, right in cells.values()]
 print(f"within: {np.concatenate(won).mean():.2f}")
 wrong, right = (np.concatenate([cell[k] for cell in cells.values()]) for k in (0, 1))
 print(f"mixed:  {(wrong[:, None] > right).mean():.2f}")
 
 # %% [markdown]
+# Within each cell half of the pairs are won, a coin. Mixed, severity has won the others.
+#
 # Three outcomes are asked: **error** (wrong answer), **flip** (another answer than on the clean image) and **new error** (wrong,
 # though the clean image was read right).
 #
@@ -888,10 +893,10 @@ Markdown(report.finding(run, lines))
 # forward passes and no map. A drift that does not beat it tells nothing that the two probabilities did not tell already.
 
 # %%
-table = report.wide(
-    cells, "reading", down=["model", "predictor"], only=["mixed", *warning.READINGS[:2]]
-)
-report.show(table.fillna(""))
+options = {"down": ["model", "predictor"], "only": ["mixed", "within", "same answer"]}
+table = report.wide(cells, "reading", **options).fillna("")
+table = table.reset_index().rename(columns={"predictor": "score"})
+report.Shown(table.replace(KIND), "")
 
 
 # %% [markdown]
@@ -909,28 +914,41 @@ def kept_and_turned(name, study):
 
 
 # %%
+FATES = (("kept", plots.COLORS[0], -0.18), ("turned", plots.COLORS[1], 0.18))
+
+
+def draw(axis, drifts, at, color, text):
+    """Median, middle half, and the range of nine tenths of some drifts, with their number."""
+    low, first, middle, third, high = drifts.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+    axis.hlines(at, low, high, color, lw=1)
+    axis.hlines(at, first, third, color, lw=7, alpha=0.4)
+    axis.plot(middle, at, "o", color=color, ms=5)
+    axis.text(high, at, f"  {text}, {len(drifts)}", color=color, fontsize=9, va="center")
+
+
+# %%
 name = "resnet18"
 each = kept_and_turned(name, study)
-figure, ((axis,),) = plots.panels(1, width=7.6, height=0.9 + 0.55 * len(run.mapped))
+figure, ((axis,),) = plots.panels(1, width=7.6, height=0.9 + 0.5 * len(run.mapped))
 for number, kind in enumerate(run.mapped):
-    for fate, color, place in (("kept", plots.COLORS[0], -0.18), ("turned", plots.COLORS[1], 0.18)):
+    for fate, color, place in FATES:
         own = each.loc[each["corruption"].eq(kind) & each["fate"].eq(fate), "drift"]
-        look = {"medianprops": {"color": color, "lw": 2}, "boxprops": {"color": color}}
-        options = {"whis": (5, 95), "showfliers": False, "vert": False, "widths": 0.3}
-        axis.boxplot([own], positions=[number + place], **options, **look)
         if len(own):
-            at = (own.quantile(0.95), number + place)
-            axis.annotate(f" {fate}, {len(own)}", at, color=color, fontsize=9, va="center")
+            draw(axis, own, number + place, color, fate)
 axis.set(ylim=(len(run.mapped) - 0.5, -0.5), xlabel=f"drift: {' '.join(chosen[name])}")
 axis.set_yticks(range(len(run.mapped)), [kind.replace("_", " ") for kind in run.mapped])
-axis.margins(x=0.12)
-figure.suptitle(f"{name}, answers kept and turned (images), {run.caption}", fontsize=9)
+axis.margins(x=0.15)
+
+# %%
+axis.set_title(f"{name}, answers kept and turned (images), {run.caption}", fontsize=9)
+figure.set_dpi(100)
 report.save_figure(figure, run, "kept_flipped")
 figure
 
 # %% [markdown]
-# **What to see in it.** A box is the middle half of the images, its thick line the median. Two boxes of a corruption that stand
-# apart are a warning; two that overlap are not. Where one box of a pair is missing, no answer was turned, or all were.
+# **What to see in it.** The point is the median, the bar the middle half of the images, the thin line nine tenths of them. Two
+# bars of a corruption that stand apart are a warning; two that overlap are not. Where one of a pair is missing, no answer
+# was turned, or all were.
 
 # %% [markdown]
 # **What we learnt.** Whether a map warns is a question for single images at equal severity, and it has an answer only beside
@@ -1063,7 +1081,8 @@ report.show(pd.read_csv(folder / "resnet18" / name), digits=0)
 # %%
 results = pd.read_csv(made_by(run, "results.csv", "4 How far does accuracy fall?"))
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
-display(report.show(report.wide(clean, only=["auc"]).reset_index()))
+table = report.wide(clean, only=["auc"]).reset_index().rename(columns={"auc": "AUC"})
+display(report.Shown(table, ""))
 report.show(pd.read_csv(run.run_dir / "resources.csv"), digits=1)
 
 # %%
