@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -22,7 +23,9 @@ from . import base
 from .drift import CEILING, FLOOR
 
 HEAT, TRUTH, LINE = "plasma", "#3ddc84", "#56B4E9"
-WIDTH, LABEL = 12.0, 1.4  # inches: of a figure (864 pixels of a notebook), of the label of a line
+WIDTH, LABEL = 8.6, 1.4  # inches: of a figure (860 pixels of a notebook), of the label of a line
+TEXT = 9  # points of all text
+METHOD = "gradcam++"  # whose drift is drawn
 METHOD = "gradcam++"  # whose drift is drawn
 
 
@@ -41,24 +44,24 @@ def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) ->
     every = [picture for _, pictures in lines for picture in pictures]
     columns = max(len(pictures) for _, pictures in lines)
     tall, wide = next(np.shape(p.image)[-2:] for p in every if p.image is not None)
-    side = min(2.2, (WIDTH - LABEL) / columns)
+    side = min(2.2, (WIDTH - LABEL) / columns, max(1.1, 10 / len(lines)))  # no taller than a page
     figure, axes = panels(columns, rows=len(lines))
     height = 0.5 + len(lines) * side * tall / wide
     for line, (label, pictures) in zip(axes, lines, strict=True):
         for axis in line:
             axis.set(xticks=[], yticks=[], frame_on=False)
-        line[0].set_ylabel(_wrapped(label, 18), fontsize=9, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(_wrapped(label, 18), fontsize=TEXT, rotation=0, ha="right", va="center")
         for axis, picture in zip(line, pictures, strict=False):
             _show(axis, picture)
             zero = picture.heat is not None and not base.array(picture.heat).max() > base.TINY
-            title = _wrapped(picture.title, int(15 * side)) + ("\nzero map" if zero else "")
-            axis.set_title(title, fontsize=8)
+            title = _wrapped(picture.title, int(14 * side)) + ("\nzero map" if zero else "")
+            axis.set_title(title, fontsize=TEXT)
         titles = [axis.get_title() for axis in line]
         height += 0.15 * max(title.count("\n") + bool(title) for title in titles)
     if any(picture.heat is not None for picture in every):
-        figure.supxlabel("maps: from 0 (blue) to each one's own maximum (yellow)", fontsize=8)
+        figure.supxlabel("maps: from 0 (blue) to each one's own maximum (yellow)", fontsize=TEXT)
         height += 0.2
-    figure.suptitle(caption, fontsize=9)
+    figure.suptitle(_wrapped(caption, int(14 * (side * columns + LABEL))), fontsize=TEXT)
     figure.set_size_inches(side * columns + LABEL, height)
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.03, hspace=0, wspace=0)
     return figure
@@ -69,7 +72,7 @@ def _show(axis: Axes, picture: Picture) -> None:
     if picture.image is not None:
         grey = base.array(picture.image)
         grey = grey.mean(0) if grey.ndim == 3 else grey
-        axis.imshow(grey, cmap="gray", **look)
+        axis.imshow(grey, cmap="gray", interpolation="nearest" if len(grey) < 100 else None, **look)
         # A map of another size covers the image all the same.
         look["extent"] = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
     if picture.heat is not None:
@@ -129,7 +132,8 @@ def figure_forest(
     """
     rows, names = list(table[row].unique()), list(table[series].unique()) if series else [""]
     common = isinstance(chance, float)  # else each panel has a scale of its own
-    figure, axes = _panels(table[panel].nunique(), height=1.5 + 0.3 * len(rows), common=common)
+    height = 1.5 + 0.15 * len(rows) * max(2, len(names))
+    figure, axes = _panels(table[panel].nunique(), height=height, common=common)
     for axis, (title, part) in zip(axes.flat, table.groupby(panel, sort=False), strict=True):
         for number, name in enumerate(names):
             own, look = part[part[series].eq(name)] if series else part, line_style(number)
@@ -161,7 +165,7 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Fi
             axis.plot(steps["layers"], steps[score], ms=4, label=name + zero, **look)
             for level in table.loc[other, score]:
                 axis.axhline(level, color=look["color"], ls=":", lw=1.2)
-        axis.set(ylim=(None, 1.05), title=f"{title} (1: the same map; dotted: another image's)")
+        axis.set(ylim=(None, 1.05), title=f"{title}\n(1: the same map; dotted: another image's)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return _finish(figure, caption, "randomised layers, from the output down")
 
@@ -172,7 +176,7 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     grid: name of the training -> table of `corruption_error.grid`; its clean row begins every line.
     """
     names = [name for name in next(iter(grid.values()))["corruption"].unique() if name != CLEAN]
-    figure, axes = _panels(len(names), columns=5, height=1.9)
+    figure, axes = _panels(len(names), columns=4 if len(names) < 13 else 5, height=1.7)
     for axis, corruption in zip(axes.flat, names, strict=False):
         for number, (name, table) in enumerate(grid.items()):
             own = table[table["corruption"].isin([CLEAN, corruption])].sort_values("severity")
@@ -181,7 +185,9 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.fill_between(x, own["ci_low"], own["ci_high"], color=look["color"], alpha=0.15)
         axis.set_title(_words(corruption))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(figure, caption, "AUC over severity (0: clean); bands: intervals")
+    return _finish(
+        figure, caption, "AUC over severity (0: clean); bands: intervals; dotted: a coin"
+    )
 
 
 def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -192,7 +198,7 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """
     severities = sorted(set(next(iter(drift.values()))["severity"]) - {0})
     count = len(severities)
-    figure, axes = _panels(count * len(drift), columns=count, height=2.4)
+    figure, axes = _panels(count * len(drift), columns=count, height=2.3)
     for line, (training, table) in zip(axes, drift.items(), strict=True):
         own = table[table["method"].eq(METHOD)]
         layers = list(own["layer"].unique())
@@ -203,14 +209,19 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             at = means.drop([FLOOR, CEILING]).xs(severity, level="severity")
             for number, (name, values) in enumerate(at.iterrows()):
                 axis.plot(layers, values, ms=3.5, lw=1.2, label=_words(name), **line_style(number))
-            for name, label, style in ((FLOOR, "floor", ":"), (CEILING, "ceiling", "--")):
-                look = {"color": "0.5", "ls": style, "label": f"{label}: {name}"}
-                axis.plot(layers, means.loc[name, 0], **look)
-            axis.fill_between(layers, *half, color="0.5", alpha=0.15, label="their middle half")
-            axis.set_title(f"{training}, severity {severity}")
-            axis.tick_params(axis="x", rotation=60, labelbottom=training == [*drift][-1])
-    below = "RMSE of scaled maps (0 to 255), layer by layer from shallow to deep"
-    return _finish(figure, f"{METHOD}, {caption}", below)
+            for name, style in ((FLOOR, ":"), (CEILING, "--")):
+                axis.plot(layers, means.loc[name, 0], color="0.4", ls=style)
+            axis.fill_between(layers, *half, color="0.5", alpha=0.15, lw=0)
+            axis.set_title(f"severity {severity}" if training == [*drift][0] else "")
+            axis.tick_params(axis="x", rotation=90, labelbottom=training == [*drift][-1])
+        line[0].set_ylabel(_words(training))
+    words = [*map(_words, at.index), "floor", "ceiling"]
+    for axis in axes[:, -1]:  # once all are drawn: they share their y axis
+        ends = [(len(layers) - 0.8, one.get_ydata()[-1]) for one in axis.lines]
+        _names(axis, words, ends, [one.get_color() for one in axis.lines])
+    below = "RMSE of scaled maps (0 to 255), layers from shallow to deep; floor: the same image\n"
+    below += "explained again; ceiling: another image (grey: the middle half of such pairs)"
+    return _finish(figure, f"{METHOD}, {caption}", below, legend=False)
 
 
 def figure_scatter(
@@ -221,22 +232,28 @@ def figure_scatter(
     Not one per image: images of one cell share its drop, and would pass for many witnesses of the
     same thing. A panel per training. Lines join the severities of a corruption.
     """
-    figure, axes = _panels(len(drift), height=3.4)
+    figure, axes = _panels(len(drift), height=3.6)
+    ends = []
     for axis, (name, table) in zip(axes.flat, drift.items(), strict=True):
         keys = ["corruption", "severity"]
         means = table[table["method"].eq(METHOD)].groupby(keys, sort=False)["rmse"].mean()
         cells = grid[name].set_index(keys)[["drop"]].join(means, how="inner")
-        for number, (corruption, part) in enumerate(cells.groupby("corruption", sort=False)):
+        for number, (_, part) in enumerate(cells.groupby("corruption", sort=False)):
             look = line_style(number) | {"ls": "-"}
             axis.plot(part["rmse"], part["drop"], lw=0.7, ms=0, alpha=0.5, **look)
             size = 12 + 14 * part.index.get_level_values("severity")
-            look = {"c": look["color"], "marker": look["marker"], "label": _words(corruption)}
-            axis.scatter(part["rmse"], part["drop"], size, **look)
+            axis.scatter(part["rmse"], part["drop"], size, look["color"], marker=look["marker"])
         axis.axhline(0, color="0.6", lw=0.8)
+        axis.margins(x=0.2)
         rank = spearmanr(cells["rmse"], cells["drop"]).statistic
         axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
-    below = "drop of the AUC (clean minus corrupted) over the mean RMSE of the maps"
-    return _finish(figure, f"{METHOD}, {caption}", below)
+        axis.set_xlabel("mean RMSE of the maps")
+        ends.append(cells.groupby("corruption", sort=False)[["rmse", "drop"]].last())
+    for axis, last in zip(axes.flat, ends, strict=True):  # once all are drawn
+        colors = [line_style(number)["color"] for number in range(len(last))]
+        _names(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
+    axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
+    return _finish(figure, f"{METHOD}, {caption}", "larger points: higher severity", legend=False)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -260,19 +277,53 @@ def _panels(
     return figure, axes
 
 
+def _names(axis: Axes, names: Sequence[str], places: Sequence, colors: Sequence[str]) -> None:
+    """Names beside their lines or points, pushed apart where they would stand on one another."""
+    low, high = axis.get_ylim()
+    tall = 0.75 * axis.figure.get_figheight() / axis.get_gridspec().nrows  # inches, about
+    apart, at = 1.25 * TEXT / 72 / tall * (high - low), -np.inf
+    order = sorted(range(len(names)), key=lambda k: places[k][1])
+    heights = []
+    for k in order:
+        at = max(places[k][1], at + apart)
+        heights.append(at)
+    # What was pushed over the upper edge comes down again, and pushes what is below it.
+    for k in reversed(range(len(order))):
+        top = high if k == len(order) - 1 else heights[k + 1] - apart
+        heights[k] = min(heights[k], top)
+    for k, height in zip(order, heights, strict=True):
+        look = {"color": colors[k], "fontsize": TEXT, "va": "center"}
+        text = axis.text(places[k][0], height, names[k], clip_on=False, **look)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+
+
 def _words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def _finish(figure: Figure, caption: str, below: str) -> Figure:
-    """Small type, a light grid, heading, remark and legend under the panels."""
+def _finish(figure: Figure, caption: str, below: str, *, legend: bool = True) -> Figure:
+    """Small type, a light grid, heading, remark and legend under the panels or in a free one."""
     for axis in figure.axes:
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=TEXT)
         axis.grid(alpha=0.25)
-        axis.title.set_fontsize(9)
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            text.set_fontsize(TEXT)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=9)
+    figure.suptitle(caption, fontsize=TEXT)
     figure.set_layout_engine("constrained")
-    look = {"fontsize": 8, "title_fontsize": 8, "frameon": False, "loc": "outside lower center"}
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), title=below, ncols=4, **look)
+    look, free = {"fontsize": TEXT, "title_fontsize": TEXT, "frameon": False}, figure.axes[-1]
+    handles = figure.axes[0].get_legend_handles_labels()
+    if legend and free.axison:
+        look |= {"title": below, "ncols": _columns(handles[1]), "loc": "outside lower center"}
+        figure.legend(*handles, **look)
+        return figure
+    if legend:
+        free.legend(*handles, loc="center", **look)
+    figure.supxlabel(below, fontsize=TEXT)
     return figure
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """As many as fit beside one another, at most four."""
+    longest = max([len(label) for label in labels], default=1)
+    return max(1, min(4, int(14 * WIDTH / (longest + 6))))
