@@ -150,13 +150,6 @@ def best_name(study):
     return "finetuned" if trained(study, ["finetuned"]) else "frozen"
 
 
-def train_and_val(study):
-    """Training and validation images together, augmented: for a final training."""
-    rows = np.concatenate([study.rows("train"), study.rows("val")])
-    labels, how = study.labels(rows).cpu().numpy(), augment.train_transform()
-    return augment.CachedImages(study.cache, rows, labels, transform=how, seed=run.seed)
-
-
 # %% tags=["yours"]
 def baseline_folder(study):
     """Where the baseline lies: in notebook 06's run of this name and split, else in this run."""
@@ -176,6 +169,13 @@ def final_histories(study):
 
 
 # %% tags=["yours"]
+def train_and_val(study):
+    """Training and validation images together, augmented: for a final training."""
+    rows = np.concatenate([study.rows("train"), study.rows("val")])
+    labels, how = study.labels(rows).cpu().numpy(), augment.train_transform()
+    return augment.CachedImages(study.cache, rows, labels, transform=how, seed=run.seed)
+
+
 def paired_table(rows):
     """Rows of paired_tests.csv for reading."""
     value = rows.assign(value=rows["auc_difference"]).to_dict("records")
@@ -185,6 +185,7 @@ def paired_table(rows):
     return report.show(shown.assign(**{"AUC difference": cells}))
 
 
+# %% tags=["yours"]
 def with_contours(lines, caption):
     """figures.figure_grid, with contours of the maps whose alpha is 0."""
     figure = figures.figure_grid(lines, caption)
@@ -1230,10 +1231,10 @@ share = lead / lead.xs("whole", level="region").reindex(auc.index, level="how")
 
 # %%
 table = pd.DataFrame({"AUC": [report.with_interval(row) for _, row in auc.iterrows()]}, auc.index)
-table["tells the classes apart"] = tells
-table.loc[auc["ci_high"] < 0.5, "tells the classes apart"] = "turned around"
+words = np.select([tells, auc["ci_high"] < 0.5], ["yes", "turned around"], "no")
+table["tells the classes apart"] = words
 table["share of the lead"] = share.where(tells & (lead > 0))
-report.show(table.replace({True: "yes", False: "no"}))
+report.show(table)
 
 # %% [markdown]
 # The sentence is chosen by code from these numbers:
