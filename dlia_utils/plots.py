@@ -22,7 +22,7 @@ def panels(
     columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.0
 ) -> tuple[Figure, np.ndarray]:
     """A figure in constrained layout and its axes [rows,columns]; sizes are inches of one panel."""
-    size = {"figsize": (width * columns, height * rows), "dpi": 72, "layout": "constrained"}
+    size = {"figsize": (width * columns, height * rows), "dpi": 100, "layout": "constrained"}
     figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
     plt.close(figure)  # the notebook shows the returned figure once; pyplot must not show it again
     return figure, axes
@@ -32,6 +32,34 @@ def line_style(number: int) -> dict:
     """Colour, line style and marker of the n-th curve: different without colours as well."""
     line, marker = ("-", "--", "-.", ":")[number % 4], "osD^vPX*hd"[number % 10]
     return {"color": COLORS[number % len(COLORS)], "ls": line, "marker": marker}
+
+
+def line_styles(names: Sequence[str], *, first: Sequence[str] = ()) -> dict[str, dict]:
+    """A style a line: no colour twice; beyond `COLORS`, those not in `first` are thin grey."""
+    ordered = [*(name for name in names if name in first), *(n for n in names if n not in first)]
+    styles = {name: line_style(number) | {"lw": 1.7} for number, name in enumerate(ordered)}
+    rest = {"color": "0.72", "lw": 1.0, "marker": "", "ls": "-", "zorder": 1}
+    return {name: styles[name] if k < len(COLORS) else rest for k, name in enumerate(ordered)}
+
+
+def titled(figure: Figure, title: str, caption: str) -> Figure:
+    """The figure with what it shows above and, small, where its numbers are from below."""
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(caption, fontsize=9, color="0.35")
+    return figure
+
+
+def label_lines(axis: plt.Axes, ends: Mapping[str, tuple[float, Any]]) -> None:
+    """Write each line's name right of the frame (height, colour), apart from one another."""
+    low, high = axis.get_ylim()
+    step, ordered = 0.062 * (high - low), sorted(ends.items(), key=lambda item: item[1][0])
+    places = np.array([y for _, (y, _) in ordered], dtype=float)
+    for number in range(1, len(places)):
+        places[number] = max(places[number], places[number - 1] + step)
+    places = np.minimum(places, high - step * np.arange(len(places))[::-1])  # not above the frame
+    for (name, (_, color)), place in zip(ordered, places, strict=True):
+        at = {"xycoords": ("axes fraction", "data"), "va": "center", "color": color}
+        axis.annotate(f" {name}", (1.0, place), fontsize=9, annotation_clip=False, **at)
 
 
 def figure_samples(
@@ -46,19 +74,19 @@ def figure_samples(
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation=smooth)
         axis.set_title(title, fontsize=9)
-    figure.suptitle(caption, fontsize=9)
-    return figure
+    return titled(figure, "", caption)
 
 
 def figure_history(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
-    figure, axes = panels(2, width=4.8, height=3.4)
-    for number, (name, history) in enumerate(histories.items()):
+    figure, axes = panels(2, width=4.4, height=3.6)
+    for name, style in line_styles(list(histories)).items():
+        history = histories[name]
         for axis, column in zip(axes[0], ("train_loss", "val_auc"), strict=True):
-            axis.plot(history.epoch, history[column], ms=3, label=name, **line_style(number))
+            axis.plot(history.epoch, history[column], ms=3, label=_told(name, style), **style)
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
     axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
-    return _captioned(figure, axes[0, 1], caption)
+    return _legend(figure, axes[0, 1], "Training", caption)
 
 
 def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: str) -> Figure:
@@ -69,12 +97,17 @@ def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: st
         many = enumerate(np.transpose(score)) if np.ndim(score) > 1 else ()
         by_class = {f"{name}, class {k}": (labels == k, column) for k, column in many}
         curves |= by_class or {name: (labels, score)}
-    for number, (name, (truth, score)) in enumerate(curves.items()):
-        false_alarm, hit, _ = roc_curve(truth, score)
-        axis.plot(false_alarm, hit, label=name, lw=1.6, **line_style(number) | {"marker": ""})
+    for name, style in line_styles(list(curves)).items():
+        false_alarm, hit, _ = roc_curve(*curves[name])
+        axis.plot(false_alarm, hit, label=_told(name, style), **style | {"marker": ""})
     axis.plot([0, 1], [0, 1], ":", color="0.6")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-    return _captioned(figure, axis, f"Test ROC; {caption}")
+    return _legend(figure, axis, "ROC curves, test images", caption)
+
+
+def _told(name: str, style: Mapping) -> str | None:
+    """The name for the legend; grey lines share none."""
+    return name if style["color"] in COLORS else None
 
 
 def figure_confusion(
@@ -99,31 +132,46 @@ def figure_confusion(
         axis.set_yticks(range(len(classes)), short, rotation=turn[1], va="center")
         axis.set_title(name, fontsize=9)
     figure.get_layout_engine().set(h_pad=0.12)  # titles stand apart from the ticks above them
-    join = "\n" if columns < 3 else "; "
-    figure.suptitle(f"rows: truth, columns: prediction{join}{caption}", fontsize=9)
-    return figure
+    return titled(figure, "Rows: truth, columns: prediction", caption)
 
 
 def figure_accuracy_vs_eps(
-    results: pd.DataFrame, caption: str, *, attack: str, unit: str = "pixel", note: str = ""
+    results: pd.DataFrame,
+    caption: str,
+    *,
+    attack: str,
+    unit: str = "pixel",
+    note: str = "",
+    constant: float | None = None,
 ) -> Figure:
-    """Accuracy against eps for all models, with intervals as bands (of at most seven models)."""
-    figure, ((axis,),) = panels(1, width=7.2, height=3.9)
+    """Accuracy against eps, a line a model: the first and the highest in colour, with intervals.
+
+    constant: the accuracy of always giving the more frequent answer, drawn as a level.
+    """
+    figure, ((axis,),) = panels(1, width=7.6, height=4.2)
     clean, scale = results.attack.eq("clean"), 255 if unit == "pixel" else 1
     chosen = results[results.metric.eq("accuracy") & (results.eps_unit.eq(unit) | clean)]
-    names = list(dict.fromkeys(chosen[chosen.attack.eq(attack)].model))
-    for number, name in enumerate(names):
-        style = line_style(number)
+    attacked = chosen[chosen.attack.eq(attack)].groupby("model", sort=False).value.mean()
+    best = attacked.sort_values(ascending=False, kind="stable").index[: len(COLORS) - 1]
+    styles, ends = line_styles(list(attacked.index), first=[attacked.index[0], *best]), {}
+    for name, style in styles.items():
         line = chosen[chosen.model.eq(name) & chosen.attack.isin(["clean", attack])]
         line = line.sort_values("eps")
-        axis.plot(line.eps * scale, line.value, ms=4, label=name, **style)
-        if len(names) <= 7:  # more bands would hide each other; the tables have every interval
+        axis.plot(line.eps * scale, line.value, ms=4, **style)
+        if _told(name, style):
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
+            ends[name] = (line.value.iloc[-1], style["color"])
+    if more := len(styles) - len(ends):
+        ends[f"{more} others, grey"] = (0, "0.5")
+    if constant is not None:
+        axis.axhline(constant, color="0.4", ls=":", lw=1)
+        ends["always the same answer"] = (constant, "0.4")
     words = "k/255, pixel units" if unit == "pixel" else "normalised units of the original study"
     axis.set(xlabel=f"eps ({words})", ylabel="accuracy", ylim=(-0.02, 1.02))
     axis.grid(alpha=0.25)
-    return _captioned(figure, axis, f"{note or attack}; {caption}")
+    label_lines(axis, ends)
+    return titled(figure, note or attack, caption)
 
 
 def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
@@ -141,9 +189,8 @@ def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
         axis.bar(at, table[column], 0.25, label=label, color=COLORS[number])
     axis.set_xticks(place, table.index, rotation=25, ha="right", rotation_mode="anchor")
     axis.set(ylim=(0, 1.02))
-    figure.suptitle(f"eps {eps_text(eps)}; {caption}", fontsize=9)
-    figure.legend(loc="outside lower center", ncol=3, fontsize=9, frameon=False)
-    return figure
+    figure.legend(loc="outside upper center", ncol=3, fontsize=9, frameon=False)
+    return titled(figure, f"Two losses, one attack: PGD at {eps_text(eps)}", caption)
 
 
 def figure_adversarial(
@@ -169,8 +216,7 @@ def figure_adversarial(
             axis.imshow(image, **shown)
             axis.set_title(captions[row].get(column, column).replace(": ", "\n"), fontsize=9)
             axis.axis("off")
-    figure.suptitle(caption, fontsize=9)
-    return figure
+    return titled(figure, "", caption)
 
 
 def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -184,39 +230,38 @@ def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figu
     axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.25)
-    return _captioned(figure, axis, f"Reliability, bins of equal mass; {caption}")
+    return _legend(figure, axis, "Reliability, bins of equal mass", caption)
 
 
-def _captioned(figure: Figure, axis: plt.Axes, caption: str) -> Figure:
-    """The figure with its caption above and the legend of `axis` to the right of everything."""
+def _legend(figure: Figure, axis: plt.Axes, title: str, caption: str) -> Figure:
+    """The figure with its title, caption, and the legend of `axis` to the right of everything."""
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
-    figure.suptitle(caption, fontsize=9)
-    return figure
+    return titled(figure, title, caption)
 
 
 def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Loss, accuracy, validation AUC per epoch; training solid, validation dashed."""
-    figure, axes = panels(3, width=3.9, height=3.3)
+    names = [name for name in ("loss", "accuracy", "auc") if _measured(histories, name)]
+    figure, axes = panels(len(names), width=3.7, height=3.4)
     for number, (name, history) in enumerate(histories.items()):
         style = {"color": COLORS[number % len(COLORS)], "ms": 3}
-        for axis, column in zip(axes[0], ("loss", "accuracy", "auc"), strict=True):
+        for axis, column in zip(axes[0], names, strict=True):
             for part, line in (("train", "o-"), ("val", "s--")):
                 if f"{part}_{column}" in history:
                     values = history[f"{part}_{column}"]
-                    axis.plot(history["epoch"], values, line, label=name, **style)
-    for axis, title in zip(axes[0], ("loss", "accuracy", "validation AUC"), strict=True):
-        axis.set(xlabel="epoch", ylabel=title)
+                    label = name if line == "o-" else None
+                    axis.plot(history["epoch"], values, line, label=label, **style)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set(xlabel="epoch", ylabel={"auc": "validation AUC"}.get(name, name))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
-    if not axes[0, 2].lines:
-        axes[0, 2].set_axis_off()
-        text = "no validation:\nall images train"
-        axes[0, 2].text(0.5, 0.5, text, ha="center", va="center", fontsize=9)
-    solid = [line for line in axes[0, 0].lines if line.get_linestyle() == "-"]
-    axes[0, 0].legend(handles=solid, fontsize=7, frameon=False)
-    figure.suptitle(f"solid: training, dashed: validation; {caption}", fontsize=9)
-    return figure
+    return _legend(figure, axes[0, 0], "Solid: training, dashed: validation", caption)
+
+
+def _measured(histories: Mapping[str, pd.DataFrame], name: str) -> bool:
+    columns = {f"train_{name}", f"val_{name}"}
+    return any(columns & set(history) for history in histories.values())
 
 
 def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximize") -> Figure:
@@ -247,18 +292,17 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     for row in axes:
         row[0].set_ylabel("score")
     signs = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*signs, fontsize=7, frameon=False, ncol=4, loc="outside lower center")
+    figure.legend(*signs, fontsize=9, frameon=False, ncol=4, loc="outside upper center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
-    figure.suptitle(f"{len(runs)} runs{unscored}; {caption}", fontsize=9)
-    return figure
+    return titled(figure, f"{len(runs)} runs{unscored}", caption)
 
 
 def _search_axis(axis: plt.Axes, values: pd.Series) -> pd.Series:
     """Where the values of a parameter stand; the axis gets names, or few ticks on a log scale."""
     if not pd.api.types.is_numeric_dtype(values):
         codes, labels = pd.factorize(values.astype(str))
-        axis.set_xticks(range(len(labels)), labels, fontsize=7)
+        axis.set_xticks(range(len(labels)), labels, fontsize=9)
         return pd.Series(codes, values.index)
     if values.min() > 0 and (wide := values.max() / values.min()) >= 20:
         axis.set_xscale("log")
@@ -275,34 +319,40 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     `found` is what `attacks.evaluate.robust` returned.
     """
     table, rows = found.table(), found.rows
-    names = [name for name in dict.fromkeys(rows.attack) if name != "worst"]
-    figure, ((left, right),) = panels(2, width=5.6, height=3.9)
+    figure, ((left, right),) = panels(2, width=5.2, height=4.0)
     x = np.r_[0, table.eps * 255]
-    for number, name in enumerate(names[1:]):
-        style = line_style(number) | {"marker": "", "lw": 0.9, "alpha": 0.8}
-        left.plot(x, np.r_[table.clean[0], table[name]], label=name, **style)
+    names = [name for name in dict.fromkeys(rows.attack) if name not in ("worst", "clean")]
+    for name in names:
+        left.plot(x, np.r_[table.clean[0], table[name]], color="0.72", lw=1.0)
     worst = np.r_[table.clean[0], table.worst]
-    left.plot(x, worst, "o-", ms=4, lw=1.8, color="0.2", label="worst case")
+    left.plot(x, worst, "o-", ms=4, lw=1.8, color=COLORS[0])
     band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
-    left.fill_between(x, *band, color="0.2", alpha=0.12, lw=0)
+    left.fill_between(x, *band, color=COLORS[0], alpha=0.12, lw=0)
     left.set(xlabel="eps (k/255, pixel units)", ylabel="accuracy", ylim=(-0.02, 1.02))
-    left.set_title(f"Worst case over the suite\n{caption}", fontsize=9)
+    left.set_title("worst case (blue), each attack alone (grey)", fontsize=10)
     left.grid(alpha=0.25)
-    left.legend(fontsize=7, frameon=False)
-    first = rows[rows.fooled & rows.attack.isin(names)]
-    first = first.assign(turn=first.attack.map(names.index))
+    _fooled_first(right, rows[rows.attack.ne("worst")], table)
+    return titled(figure, "Worst case over the suite", caption)
+
+
+def _fooled_first(axis: plt.Axes, rows: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Shares of the images by the attack that fooled them first, at every eps of `table`."""
+    names = list(dict.fromkeys(rows.attack))
+    first = rows[rows.fooled].assign(turn=rows.attack.map(names.index))
     first = first.sort_values(["eps", "turn"]).drop_duplicates("image")
+    used = [name for name in names if name in set(first.attack) - {"clean"}]
+    most = [n for n in first.attack.value_counts().index if n in used][: len(COLORS) - 1]
+    parts = {"wrong from the start": ["clean"]} | {n: [n] for n in used if n in most}
+    parts |= {"another attack": [name for name in used if name not in most]}
+    colors = ["0.2", *COLORS[: len(most)], COLORS[-1]]
     below = np.zeros(len(table))
-    for number, name in enumerate([*names, "none"]):
-        counts = [(first.attack.eq(name) & first.eps.le(eps)).sum() for eps in table.eps]
-        share = 1 - below if name == "none" else np.array(counts) / table.images
-        color = {"clean": "0.2", "none": "0.93"}.get(name, COLORS[(number - 1) % len(COLORS)])
-        hatch = "//" if number > len(COLORS) and name != "none" else None
-        label = {"clean": "wrong from the start", "none": "robust"}.get(name, name)
-        right.bar(table.ball, share, bottom=below, color=color, hatch=hatch, label=label)
-        below = below + share
-    right.set(xlabel="eps", ylabel="share of the images", ylim=(0, 1))
-    right.set_title("fooled first by", fontsize=9)
-    right.tick_params(axis="x", labelsize=7)
-    right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+    for (label, own), color in zip(parts.items(), colors, strict=True):
+        counts = [(first.attack.isin(own) & first.eps.le(eps)).sum() for eps in table.eps]
+        share = np.array(counts) / table.images.to_numpy()
+        if share.any():
+            axis.bar(table.ball, share, bottom=below, color=color, label=label)
+            below = below + share
+    axis.bar(table.ball, 1 - below, bottom=below, color="0.93", label="robust")
+    axis.set(xlabel="eps", ylabel="share of the images", ylim=(0, 1))
+    axis.set_title("fooled first by", fontsize=10)
+    axis.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -17,6 +17,7 @@ from .device import hardware
 from .metrics import with_interval
 from .run import Run, nearest
 from .study import Study, weights_label
+from .train import FitResult
 from .units import eps_text
 
 # What tells one result from another, then what was found, and how.
@@ -338,6 +339,20 @@ def save_figure(figure: Figure, run: Run, name: str) -> Path:
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     return path
+
+
+def trainings(fitted: Mapping[str, FitResult]) -> pd.DataFrame:
+    """A line a training: epochs made, the one that was kept, its score, minutes."""
+    rows = {
+        name: {
+            "epochs": len(one.history),
+            "best epoch": one.best_epoch,
+            "best score": one.best_score,
+            "minutes": one.seconds / 60,
+        }
+        for name, one in fitted.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("model")
 
 
 def written(run: Run) -> Shown:

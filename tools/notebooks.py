@@ -342,6 +342,8 @@ def _link_fault(target: str, folder: Path, repository: Path) -> str:
         named = re.findall(r"notebooks/(\d\d_\w+\.ipynb)", unquote(target))
         gone = [name for name in named if not (repository / "notebooks" / name).exists()]
         return f"names notebooks/{gone[0]}, which is not there" if gone else ""
+    if parts.scheme == "attachment":  # a picture that `build` puts into the cell
+        return "" if (REPOSITORY / "docs" / parts.path).exists() else "is no picture of docs/"
     if parts.scheme == "mailto" or not parts.path:  # "#heading": this file is not known here
         return ""
     place = (folder / unquote(parts.path)).resolve()

@@ -3,6 +3,7 @@ published`."""
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -71,6 +72,23 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     table = _by_model(near, columns).drop(columns=["notebook", "size"])
     # The smoothed model has a certificate instead of a worst case.
     return table[table["**worst case**"].ne("")]
+
+
+def study_table(
+    results: pd.DataFrame, columns: dict[str, tuple[str, str]], *, intervals: tuple[str, ...]
+) -> pd.DataFrame:
+    """What a notebook shows of its real study: `columns` of `_by_model`, few with an interval."""
+    near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
+    table = _by_model(near, columns).drop(columns=["notebook", "size"])
+    bare = [title for title in columns if title not in intervals]
+    table[bare] = table[bare].map(lambda text: text.split(" [")[0])
+    return table[table[intervals[-1]].ne("")]
+
+
+ATTACKED = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
+ATTACKED |= {"worst case at 4/255": ("worst", "accuracy")}
+ATTACKED |= {"sick still found": ("worst", "sensitivity")}
+ATTACKED |= {"healthy still called healthy": ("worst", "specificity")}
 
 
 def each_attack(results: pd.DataFrame) -> pd.DataFrame:
@@ -249,12 +267,16 @@ def _results(name: str) -> pd.DataFrame:
     return pd.read_csv(REPOSITORY / "results" / f"{name}.csv")
 
 
+@functools.cache
 def blocks() -> dict[str, str]:
-    """Block name -> markdown, for every `<!-- table NAME -->` in results/README.md."""
+    """Name -> markdown of each `<!-- table NAME -->` in results/README.md or a notebook."""
     pneumonia, bones, boxes = map(_results, ("01_pneumonia", "02_fracatlas", "05_detection"))
     moved, corona = map(_results, ("04_perturbation", "06_covid"))
     published = _results("published_medical_image_diagnosis")
+    attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
+        "study-01": study_table(pneumonia, **attacked),
+        "study-02": study_table(bones, **attacked),
         "01-headline": headline(pneumonia),
         "01-attacks": each_attack(pneumonia),
         "01-eps": worst_by_eps(pneumonia),
@@ -280,12 +302,14 @@ def blocks() -> dict[str, str]:
 
 def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
-    options = {"attack": "worst", "note": "Worst case over all attacks"}
+    options = {"attack": "worst", "note": "Only adversarial training holds in the worst case"}
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
     boxes = "FracAtlas, 61 test images, cpu profile, 384 px"
     return {
-        "worst_case": figure_accuracy_vs_eps(_results("01_pneumonia"), pneumonia, **options),
+        "worst_case": figure_accuracy_vs_eps(
+            _results("01_pneumonia"), pneumonia, constant=390 / 624, **options
+        ),
         "fractures": figure_accuracy_vs_eps(_results("02_fracatlas"), bones, **options),
         "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
         "findings": _findings(),
@@ -316,6 +340,7 @@ def _findings() -> Figure:
 def fill(text: str, tables: dict[str, str]) -> str:
     """Put each table between its pair of markers; an unknown or missing marker is an error."""
     asked = set(re.findall(r"<!-- table ([\w-]+) -->", text))
+    tables = {name: table for name, table in tables.items() if not name.startswith("study-")}
     if asked != set(tables):
         raise ValueError(f"markers {sorted(asked)} and tables {sorted(tables)} differ")
     for name, table in tables.items():
@@ -329,5 +354,5 @@ def write() -> None:
     """Write docs/*.png and results/README.md anew."""
     for name, figure in pictures().items():
         with files.atomic_path(REPOSITORY / "docs" / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=80, bbox_inches="tight")
+            figure.savefig(temporary, dpi=150, bbox_inches="tight")
     files.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), PAGE)
