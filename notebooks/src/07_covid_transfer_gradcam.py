@@ -92,7 +92,6 @@ print(run)
 
 # %% tags=["imports"]
 import copy
-import json
 import tempfile
 import time
 
@@ -395,7 +394,7 @@ heads = pd.DataFrame(rows)
 files.write_csv(heads, run.run_dir / "heads.csv")
 head = heads.loc[heads["val_loss"].idxmin(), "head"]
 print("head that goes on:", head)
-report.show(heads.rename(columns={"val_auc": "val AUC"}), digits=3)
+report.show(heads, digits=3)
 
 # %%
 folders = {name: run.run_dir / f"initial_{name}_head" for name in run.heads}
@@ -451,8 +450,7 @@ found = search.search(one_run, space, direction="minimize", **options)
 # %%
 best_runs = search.top_runs(found.runs, count=6, direction="minimize").astype({"extension": str})
 best_runs["lr"] = best_runs["lr"].map("{:.1e}".format)
-names = {"score": "val_loss", "val_auc": "val AUC"}
-display(report.show(best_runs.rename(columns=names), digits=3))
+display(report.show(best_runs.rename(columns={"score": "val_loss"}), digits=3))
 ranges = found.ranges.astype({"extensions": str})
 report.show(ranges.assign(best=ranges["best"].map("{:.3g}".format)))
 
@@ -1072,7 +1070,8 @@ figure
 
 # %% [markdown]
 # **What to see in it.** A line a group. Where do the maps of *true positives* lie, and do those of *false positives*
-# lie on something else, a marker, an edge, the neck? A group of one or two images is an anecdote.
+# lie on something else, a marker, an edge, the neck? (Some of the synthetic images bear a bright letter in a corner.)
+# A group of one or two images is an anecdote.
 #
 # **What we learnt.** A share of a map inside a region means nothing by itself: compare it with the area, and with a
 # map that knows nothing. On 300 real images 60 % of the map lay in the lungs, which cover 56 % of the image: a gain of
@@ -1175,7 +1174,7 @@ axis.axvline(0.5, ls=":", color="0.4")
 axis.set_yticks(range(len(part)), [region.replace("_", " ") for region in part.index])
 axis.invert_yaxis()
 axis.set(xlabel="AUC on test images", xlim=(min(0.4, auc["ci_low"].min() - 0.03), 1.02))
-figure.legend(loc="outside upper center", ncol=2, frameon=False, fontsize=9)
+axis.legend(loc="upper left", frameon=False, fontsize=9)
 plots.titled(figure, "What each region tells", run.caption)
 report.save_figure(figure, run, "audit")
 figure
@@ -1348,8 +1347,7 @@ histories = final_histories(study)
 
 # %%
 heads = pd.read_csv(made_by(run, "heads.csv", "2 Frozen network, new head"))
-heads = heads.rename(columns={"val_auc": "val AUC"})
-report.show(heads[["head", "weights", "best epoch", "val_loss", "val AUC"]], digits=3)
+report.show(heads[["head", "weights", "best epoch", "val_loss", "val_auc"]], digits=3)
 
 # %% [markdown]
 # ### Question 14
