@@ -163,7 +163,8 @@ def figure_accuracy_vs_eps(
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
             ends[name] = (line.value.iloc[-1], style["color"])
     if more := len(styles) - len(ends):
-        ends[f"{more} others, grey"] = (0, "0.5")
+        others = [name for name in styles if name not in ends]
+        ends[f"{more} others, grey" if more > 1 else others[0]] = (0, "0.5")
     if constant is not None:
         axis.axhline(constant, color="0.4", ls=":", lw=1)
         ends["always the same answer"] = (constant, "0.4")
@@ -181,15 +182,18 @@ def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
     gradients (Carlini & Wagner, arXiv 1607.04311).
     """
     figure, ((axis,),) = panels(1, width=max(7.0, 0.55 * len(table)), height=3.6)
-    names = {"pgd_ce": "accuracy, PGD cross-entropy", "pgd_margin": "accuracy, PGD logit margin"}
-    names["zero_gradients"] = "share of exactly zero gradients"
+    names = {
+        "pgd_ce": "accuracy,\nPGD, cross-entropy",
+        "pgd_margin": "accuracy,\nPGD, logit margin",
+    }
+    names["zero_gradients"] = "share of images with\nan exactly zero gradient"
     place = np.arange(len(table))
     for number, (column, label) in enumerate(names.items()):
         at = place + 0.27 * (number - 1)
         axis.bar(at, table[column], 0.25, label=label, color=COLORS[number])
     axis.set_xticks(place, table.index, rotation=25, ha="right", rotation_mode="anchor")
     axis.set(ylim=(0, 1.02))
-    figure.legend(loc="outside upper center", ncol=3, fontsize=9, frameon=False)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     return titled(figure, f"Two losses, one attack: PGD at {eps_text(eps)}", caption)
 
 
@@ -292,7 +296,7 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     for row in axes:
         row[0].set_ylabel("score")
     signs = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*signs, fontsize=9, frameon=False, ncol=4, loc="outside upper center")
+    figure.legend(*signs, fontsize=9, frameon=False, loc="outside right center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
     return titled(figure, f"{len(runs)} runs{unscored}", caption)

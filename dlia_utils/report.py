@@ -33,6 +33,8 @@ WORDS |= {
     "ci_low": "from",
     "ci_high": "to",
 }
+WORDS |= {"val_auc": "validation AUC", "val_accuracy": "validation accuracy"}
+WORDS |= {name: name for name in ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin")}
 WORDS |= {"only_model_right": "only this one right", "only_reference_right": "only reference right"}
 ALL_OR_NONE = re.compile(r"^(0\.0+ \[0\.0+, (?!0\.0+\])|1\.0+ \[0|100(\.0+)? \[)")
 
@@ -86,16 +88,20 @@ class Shown:
         return f"{self.table.to_string(index=False)}\n{self.notes}".strip()
 
     def _repr_html_(self) -> str:
-        def cell(text, kind="td"):
-            number = re.match(r"^[<+-]? ?[\d.,]*\d( ?%|\s?\[|$)", text) or not text
-            style = f"text-align:{'right' if number else 'left'};max-width:36em"
+        number = re.compile(r"[<+-]? ?[\d.,]+(e-?\d+)?( ?%)?( \[.*)?$")
+        right = {c: all(not t or number.match(t) for t in self.table[c]) for c in self.table}
+
+        def cell(text: str, column: str, kind: str) -> str:
+            style = f"text-align:{'right' if right[column] else 'left'};max-width:36em"
             bad, good = text.startswith("WARN"), text.startswith("PASS")
             style += ";color:#B04A00;font-weight:bold" if bad else ";color:#006B4E" if good else ""
             return f'<{kind} style="{style}">{html.escape(text)}</{kind}>'
 
-        lines = ["".join(cell(text) for text in row) for row in self.table.to_numpy()]
-        head = "".join(cell(name, "th") for name in self.table)
-        body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+        columns = list(self.table)
+        lines = [zip(row, columns, strict=True) for row in self.table.to_numpy()]
+        head = "".join(cell(name, name, "th") for name in columns)
+        rows = ["".join(cell(text, name, "td") for text, name in line) for line in lines]
+        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
         notes = f"<p><small>{html.escape(self.notes)}</small></p>" if self.notes else ""
         return f"<table>\n<tr>{head}</tr>\n{body}\n</table>{notes}"
 

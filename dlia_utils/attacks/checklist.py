@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,7 +121,7 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     parts = [
         "Robust accuracy, worst case per image (arXiv 1902.06705)",
         _threat(found),
-        table.to_string(float_format=lambda value: f"{value:.3f}", na_rep="-"),
+        table.T.map(_cell).to_string(),
         f"{said} Brackets: 95 % by {by}.\nSpent: {spent.forwards:.0f} forward and "
         f"{spent.backwards:.0f} backward image-passes, {spent.seconds:.0f} s.",
     ]
@@ -149,7 +151,15 @@ def _threat(found: Evaluation) -> str:
         "operators": "also straight through" if said["straight_through"] else "exact gradients",
         "draws": f"seed {said['seed']}",
     }
-    return "\n".join(f"  {name:10}{line}" for name, line in lines.items())
+    indent = {"width": 96, "subsequent_indent": " " * 12}
+    return "\n".join(fill(f"  {name:10}{line}", **indent) for name, line in lines.items())
+
+
+def _cell(value: Any) -> str:
+    """A share with as many digits as its kind carries; "-" where the attack was not run."""
+    if isinstance(value, str):
+        return value
+    return "-" if np.isnan(value) else f"{value:.0f}" if value > 1 else f"{value:.3f}"
 
 
 def _balls(found: Evaluation, name: str = "") -> str:

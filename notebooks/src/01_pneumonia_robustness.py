@@ -165,8 +165,8 @@ def train_baseline(study):
 
 
 study = open_study(run)
-print("starting weights:", weights_label(run))
 fitted = train_baseline(study)
+print("starting weights:", weights_label(run))
 report.show(fitted.history.tail(3)[["epoch", "train_loss", "val_accuracy", "val_auc"]])
 
 
@@ -207,9 +207,8 @@ chosen = torch.stack([(y == label).nonzero()[0, 0] for label in (0, 1)])
 x, y = x[chosen], y[chosen]
 attacked = first_attack(model, x, y, run.headline_eps)
 captions = [{"clean": study.dataset.classes[label]} for label in y.tolist()]
-for line, before, after in zip(
-    captions, model(x).softmax(1), model(attacked).softmax(1), strict=True
-):
+answers = model(x).softmax(1), model(attacked).softmax(1)
+for line, before, after in zip(captions, *answers, strict=True):
     line["clean"] += f": read as {study.dataset.classes[before.argmax()]} {before.max():.2f}"
     line["attacked"] = f"attacked: {study.dataset.classes[after.argmax()]} {after.max():.2f}"
 figure = plots.figure_adversarial(x.cpu(), {"attacked": attacked.cpu()}, captions, run.caption)
@@ -217,7 +216,8 @@ report.save_figure(figure, run, "first_attack")
 figure
 
 # %% [markdown]
-# *What to see.* The middle image looks like the left one; the answers above them need not agree. On the right is the
+# *What to see in the table.* The attacked accuracy falls fast, that under noise does not. At a large eps a single step may
+# overshoot and do less than a smaller one: the loss is no straight line. *In the figure* the middle image looks like the left one; the answers above them need not agree. On the right is the
 # change itself, stretched to the full colour range (red: darker, blue: brighter): not one pixel moves more than eps.
 
 # %% [markdown]
@@ -493,16 +493,8 @@ for name, score in scores.items():
     clean.append(report.result_rows(found, run, model=name))
 clean = pd.concat(clean)
 report.update_results(clean, RESULTS)
-shown = [
-    "balanced_accuracy",
-    "auc",
-    "accuracy",
-    "sensitivity",
-    "specificity",
-    "precision",
-    "recall",
-]
-report.show(report.wide(clean, only=[*shown, "f1"], intervals=shown[:2]))
+shown = "balanced_accuracy auc accuracy sensitivity specificity precision recall f1".split()
+report.show(report.wide(clean, only=shown, intervals=shown[:2]))
 
 # %% [markdown]
 # *Sensitivity* is the share of pneumonias found; *specificity* the share of healthy chests left alone; *balanced accuracy*
@@ -581,7 +573,7 @@ def cost_of(name):
 study = open_study(run)
 test_opened(study, "the suite of attacks in pixel units")
 cost = pd.concat(launch.each(cost_of, MODELS, log_dir=run.run_dir / "logs").values())
-files.write_csv(cost, run.run_dir / "suite_cost.csv")
+saved = files.write_csv(cost, run.run_dir / "suite_cost.csv")
 
 # %%
 for name in MODELS:
@@ -593,12 +585,8 @@ report.show(report.results_table(results[results.attack.isin(["clean", "worst"])
 
 # %%
 answers = np.bincount(study.labels(study.rows("test")).cpu())
-options = {
-    "attack": "worst",
-    "note": "Worst case over the suite",
-    "constant": answers.max() / answers.sum(),
-}
-figure = plots.figure_accuracy_vs_eps(results, run.caption, **options)
+options = {"attack": "worst", "constant": answers.max() / answers.sum()}
+figure = plots.figure_accuracy_vs_eps(results, run.caption, note="Worst case", **options)
 report.save_figure(figure, run, "worst_case")
 figure
 
@@ -718,10 +706,8 @@ for verdict in {"PASS", "WARN"} - set(counts):
     counts[verdict] = np.nan
 passed = checks[checks.verdict.eq("PASS")].groupby("check", sort=False).size()
 counts = counts.reindex(list(dict.fromkeys(checks["check"])))
-told = pd.DataFrame(
-    {"PASS": passed.reindex(counts.index, fill_value=0), "WARN for": counts["WARN"]}
-)
-report.show(told, notes=f"PASS: so many of {len(MODELS)} models.")
+told = {"passed by": passed.reindex(counts.index, fill_value=0), "warned for": counts["WARN"]}
+report.show(pd.DataFrame(told), notes=f"Of {len(MODELS)} models.")
 
 # %%
 warned = checks.loc[checks["verdict"].eq("WARN"), ["verdict", "model", "check", "value"]]
@@ -1007,15 +993,12 @@ def one_pixel_rows(table, study, name, setting):
 
 # %%
 study = open_study(run)
-rows, uses = (
-    attack_subset(study, run.one_pixel_per_class),
-    ["one_pixel", "one_pixel_per_class", "seed"],
-)
+rows, uses = attack_subset(study, run.one_pixel_per_class), "one_pixel one_pixel_per_class seed"
 test_opened(study, f"One-Pixel on {len(rows)} images")
 for name, model in load_models(study, ["baseline", "lipschitz"]).items():
     for number, setting in enumerate(run.one_pixel, start=1):
         made = partial(attack_one_pixel, model, study, rows, setting)
-        table = stored(study, f"one_pixel_{number}_{name}", made, model=name, uses=uses)
+        table = stored(study, f"one_pixel_{number}_{name}", made, model=name, uses=uses.split())
         outcome = one_pixel_rows(table, study, name, setting)
         results = report.update_results(outcome, RESULTS)
 
