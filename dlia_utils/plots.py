@@ -292,10 +292,10 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
             axis.scatter(place[part.index], part["score"], s=26, lw=1.1, **style)
         star = {"marker": "*", "s": 150, "color": "black", "zorder": 3, "label": "best"}
         axis.scatter(place[best.index], best["score"], **star)
-        axis.set_xlabel(name)
+        axis.set_xlabel({"lr": "learning rate"}.get(name, name.replace("_", " ")))
         axis.grid(alpha=0.25)
     for row in axes:
-        row[0].set_ylabel("score")
+        row[0].set_ylabel("validation score")
     signs = axes[0, 0].get_legend_handles_labels()
     figure.legend(*signs, fontsize=9, frameon=False, loc="outside right center")
     others = len(runs) - len(shown)

@@ -34,6 +34,7 @@ WORDS |= {
     "ci_high": "to",
 }
 WORDS |= {"val_auc": "validation AUC", "val_accuracy": "validation accuracy"}
+WORDS |= {"val_loss": "validation loss", "train_loss": "training loss"}
 WORDS |= {name: name for name in ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin")}
 WORDS |= {"only_model_right": "only this one right", "only_reference_right": "only reference right"}
 ALL_OR_NONE = re.compile(r"^(0\.0+ \[0\.0+, (?!0\.0+\])|1\.0+ \[0|100(\.0+)? \[)")
@@ -138,6 +139,7 @@ def _cells(column: pd.Series, digits: int) -> list[str]:
     if not pd.api.types.is_numeric_dtype(column):
         return ["" if value is None or value is np.nan else str(value) for value in column]
     whole = (column.dropna() % 1 == 0).all() and (column.abs().max() > 1 or not column.any())
+    whole |= pd.api.types.is_integer_dtype(column)
     least = 10.0**-digits
     told = []
     for value in column:
@@ -365,12 +367,13 @@ def written(run: Run) -> Shown:
     """The files that this run wrote, for the end of a notebook; tables and blocks are counted."""
     found = sorted(path for path in run.run_dir.rglob("*") if path.is_file())
     names = pd.Series([path.relative_to(run.run_dir).as_posix() for path in found])
-    folder = names.where(names.str.contains("/"), "(top)").str.split("/").str[0]
-    parts = names.groupby(folder).agg(
-        lambda own: (
-            ", ".join(own.str.removeprefix(f"{own.name}/").head(8))
-            + (f" and {len(own) - 8} more" if len(own) > 8 else "")
-        )
-    )
+    parts = {}
+    for folder, own in names.groupby(
+        names.where(names.str.contains("/"), "").str.split("/").str[0]
+    ):
+        shown = own.str.removeprefix(f"{folder}/").head(8)
+        more = f" and {len(own) - 8} more" if len(own) > 8 else ""
+        parts[folder or "(top)"] = ", ".join(shown) + more
+    parts = pd.Series(parts, name="files").rename_axis("folder")
     where = f"{run.run_dir.parent.name}/{run.run_dir.name}"
-    return show(parts.rename("files").rename_axis("folder"), notes=f"All below {where}.")
+    return show(parts, notes=f"All below {where}.")

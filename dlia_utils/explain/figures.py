@@ -59,7 +59,10 @@ def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) ->
         titles = [axis.get_title() for axis in line]
         height += 0.15 * max(title.count("\n") + bool(title) for title in titles)
     if any(picture.heat is not None for picture in every):
-        figure.supxlabel("maps: from 0 (blue) to each one's own maximum (yellow)", fontsize=TEXT)
+        figure.supxlabel(
+            "maps: from 0 (blue) to their own maximum (yellow); line: round the hottest twentieth",
+            fontsize=TEXT,
+        )
         height += 0.2
     figure.suptitle(_wrapped(caption, int(14 * (side * columns + LABEL))), fontsize=TEXT)
     figure.set_size_inches(side * columns + LABEL, height)
