@@ -188,9 +188,7 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.fill_between(x, own["ci_low"], own["ci_high"], color=look["color"], alpha=0.15)
         axis.set_title(_words(corruption))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(
-        figure, caption, "AUC over severity (0: clean); bands: intervals; dotted: a coin"
-    )
+    return _finish(figure, caption, "AUC over severity (0: clean); bands: intervals")
 
 
 def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:

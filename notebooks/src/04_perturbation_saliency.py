@@ -593,7 +593,7 @@ for name, copy in copies.items():
 # The maps are **saliency**, the size of the gradient at every pixel (Simonyan, Vedaldi and Zisserman, *Deep Inside
 # Convolutional Networks*, 2013, [arXiv 1312.6034](https://arxiv.org/abs/1312.6034)), and **Grad-CAM** (Selvaraju et al.,
 # 2017, [arXiv 1610.02391](https://arxiv.org/abs/1610.02391)) and **Grad-CAM++** (Chattopadhay et al., 2018,
-# [arXiv 1710.11063](https://arxiv.org/abs/1710.11063)) at eight layers. Three rules, each against a slip of the thesis:
+# [arXiv 1710.11063](https://arxiv.org/abs/1710.11063)) at eight layers. Three rules, the first two against slips of the thesis:
 #
 # 1. *One code path.* The clean image and its copies go through the same function. (There, the clean map was computed on an
 #    image garbled by a conversion to 8 bits.)
@@ -1073,7 +1073,8 @@ for name in MODELS:
 # %%
 study = open_study(run)
 name = f"{slug(run.location.dataset)}_sev{max(run.severities)}_rmses.csv"
-report.show(pd.read_csv(folder / "resnet18" / name), digits=0)
+table = pd.read_csv(folder / "resnet18" / name, index_col="corruption")
+report.show(table.T.rename_axis("layer"), digits=0)
 
 # %% [markdown]
 # The AUC on clean images of all networks, and what the steps cost in time and memory (MiB):
@@ -1082,8 +1083,12 @@ report.show(pd.read_csv(folder / "resnet18" / name), digits=0)
 results = pd.read_csv(made_by(run, "results.csv", "4 How far does accuracy fall?"))
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
 table = report.wide(clean, only=["auc"]).reset_index().rename(columns={"auc": "AUC"})
-display(report.Shown(table, ""))
-report.show(pd.read_csv(run.run_dir / "resources.csv"), digits=1)
+report.Shown(table, "")
+
+# %%
+UNITS = {"wall_s": "seconds", "cpu_s": "CPU seconds", "memory_mib": "memory (MiB)"}
+UNITS |= {"gpu_peak_mib": "GPU memory (MiB)"}
+report.show(pd.read_csv(run.run_dir / "resources.csv").rename(columns=UNITS), digits=1)
 
 # %%
 report.written(run)
@@ -1152,8 +1157,8 @@ report.written(run)
 #
 # </details>
 #
-# The score that is best on validation loses on test, and the best on test was nobody's choice beforehand: its lead is what an
-# honest study must not report.
+# Compare the two lines in the column of the test: what the best score on test has in advance of the chosen one is in part luck,
+# and an honest study does not report it.
 
 # %% [markdown]
 # **Exercise 3.** The choice of the class matters. Explain a corrupted copy for the class predicted on the *clean* image and for the class
@@ -1178,5 +1183,5 @@ report.written(run)
 #
 # </details>
 #
-# Where the answer was kept the two agree exactly; where it turned they differ, and the difference is that of the question
+# Where the answer was kept the two agree; where it turned they differ, and the difference is that of the question
 # asked, not of the image.
