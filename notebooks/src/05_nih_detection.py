@@ -273,7 +273,7 @@ report.show(split.audit(study.dataset))
 
 # %% [markdown]
 # A warning in this table about *train and test* is about the competition's own split: patients stand
-# on both sides of it, and whoever takes part cannot mend that. The folds above are ours, and sound.
+# on both sides of it, and whoever takes part cannot mend that. The folds above keep them apart.
 #
 # A few training images with their true boxes:
 
@@ -301,28 +301,30 @@ figure
 # is and moves the box. A drawing first:
 
 # %%
-STEPS = {"image": "one grey channel", "backbone": "a classifier's layers:\nmaps of 1/4 to 1/32"}
-STEPS |= {"feature pyramid\n(FPN)": "coarse maps, enlarged,\nadded to fine ones"}
-STEPS |= {"region proposals\n(RPN)": "at each place:\nsomething? moved how?"}
-STEPS |= {"RoI head": "each proposal:\nwhat? moved how?", "boxes": "four corners,\nlabel, score"}
+STEPS = {"image": "one grey\nchannel", "backbone": "layers of a\nclassifier:\n1/4 to 1/32"}
+STEPS |= {"pyramid (FPN)": "coarse maps\nadded to\nfine ones"}
+STEPS |= {"proposals (RPN)": "at each place:\nsomething?\nmoved how?"}
+STEPS |= {"RoI head": "each proposal:\nwhat?\nmoved how?", "boxes": "corners,\nlabel,\nscore"}
 LOSSES = {3: "loss_objectness\nloss_rpn_box_reg", 4: "loss_classifier\nloss_box_reg"}
 
 # %%
-figure, ((axis,),) = plots.panels(1, width=11.5, height=2.4)
-middle = {"ha": "center", "va": "center", "fontsize": 9}
+figure, ((axis,),) = plots.panels(1, width=11, height=2.1)
+middle = {"ha": "center", "va": "center", "fontsize": 10}
 for place, (name, does) in enumerate(STEPS.items()):
-    face = plots.COLORS[5] if place in LOSSES else "0.92"
-    axis.text(
-        2 * place, 1, f"{name}\n\n{does}", bbox={"fc": face, "alpha": 0.5, "pad": 6}, **middle
-    )
-    axis.text(2 * place, -0.1, LOSSES.get(place, ""), color=plots.COLORS[1], **middle)
-axis.set(xlim=(-0.8, 10.8), ylim=(-0.5, 1.8))
+    face = "#CFE8F7" if place in LOSSES else "0.95"
+    frame = {"facecolor": face, "edgecolor": "0.4", "boxstyle": "round,pad=0.5"}
+    axis.text(place, 1, f"{name}\n\n{does}", bbox=frame, zorder=2, **middle)
+    axis.text(place, 0, LOSSES.get(place, ""), color=plots.COLORS[1], **middle)
+arrow = {"arrowstyle": "->", "lw": 2, "color": "0.4"}
+for place in range(len(STEPS) - 1):
+    axis.annotate("", (place + 0.63, 1), (place + 0.37, 1), arrowprops=arrow, zorder=1)
+axis.set(xlim=(-0.5, 5.5), ylim=(-0.3, 1.7))
 axis.axis("off")
 figure
 
 # %% [markdown]
-# **What to see in it.** Two boxes of the drawing learn to answer (blue), and each has two losses: one
-# for the answer, one for the corners. *RoI* is region of interest: what a proposal cuts out of the
+# **What to see in it.** Two boxes of the drawing answer (blue), and each has two losses: one for
+# *what*, one for the corners. *RoI* is region of interest: what a proposal cuts out of the
 # pyramid, resampled to 7 x 7. The *feature pyramid* (FPN: T.-Y. Lin et al., *Feature Pyramid
 # Networks for Object Detection*, 2017, [1612.03144](https://arxiv.org/abs/1612.03144)) is why a
 # nodule and a heart can be found by one network: small boxes are looked for in fine maps, large ones
@@ -399,9 +401,9 @@ figure
 
 # %% [markdown]
 # **What to see in it.** The class loss falls first, for a cheap reason: most proposals are background,
-# and "background" is soon said of everything. The loss of the head's corners can *rise* at first: it
-# is counted only where a proposal overlaps a true box, and there are more of those as the proposals
-# get better. A falling sum is no proof that boxes are found; only matching them to the truth is.
+# and "background" is soon said of everything. The loss of the head's corners need not
+# fall: it is counted only where a proposal overlaps a true box, and there are more of those as the
+# proposals get better. A falling sum is no proof that boxes are found; only matching them to the truth is.
 #
 # **What we learnt.** A detector is a classifier's features, a pyramid, and two heads that each answer
 # *what* and *where*. Compare its first losses with pure guesses before you train for hours.
@@ -496,8 +498,8 @@ figure
 # %% [markdown]
 # **What to see in it.** From random weights the loss falls, *rises* and falls again while mAP climbs:
 # in the dip everything is called background, which is cheap; then proposals begin to hit, and the
-# head gets harder questions. From pretrained weights there is no such dip. Choose the epoch by mAP on
-# images that did not train, never by the training loss.
+# head gets harder questions. Choose the epoch by mAP on images that did not
+# train, never by the training loss.
 #
 # **What we learnt.** The loss of a detector measures the questions it is asked, and these change as
 # it learns. So mAP on the select images chooses the epoch, and the best weights are copied when they
@@ -519,7 +521,7 @@ def iou(a, b):
 
 
 # %%
-true, moved = (20, 20, 70, 60), [(23, 22, 73, 62), (32, 24, 82, 64), (45, 30, 95, 70)]
+true, moved = (20, 20, 70, 60), [(23, 22, 73, 62), (34, 27, 84, 67), (45, 30, 95, 70)]
 figure, axes = plots.panels(3, width=2.6, height=2.4)
 for axis, found in zip(axes[0], moved, strict=True):
     for (x1, y1, x2, y2), color, line in ((true, "#009E73", "-"), (found, "#D55E00", "--")):
@@ -613,7 +615,8 @@ figure
 # %% [markdown]
 # **What to see in it.** Read it upwards from the number of false marks that a reader would bear: with
 # one an image, what share of the findings is found? Where a line is flat, more marks find nothing
-# more: the rest is not among the boxes at all.
+# more: the rest is not among the boxes at all. Classes that
+# are found whole lie on one line, at 1.
 
 # %%
 figure = figures.figure_pr(curves, run.caption)
@@ -693,8 +696,8 @@ report.show(shown.rename(columns={"fp_per_image": "false marks per image", "labe
 
 # %% [markdown]
 # **What we learnt.** mAP needs every box, however doubtful; a picture for a reader needs a threshold.
-# Compare the two halves of the table: what "best" means (F1, or a bearable number of false marks)
-# moves the threshold more than any tuning does.
+# Compare the two halves of the table: what "best" means (F1, or a bearable number of false marks) decides where the
+# threshold lies.
 
 # %% [markdown]
 # ## 6 Looking
@@ -980,9 +983,8 @@ except submission.SubmissionError as error:
 # %%
 made = files.read_json(made_by(run, "submissions.json", "8 Submission"))
 there = [(submissions_root() / one["file"]).exists() for one in made]
-report.show(
-    pd.DataFrame(made).assign(exists=there), notes=f"in the folder {submissions_root().name}"
-)
+where = f"in the folder {submissions_root().name}"
+report.show(pd.DataFrame(made).assign(exists=there), notes=where)
 
 # %% [markdown]
 # To hand one in, install Kaggle's client (`pip install kaggle`), put your token where its
@@ -1041,7 +1043,8 @@ figure
 
 # %% [markdown]
 # **What to see in it.** Does the map follow the finding, or the outline of the chest? Strong edges
-# (ribs, diaphragm, the border of the image) drive the first component, finding or not.
+# (ribs, diaphragm, the border of the image) drive the first component, finding or not; and two images
+# may give opposite maps.
 #
 # A number for it: what share of the map lies inside the true boxes, beside the share of the area
 # those boxes cover. A map that ignores the findings scores the second number.
@@ -1086,14 +1089,12 @@ report.show(inside.describe().loc[["mean", "std"]].rename_axis("over images"))
 # compared above.) Section 7 of a smoke run may show a gain: that is one detector of a few epochs on
 # synthetic images, and says nothing about a trained one on hospital images.
 #
-# **Planted findings.** A detector as small as that of the smoke profile, which began from random
+# **Planted findings** ([a picture of the eight](../docs/findings.png)). A detector as small as that of the smoke profile, which began from random
 # weights too: 236 synthetic images, five folds by patient, 128 px, 9 epochs, one seed, each image
 # scored by a model that did not see its patient. This shows that labels, boxes and scoring are
 # right, and nothing about radiographs.
 #
 # <!-- table 05-planted -->
-#
-# ![One synthetic image per planted finding, with its box](attachment:findings.png)
 #
 # **What we learnt.** On real images the numbers are much lower than on synthetic ones, the intervals
 # wide, and no recipe is shown to be better than one plain look.
