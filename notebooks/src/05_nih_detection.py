@@ -615,8 +615,8 @@ figure
 # %% [markdown]
 # **What to see in it.** Read it upwards from the number of false marks that a reader would bear: with
 # one an image, what share of the findings is found? Where a line is flat, more marks find nothing
-# more: the rest is not among the boxes at all. Classes that
-# are found whole lie on one line, at 1.
+# more: the rest is not among the boxes at all. Classes of which every box is found lie on one line,
+# at 1.
 
 # %%
 figure = figures.figure_pr(curves, run.caption)
@@ -874,7 +874,7 @@ report.save_figure(figure, run, "tta")
 figure
 
 # %% [markdown]
-# **What to see in it.** Left the intervals of all recipes overlap, and still one may be better than
+# **What to see in it.** Intervals on the left may overlap and still one recipe be better than
 # plain: the images are the same, so look at the right panel, where what they share has been taken
 # away. Which intervals lie wholly on one side of zero?
 #
@@ -1075,7 +1075,7 @@ report.show(inside.describe().loc[["mean", "std"]].rename_axis("over images"))
 #
 # <!-- table 05-detection -->
 #
-# A weak detector, honestly measured: at one false mark per image it finds a third of the fractures.
+# A weak detector: at one false mark per image it finds a third of the fractures.
 #
 # Test-time augmentation on the same 61 images:
 #
