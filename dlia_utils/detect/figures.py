@@ -16,6 +16,7 @@ from ..plots import COLORS, line_style, panels
 from .evaluate import CORNERS, RATES
 
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
+WIDE = 3.3  # inches of an image
 
 # Light enough for a dark image; line style, score and label tell them apart without the colour too.
 TRUTH = {"color": "#3ddc84", "ls": "-", "lw": 1.8}
@@ -47,7 +48,7 @@ def figure_boxes(
     scored = any("score" in table for table in predictions_by_row)
     across = 1 if maps is not None else min(len(images), 2 if beside or len(images) == 4 else 3)
     each = 1 + beside if maps is None else 3
-    figure, axes = panels(across * each, rows=-(-len(images) // across), width=3.3, height=3.7)
+    figure, axes = panels(across * each, rows=-(-len(images) // across), width=WIDE, height=3.7)
     for axis in axes.flat:
         axis.axis("off")
     for row, image in enumerate(images):
@@ -58,11 +59,11 @@ def figure_boxes(
         if maps is not None:
             own[1].imshow(maps[row], cmap="plasma", vmin=0, vmax=1, alpha=0.4)
             _draw(own[1], known, TRUTH)
-        _draw(own[0 if beside else -1], known, TRUTH, classes)
+        labels = _draw(own[0 if beside else -1], known, TRUTH, classes)
         note = ""
         if scored:
             shown, note = _strongest(predictions_by_row[row], threshold)
-            _draw(own[-1], shown, PREDICTION, classes)
+            _draw(own[-1], shown, PREDICTION, classes, [] if beside else labels)
         heads.append(note or "predictions" if each > 1 else f"{titles[row]}\n{note}".strip())
         for axis, head in zip(own, heads, strict=True):
             axis.set_title(head)
@@ -71,7 +72,7 @@ def figure_boxes(
         cut = f"score at least {threshold:.3g}"
         cut = cut if np.isfinite(threshold) else "no score reaches the threshold"
         lines[f"prediction, {cut}"] = Line2D([], [], **PREDICTION)
-    look = {"fontsize": 9, "facecolor": "0.25", "labelcolor": "white", "handlelength": 3}
+    look = {"fontsize": 9, "frameon": False, "handlelength": 3}
     figure.legend(lines.values(), lines, loc="outside lower center", ncol=len(lines), **look)
     return finish(figure, caption)
 
@@ -85,18 +86,50 @@ def _strongest(predictions: pd.DataFrame, threshold: float) -> tuple[pd.DataFram
     return reached.head(DRAWN), note
 
 
-def _draw(axis: Axes, boxes: pd.DataFrame, style: Mapping, classes: Sequence[str] = ()) -> None:
-    """Boxes with the name of their class (label k is classes[k - 1]) and their score, if any."""
+def _draw(
+    axis: Axes,
+    boxes: pd.DataFrame,
+    style: Mapping,
+    classes: Sequence[str] = (),
+    labels: Sequence[tuple[float, ...]] = (),
+) -> list[tuple[float, ...]]:
+    """Boxes with the name of their class (label k is classes[k - 1]) and their score, if any.
+
+    labels: corners of those that are there already. Returns them and the new ones.
+    """
     look = {"facecolor": style["color"], "alpha": 0.85, "edgecolor": "none", "pad": 1}
-    look = {"bbox": look, "fontsize": 9, "clip_on": True}
+    look, labels = {"bbox": look, "fontsize": 9, "clip_on": True}, list(labels)
     for box in boxes.to_dict("records"):
-        x1, y1, x2, y2 = (box[corner] for corner in CORNERS)
+        x1, y1, x2, y2 = corners = [box[corner] for corner in CORNERS]
         axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, **style))
         if classes:
             text = classes[int(box["label"]) - 1]
             text += f" {box['score']:.2f}" if "score" in box else ""
-            y, side = (y1, "bottom") if style is TRUTH else (y2, "top")
-            axis.text(x1, y, text, va=side, **look)
+            labels.append(_free(axis, corners, text, labels, above=style is TRUTH))
+            axis.text(*labels[-1][:2], text, va="top", **look)
+    return labels
+
+
+def _free(axis: Axes, box: Sequence[float], text: str, labels: list, *, above: bool) -> tuple:
+    """Corners for a label at its box that cover least of other labels and lie in the image."""
+    side = axis.images[0].get_array().shape[1]
+    width, height = (points * side / (72 * WIDE) for points in (5.8 * len(text) + 4, 15))
+    x1, y1, x2, y2 = box
+    rows = [y1 - height, y2, y1, y2 - height]
+    rows = rows if above else [rows[1], rows[0], rows[3], rows[2]]
+    places = [(x, y, x + width, y + height) for y in rows for x in (x1, x2 - width)]
+
+    def lost(place: tuple) -> float:
+        covered = sum(_common(place, other) for other in labels)
+        return covered + width * height - _common(place, (0, 0, side, side))
+
+    return min(places, key=lost)
+
+
+def _common(a: tuple, b: tuple) -> float:
+    """The area that two rectangles share."""
+    width, height = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
+    return max(width, 0) * max(height, 0)
 
 
 def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
