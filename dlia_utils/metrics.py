@@ -161,7 +161,8 @@ def with_interval(
     """
     digits = digits_of(row.get("n", 1000)) - round(np.log10(scale)) if digits is None else digits
     form = f"{'+' if signed else ''}.{digits}f"
-    value, low, high = (f"{scale * row[one]:{form}}" for one in ("value", "ci_low", "ci_high"))
+    numbers = (scale * row[one] for one in ("value", "ci_low", "ci_high"))
+    value, low, high = (f"{round(one, digits) + 0:{form}}" for one in numbers)  # no "-0.00"
     return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
 
 

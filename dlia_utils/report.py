@@ -292,8 +292,11 @@ def verdict(
 ) -> str:
     """Sentences (markdown) on which defence holds in the worst case, from the numbers alone."""
     eps, own = run.headline_eps, results.set_index("model")
-    worst = own[own.attack.eq("worst") & np.isclose(own.eps, eps) & own.metric.eq("accuracy")]
+    near = own[own.attack.eq("worst") & np.isclose(own.eps, eps)]
+    worst = near[near.metric.eq("accuracy")]
     clean = own[own.attack.eq("clean") & own.metric.eq("balanced_accuracy")]["value"]
+    classes = near[near.metric.isin(["sensitivity", "specificity"])].loc[[reference], "n"]
+    same = classes.max() / classes.sum()  # right when everybody is given the larger class
     base = worst.loc[reference]
     said = f"In the worst case at {eps_text(eps)} the **{reference}** model is right on "
     lines = [f"{said}{with_interval(base)} of {base['n']:.0f} images."]
@@ -301,7 +304,7 @@ def verdict(
     for name, p in tests.items():
         row = worst.loc[name]
         gain, said = row["value"] - base["value"], "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-        remark = _judge(row["value"], gain, p, masking.loc[name], balanced=clean[name])
+        remark = _judge(row, gain, p, masking.loc[name], balanced=clean[name], same=same)
         text = f"{with_interval(row)}, {gain:+.3f} against {reference} ({said}). {remark}"
         lines.append(f"- **{name}**: {text}")
     return finding(run, lines)
@@ -324,19 +327,21 @@ def finding(run: Run, lines: str | Sequence[str]) -> str:
     return told
 
 
-def _judge(worst: float, gain: float, p: float, mask: pd.Series, *, balanced: float) -> str:
+def _judge(
+    row: pd.Series, gain: float, p: float, mask: pd.Series, *, balanced: float, same: float
+) -> str:
     """The remark after the numbers: a model that guesses, or hides its gradient, has no gain."""
     if balanced < 0.6:
         guess = "what gives nearly every image the same answer cannot be attacked."
-        return f"No defence: its clean balanced accuracy is {balanced:.3f}, and {guess}"
+        return f"No defence: its clean balanced accuracy is {balanced:.2f}, and {guess}"
     if mask["gap"] > 0.05 or mask["zero_gradients"] > 0.05:
         ce, margin = f"{mask['pgd_ce']:.3f}", f"{mask['pgd_margin']:.3f}"
         losses = f"PGD with cross-entropy leaves {ce} where the margin loss leaves {margin}."
         zeros = f"{mask['zero_gradients']:.0%} of its input gradients are exactly zero"
         return f"Masked gradients: {zeros}, and {losses}"
     if gain >= 0.1 and p < 0.01:
-        end = "." if worst >= 0.5 else ", though most images still fall."
-        return f"A real gain under every attack of the list{end}"
+        less = f", yet not clearly more than the same answer for everybody ({same:.2f})"
+        return f"A real gain under every attack of the list{less if row['ci_low'] <= same else ''}."
     small = gain > 0 and p < 0.05
     return "A small real gain." if small else "No gain that this test split can show."
 
@@ -365,14 +370,16 @@ def trainings(fitted: Mapping[str, FitResult]) -> pd.DataFrame:
 
 def written(run: Run) -> Shown:
     """The files that this run wrote, for the end of a notebook; tables and blocks are counted."""
-    found = sorted(path for path in run.run_dir.rglob("*") if path.is_file())
-    names = pd.Series([path.relative_to(run.run_dir).as_posix() for path in found])
+    found = sorted(path.relative_to(run.run_dir) for path in run.run_dir.rglob("*"))
+    found = [path for path in found if path.suffix and not path.name.startswith(".")]
+    names = pd.Series([path.as_posix() for path in found])
     parts = {}
     for folder, own in names.groupby(
         names.where(names.str.contains("/"), "").str.split("/").str[0]
     ):
-        shown = own.str.removeprefix(f"{folder}/").head(8)
-        more = f" and {len(own) - 8} more" if len(own) > 8 else ""
+        most = 3 if folder in ("suite", "tables") else 8
+        shown = own.str.removeprefix(f"{folder}/").head(most)
+        more = f" and {len(own) - most} more" if len(own) > most else ""
         parts[folder or "(top)"] = ", ".join(shown) + more
     parts = pd.Series(parts, name="files").rename_axis("folder")
     where = f"{run.run_dir.parent.name}/{run.run_dir.name}"

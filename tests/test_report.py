@@ -136,7 +136,8 @@ def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(run
 @pytest.mark.parametrize(
     ("margin", "zeros", "balanced", "words"),
     [
-        (0.60, 0.0, 0.9, "A real gain under every attack of the list."),
+        (0.80, 0.0, 0.9, "A real gain under every attack of the list."),
+        (0.60, 0.0, 0.9, "list, yet not clearly more than the same answer for everybody (0.62)."),
         (0.60, 0.0, 0.5, "No defence"),
         (0.40, 0.0, 0.9, "Masked gradients"),
         (0.05, 0.9, 0.9, "Masked gradients"),
@@ -152,6 +153,8 @@ def test_verdict_trusts_no_masked_gradients_nor_constant_answers(
         attacks = {"worst": worst, "pgd_ce": ce, "pgd_margin": worst}
         parts += [rows(run, name, attack, EPS, value) for attack, value in attacks.items()]
         parts.append(rows(run, name, "clean", 0.0, clean, metric="balanced_accuracy"))
+        for metric, n in (("sensitivity", 5), ("specificity", 3)):
+            parts.append(rows(run, name, "worst", EPS, worst, metric=metric).assign(n=n))
         parts.append(report.zero_gradient_rows({name: zero}, FakeStudy(run)))
     table = pd.concat(parts)
     masking = report.masking_table(table, eps=EPS)
@@ -236,4 +239,4 @@ def test_the_files_of_a_run_are_listed_by_folder(run):
         (run.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run.run_dir / name).write_text("")
     text = repr(report.written(run))
-    assert "results.csv" in text and "a.csv" in text and "and 2 more" in text
+    assert "results.csv" in text and "a.csv" in text and "and 7 more" in text

@@ -299,7 +299,7 @@ def _names(axis: Axes, names: Sequence[str], places: Sequence, colors: Sequence[
 
 
 def _words(name: str) -> str:
-    return str(name).replace("_", " ")
+    return str(name).replace("_", " ").replace("auprc", "AUPRC")
 
 
 def _finish(figure: Figure, caption: str, below: str, *, legend: bool = True) -> Figure:

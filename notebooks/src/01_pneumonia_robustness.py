@@ -118,6 +118,7 @@ run = start(
 print(run)
 
 # %% tags=["imports"]
+import warnings
 from functools import partial
 
 import numpy as np
@@ -795,9 +796,10 @@ rows = study.rows("test")
 labels, patients = study.labels(rows).cpu().numpy(), study.patients(rows)
 test_opened(study, "calibration")
 table, calibrated = [], {}
-for name, model in load_models(study, MODELS).items():
-    found, calibrated[name] = calibration_of(study, model, labels, patients)
-    table.append(found.assign(model=name))
+with warnings.catch_warnings(record=True) as told:
+    for name, model in load_models(study, MODELS).items():
+        found, calibrated[name] = calibration_of(study, model, labels, patients)
+        table.append(found.assign(model=name))
 table = pd.concat(table)
 report.update_results(report.result_rows(table.filter(report.RESULT_COLUMNS), run), RESULTS)
 after = {"clean": "", "clean, temperature": ", after the temperature"}
@@ -805,7 +807,8 @@ table["what"] = table.metric.replace({"ece": "ECE", "brier": "Brier"}) + table.a
 only = ["ECE", "ECE, after the temperature", "Brier", "Brier, after the temperature"]
 shown = report.wide(table, "what", only=only, intervals=only[:2])
 first = table[table.metric.eq("ece") & table.attack.eq("clean")].set_index("model")
-report.show(first[["temperature", "if_calibrated"]].join(shown))
+notes = "; ".join({str(one.message) for one in told})
+report.show(first[["temperature", "if_calibrated"]].join(shown), notes=notes)
 
 # %%
 some = {name: calibrated[name] for name in ("baseline", "papernot", run.adversarial[0])}
