@@ -47,7 +47,9 @@ def fresh_runs(tmp_path, monkeypatch):
 
 
 def test_the_uses_of_images_and_their_patients_never_mix(opened):
-    whole = Study(opened.run.variant(images=None, run_folds=3), opened.dataset, opened.cache)
+    whole = Study(
+        opened.run.variant(images=None, run_folds=opened.run.folds), opened.dataset, opened.cache
+    )
     scored = []
     for fold in folds.folds(whole):
         uses = [set(opened.patients(rows)) for rows in (fold.train, fold.select, fold.score)]
