@@ -521,7 +521,8 @@ def loss_of(study):
 def train_pgd_at(study):
     how = dict(eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size)
     loss = objectives.pgd_adversarial(**how, weight=study.class_weights())
-    return studies.train_model(study, "pgd_at", loss, **suite.choose_under_attack(study))
+    chosen = suite.choose_under_attack(study, steps=run.pgd_steps)
+    return studies.train_model(study, "pgd_at", loss, **chosen)
 
 
 def train_linear_probe(study):
@@ -546,7 +547,7 @@ study = open_study(run)
 print("starting weights:", studies.weights_label(run))
 names = ["pgd_at", *(name for name in MODELS if name != "pgd_at")]  # the longest first
 fitted = launch.each(trained_one, names, log_dir=run.run_dir / "logs")
-done = {"model": fitted, "epochs": [len(one.history) for one in fitted.values()]}
+done = {"model": list(fitted), "epochs": [len(one.history) for one in fitted.values()]}
 done |= {"epoch kept": [one.best_epoch for one in fitted.values()]}
 done |= {"minutes": [one.seconds / 60 for one in fitted.values()]}
 report.show(pd.DataFrame(done))
@@ -1080,8 +1081,9 @@ def on_tb(name, results):
     said = f"- **{name}** finds {report.with_interval(hit)} of the {held['n']:.0f} test images with"
     said += f" TB, with false alarms on {1 - spared['value']:.0%} of the healthy; under attack at "
     said += f"{eps_text(run.headline_eps)} it still finds {report.with_interval(held)}."
-    blind = (hit["value"] + spared["value"]) / 2 < 0.6
-    return said + " Hardly better than guessing: neither number means anything." * blind
+    if (hit["value"] + spared["value"]) / 2 < 0.6:
+        said += " Hardly better than guessing: neither number means anything."
+    return said
 
 
 lines = [f"At thresholds chosen for a sensitivity of {run.sensitivity:g} on validation images:\n"]
