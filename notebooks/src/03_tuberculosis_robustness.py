@@ -109,8 +109,8 @@ SMOKE |= {"zoo": ("gairat_wrn_28_10", "meansparse_wrn_94_16"), "zoo_weights": "p
 SMOKE |= {"zoo_width": 1 / 40, "zoo_size": 32, "zoo_epochs": 40, "zoo_lr": 2e-2}
 SMOKE |= {"zoo_maps": 1, "zoo_alphas": (0.0, 0.2)}
 # Few and short attacks
-TINY = {"apgd_ce": {"steps": 4}, "apgd_margin": {"steps": 4}, "fmn": {"steps": 5}}
-TINY |= {"square": {"steps": 10}}
+TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "fmn")}
+TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
 SMOKE |= {"check_images": 4, "maps": 6, "occlusion_window": 8, "integrated_steps": 32}
 
@@ -344,6 +344,7 @@ def sampled(study, **most):
     return rows, {part: study.labels(own).cpu().numpy() for part, own in rows.items()}
 
 
+# %%
 @torch.no_grad()
 def read(network, images, fold=False):
     """Features [N,C] of normalised images [N,1,S,S]: pooled, or scrambled and folded."""
@@ -360,6 +361,7 @@ def fresh_probe():
     return make_pipeline(StandardScaler(), regression)
 
 
+# %%
 def likeness(right, wrong):
     """Correlation over images [C] of each feature with what took its place."""
     right, wrong = (StandardScaler().fit_transform(one) for one in (right, wrong))
@@ -511,6 +513,7 @@ def loss_of(study):
     return objectives.cross_entropy(weight=study.class_weights())
 
 
+# %%
 def train_pgd_at(study):
     how = dict(eps=run.at_eps, steps=run.at_steps, step_size=run.at_step_size)
     loss = objectives.pgd_adversarial(**how, weight=study.class_weights())
@@ -518,6 +521,7 @@ def train_pgd_at(study):
     return studies.train_model(study, "pgd_at", loss, **chosen)
 
 
+# %%
 def train_linear_probe(study):
     model = models.with_head(studies.build_model(run), head=run.head, seed=run.seed)
     return studies.train_head(study, "linear_probe", model, loss_of(study), monitor="epoch")
@@ -692,6 +696,8 @@ test_opened(study, "clean metrics of all models at two thresholds")
 found = {name: tested(name) for name in names}
 clean = pd.concat([rows for _, rows in found.values()])
 report.update_results(clean, RESULTS)
+
+# %%
 scores = {name: score for name, (score, _) in found.items()}
 predictions = study.dataset.manifest.loc[study.rows("test"), ["path", "label"]].assign(**scores)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
@@ -801,10 +807,8 @@ sick = rows[study.labels(rows).cpu().numpy() == 1]
 x, y = study.images(sick).requires_grad_(), study.labels(sick)
 F.cross_entropy(model(x), y).backward()
 x_adv = (x + run.headline_eps * x.grad.sign()).clamp(0, 1)
-for name, images in (
-    ("as they are", x),
-    (f"one step of {eps_text(run.headline_eps)} later", x_adv),
-):
+after = f"after one step of {eps_text(run.headline_eps)}"
+for name, images in (("as they are", x), (after, x_adv)):
     print(f"mean P(TB) {name}: {model(images).softmax(1)[:, 1].mean().item():.2f}")
 
 
