@@ -280,7 +280,7 @@ figure
 
 # %%
 tests = explore.uniform_split_test(seen, pixels)
-report.show(tests[["test", "class_name", "p_holm", "effect", "meaning"]])
+report.show(tests[["test", "class_name", "p_holm", "effect", "meaning"]].round(2))
 
 # %% [markdown]
 # **Does an image lie on both sides?** A copy that was compressed anew, resized or brightened has other bytes, and
@@ -702,7 +702,8 @@ report.show(best, digits=3, notes=f"{len(found.runs)} runs: {counted}; the best 
 # lies on an edge, and why the search ended there.
 
 # %%
-display(report.show(pd.DataFrame(found.extensions).astype(str)))
+grown = pd.DataFrame(found.extensions).astype(str)
+display(report.show(grown, notes=f"{len(grown)} times a range grew"))
 ranges = found.ranges.assign(best=[f"{value:.3g}" for value in found.ranges["best"]])
 report.show(ranges.astype({"extensions": str}))
 
@@ -730,8 +731,9 @@ figure
 
 # %%
 curve = pd.read_csv(made_by(run, "initial/metrics.csv", "4 The first network"))
-best, waited = -np.inf, 0
-for epoch, auc in zip(curve["epoch"], curve["val_auc"], strict=True):
+best, waited, epoch = -np.inf, 0, 0
+for auc in curve["val_auc"]:
+    epoch += 1
     best, waited = (auc, 0) if auc > best else (best, waited + 1)
     if waited == run.patience:
         break
@@ -778,7 +780,8 @@ choice = max(tried, key=lambda one: (one["val_auc"], -one["val_loss"]))  # the f
 files.write_json(choice, run.run_dir / "choice.json")
 files.write_csv(pd.DataFrame(tried), TABLES / "recipes.csv")
 chosen = f"Chosen: {choice['recipe']}, {choice['epochs']} epochs."
-table = pd.DataFrame(tried).round({"lr": 6}).astype({"lr": str})
+table = pd.DataFrame(tried)
+table["lr"] = table["lr"].map("{:.2g}".format)
 report.show(table, digits=3, notes=chosen)
 
 # %%
@@ -947,7 +950,7 @@ for name, table in {"sizes": sizes, "grey": grey, "split_tests": tests}.items():
 columns = ["split", "class_name", "images", "sizes", "commonest", "share"]
 display(report.show(sizes[columns].astype({"sizes": str})))
 display(report.show(grey.rename(columns=lambda name: name.replace("pixel_", ""))))
-report.show(tests[["test", "class_name", "p_holm", "effect", "meaning"]])
+report.show(tests[["test", "class_name", "p_holm", "effect", "meaning"]].round(2))
 
 # %% [markdown]
 # A test result far from the validation result would point at a fault in the pipeline, or at a choice among so many runs
@@ -1042,7 +1045,7 @@ report.show(pd.DataFrame([told | {"AUC of the size of the files": report.with_in
 
 # %%
 tests = table["split_tests"][["test", "class_name", "p_holm", "effect", "uneven"]]
-display(report.show(tests))
+display(report.show(tests.round(2)))
 torn = table["audit"][table["audit"]["check"].str.startswith("near-duplicates in")]
 report.show(torn[["check", "count", "verdict"]].astype(str))
 
@@ -1185,7 +1188,7 @@ report.show(ranges, notes=note)
 # %%
 recipes = table["recipes"][["recipe", "optimizer", "lr", "label_smoothing", "epochs"]].copy()
 recipes["validation AUC"] = table["recipes"]["val_auc"]
-recipes = recipes.round({"lr": 6}).astype({"lr": str})
+recipes["lr"] = recipes["lr"].map("{:.2g}".format)
 report.show(recipes, digits=3, notes=f"Chosen: {choice['recipe']}.")
 
 # %% [markdown]
@@ -1252,8 +1255,8 @@ report.written(run)
 #
 # </details>
 #
-# The best looks better than it is, the more so the fewer the images, though all fifteen are the same: this is why
-# the test split exists, and why it is opened after the choice.
+# The best looks better than it is, the more so the fewer the images, though all fifteen are the same: this is why the
+# test split exists, and why it is opened after the choice.
 
 # %% [markdown]
 # **Exercise 2.** Of the images that the final network calls COVID with probability 0.9, are nine in ten COVID? The
