@@ -1178,7 +1178,8 @@ report.written(run)
 # scores = {"turned": (now != target).cpu().numpy()}
 # for kind, other in zip(("clean's class", "class of the moment"), prepared[1:], strict=True):
 #     scores[kind] = drift.compared(prepared[0], other)["rmse"]
-# report.show(pd.DataFrame(scores).groupby("turned").agg(["mean", "size"]), digits=0)
+# groups = pd.DataFrame(scores).groupby("turned")
+# report.show(groups.mean().assign(n=groups.size()), digits=0)
 # ```
 #
 # </details>
