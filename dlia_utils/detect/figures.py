@@ -46,6 +46,7 @@ def figure_boxes(
     true boxes, and all boxes. Without a column `score` only the truth is shown.
     """
     scored = any("score" in table for table in predictions_by_row)
+    smooth = "nearest" if images.shape[-1] < 200 else None  # small ones are shown as they are
     across = 1 if maps is not None else min(len(images), 2 if beside or len(images) == 4 else 3)
     each = 1 + beside if maps is None else 3
     figure, axes = panels(across * each, rows=-(-len(images) // across), width=WIDE, height=3.7)
@@ -54,7 +55,7 @@ def figure_boxes(
     for row, image in enumerate(images):
         own, known = axes.flat[each * row : each * (row + 1)], truth_by_row[row]
         for axis in own:
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
         heads = [titles[row], "where the layer responds (yellow: most)", "all boxes"][: each - 1]
         if maps is not None:
             own[1].imshow(maps[row], cmap="plasma", vmin=0, vmax=1, alpha=0.4)
