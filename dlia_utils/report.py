@@ -37,7 +37,7 @@ WORDS |= {"val_auc": "validation AUC", "val_accuracy": "validation accuracy"}
 WORDS |= {"val_loss": "validation loss", "train_loss": "training loss"}
 WORDS |= {name: name for name in ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin")}
 WORDS |= {"only_model_right": "only this one right", "only_reference_right": "only reference right"}
-ALL_OR_NONE = re.compile(r"^(0\.0+ \[0\.0+, (?!0\.0+\])|1\.0+ \[0|100(\.0+)? \[)")
+MARK = "\N{DAGGER}"  # beside the interval of none or all
 
 
 def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
@@ -110,8 +110,8 @@ class Shown:
 def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -> Shown:
     """A table for reading: words for column names, `digits` decimals, no counting index.
 
-    A named index becomes columns, NaN an empty cell. Where a share is 0 or 1 and has an interval a
-    line below says whose it is.
+    A named index becomes columns, NaN an empty cell. Where a share is 0 or 1 its interval has a
+    mark, and a line below says whose it is.
 
     >>> show(pd.DataFrame({"fp_per_image": [0.1234], "n": [24.0]}))
     fp per image images
@@ -126,9 +126,9 @@ def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -
         title = WORDS.get(title.strip(), title.strip().replace("_", " "))
         cells[title] = _cells(column, 3 if str(name).startswith("p_") or name == "p" else digits)
     shown = pd.DataFrame(cells, dtype=object)
-    if shown.map(lambda text: bool(ALL_OR_NONE.match(text))).to_numpy().any():
-        notes += "\nNone or all: no resampling varies there, so the interval is the exact one, "
-        notes += "patients as trials (Clopper & Pearson 1934)."
+    if shown.map(lambda text: text.endswith(MARK)).to_numpy().any():
+        notes += f"\n{MARK} None or all: no resampling varies there, so the interval is the exact "
+        notes += "one, patients as trials (Clopper & Pearson 1934)."
     return Shown(shown, notes.strip())
 
 
@@ -167,17 +167,24 @@ def wide(
     told = []
     for _, row in chosen.iterrows():
         bare = intervals is not None and row[across] not in intervals
-        told.append(with_interval(dict(row) | {"ci_low": np.nan} if bare else row, signed=signed))
+        row = dict(row) | ({"ci_low": np.nan} if bare else {})
+        told.append(with_interval(row, signed=True) if signed else _marked(row))
     order = list(dict.fromkeys(only if len(only) else chosen[across]))
     at = {"index": down, "columns": across, "values": "cell", "sort": False, "aggfunc": "first"}
     table = chosen.assign(cell=told).pivot_table(**at)
     return table[[name for name in order if name in table]].rename_axis(columns=None)
 
 
+def _marked(row: Mapping) -> str:
+    """The number with its interval, and a mark where that is the exact one of none or all."""
+    exact = row["value"] in (0, 1) and row["ci_low"] < row["ci_high"]
+    return f"{with_interval(row)} {MARK}" if exact else with_interval(row)
+
+
 def interval_table(table: pd.DataFrame) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) for reading: "value [low, high]"."""
     shown = pd.DataFrame({"metric": table["metric"].to_numpy()})
-    cells = [with_interval(row) for _, row in table.iterrows()]
+    cells = [_marked(row) for _, row in table.iterrows()]
     return shown.assign(**{"value [95 % interval]": cells, "images": table["n"].to_numpy()})
 
 
@@ -275,7 +282,7 @@ def _at(results: pd.DataFrame, eps: float) -> pd.Series:
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
     """Accuracy with its interval: models down, attack and eps (pixel units) across."""
     chosen = results[results.metric.eq("accuracy") & results.eps_unit.eq("pixel")]
-    chosen = chosen.assign(cell=[with_interval(row) for _, row in chosen.iterrows()])
+    chosen = chosen.assign(cell=[_marked(row) for _, row in chosen.iterrows()])
     at = {"index": "model", "columns": ["attack", "eps"], "values": "cell", "sort": False}
     table = chosen.pivot_table(**at, aggfunc="first")
     names = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in table]

@@ -227,7 +227,7 @@ def test_an_interval_at_none_or_all_is_explained(run):
     )
     given = near.assign(ci_low=[0.9, 0.4], ci_high=[1.0, 0.6], n=40)
     both = report.wide(given, only=["f1", "accuracy"])
-    assert both.loc["a"].to_dict() == {"f1": "0.50 [0.40, 0.60]", "accuracy": "1.00 [0.90, 1.00]"}
+    assert both.loc["a"].to_dict() == {"f1": "0.50 [0.40, 0.60]", "accuracy": "1.00 [0.90, 1.00] †"}
     assert "Clopper" in report.show(both).notes
     bare = report.wide(given, intervals=["f1"])
     assert bare.loc["a"].to_dict() == {"accuracy": "1.00", "f1": "0.50 [0.40, 0.60]"}

@@ -695,7 +695,7 @@ names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models at two thresholds")
 found = {name: tested(name) for name in names}
 clean = pd.concat([rows for _, rows in found.values()])
-report.update_results(clean, RESULTS)
+results = report.update_results(clean, RESULTS)
 
 # %%
 scores = {name: score for name, (score, _) in found.items()}

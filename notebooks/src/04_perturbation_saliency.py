@@ -23,7 +23,7 @@
 # ranking. [Notebook 01](01_pneumonia_robustness.ipynb) introduces the data set; Grad-CAM is taken apart in
 # [notebook 07](07_covid_transfer_gradcam.ipynb), here it is used.
 #
-# **Time.** `smoke`, on a laptop, two to three minutes; `cpu`, a laptop with real images, about two hours; `full` needs a GPU
+# **Time.** `smoke`, on a laptop, three to five minutes; `cpu`, a laptop with real images, about two hours; `full` needs a GPU
 # (graphics card) and was not yet timed.
 #
 # <!-- contents -->
@@ -85,7 +85,7 @@ CPU |= {"mapped": THESIS + ("poisson_dose",), "choose_images": 150}
 SMOKE = {"size": 48, "per_class": 96, "width": 0.1875, "mobilenet_size": 48, "mobilenet_width": 0.5}
 SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 12, "mobilenet_epochs": 12}
 SMOKE |= {"batch_size": 16, "lr": 3e-3, "num_workers": 0, "max_minutes": None}
-# On 32 validation images the AUC of a pretrained network is soon 1, for ever: the loss is not
+# On 32 validation images the AUC of a pretrained network soon is 1 and stays: the loss chooses
 SMOKE |= {"mobilenet_monitor": "val_loss"}
 SMOKE |= {"corruptions": THESIS + ("poisson_dose", "collimation"), "mapped": THESIS}
 SMOKE |= {"severities": (1, 3, 5), "choose_images": 16, "map_images": 24, "bootstrap_draws": 200}
@@ -492,7 +492,7 @@ for name, grid in grids.items():
     row = {"model": name, "clean AUC": report.with_interval(grid.iloc[0])}
     row |= {"lowest AUC": report.with_interval(worst)}
     rows.append(row | {"under": f"{worst['corruption']} {worst['severity']}".replace("_", " ")})
-report.Shown(pd.DataFrame(rows), "In brackets: 95 % intervals, by resampling patients.")
+report.show(pd.DataFrame(rows), notes="In brackets: 95 % intervals, by resampling patients.")
 
 
 # %% [markdown]
@@ -896,7 +896,7 @@ Markdown(report.finding(run, lines))
 options = {"down": ["model", "predictor"], "only": ["mixed", "within", "same answer"]}
 table = report.wide(cells, "reading", **options).fillna("")
 table = table.reset_index().rename(columns={"predictor": "score"})
-report.Shown(table.replace(KIND), "")
+report.show(table.replace(KIND))
 
 
 # %% [markdown]
@@ -1083,7 +1083,7 @@ report.show(table.T.rename_axis("layer"), digits=0)
 results = pd.read_csv(made_by(run, "results.csv", "4 How far does accuracy fall?"))
 clean = results[results["attack"].eq("clean") & results["metric"].eq("auc")]
 table = report.wide(clean, only=["auc"]).reset_index().rename(columns={"auc": "AUC"})
-report.Shown(table, "")
+report.show(table)
 
 # %%
 UNITS = {"wall_s": "seconds", "cpu_s": "CPU seconds", "memory_mib": "memory (MiB)"}
