@@ -477,9 +477,9 @@ report.show(pd.DataFrame(rows).T.rename_axis("model"))
 # ## 4 The clean test
 #
 # The test split is opened here, after every choice has been made, and each opening is logged. The intervals come from a
-# bootstrap over *patients*, since two images of one child are not two independent pieces of evidence; they are BCa
-# intervals (bias-corrected and accelerated; Efron, *Better Bootstrap Confidence Intervals*, 1987), which stay sensible
-# near 0 and 1. Always answering "pneumonia" is right on the share printed first: no accuracy means anything without it.
+# bootstrap over *patients*, since two images of one child are not two independent pieces of evidence: patients are drawn
+# with replacement some thousand times, and the middle 95 % of the metric is the interval. Always answering "pneumonia" is
+# right on the share printed first: no accuracy means anything without it.
 
 # %%
 study = open_study(run)
@@ -774,7 +774,8 @@ Markdown(report.verdict(results, masking, paired, run))
 # mass) is the mean distance from that; *if calibrated* is what a perfect model would score by chance on so few images, so
 # only an ECE well above it means anything. One temperature, fitted on the *validation* images, divides the logits (Guo et
 # al., *On Calibration of Modern Neural Networks*, 2017, [1706.04599](https://arxiv.org/abs/1706.04599)); it cannot change
-# an answer or an AUC. The *Brier score* is the mean squared error of the probability.
+# an answer or an AUC. The *Brier score* is the mean squared error of the probability. Both are lopsided near 0, so their
+# intervals are BCa: bias-corrected and accelerated (Efron, *Better Bootstrap Confidence Intervals*, 1987).
 
 # %%
 def calibration_of(study, model, labels, patients):

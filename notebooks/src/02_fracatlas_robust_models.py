@@ -415,8 +415,7 @@ for name in trained(open_study(run), run.zoo):
 # The test split is opened here, after every choice has been made. A false negative is a missed fracture: look at
 # *sensitivity* (fractures found) before accuracy, which always answering "not fractured" already brings to the share
 # printed here. *Balanced accuracy* is the mean of sensitivity and specificity: 0.5 for a constant answer. Brackets are 95 %
-# intervals from a bootstrap over groups of images that belong together (BCa: bias-corrected and accelerated; Efron, *Better
-# Bootstrap Confidence Intervals*, 1987).
+# intervals from a bootstrap over groups of images that belong together.
 
 # %%
 study = open_study(run)

@@ -671,8 +671,9 @@ answers = answers.assign(**{name: table["probability"] for name, table in told.i
 
 # %% [markdown]
 # Each number has a 95 % interval. It is a bootstrap: draw as many patients as there are, with replacement, many times,
-# and see how far the number moves. BCa (*bias-corrected and accelerated*; Efron, *Better Bootstrap Confidence
-# Intervals*, 1987) shifts its ends where the draws are skewed, as they are for a share near 1.
+# and take the middle 95 % of what comes out. (Where the draws are skewed, BCa, the *bias-corrected and accelerated*
+# interval of Efron, *Better Bootstrap Confidence Intervals*, 1987, shifts both ends; a share of exactly 0 or 1 gets the
+# exact binomial interval.)
 
 # %%
 files.write_csv(answers, run.run_dir / "predictions.csv")
