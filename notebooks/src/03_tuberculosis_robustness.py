@@ -253,6 +253,7 @@ asked = ("whole", "centre_only", "border_only", "corners_only")
 how = dict(regions=asked, draws=run.bootstrap_draws)
 regions = shortcuts.region_accuracy(shortcuts.linear_probe(), *parts, **how)
 files.write_csv(regions, run.run_dir / "tables" / "regions.csv")
+regions["region"] = regions["region"].str.replace("_", " ")
 report.show(report.wide(regions, down="region", intervals=["auc", "balanced_accuracy"]))
 
 # %% [markdown]
@@ -695,9 +696,13 @@ names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models at two thresholds")
 found = {name: tested(name) for name in names}
 clean = pd.concat([rows for _, rows in found.values()])
+<<<<<<< HEAD
 results = report.update_results(clean, RESULTS)
+=======
+>>>>>>> nb03
 
 # %%
+report.update_results(clean, RESULTS)
 scores = {name: score for name, (score, _) in found.items()}
 predictions = study.dataset.manifest.loc[study.rows("test"), ["path", "label"]].assign(**scores)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
