@@ -1279,8 +1279,8 @@ report.written(run)
 #
 # </details>
 #
-# Where the share lies above the probability the network was too timid, below it too sure. A perfectly calibrated
-# network would not score 0 on so few images either: each group's share is itself a draw.
+# A share above the probability means that COVID is likelier than the network says, a share below it that it is less so.
+# A perfectly calibrated network would not score 0 on so few images either: each group's share is itself a draw.
 
 # %% [markdown]
 # **Exercise 3.** Is the first network better than a single number that knows nothing of lungs? Compare its AUC on
