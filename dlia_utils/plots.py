@@ -276,8 +276,8 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     """
     names = list(runs.columns[1 : runs.columns.get_loc("score")])
     shown = runs[runs["state"].isin(["complete", "pruned"]) & runs["score"].notna()]
-    complete = shown[shown["state"] == "complete"].sort_values("score", kind="stable")
-    best = complete.iloc[[-1 if direction == "maximize" else 0]]
+    score = shown.loc[shown["state"].eq("complete"), "score"]  # of equal ones the first
+    best = shown.loc[[score.idxmax() if direction == "maximize" else score.idxmin()]]
     columns = min(4, len(names))
     figure, axes = panels(columns, rows=-(-len(names) // columns), width=2.9, height=2.9)
     for axis in axes.flat[len(names) :]:

@@ -123,13 +123,17 @@ def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -
     cells = {}
     for name, column in frame.rename_axis(columns=None).items():
         title = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-        title = WORDS.get(title.strip(), title.strip().replace("_", " "))
+        title = _word(title.strip())
         cells[title] = _cells(column, 3 if str(name).startswith("p_") or name == "p" else digits)
     shown = pd.DataFrame(cells, dtype=object)
     if shown.map(lambda text: text.endswith(MARK)).to_numpy().any():
         notes += f"\n{MARK} None or all: no resampling varies there, so the interval is the exact "
         notes += "one, patients as trials (Clopper & Pearson 1934)."
     return Shown(shown, notes.strip())
+
+
+def _word(name: str) -> str:
+    return WORDS.get(name, name.replace("_", " "))
 
 
 def _cells(column: pd.Series, digits: int) -> list[str]:
@@ -183,7 +187,7 @@ def _marked(row: Mapping) -> str:
 
 def interval_table(table: pd.DataFrame) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) for reading: "value [low, high]"."""
-    shown = pd.DataFrame({"metric": table["metric"].to_numpy()})
+    shown = pd.DataFrame({"metric": [_word(name) for name in table["metric"]]})
     cells = [_marked(row) for _, row in table.iterrows()]
     return shown.assign(**{"value [95 % interval]": cells, "images": table["n"].to_numpy()})
 

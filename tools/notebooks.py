@@ -492,13 +492,13 @@ def _last_text(notebook: NotebookNode) -> dict[str, str]:
 
 def sections(notebook: NotebookNode) -> tuple[list[str], dict[str, list[str]]]:
     """The code of the opening cells, and that of every section ('## ', by its title), by cell."""
-    opening, parts, title = [], defaultdict(list), ""
+    opening, parts, title, solved = [], defaultdict(list), "", itertools.count(1)
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (heading := re.match(r"## (.+)", cell.source)):
             title = heading.group(1)
         if cell.cell_type == "markdown":
-            for number, code in enumerate(SOLUTION.findall(cell.source), 1):
-                parts[f"{title}, solution {number}"].append(code)
+            for code in SOLUTION.findall(cell.source):
+                parts[f"{title}, solution {next(solved)}"].append(code)
         elif cell.cell_type == "code":
             (opening if set(tags(cell)) & {*OPENING, YOURS} else parts[title]).append(cell.source)
     return opening, dict(parts)

@@ -696,10 +696,7 @@ names = [*MODELS, *trained(study, run.zoo)]
 test_opened(study, "clean metrics of all models at two thresholds")
 found = {name: tested(name) for name in names}
 clean = pd.concat([rows for _, rows in found.values()])
-<<<<<<< HEAD
 results = report.update_results(clean, RESULTS)
-=======
->>>>>>> nb03
 
 # %%
 report.update_results(clean, RESULTS)

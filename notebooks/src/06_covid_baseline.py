@@ -708,7 +708,7 @@ ranges = found.ranges.assign(best=[f"{value:.3g}" for value in found.ranges["bes
 report.show(ranges.astype({"extensions": str}))
 
 # %%
-figure = plots.figure_search(found.runs[::-1], run.caption)  # of equal runs the first is the best
+figure = plots.figure_search(found.runs, run.caption)
 report.save_figure(figure, run, "search")
 figure
 
