@@ -124,7 +124,8 @@ def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -
     for name, column in frame.rename_axis(columns=None).items():
         title = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
         title = _word(title.strip())
-        cells[title] = _cells(column, 3 if str(name).startswith("p_") or name == "p" else digits)
+        p_values = title == "p" or title.startswith("p (")
+        cells[title] = _cells(column, 3 if p_values else digits, p_values=p_values)
     shown = pd.DataFrame(cells, dtype=object)
     if shown.map(lambda text: text.endswith(MARK)).to_numpy().any():
         notes += f"\n{MARK} None or all: no resampling varies there, so the interval is the exact "
@@ -136,7 +137,7 @@ def _word(name: str) -> str:
     return WORDS.get(name, name.replace("_", " "))
 
 
-def _cells(column: pd.Series, digits: int) -> list[str]:
+def _cells(column: pd.Series, digits: int, *, p_values: bool = False) -> list[str]:
     """A column as text: whole numbers without decimals, True as yes, tiny p-values as < 0.001."""
     if pd.api.types.is_bool_dtype(column):
         return column.map({True: "yes", False: "no"}).to_list()
@@ -147,8 +148,9 @@ def _cells(column: pd.Series, digits: int) -> list[str]:
     least = 10.0**-digits
     told = []
     for value in column:
-        tiny = 0 < abs(value) < least / 2
-        text = f"{value:,.0f}" if whole else f"{value:.1e}" if tiny else f"{value:.{digits}f}"
+        tiny = 0 < abs(value) < (least if p_values else least / 2)
+        small = f"< {least}" if p_values else f"{value:.1e}"
+        text = f"{value:,.0f}" if whole else small if tiny else f"{value:.{digits}f}"
         told.append("" if pd.isna(value) else text)
     return told
 

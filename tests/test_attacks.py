@@ -214,6 +214,16 @@ def test_another_range_is_refused_by_every_attack(name, trained):
         run(name, trained[0], GOOD_X * 4 - 2.1, GOOD_Y)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_gradients_and_torchscript_are_refused_in_words(name, trained):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad may stay"):
+        run(name, trained[0], GOOD_X, GOOD_Y)
+    traced = torch.jit.trace(trained[0], GOOD_X)
+    for script in (traced, torch.jit.freeze(traced)):
+        with pytest.raises(TypeError, match="give the torch.nn.Module that it was made from"):
+            run(name, script, GOOD_X, GOOD_Y)
+
+
 def test_training_mode_is_refused_only_where_it_would_change_the_answer():
     layers = [nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout(0.0), nn.Flatten()]
     base.check_model(nn.Sequential(*layers, nn.Linear(144, 2)).train())

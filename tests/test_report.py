@@ -212,7 +212,7 @@ def test_a_shown_table_has_words_rounded_numbers_and_no_counting_index():
     text = report.show(table.assign(verdict=["PASS", "WARN"], ok=[True, False]))
     assert list(text.table) == ["fp per image", "images", "p (Holm)", "verdict", "ok"]
     assert text.table.to_numpy().tolist() == [
-        ["0.12", "24", "1.0e-06", "PASS", "yes"],
+        ["0.12", "24", "< 0.001", "PASS", "yes"],
         ["", "1,000", "0.200", "WARN", "no"],
     ]
     page = text._repr_html_()

@@ -54,7 +54,7 @@ def check_attack(
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
-    check_model(model)
+    check_gradients(model)
     x, values, channels = check_images(x), torch.as_tensor(eps), x.shape[1]
     if getattr(y, "dtype", None) != torch.int64 or y.shape != x.shape[:1] or y.min() < 0:
         raise ValueError("y must be an int64 tensor [B], one label per image, none negative")
@@ -68,10 +68,21 @@ def check_attack(
     return x
 
 
+def check_gradients(model: nn.Module) -> None:
+    """`check_model`, and refuse a place where torch keeps no gradients."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode() keeps no gradients: call this outside of it (no_grad may stay)"
+        )
+    check_model(model)
+
+
 def check_model(model: nn.Module) -> None:
     """Refuse what is no module, and one that training mode would make random or change."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        what = "the torch.nn.Module that it was made from; TorchScript hides its layers"
+        more = f": give {what}" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}{more}")
     for name, module in model.named_modules():
         if module.training and _changes_in_training(module):
             where = f"{name or 'the model'} ({type(module).__name__})"

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ..attacks.base import check_images, check_model
+from ..attacks.base import check_gradients, check_images
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
@@ -69,7 +69,7 @@ def highest(maps: np.ndarray, share: float) -> tuple[np.ndarray, int]:
 
 def check(model: nn.Module, x: Tensor) -> Tensor:
     """Images [B,C,H,W], clamped to [0,1]; refuses others, and a model in training mode."""
-    check_model(model)
+    check_gradients(model)
     return check_images(x)
 
 

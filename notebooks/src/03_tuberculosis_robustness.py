@@ -699,7 +699,6 @@ clean = pd.concat([rows for _, rows in found.values()])
 results = report.update_results(clean, RESULTS)
 
 # %%
-report.update_results(clean, RESULTS)
 scores = {name: score for name, (score, _) in found.items()}
 predictions = study.dataset.manifest.loc[study.rows("test"), ["path", "label"]].assign(**scores)
 files.write_csv(predictions, run.run_dir / "predictions.csv")
