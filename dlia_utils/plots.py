@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix, roc_curve
 
@@ -50,17 +51,26 @@ def titled(figure: Figure, title: str, caption: str) -> Figure:
     return figure
 
 
-def label_lines(axis: plt.Axes, ends: Mapping[str, tuple[float, Any]]) -> None:
-    """Write each line's name right of the frame (height, colour), apart from one another."""
+def label_lines(
+    axis: plt.Axes, names: Sequence[str], places: Sequence, colors: Sequence[str]
+) -> None:
+    """Names beside their lines or points, pushed apart where they would stand on one another."""
     low, high = axis.get_ylim()
-    step, ordered = 0.062 * (high - low), sorted(ends.items(), key=lambda item: item[1][0])
-    places = np.array([y for _, (y, _) in ordered], dtype=float)
-    for number in range(1, len(places)):
-        places[number] = max(places[number], places[number - 1] + step)
-    places = np.minimum(places, high - step * np.arange(len(places))[::-1])  # not above the frame
-    for (name, (_, color)), place in zip(ordered, places, strict=True):
-        at = {"xycoords": ("axes fraction", "data"), "va": "center", "color": color}
-        axis.annotate(f" {name}", (1.0, place), fontsize=9, annotation_clip=False, **at)
+    tall = 0.75 * axis.figure.get_figheight() / axis.get_gridspec().nrows  # inches, about
+    apart, at = 1.25 * 9 / 72 / tall * (high - low), -np.inf
+    order = sorted(range(len(names)), key=lambda k: places[k][1])
+    heights = []
+    for k in order:
+        at = max(places[k][1], at + apart)
+        heights.append(at)
+    # What was pushed over the upper edge comes down again, and pushes what is below it.
+    for k in reversed(range(len(order))):
+        top = high if k == len(order) - 1 else heights[k + 1] - apart
+        heights[k] = min(heights[k], top)
+    for k, height in zip(order, heights, strict=True):
+        look = {"color": colors[k], "fontsize": 9, "va": "center"}
+        text = axis.text(places[k][0], height, names[k], clip_on=False, **look)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
 
 def figure_samples(
@@ -172,7 +182,9 @@ def figure_accuracy_vs_eps(
     words = "k/255, pixel units" if unit == "pixel" else "normalised units of the original study"
     axis.set(xlabel=f"eps ({words})", ylabel="accuracy", ylim=(-0.02, 1.02))
     axis.grid(alpha=0.25)
-    label_lines(axis, ends)
+    edge = axis.get_xlim()[1]
+    places, colors = [(edge, y) for y, _ in ends.values()], [color for _, color in ends.values()]
+    label_lines(axis, [f" {name}" for name in ends], places, colors)
     return titled(figure, note or attack, caption)
 
 

@@ -11,14 +11,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..corruption_error import CLEAN
 from ..data.tables import CORNERS
-from ..plots import line_style, panels
+from ..plots import label_lines, line_style, panels
 from . import base
 from .drift import CEILING, FLOOR
 
@@ -219,7 +218,7 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     words = [*map(_words, at.index), "floor", "ceiling"]
     for axis in axes[:, -1]:  # once all are drawn: they share their y axis
         ends = [(len(layers) - 0.8, one.get_ydata()[-1]) for one in axis.lines]
-        _names(axis, words, ends, [one.get_color() for one in axis.lines])
+        label_lines(axis, words, ends, [one.get_color() for one in axis.lines])
     below = "RMSE of scaled maps (0 to 255), layers from shallow to deep; floor: the same image\n"
     below += "explained again; ceiling: another image (grey: the middle half of such pairs)"
     return _finish(figure, f"{METHOD}, {caption}", below, legend=False)
@@ -252,7 +251,7 @@ def figure_scatter(
         ends.append(cells.groupby("corruption", sort=False)[["rmse", "drop"]].last())
     for axis, last in zip(axes.flat, ends, strict=True):  # once all are drawn
         colors = [line_style(number)["color"] for number in range(len(last))]
-        _names(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
+        label_lines(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
     axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
     return _finish(figure, f"{METHOD}, {caption}", "larger points: higher severity", legend=False)
 
@@ -276,26 +275,6 @@ def _panels(
     for axis in axes.flat[used:]:
         axis.axis("off")
     return figure, axes
-
-
-def _names(axis: Axes, names: Sequence[str], places: Sequence, colors: Sequence[str]) -> None:
-    """Names beside their lines or points, pushed apart where they would stand on one another."""
-    low, high = axis.get_ylim()
-    tall = 0.75 * axis.figure.get_figheight() / axis.get_gridspec().nrows  # inches, about
-    apart, at = 1.25 * TEXT / 72 / tall * (high - low), -np.inf
-    order = sorted(range(len(names)), key=lambda k: places[k][1])
-    heights = []
-    for k in order:
-        at = max(places[k][1], at + apart)
-        heights.append(at)
-    # What was pushed over the upper edge comes down again, and pushes what is below it.
-    for k in reversed(range(len(order))):
-        top = high if k == len(order) - 1 else heights[k + 1] - apart
-        heights[k] = min(heights[k], top)
-    for k, height in zip(order, heights, strict=True):
-        look = {"color": colors[k], "fontsize": TEXT, "va": "center"}
-        text = axis.text(places[k][0], height, names[k], clip_on=False, **look)
-        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
 
 
 def _words(name: str) -> str:
