@@ -1071,7 +1071,7 @@ report.show(shown.rename(columns={"accuracy": "accuracy under attack"}))
 # study = open_study(run)
 # trained = load_models(study, ["baseline", run.adversarial[0]])
 # x, y = suite.held_out(study)
-# options = dict(eps=run.headline_eps, steps=10, loss="margin", seed=range(len(x)))
+# options = dict(eps=run.headline_eps, steps=10, loss="margin", seed=0)
 # attacked = pgd(trained["baseline"], x, y, **options).x_adv
 # for name, model in trained.items():
 #     right = [(model(z).argmax(1) == y).float().mean().item() for z in (x, attacked)]

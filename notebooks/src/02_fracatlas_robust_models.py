@@ -869,7 +869,7 @@ report.show(told.reset_index(drop=True))
 #     (gradient,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
 #     maps = {"mine": gradient.abs().amax(1).cpu().numpy()}
 #     found = localisation.localise(maps, x.detach().cpu(), boxes, groups=study.patients(rows))
-#     hit = found[found["map"].eq("mine") & found.score.eq("pointing")]["value"].mean()
+#     hit = found.loc[found["map"].eq("mine"), "pointing"].mean()
 #     print(f"{name}: the hottest pixel lies in the box in {hit:.0%} of {len(rows)} images")
 # ```
 #
