@@ -342,7 +342,7 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     for name in names:
         left.plot(x, np.r_[table.clean[0], table[name]], color="0.72", lw=1.0)
     worst = np.r_[table.clean[0], table.worst]
-    left.plot(x, worst, "o-", ms=4, lw=1.8, color=COLORS[0])
+    left.plot(x, worst, "o-", ms=4, lw=1.8, color=COLORS[0], label="worst case")
     band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
     left.fill_between(x, *band, color=COLORS[0], alpha=0.12, lw=0)
     left.set(xlabel="eps (k/255, pixel units)", ylabel="accuracy", ylim=(-0.02, 1.02))

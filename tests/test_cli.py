@@ -18,6 +18,7 @@ from dlia_utils.data.readers import DataNotFound
 from tools import notebooks
 
 RESULTS = """
+# %%
 row = "{},{},{},pixel,accuracy,{},0.8,0.9,10,smoke,pneumonia (SYNTHETIC),48\\n"
 rows = "model,attack,eps,eps_unit,metric,value,ci_low,ci_high,n,profile,data,size\\n"
 rows += row.format("baseline", "clean", 0.0, 0.875)
@@ -46,7 +47,7 @@ def test_run_executes_prints_the_table_and_says_where_to_look(suite, tmp_path, c
     assert cli.main("run --nb 7 --run-name mine --set epochs=7".split()) == 0
     printed = capsys.readouterr().out
     assert "changed  * epochs = 7  (in this profile: 3)" in printed
-    assert "0.875 [0.800, 0.900]" in printed and "worst 4/255" in printed
+    assert "0.88 [0.80, 0.90]" in printed and "worst 4/255" in printed
     assert "data: pneumonia (SYNTHETIC) | profile: smoke" in printed
     assert "executed.ipynb" in printed and "results.csv" in printed
     folder = tmp_path / "runs" / "07_tiny" / "mine"

@@ -117,6 +117,7 @@ def test_a_copy_that_is_another_function_is_not_attacked(study, caplog):
     hooked = copy.deepcopy(model)  # a copy by tracing loses the hook
     hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
     options = {"grid": GRID[:1], "attacks": ("pgd_margin",)}
+    caplog.set_level("INFO", logger="dlia_utils")
     fast, plain = (full_rows(hooked, x, y, fast=fast, **options) for fast in (True, False))
     pd.testing.assert_frame_equal(fast, plain)
     assert "answers otherwise" in caplog.text

@@ -399,6 +399,8 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, tmp_path, monkeyp
         sent = nbformat.reads(asked["text"], as_version=4)
         nbformat.validate(sent)
         committed = notebooks.read(notebooks.product(source)).cells
-        expected = [kaggle.for_kaggle(cell.source, "some-user") for cell in committed]
-        assert [cell.source for cell in sent.cells] == expected
+        for cell, ours in zip(sent.cells, committed, strict=True):
+            text = ours.cell_type == "markdown"
+            expected = kaggle.for_kaggle(ours.source, "some-user") if text else ours.source
+            assert cell.source == expected
         assert len(asked["text"]) < 1_000_000 and not re.search(r'"outputs": \[[^]]', asked["text"])
