@@ -98,7 +98,7 @@ def tables(options: argparse.Namespace) -> None:
 
 
 def body(options: argparse.Namespace) -> None:
-    """learn the small body of the smoke profile anew from phantom images (a minute)"""
+    """learn the small body of the smoke profile anew from phantom images (ten minutes)"""
     from . import body as small
 
     print(f"wrote {execute.short(small.make())}")

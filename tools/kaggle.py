@@ -164,7 +164,7 @@ def kernel(
     about = {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "language": "python"}
     notebook.metadata["kaggle"] = about | {"isInternetEnabled": internet, "sourceType": "notebook"}
     handles = [SOURCES[name].handle for name in _datasets(source)]
-    slug, machine = title.lower().replace(" ", "-"), {"enable_gpu": True, "enable_tpu": False}
+    slug, machine = _slug(source.stem), {"enable_gpu": True, "enable_tpu": False}
     metadata = {"id": f"{user}/{slug}", "title": title, "is_private": True, "language": "python"}
     metadata |= {"code_file": notebooks.product(source).name, "kernel_type": "notebook"}
     # The client takes a missing enable_internet for true.
@@ -184,11 +184,15 @@ def for_kaggle(text: str, user: str) -> str:
 
     def one(link: re.Match) -> str:
         words, target = link.groups()
-        slug = TITLE.format(PurePosixPath(target).stem.replace("_", " ")).lower().replace(" ", "-")
-        where = f"https://www.kaggle.com/code/{user}/{slug}"
+        where = f"https://www.kaggle.com/code/{user}/{_slug(PurePosixPath(target).stem)}"
         return f"[{words}]({where})" if target.endswith(".ipynb") else words
 
     return RELATIVE.sub(one, text)
+
+
+def _slug(stem: str) -> str:
+    """The last part of a kernel's address, from its notebook's name."""
+    return TITLE.format(stem).lower().replace(" ", "-").replace("_", "-")
 
 
 def _datasets(source: Path) -> Sequence[str]:

@@ -127,7 +127,7 @@ def _fill(notebook: NotebookNode, source: Path) -> None:
         pictures = {name: REPOSITORY / "docs" / name for name in _PICTURE.findall(cell.source)}
         if pictures:
             read = {name: base64.b64encode(one.read_bytes()) for name, one in pictures.items()}
-            told = {name: {"image/png": _fewer_colours(one)} for name, one in read.items()}
+            told = {name: {"image/png": _fewer_colours(one.decode())} for name, one in read.items()}
             cell["attachments"] = nbformat.from_dict(told)
 
 
@@ -248,11 +248,11 @@ def _clean_output(output: NotebookNode) -> NotebookNode | None:
     return output
 
 
-def _fewer_colours(picture: str | bytes) -> str:
+def _fewer_colours(picture: str) -> str:
     """A PNG (base64) with a palette of 256 colours: a third of the size, the same to the eye."""
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
     if image.mode == "P":
-        return picture if isinstance(picture, str) else picture.decode()
+        return picture
     smaller = io.BytesIO()
     palette = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     palette.save(smaller, "PNG", optimize=True)
