@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,9 @@ def captum(tmp_path):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """A suite of two tiny notebooks, the second of which can use several data sets."""
-    # The wheel is built once for all these tests but its own.
-    monkeypatch.setattr(kaggle, "write_wheel", lambda folder: write_ours(folder))
+    # A copy, as the real wheel has the same bytes each time: a zip written again has a new date.
+    ours = write_ours(tmp_path / "ours")
+    monkeypatch.setattr(kaggle, "write_wheel", lambda folder: copied(ours, folder))
     for _ in range(2):  # the first one links to the second
         tiny.write(tmp_path / "notebooks", "01_first")
         tiny.write(tmp_path / "notebooks", "02_second_one", SEVERAL)
@@ -53,6 +55,11 @@ def write_ours(folder):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(f"dlia_utils-{__version__}.dist-info/licenses/LICENSE", "MIT")
     return path
+
+
+def copied(path, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(path, folder))
 
 
 @pytest.fixture
