@@ -2,17 +2,21 @@
 
 import ast
 import graphlib
+import io
 import re
 import subprocess
 import sys
+import token
+import tokenize
 
 import pytest
 
 from tools import house
 from tools.notebooks import REPOSITORY
 
-# On the way to 11,500 lines: what stands today is the most there may be.
-BUDGET = {"dlia_utils": 15_480, "tools": 1_440}
+# Lines of code: without docstrings, comments and blank lines, which nobody should save on.
+BUDGET = {"dlia_utils": 11_500, "tools": 1_200}
+NO_CODE = {token.COMMENT, token.NL, token.NEWLINE, token.INDENT, token.DEDENT, token.ENDMARKER}
 LONGEST = 60
 RUN_KNOWN_BY = {
     "study",
@@ -37,9 +41,30 @@ def functions():
                 yield module, node
 
 
+def code_lines(path):
+    """How many lines of a file hold code, strings within code among them."""
+    text = path.read_text()
+    with_code = set()
+    for one in tokenize.generate_tokens(io.StringIO(text).readline):
+        if one.type not in NO_CODE:
+            with_code |= set(range(one.start[0], one.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and docstring(node):
+            with_code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(with_code)
+
+
 @pytest.mark.parametrize("folder", BUDGET)
 def test_lines(folder):
-    assert lines(folder) <= BUDGET[folder]
+    assert sum(map(code_lines, (REPOSITORY / folder).rglob("*.py"))) <= BUDGET[folder]
+
+
+def test_lines_of_code_are_counted(tmp_path):
+    text = (
+        '"One."\n\n# two\ndef f():\n    """Three.\n\n    Four."""\n    return [\n        1\n    ]\n'
+    )
+    (tmp_path / "a.py").write_text(text)
+    assert code_lines(tmp_path / "a.py") == 4
 
 
 def test_tests_have_no_more_lines_than_the_package():
@@ -77,8 +102,12 @@ def test_functions_are_short():
 
 
 def docstring(function):
+    """How many lines the docstring of a function, class or module takes."""
+    if not function.body:
+        return 0
     first = function.body[0]
     is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    is_text = is_text and isinstance(first.value.value, str)
     return first.end_lineno - first.lineno + 1 if is_text else 0
 
 
