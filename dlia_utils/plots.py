@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
-from sklearn.metrics import confusion_matrix, roc_curve
+from sklearn.metrics import auc, confusion_matrix, roc_curve
 
 from .units import eps_text
 
@@ -20,12 +20,33 @@ from .units import eps_text
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+class Described(Figure):
+    """A figure that says in words what it shows, for readers who hear it or see no pictures."""
+
+    def alt(self) -> str:
+        """Title, panels, axes, names of the lines and caption, in one line."""
+        said, legends = [self.get_suptitle()], list(self.legends)
+        for axis in self.axes:
+            across, up = axis.get_xlabel(), axis.get_ylabel()
+            said += [axis.get_title(), f"{up} over {across}" if up and across else up + across]
+            said += [text.get_text() for text in axis.texts]
+            legends += [legend] if (legend := axis.get_legend()) else []
+        for legend in legends:
+            said += [text.get_text() for text in (*legend.get_texts(), legend.get_title())]
+        words = dict.fromkeys(" ".join(one.split()) for one in [*said, self.get_supxlabel()])
+        return textwrap.shorten("; ".join(filter(None, words)), 600, placeholder=" ...")
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
+        """The words beside the picture, where Jupyter's converters look for them."""
+        return {"text/plain": self.alt()}, {"image/png": {"alt": self.alt()}}
+
+
 def panels(
     columns: int, *, rows: int = 1, width: float = 3.0, height: float = 3.0
 ) -> tuple[Figure, np.ndarray]:
     """A figure in constrained layout and its axes [rows,columns]; sizes are inches of one panel."""
     size = {"figsize": (width * columns, height * rows), "dpi": 100, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, FigureClass=Described, **size)
     plt.close(figure)  # the notebook shows the returned figure once; pyplot must not show it again
     return figure, axes
 
@@ -47,6 +68,8 @@ def line_styles(names: Sequence[str], *, first: Sequence[str] = ()) -> dict[str,
 def titled(figure: Figure, title: str, caption: str) -> Figure:
     """The figure with what it shows above and, small, where its numbers are from below."""
     figure.suptitle(title, fontsize=11)
+    wide = int(14 * figure.get_figwidth())
+    caption = "\n".join(textwrap.fill(line, wide) for line in caption.split("\n"))
     figure.supxlabel(caption, fontsize=9, color="0.35")
     return figure
 
@@ -91,13 +114,16 @@ def figure_samples(
 def figure_history(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     """Training loss and validation AUC per epoch, one line a model."""
     figure, axes = panels(2, width=4.4, height=3.6)
+    best = {name: one.loc[one["val_auc"].idxmax()] for name, one in histories.items()}
+    name = max(best, key=lambda name: best[name]["val_auc"])
+    told = f"{best[name]['val_auc']:.3f}, {name} in epoch {best[name]['epoch']:.0f}"
     for name, style in line_styles(list(histories)).items():
         history = histories[name]
         for axis, column in zip(axes[0], ("train_loss", "val_auc"), strict=True):
             axis.plot(history.epoch, history[column], ms=3, label=_told(name, style), **style)
     axes[0, 0].set(xlabel="epoch", ylabel="training loss (each model's own)", yscale="log")
     axes[0, 1].set(xlabel="epoch", ylabel="validation AUC")
-    return _legend(figure, axes[0, 1], "Training", caption)
+    return _legend(figure, axes[0, 1], f"Training: highest validation AUC {told}", caption)
 
 
 def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: str) -> Figure:
@@ -108,12 +134,16 @@ def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: st
         many = enumerate(np.transpose(score)) if np.ndim(score) > 1 else ()
         by_class = {f"{name}, class {k}": (labels == k, column) for k, column in many}
         curves |= by_class or {name: (labels, score)}
+    areas = {}
     for name, style in line_styles(list(curves)).items():
         false_alarm, hit, _ = roc_curve(*curves[name])
+        areas[name] = auc(false_alarm, hit)
         axis.plot(false_alarm, hit, label=_told(name, style), **style | {"marker": ""})
     axis.plot([0, 1], [0, 1], ":", color="0.6")
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-    return _legend(figure, axis, "ROC curves, test images", caption)
+    best = max(areas, key=areas.get)
+    title = f"ROC curves, test images: highest AUC {areas[best]:.2f} ({best})"
+    return _legend(figure, axis, title, caption)
 
 
 def _told(name: str, style: Mapping) -> str | None:
@@ -143,7 +173,10 @@ def figure_confusion(
         axis.set_yticks(range(len(classes)), short, rotation=turn[1], va="center")
         axis.set_title(name, fontsize=9)
     figure.get_layout_engine().set(h_pad=0.12)  # titles stand apart from the ticks above them
-    return titled(figure, "Rows: truth, columns: prediction", caption)
+    right = {name: np.sum(labels == predicted) for name, predicted in predictions.items()}
+    best = max(right, key=right.get)
+    title = f"Most right answers: {best}, {right[best]} of {len(labels)}"
+    return titled(figure, title, f"rows: truth, columns: prediction\n{caption}")
 
 
 def figure_accuracy_vs_eps(
@@ -164,18 +197,22 @@ def figure_accuracy_vs_eps(
     chosen = results[results.metric.eq("accuracy") & (results.eps_unit.eq(unit) | clean)]
     attacked = chosen[chosen.attack.eq(attack)].groupby("model", sort=False).value.mean()
     best = attacked.sort_values(ascending=False, kind="stable").index[: len(COLORS) - 1]
-    styles, ends = line_styles(list(attacked.index), first=[attacked.index[0], *best]), {}
+    styles = line_styles(list(attacked.index), first=[attacked.index[0], *best])
+    ends, last = {}, {}
     for name, style in styles.items():
         line = chosen[chosen.model.eq(name) & chosen.attack.isin(["clean", attack])]
         line = line.sort_values("eps")
         axis.plot(line.eps * scale, line.value, ms=4, **style)
+        last[name] = line.value.iloc[-1]
         if _told(name, style):
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
-            ends[name] = (line.value.iloc[-1], style["color"])
-    if more := len(styles) - len(ends):
-        others = [name for name in styles if name not in ends]
-        ends[f"{more} others, grey" if more > 1 else others[0]] = (0, "0.5")
+            ends[name] = (last[name], style["color"])
+    others = [name for name in styles if name not in ends]
+    if len(others) == 1:
+        ends[others[0]] = (last[others[0]], "0.5")
+    elif others:
+        ends[f"{len(others)} others, grey"] = (0, "0.5")
     if constant is not None:
         axis.axhline(constant, color="0.4", ls=":", lw=1)
         ends["always the same answer"] = (constant, "0.4")
@@ -185,7 +222,9 @@ def figure_accuracy_vs_eps(
     edge = axis.get_xlim()[1]
     places, colors = [(edge, y) for y, _ in ends.values()], [color for _, color in ends.values()]
     label_lines(axis, [f" {name}" for name in ends], places, colors)
-    return titled(figure, note or attack, caption)
+    top, most = max(last, key=last.get), chosen.eps.max()
+    at = eps_text(most) if unit == "pixel" else f"{most:g}"
+    return titled(figure, f"{note or attack}: {top} keeps {last[top]:.2f} at {at}", caption)
 
 
 def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
@@ -207,7 +246,9 @@ def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
     axis.set_xticks(place, table.index, rotation=25, ha="right", rotation_mode="anchor")
     axis.set(ylim=(0, 1.02))
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    return titled(figure, f"Two losses, one attack: PGD at {eps_text(eps)}", caption)
+    gap = (table["pgd_ce"] - table["pgd_margin"]).abs()
+    title = f"PGD at {eps_text(eps)} with two losses: largest gap {gap.max():.2f} ({gap.idxmax()})"
+    return titled(figure, title, caption)
 
 
 def figure_adversarial(
@@ -247,7 +288,10 @@ def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figu
     axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.25)
-    return _legend(figure, axis, "Reliability, bins of equal mass", caption)
+    gaps = {name: (one["value"] - one["probability"]).abs().max() for name, one in tables.items()}
+    most = max(gaps, key=gaps.get)
+    title = f"Reliability, bins of equal mass: furthest off by {gaps[most]:.2f} ({most})"
+    return _legend(figure, axis, title, caption)
 
 
 def _legend(figure: Figure, axis: plt.Axes, title: str, caption: str) -> Figure:
@@ -273,7 +317,12 @@ def figure_curves(histories: Mapping[str, pd.DataFrame], caption: str) -> Figure
         axis.set(xlabel="epoch", ylabel={"auc": "validation AUC"}.get(name, name))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
-    return _legend(figure, axes[0, 0], "Solid: training, dashed: validation", caption)
+    title, lowest = "", {n: one["val_loss"] for n, one in histories.items() if "val_loss" in one}
+    if lowest:
+        name = min(lowest, key=lambda name: lowest[name].min())
+        epoch = histories[name]["epoch"][lowest[name].idxmin()]
+        title = f"Lowest validation loss {lowest[name].min():.2g}: {name} in epoch {epoch:.0f}"
+    return _legend(figure, axes[0, 0], title, f"solid: training, dashed: validation\n{caption}")
 
 
 def _measured(histories: Mapping[str, pd.DataFrame], name: str) -> bool:
@@ -312,7 +361,8 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     figure.legend(*signs, fontsize=9, frameon=False, loc="outside right center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
-    return titled(figure, f"{len(runs)} runs{unscored}", caption)
+    title = f"{len(runs)} runs{unscored}: best score {best['score'].item():.3g}"
+    return titled(figure, title, caption)
 
 
 def _search_axis(axis: plt.Axes, values: pd.Series) -> pd.Series:
@@ -349,7 +399,9 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     left.set_title("worst case (blue), each attack alone (grey)", fontsize=10)
     left.grid(alpha=0.25)
     _fooled_first(right, rows[rows.attack.ne("worst")], table)
-    return titled(figure, "Worst case over the suite", caption)
+    last = table.iloc[-1]
+    title = f"Worst case over the suite: {last['clean']:.2f} right when clean, {last['worst']:.2f}"
+    return titled(figure, f"{title} at {last['ball']}", caption)
 
 
 def _fooled_first(axis: plt.Axes, rows: pd.DataFrame, table: pd.DataFrame) -> None:

@@ -1,4 +1,4 @@
-"""The suite of attacks on the trained models of a run; what notebooks 01, 02 and 03 share."""
+"""What notebooks 01, 02 and 03 share: the suite of attacks, robust models of the literature."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from . import files, models, objectives
 from .attacks import checklist, evaluate
+from .attacks.alpha import select_alpha
+from .models import robust
 from .run import Run
-from .study import Study, load_models, stored, weights_key, work_folder
+from .study import Study, load_models, stored, train_head, weights_key, work_folder
 
 USES = "attacks eps_grid pgd_steps pgd_restarts budgets expensive attack_batch seed".split()
+ZOO_USES = "zoo_weights zoo_width zoo_epochs zoo_lr zoo_alphas head headline_eps pgd_steps".split()
+ZOO_USES += "seed batch_size schedule patience balance attack_batch".split()
 
 
 def options(run: Run) -> dict:
@@ -78,3 +83,45 @@ def choose_under_attack(study: Study, *, steps: int = 10) -> dict[str, str | Cal
         return {"val_robust": 1 - float(np.mean(fooled))}
 
     return {"val_metric": balanced, "monitor": "val_robust"}
+
+
+def zoo_study(study: Study) -> Study:
+    """The same images at the size, and with the training, of the literature's robust models."""
+    run = study.run
+    return study.variant(size=run.zoo_size, epochs=run.zoo_epochs, lr=run.zoo_lr)
+
+
+def train_robust_model(study: Study, name: str) -> str:
+    """Train a new head on the frozen body `name` of `models.robust`; what loading it said.
+
+    study: `zoo_study`'s. A linear head is a convex problem with one optimum, so the last epoch is
+    kept. A MeanSparse model (2406.05927) first gets the means of the training images, and then the
+    width of its dead zone (alpha) from validation images, under attack; kept as alpha.csv.
+    """
+    run, rows, size = study.run, study.rows("train"), study.run.attack_batch
+    folder = work_folder(run, name, study.key | run.pick(*ZOO_USES))
+    told = folder / "checkpoint.txt"
+    if told.exists() and run.resume:
+        return told.read_text(encoding="utf-8")
+    try:
+        body = robust.create(name, width=run.zoo_width, pretrained=run.zoo_weights, seed=run.seed)
+    except RuntimeError as error:
+        return f"left out: {error}"
+    model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    sparse = "meansparse" in name
+    if sparse:  # the head must learn from features of these images, not of CIFAR-10's statistics
+        robust.recompute_statistics(model, map(study.images, batches))
+    loss = objectives.cross_entropy(weight=study.class_weights())
+    train_head(study, name, model, loss, monitor="epoch")
+    if sparse:
+        val = study.rows("val")
+        data = map(study.images, batches), study.images(val), study.labels(val)
+        how = dict(grid=run.zoo_alphas, eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)
+        table = select_alpha(model, *data, **how)
+        files.write_csv(table, folder / "alpha.csv")
+        alpha = float(table.loc[table["chosen"], "alpha"].item())
+        models.save(model, folder / "best.pt", meta={"alpha": alpha})
+    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # for the result rows
+    files.write_text(str(body.load_report or "random weights"), told)
+    return told.read_text(encoding="utf-8")

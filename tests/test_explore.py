@@ -161,7 +161,7 @@ def test_patients_are_not_split_between_fit_and_score():
 def test_figures_show_counts_and_mean_images():
     dataset, images = images_of(), cached(noise(240))
     figure = explore.figure_classes(dataset, "demo (SYNTHETIC)")
-    assert "SYNTHETIC" in figure.axes[0].get_title()
+    assert "SYNTHETIC" in figure.alt()
     counts = dataset.manifest.groupby(["split", "class_name"]).size()
     assert {text.get_text().split("\n")[0] for text in figure.axes[0].texts} == {*map(str, counts)}
     figure = explore.figure_mean_images(images, dataset, "demo")

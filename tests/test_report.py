@@ -188,7 +188,9 @@ def test_figures_are_drawn_and_say_what_data(run):
     for name, figure in figures.items():
         texts = figure.findobj(Text)
         words = " ".join(text.get_text() for text in texts)
-        assert "SYNTHETIC" in words, name
+        told, metadata = figure._repr_mimebundle_()
+        assert "SYNTHETIC" in words and "SYNTHETIC" in told["text/plain"], name
+        assert metadata["image/png"]["alt"] == figure.alt()
         assert min(t.get_fontsize() for t in texts if t.get_text()) >= 9, name
         assert report.save_figure(figure, run, name).stat().st_size > 2000
 

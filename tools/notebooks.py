@@ -447,6 +447,8 @@ def _output_problems(cell: NotebookNode) -> Iterator[str]:
         if match := _MACHINE_PATH.search(text):
             around = text[max(match.start() - 20, 0) : match.end() + 20]
             yield f"its output shows a path of the machine: {around!r}"
+        if "image/png" in data and not output.metadata.get("image/png", {}).get("alt"):
+            yield "a stored picture has no alt text: draw it on `plots.panels`"
         if (size := len(json.dumps(output))) > MAX_OUTPUT_BYTES:
             yield f"an output of {size / 1e3:.0f} kB, over {MAX_OUTPUT_BYTES / 1e3:.0f}: too large"
         if len(output.get("text", "").splitlines()) > MAX_TEXT_LINES:

@@ -11,7 +11,7 @@ from scipy.stats import chi2_contingency, kruskal, rankdata
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from .. import metrics
-from ..plots import COLORS, panels
+from ..plots import COLORS, panels, titled
 from .cache import ImageCache
 from .datasets import Dataset
 from .split import deal
@@ -215,11 +215,11 @@ def figure_classes(dataset: Dataset, caption: str) -> Figure:
     for name, bars in zip(dataset.classes, axes[0, 0].containers, strict=True):
         shares = counts[name] / counts.sum(axis=1)
         texts = [f"{n}\n{share:.0%}" for n, share in zip(counts[name], shares, strict=True)]
-        axes[0, 0].bar_label(bars, texts, fontsize=8)
+        axes[0, 0].bar_label(bars, texts, fontsize=9)
     axes[0, 0].margins(y=0.2)
-    axes[0, 0].set_title(f"Classes per split; {caption}", fontsize=9)
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    return figure
+    axes[0, 0].legend(fontsize=9, frameon=False)
+    share = counts.sum() / counts.to_numpy().sum()
+    return titled(figure, f"Most images: {share.idxmax()}, {share.max():.0%} of all", caption)
 
 
 def figure_mean_images(cache: ImageCache, dataset: Dataset, caption: str) -> Figure:
@@ -245,5 +245,5 @@ def figure_mean_images(cache: ImageCache, dataset: Dataset, caption: str) -> Fig
         axis.set_title(title, fontsize=9)
         if colours != "gray":
             figure.colorbar(drawn, ax=axis, fraction=0.046)
-    figure.suptitle(f"{caption}; grey values in [0, 1]", fontsize=9)
-    return figure
+    title = f"{other} minus {one}: at most {reach:.2f} of the grey scale" if len(maps) > 1 else ""
+    return titled(figure, title, f"grey values in [0, 1]; {caption}")

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..plots import COLORS, line_style, panels
+from ..plots import COLORS, line_style, panels, titled
 from .evaluate import CORNERS, RATES
 
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
@@ -74,8 +74,8 @@ def figure_boxes(
         cut = cut if np.isfinite(threshold) else "no score reaches the threshold"
         lines[f"prediction, {cut}"] = Line2D([], [], **PREDICTION)
     look = {"fontsize": 9, "frameon": False, "handlelength": 3}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncol=len(lines), **look)
-    return finish(figure, caption)
+    figure.legend(lines.values(), lines, loc="outside upper center", ncol=len(lines), **look)
+    return finish(figure, "", caption)
 
 
 def _strongest(predictions: pd.DataFrame, threshold: float) -> tuple[pd.DataFrame, str]:
@@ -140,6 +140,7 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     sensitivity with no more false positives. The legend gives their mean, the score of LUNA16.
     """
     figure, ((axis,),) = panels(1, width=7.4, height=4.2)
+    found = {}
     for number, (name, curve) in enumerate(curves.items()):
         style = line_style(number)
         if len(curve) and curve.recall.isna().all():
@@ -148,6 +149,7 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         curve = curve.dropna().sort_values(["fp_per_image", "recall"])
         reached = [curve.recall[curve.fp_per_image <= at * (1 + 1e-9)].max() for at in RATES]
         reached = np.nan_to_num(np.array(reached, float))
+        found[name] = reached[RATES.index(1)]
         x = np.r_[np.maximum(curve.fp_per_image, RATES[0] / 8), 2 * RATES[-1]]
         y = np.r_[curve.recall, curve.recall.max() if len(curve) else 0]
         axis.plot(x, y, drawstyle="steps-post", lw=1.3, **style | {"marker": ""})
@@ -159,7 +161,8 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     axis.set(xlabel="false positives per image", ylabel="sensitivity")
     axis.grid(alpha=0.25)
     axis.legend(**LEGEND_RIGHT)
-    return finish(figure, caption)
+    title = f"One false positive an image: {_highest(found)} of the boxes found" if found else ""
+    return finish(figure, title, caption)
 
 
 def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -168,6 +171,7 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     curves: name -> columns threshold, precision, recall, f1.
     """
     figure, ((axis,),) = panels(1, width=7.4, height=4.4)
+    found = {}
     for f1 in (0.2, 0.4, 0.6, 0.8):
         precision = np.linspace(f1 / (2 - f1), 1, 200)
         axis.plot(f1 * precision / (2 * precision - f1), precision, color="0.8", lw=0.8, zorder=1)
@@ -180,13 +184,14 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         curve = curve.dropna(subset=["precision", "recall", "f1"]).sort_values("threshold")
         if len(curve):
             best = curve.loc[curve.f1.idxmax()]
+            found[name] = best.f1
             label = f"{name}: F1 {best.f1:.2f} at {best.threshold:.2f}"
             axis.plot(curve.recall, curve.precision, lw=1.3, **style | {"marker": ""})
             axis.plot(best.recall, best.precision, ms=8, mec="black", mew=0.8, **style)
         axis.plot([], [], ms=6, label=label, **style)
     axis.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), xlabel="recall", ylabel="precision")
     axis.legend(**LEGEND_RIGHT)
-    return finish(figure, caption)
+    return finish(figure, f"Highest F1: {_highest(found)}" if found else "", caption)
 
 
 def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
@@ -209,14 +214,21 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     axes[0, 1].axvline(0, color="0.4", lw=1, ls="--")
     axes[0, 0].set_xlabel("mAP at IoU 0.5, 95 % interval")
     axes[0, 1].set_xlabel(f"difference to {table['name'].iloc[0]!r}, 95 % interval")
-    return finish(figure, caption)
+    unlike = table["difference_low"].gt(0) | table["difference_high"].lt(0)
+    highest = _highest(table.set_index("name")["value"].to_dict())
+    title = f"Highest mAP {highest}; {unlike.sum()} of {len(table) - 1} differ from the first"
+    return finish(figure, title, caption)
 
 
-def finish(figure: Figure, caption: str) -> Figure:
-    """Small titles, the caption on data and profile, and the layout."""
+def _highest(values: Mapping[str, float]) -> str:
+    name = max(values, key=values.get)
+    return f"{values[name]:.2f} ({name})"
+
+
+def finish(figure: Figure, title: str, caption: str) -> Figure:
+    """Small titles of the panels, what the figure shows, its caption, and the layout."""
     for axis in figure.axes:
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=9)
     figure.set_layout_engine("constrained")
-    return figure
+    return titled(figure, title, caption)

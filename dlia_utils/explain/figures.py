@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ..corruption_error import CLEAN
 from ..data.tables import CORNERS
-from ..plots import label_lines, line_style, panels
+from ..plots import label_lines, line_style, panels, titled
 from . import base
 from .drift import CEILING, FLOOR
 
 HEAT, TRUTH, LINE = "plasma", "#3ddc84", "#56B4E9"
 WIDTH, LABEL = 8.6, 1.4  # inches: of a figure (860 pixels of a notebook), of the label of a line
 TEXT = 9  # points of all text
-METHOD = "gradcam++"  # whose drift is drawn
 METHOD = "gradcam++"  # whose drift is drawn
 
 
@@ -58,13 +57,12 @@ def figure_grid(lines: Sequence[tuple[str, Sequence[Picture]]], caption: str) ->
         titles = [axis.get_title() for axis in line]
         height += 0.15 * max(title.count("\n") + bool(title) for title in titles)
     if any(picture.heat is not None for picture in every):
-        figure.supxlabel(
-            "maps: from 0 (blue) to their own maximum (yellow); line: round the hottest twentieth",
-            fontsize=TEXT,
+        told = (
+            "maps: from 0 (blue) to their own maximum (yellow); line: round the hottest twentieth"
         )
-        height += 0.2
-    figure.suptitle(_wrapped(caption, int(14 * (side * columns + LABEL))), fontsize=TEXT)
+        caption, height = f"{told}\n{caption}", height + 0.2
     figure.set_size_inches(side * columns + LABEL, height)
+    titled(figure, "", caption)
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.03, hspace=0, wspace=0)
     return figure
 
@@ -146,9 +144,12 @@ def figure_forest(
             axis.scatter(own["value"], place, 22, colors, marker=look["marker"], label=name)
         at = chance if isinstance(chance, float) else part.set_index(row)["value"][chance]
         axis.axvline(at, color="0.4", ls=":", lw=1.2)
-        axis.set(title=_words(title), ylim=(len(rows) - 0.5, -0.5))
+        top = part.loc[part["value"].idxmax()]
+        axis.set(title=f"{_words(title)}\nhighest: {top[row]}", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows)
-    return _finish(figure, caption, "bars: intervals by patient")
+    return _finish(
+        figure, "", caption, "bars: intervals by patient; dotted: what knows nothing reaches"
+    )
 
 
 def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -169,7 +170,10 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Fi
                 axis.axhline(level, color=look["color"], ls=":", lw=1.2)
         axis.set(ylim=(None, 1.05), title=f"{title}\n(1: the same map; dotted: another image's)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return _finish(figure, caption, "randomised layers, from the output down")
+    left = {name: one.loc[one["layers"].idxmax(), "spearman"] for name, one in tables.items()}
+    most = max(left, key=left.get)
+    title = f"Most alike without any trained layer: {most}, rank correlation {left[most]:.2f}"
+    return _finish(figure, title, caption, "randomised layers, from the output down")
 
 
 def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -187,7 +191,12 @@ def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
             axis.fill_between(x, own["ci_low"], own["ci_high"], color=look["color"], alpha=0.15)
         axis.set_title(_words(corruption))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(figure, caption, "AUC over severity (0: clean); bands: intervals")
+    named = [table.assign(name=name) for name, table in grid.items()]
+    every = pd.concat(named, ignore_index=True)
+    low = every.loc[every["value"].idxmin()]
+    title = f"Lowest AUC {low['value']:.2f}: {low['name']}, {_words(low['corruption'])}"
+    title += f" at severity {low['severity']}"
+    return _finish(figure, title, caption, "AUC over severity (0: clean); bands: intervals")
 
 
 def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -221,7 +230,10 @@ def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         label_lines(axis, words, ends, [one.get_color() for one in axis.lines])
     below = "RMSE of scaled maps (0 to 255), layers from shallow to deep; floor: the same image\n"
     below += "explained again; ceiling: another image (grey: the middle half of such pairs)"
-    return _finish(figure, f"{METHOD}, {caption}", below, legend=False)
+    moved = at.mean(axis=1)
+    title = f"{_words(moved.idxmax())} moves the {METHOD} maps of {_words(training)} most"
+    title += f" (severity {severity})"
+    return _finish(figure, title, caption, below, legend=False)
 
 
 def figure_scatter(
@@ -253,7 +265,8 @@ def figure_scatter(
         colors = [line_style(number)["color"] for number in range(len(last))]
         label_lines(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
     axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
-    return _finish(figure, f"{METHOD}, {caption}", "larger points: higher severity", legend=False)
+    title = f"Do maps ({METHOD}) move more where the AUC drops more?"
+    return _finish(figure, title, caption, "larger points: higher severity", legend=False)
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -281,26 +294,24 @@ def _words(name: str) -> str:
     return str(name).replace("_", " ").replace("auprc", "AUPRC")
 
 
-def _finish(figure: Figure, caption: str, below: str, *, legend: bool = True) -> Figure:
-    """Small type, a light grid, heading, remark and legend under the panels or in a free one."""
+def _finish(figure: Figure, title: str, caption: str, below: str, *, legend: bool = True) -> Figure:
+    """Small type, a light grid, title, remark and legend under the panels or in a free one."""
     for axis in figure.axes:
         axis.tick_params(labelsize=TEXT)
         axis.grid(alpha=0.25)
         for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
             text.set_fontsize(TEXT)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption, fontsize=TEXT)
     figure.set_layout_engine("constrained")
     look, free = {"fontsize": TEXT, "title_fontsize": TEXT, "frameon": False}, figure.axes[-1]
     handles = figure.axes[0].get_legend_handles_labels()
     if legend and free.axison:
-        look |= {"title": below, "ncols": _columns(handles[1]), "loc": "outside lower center"}
-        figure.legend(*handles, **look)
-        return figure
+        look |= {"ncols": _columns(handles[1]), "loc": "outside lower center"}
+        figure.legend(*handles, title=f"{below}\n{caption}", **look)
+        return titled(figure, title, "")  # the caption heads the legend: both want the lower edge
     if legend:
         free.legend(*handles, loc="center", **look)
-    figure.supxlabel(below, fontsize=TEXT)
-    return figure
+    return titled(figure, title, f"{below}\n{caption}")
 
 
 def _columns(labels: Sequence[str]) -> int:

@@ -89,9 +89,9 @@ CPU |= {"budgets": SHORT}
 CPU |= {"expensive": EXPENSIVE, "check_images": 24, "one_pixel_per_class": 8}
 
 # %% tags=["settings"]
-TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin")}
-TINY |= {"fmn": {"steps": 5}, "square": {"steps": 10}}
-SMOKE = {"size": 48, "per_class": 96, "width": 0.5, "stages": 3, "pretrained": "phantom"}
+TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "fmn")}
+TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
+SMOKE = {"size": 48, "per_class": 88, "width": 0.5, "stages": 3, "pretrained": "phantom"}
 SMOKE |= {"epochs": 10, "batch_size": 16, "lr": 2e-3, "num_workers": 0, "max_minutes": None}
 SMOKE |= {"temperatures": (50.0,), "gradient_penalty": 1e-4, "sigma": 0.05}
 SMOKE |= {"adversarial": ("pgd_at", "trades"), "at_steps": 2, "at_step_size": 2.8 / 255}

@@ -60,6 +60,7 @@ FULL |= {"head": "linear"}
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
+FULL |= {"zoo_lr": 1e-3}
 # the widths that MeanSparse chooses from; maps of the first so many models (None: all)
 FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}
 
@@ -82,15 +83,15 @@ CPU |= {"zoo": ()}  # the large networks are no work for a laptop
 CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 24}
 
 # %% tags=["settings"]
-TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin")}
-TINY |= {"fmn": {"steps": 5}, "square": {"steps": 10}}
+TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "fmn")}
+TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
 SMOKE = {"size": 48, "per_class": 100, "val_share": 0.15, "test_share": 0.2, "width": 0.5}
 SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 20, "batch_size": 16, "lr": 1e-2}
 SMOKE |= {"num_workers": 0, "max_minutes": None}
 SMOKE |= {"at_eps": 3 / 255, "at_steps": 2, "at_step_size": 2.1 / 255}
-ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16", "gairat_wrn_28_10", "hat_wrn_34_10")
+ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16", "hat_wrn_34_10")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
-SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_alphas": (0.0, 0.2)}
+SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
 SMOKE |= {"check_images": 4, "maps": 6, "occlusion_window": 8, "integrated_steps": 8}
 SMOKE |= {"bootstrap_draws": 200}
@@ -119,13 +120,12 @@ from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
 from dlia_utils import files, launch, metrics, models, objectives, plots, report, suite, train
-from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
 from dlia_utils.models import robust
 from dlia_utils.study import build_model, load_models, made_by, open_study, stored, test_opened
-from dlia_utils.study import train_head, train_model, trained, weights_label, work_folder
+from dlia_utils.study import train_head, train_model, trained, weights_label
 from dlia_utils.units import eps_text
 
 # %% [markdown]
@@ -140,7 +140,7 @@ RESULTS = run.run_dir / "results.csv"
 def study_of(name):
     """The images as the model `name` takes them."""
     study = open_study(run)
-    return study if name in MODELS else study.variant(size=run.zoo_size, epochs=run.zoo_epochs)
+    return study if name in MODELS else suite.zoo_study(study)
 
 
 # %% [markdown]
@@ -336,59 +336,21 @@ checkpoint = {"module.weight": torch.ones(2, 3), "module.bias": torch.ones(2)}  
 print(network.load_state_dict(checkpoint, strict=False))
 print("weights loaded:", not torch.equal(before, network.weight))
 
+
 # %% [markdown]
 # Here a file must fit key by key (`load_report`), the model takes [0, 1] and owns its normalisation, and average pooling
 # replaces the fixed 8 x 8 window, so that any image size works. Downloads need internet; a model that cannot be fetched is
 # named and left out.
 #
-# The body is frozen, its features are computed once, and the head learns from them. A MeanSparse model first gets the
-# statistics of the *training* images, then the width $\alpha$ of its dead zone on *validation* images, by the worse of
-# the exact and the straight-through attack.
-
-# %%
-ZOO_USES = "zoo_weights zoo_width zoo_epochs zoo_alphas head headline_eps pgd_steps seed".split()
-ZOO_USES += "batch_size lr schedule patience balance attack_batch".split()
-
-
-def batches_of(study, rows):
-    size = run.attack_batch
-    return [study.images(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def set_dead_zone(study, model, folder):
-    """MeanSparse: choose alpha on validation images; the table is kept as alpha.csv."""
-    val, train_images = study.rows("val"), batches_of(study, study.rows("train"))
-    options = {"grid": run.zoo_alphas, "eps": run.headline_eps}
-    options |= {"steps": run.pgd_steps, "seed": run.seed}
-    table = select_alpha(model, train_images, study.images(val), study.labels(val), **options)
-    files.write_csv(table, folder / "alpha.csv")
-    alpha = float(table.loc[table.chosen, "alpha"].item())
-    models.save(model, folder / "best.pt", meta={"alpha": alpha})
-
+# The body is frozen, its features are computed once, and the head learns from them; a linear head is a convex problem
+# with one optimum, so its last epoch is kept. A MeanSparse model first gets the statistics of the *training* images, then
+# the width $\alpha$ of its dead zone on *validation* images, by the worse of the exact and the straight-through attack.
 
 # %%
 def train_robust_model(name):
-    study = study_of(name)
-    folder = work_folder(run, name, study.key | run.pick(*ZOO_USES))
-    told = folder / "checkpoint.txt"
-    if told.exists() and run.resume:
-        return told.read_text(encoding="utf-8")
-    try:
-        body = robust.create(name, width=run.zoo_width, pretrained=run.zoo_weights, seed=run.seed)
-    except RuntimeError as error:
-        return f"left out: {error}"
-    model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
-    if "meansparse" in name:  # the head learns from features of these images, not of CIFAR-10
-        robust.recompute_statistics(model, batches_of(study, study.rows("train")))
-    train_head(study, name, model, objectives.cross_entropy(weight=study.class_weights()))
-    if "meansparse" in name:
-        set_dead_zone(study, model, folder)
-    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # for the result rows
-    files.write_text(str(body.load_report or "random weights"), told)
-    return told.read_text(encoding="utf-8")
+    return suite.train_robust_model(study_of(name), name)
 
 
-# %%
 if run.zoo:
     study_of(run.zoo[0])  # decode once, before processes share the images
 else:

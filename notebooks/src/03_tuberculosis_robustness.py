@@ -142,7 +142,6 @@ from sklearn.preprocessing import StandardScaler
 
 from dlia_utils import files, launch, metrics, models, objectives, plots, report, shortcuts, suite
 from dlia_utils import study as studies
-from dlia_utils.attacks.alpha import select_alpha
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.detect.figures import figure_pr
 from dlia_utils.explain import activations, attribution, figures, localisation
@@ -170,8 +169,7 @@ RESULTS = run.run_dir / "results.csv"
 def study_of(name):
     """The images as the model `name` takes them."""
     study = open_study(run)
-    own = dict(size=run.zoo_size, epochs=run.zoo_epochs, lr=run.zoo_lr)
-    return study if name in MODELS else study.variant(**own)
+    return study if name in MODELS else suite.zoo_study(study)
 
 
 def threshold_of(name):
@@ -572,44 +570,9 @@ figure
 # images.
 
 # %%
-def fit_head(study, name, model):
-    """Train the head; a MeanSparse model also gets its statistics and its dead zone."""
-    rows, size, val = study.rows("train"), run.attack_batch, study.rows("val")
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    sparse = "meansparse" in name
-    if sparse:  # the head must learn from features of these images, not of CIFAR-10's statistics
-        robust.recompute_statistics(model, map(study.images, batches))
-    studies.train_head(study, name, model, loss_of(study), monitor="epoch")
-    if sparse:
-        data = map(study.images, batches), study.images(val), study.labels(val)
-        how = dict(grid=run.zoo_alphas, eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)
-        table = select_alpha(model, *data, **how)
-        files.write_csv(table, run.run_dir / name / "alpha.csv")
-        meta = {"alpha": float(table.loc[table.chosen, "alpha"].item())}
-        models.save(model, run.run_dir / name / "best.pt", meta=meta)
-
-
-# %%
-ZOO_USES = "zoo_weights zoo_width zoo_epochs zoo_lr zoo_alphas head headline_eps pgd_steps".split()
-ZOO_USES += "seed batch_size schedule patience balance attack_batch".split()
-
-
 def train_robust_model(name):
     """A new head on the frozen body `name`; returns what loading its checkpoint said."""
-    study = study_of(name)
-    folder = studies.work_folder(run, name, study.key | run.pick(*ZOO_USES))
-    said = folder / "checkpoint.txt"
-    if said.exists() and run.resume:
-        return said.read_text(encoding="utf-8")
-    try:
-        body = robust.create(name, width=run.zoo_width, pretrained=run.zoo_weights, seed=run.seed)
-    except RuntimeError as error:
-        return f"left out: {error}"
-    model = models.with_head(body.to(run.device), head=run.head, seed=run.seed)
-    fit_head(study, name, model)
-    files.write_text(run.zoo_weights or "random", folder / "weights.txt")  # for the result rows
-    files.write_text(str(body.load_report or "random weights"), said)
-    return said.read_text(encoding="utf-8")
+    return suite.train_robust_model(study_of(name), name)
 
 
 # %%

@@ -240,7 +240,7 @@ for place, (name, color) in enumerate((("right", plots.COLORS[0]), ("wrong", plo
     axis.text(1 + 0.5 * place, -3.2, name, color=color, ha="center", fontsize=10)
 axis.set(xlabel="severity (invented)", ylabel="how far the map moved", ylim=(-4, 9))
 axis.set_xticks([1.25, 3.25, 5.25], [1, 3, 5])
-figure.set_dpi(100)
+plots.titled(figure, "All severities together suggest a warning; one alone does not", "invented")
 report.save_figure(figure, run, "trap")
 figure
 
@@ -940,8 +940,9 @@ axis.set_yticks(range(len(run.mapped)), [kind.replace("_", " ") for kind in run.
 axis.margins(x=0.15)
 
 # %%
-axis.set_title(f"{name}, answers kept and turned (images), {run.caption}", fontsize=9)
-figure.set_dpi(100)
+middle = each.groupby("fate")["drift"].median()
+title = f"{name}: median drift " + ", ".join(f"{m:.0f} where {fate}" for fate, m in middle.items())
+plots.titled(figure, title, f"number of images behind each bar; {run.caption}")
 report.save_figure(figure, run, "kept_flipped")
 figure
 

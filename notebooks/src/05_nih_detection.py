@@ -252,7 +252,8 @@ for axis, sizes in ((per_image, boxes["image"].value_counts()), (per_patient, pa
 per_image.set(xlabel="boxes per image", ylabel="images with a box")
 told = f"{len(patients)} patients, {len(manifest)} images, {manifest['patient'].isna().sum()}"
 per_patient.set(xlabel="images of one patient", ylabel="patients", title=f"{told} unknown")
-report.save_figure(figures.finish(figure, run.caption), run, "data")
+most = f"Most boxes: {classes[numbers.argmax()]}, {numbers.max()} of {len(boxes)}"
+report.save_figure(figures.finish(figure, most, run.caption), run, "data")
 figure
 
 # %% [markdown]
@@ -320,6 +321,7 @@ for place in range(len(STEPS) - 1):
     axis.annotate("", (place + 0.63, 1), (place + 0.37, 1), arrowprops=arrow, zorder=1)
 axis.set(xlim=(-0.5, 5.5), ylim=(-0.3, 1.7))
 axis.axis("off")
+plots.titled(figure, "From an image to boxes, in five steps", "below: the losses of a step")
 figure
 
 # %% [markdown]
@@ -397,6 +399,8 @@ for number, name in enumerate(steps[0]):
     axis.plot(range(1, 13), values, ms=4, label=name, **plots.line_style(number))
 axis.set(xlabel="step on the same four images", ylabel="loss", ylim=(0, None))
 axis.legend(**figures.LEGEND_RIGHT)
+fall = f"{sum(steps[0].values()):.2f} to {sum(steps[-1].values()):.2f}"
+plots.titled(figure, f"Twelve steps: the sum falls from {fall}", run.caption)
 figure
 
 # %% [markdown]
@@ -490,8 +494,8 @@ rate.set(ylabel="learning rate (dashed)", ylim=(0, None))
 right.plot(history["epoch"], history["val_mAP50"], "o-", ms=3, color=plots.COLORS[0])
 right.plot(best["epoch"], best["val_mAP50"], "*", ms=12, color=plots.COLORS[1])
 right.set(xlabel="epoch", ylabel="validation mAP at IoU 0.5", ylim=(0, None))
-right.set_title(f"best: {best['val_mAP50']:.2f} in epoch {best['epoch']:.0f}")
-report.save_figure(figures.finish(figure, run.caption), run, "training")
+title = f"Highest validation mAP: {best['val_mAP50']:.2f} in epoch {best['epoch']:.0f}"
+report.save_figure(figures.finish(figure, title, run.caption), run, "training")
 figure
 
 
@@ -528,9 +532,8 @@ for axis, found in zip(axes[0], moved, strict=True):
         axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], line, color=color, lw=2)
     overlap = iou(true, found)
     axis.set(xlim=(10, 105), ylim=(80, 10), xticks=[], yticks=[], aspect="equal")
-    axis.set_title(
-        f"IoU {overlap:.2f}: {'a hit' if overlap >= 0.5 else 'a miss'} at 0.5", fontsize=10
-    )
+    axis.set_title(f"IoU {overlap:.2f}: {'hit' if overlap >= 0.5 else 'miss'} at 0.5", fontsize=10)
+plots.titled(figure, "", "solid: the true box; dashed: the predicted one")
 figure
 
 # %% [markdown]
@@ -676,7 +679,7 @@ if np.isfinite(pooled["threshold"]):
     head = f"best F1 {pooled['f1']:.2f} at {pooled['threshold']:.2f}"
     right.set_title(f"{head}: {pooled['fp_per_image']:.2g} false positives per image")
 right.legend(frameon=False)
-report.save_figure(figures.finish(figure, run.caption), run, "thresholds")
+report.save_figure(figures.finish(figure, "Two uses of a score", run.caption), run, "thresholds")
 figure
 
 # %% [markdown]
@@ -754,7 +757,8 @@ right.bar_label(right.containers[0])
 right.set(xlabel="predictions per image", ylabel="images")
 none = f"{numbers.eq(0).mean():.0%} of {len(numbers)} images without any"
 right.set_title(f"score at least {threshold:.2g}: {numbers.mean():.2f} per image, {none}")
-report.save_figure(figures.finish(figure, run.caption), run, "scores")
+title = f"{own.hit[0].mean():.0%} of {len(own.score)} predictions are true"
+report.save_figure(figures.finish(figure, title, run.caption), run, "scores")
 figure
 
 # %% [markdown]

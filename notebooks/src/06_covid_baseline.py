@@ -508,7 +508,7 @@ for column, (name, transform) in zip(axes.T, lines.items(), strict=True):
         axis.imshow(drawn, "gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(name if draw else "original", fontsize=9)
         axis.axis("off")
-figure.suptitle(run.caption, fontsize=9)
+plots.titled(figure, "No step may hide or invent the finding", run.caption)
 report.save_figure(figure, run, "augmentation")
 figure
 
@@ -638,6 +638,7 @@ axis.plot(others, 0 * others, "x", color=plots.COLORS[1])
 axis.axvline(drawn_next, ls=":", color="0.3", label="drawn next: l / g is greatest")
 axis.set(xlabel="learning rate (logarithm to base 10)", ylabel="density")
 figure.legend(loc="outside right center", fontsize=9, frameon=False)
+plots.titled(figure, f"Drawn next: learning rate {10**drawn_next:.1g}", "invented runs")
 figure
 
 

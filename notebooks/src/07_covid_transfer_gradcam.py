@@ -1161,7 +1161,10 @@ axis.set_yticks(range(len(part)), [region.replace("_", " ") for region in part.i
 axis.invert_yaxis()
 axis.set(xlabel="AUC on test images", xlim=(min(0.4, auc["ci_low"].min() - 0.03), 1.02))
 axis.legend(loc="upper left", frameon=False, fontsize=9)
-plots.titled(figure, "What each region tells", run.caption)
+part = auc[auc["how"].eq("retrained")].drop("whole", errors="ignore")["value"]
+best = f"{part.idxmax().replace('_', ' ')}, AUC {part.max():.2f}"
+title = f"A part of the image that tells most by itself: {best}"
+plots.titled(figure, title, run.caption)
 report.save_figure(figure, run, "audit")
 figure
 
