@@ -161,8 +161,9 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     axis.set(xlabel="false positives per image", ylabel="sensitivity")
     axis.grid(alpha=0.25)
     axis.legend(**LEGEND_RIGHT)
-    title = f"One false positive an image: {_highest(found)} of the boxes found" if found else ""
-    return finish(figure, title, caption)
+    first = next(iter(found), "")  # such as all classes together
+    title = f"{first}: {found[first]:.0%} of the boxes at one false positive an image"
+    return finish(figure, title if found else "", caption)
 
 
 def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
@@ -191,7 +192,8 @@ def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
         axis.plot([], [], ms=6, label=label, **style)
     axis.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), xlabel="recall", ylabel="precision")
     axis.legend(**LEGEND_RIGHT)
-    return finish(figure, f"Highest F1: {_highest(found)}" if found else "", caption)
+    first = next(iter(found), "")
+    return finish(figure, f"{first}: best F1 {found[first]:.2f}" if found else "", caption)
 
 
 def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
@@ -215,14 +217,10 @@ def figure_tta(table: pd.DataFrame, caption: str) -> Figure:
     axes[0, 0].set_xlabel("mAP at IoU 0.5, 95 % interval")
     axes[0, 1].set_xlabel(f"difference to {table['name'].iloc[0]!r}, 95 % interval")
     unlike = table["difference_low"].gt(0) | table["difference_high"].lt(0)
-    highest = _highest(table.set_index("name")["value"].to_dict())
-    title = f"Highest mAP {highest}; {unlike.sum()} of {len(table) - 1} differ from the first"
+    top = table.loc[table["value"].idxmax()]
+    title = f"Highest mAP {top['value']:.2f} ({top['name']})"
+    title += f"; {unlike.sum()} of {len(table) - 1} differ from the first"
     return finish(figure, title, caption)
-
-
-def _highest(values: Mapping[str, float]) -> str:
-    name = max(values, key=values.get)
-    return f"{values[name]:.2f} ({name})"
 
 
 def finish(figure: Figure, title: str, caption: str) -> Figure:
