@@ -161,9 +161,9 @@ def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
     axis.set(xlabel="false positives per image", ylabel="sensitivity")
     axis.grid(alpha=0.25)
     axis.legend(**LEGEND_RIGHT)
-    first = next(iter(found), "")  # such as all classes together
-    title = f"{first}: {found[first]:.0%} of the boxes at one false positive an image"
-    return finish(figure, title if found else "", caption)
+    first = next(iter(found.items()), None)  # such as all classes together
+    title = "{}: {:.0%} of the boxes at one false positive an image".format(*first) if first else ""
+    return finish(figure, title, caption)
 
 
 def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
