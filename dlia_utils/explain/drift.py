@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from .. import corrupt
+from ..attacks.base import steady
 from ..corruption_error import CLEAN
 from ..device import device_of
 from ..models.pixel import two_logits
@@ -197,7 +198,8 @@ def measure(
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     look = partial(read, model, methods=methods, layers=layers)
     seen, moved = [], []
-    with Bar(total=len(images), desc="drift", unit="image") as bar:
+    bar = Bar(total=len(images), desc="drift", unit="image")
+    with bar, steady(model, images[:1].to(device)):
         for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
             x, other = (images[part].to(device) for part in (rows, partners[rows]))
             probability, target, heats = look(x)
