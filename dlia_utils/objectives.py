@@ -34,7 +34,8 @@ INTERVALS |= dict(beta="[0,inf)", gamma="[0,inf)", penalty="[0,inf)", weight="[0
 INTERVALS |= dict(hard_temperature="(0,inf)", alpha="[0,1]", label_smoothing="[0,1]")
 INTERVALS |= dict(helper="[1,inf)", input_std="(0,inf)", lam="(-inf,inf)")
 WHOLE = dict(steps="[1,inf)", replays="[1,inf)")
-MAY_LACK = ("weight", "step_size", "input_std")
+LISTS = ("weight", "input_std")
+MAY_LACK = (*LISTS, "step_size")
 
 log = logging.getLogger("dlia_utils")
 
@@ -104,8 +105,9 @@ def _check(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if name in WHOLE:
             check_numbers(WHOLE[name], whole=True, hint=hint, **{name: value})
-        lacks = value is None and name in MAY_LACK
-        for one in np.atleast_1d(value).tolist() if name in INTERVALS and not lacks else ():
+        if name not in INTERVALS or (value is None and name in MAY_LACK):
+            continue
+        for one in value if name in LISTS and np.ndim(value) else [value]:
             check_numbers(INTERVALS[name], hint=hint, **{name: one})
     weight = values.get("weight")
     if weight is not None and not (np.ndim(weight) == 1 and np.sum(weight) > 0):

@@ -39,7 +39,8 @@ FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 MEASURED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc")
-INTERVALS = dict.fromkeys(WHOLE := ("epochs", "batch_size", "accumulate", "patience"), "[1,inf)")
+WHOLE = ("epochs", "batch_size", "accumulate", "patience", "seed")
+INTERVALS = dict.fromkeys(WHOLE, "[1,inf)")
 INTERVALS |= {"lr": "(0,inf)", "weight_decay": "[0,inf)", "lr_min": "[0,inf)"}
 INTERVALS |= {"clip_norm": "(0,inf)", "ema": "[0,1)", "seed": "[0,inf)"}
 LOST = 1e-6  # the scale of a loss in half precision, once its gradients are no numbers

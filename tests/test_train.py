@@ -407,6 +407,30 @@ def test_a_loss_that_is_no_number_stops_and_the_last_whole_epoch_stays(tmp_path)
     assert len(run(tmp_path, objective=breaks).history) == 3  # and the next call goes on from there
 
 
+def test_weights_that_are_no_numbers_stop_also_where_the_loss_is_fine(tmp_path):
+    calls = []
+
+    class Endless(torch.autograd.Function):
+        """Nothing, with a gradient that is no number in the last batch of an epoch."""
+
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (math.nan if len(calls) == 6 else 1.0)
+
+    def breaks(model, x, y):
+        logits = model(x)
+        calls.append(1)
+        return Endless.apply(F.cross_entropy(logits, y)), logits
+
+    with pytest.raises(FloatingPointError, match=r"1\.weight.*epoch 2.*lower lr"):
+        run(tmp_path, objective=breaks)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
+
+
 def test_the_model_learns_what_there_is_to_learn(tmp_path):
     result = run(tmp_path / "a", epochs=30, lr=0.01)
     loss, auc = result.history["train_loss"], result.history["val_auc"]

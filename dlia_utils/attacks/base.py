@@ -246,8 +246,10 @@ def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
     >>> pairs(5, 2), pairs([(5, 40), (5, 41)], 2)
     ([(5, 0), (5, 1)], [(5, 40), (5, 41)])
     """
-    given = [(seed, i) for i in range(count)] if np.ndim(seed) == 0 else seed
-    found = [(int(one), int(image)) for one, image in given]
+    if np.ndim(seed) == 0:
+        check_numbers("[0,inf)", whole=True, seed=seed)
+        return [(int(seed), i) for i in range(count)]
+    found = [(int(one), int(image)) for one, image in seed]
     if len(found) != count or min(map(min, found)) < 0:
         raise ValueError(f"seed must be a number >= 0, or {count} pairs (seed, image)")
     return found

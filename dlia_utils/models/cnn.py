@@ -67,8 +67,9 @@ def cnn(
     >>> cnn(channels=(4, 8), hidden=8).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
     """
-    check_sizes(num_classes=num_classes, channels=list(channels), hidden=hidden, seed=seed)
-    check_sizes(kernel=kernel)
+    check_sizes(num_classes=num_classes, hidden=hidden, kernel=kernel, seed=seed)
+    for count in channels:
+        check_sizes(channels=count)
     check_numbers("[0,1)", dropout=dropout)
     check_numbers("[0,1]", mean=mean)
     check_numbers("(0,1]", std=std)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,16 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d,
 ADVICE = "name the layer of the maps yourself (named_modules() has the names)"
 
 
-def check_sizes(*, seed: int = 0, width: float = 1.0, **counts: int | Sequence[int]) -> None:
+def check_sizes(*, seed: int = 0, width: float = 1.0, **counts: int) -> None:
     """Refuse numbers that make no network, by their names. Raises: ValueError.
 
-    >>> check_sizes(num_classes=2, depths=[1, 0])
+    >>> check_sizes(num_classes=0)
     Traceback (most recent call last):
-    ValueError: depths must be a whole number in [1,inf), not 0
+    ValueError: num_classes must be a whole number in [1,inf), not 0
     """
     check_numbers("[0,inf)", whole=True, seed=seed)
     check_numbers("(0,10]", width=width)
-    for name, value in counts.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            check_numbers("[1,inf)", whole=True, **{name: one})
+    check_numbers("[1,inf)", whole=True, **counts)
 
 
 def drawn(seed: int, make: Callable, *args, **options):

@@ -81,7 +81,9 @@ def resnet50_v2(
     >>> resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).backbone.head.fc.out_features
     2
     """
-    check_sizes(num_classes=num_classes, width=width, depths=list(depths), seed=seed)
+    check_sizes(num_classes=num_classes, width=width, seed=seed)
+    for depth in depths:
+        check_sizes(depths=depth)
     backbone = drawn(seed, PreActResNet, num_classes, width, depths)
     load_weights(backbone, weights, head=HEAD, variable=VARIABLE, download=_download)
     recipe = {"name": "resnet50_v2", "num_classes": num_classes, "width": width}
