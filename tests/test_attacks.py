@@ -1,16 +1,18 @@
 """Every attack: true results, counted passes, an untouched model, refusals, and its strength."""
 
+import math
 from functools import partial
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from dlia_utils import attacks, smoothing
 from dlia_utils.attacks import base, evaluate
+from dlia_utils.device import fingerprint
 from dlia_utils.explain import activations, attribution, drift, gradcam
 
 EPS, ASKED = 8 / 255, 7  # images that the door asks a model about
@@ -124,6 +126,46 @@ def test_an_image_is_attacked_alike_in_any_batch_and_under_no_grad(name, trained
     if name not in FREE:
         one, two = (run(name, model, x[:6], y[:6], share=0.2, seed=seed).x_adv for seed in (0, 1))
         assert not torch.equal(one, two)
+
+
+@hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=30)
+@hypothesis.given(
+    name=st.sampled_from(list(ALL)),
+    shape=st.tuples(*map(st.integers, (2, 1, 1), (6, 3, 4)), st.integers(1, 5)),
+    classes=st.integers(2, 4),
+    share=st.floats(0.01, 2),
+    seed=st.integers(0, 2**40),
+    edges=st.booleans(),
+    data=st.data(),
+)
+def test_any_attack_on_any_images_is_feasible_true_and_blind_to_its_batch(
+    name, shape, classes, share, seed, edges, data
+):
+    torch.manual_seed(seed)
+    layers = nn.Flatten(), nn.Linear(math.prod(shape[1:]), 6), nn.Tanh(), nn.Linear(6, classes)
+    model, x = nn.Sequential(*layers).double().eval(), torch.rand(shape, dtype=torch.float64)
+    x = (2 * x - 0.5).clamp(0, 1) if edges else x  # half of the pixels black or white
+    y, before = torch.randint(classes, shape[:1]), fingerprint(model)
+    order = data.draw(st.permutations(range(shape[0])), label="order")
+    cut = data.draw(st.integers(1, shape[0] - 1), label="images in the first batch")
+    keys = [(seed, image) for image in range(shape[0])]
+
+    def attack(rows):
+        options = {} if name in FREE else {"seed": [keys[row] for row in rows]}
+        return run(name, model, x[rows], y[rows], share=share, **options)
+
+    whole = attack(list(range(shape[0])))
+    assert whole.x_adv.min() >= 0 and whole.x_adv.max() <= 1
+    if name in IN_BALL:
+        l2 = ALL[name][1].get("norm") == "l2"
+        limit = share * (0.5 if l2 else 0.1)
+        assert ((whole.l2 if l2 else whole.linf) <= limit + 1e-9).all()
+    assert torch.equal(whole.success, model(whole.x_adv).argmax(1) != y)
+    assert fingerprint(model) == before and all(p.requires_grad for p in model.parameters())
+    for rows in (order[:cut], order[cut:]):
+        part = attack(rows)
+        assert torch.equal(part.success, whole.success[rows])
+        torch.testing.assert_close(part.x_adv, whole.x_adv[rows], atol=1e-6, rtol=0)
 
 
 class Breaks(nn.Module):
