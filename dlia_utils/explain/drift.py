@@ -186,10 +186,11 @@ def measure(
     FLOOR, the clean image explained again in another batch, and CEILING, another image (a partner
     drawn from `seed`, everyone's once) explained for the first one's class.
     """
-    images, layers = base.check(model, images), _layers(model, methods)
     labels, ids = (np.asarray(torch.as_tensor(values).cpu()) for values in (labels, ids))
     if not len(set(ids.tolist())) == len(labels) == len(images) >= 2:
         raise ValueError("give each of two images or more one label and an id of its own")
+    layers = _layers(model, methods)
+    images = base.check(model, images)
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -1)  # the next on a ring in random order
