@@ -382,10 +382,11 @@ class _Run:
         A gradient that is none is in the weights after its step, where the loss may still be fine;
         in half precision such steps are left out, and the scale ends at 0 if all are.
         """
-        parts = self.model.state_dict().items()
-        parts = {"the loss": loss} | {name: one for name, one in parts if one.is_floating_point()}
-        fine = torch.stack([one.isfinite().all() for one in parts.values()]).tolist()
-        wrong = [name for name, good in zip(parts, fine, strict=True) if not good]
+        parts = {"the loss": loss} | dict(self.model.named_parameters())
+        fine = {name: one.isfinite().all() for name, one in parts.items()}
+        fine |= {name: ~one.isnan().any() for name, one in self.model.named_buffers()}
+        flags = torch.stack([*fine.values()]).tolist()  # one wait for a GPU
+        wrong = [name for name, good in zip(fine, flags, strict=True) if not good]
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() < LOST:
             wrong.append("the gradient")

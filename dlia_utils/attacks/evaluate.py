@@ -53,7 +53,7 @@ class Kind:
 
     def seeds(self, seed: int, ids: Iterable[int]) -> list[tuple[int, int]]:
         """The seed of each image; a generator reads the stream as a second word of it."""
-        return [(seed + (self.stream << 32), int(i)) for i in ids]
+        return [(int(seed) + (self.stream << 32), int(i)) for i in ids]
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, options: Mapping, **given):
         """The attack, with what it takes of eps and seed."""
