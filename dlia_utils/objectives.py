@@ -1,9 +1,10 @@
 """What training minimises: `trades(eps=4 / 255)` makes an objective(model, x, y) -> (loss, logits).
 
 Images x [B, 1 or 3, H, W] lie in [0, 1], labels y [B] are int64, the loss is a mean over the batch;
-`eps`, step sizes and `sigma` are in pixel units, `weight` is one factor per class. Below stand the
-losses; `@_maker` makes of each the function that readers call. `train.fit` reads on an objective:
-`settings` (name and numbers), `second_order` (float32 only), `replays` (calls per batch).
+`eps`, step sizes and `sigma` are in pixel units, `weight` is one factor per class on every term of
+the loss, divided by the sum over the batch of the factors. Below stand the losses; `@_maker` makes
+of each the function that readers call. `train.fit` reads on an objective: `settings` (name and
+numbers), `second_order` (float32 only), `replays` (calls per batch).
 """
 
 from __future__ import annotations
@@ -11,29 +12,36 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import math
 import weakref
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .device import device_of, evaluating, fingerprint
 from .models.lipschitz import QuickInputGradient
+from .units import check_numbers
 
 Objective = Callable[[nn.Module, Tensor, Any], tuple[Tensor, Tensor | None]]
 
-LEAST = dict(eps=0, steps=1, replays=1, beta=0, gamma=0, helper=1, penalty=0, alpha=0)
-LEAST |= dict(temperature=1e-9, hard_temperature=1e-9, sigma=1e-9)
+# What numbers may be: of one word the interval, of a list that of its entries
+INTERVALS = dict(eps="(0,1]", step_size="(0,inf)", sigma="(0,inf)", temperature="(0,inf)")
+INTERVALS |= dict(beta="[0,inf)", gamma="[0,inf)", penalty="[0,inf)", weight="[0,inf)")
+INTERVALS |= dict(hard_temperature="(0,inf)", alpha="[0,1]", label_smoothing="[0,1]")
+INTERVALS |= dict(helper="[1,inf)", input_std="(0,inf)", lam="(-inf,inf)")
+WHOLE = dict(steps="[1,inf)", replays="[1,inf)")
+LISTS = ("weight", "input_std")
+MAY_LACK = (*LISTS, "step_size")
 
 log = logging.getLogger("dlia_utils")
 
 
 def _ce(weight=None, label_smoothing=0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross-entropy of (logits, y) in float32."""
+    """Mean cross-entropy of (logits, y) in float32; its `mean` weighs other losses [B] alike."""
     factors = None if weight is None else torch.tensor(weight, dtype=torch.float32)
 
     def ce(logits: Tensor, y: Tensor) -> Tensor:
@@ -41,12 +49,17 @@ def _ce(weight=None, label_smoothing=0.0) -> Callable[[Tensor, Tensor], Tensor]:
         factors = None if factors is None else factors.to(logits.device)  # copied once
         return F.cross_entropy(logits.float(), y, factors, label_smoothing=label_smoothing)
 
+    ce.mean = partial(_class_mean, weight=weight)
     return ce
 
 
-def _kl(target: Tensor, logits: Tensor) -> Tensor:
-    """Sum over the batch of KL(target || softmax(logits)); `target` [B, K] are probabilities."""
-    return F.kl_div(logits.float().log_softmax(1), target, reduction="sum")
+def _kl(clean: Tensor, attacked: Tensor) -> Tensor:
+    """KL(clean || attacked) per image [B], of logits [B, K]; both as logarithms.
+
+    The gradient of p log p, of a p that float32 rounds to 0, would be NaN.
+    """
+    target, answer = (logits.float().log_softmax(1) for logits in (clean, attacked))
+    return F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
 
 
 def _class_mean(losses: Tensor, y: Tensor, weight) -> Tensor:
@@ -65,14 +78,17 @@ def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_siz
     with evaluating(bare):
         if y is None:
             with torch.no_grad():
-                target = bare(x).float().softmax(1)
+                clean = bare(x)
         low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
         x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
         for _ in range(steps):
             logits = bare(x_adv.requires_grad_())
             watch(logits.detach())
             # Sums: images must not depend on each other, and fp16 loses small gradients.
-            loss = _kl(target, logits) if y is None else F.cross_entropy(logits, y, reduction="sum")
+            if y is None:
+                loss = _kl(clean, logits).sum()
+            else:
+                loss = F.cross_entropy(logits, y, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
@@ -81,6 +97,21 @@ def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_siz
 # The parts that a loss may ask for: how they are made, and of which numbers with which defaults
 PARTS = {"ce": (_ce, dict(weight=None, label_smoothing=0.0)), "state": (dict, {})}
 PARTS["attack"] = partial(partial, _attack), dict(eps=inspect.Parameter.empty, step_size=None)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Refuse numbers out of their intervals; only what MAY_LACK names may be None."""
+    hint = "; eps is in pixel units, e.g. 4/255" if "eps" in values else ""
+    for name, value in values.items():
+        if name in WHOLE:
+            check_numbers(WHOLE[name], whole=True, hint=hint, **{name: value})
+        if name not in INTERVALS or (value is None and name in MAY_LACK):
+            continue
+        for one in value if name in LISTS and np.ndim(value) else [value]:
+            check_numbers(INTERVALS[name], hint=hint, **{name: one})
+    weight = values.get("weight")
+    if weight is not None and not (np.ndim(weight) == 1 and np.sum(weight) > 0):
+        raise ValueError(f"weight must be one factor per class, not all 0, got {weight}")
 
 
 def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
@@ -102,13 +133,9 @@ def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
             given = make.__signature__.bind(*args, **options)
             given.apply_defaults()
             values = given.arguments
+            _check(values)
             if values.get("step_size", 0) is None:
                 values["step_size"] = step * values["eps"]
-            for name, least in LEAST.items():
-                high = 1 if name in ("eps", "alpha") else math.inf
-                if not least <= values.get(name, 1) <= high:
-                    text = f"{loss.__name__}: {name} = {values[name]} is not in [{least}, {high}]"
-                    raise ValueError(f"{text}; eps is in pixel units, e.g. 4/255")
             nets = {name: value for name, value in values.items() if isinstance(value, nn.Module)}
             inner = values | {name: copy.deepcopy(net).eval() for name, net in nets.items()}
             for name in nets:
@@ -227,6 +254,7 @@ def overfitting_monitor(x: Tensor, y: Tensor, *, eps: float) -> Callable[[nn.Mod
     monitor(model) tells val_single_step_accuracy (under fast training's own step), val_pgd_accuracy
     (under ten of PGD) and val_overfitting_gap, their difference; above 0.2 it is logged.
     """
+    _check({"eps": eps})
     attacks = {"val_single_step_accuracy": dict(steps=1, step_size=1.25 * eps)}
     attacks["val_pgd_accuracy"] = dict(steps=10, step_size=0.25 * eps)
 
@@ -276,13 +304,16 @@ def free_adversarial(model, x, y, *, ce, state, eps: float, replays=4, step_size
 
 @_maker(steps=2)
 def trades(model, x, y, *, ce, attack, beta=6.0):
-    """TRADES: clean cross-entropy + beta KL(clean || attacked) (arXiv 1901.08573)."""
+    """TRADES: clean cross-entropy + beta KL(clean || attacked) (arXiv 1901.08573).
+
+    `weight` is on both terms: else a rare class would be learnt, and not defended.
+    """
     return _trades(model, x, y, ce, attack(model, x), beta)
 
 
 def _trades(model, x, y, ce, x_adv: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     logits = model(x)
-    stability = _kl(logits.float().softmax(1), model(x_adv)) / len(x)
+    stability = ce.mean(_kl(logits, model(x_adv)), y)
     return ce(logits, y) + beta * stability, logits
 
 
@@ -292,13 +323,15 @@ def hat(model, x, y, standard, *, ce, attack, beta=2.5, gamma=0.5, helper=2.0):
 
     TRADES + gamma CE(f(x + helper (x' - x)), argmax standard(x')): an image beyond the attacked x'
     gets the label that a `standard` (plainly trained) model gives to x'. The paper takes 10 steps.
+    `weight` is on all three terms, by the class of x.
     """
     x_adv = attack(model, x)
     with torch.no_grad():
         helped = standard.to(x.device)(x_adv).argmax(1)
     loss, logits = _trades(model, x, y, ce, x_adv, beta)
     further = (x + helper * (x_adv - x)).clamp_(0, 1)
-    return loss + gamma * F.cross_entropy(model(further).float(), helped), logits
+    help_losses = F.cross_entropy(model(further).float(), helped, reduction="none")
+    return loss + gamma * ce.mean(help_losses, y), logits
 
 
 def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float) -> Tensor:
@@ -307,14 +340,14 @@ def mart_loss(clean: Tensor, attacked: Tensor, y: Tensor, *, beta: float) -> Ten
     BCE(attacked, y) + beta KL(clean || attacked) (1 - p_y(clean)), where BCE = -log p_y(attacked) -
     log(1 - max_{k != y} p_k(attacked)): what is wrong when clean is made stable most of all.
     """
+    _check({"beta": beta})
     clean, attacked, own = clean.float(), attacked.float(), y[:, None]
     best_wrong = attacked.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
     # log(1 - p_k) as the share of all other classes: exact also where p_k is 1 in float32.
     not_wrong = attacked.scatter(1, best_wrong, -torch.inf).logsumexp(1) - attacked.logsumexp(1)
     bce = F.cross_entropy(attacked, y, reduction="none") - not_wrong
-    p = clean.softmax(1)
-    stability = F.kl_div(attacked.log_softmax(1), p, reduction="none").sum(1)
-    return bce + beta * stability * (1 - p.gather(1, own)[:, 0])
+    wrong = 1 - clean.softmax(1).gather(1, own)[:, 0]
+    return bce + beta * _kl(clean, attacked) * wrong
 
 
 @_maker(steps=2)
@@ -327,6 +360,7 @@ def mart(model, x, y, *, attack, beta=5.0, weight=None):
 
 def gairat_weights(kappa: Tensor, *, steps: int, lam: float = -1.0) -> Tensor:
     """Weights per image [B]: (1 + tanh(lam + 5 (1 - 2 kappa / steps))) / 2, over their mean."""
+    _check({"steps": steps, "lam": lam})
     # (1 + tanh(u)) / 2 = sigmoid(2 u), which float32 would round to 0.
     w = torch.sigmoid(2 * (lam + 5 * (1 - 2 * kappa.double() / steps)))
     return (w / w.mean()).float()

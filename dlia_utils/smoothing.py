@@ -15,8 +15,9 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from . import metrics
-from .attacks.base import check_images
+from .attacks.base import check_images, steady
 from .device import device_of, evaluating
+from .units import check_numbers
 
 ABSTAIN = -1
 
@@ -47,8 +48,10 @@ def certify(
     >>> table.columns.tolist()
     ['image', 'predicted', 'radius', 'p_lower', 'k', 'label', 'correct']
     """
-    if min(sigma, n0, n, batch_size) <= 0 or not 0 < alpha < 0.5:
-        raise ValueError("sigma, n0, n and batch_size must be positive and alpha in (0, 0.5)")
+    check_numbers("(0,inf)", sigma=sigma)
+    check_numbers("(0,0.5)", alpha=alpha)
+    check_numbers("[1,inf)", whole=True, n0=n0, n=n, batch_size=batch_size)
+    check_numbers("[0,inf)", whole=True, seed=seed)
     x, rows, device = check_images(x), [], device_of(model, x)
 
     def counts(image: Tensor, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,7 +64,7 @@ def certify(
             found += torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu().numpy()
         return found
 
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), evaluating(model), steady(model, x[:1].to(device)):
         for i, image in zip(range(len(x)) if ids is None else ids, x.to(device), strict=True):
             rngs = [np.random.default_rng([seed, stream, int(i)]) for stream in (0, 1)]
             top = int(counts(image, n0, rngs[0]).argmax())
@@ -86,6 +89,8 @@ def certified_accuracy(
     >>> certified_accuracy(table, [0, 0.2], groups="abc", draws=50).value.round(2).tolist()
     [0.67, 0.33]
     """
+    for r in radii:
+        check_numbers("[0,inf)", radii=r)
     right, radius = table.correct.to_numpy(dtype=bool), table.radius.to_numpy(dtype=float)
     shares = [metrics.share(right & (radius >= r), list(groups), draws=draws) for r in radii]
     return pd.DataFrame(shares).assign(radius=radii, metric="certified_accuracy")

@@ -33,11 +33,17 @@ from .device import device_of, evaluating, pick_device
 from .files import atomic_path, write_csv
 from .objectives import Objective
 from .progress import Bar
+from .units import check_numbers
 
 FORMAT = "dlia_utils training 1"
 SCHEDULES = ("constant", "cosine", "onecycle")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 MEASURED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc")
+WHOLE = ("epochs", "batch_size", "accumulate", "patience", "seed")
+INTERVALS = dict.fromkeys(WHOLE, "[1,inf)")
+INTERVALS |= {"lr": "(0,inf)", "weight_decay": "[0,inf)", "lr_min": "[0,inf)"}
+INTERVALS |= {"clip_norm": "(0,inf)", "ema": "[0,1)", "seed": "[0,inf)"}
+LOST = 1e-6  # the scale of a loss in half precision, once its gradients are no numbers
 NAN_CHECK_EVERY = 50  # batches; reading a number from a GPU waits for it
 
 log = logging.getLogger("dlia_utils")
@@ -67,16 +73,18 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, interval in INTERVALS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("clip_norm", "ema", "patience"):
+                check_numbers(interval, whole=name in WHOLE, **{name: value})
+        fewer = f"[0,{self.epochs})"
+        check_numbers(fewer, hint=": fewer than epochs", warmup_epochs=self.warmup_epochs)
         # A search gives NumPy's numbers, which last.pt (read back with weights_only) cannot hold.
         for name in ("lr", "weight_decay", "lr_min"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
             known = f"known are {', '.join([*OPTIMIZERS])} and {', '.join(SCHEDULES)}"
             raise ValueError(f"{known}; got {self}")
-        low = min(self.epochs, self.batch_size, self.accumulate, self.lr) <= 0
-        if low or not 0 <= self.warmup_epochs < self.epochs:
-            rule = "epochs, batch_size, accumulate, lr must be positive, warm-up fewer than epochs"
-            raise ValueError(f"{rule}; got {self}")
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,9 @@ def fit(
     2
     """
     asked, measured = Recipe(**recipe), MEASURED[: 3 if val_set is None else None]
+    check_numbers("[0,inf)", whole=True, num_workers=num_workers)
+    if max_minutes is not None:
+        check_numbers("(0,inf)", hint="; None is no limit", max_minutes=max_minutes)
     if val_metric is None and asked.monitor not in measured:
         raise ValueError(
             f"monitor={asked.monitor!r} is not measured, only {', '.join(measured)}: give a "
@@ -354,11 +365,8 @@ class _Run:
         for batch, (x, y, *_) in enumerate(self.loader, 1):
             for _ in range(self.replays):
                 sums += self.step(batch - 1, x, y)
-            if (batch % NAN_CHECK_EVERY == 0 or batch == last) and not sums[0].isfinite():
-                raise FloatingPointError(
-                    f"the loss is no longer finite (epoch {number}, by batch {batch}): lower lr "
-                    f"(now {self.recipe.lr:g}); {self.name} keeps the last whole epoch"
-                )
+            if batch % NAN_CHECK_EVERY == 0 or batch == last:
+                self.check_finite(sums[0], f"epoch {number}, by batch {batch}")
             bar.update()
         if self.accelerator.num_processes > 1:
             # Running statistics differ between processes; the main one's are saved.
@@ -367,6 +375,26 @@ class _Run:
         loss, right, images = self.accelerator.reduce(sums, "sum").tolist()
         row = {"lr": rate, "train_loss": loss / images}
         return row if math.isnan(right) else row | {"train_accuracy": right / images}
+
+    def check_finite(self, loss: Tensor, when: str) -> None:
+        """Refuse to go on, and to save, with a loss or weights that are no numbers.
+
+        A gradient that is none is in the weights after its step, where the loss may still be fine;
+        in half precision such steps are left out, and the scale ends at 0 if all are.
+        """
+        parts = {"the loss": loss} | dict(self.model.named_parameters())
+        fine = {name: one.isfinite().all() for name, one in parts.items()}
+        fine |= {name: ~one.isnan().any() for name, one in self.model.named_buffers()}
+        flags = torch.stack([*fine.values()]).tolist()  # one wait for a GPU
+        wrong = [name for name, good in zip(fine, flags, strict=True) if not good]
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < LOST:
+            wrong.append("the gradient")
+        if wrong:
+            raise FloatingPointError(
+                f"{wrong[0]} is no longer finite ({when}): lower lr (now {self.recipe.lr:g}) "
+                f"or give clip_norm; {self.name} keeps the last whole epoch"
+            )
 
     def step(self, number: int, x: Tensor, y: Any) -> Tensor:
         """One batch; returns (loss * images, right answers, images) without waiting for a GPU."""

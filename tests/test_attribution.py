@@ -171,7 +171,7 @@ def test_a_first_layer_that_works_in_place_does_not_write_into_the_images():
     ("method", "options", "said"),
     [
         ("lime", {}, "method must be one of saliency, integrated_gradients"),
-        ("occlusion", {"window": 13}, "must be 1 to 12 pixels"),
+        ("occlusion", {"window": 13}, "window must be a whole number in .1,12."),
         ("saliency", {"target": 2}, r"target must be None, a class 0\.\.1"),
         ("saliency", {"target": torch.tensor([0.0, 1.0])}, "target must be"),
         ("saliency", {"x": 3 * images()}, r"spans \[.*models.wrap"),

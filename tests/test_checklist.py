@@ -3,6 +3,8 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -118,8 +120,14 @@ def test_an_operator_that_hides_its_gradient(sound):
 
 def test_a_random_model(sound):
     model, x, y = sound
-    noisy = nn.Sequential(model, Maps(lambda z: z + 0.05 * torch.randn_like(z)))
-    assert evaluated(noisy, x, y, fast=False).verdict["the model answers alike each time"] == "WARN"
+    check = "the model answers alike each time, alone and in company"
+
+    def noisy(size):
+        return nn.Sequential(model, Maps(lambda z: z + size * torch.randn_like(z)))
+
+    assert evaluated(noisy(2e-4), x, y, fast=False).verdict[check] == "WARN"
+    with pytest.raises(ValueError, match="differently each time"):
+        evaluated(noisy(0.05), x, y)
 
 
 def test_a_constant_model(sound):
@@ -195,6 +203,47 @@ def test_rows_that_cannot_be_right(evaluation):
     assert verdict["the worst case is taken per image"] == "WARN"
     early = changed(changed(rows, worst[2], True), (worst[0] | worst[1]) & (rows.image >= 3), False)
     assert verdicts(early)["twice the steps add nothing"] == "WARN"
+
+
+@pytest.mark.parametrize(
+    ("attacked", "fell", "verdict"), [(100, 0, "PASS"), (24, 0, "WARN"), (100, 3, "WARN")]
+)
+def test_twice_the_steps_are_judged_by_what_they_may_miss(attacked, fell, verdict, monkeypatch):
+    """300 of 500 images stand; the nearest are attacked anew, and the interval's end is judged."""
+    nearest = np.r_[np.zeros(200), np.linspace(1, 0.5, 300)]
+    seen = []
+
+    class Stub:
+        settings = dict(attacks={"pgd_margin": {"steps": 10}}, at={}, eps_grid=[0.1])
+        labels = torch.zeros(500, dtype=torch.int64)
+
+        def __init__(self, count=0):
+            self.nearest, self.count = nearest, count
+
+        def fooled(self, attack, eps):
+            return np.arange(self.count) < fell if self.count else nearest == 0
+
+    def again(found, some, grid, budgets):
+        seen.append((some, budgets))
+        return Stub(len(some))
+
+    monkeypatch.setattr(checklist, "_again", again)
+    monkeypatch.setattr(checklist, "LEAST", attacked)
+    key, passed, value = checklist._converged(Stub(), pd.Series([0.4], [0.1]), 4)
+    (some, budgets) = seen[0]
+    assert some.tolist() == list(range(500 - attacked, 500)), "the nearest"
+    assert budgets == {"pgd_margin": {"steps": 20}} and checklist.CHECKS[key]
+    assert passed == (verdict == "PASS") and f"{fell} of the nearest {attacked} of 300" in value
+
+
+def test_all_that_stand_are_attacked_where_they_are_few(evaluation):
+    doubled = (
+        checklist.report(evaluation, subset=1)
+        .set_index("check")
+        .value["twice the steps add nothing"]
+    )
+    stood = int(doubled.split(" of ")[2].split()[0])
+    assert f"of the nearest {stood} of {stood} images" in doubled and stood > 5
 
 
 def test_a_model_that_is_always_wrong_gets_its_page(sound):

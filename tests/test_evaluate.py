@@ -1,7 +1,9 @@
 """The suite and its rows: known truth, the same answer whatever is dropped, kept or folded."""
 
 import copy
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,7 +14,7 @@ from dlia_utils.attacks import checklist, evaluate, pgd
 from dlia_utils.models import robust
 from dlia_utils.units import pixel_eps
 
-GRID = pixel_eps(2, 8, 16)
+GRID, ASKED = pixel_eps(2, 8, 16), 7  # images that the door asks a model about
 FEW = ("noise", "fgsm", "pgd_ce", "pgd_margin")
 STEPS = {"apgd_ce": 8, "apgd_margin": 12, "fmn": 20, "square": 25}
 SHORT = {name: {"steps": steps} for name, steps in STEPS.items()}
@@ -21,6 +23,11 @@ SHORT = {name: {"steps": steps} for name, steps in STEPS.items()}
 def full_rows(model, x, y, grid=GRID, attacks=FEW, **options):
     """Every attack on every image."""
     return evaluate.robust(model, (x, y), grid, attacks=attacks, progress=False, **options).rows
+
+
+def starts(name, count=40):
+    """The seeds that the suite gives to this attack's images."""
+    return evaluate.KINDS[name].seeds(0, range(count))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,7 @@ def test_images_that_fool_only_the_copy_are_attacked_again(study, monkeypatch):
     flipped = FlipsOthers(model, x).eval()
     monkeypatch.setattr(evaluate, "fast_copy", lambda model: flipped)
     found = full_rows(model, x, y, GRID[-1:], ("pgd_margin",))
-    direct = pgd(model, x, y, eps=GRID[-1], loss="margin")
+    direct = pgd(model, x, y, eps=GRID[-1], loss="margin", seed=starts("pgd_margin"))
     assert found[found.attack == "pgd_margin"].fooled.tolist() == direct.success.tolist()
 
 
@@ -166,15 +173,51 @@ def test_a_model_with_the_operator_is_attacked_twice_without_being_asked(sparse,
     assert outcomes["pgd_margin"] != outcomes["pgd_margin_bpda"]
     # Every number is that of the attack itself, exact or through the operator.
     for loss in ("ce", "margin"):
-        exact = pgd(model, x, y, eps=GRID[1], loss=loss)
+        options = dict(eps=GRID[1], loss=loss, seed=starts(f"pgd_{loss}", 12))
+        exact = pgd(model, x, y, **options)
         with robust.straight_through(model):
-            through = pgd(model, x, y, eps=GRID[1], loss=loss)
+            through = pgd(model, x, y, **options)
         for name, direct in ((f"pgd_{loss}", exact), (f"pgd_{loss}_bpda", through)):
             assert outcomes[name] == (model(direct.x_adv).argmax(1) != y).tolist()
     assert is_union(rows) and not model[1].straight_through
 
 
 # ---------------------------------------- the suite: known truth
+
+
+def test_two_losses_and_two_methods_are_attacks_with_starts_of_their_own(study):
+    model, x, y = study
+    seen = {}
+
+    def first_point(name):
+        """Where the attack starts: what the model sees after the door and the clean images."""
+        batches = []
+        hook = model.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0].detach()))
+        options = {"steps": 1, "loss": "ce", "stop_when_fooled": False}
+        own = evaluate.KINDS[name]
+        own.run(model, x, y, options, eps=GRID[0], seed=own.seeds(0, range(40)))
+        hook.remove()
+        return batches[4]
+
+    names = ["pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin"]
+    seen = {name: first_point(name) for name in names}
+    gaps = [(seen[a] - seen[b]).abs().flatten(1).amax(1).min() for a, b in combinations(names, 2)]
+    assert min(gaps) > 0.1 * GRID[0]
+    first = pgd(model, x, y, eps=GRID[0], steps=1, seed=0)  # that of the seed itself stays
+    again = pgd(model, x, y, eps=GRID[0], steps=1, seed=starts("pgd_ce"))
+    assert torch.equal(first.x_adv, again.x_adv)
+
+
+def test_the_smallest_change_known_of_each_image(whole):
+    known = whole.rows[whole.rows.fooled & ~whole.rows.attack.isin(["clean", "worst"])]
+    fell = known.groupby("image").eps.min().reindex(range(40)).to_numpy()
+    assert (whole.nearest[:3] == 0).all() and (whole.nearest > 0).sum() == 37
+    beyond = np.isnan(fell)  # which only the searches for the smallest change may know
+    assert (whole.nearest[~beyond] <= fell[~beyond]).all() and (
+        whole.nearest[beyond] > GRID[-1]
+    ).all()
+    finer = ~np.isin(whole.nearest, [0, *GRID, np.inf])
+    assert finer.mean() > 0.5
 
 
 def test_the_worst_case_of_a_linear_model_is_its_closed_form():
@@ -231,6 +274,7 @@ def test_the_passes_counted_are_those_made(study):
     budgets = SHORT | {"one_pixel": {"population": 5, "iterations": 2}}
     options = dict(budgets=budgets, fast=False, progress=False, attacks=evaluate.LINF)
     found = evaluate.robust(model, (x[:12], y[:12]), GRID[:2], **options)
+    seen["forwards"] -= ASKED
     assert found.cost[["forwards", "backwards"]].sum().to_dict() == seen
 
 
@@ -243,7 +287,7 @@ def test_a_cut_off_run_goes_on_without_repeated_work(study, tmp_path):
 
     def count(_module, inputs, _output):
         passes.append(len(inputs[0]))
-        if sum(passes) > limit:
+        if sum(passes) > limit + ASKED:
             raise KeyboardInterrupt
 
     def run(**more):
@@ -253,18 +297,19 @@ def test_a_cut_off_run_goes_on_without_repeated_work(study, tmp_path):
     hook = model.register_forward_hook(count)
     try:
         whole = run(progress=False, batch_size=10)
-        total, limit = sum(passes), sum(passes) // 2
+        total = sum(passes) - ASKED
+        limit = total // 2
         kept = dict(progress=False, batch_size=10, folder=tmp_path)
         with pytest.raises(KeyboardInterrupt):
             run(**kept)
         count_kept, limit = len(list(tmp_path.glob("block_*.npz"))), 10**9
         again = run(**kept)
         done = whole.cost.forwards.iloc[:count_kept].sum()
-        assert 3 <= count_kept < len(whole.cost) and sum(passes) == total - done < total
+        assert 3 <= count_kept < len(whole.cost) and sum(passes) - ASKED == total - done < total
         third = run(**kept)
-        assert not passes
+        assert sum(passes) == ASKED
         run(resume=False, **kept)
-        assert sum(passes) == total
+        assert sum(passes) == total + ASKED
     finally:
         hook.remove()
     for found in (again, third):

@@ -201,7 +201,8 @@ def test_trades_is_clean_cross_entropy_plus_beta_times_the_divergence_of_its_att
     options = dict(eps=0.1, steps=5, step_size=0.04, weight=(1.0, 2.0))
     loss, answered = objectives.trades(beta=3.0, **options)(model, x, y)
     p, q = logits.softmax(1), model(seen[-1]).softmax(1)
-    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    divergence = (p * (p.log() - q.log())).sum(1)
+    divergence = (divergence * (1 + y)).sum() / (1 + y).sum()  # class weights on this term, too
     assert divergence > 1e-4 and torch.equal(answered, logits)
     assert loss.item() == pytest.approx((clean + 3.0 * divergence).item(), rel=1e-5)
     # A linear model's worst image is a corner of the ball, wherever no pixel is clipped.
@@ -222,7 +223,8 @@ def test_hat_is_trades_plus_the_helpers_cross_entropy(batch):
     clean, attacked, further = seen[-3:]
     assert torch.equal(clean, x) and torch.equal(logits, model(x))
     torch.testing.assert_close(further, (x + 2 * (attacked - x)).clamp(0, 1))
-    help_loss = F.cross_entropy(model(further), standard(attacked).argmax(1))
+    help_losses = F.cross_entropy(model(further), standard(attacked).argmax(1), reduction="none")
+    help_loss = (help_losses * (1 + y)).sum() / (1 + y).sum()
     torch.testing.assert_close(loss, trades + 0.7 * help_loss)
     assert fingerprint(standard) == mark == hat.settings["standard"] and standard.training
 
@@ -322,6 +324,36 @@ def test_the_attacked_images_stay_in_the_ball_and_in_the_image_range(name):
     reach = 2 * EPS if name == "hat" else EPS  # the helper image
     assert 0.5 * EPS < max((one - x).abs().max() for one in seen) <= reach + 1e-6
     assert min(one.min() for one in seen) >= 0 and max(one.max() for one in seen) <= 1
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "cross_entropy", "lipschitz", "distillation"])
+@pytest.mark.parametrize("gap", [20.0, 110.0, 300.0])
+def test_gradients_are_finite_at_any_gap_of_the_logits(name, gap, batch):
+    more = {"cross_entropy": objectives.cross_entropy, "lipschitz": objectives.lipschitz}
+    more["distillation"] = lambda: objectives.distillation(linear(1), temperature=1.0)
+    model = linear()
+    with torch.no_grad():  # right about some images and wrong about others, by this gap
+        model[1].weight[1] = -model[1].weight[0]
+        model[1].bias.zero_()
+        found = model(batch[0])
+        model[1].weight *= gap / (found[:, 1] - found[:, 0]).abs().median()
+    objective = more[name]() if name in more else MAKERS[name][0]()
+    loss, _ = objective(model, *batch)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "hat"])
+def test_a_class_that_weighs_nothing_is_in_no_term_of_the_loss(name, batch):
+    order = batch[1].argsort(descending=True)
+    (x, y), model = (part[order] for part in batch), linear()
+    nets = [linear(3)] if name == "hat" else []
+    objective = getattr(objectives, name)(*nets, eps=EPS, weight=[0.0, 1.0])
+    losses = []
+    for count in (6, 3):  # with and without class 0; the first images start alike
+        torch.manual_seed(0)
+        losses.append(objective(model, x[:count], y[:count])[0])
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize(

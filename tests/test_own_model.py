@@ -229,7 +229,7 @@ def test_transformers_want_their_layer_named_and_what_has_no_head_is_refused():
     refused("pass methods=", lambda: drift.map_layers(model))
     made = models.with_head(model, unfrozen="all")
     assert all(p.requires_grad for p in made.parameters()) and made(X).shape == (3, 2)
-    refused("0 to 0 blocks or 'all'", lambda: models.unfreeze(made, 1))
+    refused(r"\[0,0\], not 1; or 'all'", lambda: models.unfreeze(made, 1))
     softmax = models.wrap(nn.Sequential(homemade(), nn.Softmax(1)))
     refused("does not end in an nn.Linear.*softmax", lambda: models.with_head(softmax))
 

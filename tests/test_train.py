@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from dlia_utils import models, objectives
+from dlia_utils import models, objectives, train
 from dlia_utils.train import FitResult, OutOfTime, fit, log_odds, predict
 
 ROOT = Path(__file__).parents[1]
@@ -405,6 +407,51 @@ def test_a_loss_that_is_no_number_stops_and_the_last_whole_epoch_stays(tmp_path)
         run(tmp_path, objective=breaks)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
     assert len(run(tmp_path, objective=breaks).history) == 3  # and the next call goes on from there
+
+
+def test_weights_that_are_no_numbers_stop_also_where_the_loss_is_fine(tmp_path):
+    calls = []
+
+    class Endless(torch.autograd.Function):
+        """Nothing, with a gradient that is no number in the last batch of an epoch."""
+
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (math.nan if len(calls) == 6 else 1.0)
+
+    def breaks(model, x, y):
+        logits = model(x)
+        calls.append(1)
+        return Endless.apply(F.cross_entropy(logits, y)), logits
+
+    with pytest.raises(FloatingPointError, match=r"1\.weight.*epoch 2.*lower lr"):
+        run(tmp_path, objective=breaks)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("loss", "the loss is"),
+        ("scale", "the gradient is"),
+        ("buffer", "0.running_mean is"),
+        ("", ""),
+    ],
+)
+def test_each_thing_that_must_stay_finite_is_named(what, words):
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model[0].running_mean[0] = math.nan if what == "buffer" else 0.0
+    model[0].running_var[0] = math.inf  # a bound or a mask may be infinite
+    scaler = SimpleNamespace(get_scale=lambda: 1e-9 if what == "scale" else 1.0)  # half precision's
+    recipe, accelerator = SimpleNamespace(lr=0.1), SimpleNamespace(scaler=scaler)
+    run = SimpleNamespace(model=model, accelerator=accelerator, recipe=recipe, name="a")
+    loss = torch.tensor(math.inf if what == "loss" else 1.0)
+    with pytest.raises(FloatingPointError, match=words) if what else nullcontext():
+        train._Run.check_finite(run, loss, "epoch 1")
 
 
 def test_the_model_learns_what_there_is_to_learn(tmp_path):

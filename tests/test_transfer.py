@@ -148,7 +148,7 @@ def test_the_head_comes_from_the_seed_and_replaces_an_old_one():
     assert second.recipe["body"]["name"] == "hat_wrn_34_10" and first.recipe["unfrozen"] == 2
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):  # as the robust model itself
         second(2 * X)
-    with pytest.raises(ValueError, match="0 to 15 blocks or 'all'"):
+    with pytest.raises(ValueError, match=r"\[0,15\], not 16; or 'all'"):
         models.unfreeze(second, 16)
 
 

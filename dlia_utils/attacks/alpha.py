@@ -9,6 +9,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..models.robust.meansparse import ALPHAS, operators, recompute_statistics, set_alpha
+from ..units import check_numbers
 from . import evaluate
 from .base import check_attack
 
@@ -45,6 +46,10 @@ def select_alpha(
     >>> select_alpha(model, [x], x, y, eps=4 / 255, grid=(0, 0.2), progress=False).alpha.tolist()
     [0.0, 0.2]
     """
+    for alpha in grid:
+        check_numbers("[0,inf)", grid=alpha)
+    check_numbers("[1,inf)", whole=True, steps=steps)
+    check_numbers("[0,inf)", whole=True, seed=seed)
     found, alphas = operators(model), sorted({0.0, *map(float, grid)})
     check_attack(model, x_val, y_val, eps=eps)
     recompute_statistics(model, train_batches)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 from .base import per_image
 
@@ -38,8 +39,7 @@ def apgd(
     >>> bool(apgd(model, x, torch.tensor([0]), eps=0.1, steps=5).linf[0] <= 0.1 + 1e-6)
     True
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
+    check_numbers("[1,inf)", whole=True, steps=steps, restarts=restarts)
     with base.search(model, x, y, eps=eps, norm=norm, loss=loss, seed=seed) as search:
         search.look()
         for restart, rows, rngs in search.rounds(range(restarts), everyone=not stop_when_fooled):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from ..units import check_numbers
 
 TOLERANCE = 1e-6
 TINY = 1e-30  # keeps 0 / 0 of an image without a gradient at 0
-
-# Modules of torch.nn whose layers do the same in training mode, and the exceptions among them.
-HARMLESS = "activation container conv flatten linear normalization padding pooling".split()
-RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d)
+STEADY = 1e-2  # of the largest logit: beyond rounding, also in half precision
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B,K], y [B]) -> value per image [B]
 Seed = int | Sequence[Sequence[int]]  # one number, or a pair (seed, image) per image
@@ -48,21 +47,22 @@ class AttackResult:
 
 
 def check_attack(
-    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 0.0, norm: str = "linf"
+    model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 1.0, norm: str = "linf"
 ) -> Tensor:
     """The door of every attack: refuses what would give a wrong number; returns x, clamped.
 
     x: [B,C,H,W] in [0,1]; y: int64 [B]; eps: a number or, for "linf", [C,1,1], in pixel units.
     """
     check_gradients(model)
-    x, values, channels = check_images(x), torch.as_tensor(eps), x.shape[1]
+    x, channels = check_images(x), x.shape[1]
     if getattr(y, "dtype", None) != torch.int64 or y.shape != x.shape[:1] or y.min() < 0:
         raise ValueError("y must be an int64 tensor [B], one label per image, none negative")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
-    if not bool((values >= 0).all()) or (norm == "linf" and bool((values > 1).any())):
-        raise ValueError(f"eps must be >= 0 in pixel units of [0,1], such as 8/255, not {eps}")
-    if values.ndim and (norm == "l2" or values.shape != (channels, 1, 1)):
+    for value in eps.flatten().tolist() if isinstance(eps, Tensor) else [eps]:
+        interval = "(0,1]" if norm == "linf" else "(0,inf)"
+        check_numbers(interval, hint=": in pixel units, such as 8/255", eps=value)
+    if np.ndim(eps) and (norm == "l2" or eps.shape != (channels, 1, 1)):
         shape = f"[{channels},1,1], one per channel (expand grey images: x.expand(-1, 3, -1, -1))"
         raise ValueError(f"eps must be a number, or for 'linf' {shape}")
     return x
@@ -78,27 +78,60 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, and one that training mode would make random or change."""
+    """Refuse what is no module, and a module of which any part is in training mode."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         what = "the torch.nn.Module that it was made from; TorchScript hides its layers"
         more = f": give {what}" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}{more}")
     for name, module in model.named_modules():
-        if module.training and _changes_in_training(module):
+        if module.training:
             where = f"{name or 'the model'} ({type(module).__name__})"
             raise ValueError(
-                f"{where} is in training mode and would be random or change; call model.eval()"
+                f"{where} is in training mode and could be random or change; call model.eval()"
             )
 
 
-def _changes_in_training(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    # A parametrization such as spectral_norm changes its buffers.
-    if isinstance(module, RANDOM) or parametrize.is_parametrized(module):
-        return True
-    kind = type(module).__module__.removeprefix("torch.nn.modules.")
-    return not any(module.children()) and kind not in HARMLESS
+@contextmanager
+def steady(model: nn.Module, x: Tensor, *copies: nn.Module) -> Iterator[None]:
+    """`check_steady` once: within, neither the model nor `copies` of it are asked again."""
+    check_steady(model, x)
+    token = _STEADY.set(_STEADY.get() | {id(one) for one in (model, *copies)})
+    try:
+        yield
+    finally:
+        _STEADY.reset(token)
+
+
+_STEADY: ContextVar[frozenset[int]] = ContextVar("models found steady", default=frozenset())
+
+
+@torch.no_grad()
+def check_steady(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model whose answer depends on its company in the batch, or on chance.
+
+    The first of the images x [B,C,H,W] is asked about alone and twice in company.
+    """
+    if id(model) in _STEADY.get():
+        return
+    company = torch.cat([x[:1], 1 - x[:1], x[:1] / 2])  # clones: a first layer may work in place
+    alone, first, again = (model(one.clone()) for one in (x[:1], company, company))
+    if not all(isinstance(answer, Tensor) for answer in (alone, first, again)):
+        return  # a detector's; where logits are needed they are refused next
+    allowed = dict(rtol=0, atol=STEADY * max(0.1, float(first.abs().max())), equal_nan=True)
+    if not torch.allclose(first, again, **allowed):
+        raise ValueError(
+            "the model answers the same images differently each time (dropout or noise inside "
+            "forward?): switch it off, as F.dropout(x, p, training=self.training) and eval() do"
+        )
+    if alone.shape != first[:1].shape or not torch.allclose(alone, first[:1], **allowed):
+        norms = nn.modules.batchnorm._BatchNorm
+        named = [(name, one) for name, one in model.named_modules() if isinstance(one, norms)]
+        found = [name for name, one in named if one.running_mean is None]
+        raise ValueError(
+            "the model answers an image alone otherwise than in a batch (batch norm without "
+            f"running statistics? {', '.join(found) or 'not seen'}): an answer must depend on its "
+            "image only, as with BatchNorm2d(track_running_stats=True) or GroupNorm"
+        )
 
 
 def check_images(x: Tensor) -> Tensor:
@@ -213,8 +246,10 @@ def pairs(seed: Seed, count: int) -> list[tuple[int, int]]:
     >>> pairs(5, 2), pairs([(5, 40), (5, 41)], 2)
     ([(5, 0), (5, 1)], [(5, 40), (5, 41)])
     """
-    given = [(seed, i) for i in range(count)] if np.ndim(seed) == 0 else seed
-    found = [(int(one), int(image)) for one, image in given]
+    if np.ndim(seed) == 0:
+        check_numbers("[0,inf)", whole=True, seed=seed)
+        return [(int(seed), i) for i in range(count)]
+    found = [(int(one), int(image)) for one, image in seed]
     if len(found) != count or min(map(min, found)) < 0:
         raise ValueError(f"seed must be a number >= 0, or {count} pairs (seed, image)")
     return found
@@ -231,9 +266,9 @@ def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
 
 @contextmanager
 def search(model: nn.Module, x: Tensor, y: Tensor, **options) -> Iterator[Search]:
-    """The frame of every attack: the check at the door, the model frozen, an empty record."""
+    """The frame of every attack: the checks at the door, the model frozen, an empty record."""
     record = Search(model, x, y, **options)
-    with frozen(model):
+    with steady(model, record.x), frozen(model):
         yield record
 
 
@@ -246,7 +281,7 @@ class Search:
     """
 
     def __init__(self, model, x, y, *, eps=None, norm="linf", loss="margin", seed: Seed = 0):
-        x = check_attack(model, x, y, eps=0.0 if eps is None else eps, norm=norm)
+        x = check_attack(model, x, y, eps=1.0 if eps is None else eps, norm=norm)
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)}, not {loss!r}")
         self.model, self.x, self.y, self.norm, self.objective = model, x, y, norm, LOSSES[loss]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 from .base import TINY, per_image
 
@@ -29,8 +30,7 @@ def carlini_wagner(
     >>> bool(carlini_wagner(model, x, model(x).argmax(1), steps=50).success[0])
     True
     """
-    if steps < 1 or searches < 1:
-        raise ValueError(f"steps and searches must be >= 1, not {steps} and {searches}")
+    check_numbers("[1,inf)", whole=True, steps=steps, searches=searches)
     with base.search(model, x, y, norm="l2") as search:
         search.look()
         for _, rows, _ in search.rounds(range(1)):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 from .base import TINY, per_image
 
@@ -27,8 +28,7 @@ def deepfool(
     >>> deepfool(model, x, model(x).argmax(1)).first_success_step
     tensor([1])
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, not {steps}")
+    check_numbers("[1,inf)", whole=True, steps=steps)
     with base.search(model, x, y, norm=norm) as search:
         rows = search.everyone
         points, total = search.x, torch.zeros_like(search.x)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 
 
@@ -39,4 +40,7 @@ def normalised_eps(value: float, std: float | Sequence[float] | Tensor) -> Tenso
     >>> (normalised_eps(0.03, [0.229, 0.224, 0.225]) * 255).flatten()
     tensor([1.7518, 1.7136, 1.7212])
     """
-    return float(value) * torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+    stds = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+    for one in stds.flatten().tolist():
+        check_numbers("(0,inf)", value=value, std=one)
+    return value * stds

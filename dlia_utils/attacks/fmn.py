@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 from .base import TINY, per_image
 
@@ -30,8 +31,7 @@ def fmn(
     >>> bool(fmn(model, x, model(x).argmax(1)).success[0])
     True
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, not {steps}")
+    check_numbers("[1,inf)", whole=True, steps=steps)
     with base.search(model, x, y, norm=norm) as search:
         search.look()
         for _, rows, _ in search.rounds(range(1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 
 
@@ -20,8 +21,7 @@ def noise(
     >>> noise(model, x, torch.tensor([0]), eps=8 / 255).backwards
     0
     """
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, not {draws}")
+    check_numbers("[1,inf)", whole=True, draws=draws)
     with base.search(model, x, y, eps=eps, seed=seed) as search:
         search.look()
         for draw, rows, rngs in search.rounds(range(1, draws + 1)):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 
 BATCH = 256  # candidates of all images share batches of this size
@@ -36,11 +37,11 @@ def one_pixel(
     >>> int((result.x_adv != x).sum()) <= 1
     True
     """
-    if pixels < 1 or iterations < 0 or population < 4 or not (0 < f <= 2 and 0 <= cr <= 1):
-        raise ValueError(
-            "pixels must be >= 1, iterations >= 0, population >= 4 (a trial mixes three others), "
-            f"f in (0,2] and cr in [0,1], not {pixels}, {iterations}, {population}, {f}, {cr}"
-        )
+    check_numbers("[1,inf)", whole=True, pixels=pixels)
+    check_numbers("[0,inf)", whole=True, iterations=iterations)
+    check_numbers("[4,inf)", whole=True, population=population)  # a trial mixes three others
+    check_numbers("(0,2]", f=f)
+    check_numbers("[0,1]", cr=cr)
     with base.search(model, x, y, eps=eps, seed=seed) as search, torch.no_grad():
         search.look()
         x_adv, places = search.x.clone(), np.array(x.shape[2:])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 
 
@@ -37,8 +38,8 @@ def pgd(
     >>> bool(pgd(model, x, torch.tensor([0]), eps=8 / 255).linf[0] <= 8 / 255 + 1e-6)
     True
     """
-    if steps < 1 or restarts < 0:
-        raise ValueError(f"steps must be >= 1 and restarts >= 0, not {steps} and {restarts}")
+    check_numbers("[1,inf)", whole=True, steps=steps)
+    check_numbers("[0,inf)", whole=True, restarts=restarts)
     with base.search(model, x, y, eps=eps, norm=norm, loss=loss, seed=seed) as search:
         if not restarts:  # the first point is the clean image itself
             _climb(search, search.everyone, search.x, range(steps + 1), stop_when_fooled)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..units import check_numbers
 from . import base
 from .base import per_image
 
@@ -37,8 +38,7 @@ def square(
     >>> square(model, x, torch.tensor([0]), eps=8 / 255, steps=5).backwards
     0
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps and restarts must be >= 1, not {steps} and {restarts}")
+    check_numbers("[1,inf)", whole=True, steps=steps, restarts=restarts)
     with base.search(model, x, y, eps=eps, seed=seed) as search:
         search.look()
         for restart, rows, rngs in search.rounds(range(restarts)):

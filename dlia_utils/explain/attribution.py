@@ -10,7 +10,9 @@ from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..attacks.base import steady
 from ..models.pixel import TwoLogits, fast_copy
+from ..units import check_numbers
 from . import base
 from .gradcam import gradcam, one_pass
 
@@ -48,7 +50,8 @@ def saliency(
     """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
     x, chosen = _start(model, x, target)
     pairs = _batches(BATCH, x, chosen)
-    parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
+    with steady(model, x):
+        parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
     return base.Attribution(torch.cat(parts).abs().amax(1).float(), chosen)
 
 
@@ -60,6 +63,7 @@ def integrated_gradients(
     steps: points of the Gauss-Legendre rule; more bring `error` down. maps: in logits, signed, the
     sum over channels.
     """
+    check_numbers("[1,inf)", whole=True, steps=steps)
     x, chosen = _start(model, x, target)
     quick = TwoLogits(fast_copy(model))
     method = partial(IntegratedGradients(quick).attribute, n_steps=steps, internal_batch_size=BATCH)
@@ -78,9 +82,8 @@ def occlusion(
     logits, signed, the mean over a pixel's windows, by a folded copy (same logits to 1e-4).
     """
     x, chosen = _start(model, x, target)
+    check_numbers(f"[1,{min(x.shape[2:])}]", whole=True, window=window)
     stride = max(1, window // 2)
-    if not 1 <= window <= min(x.shape[2:]):
-        raise ValueError(f"window must be 1 to {min(x.shape[2:])} pixels, not {window}")
     method = partial(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
         sliding_window_shapes=(x.shape[1], window, window),

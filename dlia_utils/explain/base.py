@@ -10,7 +10,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from ..attacks.base import check_gradients, check_images
+from ..attacks.base import check_gradients, check_images, check_steady
+from ..device import device_of
 
 TINY = 1e-30  # below it a float32 map is zero: its quotients would be noise
 REFERENCES = ("random", "centre prior", "edges")  # names of the maps that no model made
@@ -68,9 +69,11 @@ def highest(maps: np.ndarray, share: float) -> tuple[np.ndarray, int]:
 
 
 def check(model: nn.Module, x: Tensor) -> Tensor:
-    """Images [B,C,H,W], clamped to [0,1]; refuses others, and a model in training mode."""
+    """Images [B,C,H,W], clamped to [0,1]; refuses others, and a model in training, or unsteady."""
     check_gradients(model)
-    return check_images(x)
+    x = check_images(x)
+    check_steady(model, x[:1].to(device_of(model, x)))
+    return x
 
 
 def choose_target(logits: Tensor, target: int | Tensor | None) -> Tensor:

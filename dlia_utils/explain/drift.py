@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from .. import corrupt
+from ..attacks.base import steady
 from ..corruption_error import CLEAN
 from ..device import device_of
 from ..models.pixel import two_logits
@@ -185,10 +186,11 @@ def measure(
     FLOOR, the clean image explained again in another batch, and CEILING, another image (a partner
     drawn from `seed`, everyone's once) explained for the first one's class.
     """
-    images, layers = base.check(model, images), _layers(model, methods)
     labels, ids = (np.asarray(torch.as_tensor(values).cpu()) for values in (labels, ids))
     if not len(set(ids.tolist())) == len(labels) == len(images) >= 2:
         raise ValueError("give each of two images or more one label and an id of its own")
+    layers = _layers(model, methods)
+    images = base.check(model, images)
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
     partners = np.empty_like(order)
     partners[order] = np.roll(order, -1)  # the next on a ring in random order
@@ -197,7 +199,8 @@ def measure(
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     look = partial(read, model, methods=methods, layers=layers)
     seen, moved = [], []
-    with Bar(total=len(images), desc="drift", unit="image") as bar:
+    bar = Bar(total=len(images), desc="drift", unit="image")
+    with bar, steady(model, images[:1].to(device)):
         for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
             x, other = (images[part].to(device) for part in (rows, partners[rows]))
             probability, target, heats = look(x)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..attacks.base import check_model
+from ..attacks.base import check_model, check_steady
 from ..data.tables import CORNERS
 from . import base
 
@@ -63,6 +63,8 @@ def activations(
     """
     module, name = base.find_layer(model, layer)
     check_model(model)
+    if isinstance(x, Tensor):
+        check_steady(model, x)
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: tuple, output: object) -> None:

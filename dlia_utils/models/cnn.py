@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import drawn, traced
+from ..units import check_numbers
+from .layers import check_sizes, drawn, traced
 from .pixel import Backbone, PixelModel
 
 
@@ -66,6 +67,12 @@ def cnn(
     >>> cnn(channels=(4, 8), hidden=8).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
     """
+    check_sizes(num_classes=num_classes, hidden=hidden, kernel=kernel, seed=seed)
+    for count in channels:
+        check_sizes(channels=count)
+    check_numbers("[0,1)", dropout=dropout)
+    check_numbers("[0,1]", mean=mean)
+    check_numbers("(0,1]", std=std)
     channels, mean, std = [int(c) for c in channels], float(mean), float(std)
     network = drawn(seed, ConvNet, num_classes, channels, kernel, hidden, dropout, batch_norm)
     recipe = {"name": "cnn", "num_classes": num_classes, "channels": channels, "kernel": kernel}

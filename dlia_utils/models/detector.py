@@ -15,7 +15,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
-from .layers import drawn
+from ..units import check_numbers
+from .layers import check_sizes, drawn
 from .mobilenet import load_weights, network
 from .pixel import load_strictly
 
@@ -108,6 +109,11 @@ def faster_rcnn(
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHITECTURES)}")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"unknown options {unknown}; known: {', '.join(OPTIONS)}")
+    check_sizes(num_classes=num_classes, size=size, channels=channels, width=width, seed=seed)
+    check_numbers(f"[0,{STAGES}]", whole=True, trainable_layers=trainable_layers)
+    for name, value in options.items():
+        share = name in ("nms", "score_floor")
+        check_numbers("[0,1]" if share else "[1,inf)", whole=not share, **{name: value})
     if weights is not None and (arch == MOBILENET_V2) == (str(weights) == "coco"):
         known = "a file or 'imagenet'" if arch == MOBILENET_V2 else "'coco'"
         raise ValueError(f"weights={str(weights)!r} do not go with {arch}; known: None, {known}")

@@ -9,12 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from ..device import evaluating
+from ..units import check_numbers
 
 # Large enough that no usual network shrinks its last map to one place; then those of networks that
 # take one size alone.
 SIZES = (128, 224, 64, 32, 28, 96, 256, 299, 384, 512)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.LPPool2d)
 ADVICE = "name the layer of the maps yourself (named_modules() has the names)"
+
+
+def check_sizes(*, seed: int = 0, width: float = 1.0, **counts: int) -> None:
+    """Refuse numbers that make no network, by their names. Raises: ValueError.
+
+    >>> check_sizes(num_classes=0)
+    Traceback (most recent call last):
+    ValueError: num_classes must be a whole number in [1,inf), not 0
+    """
+    check_numbers("[0,inf)", whole=True, seed=seed)
+    check_numbers("(0,10]", width=width)
+    check_numbers("[1,inf)", whole=True, **counts)
 
 
 def drawn(seed: int, make: Callable, *args, **options):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
-from .layers import drawn
+from ..units import check_numbers
+from .layers import check_sizes, drawn
 from .pixel import PixelModel, load_strictly, phantom_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,8 +49,8 @@ def mobilenet_v2(
     >>> mobilenet_v2(width=0.25).eval()(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 2])
     """
-    if not 1 <= stages <= len(STAGES):
-        raise ValueError(f"stages must be 1 to {len(STAGES)}, got {stages}")
+    check_sizes(num_classes=num_classes, width=width, seed=seed)
+    check_numbers(f"[1,{len(STAGES)}]", whole=True, stages=stages)
     backbone = load_weights(drawn(seed, network, num_classes, width, stages), weights)
     recipe = {"name": "mobilenet_v2", "num_classes": num_classes, "width": width, "stages": stages}
     return PixelModel(backbone, IMAGENET_MEAN, IMAGENET_STD, recipe=recipe)

@@ -8,7 +8,8 @@ import importlib
 import torchvision
 from torch import nn
 
-from .layers import drawn, last_linear, trace
+from ..units import check_numbers
+from .layers import check_sizes, drawn, last_linear, trace
 from .mobilenet import IMAGENET_MEAN, IMAGENET_STD, mobilenet_v2
 from .pixel import PixelModel, wrap
 from .resnet import resnet50_v2, timm_model
@@ -32,8 +33,8 @@ def backbone(
     >>> backbone("resnet18", num_classes=3).backbone.fc.out_features
     3
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, not {num_classes}")
+    check_numbers("[2,inf)", whole=True, num_classes=num_classes)
+    check_sizes(seed=seed)
     if name in OWN:
         weights = "imagenet" if pretrained else None
         return OWN[name](num_classes=num_classes, weights=weights, seed=seed)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .layers import drawn
+from ..units import check_numbers
+from .layers import check_sizes, drawn
 from .mobilenet import load_weights
 from .pixel import Backbone, PixelModel, chains, scaled
 
@@ -80,6 +81,9 @@ def resnet50_v2(
     >>> resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1)).backbone.head.fc.out_features
     2
     """
+    check_sizes(num_classes=num_classes, width=width, seed=seed)
+    for depth in depths:
+        check_sizes(depths=depth)
     backbone = drawn(seed, PreActResNet, num_classes, width, depths)
     load_weights(backbone, weights, head=HEAD, variable=VARIABLE, download=_download)
     recipe = {"name": "resnet50_v2", "num_classes": num_classes, "width": width}
@@ -146,6 +150,9 @@ def resnet18_cifar(
 
     mean, std: of pixels in [0, 1], for all channels. [B, 1 or 3, H, W] -> [B, num_classes].
     """
+    check_sizes(num_classes=num_classes, width=width, seed=seed)
+    check_numbers("[0,1]", mean=mean)
+    check_numbers("(0,1]", std=std)
     mean, std = float(mean), float(std)
     backbone = drawn(seed, CifarResNet, num_classes, width)
     recipe = {"name": "resnet18_cifar", "num_classes": num_classes, "width": width}

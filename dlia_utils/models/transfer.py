@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models import MobileNetV2
 
 from ..progress import Bar
-from .layers import Call, block_names, drawn, last_linear, last_map, trace
+from ..units import check_numbers
+from .layers import Call, block_names, check_sizes, drawn, last_linear, last_map, trace
 from .pixel import Backbone, FeatureModel, PixelModel, fast_copy
 
 OURS = (Backbone, MobileNetV2)  # networks whose blocks and last map are known
@@ -66,6 +67,8 @@ def with_head(
     >>> model(torch.rand(2, 1, 32, 32)).shape, model.features(torch.rand(2, 1, 32, 32)).shape
     (torch.Size([2, 3]), torch.Size([2, 1280]))
     """
+    check_sizes(num_classes=num_classes, hidden=hidden, seed=seed)
+    check_numbers("[0,1)", dropout=dropout)
     if head not in ("linear", "mlp"):
         raise ValueError(f"head must be one of linear, mlp, not {head!r}")
     if not isinstance(model, PixelModel):
@@ -116,10 +119,7 @@ def unfreeze(model: FeatureModel, unfrozen: int | str) -> FeatureModel:
     _, body, found = _network(model)
     parts, names = _parts(body, found)
     if unfrozen != "all":
-        if type(unfrozen) is not int or not 0 <= unfrozen <= len(names):
-            raise ValueError(
-                f"unfrozen must be 0 to {len(names)} blocks or 'all', not {unfrozen!r}"
-            )
+        check_numbers(f"[0,{len(names)}]", whole=True, hint="; or 'all'", unfrozen=unfrozen)
         first = f"{names[-unfrozen]}." if unfrozen else "none"
         parts = [*dropwhile(lambda name: not f"{name}.".startswith(first), parts)]
     body.requires_grad_(False)

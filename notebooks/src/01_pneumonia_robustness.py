@@ -73,7 +73,7 @@ FULL |= {"headline_eps": 4 / 255}
 FULL |= {"published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1)}  # of FGSM, normalised units
 FULL |= {"pgd_steps": 20, "pgd_restarts": 2, "attack_batch": 128}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
 # One-Pixel: (pixels, population, iterations, F, CR) of the study that is redone here
 FULL |= {"one_pixel": ((1, 60, 120, 0.5, 0.9), (1, 200, 120, 0.7, 1.0), (3, 60, 120, 0.5, 1.0))}
 FULL |= {"one_pixel_per_class": 100, "bootstrap_draws": 2000}
@@ -86,7 +86,7 @@ CPU = {"size": 112, "epochs": 5, "num_workers": 0, "at_steps": 2, "at_step_size"
 CPU |= {"free_epochs": 12, "gairat_epochs": 2, "gairat_steps": 5, "certified_per_class": 40}
 CPU |= {"eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "pgd_steps": 10, "pgd_restarts": 1}
 CPU |= {"budgets": SHORT}
-CPU |= {"expensive": EXPENSIVE, "check_images": 24, "one_pixel_per_class": 8}
+CPU |= {"expensive": EXPENSIVE, "check_images": 100, "one_pixel_per_class": 8}
 
 # %% tags=["settings"]
 TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "fmn")}
@@ -558,7 +558,7 @@ figure
 # |---|---|---|
 # | `noise` | random signs: the control | |
 # | `fgsm` | one step along the gradient's sign | Goodfellow et al., 2015 |
-# | `pgd_ce`, `pgd_margin` | many small steps from a random start, up the cross-entropy or the margin of the logits | Madry et al., 2018 |
+# | `pgd_ce`, `pgd_margin` | many small steps from a random start, up the cross-entropy or the margin of the logits; of two classes both climb alike, so the pair is two starts, and differs where the softmax saturates | Madry et al., 2018 |
 # | `apgd_ce`, `apgd_margin` | PGD with momentum and a step size that halves itself | Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks*, 2020, [2003.01690](https://arxiv.org/abs/2003.01690) |
 # | `deepfool` | straight to the nearest decision border | Moosavi-Dezfooli et al., *DeepFool*, 2016 |
 # | `fmn` | shrinks the ball while it stays fooled | Pintor et al., *Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints*, 2021 |

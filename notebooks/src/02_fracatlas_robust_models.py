@@ -69,7 +69,7 @@ FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
 FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
@@ -80,7 +80,7 @@ SHORT |= {"square": {"steps": 200}}
 CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2}
 CPU |= {"at_step_size": 1.4 / 255, "occlusion_window": 20, "integrated_steps": 16}
 CPU |= {"zoo": ()}  # the large networks are no work for a laptop
-CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 24}
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 100}
 
 # %% tags=["settings"]
 TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "fmn")}

@@ -85,7 +85,7 @@ FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "hea
 FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 # The eps at which the expensive ones run, if not at all; images of the check list
-FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 50}
+FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
 # The maps, and how often patients are drawn for an interval
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
 
@@ -96,7 +96,7 @@ SHORT |= {"square": {"steps": 200}}
 # A laptop: smaller images, cheaper attacks, and none of the large robust models
 CPU = {"size": 160, "epochs": 10, "num_workers": 0, "at_eps": 2 / 255, "at_steps": 2}
 CPU |= {"at_step_size": 1.4 / 255, "zoo": (), "occlusion_window": 20, "integrated_steps": 16}
-CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 24}
+CPU |= {"budgets": SHORT, "expensive": EXPENSIVE, "check_images": 100}
 
 # %% tags=["settings"]
 # A first look: 200 synthetic images, a network of three stages

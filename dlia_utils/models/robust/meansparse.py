@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...device import evaluating
+from ...units import check_numbers
 
 ALPHAS = tuple(round(0.05 * step, 2) for step in range(11))  # the authors' grid
 
@@ -56,8 +57,7 @@ def operators(model: nn.Module) -> list[MeanSparse]:
 
 def set_alpha(model: nn.Module, alpha: float) -> nn.Module:
     """Set the width of every dead zone, in standard deviations, in place; 0 switches it off."""
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a finite number >= 0, not {alpha}")
+    check_numbers("[0,inf)", alpha=alpha)
     for operator in operators(model):
         operator.threshold.fill_(alpha)
     return model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...data.sources import cache_root
 from ...files import atomic_path
-from ..layers import drawn
+from ..layers import check_sizes, drawn
 from ..pixel import FeatureModel, load_strictly, phantom_weights
 from .nets import DeepMindWideResNet, TradesWideResNet
 
@@ -98,6 +98,7 @@ def create(
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown robust model {name!r}; known: {', '.join(NETWORKS)}")
+    check_sizes(num_classes=num_classes, width=width, seed=seed)
     path = download(name) if pretrained == "public" else pretrained
     build, normalisation = NETWORKS[name]
     backbone = drawn(seed, build, num_classes, width)
