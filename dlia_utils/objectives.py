@@ -33,6 +33,8 @@ INTERVALS = dict(eps="(0,1]", step_size="(0,inf)", sigma="(0,inf)", temperature=
 INTERVALS |= dict(beta="[0,inf)", gamma="[0,inf)", penalty="[0,inf)", weight="[0,inf)")
 INTERVALS |= dict(hard_temperature="(0,inf)", alpha="[0,1]", label_smoothing="[0,1]")
 INTERVALS |= dict(helper="[1,inf)", input_std="(0,inf)", lam="(-inf,inf)")
+# Losses whose formula has changed, so that no run takes an older training for the same
+EDITIONS = dict.fromkeys(("trades", "hat"), {"edition": 2})
 WHOLE = dict(steps="[1,inf)", replays="[1,inf)")
 LISTS = ("weight", "input_std")
 MAY_LACK = (*LISTS, "step_size")
@@ -145,7 +147,8 @@ def _maker(*, step=0.7, second_order=False, **steps: int) -> Callable:
                 inner[name] = make_part(**{key: inner.pop(key) for key in names})
             objective = partial(loss, **inner)
             marks = {name: fingerprint(net) for name, net in nets.items()}
-            objective.settings = {"name": loss.__name__} | values | marks
+            edition = EDITIONS.get(loss.__name__, {})
+            objective.settings = {"name": loss.__name__} | values | marks | edition
             objective.second_order, objective.replays = second_order, values.get("replays", 1)
             return objective
 
