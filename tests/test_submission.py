@@ -82,6 +82,8 @@ FILES = {
     "UTF-16": (GOOD.encode("utf-16"), "not readable as CSV ('utf-8' codec"),
     "constant": (text([LINES[0], *SAME]), "every row holds the same prediction"),
     "fractions": (text([LINES[0], *SHARES]), "not fractions of the image"),
+    "trailing commas": (GOOD.replace("\n", ",\n"), "5 lines have a comma too many: 1, 2, 3, 4, 5"),
+    "in the rows": (GOOD.replace("\n", ",\n").replace(",\n", "\n", 1), "too many: 2, 3, 4, 5. Fix"),
 }
 
 
@@ -140,8 +142,13 @@ def test_other_classes_have_their_own_spelling():
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ({"Id": [1], "image_id": ["a.png"]}, "has the columns Id, image_id; it needs `id` or `ID`"),
-        ({"id": [1, 1], "image_id": ["a.png", "b.png"]}, "each id once"),
+        ({"Id": [1], "image_id": ["a.png"]}, "has 1 rows of Id, image_id; it needs `id` or `ID`"),
+        ({"id": [1, 1], "image_id": ["a.png", "b.png"]}, "line 3: id '1' stands above already"),
+        ({"id": ["1.0", "2"], "image_id": ["a.png", "b.png"]}, "line 2: id '1.0' is no plain id"),
+        ({"id": [1.0, np.nan], "image_id": ["a.png", "b.png"]}, "lacks the id of 1 rows"),
+        ({"id": [2.0**53, 1], "image_id": ["a.png", "b.png"]}, "last digits are lost"),
+        ({"id": [1], "image_id": [""]}, "lacks the image_id of 1 rows"),
+        ({"id": [], "image_id": []}, "has 0 rows"),
     ],
 )
 def test_bad_mapping(columns, message):
@@ -163,6 +170,7 @@ def found(*rows):
 
 def build(predictions, edition="A", **options):
     options = {"names": NAMES, "classes": NIH_CLASSES, "sizes": FRAMES, "prior": PRIOR} | options
+    options = {"prior_share": 1} | options
     return submission.build(predictions, EDITIONS[edition], **options)
 
 
@@ -195,9 +203,9 @@ def test_prior_fills_empty_lists_and_missing_second_boxes_with_confidence_zero()
 
 
 def test_boxes_are_clipped_and_thin_ones_dropped_before_ranking():
-    a = [(10, 120, 5, 140, 40, 1, 0.9), (10, -20, -5, 40, 300, 2, 0.5)]
-    a += [(10, 99.9999, 0, 120, 50, 3, 0.8)]
-    b = [(11, 30, 30, 20, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1)]
+    a = [(10, 100.1, 5, 101, 40, 1, 0.9), (10, -1, -0.5, 40, 80.9, 2, 0.5)]
+    a += [(10, 99.9999, 0, 100.5, 50, 3, 0.8)]
+    b = [(11, -1, 30, -0.2, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1)]
     table = build(found(*a, *b), "B")
     assert table.iloc[0, 2:].tolist() == [0, 0, 40, 80, 0.5, "Cardiomegaly"]
     assert table.iloc[1, 2:].tolist() == [0, 0, 100, 80, 0.1, "Nodule"]
@@ -210,9 +218,12 @@ ONE = found((10, 1, 1, 9, 9, 1, 0.5))
     "change, message",
     [
         ({"names": {10: "a.png", 12: "c.png"}}, "1 images of the mapping are not in names: b.png"),
-        ({"predictions": ONE.assign(label=0)}, "labels outside 1..8: 0 is the background"),
-        ({"predictions": ONE.assign(score=50)}, "scores that are not in"),
+        ({"predictions": ONE.assign(label=0)}, "none of 1..K: 0 is the background"),
+        ({"predictions": ONE.assign(label=9)}, "labels outside 1..8"),
+        ({"predictions": ONE.assign(score=50)}, "a score outside .0, 1.: 50.0"),
+        ({"predictions": ONE.assign(image=14)}, "an image that `sizes` lacks"),
         ({"predictions": ONE.assign(image=13)}, "no image of the mapping has a usable box"),
+        ({"prior_share": 0.1}, "3 of 4 rows would be the class prior.*ask for so many"),
     ],
 )
 def test_build_refuses(change, message):
@@ -221,16 +232,17 @@ def test_build_refuses(change, message):
 
 
 def drawn(rng, images, sizes, mean):
-    """Random predictions: images without any, ties, boxes over the border, inverted."""
+    """Random predictions: images without any, ties, boxes a little over the border."""
     # A whole-image box, so that no draw leaves every list empty.
-    rows = [(images[0], -1, -1, 9999, 9999, 1, rng.random())]
+    width, height = sizes[images[0]]
+    rows = [(images[0], -1, -1, width + 1, height + 1, 1, rng.random())]
     for image in images:
         for _ in range(rng.poisson(mean)):
             width, height = sizes[image]
-            x, y = rng.uniform(-0.3, 1.3, (2, 2)) * [[width], [height]]
-            if rng.random() < 0.9:
-                x, y = np.sort(x), np.sort(y)
-            box = np.round([x[0], y[0], x[1], y[1]], int(rng.integers(0, 15)))
+            x, y = np.sort(rng.uniform(-1, [[width + 1], [height + 1]], (2, 2)), axis=1)
+            box = np.round([x[0], y[0], x[1], y[1]], int(rng.integers(1, 15)))
+            if x[1] - x[0] < 0.1 or y[1] - y[0] < 0.1:
+                continue
             score = rng.choice([0.0, 0.5, 1.0, rng.random(), 1e-300])
             rows += [(image, *box, rng.integers(1, 9), score)] * int(rng.integers(1, 3))
     return found(*rows)
@@ -293,7 +305,7 @@ def test_the_real_mapping_of_edition_a(real_data, tmp_path):
     truth = truth.assign(y2=train.y1 + train.h, label=label)
     prior = submission.class_prior(truth[COLUMNS], dict.fromkeys(truth["image"], (1024, 1024)))
     assert prior["label"].iloc[0] == 1 and len(prior) == 8  # Atelectasis has the most boxes
-    options = dict(names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior)
+    options = dict(names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior, prior_share=1)
     predictions = drawn(np.random.default_rng(0), list(names), sizes, mean=2)
     table = submission.build(predictions, mapping, **options)
     path = submission.write(table, tmp_path / "edition_a.csv", mapping, images=frame)

@@ -120,7 +120,7 @@ def robust(
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
     options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
-    groups = None if groups is None else np.asarray(groups)
+    groups = None if groups is None else metrics.patient_codes(groups)
     if not grid or batch_size < 1:
         raise ValueError("give an eps > 0 in eps_grid and a batch_size >= 1")
     if len(np.unique(ids)) != len(ids) or len(ids if groups is None else groups) != len(ids):
