@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dlia_utils import submission
@@ -113,6 +115,31 @@ def test_true_sizes_are_read_from_a_folder_of_images(tmp_path):
     (tmp_path / "deep" / "b" / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of the mapping's 3 images: b.png. Fix"):
         submission.check(tmp_path / "bad.csv", EDITIONS["A"], images=tmp_path)
+
+
+@pytest.mark.parametrize("orientation, size", [(1, (80, 40)), (3, (80, 40)), (6, (40, 80))])
+def test_the_size_of_an_image_is_that_of_the_upright_one(orientation, size, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (80, 40)).save(tmp_path / "a.jpg", exif=exif)
+    ids = pd.DataFrame({"id": [1], "image_id": ["a.jpg"]})
+    whole = dict(zip(submission.NUMBERS, (0.0, 0.0, *size, 0.5), strict=True))
+    table = ids.assign(**whole, label="Mass")
+    submission.check(table, ids, images=tmp_path)
+    with pytest.raises(submission.SubmissionError, match="beyond the image's width"):
+        submission.check(table.assign(x_max=size[0] + 1), ids, images=tmp_path)
+
+
+def test_without_images_the_size_is_that_of_the_edition_or_it_is_said(caplog):
+    ids = pd.DataFrame({"ID": [0], "image_id": ["00000032_037.png"]})
+    table = ids.assign(x_min=0.0, y_min=0.0, x_max=1024, y_max=1024, confidence=0.5, label="Mass")
+    submission.check(table, ids)
+    assert not caplog.text
+    with pytest.raises(submission.SubmissionError, match="beyond the image's height in 1 row"):
+        submission.check(table.assign(y_max=1024.5), ids)
+    ids, table = ids.assign(image_id="a.png"), table.assign(image_id="a.png", y_max=2000)
+    submission.check(table, ids)
+    assert "not checked: whether boxes lie inside their images" in caplog.text
 
 
 GOODS = [GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n", text([LINES[0], *LINES[:0:-1]])]
@@ -250,7 +277,7 @@ def drawn(rng, images, sizes, mean):
 
 @pytest.mark.parametrize("edition", EDITIONS)
 def test_whatever_is_predicted_the_built_file_is_valid(edition, tmp_path):
-    for seed in range(40):
+    for seed in range(15):
         rng, mapping = np.random.default_rng(seed), EDITIONS[edition]
         table = build(drawn(rng, list(NAMES), FRAMES, mean=rng.choice([0, 0.3, 5])), edition)
         pd.testing.assert_frame_equal(table[list(mapping)], mapping)
@@ -314,3 +341,55 @@ def test_the_real_mapping_of_edition_a(real_data, tmp_path):
     assert len(twice) == 6 and not twice.drop(columns=["id", "confidence"]).duplicated().any()
     with pytest.raises(ValueError, match="25 training images"):
         submission.leak_guard(train["name"], mapping)
+
+
+# Whole numbers in a column of their own stay numbers; whatever else there is is text.
+KEPT = [[2**53 + 1, 2**53 + 2, 0], ["007", "07", "7"], [10**20, 10**20 + 1, 5], ["x7", "1e3", "b"]]
+
+
+@pytest.mark.parametrize("ids", KEPT, ids=str)
+@pytest.mark.parametrize("images", [["0001", "1", "01"], [2**53 + 1, 2**53 + 2, 3]], ids=str)
+def test_ids_and_names_survive_the_whole_way_to_the_last_digit(ids, images, tmp_path):
+    mapping = pd.DataFrame({"id": ids, "image_id": [f"{one}.png" for one in images]})
+    mapping.to_csv(tmp_path / "map.csv", index=False)
+    rows = [(one, 5, 5, 30 + n, 40, 1, 0.5) for n, one in enumerate(images)]
+    names = {one: f"{one}.png" for one in images}
+    options = dict(names=names, sizes=dict.fromkeys(images, (100, 80)), classes=["Mass"])
+    frames = dict.fromkeys(names.values(), (100, 80))
+    for told_by in (mapping, tmp_path / "map.csv"):
+        table = submission.build(found(*rows), told_by, prior=PRIOR, **options)
+        path = submission.write(table, tmp_path / "mine.csv", told_by, images=frames)
+        lines = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        told = [(*line[:2], float(line[4])) for line in lines]
+        pairs = zip(ids, images, strict=True)
+        assert told == [(str(a), f"{b}.png", 30.0 + n) for n, (a, b) in enumerate(pairs)]
+        back = submission.check(path, told_by, images=frames)
+        assert [str(one) for one in back["id"]] == [str(one) for one in ids]
+
+
+def test_a_share_of_the_prior_is_refused_unless_it_is_asked_for():
+    mapping = pd.DataFrame({"id": range(20), "image_id": [f"{n}.png" for n in range(20)]})
+    names, sizes = dict(enumerate(mapping["image_id"])), dict.fromkeys(range(20), (100, 80))
+    options = dict(names=names, sizes=sizes, classes=NIH_CLASSES, prior=PRIOR)
+    rows = found(*((n, 5, 5, 30, 40, 1, 0.5) for n in range(18)))
+    assert submission.build(rows, mapping, **options)["confidence"].eq(0).sum() == 2  # a tenth
+    with pytest.raises(ValueError, match="3 of 20 rows would be the class prior"):
+        submission.build(rows[1:], mapping, **options)
+    table = submission.build(rows[1:], mapping, prior_share=0.15, **options)
+    assert table["confidence"].eq(0).sum() == 3
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), edition=st.sampled_from("AB"), mean=st.integers(0, 4))
+def test_what_is_built_knows_no_order_of_rows_and_sends_a_box_once(seed, edition, mean):
+    rng = np.random.default_rng(seed)
+    predictions = drawn(rng, list(NAMES), FRAMES, mean=mean)
+    predictions["score"] = rng.permutation(len(predictions)) / len(predictions)
+    table = build(predictions, edition)
+    moved = predictions.sample(frac=1, random_state=seed % 1000)
+    pd.testing.assert_frame_equal(build(moved, edition), table)
+    pd.testing.assert_frame_equal(submission.check(table, EDITIONS[edition], images=SIZES), table)
+    assert not table.drop(columns=[table.columns[0], "confidence"]).duplicated().any()
+    best = predictions.assign(name=predictions["image"].map(NAMES)).groupby("name")["score"].max()
+    first = table.drop_duplicates("image_id").set_index("image_id")["confidence"]
+    assert first.le(best.reindex(first.index).fillna(0)).all()

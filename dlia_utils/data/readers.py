@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..metrics import exact_ids
+from ..metrics import exact_ids, missing
 from .tables import (
     CORNERS,
     REPAIR,
@@ -445,6 +445,7 @@ def read_coco(path: Path) -> SimpleNamespace:
         coco = json.loads(path.read_text(encoding="utf-8-sig"))
         kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
         images = pd.DataFrame([{"split": "", "patient": ""} | one for one in coco["images"]])
+        exact_ids(images["patient"][~np.array(missing(images["patient"]), bool)], "it", "patient")
         images["file"] = images["file_name"].str.strip()
         images["where"] = images["id"].map("image {}".format)
         annotations = list(coco["annotations"])
