@@ -46,8 +46,9 @@ def class_prior(boxes: pd.DataFrame, sizes: Mapping[int, Sequence[int]]) -> pd.D
     >>> class_prior(boxes, {0: (100, 200)}).to_numpy().tolist()
     [[2.0, 0.1, 0.1, 0.3, 0.2]]
     """
-    frames = np.array([[*sizes[image]] * 2 for image in boxes["image"]])
-    table = (boxes[CORNERS] / frames).assign(label=boxes["label"])
+    found = read_boxes(boxes, "boxes", scored=False, sizes=sizes)
+    frames = np.array([[*sizes[image]] * 2 for image in found.image.tolist()]).reshape(-1, 4)
+    table = pd.DataFrame(found.corners.T / frames, columns=CORNERS).assign(label=found.label)
     count = table["label"].value_counts()
     order = sorted(count.index, key=lambda label: (-count[label], label))
     return table.groupby("label").median().loc[order].reset_index()
