@@ -14,6 +14,7 @@ import pandas as pd
 
 from .. import metrics
 from ..data.boxes import Boxes, Sizes, in_order, places, read_boxes, refuse
+from ..data.tables import CORNERS as CORNERS  # for those who ask for it here
 
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
 RECALLS = np.linspace(0, 1, 101)
