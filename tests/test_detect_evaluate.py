@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dlia_utils import metrics, submission
+from dlia_utils.data import augment, cache
 from dlia_utils.data.boxes import box_fault
 from dlia_utils.detect import evaluate as ev
 from dlia_utils.detect import fuse
@@ -258,6 +259,8 @@ def test_the_paired_difference_is_narrower_than_the_two_intervals(resampled):
     assert (width < np.hypot(a.ci_high - a.ci_low, b.ci_high - b.ci_low))[:3].all()
     same = ev.bootstrap(result, groups, less=result, draws=20)
     assert same[["value", "ci_low", "ci_high"]].eq(0).all(axis=None)
+    with pytest.raises(ValueError, match="lacks the patient of 1 images"):
+        ev.bootstrap(result, [*groups[:-1], None], draws=2)
     with pytest.raises(ValueError, match="differ in images"):
         ev.bootstrap(result, groups, less=ev.match(truth[1:], found, **options), draws=2)
 
@@ -326,11 +329,15 @@ def checked(found):
     return submission.check(table.assign(label="Mass"), ids, images=sizes)
 
 
+SHAPES = np.array([(300, 400)] * 5)
+CACHED = cache.ImageCache(np.zeros((5, 8, 8), np.uint8), 8, "", None, (), SHAPES)
 DOORS = {
     "match": lambda t, s: ev.match(PIXELS, t, images=[3, 4], classes=2, sizes=s),
     "truth": lambda t, s: ev.match(t, PIXELS, images=[3, 4], classes=2, sizes=s),
     "wbf": lambda t, s: fuse.wbf(t, sizes=s),
     "nms": lambda t, s: fuse.nms(t, sizes=s),
+    "training": lambda t, _: augment.CachedBoxes(CACHED, [3, 4], t),
+    "prior": lambda t, _: submission.class_prior(t, SIDES),
     "build": lambda t, _: submission.build(t, IDS, **HOW),
     "check": lambda t, _: checked(t),
 }
