@@ -282,7 +282,7 @@ SHARED = {
     "energy": lambda ids: shortcuts.inside_energy(HEAT, HEAT > 0, groups=ids, draws=2),
     "certified": lambda ids: smoothing.certified_accuracy(CERTIFIED, [0.1], ids, draws=2),
     "robust": lambda ids: evaluate.robust(
-        None, (torch.zeros(4, 1), 0), [1], attacks=[], groups=ids
+        None, (torch.zeros(4, 1), 0), [1], attacks=["fgsm"], groups=ids
     ),
     "marker": lambda ids: shortcuts.marker_test(None, shortcuts.Sample(None, None, ids, None)),
     "corruptions": lambda ids: corruption_error.patients_of(range(4), dict(enumerate(ids))),
