@@ -12,9 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..data.tables import CORNERS
 from ..plots import COLORS, line_style, panels
-from .evaluate import RATES
+from .evaluate import CORNERS, RATES
 
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
 WIDE = 3.3  # inches of an image
