@@ -180,7 +180,7 @@ def test_competition_folders_and_columns(competition, tmp_path, folder):
     (tree / "train").rename(tree / folder)
     mapping = load("dlia", tmp_path).mapping
     wrong = {"needs `id` or `ID`": mapping.rename(columns={"ID": "number"})}
-    wrong |= {"stands above already": mapping.assign(ID=0), "has 0 rows": mapping[:0]}
+    wrong |= {"stands above already": mapping.assign(ID=0), "0 rows|no rows": mapping[:0]}
     for bad in ("1.0", "1e3", "-1", "=1+1"):  # what nobody should learn after five trainings
         ids = mapping["ID"].astype(str).replace("1", bad)
         wrong[f"line 3: ID '{re.escape(bad)}' is no plain id"] = mapping.assign(ID=ids)
