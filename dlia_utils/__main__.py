@@ -231,7 +231,10 @@ def submission_check(options: argparse.Namespace) -> int:
         return 1
     print(f"{options.file} is valid\n{submission.summary(table)}")
     if not options.images:
-        print("not checked: whether boxes lie inside their images (give --images DIR)")
+        said = "not checked: whether boxes lie inside their images"
+        if submission.edition_sizes(options.mapping):
+            said = "every image was taken for 1024 x 1024, as the NIH's are"
+        print(f"{said} (give --images DIR)")
     return 0
 
 

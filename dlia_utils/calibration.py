@@ -14,7 +14,7 @@ from numpy import ndarray as Array
 from scipy.optimize import brentq
 from scipy.special import softmax
 
-from .metrics import bootstrap, checked, exact_interval, patient_codes
+from .metrics import bootstrap, checked, exact_interval, patient_codes, probabilities
 
 SIMULATED = 200  # sets of labels behind `if_calibrated`
 
@@ -72,7 +72,7 @@ def reliability(
         with np.errstate(invalid="ignore"):
             return weights @ (member * labels[:, None]) / (weights @ member)
 
-    rows, patient = [], np.asarray(list(groups))
+    rows, patient = [], patient_codes(groups)
     found = bootstrap(shares, groups, **options).to_dict("records")
     for row, inside in zip(found, member.T.astype(bool), strict=True):
         if row["value"] in (0.0, 1.0):
@@ -107,8 +107,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 def _binned(labels: Array, probability: Array, groups: Sequence, bins: int) -> tuple:
     """What was given, checked, and the bin of equal mass of each image, 0/1 [N, bins]."""
     labels, probability = checked(labels, probability, groups)
-    if probability.min() < 0 or probability.max() > 1:
-        raise ValueError("probability must be in [0, 1]: give softmax outputs, not logits")
+    probability = probabilities(probability)
     starts = np.unique(np.sort(probability)[np.arange(bins) * len(probability) // bins])
     place = np.searchsorted(starts, probability, side="right") - 1
     return labels, probability, (place[:, None] == np.arange(len(starts))).astype(float)

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from .metrics import interval_row, mean_of_defined, patient_weights, weighted_auc
+from .metrics import (
+    exact_ids,
+    interval_row,
+    mean_of_defined,
+    missing,
+    patient_weights,
+    weighted_auc,
+)
 
 CLEAN = "clean"
 KEY = ["image", "corruption", "severity"]
@@ -39,9 +46,9 @@ def patients_of(images: np.ndarray, patients: pd.Series | Mapping) -> np.ndarray
     ['bob', 'ann']
     """
     found = pd.Series(patients).reindex(images)
-    if found.isna().any():
-        raise ValueError(f"patients has no entry for image {found.index[found.isna()][0]}")
-    return found.to_numpy()
+    if (lost := np.array(missing(found), bool)).any():
+        raise ValueError(f"patients has no entry for image {found.index[lost][0]}")
+    return exact_ids(found, "patients", "patient")
 
 
 def grid(

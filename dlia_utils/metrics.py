@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from scipy.stats import binomtest, norm, rankdata
 
 CHUNK = 4_000_000  # weights that a statistic sees at a time: bounds the memory
 LEVEL = 0.95
+ROUNDING = 1e-6  # a probability may lie outside [0, 1] by some last digits of float32
+NO_ID = ("", *"nan NaN None NA N/A n/a #N/A <NA> NaT null NULL".split())  # how tables write no id
 METRICS = "accuracy balanced_accuracy precision recall f1 sensitivity specificity auc".split()
 
 
@@ -34,7 +37,7 @@ def classification(
     np.float64(1.0)
     """
     labels, score = checked(labels, score, groups)
-    groups, two = np.asarray(list(groups)), score.ndim == 1
+    groups, two = patient_codes(groups), score.ndim == 1
     # Strictly above, as argmax decides two equal logits for class 0.
     predicted = (score > threshold).astype(int) if two else score.argmax(1)
     names = [name for name in METRICS if two or name not in ("sensitivity", "specificity")]
@@ -108,8 +111,8 @@ def interval_row(drawn: Array, n: int, *, without: Array | None = None) -> dict[
 
 def mean(values: Array, groups: Sequence, **options) -> dict[str, float]:
     """Mean of a number per image with its interval; of booleans it is their `share`."""
-    numbers = np.asarray(values, dtype=float)
-    table = bootstrap(lambda weights: weights @ numbers / weights.sum(1), groups, **options)
+    given = np.asarray(values, dtype=float)
+    table = bootstrap(lambda weights: weights @ given / weights.sum(1), groups, **options)
     row = table.to_dict("records")[0]
     if np.asarray(values).dtype == bool and row["value"] in (0.0, 1.0):
         row["ci_low"], row["ci_high"] = exact_interval(row["value"], groups)
@@ -126,7 +129,7 @@ def exact_interval(value: float, groups: Sequence) -> tuple[float, float]:
 
     Where all images agree every draw does, too, and a bootstrap would claim certainty.
     """
-    patients = len(pd.unique(np.asarray(list(groups))))
+    patients = patient_codes(groups).max() + 1
     exact = binomtest(int(value) * patients, patients).proportion_ci(LEVEL, method="exact")
     return float(exact.low), float(exact.high)
 
@@ -140,13 +143,72 @@ def patient_weights(groups: Sequence, *, draws: int, seed: int = 0) -> Array:
     return counts[:, codes].astype(float)
 
 
-def patient_codes(groups: Sequence) -> Array:
-    """The number of each image's patient, in the order of appearance."""
-    codes, _ = pd.factorize(np.asarray(list(groups)))
-    if (codes < 0).any():
-        lacking = f"groups lacks the patient of {(codes < 0).sum()} images"
-        raise ValueError(f"{lacking}: give each of them an id of its own, e.g. its path")
-    return codes
+def patient_codes(groups: Sequence, name: str = "groups") -> Array:
+    """The number of each image's patient, in the order of appearance (see `exact_ids`)."""
+    return pd.factorize(exact_ids(groups, name, "patient"))[0]
+
+
+def exact_ids(ids: Sequence, name: str, kind: str, of: str = "images") -> Array:
+    """Ids as whole numbers or Python objects [N], none merged with another and none changed.
+
+    name: what the argument is called, kind: what an id is one of, of: what has it. Errors:
+    ValueError for a missing id (see `missing`), for ids that look alike in two types, such as 1 and
+    "1", and for decimals that have lost digits.
+
+    >>> exact_ids(["007", "7", "p1"], "groups", "patient").tolist()
+    ['007', '7', 'p1']
+    """
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
+        return ids
+    ids = [one.item() if hasattr(one, "item") else one for one in ids]
+    if lost := sum(missing(ids)):
+        own = " of its own, e.g. its path" * (kind == "patient")
+        raise ValueError(f"{name} lacks the {kind} of {lost} {of}: give each of them an id{own}")
+    seen = {}
+    for one in ids:
+        whole = isinstance(one, numbers.Real) and one % 1 == 0
+        first = seen.setdefault(str(int(one) if whole else one), one)
+        if type(first) is not type(one):
+            text = f"{name} holds {first!r} and {one!r}, which may be one {kind} or two"
+            raise ValueError(f"{text}: give all ids in one type, e.g. as text")
+        if isinstance(one, float) and abs(one) >= 2**53:
+            text = f"{name} holds the decimal {one!r}, whose last digits are lost"
+            raise ValueError(f"{text}: read the ids as text (dtype=str)")
+    types = set(map(type, seen.values()))
+    if types == {int} or types == {float} and all(one % 1 == 0 for one in ids):
+        fits = all(-(2**63) <= one < 2**63 for one in seen.values())
+        return np.array(ids, dtype=np.int64 if fits else object)
+    found = np.empty(len(ids), dtype=object)
+    found[:] = ids
+    return found
+
+
+def missing(ids: Sequence) -> list[bool]:
+    """Where an id is none: None, NaN, pd.NA, blank, or a text that stands for these in tables.
+
+    >>> missing(["p1", "", "nan", None, float("nan"), 0])
+    [False, True, True, True, True, False]
+    """
+    lost = pd.Series(list(ids), dtype=object).isna()
+    texts = (one.strip() if isinstance(one, str) else None for one in ids)
+    return [bool(gone) or text in NO_ID for gone, text in zip(lost, texts, strict=True)]
+
+
+def probabilities(values: Array, name: str = "probability") -> Array:
+    """Floats in [0, 1]; what rounding left outside (`ROUNDING`) is clipped, else ValueError.
+
+    >>> probabilities([1.0000000000000002, 0.5]).tolist()
+    [1.0, 0.5]
+    """
+    values = np.asarray(values, dtype=float)
+    outside = ~((values >= -ROUNDING) & (values <= 1 + ROUNDING))
+    if outside.any():
+        row = int(np.argmax(outside.reshape(len(values), -1).any(1)))
+        worst = float(values[outside][0])
+        where = f"{outside.sum()} of {outside.size} values, first row {row}"
+        text = f"{name} outside [0, 1]: {worst!r} ({where})"
+        raise ValueError(f"{text}: give softmax or sigmoid outputs, not logits or percentages")
+    return values.clip(0, 1)
 
 
 def with_interval(
@@ -161,8 +223,8 @@ def with_interval(
     """
     digits = digits_of(row.get("n", 1000)) - round(np.log10(scale)) if digits is None else digits
     form = f"{'+' if signed else ''}.{digits}f"
-    numbers = (scale * row[one] for one in ("value", "ci_low", "ci_high"))
-    value, low, high = (f"{round(one, digits) + 0:{form}}" for one in numbers)  # no "-0.00"
+    ends = (scale * row[one] for one in ("value", "ci_low", "ci_high"))
+    value, low, high = (f"{round(one, digits) + 0:{form}}" for one in ends)  # no "-0.00"
     return f"{value} [{low}, {high}]" if np.isfinite(row["ci_low"]) else value
 
 

@@ -24,6 +24,7 @@ from .units import eps_text
 IDENTITY = "notebook model attack eps eps_unit metric seed size profile data".split()
 RESULT_COLUMNS = [*IDENTITY[:6], *"value ci_low ci_high n seed size epochs weights".split()]
 RESULT_COLUMNS += "profile data hardware".split()
+NAMES = dict.fromkeys("notebook model attack eps_unit metric profile data".split(), str)
 
 # What a table calls a column; any other has blanks for its underscores.
 WORDS = {"auc": "AUC", "auprc": "AUPRC", "f1": "F1", "p_holm": "p (Holm)", "n": "images"}
@@ -71,7 +72,8 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     if missing := set(RESULT_COLUMNS) - set(rows.columns):
         raise ValueError(f"rows lack the columns {sorted(missing)}: build them with result_rows()")
     path = Path(path)
-    merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+    kept = [pd.read_csv(path, dtype=NAMES)] if path.exists() else []
+    merged = pd.concat([*kept, rows], ignore_index=True) if kept else rows
     # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
     merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
     files.write_csv(merged, path)

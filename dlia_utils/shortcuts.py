@@ -156,6 +156,7 @@ def region_accuracy(
     what the region gives away. The rest has the mean grey of the training images. Columns region,
     how, metric (accuracy, balanced_accuracy, auc), value, ci_low, ci_high, n, lungs.
     """
+    patients = metrics.patient_codes(tested.patients)
     fill, tables = float(learnt.x.mean()), []
     for region in regions:
         x_train, x_test = (limited(p.x, region, p.masks, fill=fill) for p in (learnt, tested))
@@ -163,7 +164,7 @@ def region_accuracy(
         if model is not None:
             answers["tested"] = train.predict(model, x_test)[0][:, 1]
         for how, p in answers.items():
-            table = metrics.classification(tested.y, p, tested.patients, draws=draws)
+            table = metrics.classification(tested.y, p, patients, draws=draws)
             table = table[table["metric"].isin(["accuracy", "balanced_accuracy", "auc"])]
             tables.append(table.assign(region=region, how=how, lungs=tested.lungs))
     together = pd.concat(tables).sort_values("how", ascending=False, kind="stable")
@@ -189,6 +190,7 @@ def marker_test(model: nn.Module, given: Sample, *, draws: int = 2000) -> pd.Dat
     size_of_change (absolute), flips (share of answers that turn), flips_to_1, flips_to_0 and
     accuracy_change. Columns place, metric, value, ci_low, ci_high, n, size.
     """
+    patients = metrics.patient_codes(given.patients)
     before, rows = train.predict(model, given.x)[0][:, 1], []
     for place in (*CORNERS, "middle"):
         after = train.predict(model, with_marker(given.x, place))[0][:, 1]
@@ -198,7 +200,7 @@ def marker_test(model: nn.Module, given: Sample, *, draws: int = 2000) -> pd.Dat
         found |= {"flips": was != now, "flips_to_1": now & ~was, "flips_to_0": was & ~now}
         found["accuracy_change"] = right[1] - right[0]
         for name, values in found.items():
-            row = metrics.mean(values, given.patients, draws=draws)
+            row = metrics.mean(values, patients, draws=draws)
             rows.append({"place": place, "metric": name} | row | {"size": 0.08})
     return pd.DataFrame(rows)
 

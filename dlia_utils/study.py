@@ -407,16 +407,16 @@ def stored(
     kept = (files.read_json(record) or {}) if path.exists() else {}
     if compute is None:
         good = all(kept.get(part) == key[part] for part in ("format", "models", "split"))
-        return pd.read_csv(made_by(run, f"tables/{name}.csv", section, good=good))
+        return files.read_csv(made_by(run, f"tables/{name}.csv", section, good=good))
     key["settings"] = run.settings if uses is None else run.pick(*uses)
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
         same = _same(run, f"tables/{record.name}", key)
-        table = pd.read_csv(same[0].with_suffix(".csv")) if same else compute()
+        table = files.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # without its key the table counts as none
         files.write_csv(table, path)
         files.write_json(key, record)
-    return pd.read_csv(path)
+    return files.read_csv(path)
 
 
 def made_by(run: Run, name: str, section: str, *, good: bool = True) -> Path:

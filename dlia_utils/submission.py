@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torchvision.ops import box_iou
 
 from . import files
-from .data.readers import NIH_CLASSES
+from .data.boxes import CLIP, box_fault, read_boxes, refuse
+from .data.readers import NIH_CLASSES, id_table
+from .data.tables import CORNERS, shapes_of
 
-CORNERS = "x1 y1 x2 y2".split()
+log = logging.getLogger("dlia_utils")
+
 NUMBERS = "x_min y_min x_max y_max confidence".split()
 SPELLING = {"Infiltration": "Infiltrate"}  # how the competition spells what others call so
 SAME_IOU = 0.99  # two boxes of one label that overlap more than this are one finding said twice
 MIN_SIDE = 1e-3  # thinner boxes (pixels) are dropped: another reader's rounding could invert them
+NIH_NAME, NIH_SIZE = r"\d{8}_\d{3}\.png", (1024, 1024)  # every image of the NIH's is so large
 SHOWN = 10  # how many rows or names a message lists before it only counts
 
 Table = pd.DataFrame | str | os.PathLike
@@ -41,8 +46,9 @@ def class_prior(boxes: pd.DataFrame, sizes: Mapping[int, Sequence[int]]) -> pd.D
     >>> class_prior(boxes, {0: (100, 200)}).to_numpy().tolist()
     [[2.0, 0.1, 0.1, 0.3, 0.2]]
     """
-    frames = np.array([[*sizes[image]] * 2 for image in boxes["image"]])
-    table = (boxes[CORNERS] / frames).assign(label=boxes["label"])
+    found = read_boxes(boxes, "boxes", scored=False, sizes=sizes)
+    frames = np.array([[*sizes[image]] * 2 for image in found.image.tolist()]).reshape(-1, 4)
+    table = pd.DataFrame(found.corners.T / frames, columns=CORNERS).assign(label=found.label)
     count = table["label"].value_counts()
     order = sorted(count.index, key=lambda label: (-count[label], label))
     return table.groupby("label").median().loc[order].reset_index()
@@ -52,52 +58,69 @@ def build(
     predictions: pd.DataFrame,
     mapping: Table,
     *,
-    names: Mapping[int, str],
+    names: Mapping[Hashable, str],
     classes: Sequence[str],
-    sizes: Mapping[int, Sequence[int]],
+    sizes: Mapping[Hashable, Sequence[int]],
     prior: pd.DataFrame,
+    prior_share: float = 0.1,
 ) -> pd.DataFrame:
     """One row per id of the mapping; the n-th id of an image gets its n-th best distinct box.
 
     predictions: columns image, x1, y1, x2, y2, label (1..K), score, in pixels of the file. names,
-    sizes: each image's file name as in the mapping, and its (width, height). Boxes are clipped. The
-    best box is sent whatever its score: under one row per id a threshold can only lose. A box is
-    distinct when its label differs or the IoU is below `SAME_IOU`. Missing ones come from `prior`
-    (`class_prior`) with confidence 0, then from the best box. Errors: ValueError for an image that
-    `names` lacks, broken predictions, and no usable box.
+    sizes: each image's file name as in the mapping, and its (width, height). The best box is sent
+    whatever its score: under one row per id a threshold can only lose. A box is distinct when its
+    label differs or the IoU is below `SAME_IOU`. Missing ones come from `prior` (`class_prior`)
+    with confidence 0, then from the best box: that share of the rows is at most `prior_share`.
+    Errors: ValueError for an image that `names` lacks, for broken predictions (another format of
+    boxes among them), for no usable box, and for more of the prior than is asked for.
 
-    >>> found = pd.DataFrame([[7, 5.0, 5.0, 120.0, 50.0, 1]], columns=["image", *CORNERS, "label"])
+    >>> found = pd.DataFrame([[7, 5.0, 5.0, 100.7, 50.0, 1]], columns=["image", *CORNERS, "label"])
     >>> ids = pd.DataFrame({"id": [1], "image_id": ["a.png"]})
     >>> options = dict(names={7: "a.png"}, classes=["Mass"], sizes={7: (100, 80)}, prior=found[:0])
     >>> build(found.assign(score=0.02), ids, **options).to_numpy().tolist()
     [[1, 'a.png', 5.0, 5.0, 100.0, 50.0, 0.02, 'Mass']]
     """
-    mapping = _mapping(mapping)
-    if lost := sorted(set(mapping["image_id"]) - set(names.values())):
+    mapping = id_table(mapping)
+    wanted = mapping["image_id"].value_counts().to_dict()
+    if lost := sorted(set(wanted) - set(names.values())):
         raise ValueError(f"{len(lost)} images of the mapping are not in names: {_listed(lost)}")
-    numbers = predictions[["image", *CORNERS, "score", "label"]].to_numpy(float)
-    if not np.isfinite(numbers).all() or not predictions["score"].between(0, 1).all():
-        raise ValueError("predictions holds NaN, or scores that are not in [0, 1]")
-    if not predictions["label"].isin(range(1, len(classes) + 1)).all():
-        raise ValueError(f"predictions has labels outside 1..{len(classes)}: 0 is the background")
-    ranked = numbers[np.argsort(-numbers[:, 5], kind="stable")]
+    ranked = _ranked(predictions, names, sizes, len(classes))
     filler = np.column_stack([prior[CORNERS], np.zeros(len(prior)), prior["label"]])
-    chosen, usable = {}, 0
+    chosen, own, usable = {}, 0, 0
     for image, name in names.items():
-        wanted, frame = mapping["image_id"].eq(name).sum(), np.array([*sizes[image]] * 2, float)
-        if not wanted:
+        if name not in wanted:
             continue
-        found = _clipped(ranked[ranked[:, 0] == image, 1:], frame)
-        usable += len(found)
-        boxes = _distinct(np.vstack([found, _clipped(filler * [*frame, 1, 1], frame)]))[:wanted]
+        count, frame = wanted[name], np.array([*sizes[image]] * 2, float)
+        found = _distinct(_clipped(np.array(ranked[image]).reshape(-1, 6), frame))
+        own, usable = own + min(len(found), count), usable + len(found)
+        boxes = _distinct(np.vstack([found, _clipped(filler * [*frame, 1, 1], frame)]))[:count]
         again = boxes[:1] * [1, 1, 1, 1, 0, 1]  # its best box once more, with confidence 0
-        chosen[name] = np.vstack([boxes, np.repeat(again, wanted - len(boxes), axis=0)])
+        chosen[name] = np.vstack([boxes, np.repeat(again, count - len(boxes), axis=0)])
     if not usable:
         raise ValueError("no image of the mapping has a usable box: train longer")
+    filled = len(mapping) - own
+    if filled > prior_share * len(mapping):
+        text = f"{filled} of {len(mapping)} rows would be the class prior, no box of the detector's"
+        fix = "look at the predictions' images and scores, or ask for so many with prior_share=1"
+        raise ValueError(f"{text}: {fix}")
     turn = mapping.groupby("image_id").cumcount()
     picked = np.array([chosen[name][n] for name, n in zip(mapping["image_id"], turn, strict=True)])
-    table = mapping.reset_index(drop=True).assign(**dict(zip(NUMBERS, picked.T[:5], strict=True)))
+    table = mapping.assign(**dict(zip(NUMBERS, picked.T[:5], strict=True)))
     return table.assign(label=[classes[int(label) - 1] for label in picked[:, 5]])
+
+
+def _ranked(
+    predictions: pd.DataFrame, names: Mapping, sizes: Mapping, classes: int
+) -> dict[Hashable, list[np.ndarray]]:
+    """The boxes (corners, score, label) of each image, the best first."""
+    found = read_boxes(predictions, "predictions", sizes=sizes)
+    refuse(found.label > classes, "predictions", f"labels outside 1..{classes}")
+    images, ranked = found.image.tolist(), defaultdict(list)
+    refuse(np.array([one not in names for one in images]), "predictions", "an image not in names")
+    boxes = np.column_stack([found.corners.T, found.score, found.label])
+    for row in np.argsort(-found.score, kind="stable"):
+        ranked[images[row]].append(boxes[row])
+    return ranked
 
 
 def _clipped(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
@@ -124,7 +147,7 @@ def leak_guard(train_names: Iterable[str], mapping: Table) -> None:
 
     >>> leak_guard(["train/a.png"], pd.DataFrame({"id": [1], "image_id": ["b.png"]}))
     """
-    asked = set(_mapping(mapping)["image_id"])
+    asked = set(id_table(mapping)["image_id"])
     trained = [PurePosixPath(str(name).replace("\\", "/")).name for name in train_names]
     if both := [name for name in trained if name in asked]:
         count = f"{len(set(both))} training images ({len(both)} rows)"
@@ -137,27 +160,29 @@ def check(
 ) -> pd.DataFrame:
     """Read a submission as strictly as a grader might; returns it as a table when all is well.
 
-    images: a folder that is searched for the mapping's files, or file name -> (width, height).
-    Errors: `SubmissionError` with every kind of problem found, its CSV lines and its fix;
-    `FileNotFoundError`.
+    images: a folder that is searched for the mapping's files, or file name -> (width, height); else
+    the size of the NIH's images (`edition_sizes`), and for others a warning that boxes were not
+    held against it. Errors: `SubmissionError` with every kind of problem found, its CSV lines and
+    its fix; `FileNotFoundError`.
 
-    >>> ids = pd.DataFrame({"id": [1], "image_id": ["a.png"]})
+    >>> ids = pd.DataFrame({"id": [1], "image_id": ["00000001_000.png"]})
     >>> table = ids.assign(x_min=5.0, y_min=5.0, x_max=9.0, y_max=9.0, confidence=0.5)
     >>> check(table.assign(label="Infiltrate"), ids).shape
     (1, 8)
     """
-    mapping = _mapping(mapping)
-    sizes = None if images is None else _sizes(images, set(mapping["image_id"]))
+    mapping = id_table(mapping)
+    given = images is not None
+    sizes = _sizes(images, set(mapping["image_id"])) if given else edition_sizes(mapping)
+    if not sizes:
+        log.warning("not checked: whether boxes lie inside their images. Fix: give images")
     name, cells = _cells(submission, [*mapping.columns, *NUMBERS, "label"])
     numbers = cells[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
     numbers = numbers.where(np.isfinite(numbers))
     problems = _row_problems(cells, numbers, mapping, sizes, list(classes))
     ids, wanted = cells.iloc[:, 0], mapping.iloc[:, 0].astype(str)
-    if lost := [one for one in wanted if one not in set(ids)]:
+    if len(lost := wanted[~wanted.isin(ids)]):
         fix = "Fix: a row for each, with the image's best box whatever its confidence"
         problems.append(f"{len(lost)} of {len(wanted)} ids are missing: {_listed(lost)}. {fix}")
-    if numbers[NUMBERS[:4]].stack().between(0, 1).all():
-        problems.append("no box leaves the first pixel. Fix: pixels, not fractions of the image")
     predicted = numbers.assign(label=cells["label"])
     if len(cells) > 1 and predicted.nunique(dropna=False).eq(1).all():
         problems.append("every row holds the same prediction. Fix: send the detector's own boxes")
@@ -174,6 +199,11 @@ def _cells(submission: Table, expected: list[str]) -> tuple[str, pd.DataFrame]:
     options = dict(dtype=str, keep_default_na=False, skip_blank_lines=False)
     try:
         text = submission.to_csv(index=False) if table else Path(submission).read_text("utf-8")
+        lines = enumerate(text.splitlines(), 1)
+        long = [n for n, one in lines if one.endswith(",") and one.count(",") >= len(expected)]
+        if long:  # the cell behind the last comma has no column
+            fix = "Fix: take away the comma at the end of each line"
+            raise _error(name, [f"{len(long)} lines have a comma too many: {_listed(long)}. {fix}"])
         cells = pd.read_csv(io.StringIO(text.rstrip()), **options)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         fix = "Fix: write UTF-8, with commas between cells and none within them"
@@ -193,9 +223,13 @@ def _row_problems(
     identity = mapping.columns[0]
     ids, image, label = cells[identity], cells["image_id"], cells["label"]
     owner = ids.map(dict(zip(mapping[identity].astype(str), mapping["image_id"], strict=True)))
-    limits = {side: image.map({k: v[side] for k, v in (sizes or {}).items()}) for side in (0, 1)}
+    limits = [image.map({k: v[side] for k, v in sizes.items()}).astype(float) for side in (0, 1)]
+    whole = number[NUMBERS[:4]].notna().all(axis=1)
+    corners = [number.loc[whole, name] for name in NUMBERS[:4]]
+    fault = box_fault(np.array(corners), np.array([side[whole].fillna(np.inf) for side in limits]))
+    likely = {fault.kind: fault.fix}
     plain = "write plain decimals with a point; every row needs a box"
-    clip = "give pixels of the original file, and clip boxes to the image"
+    clip = likely.get("outside", CLIP)
     misspelt = label.isin(SPELLING) & ~label.isin(classes)
     respelt = ", ".join(sorted({SPELLING[one] for one in label[misspelt]}))
     same = "take both from the same row of the mapping"
@@ -205,16 +239,31 @@ def _row_problems(
         ("image_id", owner.notna() & (owner != image), f"not the image of its {identity}", same),
         *((name, number[name].isna(), "no finite number", plain) for name in NUMBERS),
         *((name, number[name] < 0, "negative", clip) for name in NUMBERS[:4]),
-        ("x_min", number.x_min >= number.x_max, "not below x_max", "give x_max, not the width"),
-        ("y_min", number.y_min >= number.y_max, "not below y_max", "give y_max, not the height"),
+        (
+            "x_min",
+            number.x_min >= number.x_max,
+            "not below x_max",
+            likely.get("turned", "give x_max, not the width"),
+        ),
+        (
+            "y_min",
+            number.y_min >= number.y_max,
+            "not below y_max",
+            likely.get("turned", "give y_max, not the height"),
+        ),
         ("x_max", number.x_max > limits[0], "beyond the image's width", clip),
         ("y_max", number.y_max > limits[1], "beyond the image's height", clip),
-        ("confidence", number.confidence > 1, "above 1", "send probabilities, not percentages"),
+        (
+            "confidence",
+            number.confidence > 1,
+            "above 1",
+            "clip what rounding left; else send no percentages",
+        ),
         ("confidence", number.confidence < 0, "below 0", "send probabilities, not logits"),
         ("label", misspelt, "spelt as in another list", f"the competition spells it {respelt}"),
         ("label", ~label.isin(classes) & ~misspelt, "unknown", f"one of {', '.join(classes)}"),
     ]
-    problems = []
+    problems = [f"{fault.problem}. Fix: {fault.fix}"] * (fault.kind == "shares")
     for column, wrong, text, fix in checks:
         if wrong.any():
             shown = [f"line {line} ({cell!r})" for line, cell in cells.loc[wrong, column].items()]
@@ -253,32 +302,27 @@ labels      {labels}
 confidence  {low:.4g} to {high:.4g}, median {median:.4g}"""
 
 
-def _mapping(mapping: Table) -> pd.DataFrame:
-    """The id table (`id` in edition A, `ID` in B) with its two columns in order."""
-    name = "the mapping" if isinstance(mapping, pd.DataFrame) else str(mapping)
-    table = mapping if isinstance(mapping, pd.DataFrame) else pd.read_csv(mapping)
-    identity = [column for column in table.columns if column in ("id", "ID")]
-    if len(identity) != 1 or "image_id" not in table.columns:
-        told = f"{name} has the columns {_listed(table.columns)}; it needs `id` or `ID`, and "
-        raise ValueError(f"{told}`image_id`. Fix: the competition's ID_to_Image_Mapping.csv")
-    table = table[[*identity, "image_id"]]
-    if table.empty or table.isna().any(axis=None) or table[identity[0]].duplicated().any():
-        raise ValueError(f"{name} needs an image for each id, and each id once")
-    return table
+def edition_sizes(mapping: Table) -> dict[str, tuple[int, int]]:
+    """(width, height) of each image of the mapping, where all of them are the NIH's; else empty.
+
+    >>> edition_sizes(pd.DataFrame({"id": [1], "image_id": ["00000001_000.png"]}))
+    {'00000001_000.png': (1024, 1024)}
+    """
+    names = id_table(mapping)["image_id"]
+    return dict.fromkeys(names, NIH_SIZE) if names.str.fullmatch(NIH_NAME).all() else {}
 
 
-def _sizes(images: Sizes, wanted: set[str]) -> dict[str, tuple[int, int]]:
-    """File name -> (width, height), from the files' headers when `images` is a folder."""
+def _sizes(images: Sizes, wanted: set[str]) -> Mapping[str, Sequence[int]]:
+    """File name -> (width, height), upright, from the files' headers when `images` is a folder."""
     found, where = images, "images"
     if not isinstance(images, Mapping):
-        found, where = {}, str(images)
-        for path in Path(images).rglob("*"):
-            if path.name in wanted:
-                with Image.open(path) as image:
-                    found[path.name] = image.size
+        paths = [path for path in Path(images).rglob("*") if path.name in wanted]
+        shapes = zip(paths, shapes_of(Path(), paths), strict=True)
+        found, where = {path.name: shape[::-1] for path, shape in shapes if shape}, str(images)
     if lost := sorted(wanted - set(found)):
         few = f"{where} lacks {len(lost)} of the mapping's {len(wanted)} images: {_listed(lost)}"
-        raise FileNotFoundError(f"{few}. Fix: the folder of the competition's test images, or none")
+        fix = "Fix: the folder of the competition's test images, each readable, or none"
+        raise FileNotFoundError(f"{few}. {fix}")
     return found
 
 

@@ -179,6 +179,12 @@ def test_submission_check_sums_up_or_prints_problems(sent, capsys):
     assert cli.main(check) == 0
     printed = capsys.readouterr().out
     assert "mine.csv is valid" in printed and "not checked" in printed
+    for name in ("map.csv", "mine.csv"):
+        text = (sent / name).read_text().replace("a.png", "00000001_000.png")
+        (sent / f"nih_{name}").write_text(text.replace("b.png", "00000002_000.png"))
+    mapping = str(sent / "nih_map.csv")
+    assert cli.main([*check[:2], str(sent / "nih_mine.csv"), "--mapping", mapping]) == 0
+    assert "1024 x 1024" in capsys.readouterr().out
     assert cli.main([*check, "--images", str(sent)]) == 1
     assert "30" in capsys.readouterr().out
     assert cli.main([*check, "--classes", "Mass", "Effusion"]) == 1

@@ -6,11 +6,16 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dlia_utils import metrics
+from dlia_utils import metrics, submission
+from dlia_utils.data import augment, cache
+from dlia_utils.data.boxes import box_fault
 from dlia_utils.detect import evaluate as ev
+from dlia_utils.detect import fuse
 
 TRUTH = ["image", "x1", "y1", "x2", "y2", "label"]
 CORNERS = TRUTH[1:5]
@@ -254,6 +259,8 @@ def test_the_paired_difference_is_narrower_than_the_two_intervals(resampled):
     assert (width < np.hypot(a.ci_high - a.ci_low, b.ci_high - b.ci_low))[:3].all()
     same = ev.bootstrap(result, groups, less=result, draws=20)
     assert same[["value", "ci_low", "ci_high"]].eq(0).all(axis=None)
+    with pytest.raises(ValueError, match="lacks the patient of 1 images"):
+        ev.bootstrap(result, [*groups[:-1], None], draws=2)
     with pytest.raises(ValueError, match="differ in images"):
         ev.bootstrap(result, groups, less=ev.match(truth[1:], found, **options), draws=2)
 
@@ -289,3 +296,146 @@ def test_missing_columns_and_arguments_are_named_and_nothing_is_touched():
         ev.match(GOOD, GOOD, images=[3, 4], classes=2)
     with pytest.raises(ValueError, match="every evaluated image once"):
         ev.match(GOOD, found, images=[3, 4, 4], classes=2)
+
+
+# --- boxes in another format, ids of every kind
+
+SIDES = {3: (400, 300), 4: (400, 300)}  # width, height
+PIXELS = pd.DataFrame(
+    [[3, 310.0, 20, 390, 60, 1, 0.9], [3, 20, 200, 60, 290, 2, 0.8], [4, 5, 4, 300, 280, 1, 0.7]],
+    columns=[*TRUTH, "score"],
+)
+X1, Y1, X2, Y2 = PIXELS[CORNERS].to_numpy().T
+FORMATS = {
+    "xywh": ((X1, Y1, X2 - X1, Y2 - Y1), "look like x, y, width, height: .*box_convert.*'xywh'"),
+    "swapped": ((X2, Y2, X1, Y1), "swapped corners"),
+    "x swapped": ((X2, Y1, X1, Y2), "swapped corners"),
+    "normalised": ((X1 / 400, Y1 / 300, X2 / 400, Y2 / 300), "look normalised: give pixels"),
+    "xywh, normalised": ((X1 / 400, Y1 / 300, 0.1, 0.2), "look normalised: give pixels"),
+    "transposed": ((Y1, X1, Y2, X2), "look transposed, and fit only with width and height swapped"),
+    "of a larger image": ((3 * X1, 3 * Y1, 3 * X2, 3 * Y2), "clip boxes to the image"),
+}
+NAMES, IDS = {3: "a.png", 4: "b.png"}, pd.DataFrame({"id": [1, 2], "image_id": ["a.png", "b.png"]})
+HOW = dict(names=NAMES, classes=["Mass", "Nodule"], sizes=SIDES, prior=PIXELS[:0])
+
+
+def checked(found):
+    """As a submission, one row a box."""
+    ids = pd.DataFrame({"id": range(3), "image_id": found["image"].map(NAMES)})
+    table = ids.assign(
+        **dict(zip(submission.NUMBERS, found[[*CORNERS, "score"]].T.values, strict=True))
+    )
+    sizes = {NAMES[one]: side for one, side in SIDES.items()}
+    return submission.check(table.assign(label="Mass"), ids, images=sizes)
+
+
+SHAPES = np.array([(300, 400)] * 5)
+CACHED = cache.ImageCache(np.zeros((5, 8, 8), np.uint8), 8, "", None, (), SHAPES)
+DOORS = {
+    "match": lambda t, s: ev.match(PIXELS, t, images=[3, 4], classes=2, sizes=s),
+    "truth": lambda t, s: ev.match(t, PIXELS, images=[3, 4], classes=2, sizes=s),
+    "wbf": lambda t, s: fuse.wbf(t, sizes=s),
+    "nms": lambda t, s: fuse.nms(t, sizes=s),
+    "training": lambda t, _: augment.CachedBoxes(CACHED, [3, 4], t),
+    "prior": lambda t, _: submission.class_prior(t, SIDES),
+    "build": lambda t, _: submission.build(t, IDS, **HOW),
+    "check": lambda t, _: checked(t),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_boxes_of_another_format_are_refused_by_its_name_at_every_door(kind, door):
+    assert DOORS[door](PIXELS, SIDES) is not None, "pixels are taken"
+    corners, message = FORMATS[kind]
+    table = PIXELS.assign(**dict(zip(CORNERS, corners, strict=True)))
+    with pytest.raises(ValueError, match=message):
+        DOORS[door](table, SIDES)
+    if kind not in ("transposed", "of a larger image"):  # told without the images' sizes, too
+        with pytest.raises(ValueError, match=message):
+            DOORS[door](table, None)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 9), out=st.floats(0, 1))
+def test_whatever_lies_inside_its_image_is_taken_and_a_pixel_more_as_well(seed, n, out):
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(8, 900, (2, n)).astype(float)
+    low = rng.uniform(0, 0.7, (2, n)) * frames
+    corners = np.vstack([low - out, low + 2 + rng.uniform(0, 1, (2, n)) * (frames - 2 - low) + out])
+    assert box_fault(corners.clip(-1, None), frames).kind == box_fault(corners).kind == ""
+    assert box_fault(corners[[2, 3, 0, 1]], frames).kind == "turned"
+    assert box_fault(corners / np.vstack([frames, frames]) / 2, frames).kind == "shares"
+    assert box_fault(corners + np.vstack([frames, frames]), frames).kind == "outside"
+
+
+MANY = {
+    "whole numbers": lambda n: n,
+    "beyond 2**53": lambda n: 2**53 + int(n),
+    "beyond 2**64": lambda n: 2**64 + int(n),
+    "text": lambda n: f"{n:03}",
+    "text, no zeros": lambda n: str(n + 100),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_ids_of_images_are_kept_to_the_last_digit(kind):
+    truth, found, images, classes = scene("random")
+    truth["image"], found["image"] = truth["image"].map(MANY[kind]), found["image"].map(MANY[kind])
+    result = ev.match(truth, found, images=[MANY[kind](n) for n in images], classes=classes)
+    plain = matched("random")
+    assert ev.summary(result) == ev.summary(plain)
+    assert result.images.tolist() == [MANY[kind](n) for n in images.tolist()]
+    for join in (fuse.nms, fuse.wbf, fuse.one_per_class):
+        joined, expected = join(found), join(scene("random")[1])
+        assert joined["image"].tolist() == [MANY[kind](n) for n in expected["image"].tolist()]
+        np.testing.assert_array_equal(joined[CORNERS], expected[CORNERS])
+
+
+def test_an_id_of_another_type_is_not_the_image():
+    found = GOOD.assign(score=0.5, image=["3", "4"])
+    with pytest.raises(ValueError, match="predictions: an image id that `images` lacks"):
+        ev.match(GOOD, found, images=[3, 4], classes=2)
+    for wrong, message in (
+        (["3", 3], "may be one image or two"),
+        ([3, None], "lacks the image of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fuse.wbf(GOOD.assign(score=0.5, image=pd.Series(wrong, dtype=object)))
+    with pytest.raises(ValueError, match="last digits are lost"):
+        ev.match(GOOD, found, images=[3.0, 2.0**60], classes=2)
+
+
+def test_a_score_that_rounding_left_above_one_is_one_at_every_door():
+    sure = pd.DataFrame([[3, 5.0, 5.0, 9.0, 9.0, 1, 1 + 2**-52]], columns=[*TRUTH, "score"])
+    for join in (fuse.nms, fuse.wbf, fuse.one_per_class):
+        assert join(sure)["score"].tolist() == [1.0]
+    assert ev.match(sure, sure, images=[3], classes=1).score.tolist() == [1.0]
+    table = submission.build(sure, IDS[:1], **HOW)
+    assert submission.check(table, IDS[:1])["confidence"].tolist() == [1.0]
+    several = pd.concat([sure.assign(score=1.0)] * 7)
+    assert fuse.wbf(several, views=7)["score"].max() <= 1
+    with pytest.raises(ValueError, match=r"a score outside \[0, 1\]: 1.001"):
+        fuse.nms(sure.assign(score=1.001))
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), views=st.integers(1, 4))
+def test_results_know_no_order_of_rows_and_images(seed, views):
+    rng = np.random.default_rng(seed)
+    images, classes = rng.permutation(9)[:6], 3
+    truth = boxes(rng, 12, images=images, classes=classes)
+    found = detections(rng, truth, images=images, classes=classes, extra=12)
+    found["score"] = rng.permutation(len(found)) / len(found)
+    moved = found.sample(frac=1, random_state=seed % 1000)
+    how = dict(classes=classes, iou=ev.COCO_IOUS)
+    one = ev.match(truth, found, images=images, **how)
+    two = ev.match(truth, moved, images=rng.permutation(images), **how)
+    pd.testing.assert_frame_equal(ev.average_precision(one), ev.average_precision(two))
+    pd.testing.assert_frame_equal(ev.curve(one), ev.curve(two))
+    for join in (fuse.nms, fuse.one_per_class, lambda table: fuse.wbf(table, views=views)):
+        pd.testing.assert_frame_equal(join(found), join(moved))
+    fused = fuse.wbf(found, views=views)
+    assert fused["score"].between(0, 1).all() and fused["score"].max() <= found["score"].max()
+    assert fused["x1"].min() >= found["x1"].min() and fused["x2"].max() <= found["x2"].max() + 1e-9
+    assert len(fuse.nms(fuse.nms(found))) == len(fuse.nms(found))

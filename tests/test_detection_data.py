@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -178,9 +179,14 @@ def test_competition_folders_and_columns(competition, tmp_path, folder):
     tree = Path(shutil.copytree(competition / "competition_edition_b", tmp_path / "b"))
     (tree / "train").rename(tree / folder)
     mapping = load("dlia", tmp_path).mapping
-    for wrong in (mapping.assign(ID=0), mapping.rename(columns={"ID": "number"})):
-        wrong.to_csv(tree / readers.DLIA_MAPPING, index=False)
-        with pytest.raises(BadData, match="needs a column id or ID, each filled once"):
+    wrong = {"needs `id` or `ID`": mapping.rename(columns={"ID": "number"})}
+    wrong |= {"stands above already": mapping.assign(ID=0), "0 rows|no rows": mapping[:0]}
+    for bad in ("1.0", "1e3", "-1", "=1+1"):  # what nobody should learn after five trainings
+        ids = mapping["ID"].astype(str).replace("1", bad)
+        wrong[f"line 3: ID '{re.escape(bad)}' is no plain id"] = mapping.assign(ID=ids)
+    for message, table in wrong.items():
+        table.to_csv(tree / readers.DLIA_MAPPING, index=False)
+        with pytest.raises(BadData, match=message):
             load("dlia", tree)
     mapping.to_csv(tree / readers.DLIA_MAPPING, index=False)
     train = pd.read_csv(tree / "train.csv").rename(columns={"x_min": "left"})

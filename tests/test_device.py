@@ -1,5 +1,6 @@
 """Device and CPU threads: what is asked for, what is measured; files are whole or not there."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -71,3 +72,15 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
         temporary.write_text("half")
         raise RuntimeError("power cut")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+KEPT = [["007", "7"], [2**53 + 1, 3], [0.5, 1e300], [2**60 + 1, None], [0.1, None], ["x", "y"]]
+
+
+@pytest.mark.parametrize("cells", KEPT, ids=str)
+def test_a_table_comes_back_to_the_last_digit(cells, tmp_path):
+    table = pd.DataFrame({"id": pd.Series(cells, dtype=object), "value": [0.1, 2]})
+    back = files.read_csv(files.write_csv(table, tmp_path / "t.csv"))
+    assert back["value"].tolist() == [0.1, 2] and back["value"].dtype == float
+    told = [None if pd.isna(one) else type(cells[0])(one) for one in back["id"]]
+    assert told == cells and (back["id"].dtype == float) == (cells[0] in (0.5, 0.1))

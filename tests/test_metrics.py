@@ -3,13 +3,19 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
 from statsmodels.stats.multitest import multipletests
 
-from dlia_utils import metrics
+from dlia_utils import calibration, corruption_error, metrics, shortcuts, smoothing
+from dlia_utils.attacks import evaluate
+from dlia_utils.explain import localisation
 
 
 @pytest.fixture(params=["random", "ties", "one_class_predicted"])
@@ -254,3 +260,117 @@ def test_holm_equals_the_definition_and_statsmodels():
     assert metrics.holm(p).tolist() == pytest.approx([0.06, 0.5, 0.044, 0.06])
     many = np.random.default_rng(9).random(25) ** 4
     np.testing.assert_allclose(metrics.holm(many), multipletests(many, method="holm")[1])
+
+
+# --- whose image is it?
+
+FOUR = np.array([0, 1, 0, 1]), np.array([0.1, 0.6, 0.7, 0.9])
+HEAT, CERTIFIED = np.ones((4, 2, 2)), pd.DataFrame({"correct": [True] * 4, "radius": 0.5})
+# What is None here is not reached: nothing is attacked or asked before the patients are known.
+SHARED = {
+    "classification": lambda ids: metrics.classification(*FOUR, ids, draws=2),
+    "bootstrap": lambda ids: metrics.bootstrap(lambda w: w @ FOUR[1], ids, draws=2),
+    "mean": lambda ids: metrics.mean(FOUR[1], ids, draws=2),
+    "share": lambda ids: metrics.share([True] * 4, ids, draws=2),
+    "exact_interval": lambda ids: metrics.exact_interval(1.0, ids),
+    "patient_weights": lambda ids: metrics.patient_weights(ids, draws=2),
+    "paired_difference": lambda ids: metrics.paired_difference(*FOUR, ids, draws=2),
+    "delong_test": lambda ids: metrics.delong_test(*FOUR, FOUR[1], ids),
+    "calibration": lambda ids: calibration.summary(*FOUR, ids, draws=2),
+    "reliability": lambda ids: calibration.reliability(*FOUR, ids, draws=2),
+    "localise": lambda ids: localisation.localise({}, np.zeros((4, 1, 2, 2)), [], groups=ids),
+    "energy": lambda ids: shortcuts.inside_energy(HEAT, HEAT > 0, groups=ids, draws=2),
+    "certified": lambda ids: smoothing.certified_accuracy(CERTIFIED, [0.1], ids, draws=2),
+    "robust": lambda ids: evaluate.robust(
+        None, (torch.zeros(4, 1), 0), [1], attacks=["fgsm"], groups=ids
+    ),
+    "marker": lambda ids: shortcuts.marker_test(None, shortcuts.Sample(None, None, ids, None)),
+    "corruptions": lambda ids: corruption_error.patients_of(range(4), dict(enumerate(ids))),
+}
+HELD = {"list": list, "Series": pd.Series, "array": lambda ids: np.array(ids, dtype=object)}
+
+
+@pytest.mark.parametrize("door", SHARED)
+@pytest.mark.parametrize("held", HELD)
+def test_an_image_without_a_patient_is_refused_wherever_patients_are_drawn(door, held):
+    for lost in (None, np.nan, pd.NA, pd.NaT, "", "  ", "nan", "<NA>", "NA"):
+        with pytest.raises(ValueError, match="lacks the patient of 2 images|no entry for image"):
+            SHARED[door](HELD[held](["p1", lost, lost, "p2"]))
+
+
+def test_numpys_text_of_a_missing_number_is_no_patient_either():
+    with pytest.raises(ValueError, match="lacks the patient of 1 images: give each of them an id"):
+        metrics.patient_codes(np.array(["p1", np.nan, "p2"]))
+    for held in (["p1", None], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="lacks the patient"):
+            metrics.patient_codes(pd.Series(held).convert_dtypes())
+
+
+@pytest.mark.parametrize("ids", [[1, "1"], [1, 1.0], [True, 1], ["2", 2.0], [np.int64(1), "1"]])
+@pytest.mark.parametrize("held", HELD)
+def test_ids_of_two_types_never_become_one_patient(ids, held):
+    with pytest.raises(ValueError, match="may be one patient or two: give all ids in one type"):
+        metrics.patient_codes(pd.Series(ids, dtype=object) if held == "Series" else HELD[held](ids))
+
+
+BIG = 2**53
+IDS = [["007", "7", "07"], [BIG, BIG + 1, BIG + 2], [2**70, 2**70 + 1, -1], [1, "a", ("a", 1)]]
+IDS += [np.array([BIG, BIG + 1, -5]), np.array([2**64 - 1, 2**64 - 2, 0], np.uint64), "abc"]
+IDS += [pd.Series(["a", "b", "c"], dtype="category"), pd.array([BIG, BIG + 1, 2], "Int64")]
+
+
+@pytest.mark.parametrize("ids", IDS, ids=str)
+def test_different_ids_are_different_patients_to_the_last_digit(ids):
+    assert metrics.patient_codes([*ids, *ids]).tolist() == [0, 1, 2] * 2
+    assert metrics.exact_ids(ids, "groups", "patient").tolist() == list(ids)
+    with pytest.raises(ValueError, match="9007199254740992.0, whose last digits are lost"):
+        metrics.patient_codes([1.0, float(BIG)])
+
+
+@pytest.mark.parametrize(
+    "outside", [1 + 2**-52, 1 + 2**-22, -1e-9, np.float32(1) + np.float32(2e-7)]
+)
+def test_what_rounding_left_outside_of_0_and_1_is_clipped(outside):
+    assert metrics.probabilities([0.25, outside]).tolist() == [0.25, float(outside > 0.5)]
+    labels, groups = np.array([0, 1, 1]), range(3)
+    found = calibration.summary(labels, [0.2, 0.6, outside], groups, draws=2)
+    clipped = calibration.summary(labels, [0.2, 0.6, np.clip(outside, 0, 1)], groups, draws=2)
+    pd.testing.assert_frame_equal(found, clipped)
+
+
+@pytest.mark.parametrize("outside", [1.00001, -0.001, 90.0, np.inf, np.nan])
+def test_what_is_further_out_is_refused_by_its_true_value(outside):
+    with pytest.raises(ValueError, match=rf"{outside!r} \(1 of 2 values, first row 1\)"):
+        metrics.probabilities([0.5, outside])
+
+
+SETTINGS = settings(derandomize=True, database=None, deadline=None, max_examples=15)
+
+
+@SETTINGS
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(4, 24), levels=st.integers(1, 6))
+def test_values_know_no_order_no_names_and_no_copies(seed, n, levels):
+    rng = np.random.default_rng(seed)
+    labels, groups = rng.integers(0, 2, n), rng.integers(0, 5, n)
+    labels[:2] = 0, 1
+    score = rng.integers(0, levels + 1, n) / levels
+    table = classified(labels, score, groups, draws=20)
+    order, twice = rng.permutation(n), np.repeat(np.arange(n), 2)
+    moved = classified(labels[order], score[order], groups[order], draws=20)
+    np.testing.assert_allclose(moved["value"], table["value"])
+    named = classified(labels, score, [f"{one:03}" for one in groups], draws=20)
+    pd.testing.assert_frame_equal(named, table)
+    copied = classified(labels[twice], score[twice], groups[twice], draws=20).drop(columns="n")
+    pd.testing.assert_frame_equal(copied, table.drop(columns="n"))
+    if np.unique(groups[labels == 0]).size > 1 < np.unique(groups[labels == 1]).size:
+        other = rng.random(n)
+        one, two = (
+            metrics.delong_test(*d)
+            for d in (
+                (labels, score, other, groups),
+                (labels[order], score[order], other[order], groups[order]),
+            )
+        )
+        assert (
+            one["value"] == pytest.approx(two["value"]) == table.loc["auc", "value"] - one["auc_b"]
+        )

@@ -127,6 +127,7 @@ BAD = {  # images, text of l.csv, message
     "twice": (FLAT, LABELS + "./a.png,flu\n", "line 6: a.png stands above already: keep one row"),
     "ambiguous": (CLASSES, "file\n1.png", "not there, but flu/1.png and normal/1.png is"),
     "blank label": (FLAT, LABELS.replace("b.png,flu", "b.png,"), "line 3: b.png has no label"),
+    "no patient": (FLAT, "file,label,patient\na.png,x,p\nb.png,y,NA\n", "line 3: b.png has no pat"),
     "unknown split": (FLAT, SPLITS_CSV + "dev", "line 3: b.png has no split of train, val, test"),
     "unlisted class": (CLASSES, "file\nflu/1.png", "folder normal has no image listed in l.csv"),
     "cells": (FLAT, LABELS + "a.png,flu,more\n", "cannot be read .*line 6, saw 3.*double quotes"),
@@ -258,6 +259,17 @@ def test_bad_coco_is_refused(root, part, one, message):
     draw(root, FLAT)
     coco = coco_of(BOXES + "a.png,M,1,1,3,9\n")
     coco[part].append(one)
+    (root / "coco.json").write_text(json.dumps(coco))
+    with pytest.raises(BadData, match=message):
+        datasets.from_boxes(root / "coco.json", root)
+
+
+@pytest.mark.parametrize("patient, message", [("7", "7 and '7', which may be"), (None, "no pat")])
+def test_patients_of_coco_never_merge(root, patient, message):
+    draw(root, FLAT)
+    coco = coco_of(BOXES + "a.png,M,1,1,3,9\nb.png,M,1,1,3,9\nc.png,M,1,1,3,9\n")
+    for image, given in zip(coco["images"], (7, patient, patient), strict=True):
+        image["patient"] = given
     (root / "coco.json").write_text(json.dumps(coco))
     with pytest.raises(BadData, match=message):
         datasets.from_boxes(root / "coco.json", root)

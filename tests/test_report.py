@@ -75,6 +75,9 @@ def test_update_replaces_the_same_row_and_keeps_others(run):
     merged = report.update_results(rows(run, "a", "worst", 0.0039215686274509, 0.7), path)
     assert merged.set_index("model")["value"].to_dict() == {"b": 0.5, "a": 0.7}
     assert len(pd.read_csv(path)) == 2 and units.eps_text(merged["eps"][1]) == "1/255"
+    for model in ("007", "7", "007"):  # a name is text, whatever it looks like
+        merged = report.update_results(rows(run, model, "worst", 0.0, 0.5), run.run_dir / "n.csv")
+    assert merged["model"].tolist() == ["7", "007"]
     with pytest.raises(ValueError, match="lack the columns"):
         report.update_results(pd.DataFrame({"model": ["a"]}), path)
 

@@ -6,6 +6,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dlia_utils.data import datasets, sources, split
@@ -104,6 +106,35 @@ def test_what_cannot_be_divided_is_refused(dataset, tmp_path, caplog):
     one = make(tmp_path / "one", [(f"{k}", k % 2, f"p{k % 2}", "g", "train") for k in range(8)])
     with pytest.raises(BadData, match="fewer than 2 patients"):
         split.grouped(one)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=10)
+@given(
+    patients=st.lists(st.integers(2**53, 2**53 + 12), min_size=12, max_size=24),
+    seed=st.integers(0, 9),
+    draw=st.sampled_from([split.grouped, split.drawn, split.folds]),
+)
+def test_whoever_the_patients_are_none_stands_on_two_sides(patients, seed, draw, tmp_path_factory):
+    patients = [*patients, *range(8), "a", "007", "7b"]
+    rows = [(f"{k}.png", k % 2, who, "g", "train") for k, who in enumerate([*patients, *patients])]
+    rows += [(f"{k}b.png", (k + 1) % 2, who, "g", "train") for k, who in enumerate(patients)]
+    dataset = make(tmp_path_factory.mktemp("any"), rows)
+    options = {"n": 3} if draw is split.folds else {}
+    manifest = draw(dataset, seed=seed, **options).manifest
+    side = "fold" if draw is split.folds else "split"
+    assert manifest.groupby(manifest["patient"].map(repr))[side].nunique().max() == 1
+    assert manifest[side].nunique() == (2 if draw is split.grouped else 3)
+
+
+@pytest.mark.parametrize("lost", [None, np.nan, pd.NA, ""])
+@pytest.mark.parametrize("door", [split.grouped, split.drawn, split.folds, split.audit])
+def test_images_without_a_patient_are_refused_before_they_are_dealt(tmp_path, door, lost):
+    rows = [(f"{k}.png", k % 2, f"p{k}", "g", "train") for k in range(12)]
+    few = make(tmp_path, rows)
+    few.manifest["patient"] = few.manifest["patient"].astype(object)
+    few.manifest.loc[[3, 4], "patient"] = lost
+    with pytest.raises(ValueError, match="column patient lacks the patient of 2 images"):
+        door(few)
 
 
 @pytest.mark.parametrize("draw", [split.grouped, split.folds])

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dlia_utils import submission
@@ -82,6 +84,8 @@ FILES = {
     "UTF-16": (GOOD.encode("utf-16"), "not readable as CSV ('utf-8' codec"),
     "constant": (text([LINES[0], *SAME]), "every row holds the same prediction"),
     "fractions": (text([LINES[0], *SHARES]), "not fractions of the image"),
+    "trailing commas": (GOOD.replace("\n", ",\n"), "5 lines have a comma too many: 1, 2, 3, 4, 5"),
+    "in the rows": (GOOD.replace("\n", ",\n").replace(",\n", "\n", 1), "too many: 2, 3, 4, 5. Fix"),
 }
 
 
@@ -113,6 +117,31 @@ def test_true_sizes_are_read_from_a_folder_of_images(tmp_path):
         submission.check(tmp_path / "bad.csv", EDITIONS["A"], images=tmp_path)
 
 
+@pytest.mark.parametrize("orientation, size", [(1, (80, 40)), (3, (80, 40)), (6, (40, 80))])
+def test_the_size_of_an_image_is_that_of_the_upright_one(orientation, size, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("L", (80, 40)).save(tmp_path / "a.jpg", exif=exif)
+    ids = pd.DataFrame({"id": [1], "image_id": ["a.jpg"]})
+    whole = dict(zip(submission.NUMBERS, (0.0, 0.0, *size, 0.5), strict=True))
+    table = ids.assign(**whole, label="Mass")
+    submission.check(table, ids, images=tmp_path)
+    with pytest.raises(submission.SubmissionError, match="beyond the image's width"):
+        submission.check(table.assign(x_max=size[0] + 1), ids, images=tmp_path)
+
+
+def test_without_images_the_size_is_that_of_the_edition_or_it_is_said(caplog):
+    ids = pd.DataFrame({"ID": [0], "image_id": ["00000032_037.png"]})
+    table = ids.assign(x_min=0.0, y_min=0.0, x_max=1024, y_max=1024, confidence=0.5, label="Mass")
+    submission.check(table, ids)
+    assert not caplog.text
+    with pytest.raises(submission.SubmissionError, match="beyond the image's height in 1 row"):
+        submission.check(table.assign(y_max=1024.5), ids)
+    ids, table = ids.assign(image_id="a.png"), table.assign(image_id="a.png", y_max=2000)
+    submission.check(table, ids)
+    assert "not checked: whether boxes lie inside their images" in caplog.text
+
+
 GOODS = [GOOD, GOOD.replace("\n", "\r\n"), GOOD + "\n", text([LINES[0], *LINES[:0:-1]])]
 GOODS += [GOOD.replace("a.png", '"a.png"'), GOOD.replace("1.0", "1e-3")]
 
@@ -140,8 +169,13 @@ def test_other_classes_have_their_own_spelling():
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ({"Id": [1], "image_id": ["a.png"]}, "has the columns Id, image_id; it needs `id` or `ID`"),
-        ({"id": [1, 1], "image_id": ["a.png", "b.png"]}, "each id once"),
+        ({"Id": [1], "image_id": ["a.png"]}, "has 1 rows of Id, image_id; it needs `id` or `ID`"),
+        ({"id": [1, 1], "image_id": ["a.png", "b.png"]}, "line 3: id '1' stands above already"),
+        ({"id": ["1.0", "2"], "image_id": ["a.png", "b.png"]}, "line 2: id '1.0' is no plain id"),
+        ({"id": [1.0, np.nan], "image_id": ["a.png", "b.png"]}, "lacks the id of 1 rows"),
+        ({"id": [2.0**53, 1], "image_id": ["a.png", "b.png"]}, "last digits are lost"),
+        ({"id": [1], "image_id": [""]}, "lacks the image_id of 1 rows"),
+        ({"id": [], "image_id": []}, "has 0 rows"),
     ],
 )
 def test_bad_mapping(columns, message):
@@ -163,6 +197,7 @@ def found(*rows):
 
 def build(predictions, edition="A", **options):
     options = {"names": NAMES, "classes": NIH_CLASSES, "sizes": FRAMES, "prior": PRIOR} | options
+    options = {"prior_share": 1} | options
     return submission.build(predictions, EDITIONS[edition], **options)
 
 
@@ -195,9 +230,9 @@ def test_prior_fills_empty_lists_and_missing_second_boxes_with_confidence_zero()
 
 
 def test_boxes_are_clipped_and_thin_ones_dropped_before_ranking():
-    a = [(10, 120, 5, 140, 40, 1, 0.9), (10, -20, -5, 40, 300, 2, 0.5)]
-    a += [(10, 99.9999, 0, 120, 50, 3, 0.8)]
-    b = [(11, 30, 30, 20, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1)]
+    a = [(10, 100.1, 5, 101, 40, 1, 0.9), (10, -1, -0.5, 40, 80.9, 2, 0.5)]
+    a += [(10, 99.9999, 0, 100.5, 50, 3, 0.8)]
+    b = [(11, -1, 30, -0.2, 50, 5, 0.9), (11, 0, 0, 100, 80, 6, 0.1)]
     table = build(found(*a, *b), "B")
     assert table.iloc[0, 2:].tolist() == [0, 0, 40, 80, 0.5, "Cardiomegaly"]
     assert table.iloc[1, 2:].tolist() == [0, 0, 100, 80, 0.1, "Nodule"]
@@ -210,9 +245,12 @@ ONE = found((10, 1, 1, 9, 9, 1, 0.5))
     "change, message",
     [
         ({"names": {10: "a.png", 12: "c.png"}}, "1 images of the mapping are not in names: b.png"),
-        ({"predictions": ONE.assign(label=0)}, "labels outside 1..8: 0 is the background"),
-        ({"predictions": ONE.assign(score=50)}, "scores that are not in"),
+        ({"predictions": ONE.assign(label=0)}, "none of 1..K: 0 is the background"),
+        ({"predictions": ONE.assign(label=9)}, "labels outside 1..8"),
+        ({"predictions": ONE.assign(score=50)}, "a score outside .0, 1.: 50.0"),
+        ({"predictions": ONE.assign(image=14)}, "an image that `sizes` lacks"),
         ({"predictions": ONE.assign(image=13)}, "no image of the mapping has a usable box"),
+        ({"prior_share": 0.1}, "3 of 4 rows would be the class prior.*ask for so many"),
     ],
 )
 def test_build_refuses(change, message):
@@ -221,16 +259,17 @@ def test_build_refuses(change, message):
 
 
 def drawn(rng, images, sizes, mean):
-    """Random predictions: images without any, ties, boxes over the border, inverted."""
+    """Random predictions: images without any, ties, boxes a little over the border."""
     # A whole-image box, so that no draw leaves every list empty.
-    rows = [(images[0], -1, -1, 9999, 9999, 1, rng.random())]
+    width, height = sizes[images[0]]
+    rows = [(images[0], -1, -1, width + 1, height + 1, 1, rng.random())]
     for image in images:
         for _ in range(rng.poisson(mean)):
             width, height = sizes[image]
-            x, y = rng.uniform(-0.3, 1.3, (2, 2)) * [[width], [height]]
-            if rng.random() < 0.9:
-                x, y = np.sort(x), np.sort(y)
-            box = np.round([x[0], y[0], x[1], y[1]], int(rng.integers(0, 15)))
+            x, y = np.sort(rng.uniform(-1, [[width + 1], [height + 1]], (2, 2)), axis=1)
+            box = np.round([x[0], y[0], x[1], y[1]], int(rng.integers(1, 15)))
+            if x[1] - x[0] < 0.1 or y[1] - y[0] < 0.1:
+                continue
             score = rng.choice([0.0, 0.5, 1.0, rng.random(), 1e-300])
             rows += [(image, *box, rng.integers(1, 9), score)] * int(rng.integers(1, 3))
     return found(*rows)
@@ -238,7 +277,7 @@ def drawn(rng, images, sizes, mean):
 
 @pytest.mark.parametrize("edition", EDITIONS)
 def test_whatever_is_predicted_the_built_file_is_valid(edition, tmp_path):
-    for seed in range(40):
+    for seed in range(15):
         rng, mapping = np.random.default_rng(seed), EDITIONS[edition]
         table = build(drawn(rng, list(NAMES), FRAMES, mean=rng.choice([0, 0.3, 5])), edition)
         pd.testing.assert_frame_equal(table[list(mapping)], mapping)
@@ -293,7 +332,7 @@ def test_the_real_mapping_of_edition_a(real_data, tmp_path):
     truth = truth.assign(y2=train.y1 + train.h, label=label)
     prior = submission.class_prior(truth[COLUMNS], dict.fromkeys(truth["image"], (1024, 1024)))
     assert prior["label"].iloc[0] == 1 and len(prior) == 8  # Atelectasis has the most boxes
-    options = dict(names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior)
+    options = dict(names=names, classes=NIH_CLASSES, sizes=sizes, prior=prior, prior_share=1)
     predictions = drawn(np.random.default_rng(0), list(names), sizes, mean=2)
     table = submission.build(predictions, mapping, **options)
     path = submission.write(table, tmp_path / "edition_a.csv", mapping, images=frame)
@@ -302,3 +341,55 @@ def test_the_real_mapping_of_edition_a(real_data, tmp_path):
     assert len(twice) == 6 and not twice.drop(columns=["id", "confidence"]).duplicated().any()
     with pytest.raises(ValueError, match="25 training images"):
         submission.leak_guard(train["name"], mapping)
+
+
+# Whole numbers in a column of their own stay numbers; whatever else there is is text.
+KEPT = [[2**53 + 1, 2**53 + 2, 0], ["007", "07", "7"], [10**20, 10**20 + 1, 5], ["x7", "1e3", "b"]]
+
+
+@pytest.mark.parametrize("ids", KEPT, ids=str)
+@pytest.mark.parametrize("images", [["0001", "1", "01"], [2**53 + 1, 2**53 + 2, 3]], ids=str)
+def test_ids_and_names_survive_the_whole_way_to_the_last_digit(ids, images, tmp_path):
+    mapping = pd.DataFrame({"id": ids, "image_id": [f"{one}.png" for one in images]})
+    mapping.to_csv(tmp_path / "map.csv", index=False)
+    rows = [(one, 5, 5, 30 + n, 40, 1, 0.5) for n, one in enumerate(images)]
+    names = {one: f"{one}.png" for one in images}
+    options = dict(names=names, sizes=dict.fromkeys(images, (100, 80)), classes=["Mass"])
+    frames = dict.fromkeys(names.values(), (100, 80))
+    for told_by in (mapping, tmp_path / "map.csv"):
+        table = submission.build(found(*rows), told_by, prior=PRIOR, **options)
+        path = submission.write(table, tmp_path / "mine.csv", told_by, images=frames)
+        lines = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        told = [(*line[:2], float(line[4])) for line in lines]
+        pairs = zip(ids, images, strict=True)
+        assert told == [(str(a), f"{b}.png", 30.0 + n) for n, (a, b) in enumerate(pairs)]
+        back = submission.check(path, told_by, images=frames)
+        assert [str(one) for one in back["id"]] == [str(one) for one in ids]
+
+
+def test_a_share_of_the_prior_is_refused_unless_it_is_asked_for():
+    mapping = pd.DataFrame({"id": range(20), "image_id": [f"{n}.png" for n in range(20)]})
+    names, sizes = dict(enumerate(mapping["image_id"])), dict.fromkeys(range(20), (100, 80))
+    options = dict(names=names, sizes=sizes, classes=NIH_CLASSES, prior=PRIOR)
+    rows = found(*((n, 5, 5, 30, 40, 1, 0.5) for n in range(18)))
+    assert submission.build(rows, mapping, **options)["confidence"].eq(0).sum() == 2  # a tenth
+    with pytest.raises(ValueError, match="3 of 20 rows would be the class prior"):
+        submission.build(rows[1:], mapping, **options)
+    table = submission.build(rows[1:], mapping, prior_share=0.15, **options)
+    assert table["confidence"].eq(0).sum() == 3
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), edition=st.sampled_from("AB"), mean=st.integers(0, 4))
+def test_what_is_built_knows_no_order_of_rows_and_sends_a_box_once(seed, edition, mean):
+    rng = np.random.default_rng(seed)
+    predictions = drawn(rng, list(NAMES), FRAMES, mean=mean)
+    predictions["score"] = rng.permutation(len(predictions)) / len(predictions)
+    table = build(predictions, edition)
+    moved = predictions.sample(frac=1, random_state=seed % 1000)
+    pd.testing.assert_frame_equal(build(moved, edition), table)
+    pd.testing.assert_frame_equal(submission.check(table, EDITIONS[edition], images=SIZES), table)
+    assert not table.drop(columns=[table.columns[0], "confidence"]).duplicated().any()
+    best = predictions.assign(name=predictions["image"].map(NAMES)).groupby("name")["score"].max()
+    first = table.drop_duplicates("image_id").set_index("image_id")["confidence"]
+    assert first.le(best.reindex(first.index).fillna(0)).all()

@@ -126,7 +126,7 @@ def robust(
     grid = sorted({float(eps) for eps in eps_grid} - {0.0})
     options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
-    groups = None if groups is None else np.asarray(groups)
+    groups = None if groups is None else metrics.patient_codes(groups)
     check_numbers("[1,inf)", whole=True, batch_size=batch_size)
     check_numbers("[0,inf)", whole=True, seed=seed)
     if not grid:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .boxes import read_boxes
 from .cache import ImageCache
 
 with mock.patch.dict(os.environ, NO_ALBUMENTATIONS_UPDATE="1"):  # else it asks the network
@@ -167,9 +168,10 @@ class CachedBoxes(_Seeded):
         seed: int = 0,
     ) -> None:
         super().__init__(cache, rows, transform, seed)
-        scale = np.tile(cache.scale(boxes["image"].to_numpy()), 2)
-        self.corners = boxes[["x1", "y1", "x2", "y2"]].to_numpy(float) * scale
-        self.labels, self.places = boxes["label"].to_numpy(np.int64), boxes.groupby("image").indices
+        sizes = dict(enumerate(cache.shapes[:, ::-1].tolist()))
+        image, corners, self.labels, _ = read_boxes(boxes, "boxes", scored=False, sizes=sizes)
+        self.corners = corners.T * np.tile(cache.scale(image), 2)
+        self.places = boxes.groupby("image").indices
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         row = int(self.rows[index])

@@ -118,6 +118,7 @@ def uniform_split_test(dataset: Dataset, cache: ImageCache) -> pd.DataFrame:
     if len(splits) < 2:
         raise ValueError("the data set has one split only: divide it first, with split.grouped")
     keys = ["split", "patient", "class_name"]
+    metrics.patient_codes(manifest["patient"])  # refuses missing ones
     table = manifest[keys].join(_image_statistics(cache))
     units = table.groupby(keys, as_index=False)[["grey", "contrast"]].mean()
     names = [name for name in dataset.classes if (units["class_name"] == name).any()]
@@ -173,13 +174,13 @@ def size_shortcut(
     [0.5, 1.0, 1.0, 1.0]
     """
     known = dataset.manifest[dataset.manifest["label"] >= 0]
-    labels, patients = known["label"].to_numpy(), known["patient"].to_numpy()
+    labels, patients = known["label"].to_numpy(), metrics.patient_codes(known["patient"])
     table = _format(np.asarray(shapes)[known.index])
     spread = pd.Series(patients).groupby(labels).nunique()
     if len(spread) < 2 or spread.min() < 2:
         text = "two classes or more, with two patients or more of each"
         raise ValueError(f"size_shortcut compares {text}")
-    folds = deal(labels, pd.factorize(patients)[0], min(5, spread.min()), seed=seed)
+    folds = deal(labels, patients, min(5, spread.min()), seed=seed)
     small = dict(max_iter=40, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False)
     rows = []
     for name, features in SHAPE_FEATURES.items():

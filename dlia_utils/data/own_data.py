@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
+from ..metrics import missing
 from .readers import UNLABELLED, other_sizes, raw_boxes, read_coco
 from .tables import (
     CORNERS,
@@ -341,7 +342,7 @@ def _patients(rows: pd.DataFrame, pattern: str, root: Path, problems: list[str])
         text = "it needs (a group), and no table that names the patients"
         raise ValueError(f"patient_pattern = {pattern!r}: {text}")
     if "patient" in rows:
-        problems += _lines(rows[rows["patient"] == ""], "has no patient")
+        problems += _lines(rows[missing(rows["patient"])], "has no patient")
         return list(rows["patient"])
     if not pattern:
         text = "%s: no patients are known, so each of the %d images counts as a patient of its own."

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import re
 import warnings
 import zlib
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..metrics import exact_ids, missing
 from .tables import (
     CORNERS,
     REPAIR,
@@ -169,17 +171,45 @@ def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -
     the mapping too are left out unless `allow_leak`.
     """
     edition, raw = _box_rows(root / DLIA_TRAIN)
-    mapping = read_csv(root / DLIA_MAPPING, ["image_id"])
-    key = mapping.reindex(columns=["id", "ID"]).bfill(axis=1)["id"]
-    if key.isna().any() or mapping["image_id"].isna().any() or key.duplicated().any():
-        text = f"{root / DLIA_MAPPING} needs a column id or ID, each filled once, and image_id"
-        raise BadData(f"{text}. Fix: download the file again.")
+    mapping = id_table(root / DLIA_MAPPING)
     wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
     leaked = set() if allow_leak else wanted["train"] & wanted["test"]
     options = dict(allow_missing=allow_missing, leaked=leaked)
     fields = _findings(root, "(train|test)(?:_images)?", raw, wanted, **options)
     rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
     return fields | {"mapping": mapping, "split_rule": rule}
+
+
+def id_table(mapping: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
+    """The competition's mapping, checked: `id` (edition A) or `ID` (B), and `image_id`.
+
+    No digit is lost: ids become int64 where all are whole numbers written plainly (001 is none),
+    else text. Errors: `BadData` for what a spreadsheet or another table made of them;
+    `FileNotFoundError`.
+
+    >>> id_table(pd.DataFrame({"ID": ["007", "8"], "image_id": ["a.png", "b.png"]}))["ID"].tolist()
+    ['007', '8']
+    """
+    table, name, fix = mapping, "the mapping", "give the competition's ID_to_Image_Mapping.csv"
+    if not isinstance(mapping, pd.DataFrame):
+        name = str(mapping)
+        table = read_csv(Path(mapping), [], dtype=str, keep_default_na=False)
+    found = [column for column in table.columns if column in ("id", "ID")]
+    if len(found) != 1 or "image_id" not in table.columns or table.empty:
+        text = f"has {len(table)} rows of {', '.join(map(str, table.columns))}; it needs `id` or"
+        raise BadData(f"{name} {text} `ID`, and `image_id`. Fix: {fix}.")
+    try:
+        columns = [exact_ids(table[one], name, one, "rows") for one in (*found, "image_id")]
+    except ValueError as error:
+        raise BadData(f"{error}. Fix: {fix}.") from error
+    ids, images = (pd.Series([str(one).strip() for one in column]) for column in columns)
+    number = pd.to_numeric(ids, errors="coerce").notna().all()
+    wrong = pd.Series("is no plain id", ids.index).mask(ids.str.match(r"\d+$" if number else r"\w"))
+    wrong = wrong.mask(ids.duplicated(), "stands above already").dropna()
+    told = [f"line {row + 2}: {found[0]} {ids[row]!r} {why}" for row, why in wrong.items()]
+    refuse(name, told, f"each id once, as the competition wrote it: {fix}")
+    whole = ids.str.fullmatch(r"0|[1-9]\d{0,17}").all()
+    return pd.DataFrame({found[0]: ids.astype("int64") if whole else ids, "image_id": images})
 
 
 def _named_files(root: Path, pattern: str) -> tuple[dict[tuple[str, str], str], list]:
@@ -234,11 +264,11 @@ def _findings(
     return tables(rows, NIH_CLASSES, ignored, boxes=boxes, box_classes=NIH_CLASSES)
 
 
-def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+def read_csv(path: Path, needed: Sequence[str], **options) -> pd.DataFrame:
     """A CSV file, whose rows may end in more commas than its header, with all `needed` columns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)
-        table = pd.read_csv(path, index_col=False)  # else pandas would shift the columns
+        table = pd.read_csv(path, index_col=False, **options)  # else pandas would shift the columns
     table = table.rename(columns=lambda name: str(name).strip())
     if missing := [name for name in needed if name not in table]:
         there = ", ".join(table.columns)
@@ -415,6 +445,7 @@ def read_coco(path: Path) -> SimpleNamespace:
         coco = json.loads(path.read_text(encoding="utf-8-sig"))
         kinds = {one["id"]: str(one["name"]).strip() for one in coco["categories"]}
         images = pd.DataFrame([{"split": "", "patient": ""} | one for one in coco["images"]])
+        exact_ids(images["patient"][~np.array(missing(images["patient"]), bool)], "it", "patient")
         images["file"] = images["file_name"].str.strip()
         images["where"] = images["id"].map("image {}".format)
         annotations = list(coco["annotations"])

@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from .. import files
+from ..metrics import patient_codes
 from ..progress import Bar
 from . import medmnist
 from .datasets import Dataset, take
@@ -119,7 +120,7 @@ def deal(target: np.ndarray, units: np.ndarray, n: int, *, seed: int) -> list[np
 
 def _units(dataset: Dataset) -> np.ndarray:
     """An integer per row: rows linked by patient, identical bytes or look share it."""
-    patients = pd.factorize(dataset.manifest["patient"])[0]
+    patients = _patients(dataset)
     ties = [pd.factorize(_contents(dataset))[0]]
     if "look" in dataset.manifest:
         ties.append(dataset.manifest["look"].to_numpy())
@@ -128,6 +129,10 @@ def _units(dataset: Dataset) -> np.ndarray:
         ends.append(nodes + tie)
         nodes += tie.max() + 1
     return _linked(np.tile(patients, len(ties)), np.concatenate(ends), nodes)[patients]
+
+
+def _patients(dataset: Dataset) -> np.ndarray:
+    return patient_codes(dataset.manifest["patient"], "the manifest's column patient")
 
 
 def _linked(one: np.ndarray, other: np.ndarray, nodes: int) -> np.ndarray:
@@ -213,8 +218,9 @@ def audit(dataset: Dataset) -> pd.DataFrame:
     patients' groups differ (bacteria, virus), they are compared by number and kind too. Unlabelled
     images conflict with none.
     """
+    _patients(dataset)
     manifest = dataset.manifest.assign(content=_contents(dataset).to_numpy())
-    manifest["kind"] = manifest["patient"] + " " + manifest["group"]
+    manifest["kind"] = manifest["patient"].astype(str) + " " + manifest["group"]
     several, looks = manifest["group"].nunique() > 1, "look" in manifest
     parts = dict(list(manifest.groupby("split")))
     parts = {name: parts[name] for name in SPLITS if name in parts}

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from .. import metrics
+from ..data.boxes import Boxes, Sizes, in_order, places, read_boxes, refuse
+from ..data.tables import CORNERS as CORNERS  # for those who ask for it here
 
-CORNERS = "x1 y1 x2 y2".split()
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # not rounded: exactly pycocotools' numbers
 RECALLS = np.linspace(0, 1, 101)
 RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # false positives per image (Setio et al., 1612.08012)
@@ -30,7 +31,7 @@ class Matches:
     Predictions are ordered by class, then descending score.
     """
 
-    images: np.ndarray  # int64 [N] ids in the caller's order
+    images: np.ndarray  # [N] ids in the caller's order, whole numbers or text
     labels: tuple[int, ...]
     iou: tuple[float, ...]
     truths: np.ndarray  # int64 [N,K] true boxes
@@ -50,29 +51,38 @@ class Matches:
 
 
 def match(
-    truth: pd.DataFrame, predictions: pd.DataFrame, *, images, classes: int, iou=(0.5,)
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    *,
+    images,
+    classes: int,
+    iou=(0.5,),
+    sizes: Sizes = None,
 ) -> Matches:
     """Match predictions to true boxes as COCO does (Lin et al. 2014, 1405.0312), at all IoUs.
 
     truth: columns image, x1, y1, x2, y2, label (1..`classes`); predictions: and score. images: ids
     of all evaluated images, those without a box too. In each image and class the best 100 boxes
     are taken by score; each gets the free true box of highest IoU, if that reaches the threshold.
-    Ties as in pycocotools. iou: ascending, 0.5 among them. Errors: ValueError naming the first
-    wrong row.
+    Ties as in pycocotools. iou: ascending, 0.5 among them. sizes: (width, height) by image, if the
+    boxes are to be held against them. Errors: ValueError naming the first wrong row.
 
-    >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns=["image", *CORNERS, "label"])
+    >>> truth = pd.DataFrame([[7, 0, 0, 10, 10, 1]], columns="image x1 y1 x2 y2 label".split())
     >>> found = pd.DataFrame([[7, 0, 0, 10, 9, 1]], columns=truth.columns).assign(score=0.8)
     >>> summary(match(truth, found, images=[7, 8], classes=1, iou=COCO_IOUS))
     {'mAP50': 1.0, 'mAP50_95': 0.9}
     """
-    images = np.asarray(images, dtype=np.int64)
-    if not len(images) or len(np.unique(images)) < len(images):
+    images = metrics.exact_ids(images, "images", "id")
+    if not len(images) or len(pd.unique(images)) < len(images):
         raise ValueError("images must name every evaluated image once, at least one")
-    order, shape = np.argsort(images), (len(images), classes)
-    group, corners, _ = _grouped(truth, "truth", images[order], classes, scored=False)
+    ordered, shape = in_order(images), (len(images), classes)
+    order = places(ordered, images)
+    known = read_boxes(truth, "truth", scored=False, sizes=sizes)
+    found = read_boxes(predictions, "predictions", sizes=sizes)
+    group, corners, _ = _grouped(known, "truth", ordered, classes)
     by_group = np.argsort(group, kind="stable")
     known = group[by_group], corners[:, by_group]
-    group, corners, score = _grouped(predictions, "predictions", images[order], classes)
+    group, corners, score = _grouped(found, "predictions", ordered, classes)
     best_first = np.lexsort((-score, group))
     best_first = best_first[ranks(group[best_first]) < MAX_DETECTIONS]
     group, score = group[best_first], score[best_first]
@@ -96,7 +106,7 @@ def match(
 def average_precision(matches: Matches) -> pd.DataFrame:
     """COCO average precision: a row per label (NaN without true boxes), a column per IoU.
 
-    >>> truth = pd.DataFrame([[0, 0, 0, 10, 10, 2]], columns=["image", *CORNERS, "label"])
+    >>> truth = pd.DataFrame([[0, 0, 0, 10, 10, 2]], columns="image x1 y1 x2 y2 label".split())
     >>> nothing = truth[:0].assign(score=0.5)
     >>> average_precision(match(truth, nothing, images=[0], classes=2))[0.5].tolist()
     [nan, 0.0]
@@ -133,7 +143,7 @@ def best_thresholds(
     threshold; NaN, which no score reaches, where keeping nothing is as good. Choose on other images
     than those that the result is reported on.
 
-    >>> truth = pd.DataFrame([[0, 0, 0, 9, 9, 1]], columns=["image", *CORNERS, "label"])
+    >>> truth = pd.DataFrame([[0, 0, 0, 9, 9, 1]], columns="image x1 y1 x2 y2 label".split())
     >>> found = truth.loc[[0, 0]].assign(x2=[9, 3], score=[0.7, 0.4])
     >>> best_thresholds(match(truth, found, images=[0], classes=1))["threshold"].tolist()
     [0.7, 0.7]
@@ -276,35 +286,12 @@ def _rates(matches, label, threshold, tp: np.ndarray, fp: np.ndarray) -> pd.Data
     return table.assign(fp_per_image=fp / len(matches.images))
 
 
-def _grouped(table, name: str, images: np.ndarray, classes: int, *, scored: bool = True):
-    """Group (class x images + place of the image among the sorted ids), corners [4,n] and score."""
-    image, corners, label, score = read_boxes(table, name, scored=scored)
-    place = np.searchsorted(images, image).clip(max=len(images) - 1)
-    refuse(label > classes, name, f"a label above {classes}, the number of classes")
-    refuse(images[place] != image, name, "an image id that `images` lacks")
-    return (label.astype(np.int64) - 1) * len(images) + place, corners, score
-
-
-def read_boxes(table: pd.DataFrame, name: str, *, scored: bool = True) -> tuple[np.ndarray, ...]:
-    """Image, corners [4,n], label and score (1 unless `scored`) of a box table as float64."""
-    columns = ["image", *CORNERS, "label"] + ["score"] * scored
-    if missing := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{name} lacks the columns {missing}; it has {list(table.columns)}")
-    values = table[columns].to_numpy(dtype=float).T
-    (x1, y1, x2, y2), label = values[1:5], values[5]
-    score = values[6] if scored else np.ones(len(table))
-    refuse(~np.isfinite(values).all(0), name, "NaN or an infinite value")
-    refuse((label < 1) | (label % 1 > 0), name, "a label that is none of 1..K: 0 is the background")
-    refuse((x1 >= x2) | (y1 >= y2), name, "x1 >= x2 or y1 >= y2: no area, or xywh was given")
-    refuse((score < 0) | (score > 1), name, "a score outside [0, 1]: apply the sigmoid or softmax")
-    return values[0], values[1:5], label, score
-
-
-def refuse(wrong: np.ndarray, name: str, problem: str) -> None:
-    """ValueError naming the first of the `wrong` rows."""
-    if wrong.any():
-        where = f"{wrong.sum()} of {len(wrong)} rows, first row {int(np.argmax(wrong))}"
-        raise ValueError(f"{name}: {problem} ({where})")
+def _grouped(found: Boxes, name: str, images: np.ndarray, classes: int):
+    """Group (class x images + place of the image among `images`), corners [4,n] and score."""
+    refuse(found.label > classes, name, f"a label above {classes}, the number of classes")
+    place = places(found.image, images)
+    refuse(place < 0, name, "an image id that `images` lacks")
+    return (found.label - 1) * len(images) + place, found.corners, found.score
 
 
 def ranks(groups: np.ndarray) -> np.ndarray:

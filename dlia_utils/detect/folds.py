@@ -19,10 +19,10 @@ import pandas as pd
 
 from .. import files, objectives, submission, train
 from ..data import augment, cache, datasets, sources, split, tables
+from ..data.tables import CORNERS
 from ..models.detector import Detector, faster_rcnn
 from ..study import Study, fit_model
 from . import evaluate, views
-from .evaluate import CORNERS
 
 log = logging.getLogger("dlia_utils")
 
@@ -106,8 +106,11 @@ def truth(study: Study, rows: Sequence[int]) -> pd.DataFrame:
 
 def matches(study: Study, rows: Sequence[int], found: pd.DataFrame, **options) -> evaluate.Matches:
     """`evaluate.match` on these rows of the study."""
-    classes = len(study.dataset.box_classes)
-    return evaluate.match(truth(study, rows), found, images=rows, classes=classes, **options)
+    sides = study.cache.shapes[rows][:, ::-1].tolist()
+    options |= dict(
+        classes=len(study.dataset.box_classes), sizes=dict(zip(rows, sides, strict=True))
+    )
+    return evaluate.match(truth(study, rows), found, images=rows, **options)
 
 
 def on_images(study: Study, rows: Sequence[int], known: pd.DataFrame, found) -> tuple:

@@ -2,7 +2,8 @@
 
 Every function takes a table of predictions (image, x1, y1, x2, y2, label, score) and returns one,
 ordered by image, then descending score. Boxes of different images or classes never meet; equal
-scores keep the table's order.
+scores keep the table's order. `sizes`: (width, height) by image, if the boxes are to be held
+against them.
 """
 
 from __future__ import annotations
@@ -12,25 +13,29 @@ import pandas as pd
 import torch
 from torchvision.ops import batched_nms
 
-from .evaluate import CORNERS, pair_iou, ranks, read_boxes
+from ..data.boxes import Boxes, Sizes, in_order, places, read_boxes
+from ..data.tables import CORNERS
+from .evaluate import pair_iou, ranks
 
 COLUMNS = ("image", *CORNERS, "label", "score")
 
 
-def nms(predictions: pd.DataFrame, *, iou: float = 0.5) -> pd.DataFrame:
+def nms(predictions: pd.DataFrame, *, iou: float = 0.5, sizes: Sizes = None) -> pd.DataFrame:
     """Suppression per image and class: a box goes if a better one overlaps it by more than `iou`.
 
     >>> boxes = pd.DataFrame({"image": 0, "x1": [0, 1, 0], "y1": 0, "x2": 9, "y2": 9, "score": 0.5})
     >>> nms(boxes.assign(label=[1, 1, 2]))["label"].tolist()
     [1, 2]
     """
-    image, corners, label, score = read_boxes(predictions, "predictions")
-    parts = corners.T.copy(), score, _group(image, label)
-    tensors = [torch.from_numpy(part) for part in parts]
-    return _ordered(predictions.iloc[np.sort(batched_nms(*tensors, iou).numpy())])
+    found, _, place = _read(predictions, sizes)
+    parts = found.corners.T.copy(), found.score, _group(place, found.label)
+    kept = np.sort(batched_nms(*map(torch.from_numpy, parts), iou).numpy())
+    return _ordered(predictions.iloc[kept], place[kept], found.score[kept])
 
 
-def wbf(predictions: pd.DataFrame, *, iou: float = 0.55, views: int = 1) -> pd.DataFrame:
+def wbf(
+    predictions: pd.DataFrame, *, iou: float = 0.55, views: int = 1, sizes: Sizes = None
+) -> pd.DataFrame:
     """Weighted boxes fusion (Solovyev et al. 2021, arXiv 1910.13302) of several views.
 
     A box joins the cluster of its image and class whose fused box it overlaps most, if by more
@@ -41,30 +46,38 @@ def wbf(predictions: pd.DataFrame, *, iou: float = 0.55, views: int = 1) -> pd.D
     >>> wbf(boxes.assign(score=[0.9, 0.3]), views=2)["x1"].round(3).tolist()
     [0.5]
     """
-    image, corners, label, score = read_boxes(predictions, "predictions")
-    order = np.lexsort((-score, label, image))
-    image, label, score, corners = image[order], label[order], score[order], corners[:, order]
-    cluster = _cluster(corners, score, ranks(_group(image, label)), iou)
+    (_, corners, label, score), ids, place = _read(predictions, sizes)
+    order = np.lexsort((-score, label, place))
+    place, label, score, corners = place[order], label[order], score[order], corners[:, order]
+    cluster = _cluster(corners, score, ranks(_group(place, label)), iou)
     founders, cluster = np.unique(cluster, return_inverse=True)
     count, total = np.bincount(cluster), np.bincount(cluster, score)
     fused = np.array([np.bincount(cluster, score * corner) for corner in corners])
     alone = (count == 1) | (total == 0)
     fused = np.where(alone, corners[:, founders], fused / np.where(total == 0, 1, total))
     columns = dict(zip(CORNERS, fused, strict=True))
-    columns |= {"label": label[founders], "score": total / count * np.minimum(views, count) / views}
-    table = pd.DataFrame({"image": image[founders], **columns})
-    return _ordered(table.astype({"image": np.int64, "label": np.int64}))
+    table = pd.DataFrame({"image": ids[place[founders]], **columns, "label": label[founders]})
+    score = total / count * np.minimum(views, count) / views
+    return _ordered(table, place[founders], score.clip(max=1))  # rounding may leave more
 
 
 def one_per_class(predictions: pd.DataFrame) -> pd.DataFrame:
     """At most one box per image and class, the best scored, as in the NIH box list."""
-    read_boxes(predictions, "predictions")
-    return _ordered(predictions).drop_duplicates(["image", "label"], ignore_index=True)
+    found, _, place = _read(predictions)
+    table = _ordered(predictions, place, found.score)
+    return table.drop_duplicates(["image", "label"], ignore_index=True)
 
 
-def _group(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+def _read(predictions: pd.DataFrame, sizes: Sizes = None) -> tuple[Boxes, np.ndarray, np.ndarray]:
+    """The boxes, the ids of their images in order, and the place of each box's image among them."""
+    found = read_boxes(predictions, "predictions", sizes=sizes)
+    ids = in_order(pd.unique(found.image))
+    return found, ids, places(found.image, ids)
+
+
+def _group(place: np.ndarray, label: np.ndarray) -> np.ndarray:
     """A whole number for each pair of image and class."""
-    return (image * (label.max(initial=0) + 1) + label).astype(np.int64)
+    return place * (label.max(initial=0) + 1) + label
 
 
 def _cluster(corners: np.ndarray, score: np.ndarray, rank: np.ndarray, iou: float) -> np.ndarray:
@@ -110,6 +123,6 @@ def _nearest(boxes, fused, base: np.ndarray, number: np.ndarray, iou: float) -> 
     return np.where(best > iou, first, -1)
 
 
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    order = np.lexsort((-table["score"].to_numpy(float), table["image"].to_numpy(float)))
-    return table.iloc[order].reset_index(drop=True)
+def _ordered(table: pd.DataFrame, place: np.ndarray, score: np.ndarray) -> pd.DataFrame:
+    """The table with this `score`, by image, then descending score."""
+    return table.assign(score=score).iloc[np.lexsort((-score, place))].reset_index(drop=True)

@@ -118,7 +118,7 @@ def localise(
     """`score_maps` of several maps and of `reference_maps`, after columns map, image, group.
 
     maps: name -> [N,H,W] >= 0, such as `Attribution.heat()`. images: [N,1|3,H,W] in [0,1]. groups:
-    patient of each image.
+    patient of each image; the column group holds their numbers.
 
     >>> images, boxes = torch.rand(2, 1, 8, 8), [np.eye(8, dtype=bool)] * 2
     >>> table = localise({"mine": np.stack(boxes)}, images, boxes, groups=[1, 2])
@@ -126,7 +126,7 @@ def localise(
     'mine'
     """
     tables = []
-    about = {"image": range(len(images)), "group": list(groups)}
+    about = {"image": range(len(images)), "group": metrics.patient_codes(groups)}
     for name, heats in {**maps, **reference_maps(images)}.items():
         first = pd.DataFrame({"map": name} | about)
         tables.append(first.join(score_maps(heats, regions)))

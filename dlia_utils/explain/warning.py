@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..corruption_error import ALL_SEVERITIES, CLEAN, KEY, check, defined, patients_of
-from ..metrics import bootstrap, weighted_auc
+from ..metrics import bootstrap, patient_codes, weighted_auc
 from .drift import SIGN
 
 OUTCOMES = ("error", "flip", "new_error")
@@ -75,7 +75,7 @@ def judge(
     event_patients and other_patients, in cells where both occur.
     """
     copies, scores = _copies(predictions, drift, predictors)
-    unit = pd.factorize(patients_of(copies["image"].to_numpy(), patients))[0]
+    unit = patient_codes(patients_of(copies["image"].to_numpy(), patients))
     patient = np.arange(unit.max() + 1)
     rows = []
     for event in events:

@@ -907,8 +907,9 @@ Markdown(report.finding(run, ["**mAP on the score images, differences:**", "", *
 # A submission has one row for **each id of the mapping**, not for each image: in one edition of the
 # competition three images have two ids, and the n-th id gets the n-th best distinct box. The best
 # box is submitted whatever its confidence: a dummy box in the corner is a certain miss, a doubtful
-# box is not. Only an image without any box gets the most frequent class's median box. In four lines,
-# for an image with two ids:
+# box is not. Only an image without any box gets the most frequent class's median box, and where
+# that would be more than a tenth of the rows, `submission.build` refuses: such a file tells how
+# frequent the classes are, not what the detector saw. In four lines, for an image with two ids:
 
 # %%
 ids = pd.DataFrame({"id": [1, 2], "image_id": "a.png"})
@@ -939,13 +940,17 @@ def boxes_on(target, images):
 
 
 # %% [markdown]
-# The prior is the median box of each class in training. Then, for each edition:
+# The prior is the median box of each class in training. A file that nobody can send, because it is
+# of synthetic images or of no competition, only shows the format, and may consist of it (the
+# argument `prior_share`). Then, for each edition:
 
 # %%
 trained_on = np.unique(np.concatenate([fold.train for fold in folds(study)]))
 shapes = {row: study.cache.shapes[row][::-1] for row in trained_on}
 options = {"prior": submission.class_prior(truth(study, trained_on), shapes)}
 options["classes"] = classes = study.dataset.box_classes
+competes = not run.synthetic and study.dataset.mapping is not None
+options["prior_share"] = 0.1 if competes else 1.0
 written = []
 for target in targets(study):
     images = cache.build(target.dataset, size=run.size, fit="pad")
