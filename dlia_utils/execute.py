@@ -143,6 +143,14 @@ def run(
     return Executed(Path(notebook).stem, folder, time.perf_counter() - start, error)
 
 
+def warned(notebook: str | Path) -> list[str]:
+    """What an executed notebook wrote to standard error, each line once."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    outputs = [one for cell in cells for one in cell.get("outputs", ())]
+    said = ["".join(one["text"]) for one in outputs if one.get("name") == "stderr"]
+    return list(dict.fromkeys("".join(said).splitlines()))
+
+
 def failure_text(failure: Any) -> str:
     """The failing cell's number, its code and the end of its traceback, without colours."""
     code = "\n".join(f"    {line}" for line in failure.source.splitlines())
@@ -188,8 +196,8 @@ def execute(
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in variables.items() if value is not None})
         papermill.execute_notebook(
-            str(notebook),
-            str(out),
+            # In a path papermill takes {name} for a parameter.
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)),
             # As JSON has it: papermill would write a tuple down as a text.
             parameters=json.loads(json.dumps(dict(parameters or {}))),
             cwd=str(cwd or Path(notebook).parent),

@@ -71,10 +71,11 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     if missing := set(RESULT_COLUMNS) - set(rows.columns):
         raise ValueError(f"rows lack the columns {sorted(missing)}: build them with result_rows()")
     path = Path(path)
-    merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
-    # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
-    merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
-    files.write_csv(merged, path)
+    with files.locked(path):  # two runs may write the same file
+        merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+        # pandas before 3 reads back another last digit than it wrote: an eps would count as two.
+        merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
+        files.write_csv(merged, path)
     return merged.reset_index(drop=True)
 
 
