@@ -62,15 +62,21 @@ def no_space(folder: Path) -> str:
     return f"no space left in {folder} (a full disk, or a limit for its user): {fix}"
 
 
-def _full(error: BaseException | None) -> bool:
-    # torch says it in its own words; what made it say so is the error's context.
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     while error:
-        if getattr(error, "errno", None) in FULL:
-            return True
-        if isinstance(error, shutil.Error) and any(os.strerror(one) in str(error) for one in FULL):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _full(error: Exception) -> bool:
+    # torch says it in its own words; what made it say so is the error's context.
+    words = [os.strerror(one) for one in FULL]
+    return any(
+        getattr(one, "errno", None) in FULL
+        or (isinstance(one, shutil.Error) and any(word in str(one) for word in words))
+        for one in causes(error)
+    )
 
 
 def error_text(error: Exception) -> str:

@@ -29,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from . import files, train
 from .objectives import Objective
 
+SAID_BY_BASE = (StorageInternalError, SQLAlchemyError, sqlite3.Error)
 EDGE = 0.1  # a best value in this outer share of its range lies on the edge
 
 log = logging.getLogger("dlia_utils")
@@ -304,8 +305,12 @@ def _named(path: Path) -> Iterator[None]:
     """What the data base says of its file, in words that never advise to remove a good one."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
-        said = f"{error.__cause__ or error}".splitlines()[0]
+    except Exception as error:
+        # Optuna may fail again over what the data base said.
+        said = [one for one in files.causes(error) if isinstance(one, SAID_BY_BASE)]
+        if not said:
+            raise
+        said = str(said[-1]).splitlines()[0]
         if "is full" in said:
             raise files.NoSpace(files.no_space(path.parent)) from error
         if any(word in said for word in ("locked", "readonly", "unable to open", "I/O")):
