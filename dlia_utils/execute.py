@@ -145,7 +145,8 @@ def run(
 
 def warned(notebook: str | Path) -> list[str]:
     """What an executed notebook wrote to standard error, each line once."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    path = Path(notebook)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
     outputs = [one for cell in cells for one in cell.get("outputs", ())]
     said = ["".join(one["text"]) for one in outputs if one.get("name") == "stderr"]
     return list(dict.fromkeys("".join(said).splitlines()))

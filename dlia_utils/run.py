@@ -425,6 +425,8 @@ def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
             f"run folder {folder} was written by another version of dlia_utils (format {found}, "
             f"not {FORMAT}): {ANEW}"
         )
+    if kept and not (any_format or isinstance(kept.get("settings"), dict)):
+        raise files.Damaged(f"{folder / 'config.json'} is damaged (no settings): {ANEW}")
     return kept
 
 
@@ -445,7 +447,7 @@ def _placed(run: Run, *, named: bool) -> Run:
         now = json.loads(json.dumps(run.settings, default=str))
         raise ValueError(
             f"run folder {run.run_dir} holds a run with other settings "
-            f"({differences(before.get('settings', {}), now)}): {ANEW}, "
+            f"({differences(before['settings'], now)}): {ANEW}, "
             "or RESUME = 'force' to go on in it"
         )
     return run
