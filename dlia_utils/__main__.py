@@ -19,9 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except (ValueError, OSError) as error:
-        from .files import error_text
+        from . import files
 
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        print(f"error: {files.error_text(error)}", file=sys.stderr)
         return 2
 
 
@@ -142,11 +142,9 @@ def results_text(path: Path) -> str:
 
     A file without accuracies is shown as its first 20 rows, the clean ones where there are any.
     """
-    import pandas as pd
+    from . import files, report
 
-    from . import report
-
-    results = pd.read_csv(path)
+    results = files.read_csv(path)
     shown = {name: results[name].astype(str).unique() for name in ("data", "profile", "size")}
     context = " | ".join(f"{name}: {', '.join(values)}" for name, values in shown.items())
     headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]

@@ -121,6 +121,7 @@ def run(
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from . import files
     from . import run as runs
 
     parameters = dict(PROFILE=profile, DATA_DIR=absolute(data) if data else "", RUN_NAME=run_name)
@@ -131,7 +132,8 @@ def run(
     beside = folder.with_name(f"{folder.name}.executed.ipynb")
     start, error = time.perf_counter(), ""
     try:
-        execute(notebook, beside, parameters=parameters, progress=progress)
+        with files.room(folder):
+            execute(notebook, beside, parameters=parameters, progress=progress)
     except PapermillExecutionError as failure:
         error = failure_text(failure)
     except DeadKernelError:

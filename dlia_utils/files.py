@@ -21,6 +21,7 @@ import pandas as pd
 from filelock import FileLock
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, a limit of the process
+ANEW = "delete it, and it is made anew"
 LONGEST = 150  # bytes of a name, which gets endings and 255 hold
 
 
@@ -43,23 +44,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     own = f"{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     temporary = path.with_name(f".{path.stem}.{own}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except Exception as error:
-        if not isinstance(error, NoSpace) and _full(error):
-            raise NoSpace(no_space(path.parent)) from error
-        raise
+        with room(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 
-def no_space(folder: Path) -> str:
-    """What is said of a full disk."""
+@contextlib.contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a full disk while it writes into `folder` becomes `NoSpace`."""
+    try:
+        yield
+    except NoSpace:
+        raise
+    except Exception as error:
+        if _full(error):
+            raise no_space(folder) from error
+        raise
+
+
+def no_space(folder: Path) -> NoSpace:
+    """The error for a full disk, in words that cost nobody a good file."""
     fix = "make room there, then run again: what was finished is kept"
-    return f"no space left in {folder} (a full disk, or a limit for its user): {fix}"
+    return NoSpace(f"no space left in {folder} (a full disk, or a limit for its user): {fix}")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -115,7 +126,8 @@ def put_aside(folder: Path) -> Path:
 
 
 def copy_tree(source: str | Path, target: str | Path, *, linked: tuple[str, ...] = ()) -> Path:
-    """Copy a folder (but hidden files and locks) in one step; the copy can always be written.
+    """Copy a folder (but hidden files, locks and links to folders, which may be loops) in one step;
+    the copy can always be written.
 
     Files whose names end in one of `linked` get a second name instead, where the disk allows it.
     """
@@ -126,8 +138,13 @@ def copy_tree(source: str | Path, target: str | Path, *, linked: tuple[str, ...]
                 return os.link(old, new)
         shutil.copyfile(old, new)  # unlike copytree's own copy2 without the mode
 
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        links = {
+            path.name for path in Path(folder).iterdir() if path.is_symlink() and path.is_dir()
+        }
+        return links | shutil.ignore_patterns(".*", "*.lock")(folder, names)
+
     with atomic_path(target) as scratch:
-        ignored = shutil.ignore_patterns(".*", "*.lock")
         shutil.copytree(source, scratch, copy_function=copy, ignore=ignored)
         for folder in (scratch, *filter(Path.is_dir, scratch.rglob("*"))):
             folder.chmod(0o755)
@@ -152,7 +169,7 @@ def reading(path: str | Path, fix: str) -> Iterator[None]:
         # A file that cannot be reached says so itself; an invalid seek is a damaged directory.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        why = f" ({error})" if isinstance(error, ValueError) else ""
+        why = f" ({' '.join(str(error).split())})" if isinstance(error, ValueError) else ""
         raise Damaged(f"{path} is damaged or of another kind{why}: {fix}") from error
 
 
@@ -212,6 +229,12 @@ def read_json(
 def write_json(value: Any, path: str | Path) -> Path:
     """Write `value` as indented JSON in one step; returns the path."""
     return write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", path)
+
+
+def read_csv(path: str | Path, fix: str = ANEW, **options: Any) -> pd.DataFrame:
+    """`pandas.read_csv` of a file of the suite's own. Raises: `Damaged` that names the fix."""
+    with reading(path, fix):
+        return pd.read_csv(path, **options)
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> Path:

@@ -63,7 +63,7 @@ def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
 def _epochs(run: Run, model: str) -> int:
     """Lines of the log that `train.fit` kept of this model (or of its head), else the setting."""
     logs = [run.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
-    return next((len(pd.read_csv(log)) for log in logs if log.exists()), run.epochs)
+    return next((len(files.read_csv(log)) for log in logs if log.exists()), run.epochs)
 
 
 def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
@@ -72,7 +72,9 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
         raise ValueError(f"rows lack the columns {sorted(missing)}: build them with result_rows()")
     path = Path(path)
     with files.locked(path):  # two runs may write the same file
-        merged = pd.concat([pd.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+        merged = (
+            pd.concat([files.read_csv(path), rows], ignore_index=True) if path.exists() else rows
+        )
         # pandas before 3 reads back another last digit than it wrote: an eps would count as two.
         merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
         files.write_csv(merged, path)

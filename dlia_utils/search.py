@@ -312,7 +312,7 @@ def _named(path: Path) -> Iterator[None]:
             raise
         said = str(said[-1]).splitlines()[0]
         if "is full" in said:
-            raise files.NoSpace(files.no_space(path.parent)) from error
+            raise files.no_space(path.parent) from error
         if any(word in said for word in ("locked", "readonly", "unable to open", "I/O")):
             raise OSError(f"{path} cannot be read and written ({said}): nothing is lost") from error
         fix = "delete it, or pass resume=False, to search anew"

@@ -414,16 +414,16 @@ def stored(
     kept = (files.read_json(record) or {}) if path.exists() else {}
     if compute is None:
         good = all(kept.get(part) == key[part] for part in ("format", "models", "split"))
-        return pd.read_csv(made_by(run, f"tables/{name}.csv", section, good=good))
+        return files.read_csv(made_by(run, f"tables/{name}.csv", section, good=good))
     key["settings"] = run.settings if uses is None else run.pick(*uses)
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
         same = _same(run, f"tables/{record.name}", key)
-        table = pd.read_csv(same[0].with_suffix(".csv")) if same else compute()
+        table = files.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # without its key the table counts as none
         files.write_csv(table, path)
         files.write_json(key, record)
-    return pd.read_csv(path)
+    return files.read_csv(path)
 
 
 def made_by(run: Run, name: str, section: str, *, good: bool = True) -> Path:
@@ -459,8 +459,13 @@ def test_opened(
     if not purpose.strip():
         raise ValueError("purpose is empty: say in a few words what the test split is opened for")
     path = study.run.run_dir / "test_log.csv"
+    keep = "mend it by hand, for it says when the test split was opened"
     with files.locked(path):
-        opened = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["time", "purpose"])
+        opened = (
+            files.read_csv(path, keep)
+            if path.exists()
+            else pd.DataFrame(columns=["time", "purpose"])
+        )
         before = opened.loc[opened["purpose"] == purpose, "time"].tolist() if final else []
         if before and not force:
             raise AlreadyOpened(
@@ -488,7 +493,7 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     model = load_models(study, [name])[name]
     weights = fingerprint(model)
     if path.exists() and not force:
-        kept = pd.read_csv(path, dtype={"weights": str})
+        kept = files.read_csv(path, dtype={"weights": str})
         if kept["weights"].eq(weights).all():
             return kept
     test_opened(study, f"final test of {name}", final=True, force=force)
@@ -498,7 +503,7 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     names = ["probability"] if found.shape[1] == 2 else [f"p{k}" for k in range(found.shape[1])]
     told[names] = found[:, -len(names) :]
     files.write_csv(told.assign(weights=weights), path)
-    return pd.read_csv(path, dtype={"weights": str})
+    return files.read_csv(path, dtype={"weights": str})
 
 
 def scores(told: pd.DataFrame) -> np.ndarray:

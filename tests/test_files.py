@@ -49,6 +49,15 @@ def test_a_full_disk_is_said_when_a_folder_is_copied(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_link_that_leads_back_does_not_stop_a_copy(tmp_path):
+    files.write_text("1", tmp_path / "source" / "deep" / "a.txt")
+    (tmp_path / "source" / "deep" / "loop").symlink_to(tmp_path / "source")
+    (tmp_path / "source" / "b.txt").symlink_to(tmp_path / "source" / "deep" / "a.txt")
+    copied = files.copy_tree(tmp_path / "source", tmp_path / "copy")
+    found = sorted(path.relative_to(copied).as_posix() for path in copied.rglob("*"))
+    assert found == ["b.txt", "deep", "deep/a.txt"] and not (copied / "b.txt").is_symlink()
+
+
 @settings(derandomize=True, database=None, deadline=None, max_examples=30)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_a_checkpoint_is_read_unchanged_or_refused(tmp_path_factory, place, bit, cut):
@@ -62,6 +71,14 @@ def test_a_checkpoint_is_read_unchanged_or_refused(tmp_path_factory, place, bit,
         assert torch.equal(files.read_torch(path, "copy it again")["x"], content["x"])
     except files.Damaged as error:
         assert str(path) in str(error) and "copy it again" in str(error)
+
+
+@pytest.mark.parametrize("content", ["", 'a\n"1', "a\n1,2\n1,2,3", "\xff\xfe,1"])
+def test_a_damaged_table_is_named_with_the_fix(tmp_path, content):
+    path = tmp_path / "results.csv"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(files.Damaged, match="results.csv is damaged.*delete it"):
+        files.read_csv(path)
 
 
 JSON = {"empty": "", "text": "hello", "list": "[1]", "number": "3", "null": "null"}
