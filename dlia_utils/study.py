@@ -292,9 +292,11 @@ def starting_weights(run: Run) -> str | None:
     chosen = weights_label(run)
     if wanted and chosen == "random":
         log.warning("training starts from RANDOM weights and will be weaker: %s", reason[:200])
-    if chosen.startswith("file") and not given:
+    if chosen.startswith("file ") and chosen != f"file {Path(given or '').name}":
         how = "set DLIA_WEIGHTS to it, or use another RUN_NAME"
         raise FileNotFoundError(f"this run started from {chosen}: {how}")
+    if not (chosen.startswith("file ") or chosen in ("random", "phantom", "imagenet")):
+        raise files.Damaged(f"{record} names no weights ({chosen[:40]!r}): {files.ANEW}")
     return {"random": None, "phantom": "phantom"}.get(chosen, "imagenet")
 
 

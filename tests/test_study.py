@@ -270,9 +270,14 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
     monkeypatch.setattr(models, "mobilenet_v2", offline)
     assert study.starting_weights(run) is None, "offline: goes on from random weights and says so"
     (run.run_dir / "weights.txt").write_text("file some.pth")
-    monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
-    with pytest.raises(FileNotFoundError, match="set DLIA_WEIGHTS"):
+    for given in ("", "another.pth"):
+        monkeypatch.setenv("DLIA_WEIGHTS", given)
+        with pytest.raises(FileNotFoundError, match="started from file some.pth: set DLIA_WEIGHTS"):
+            study.starting_weights(run)
+    (run.run_dir / "weights.txt").write_text("nothing known")
+    with pytest.raises(ValueError, match="weights.txt names no weights .*delete it"):
         study.starting_weights(run)
+    (run.run_dir / "weights.txt").write_text("file some.pth")
     (run.run_dir / "one").mkdir()
     (run.run_dir / "one" / "weights.txt").write_text("public")
     labels = [study.weights_label(run, name) for name in ("one", "two")]
