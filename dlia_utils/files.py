@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -231,14 +232,26 @@ def write_json(value: Any, path: str | Path) -> Path:
     return write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", path)
 
 
-def read_csv(path: str | Path, fix: str = ANEW, **options: Any) -> pd.DataFrame:
-    """`pandas.read_csv` of a file of the suite's own. Raises: `Damaged` that names the fix."""
-    with reading(path, fix):
-        return pd.read_csv(path, **options)
-
-
 def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
     """Write `table` as CSV without its index in one step; returns the path."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
     return Path(path)
+
+
+def read_csv(path: str | Path, fix: str = ANEW, **options: Any) -> pd.DataFrame:
+    """A table that `write_csv` wrote; ids come back to the last digit, 007 as text.
+
+    Raises: `Damaged` that names the fix.
+    """
+    with reading(path, fix):
+        table, odd = pd.read_csv(path, **options), r"-?(0\d+|\d{16,})"
+        if not re.search(rf"(?m)(^|,){odd}(,|$)", Path(path).read_text(encoding="utf-8")):
+            return table
+        cells = pd.read_csv(path, dtype=str)
+        for name in table.select_dtypes("number"):
+            # Whole numbers beside an empty cell were read as decimals, which end at 2**53.
+            lost = odd if table[name].dtype.kind == "f" else r"-?0\d+"
+            if cells[name].str.fullmatch(lost).any():
+                table[name] = cells[name]
+        return table
