@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+MOST = 20  # lines of warnings that are shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,8 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        from . import files
+
+        print(f"error: {files.error_text(error)}", file=sys.stderr)
         return 2
 
 
@@ -117,10 +122,13 @@ def _report(one) -> None:
         print(one.error, file=sys.stderr)
     elif results.exists():
         print(f"\n{results_text(results)}\n")
+    if said := execute.warned(one.notebook):
+        more = f"\n  and {len(said) - MOST} lines more" * (len(said) > MOST)
+        print("\n  ".join(["It warned of:", *said[:MOST]]) + more, file=sys.stderr)
     print(f"Look at  {execute.short(one.notebook)}")
     kinds = {"all results": one.folder.glob(results.name)}
     kinds["figures"] = one.folder.glob("figures/*.png")
-    kinds["submissions"] = submissions_root().glob(f"*_{one.folder.name}.csv")
+    kinds["submissions"] = submissions_root().glob(f"*_{glob.escape(one.folder.name)}.csv")
     for what, paths in kinds.items():
         if found := sorted(paths):
             where = found[0] if len(found) == 1 else found[0].parent
@@ -134,11 +142,9 @@ def results_text(path: Path) -> str:
 
     A file without accuracies is shown as its first 20 rows, the clean ones where there are any.
     """
-    import pandas as pd
+    from . import files, report
 
-    from . import report
-
-    results = pd.read_csv(path)
+    results = files.read_csv(path)
     shown = {name: results[name].astype(str).unique() for name in ("data", "profile", "size")}
     context = " | ".join(f"{name}: {', '.join(values)}" for name, values in shown.items())
     headline = results[results.metric.eq("accuracy") & results.attack.isin(["clean", "worst"])]

@@ -121,6 +121,7 @@ def run(
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from . import files
     from . import run as runs
 
     parameters = dict(PROFILE=profile, DATA_DIR=absolute(data) if data else "", RUN_NAME=run_name)
@@ -131,7 +132,8 @@ def run(
     beside = folder.with_name(f"{folder.name}.executed.ipynb")
     start, error = time.perf_counter(), ""
     try:
-        execute(notebook, beside, parameters=parameters, progress=progress)
+        with files.room(folder):
+            execute(notebook, beside, parameters=parameters, progress=progress)
     except PapermillExecutionError as failure:
         error = failure_text(failure)
     except DeadKernelError:
@@ -141,6 +143,15 @@ def run(
             folder.mkdir(exist_ok=True)
             beside.replace(folder / "executed.ipynb")
     return Executed(Path(notebook).stem, folder, time.perf_counter() - start, error)
+
+
+def warned(notebook: str | Path) -> list[str]:
+    """What an executed notebook wrote to standard error, each line once."""
+    path = Path(notebook)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
+    outputs = [one for cell in cells for one in cell.get("outputs", ())]
+    said = ["".join(one["text"]) for one in outputs if one.get("name") == "stderr"]
+    return list(dict.fromkeys("".join(said).splitlines()))
 
 
 def failure_text(failure: Any) -> str:
@@ -188,8 +199,8 @@ def execute(
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in variables.items() if value is not None})
         papermill.execute_notebook(
-            str(notebook),
-            str(out),
+            # In a path papermill takes {name} for a parameter.
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)),
             # As JSON has it: papermill would write a tuple down as a text.
             parameters=json.loads(json.dumps(dict(parameters or {}))),
             cwd=str(cwd or Path(notebook).parent),

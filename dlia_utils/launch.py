@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from joblib import wrap_non_picklable_objects
@@ -46,8 +47,9 @@ def each(
     shared = {"OMP_NUM_THREADS": threads} | os.environ
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
 
-    def job(name: str) -> str:
-        task, device, log = Path(scratch, f"{name}.task"), free.get(), log_dir / f"{name}.log"
+    def job(number: int) -> str:
+        name, task, device = names[number], Path(scratch, f"{number}.task"), free.get()
+        log = log_dir / f"{quote(name, safe=' ')}.log"
         # By value, since a function of a notebook cell cannot be imported.
         task.write_bytes(pickle.dumps((wrap_non_picklable_objects(function), name)))
         command = [sys.executable, "-m", "dlia_utils.launch", str(task)]
@@ -63,7 +65,7 @@ def each(
         return "\n".join([f"{name} ended with status {status}:", *tail]) if status else ""
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(devices)) as pool:
-        jobs = [pool.submit(job, name) for name in names]
+        jobs = [pool.submit(job, number) for number in range(len(names))]
         try:
             for _ in Bar(as_completed(jobs), total=len(jobs), desc=f"{len(jobs)} jobs"):
                 pass
@@ -74,7 +76,10 @@ def each(
                 process.terminate()  # nothing happens to what has ended
         if failed := [one.result() for one in jobs if one.result()]:
             raise RuntimeError("\n\n".join(failed))
-        results = {name: Path(scratch, f"{name}.result").read_bytes() for name in names}
+        results = {
+            name: Path(scratch, f"{number}.result").read_bytes()
+            for number, name in enumerate(names)
+        }
     return {name: pickle.loads(result) for name, result in results.items()}
 
 

@@ -64,7 +64,7 @@ def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
 def _epochs(run: Run, model: str) -> int:
     """Lines of the log that `train.fit` kept of this model (or of its head), else the setting."""
     logs = [run.run_dir / name / "metrics.csv" for name in (model, f"{model}_head")]
-    return next((len(pd.read_csv(log)) for log in logs if log.exists()), run.epochs)
+    return next((len(files.read_csv(log)) for log in logs if log.exists()), run.epochs)
 
 
 def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
@@ -72,11 +72,12 @@ def update_results(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     if missing := set(RESULT_COLUMNS) - set(rows.columns):
         raise ValueError(f"rows lack the columns {sorted(missing)}: build them with result_rows()")
     path = Path(path)
-    kept = [pd.read_csv(path, dtype=NAMES)] if path.exists() else []
-    merged = pd.concat([*kept, rows], ignore_index=True) if kept else rows
-    # pandas before 3 reads back another last digit than it wrote: the same eps would count as two.
-    merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
-    files.write_csv(merged, path)
+    with files.locked(path):  # two runs may write the same file
+        kept = [files.read_csv(path, dtype=NAMES)] if path.exists() else []
+        merged = pd.concat([*kept, rows], ignore_index=True) if kept else rows
+        # pandas before 3 reads back another last digit than it wrote: an eps would count as two.
+        merged = merged.assign(eps=merged["eps"].round(12)).drop_duplicates(IDENTITY, keep="last")
+        files.write_csv(merged, path)
     return merged.reset_index(drop=True)
 
 

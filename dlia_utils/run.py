@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -40,6 +39,7 @@ BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretr
 BASIC |= dict(epochs=10, batch_size=32, lr=1e-3, schedule="onecycle", patience=None)
 BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
 
+ANEW = "choose another RUN_NAME, or RESUME = False (--fresh) to put the folder aside"
 REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All"
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 KINDS |= {tuple: "a list", dict: "a dictionary", type(None): "None"}
@@ -209,13 +209,15 @@ def reopen(folder: str | Path) -> Run:
     kept = _recorded(Path(folder))
     if not kept:
         raise ValueError(f"{folder} is no run folder: it holds no config.json (start the notebook)")
-    location = sources.Location(**_tuples(kept["location"]))
-    location = replace(location, root=Path(location.root))
+    with files.reading(Path(folder) / "config.json", ANEW):
+        location = sources.Location(**_tuples(kept["location"]))
+        location = replace(location, root=Path(location.root))
+        told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
+        told["values"] = _tuples(kept["settings"])
     if not location.root.is_dir():
         raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
-    told = {name: kept[name] for name in "notebook profile reason fresh trains".split()}
     told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
-    return Run(location=location, run_dir=Path(folder), values=_tuples(kept["settings"]), **told)
+    return Run(location=location, run_dir=Path(folder), **told)
 
 
 def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +225,8 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(profile="auto", data_dir="", run_name="", resume=True, changes={})
     _need_known(parameters, given, "parameters")
     given |= parameters
+    if given["run_name"]:
+        files.one_part(given["run_name"], "RUN_NAME")
     for word in (given["profile"], os.environ.get("DLIA_PROFILE", "auto")):
         if word not in (*PROFILES, "auto"):
             raise ValueError(f"PROFILE={word!r} is not one of {', '.join(PROFILES)}, auto")
@@ -415,44 +419,48 @@ def submissions_root() -> Path:
 
 
 def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
-    kept = files.read_json(folder / "config.json") or {}
+    kept = files.read_json(folder / "config.json", ANEW) or {}
     if kept and (found := kept.get("format")) != FORMAT and not any_format:
         raise ValueError(
             f"run folder {folder} was written by another version of dlia_utils (format {found}, "
-            f"not {FORMAT}): choose another RUN_NAME, or RESUME = False (--fresh) to put it aside"
+            f"not {FORMAT}): {ANEW}"
         )
+    if kept and not (any_format or isinstance(kept.get("settings"), dict)):
+        raise files.Damaged(f"{folder / 'config.json'} is damaged (no settings): {ANEW}")
     return kept
 
 
 def _placed(run: Run, *, named: bool) -> Run:
     """The run with its folder, of the same settings or new; where the reader gave no name, changed
     settings get a folder of their own."""
-    before = _recorded(run.run_dir, any_format=run.resume is False or bool(run.changed))
-    taken = run.resume is True and before.get("key", run.key) != run.key
-    if not named and (run.changed or taken):
+    taken = not (named or run.changed) and run.resume is True
+    taken = taken and _recorded(run.run_dir).get("key", run.key) != run.key
+    if taken or (run.changed and not named):
         folder = run.run_dir.with_name(f"{run.run_dir.name}-{run.key[:6]}")
         if not run.changed:
             log.warning("%s holds a run of other settings; this is %s", run.run_dir, folder.name)
         run = replace(run, run_dir=folder)
-    before = _recorded(run.run_dir, any_format=run.resume is False)
-    if before and run.resume is True and before["key"] != run.key:
+    if run.resume is False:
+        return run  # whatever lies there is put aside
+    before = _recorded(run.run_dir)
+    if before and run.resume is True and before.get("key") != run.key:
         now = json.loads(json.dumps(run.settings, default=str))
         raise ValueError(
             f"run folder {run.run_dir} holds a run with other settings "
-            f"({differences(before['settings'], now)}): choose another RUN_NAME, RESUME = False to "
-            "put the old run aside, or RESUME = 'force' to go on in it"
+            f"({differences(before['settings'], now)}): {ANEW}, "
+            "or RESUME = 'force' to go on in it"
         )
     return run
 
 
 def open_folder(run: Run) -> Run:
     """Create the run's folder, or go on in it; it may be an earlier session's."""
-    if run.resume and not (run.run_dir / "config.json").exists():
+    begun = (run.run_dir / "config.json").exists()
+    if run.resume and not begun:
         _import_run(run)
-    before = _recorded(run.run_dir, any_format=run.resume is False)
-    if before and run.resume is False:
-        old = f"{run.run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"
-        run.run_dir.rename(run.run_dir.with_name(old))
+    if begun and run.resume is False:
+        files.put_aside(run.run_dir)
+    before = _recorded(run.run_dir)
     # A run that was begun afresh takes nothing from other runs when it is gone on with, either.
     run = replace(run, fresh=run.resume is False or bool(before.get("fresh")))
     names = "notebook profile reason key device fresh trains settings".split()
@@ -471,7 +479,11 @@ def _import_run(run: Run) -> None:
     found, place = {}, Path(run.notebook) / run.run_dir.name
     for mount in sources.mounts():
         for folder in (mount / "runs" / place, mount / place):
-            kept = _recorded(folder, any_format=True)
+            try:
+                kept = _recorded(folder, any_format=True)
+            except (ValueError, OSError) as error:
+                log.warning("input %s is passed over: %s", mount.name, files.error_text(error))
+                continue
             if (kept.get("key"), kept.get("format")) == (run.key, FORMAT):
                 times = (path.stat().st_mtime for path in folder.rglob("last.pt"))
                 found[folder] = max(times, default=0.0)
@@ -480,6 +492,8 @@ def _import_run(run: Run) -> None:
                 log.warning(text, mount.name)
     if found:
         chosen = max(found, key=found.get)
+        if run.run_dir.is_dir() and any(run.run_dir.iterdir()):
+            files.put_aside(run.run_dir)  # a start that was killed before its config.json
         files.copy_tree(chosen, run.run_dir)
         source = chosen.relative_to(sources.kaggle_root())
         log.warning("continues the run of an earlier session, found in input %s", source)

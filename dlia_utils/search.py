@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import math
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,14 @@ import optuna
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from . import train
-from .files import write_csv
+from . import files, train
 from .objectives import Objective
 
+SAID_BY_BASE = (StorageInternalError, SQLAlchemyError, sqlite3.Error)
 EDGE = 0.1  # a best value in this outer share of its range lies on the edge
 
 log = logging.getLogger("dlia_utils")
@@ -255,16 +258,16 @@ def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[op
     path, verbosity = folder / "search.sqlite", optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with FileLock(folder / "search.lock", timeout=0):
+        with FileLock(folder / "search.lock", timeout=0), _named(path):
             for name in () if resume else (path.name, "runs.csv", "extensions.csv"):
                 (folder / name).unlink(missing_ok=True)
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+            storage = _storage(path)
             pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=2)
             options = dict(storage=storage, study_name="search", pruner=pruner, load_if_exists=True)
             study = optuna.create_study(direction=settings["direction"], **options)
             saved = study.user_attrs.get("settings", settings)
             if saved != settings:
-                names = [name for name in settings if saved[name] != settings[name]]
+                names = [name for name in settings if saved.get(name) != settings[name]]
                 text = f"{folder} holds a search with other settings ({', '.join(names)}): "
                 raise ValueError(text + "take another folder, or resume=False to start anew")
             study.set_user_attr("settings", settings)
@@ -281,12 +284,47 @@ def _opened(folder: Path, settings: dict[str, Any], resume: bool) -> Iterator[op
         optuna.logging.set_verbosity(verbosity)
 
 
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    """The data base in `path`, checked before anything is added to it."""
+    lost = path.exists() and not path.stat().st_size and (path.parent / "runs.csv").exists()
+
+    def connect() -> sqlite3.Connection:  # in a URL ? # % {} of the path would mean something else
+        return sqlite3.connect(path, check_same_thread=False)
+
+    with closing(connect()) as connection:
+        (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        kept = connection.execute("SELECT name FROM sqlite_master WHERE name = 'studies'")
+        tables = connection.execute("SELECT name FROM sqlite_master").fetchone()
+        if lost or found != "ok" or (tables and not kept.fetchone()):
+            raise sqlite3.DatabaseError(f"malformed: {'empty' if lost else found}")
+    return optuna.storages.RDBStorage("sqlite:///search", engine_kwargs={"creator": connect})
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the data base says of its file, in words that never advise to remove a good one."""
+    try:
+        yield
+    except Exception as error:
+        # Optuna may fail again over what the data base said.
+        said = [one for one in files.causes(error) if isinstance(one, SAID_BY_BASE)]
+        if not said:
+            raise
+        said = str(said[-1]).splitlines()[0]
+        if "is full" in said:
+            raise files.no_space(path.parent) from error
+        if any(word in said for word in ("locked", "readonly", "unable to open", "I/O")):
+            raise OSError(f"{path} cannot be read and written ({said}): nothing is lost") from error
+        fix = "delete it, or pass resume=False, to search anew"
+        raise files.Damaged(f"{path} is damaged or no search ({said}): {fix}") from error
+
+
 def _runs(study: optuna.Study, space: Space) -> pd.DataFrame:
     """One row a run, in the order of runs.csv."""
     rows, others = [], {}
     for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.WAITING:
-            continue
+        if trial.state == TrialState.WAITING or not set(space) <= set(trial.params):
+            continue  # killed before it had all its values: nothing ran
         told, metrics = trial.user_attrs, trial.user_attrs.get("metrics", {})
         state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
         state = "diverged" if told.get("diverged") and state == "pruned" else state
@@ -301,9 +339,9 @@ def _runs(study: optuna.Study, space: Space) -> pd.DataFrame:
 
 
 def _write(study: optuna.Study, space: Space, extensions: list[dict], folder: Path) -> None:
-    write_csv(_runs(study, space), folder / "runs.csv")
+    files.write_csv(_runs(study, space), folder / "runs.csv")
     if extensions:
-        write_csv(pd.DataFrame(extensions), folder / "extensions.csv")
+        files.write_csv(pd.DataFrame(extensions), folder / "extensions.csv")
 
 
 def run_name(params: Mapping[str, Any]) -> str:
@@ -386,7 +424,7 @@ def finetune_with_drop_rule(
         row |= {"baseline_train_accuracy": share, "best_epoch": fitted.best_epoch if fitted else 0}
         row[monitor] = fitted.best_score if fitted else math.nan
         rows.append(row | {f"baseline_{monitor}": baseline[monitor]})
-        write_csv(pd.DataFrame(rows), Path(run_dir) / "attempts.csv")
+        files.write_csv(pd.DataFrame(rows), Path(run_dir) / "attempts.csv")
         log.info("fine-tuning attempt %d (lr %g): %s", number, lr, outcome)
         if outcome == "gain":
             return FineTuned(model, fitted, pd.DataFrame(rows))

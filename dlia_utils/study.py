@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,8 +161,7 @@ def _decoded(run: Run, dataset: datasets.Dataset) -> tuple[datasets.Dataset, cac
 
 def _check_own(study: Study, name: str) -> None:
     """Refuse a model of the reader's own that cannot take part, after a try on two images."""
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"run.own[{name!r}]: this names a folder: use letters, digits, _ . -")
+    files.one_part(name, "run.own:")
     images = study.images(study.rows("train")[:2])
     try:
         model = _own_model(study.run, name)
@@ -195,7 +193,7 @@ def work_folder(run: Run, name: str, depends: Mapping[str, Any]) -> Path:
         if kept == wanted:
             return folder
         if kept is not None or (folder.is_dir() and any(folder.iterdir())):
-            folder.rename(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+            files.put_aside(folder)
             what = differences(kept or {}, wanted)
             log.warning("%s was made under other settings (%s): put aside, made anew", name, what)
         if same := _same(run, f"{name}/key.json", wanted):
@@ -214,10 +212,19 @@ def _same(run: Run, record: str, wanted: Mapping[str, Any]) -> list[Path]:
     """
     attached = [folder for mount in sources.mounts() for folder in (mount / "runs", mount)]
     places = [run.run_dir.parent, *(folder / run.notebook for folder in attached)]
-    found = [] if run.fresh else [path for place in places for path in place.glob(f"*/{record}")]
-    found = [path for path in found if not path.is_relative_to(run.run_dir)]
-    found = [path for path in found if ".old" not in str(path) and files.read_json(path) == wanted]
+    others = [] if run.fresh else [other for place in places for other in place.glob("[!.]*")]
+    others = [other for other in others if other != run.run_dir and other.suffix != ".old"]
+    found = [other / record for other in others if _says(other / record, wanted)]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _says(record: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a record of another run says `wanted`; a damaged one stops nothing."""
+    try:
+        return files.read_json(record) == wanted
+    except (ValueError, OSError) as error:
+        log.warning("passed over: %s", files.error_text(error))
+        return False
 
 
 def described(value: Any) -> Any:
@@ -249,7 +256,7 @@ def weights_key(run: Run, name: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _weights_hash(path: Path, stamp: int) -> str:
     # Not of the file: two files of the same weights differ in their bytes.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = models.read(path)
     hashed = hashlib.sha1(digest(content["recipe"]).encode(), usedforsecurity=False)
     for name, value in content["state_dict"].items():
         hashed.update(name.encode() + value.contiguous().numpy().tobytes())
@@ -265,29 +272,31 @@ def build_model(run: Run, *, classes: int = 2) -> models.PixelModel:
 def starting_weights(run: Run) -> str | None:
     """`weights` of `models.mobilenet_v2`: decided once per run, kept in weights.txt.
 
-    Without internet and without a file in DLIA_WEIGHTS the run goes on from random weights.
+    Without internet and without a file in DLIA_WEIGHTS the run goes on from random weights, and
+    says so for every model.
     """
     record, given = run.run_dir / "weights.txt", os.environ.get("DLIA_WEIGHTS")
+    wanted = "phantom" if run.pretrained == "phantom" else "imagenet" if run.pretrained else None
+    reason = "this run began so; another RUN_NAME tries again"
     if not record.exists():
-        chosen = "random"
-        if run.pretrained == "phantom":
-            try:
-                models.mobilenet_v2(weights="phantom", **run.pick("width", "stages"))
-                chosen = "phantom"
-            except ValueError as error:
-                log.warning("training starts from RANDOM weights: %s", str(error)[:80])
-        elif run.pretrained:
-            try:
-                models.mobilenet_v2(weights="imagenet")
-                chosen = f"file {Path(given).name}" if given else "imagenet"
-            except RuntimeError as error:
-                log.warning("training starts from RANDOM weights and will be weaker: %s", error)
+        chosen = wanted or "random"
+        try:
+            models.mobilenet_v2(weights=wanted, **run.pick("width", "stages"))
+        except (RuntimeError, ValueError) as error:
+            if wanted == "imagenet" and isinstance(error, ValueError):
+                raise  # a file that does not fit, or a network that no such weights exist for
+            chosen, reason = "random", str(error)
+        chosen = f"file {Path(given).name}" if given and chosen == "imagenet" else chosen
         files.write_text(chosen, record)
         log.info("starting weights: %s", chosen)
     chosen = weights_label(run)
-    if chosen.startswith("file") and not given:
+    if wanted and chosen == "random":
+        log.warning("training starts from RANDOM weights and will be weaker: %s", reason[:200])
+    if chosen.startswith("file ") and chosen != f"file {Path(given or '').name}":
         how = "set DLIA_WEIGHTS to it, or use another RUN_NAME"
         raise FileNotFoundError(f"this run started from {chosen}: {how}")
+    if not (chosen.startswith("file ") or chosen in ("random", "phantom", "imagenet")):
+        raise files.Damaged(f"{record} names no weights ({chosen[:40]!r}): {files.ANEW}")
     return {"random": None, "phantom": "phantom"}.get(chosen, "imagenet")
 
 
@@ -452,19 +461,26 @@ def test_opened(
     if not purpose.strip():
         raise ValueError("purpose is empty: say in a few words what the test split is opened for")
     path = study.run.run_dir / "test_log.csv"
-    opened = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["time", "purpose"])
-    before = opened.loc[opened["purpose"] == purpose, "time"].tolist() if final else []
-    if before and not force:
-        raise AlreadyOpened(
-            f"the test split was opened for {purpose!r} at {before[0]} ({path.name} of this run). "
-            "What was changed since then was changed by somebody who may know the result. Start a "
-            "new run (RUN_NAME), or open it again with force=True, which is logged"
+    keep = "mend it by hand, for it says when the test split was opened"
+    with files.locked(path):
+        opened = (
+            files.read_csv(path, keep)
+            if path.exists()
+            else pd.DataFrame(columns=["time", "purpose"])
         )
-    purpose += " (AGAIN, forced)" * bool(before)
-    entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose}
-    entry |= {"config": study.run.key, "split": study.key["split"]}
-    opened = pd.DataFrame([*opened.to_dict("records"), entry])
-    files.write_csv(opened, path)
+        before = opened.loc[opened["purpose"] == purpose, "time"].tolist() if final else []
+        if before and not force:
+            raise AlreadyOpened(
+                f"the test split was opened for {purpose!r} at {before[0]} ({path.name} of this "
+                "run). What was changed since then was changed by somebody who may know the "
+                "result. Start a new run (RUN_NAME), or open it again with force=True, which is "
+                "logged"
+            )
+        purpose += " (AGAIN, forced)" * bool(before)
+        entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "purpose": purpose}
+        entry |= {"config": study.run.key, "split": study.key["split"]}
+        opened = pd.DataFrame([*opened.to_dict("records"), entry])
+        files.write_csv(opened, path)
     return opened
 
 
@@ -479,7 +495,7 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     model = load_models(study, [name])[name]
     weights = fingerprint(model)
     if path.exists() and not force:
-        kept = pd.read_csv(path, dtype={"weights": str})
+        kept = files.read_csv(path, dtype={"weights": str})
         if kept["weights"].eq(weights).all():
             return kept
     test_opened(study, f"final test of {name}", final=True, force=force)
@@ -489,7 +505,7 @@ def predictions(study: Study, name: str, *, force: bool = False) -> pd.DataFrame
     names = ["probability"] if found.shape[1] == 2 else [f"p{k}" for k in range(found.shape[1])]
     told[names] = found[:, -len(names) :]
     files.write_csv(told.assign(weights=weights), path)
-    return pd.read_csv(path, dtype={"weights": str})
+    return files.read_csv(path, dtype={"weights": str})
 
 
 def scores(told: pd.DataFrame) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -28,14 +27,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from . import models
+from . import files, models
 from .device import device_of, evaluating, pick_device
-from .files import atomic_path, write_csv
 from .objectives import Objective
 from .progress import Bar
 from .units import check_numbers
 
 FORMAT = "dlia_utils training 1"
+ANEW = "delete it to train this model anew, or set RESUME = False for the whole run"
 SCHEDULES = ("constant", "cosine", "onecycle")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 MEASURED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_auc")
@@ -225,20 +224,8 @@ class _Run:
     def start(self, resume: bool) -> None:
         """Take up what `run_dir` holds, or begin anew; remove files that a kill left unfinished."""
         set_seed(self.recipe.seed, device_specific=True)
-        last, saved = self.run_dir / "last.pt", None
-        if resume and last.is_file():
-            try:
-                saved = torch.load(last, map_location="cpu", weights_only=True)
-            except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-                fix = "delete it to train this model anew, or set RESUME = False for the whole run"
-                raise ValueError(f"{last} is damaged: {fix}") from error
-            if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-                raise ValueError(f"{last} is not of this `fit`: remove it, or pass resume=False")
-            old, new = saved["settings"], self.settings
-            changed = [key for key in new if old.get(key) != new[key]]
-            if changes := "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed):
-                text = f"{self.run_dir} holds a run with other settings ({changes}): "
-                raise ValueError(text + "take another run_dir, or resume=False to start anew")
+        last = self.run_dir / "last.pt"
+        saved = self.kept(last) if resume and last.is_file() else None
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -247,11 +234,33 @@ class _Run:
                 path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         if saved:
-            self.restore(saved)
+            with files.reading(last, ANEW):
+                self.restore(saved)
+
+    def kept(self, last: Path) -> dict[str, Any]:
+        """What `save` wrote into `last`, if it is whole and of this training."""
+        saved = files.read_torch(last, ANEW)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"{last} is not of this `fit`: {ANEW}")
+        with files.reading(last, ANEW):
+            old, epoch, history = (saved[name] for name in ("settings", "epoch", "history"))
+            needed = {"epoch", "seconds", "train_loss", old["monitor"]}
+            told = [row["epoch"] for row in history if needed <= row.keys()]
+            if told != list(range(1, len(told) + 1)) or not len(told) == epoch <= old["epochs"]:
+                raise ValueError(f"it says epoch {epoch}, its history {len(told)} epochs")
+        changed = [key for key in self.settings if old.get(key) != self.settings[key]]
+        if changes := "; ".join(
+            f"{key}: {old.get(key)} -> {self.settings[key]}" for key in changed
+        ):
+            text = f"{self.run_dir} holds a run with other settings ({changes}): "
+            raise ValueError(text + "take another run_dir, or resume=False to start anew")
+        return saved
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.state = {name: saved[name] for name in self.state}
         models.load_strictly(self.judged, saved["best_state"], origin=f"{self.name}/last.pt")
+        if not all(weight.isfinite().all() for weight in self.judged.parameters()):
+            raise ValueError("its weights are not finite numbers")
         if self.accelerator.is_main_process:
             self.export(best=True)
         self.model.load_state_dict(saved["model"])
@@ -269,14 +278,13 @@ class _Run:
         content["random"] = gather_object([_random_state()])
         if self.accelerator.is_main_process:
             content |= {name: part and part.state_dict() for name, part in self.parts.items()}
-            with atomic_path(self.run_dir / "last.pt") as temporary:
-                torch.save(content | self.state, temporary)
+            files.write_torch(content | self.state, self.run_dir / "last.pt")
             self.export(best=self.state["best_epoch"] == self.state["epoch"])
 
     def export(self, *, best: bool) -> None:
         """The files for readers; with `best` the judged model has the best weights."""
         state = self.state
-        write_csv(pd.DataFrame(state["history"]), self.run_dir / "metrics.csv")
+        files.write_csv(pd.DataFrame(state["history"]), self.run_dir / "metrics.csv")
         if best:
             meta = {"epoch": state["best_epoch"], "monitor": self.recipe.monitor}
             meta |= {"score": state["best_score"], "settings": self.settings}

@@ -1,6 +1,8 @@
 """The command line and what executes notebooks: what they print and leave, the exit status."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from dlia_utils import __main__ as cli
 from dlia_utils import execute
 from dlia_utils.data import sources
 from dlia_utils.data.readers import DataNotFound
+from tools import __main__ as tools
 from tools import notebooks
 
 RESULTS = """
@@ -44,13 +47,16 @@ def rewrite(notebook, before, after):
 
 
 def test_run_executes_prints_the_table_and_says_where_to_look(suite, tmp_path, capsys):
-    assert cli.main("run --nb 7 --run-name mine --set epochs=7".split()) == 0
-    printed = capsys.readouterr().out
+    name = "mein {Lauf} 100 % #2? [\xe4] 'q'"
+    assert cli.main(["run", "--nb", "7", "--run-name", name, "--set", "epochs=7"]) == 0
+    printed, said = capsys.readouterr()
     assert "changed  * epochs = 7  (in this profile: 3)" in printed
     assert "0.88 [0.80, 0.90]" in printed and "worst 4/255" in printed
     assert "data: pneumonia (SYNTHETIC) | profile: smoke" in printed
     assert "executed.ipynb" in printed and "results.csv" in printed
-    folder = tmp_path / "runs" / "07_tiny" / "mine"
+    assert "It warned of:\n  " in said and "done" in said, "what the kernel said is not lost"
+    folder = tmp_path / "runs" / "07_tiny" / name
+    assert [path.name for path in folder.parent.iterdir()] == [name]
     assert json.loads((folder / "config.json").read_text())["settings"]["epochs"] == 7
     executed = (folder / "executed.ipynb").read_text()
     assert "* epochs = 7" in executed, "the banner of the notebook"
@@ -75,6 +81,21 @@ def test_execute_passes_parameters_and_tells_the_failing_cell(suite, tmp_path, m
     assert "ZeroDivisionError" in text and "\x1b" not in text
     said = f"cpu {tmp_path / 'relative'} {{'lr': 0.0003, 'grid': [1, 2]}}"
     assert said in (tmp_path / "out" / "x.ipynb").read_text()
+
+
+def test_an_error_of_the_system_is_one_line(suite, tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").write_text("a file")
+    folder = ["submission", "check", str(tmp_path), "--mapping", str(tmp_path)]
+    for command, message in ((["run"], "runs"), (folder, str(tmp_path))):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("error: ") and message in said and "\n" not in said
+    monkeypatch.setattr(tools.notebooks, "sources", lambda names: (_ for _ in ()).throw(full))
+    assert tools.main(["build"]) == 2
+    assert capsys.readouterr().err == "error: a.ipynb: No space left on device\n"
+
+
+full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.ipynb")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from harm import HARM, full_disk
 from torch import nn
 
 from dlia_utils import plots
@@ -337,6 +338,43 @@ def test_a_folder_is_read_back_only_where_nothing_changed(study, tmp_path):
     other = copy.deepcopy(model)
     other[-1].bias.data += 0.01
     assert new(other) == 4 and new(data=(x.flip(0), y)) == 4 and new(seed=1) == 4
+
+
+BLOCKS = {
+    "a part is missing": lambda kept: kept.pop("step"),
+    "an unknown part": lambda kept: kept.update(other=np.ones(2)),
+    "other images": lambda kept: kept.update(places=kept["places"] + 1),
+    "too few": lambda kept: kept.update(queries=kept["queries"][1:]),
+    "objects": lambda kept: kept.update(step=np.array([None] * 40)),
+}
+
+
+@pytest.mark.parametrize("harm", [*HARM, *BLOCKS])
+def test_a_kept_block_that_is_damaged_or_foreign_is_named_with_the_fix(study, tmp_path, harm):
+    model, x, y = study
+    options = dict(attacks=("noise",), folder=tmp_path, progress=False)
+    before = evaluate.robust(model, (x, y), GRID[:1], **options)
+    path = next(tmp_path.glob("block_0_clean_*.npz"))
+    if harm in HARM:
+        path.write_bytes(HARM[harm](path.read_bytes()))
+    else:
+        with np.load(path) as file:
+            kept = dict(file)
+        BLOCKS[harm](kept)
+        np.savez(path, **kept)
+    with pytest.raises(ValueError, match=r"block_.*npz is damaged.*delete it to run this attack"):
+        evaluate.robust(model, (x, y), GRID[:1], **options)
+    path.unlink()  # which the message names
+    after = evaluate.robust(model, (x, y), GRID[:1], **options)
+    pd.testing.assert_frame_equal(after.rows, before.rows)
+
+
+def test_blocks_on_a_full_disk_are_said_and_those_that_are_kept_stay(study, tmp_path):
+    model, x, y = study
+    options = dict(attacks=("noise",), folder=tmp_path / "suite", progress=False)
+    with full_disk(500), pytest.raises(OSError, match="no space left in .*suite"):
+        evaluate.robust(model, (x, y), GRID[:1], **options)
+    evaluate.robust(model, (x, y), GRID[:1], **options)
 
 
 def test_table_and_figure(whole, study):

@@ -24,12 +24,14 @@ def test_functions_of_a_notebook_run_side_by_side_and_give_their_results_back(
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    results = launch.each(job, ["a", "bb", "ccc"], log_dir=tmp_path, devices=["", "-1"])
+    names, logs = ["/", "bb", "..\xfc"], tmp_path / "logs"
+    results = launch.each(job, names, log_dir=logs, devices=["", "-1"])
     values, processes, devices, threads = zip(*results.values(), strict=True)
-    assert list(results) == ["a", "bb", "ccc"] and values == (3, 6, 9)
+    assert list(results) == names and values == (3, 6, 9)
     assert len({*processes, os.getpid()}) == 4
     assert {*devices} == {"", "-1"} and {*threads} == {"3"}
-    assert "hello from bb" in (tmp_path / "bb.log").read_text()
+    assert "hello from bb" in (logs / "bb.log").read_text()
+    assert len(list(logs.iterdir())) == 3 and list(tmp_path.iterdir()) == [logs]
 
 
 def test_with_one_device_or_one_job_it_is_a_loop_in_this_process(tmp_path):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harm import HARM
 from safetensors.torch import save_file
 from test_cnn import equal, randomised, tiny_resnet
 from torch import nn
@@ -126,15 +127,76 @@ def test_a_saved_model_comes_back_bit_equal_with_its_recipe(tmp_path):
 
 def test_other_files_and_other_models_are_refused(tmp_path):
     path = models.save(nn.Linear(2, 2), tmp_path / "linear.pt", meta={})
-    damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(path.read_bytes()[:-300])
     for file, build, message in [
         (path, None, "pass build="),
         (path, lambda: nn.Linear(2, 3), r"0 of 2 .*weight: \(2, 2\), expected \(3, 2\)"),
         (written(nn.Linear(2, 2).state_dict(), tmp_path), None, "not written by models.save"),
-        (damaged, None, "damaged.pt is damaged .*delete it"),
     ]:
         with pytest.raises(ValueError, match=message):
             models.load(file, build)
     with pytest.raises(ValueError, match="known: .*mobilenet_v2"):
         models.create("alexnet")
+
+
+PARTS = {
+    "no weights": lambda kept: kept.pop("state_dict"),
+    "a list of weights": lambda kept: kept.update(state_dict=[1]),
+    "numbers for weights": lambda kept: kept.update(state_dict={"a": 1}),
+    "no meta": lambda kept: kept.pop("meta"),
+    "a text for a recipe": lambda kept: kept.update(recipe="mobilenet_v2"),
+}
+
+
+@pytest.mark.parametrize("harm", [*HARM, *PARTS])
+def test_a_damaged_model_file_is_named_with_the_fix(tmp_path, harm):
+    path = models.save(models.cnn(channels=(4,), hidden=4), tmp_path / "best.pt", meta={})
+    if harm in HARM:
+        path.write_bytes(HARM[harm](path.read_bytes()))
+    else:
+        kept = torch.load(path, weights_only=True)
+        PARTS[harm](kept)
+        torch.save(kept, path)
+    with pytest.raises(ValueError, match=r"/best\.pt is damaged.*delete it.*copy it again"):
+        models.load(path)
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_file_of_weights_is_named(tmp_path, harm):
+    path = written({"a": torch.ones(99)}, tmp_path)
+    path.write_bytes(HARM[harm](path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged.*fetch it again"):
+        models.mobilenet_v2(width=0.25, stages=1, weights=path)
+
+
+RECIPES = [
+    {"name": "mobilenet_v2", "width": 500},
+    {"name": "cnn", "channels": [50_000, 50_000]},
+    {"name": "cnn", "hidden": 10**9},
+    {"name": "resnet50_v2", "depths": [90_000] * 4},
+    {"name": "cnn", "mean": float("nan")},
+    {"name": "mobilenet_v2", "weights": "/etc/passwd"},
+    {"name": "hat_wrn_34_10", "pretrained": "public"},
+    {"name": "transfer", "body": {"name": "resnet50_v2", "weights": "imagenet"}, "head": "linear"},
+    {"name": "timm", "arch": "hf-hub:somebody/something"},
+    {"name": "torchvision", "arch": "../up"},
+    {"name": "nobody"},
+    {"width": 1.0},
+    {"name": "cnn", "colour": 3},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe)[:60])
+def test_a_recipe_in_a_file_is_data_of_bounded_size(tmp_path, recipe):
+    model = models.cnn(channels=(4,), hidden=4)
+    model.recipe = recipe
+    path = models.save(model, tmp_path / "best.pt", meta={})
+    with pytest.raises(ValueError, match=r"best\.pt is damaged.*delete it"):
+        models.load(path)
+
+
+def test_a_recipe_that_draws_what_is_replaced_is_read(tmp_path):
+    body = models.resnet50_v2(width=1 / 16, depths=(1, 1, 1, 1))
+    plain = models.mobilenet_v2(width=0.25, stages=2)
+    for model in (models.with_head(body), models.spectral_normalize(plain)):
+        path = models.save(model, tmp_path / "best.pt", meta={})
+        assert models.load(path).recipe == model.recipe

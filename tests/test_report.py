@@ -1,5 +1,6 @@
 """Result rows, the results file, paired tables, the verdict and figures on hand-made numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_update_replaces_the_same_row_and_keeps_others(run):
     assert merged["model"].tolist() == ["7", "007"]
     with pytest.raises(ValueError, match="lack the columns"):
         report.update_results(pd.DataFrame({"model": ["a"]}), path)
+
+
+def test_two_runs_at_once_lose_no_row(run):
+    path = run.run_dir / "results.csv"
+
+    def add(name):
+        report.update_results(rows(run, name, "worst", 0.1, 0.5), path)
+
+    names = [f"model {number}" for number in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, names))
+    assert sorted(pd.read_csv(path)["model"]) == sorted(names)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from harm import flipped
 from test_cnn import equal, randomised, shapes
 from torch import nn
 
@@ -211,7 +212,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
             load(STANDARD, content, tmp_path)
     path = tmp_path / "public.pt"
     torch.save(state, path)
-    for data in (path.read_bytes()[:-2000], b"<html>quota exceeded</html>" * 60_000):
+    whole = path.read_bytes()
+    for data in (whole[:-2000], flipped(whole), b"<html>quota exceeded</html>" * 60_000):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="public.pt is damaged.*fetch it again"):
             tiny(STANDARD, pretrained=path)

@@ -183,6 +183,67 @@ def test_bad_parameters_are_named(arguments, message):
         begin(**arguments)
 
 
+RECORDS = {
+    "empty": "",
+    "a list": "[1]",
+    "null": "null",
+    "cut": '{"key": ',
+    "deep": "[" * 100_000,
+    "no settings": '{"format": 2}',
+    "wrong parts": '{"format": 2, "key": 3, "settings": [], "location": {"a": 1}}',
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_damaged_config_is_named_and_can_be_put_aside(kind):
+    record = begin(run_name="mine").run_dir / "config.json"
+    record.write_text(RECORDS[kind])
+    for action in (lambda: begin(run_name="mine"), lambda: run.reopen(record.parent)):
+        with pytest.raises(ValueError, match=r"mine.* RUN_NAME, or RESUME = False \(--fresh\)"):
+            action()
+    assert begin(run_name="mine", resume=False).run_dir == record.parent
+    assert list(record.parent.parent.glob("mine.*.old")), "put aside, not deleted"
+
+
+@pytest.fixture
+def attached(tmp_path, monkeypatch):
+    """Kaggle, with a run attached as an input; the working folder is empty."""
+    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    one = begin()
+    (one.run_dir / "baseline").mkdir()
+    (one.run_dir / "baseline" / "last.pt").write_text("weights")
+    mount = tmp_path / "kaggle" / "input" / "mine"
+    mount.mkdir(parents=True)
+    (tmp_path / "runs").rename(mount / "runs")
+    return mount
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_broken_file_in_an_input_stops_no_run(attached, kind, caplog):
+    other = attached.with_name("another") / "runs" / NOTEBOOK / "smoke-synthetic" / "config.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(RECORDS[kind])
+    assert (begin().run_dir / "baseline" / "last.pt").exists()
+    assert "another" in caplog.text
+
+
+@pytest.mark.parametrize("left", [".config.77-ab.tmp.json", "executed.ipynb"])
+def test_a_start_that_was_killed_before_its_first_file_blocks_none(attached, tmp_path, left):
+    before = tmp_path / "runs" / NOTEBOOK / "smoke-synthetic" / left
+    before.parent.mkdir(parents=True)
+    before.write_text("half a file")
+    assert (begin().run_dir / "baseline" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/up", "a/b", ".", "x" * 300, 7])
+def test_a_run_name_is_one_part_of_a_path(name, tmp_path):
+    with pytest.raises(ValueError, match="RUN_NAME .* cannot name a folder"):
+        begin(run_name=name)
+    assert not (tmp_path / "runs").exists()
+    odd = begin(run_name="\xfcber 100 %?#{x} 'q'").run_dir
+    assert odd.parent.name == NOTEBOOK and run.reopen(odd).run_dir == odd
+
+
 @pytest.fixture
 def shapes(tmp_path, monkeypatch):
     """Class folders under a name that no published data set has."""

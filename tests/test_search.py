@@ -1,8 +1,10 @@
 """The search finds known optima, widens ranges, survives kills; fine-tuning steps back."""
 
+import contextlib
 import math
 import os
 import signal
+import sqlite3
 
 import optuna
 import pandas as pd
@@ -358,3 +360,94 @@ def test_the_best_runs_are_complete_ones():
     runs["state"] = ["complete"] * 3 + ["pruned", "complete", "diverged"]
     assert search.top_runs(runs, count=2).index.tolist() == [4, 2]
     assert search.top_runs(runs, count=2, direction="minimize").index.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["a?b", "100 % #2", "{x}", "\xfc 'q'"])
+def test_a_search_lies_in_its_folder_whatever_its_name(tmp_path, name):
+    run(tmp_path / name, along_x(0.5), trials=2, extend=0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "search.sqlite").stat().st_size > 0
+    run(tmp_path / name, lambda *_: pytest.fail("ran again"), trials=2, extend=0)
+
+
+def foreign(path):
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE people (name)")
+
+
+def scrambled(path):
+    raw = bytearray(path.read_bytes())
+    for page in range(4096, len(raw) - 4096, 8192):
+        raw[page : page + 40] = bytes(range(40))
+    path.write_bytes(raw)
+
+
+BASES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "a web page": lambda path: path.write_bytes(b"<!DOCTYPE html>" * 999),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "pages of random bytes": scrambled,
+    "of another program": foreign,
+}
+
+
+@pytest.mark.parametrize("harm", BASES)
+def test_a_damaged_data_base_is_named_with_the_fix(tmp_path, harm):
+    run(tmp_path, along_x(0.5), trials=2, extend=0)
+    BASES[harm](tmp_path / "search.sqlite")
+    with pytest.raises(ValueError, match=r"search.sqlite is damaged.*delete it, or pass resume"):
+        run(tmp_path, along_x(0.5), trials=2, extend=0)
+    (tmp_path / "search.sqlite").unlink()  # which the message names
+    assert len(run(tmp_path, along_x(0.5), trials=2, extend=0).runs) == 2
+
+
+LIMITS = {
+    "max_page_count = 40": "no space left in .*: make room",
+    "query_only = 1": "cannot be read and written .*nothing is lost",
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_full_disk_or_a_locked_file_is_never_advised_to_be_deleted(tmp_path, monkeypatch, limit):
+    whole = run(tmp_path / "whole", trials=5, extend=0)
+    made, seen, make, folder = [], [], search._storage, tmp_path / "full"
+    monkeypatch.setattr(search, "_storage", lambda path: made.append(make(path)) or made[-1])
+
+    def limited(connection, _):
+        connection.execute(f"PRAGMA {limit}")
+
+    def objective(params, report):
+        seen.append(params)
+        if len(seen) == 3:  # what connects from now on meets a full disk
+            event.listen(made[0].engine, "connect", limited)
+            made[0].engine.dispose()
+            return two(params, report) | {"note": "x" * 100_000}
+        return two(params, report)
+
+    with pytest.raises(OSError, match=LIMITS[limit]) as told:
+        run(folder, objective, trials=5, extend=0)
+    assert str(folder) in str(told.value) and "delete" not in str(told.value)
+    check_same_end(run(folder, trials=5, extend=0), whole)
+
+
+def test_a_run_killed_while_it_drew_its_values_leaves_no_row(tmp_path, straight):
+    class Killed(Exception):
+        pass
+
+    drawn, suggest = [], optuna.Trial.suggest_int
+
+    def die(self, *arguments, **options):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise Killed
+        return suggest(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Trial, "suggest_int", die)
+        with pytest.raises(Killed):
+            run(tmp_path, extend=1)
+    assert pd.read_csv(tmp_path / "runs.csv")["batch"].dtype == int
+    found = run(tmp_path, extend=1)
+    check_same_end(found, straight)
+    assert found.runs["batch"].dtype == int

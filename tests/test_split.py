@@ -155,6 +155,13 @@ def test_save_and_load(dataset, tmp_path, draw):
         split.load(dataset, file)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"split": 3}', '{"split": {}, "rule": "a"}'])
+def test_a_damaged_split_is_named_with_the_fix(dataset, tmp_path, content):
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(ValueError, match="split.json is damaged.*delete it"):
+        split.load(dataset, tmp_path / "split.json")
+
+
 def test_hash_without_folds_is_the_one_of_earlier_runs(tmp_path):
     small = make(tmp_path, [("a.jpeg", 0, "p0", "g", "train"), ("b.jpeg", 1, "p1", "g", "test")])
     assert split.split_hash(small) == "8a79045f73208b31"

@@ -1,6 +1,7 @@
 """What the sections of a notebook share, on the phantom in a run folder of its own."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_a_trained_network_is_taken_as_it_is(opened):
     [
         ({"mine": lambda: tiny_net(1)}, r"run.own\['mine'\]: .*one logit"),
         ({"mine": lambda: tiny_net(3)}, r"run.own\['mine'\]: .*3"),
-        ({"a/b": tiny_net}, "this names a folder"),
+        ({"a/b": tiny_net}, "run.own: 'a/b' cannot name a folder"),
     ],
 )
 def test_a_network_that_cannot_take_part_is_refused_before_any_training(opened, own, message):
@@ -241,6 +242,24 @@ def test_spectral_bounds_hold_while_training_and_plain_layers_come_back(opened, 
     assert norms[{"kernel": "reshaped_norm", "operator": "operator_norm"}[kind]].max() < 1.1
 
 
+@pytest.mark.parametrize("wanted", [True, "phantom"])
+def test_random_starting_weights_are_said_for_every_model(opened, monkeypatch, caplog, wanted):
+    run = opened.run.variant(pretrained=wanted, width=0.6)
+    if wanted is True:
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+        monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
+    for begun in (True, False):
+        caplog.clear()
+        study.build_model(run)
+        assert "training starts from RANDOM weights and will be weaker" in caplog.text
+        assert ("this run began so" in caplog.text) != begun
+    assert study.weights_label(run) == "random"
+
+
+def offline(*_, **__):
+    raise OSError("no internet")
+
+
 def test_starting_weights_are_said_and_kept(opened, monkeypatch):
     run = opened.run.variant(pretrained=True)
     assert study.weights_label(run) == "random", "nothing was loaded yet, and asking loads nothing"
@@ -251,9 +270,14 @@ def test_starting_weights_are_said_and_kept(opened, monkeypatch):
     monkeypatch.setattr(models, "mobilenet_v2", offline)
     assert study.starting_weights(run) is None, "offline: goes on from random weights and says so"
     (run.run_dir / "weights.txt").write_text("file some.pth")
-    monkeypatch.delenv("DLIA_WEIGHTS", raising=False)
-    with pytest.raises(FileNotFoundError, match="set DLIA_WEIGHTS"):
+    for given in ("", "another.pth"):
+        monkeypatch.setenv("DLIA_WEIGHTS", given)
+        with pytest.raises(FileNotFoundError, match="started from file some.pth: set DLIA_WEIGHTS"):
+            study.starting_weights(run)
+    (run.run_dir / "weights.txt").write_text("nothing known")
+    with pytest.raises(ValueError, match="weights.txt names no weights .*delete it"):
         study.starting_weights(run)
+    (run.run_dir / "weights.txt").write_text("file some.pth")
     (run.run_dir / "one").mkdir()
     (run.run_dir / "one" / "weights.txt").write_text("public")
     labels = [study.weights_label(run, name) for name in ("one", "two")]
@@ -404,3 +428,50 @@ def test_another_training_after_the_test_is_refused_and_can_be_forced(tested):
     assert second["weights"].iloc[0] != first["weights"].iloc[0]
     assert openings(tested)[1:] == ["final test of baseline (AGAIN, forced)"]
     pd.testing.assert_frame_equal(study.predictions(tested, "baseline"), second)
+
+
+BROKEN = {"empty": "", "a list": "[]", "cut": '{"a": ', "other encoding": "\xff"}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_record_of_another_run_is_passed_over_and_an_own_one_is_named(
+    opened, caplog, kind
+):
+    other = opened.run.run_dir.with_name("other")
+    for path in (other / "work" / "key.json", other / "tables" / "one.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(BROKEN[kind], encoding="latin-1")
+    folder = study.work_folder(opened.run, "work", {"a": 1})
+    assert study.stored(opened, "one", table(3))["value"].item() == 3
+    assert caplog.text.count("passed over") == 2
+    for path, again in (
+        (folder / "key.json", lambda: study.work_folder(opened.run, "work", {"a": 1})),
+        (opened.run.run_dir / "tables/one.json", lambda: study.stored(opened, "one", table(3))),
+    ):
+        path.write_text(BROKEN[kind], encoding="latin-1")
+        with pytest.raises(ValueError, match=f"{path.name} is damaged.*delete it, and it is made"):
+            again()
+        path.unlink()  # which the message names
+        again()
+
+
+def test_half_a_copied_run_is_taken_for_none(opened):
+    half = opened.run.run_dir.with_name(".other.77-ab.tmp") / "work" / "key.json"
+    half.parent.mkdir(parents=True)
+    half.write_text('{"a": 1}')
+    (half.parent / "last.pt").write_text("half")
+    assert not (study.work_folder(opened.run, "work", {"a": 1}) / "last.pt").exists()
+
+
+def test_the_test_split_is_opened_once_by_two_at_once(tested):
+    assert tested.key
+
+    def opening(_):
+        try:
+            return len(study.test_opened(tested, "final", final=True))
+        except study.AlreadyOpened:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(opening, range(8))) == 1
+    assert len(openings(tested)) == 1

@@ -3,6 +3,7 @@
 Run as a script (`python tests/test_train.py FOLDER`) this file is the process that gets killed.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from harm import HARM, full_disk
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -114,12 +116,13 @@ def train_once(run_dir: Path, event: str | None, nth: int) -> None:
         replace(source, target)
         happens(f"after {Path(target).name}")
 
-    def watched_save(content, path):
-        save(content, path)
+    def watched_save(content, file):
+        save(content, file)
         if "optimizer" in content:
-            os.truncate(path, Path(path).stat().st_size // 2)
+            file.truncate(file.tell() // 2)
             happens("half of last.pt")
-            save(content, path)
+            file.seek(0)
+            save(content, file)
 
     os.replace, torch.save = watched_replace, watched_save
     model = models.spectral_normalize(models.mobilenet_v2(width=0.1, seed=1))
@@ -202,14 +205,53 @@ def test_a_finished_run_returns_at_once_with_its_weights(tmp_path):
     assert first.best_epoch == second.best_epoch
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_training_that_was_cut_short_on_disk_is_named(tmp_path, share):
+FOREIGN = {
+    "a part is missing": lambda kept: kept.pop("epoch"),
+    "no settings": lambda kept: kept.update(settings=None),
+    "no history": lambda kept: kept["history"].clear(),
+    "a row without its columns": lambda kept: kept["history"][0].pop("seconds"),
+    "epochs that nobody trained": lambda kept: kept.update(epoch=10**9),
+    "a wrong random state": lambda kept: kept.update(random=[{"python": 3}]),
+    "another optimiser": lambda kept: kept.update(optimizer={}),
+    "weights of another network": lambda kept: kept["best_state"].update(a=torch.ones(1)),
+    "weights that are no numbers": lambda kept: kept["best_state"]["1.bias"].fill_(math.nan),
+}
+
+
+@pytest.mark.parametrize("harm", [*HARM, *FOREIGN])
+def test_a_last_pt_that_is_damaged_or_foreign_is_named_with_the_fix(tmp_path, harm):
     run(tmp_path, epochs=1)
     last = tmp_path / "last.pt"
-    os.truncate(last, int(share * last.stat().st_size))
-    with pytest.raises(ValueError, match=r"last\.pt is damaged: delete it.*RESUME = False"):
+    if harm in HARM:
+        last.write_bytes(HARM[harm](last.read_bytes()))
+    else:
+        kept = torch.load(last, weights_only=True)
+        FOREIGN[harm](kept)
+        torch.save(kept, last)
+    best = (tmp_path / "best.pt").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"/last\.pt is damaged.*delete it.*RESUME = False"
+    ) as told:
         run(tmp_path, epochs=1)
-    run(tmp_path, epochs=1, resume=False)  # which the message names
+    assert str(tmp_path) in str(told.value) and "Pytorch" not in str(told.value)
+    assert (tmp_path / "best.pt").read_bytes() == best or harm not in HARM
+    last.unlink()  # which the message names
+    run(tmp_path, epochs=1)
+
+
+def test_a_training_on_a_full_disk_says_so_and_goes_on_where_it_was(tmp_path):
+    whole, after = linear(), linear()
+    run(tmp_path / "whole", model=whole)
+
+    def fill(row):
+        if row["epoch"] == 1:
+            limit.enter_context(full_disk())
+
+    with contextlib.ExitStack() as limit, pytest.raises(OSError, match="no space left in") as told:
+        run(tmp_path / "full", on_epoch=fill)
+    assert str(tmp_path / "full") in str(told.value) and "delete" not in str(told.value)
+    assert len(run(tmp_path / "full", model=after).history) == 3
+    assert torch.equal(weights(whole), weights(after))
 
 
 def test_a_run_with_numpy_numbers_is_read_back(tmp_path):
@@ -227,7 +269,7 @@ def test_a_run_of_other_settings_or_a_foreign_file_is_refused_or_overwritten(tmp
         run(tmp_path, config={"size": 16}, objective=objectives.cross_entropy_at(3.0))
     assert len(run(tmp_path, epochs=1, resume=False).history) == 1
     torch.save({"model": {}}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="resume=False"):
+    with pytest.raises(ValueError, match="RESUME = False"):
         run(tmp_path)
 
 

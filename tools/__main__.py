@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dlia_utils import execute
+from dlia_utils.files import error_text
 
 from . import notebooks
 
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options) or 0
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 2
 
 

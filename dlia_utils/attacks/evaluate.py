@@ -350,10 +350,7 @@ def _kept(study: _Study, name: str, eps: float, places: np.ndarray) -> _Block:
         key = json.dumps([study.key, own, place, places.tolist()], default=str)
         path = study.folder / f"block_{eps:.9g}_{name}_{_hash(key.encode())}.npz"
         if study.resume and path.exists():
-            with np.load(path) as kept:
-                return _Block(
-                    **{key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
-                )
+            return _read_block(path, places)
     start = time.perf_counter()
     block = _Block(name, eps, places, np.full(n, -1), np.ones(n, int), np.full(n, np.inf))
     if name == "clean":
@@ -367,6 +364,18 @@ def _kept(study: _Study, name: str, eps: float, places: np.ndarray) -> _Block:
         with files.atomic_path(path) as temporary:
             np.savez(temporary, **vars(block))
     return block
+
+
+def _read_block(path: Path, places: np.ndarray) -> _Block:
+    with files.reading(path, "delete it to run this attack anew"):
+        files.check_zip(path)
+        with np.load(path) as kept:
+            found = {key: kept[key] if kept[key].ndim else kept[key].item() for key in kept}
+        block = _Block(**found)
+        told = block.step, block.queries, block.distance
+        if not np.array_equal(block.places, places) or {len(one) for one in told} != {len(places)}:
+            raise ValueError("it is of other images")
+        return block
 
 
 def _strike(study: _Study, block: _Block) -> None:

@@ -199,13 +199,15 @@ def save(dataset: Dataset, path: str | Path) -> str:
 def load(dataset: Dataset, path: str | Path) -> Dataset:
     """Apply a split written by `save`; `BadData` when it was edited or is of other images."""
     saved, paths = files.read_json(path), dataset.manifest["path"]
-    if odd := set(paths) ^ set(saved["split"]):
+    with files.reading(path, "delete it to draw a new split"):
+        known, rule, written = set(saved["split"]), saved["rule"], saved["hash"]
+    if odd := set(paths) ^ known:
         text = f"{path} is the split of other images: {len(odd)} differ, first {min(odd)}"
         raise BadData(f"{text}. Delete it to draw a new split.")
     kept = {name: paths.map(saved[name]) for name in ("split", "fold") if name in saved}
     manifest = dataset.manifest.drop(columns="fold", errors="ignore").assign(**kept)
-    loaded = replace(dataset, manifest=manifest, split_rule=saved["rule"])
-    if split_hash(loaded) != saved["hash"]:
+    loaded = replace(dataset, manifest=manifest, split_rule=rule)
+    if split_hash(loaded) != written:
         text = f"{path} was changed after it was written (its hash does not match)"
         raise BadData(f"{text}. Delete it to draw a new one.")
     return loaded

@@ -128,15 +128,18 @@ def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -
     """A fresh detector; weights.txt in `folder` says what it starts from, random where it must."""
     record, weights = folder / "weights.txt", options["weights"]
     began = record.read_text(encoding="utf-8") if record.exists() else ""
+    reason = "this training began so; another RUN_NAME tries again"
     if weights is not None and began != "random":
         try:
             model = faster_rcnn(num_classes=num_classes, **options)
         except RuntimeError as error:
-            log.warning("training starts from RANDOM weights and will be much weaker: %s", error)
+            reason = str(error)
         else:
             own_file = weights == "imagenet" and os.environ.get("DLIA_WEIGHTS")
             files.write_text(f"file {Path(own_file).name}" if own_file else weights, record)
             return model
+    if weights is not None:
+        log.warning("training starts from RANDOM weights and will be much weaker: %s", reason)
     files.write_text("random", record)
     # Running statistics of random weights mean nothing: batch norm must learn.
     random = {**options, "weights": None, "freeze_bn": False}

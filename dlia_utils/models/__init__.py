@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import pickle
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..files import atomic_path
+from .. import files
 from .cnn import cnn, summary
 from .lipschitz import bake, compare_norms, spectral_like, spectral_normalize
 from .mobilenet import mobilenet_v2
@@ -23,10 +26,13 @@ from .transfer import blocks, cached_features, last_map_layer, unfreeze, with_he
 
 __all__ = ["PixelModel", "TwoLogits", "backbone", "bake", "blocks", "cnn"]
 __all__ += ["cached_features", "check_classifier", "compare_norms", "create", "last_map_layer"]
-__all__ += ["load", "load_strictly", "mobilenet_v2", "resnet18_cifar", "resnet50_v2", "save"]
-__all__ += ["spectral_normalize", "summary", "unfreeze", "with_head", "wrap"]
+__all__ += ["load", "load_strictly", "mobilenet_v2", "read", "resnet18_cifar", "resnet50_v2"]
+__all__ += ["save", "spectral_normalize", "summary", "unfreeze", "with_head", "wrap"]
 
 FORMAT = "dlia_utils model 1"
+FIX = "delete it, so that its section trains the model again, or copy it again"
+LARGEST = 100_000  # number in a recipe
+SLACK = 10_000_000  # weights that a recipe may draw and replace by others
 
 log = logging.getLogger("dlia_utils")
 
@@ -71,9 +77,25 @@ def save(model: nn.Module, path: str | Path, *, meta: dict) -> Path:
     """
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"format": FORMAT, "recipe": getattr(model, "recipe", None), "meta": meta}
-    with atomic_path(path) as temporary:
-        torch.save({**content, "state_dict": state}, temporary)
-    return Path(path)
+    return files.write_torch({**content, "state_dict": state}, path)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a file written by `save` holds: format, recipe, meta, state_dict.
+
+    Raises: FileNotFoundError; ValueError for a damaged file or one of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no model file {path}")
+    content = files.read_torch(path, FIX)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by models.save (weights: see mobilenet_v2)")
+    with files.reading(path, FIX):
+        good = all(map(torch.is_tensor, content["state_dict"].values())) and "meta" in content
+        if not (good and isinstance(content["recipe"], Mapping | None)):
+            raise ValueError("it holds no weights, recipe and meta")
+    return content
 
 
 def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -83,21 +105,50 @@ def load(path: str | Path, build: Callable[[], nn.Module] | None = None) -> nn.M
     give the function that made it, such as `lambda: wrap(MyNet(), mean=0.5, std=0.25)`.
     Raises: FileNotFoundError; ValueError for a damaged file, one of another kind or another model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no model file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-        fix = "delete it, so that its section trains the model again, or copy it again"
-        raise ValueError(f"{path.name} is damaged or no model file: {fix}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path.name} was not written by models.save (weights: see mobilenet_v2)")
-    if build is None and content["recipe"] is None:
+    path, content = Path(path), read(path)
+    recipe, state = content["recipe"], content["state_dict"]
+    if build is None and recipe is None:
         fix = "pass build=, such as lambda: models.wrap(MyNet(), mean=0.5, std=0.25)"
-        raise ValueError(f"{path.name} holds no recipe: {fix}")
-    model = build() if build is not None else create(**content["recipe"])
-    spectral_like(model, content["state_dict"])
-    load_strictly(model, content["state_dict"], origin=path.name)
+        raise ValueError(f"{path} holds no recipe: {fix}")
+    model = build() if build is not None else _built(recipe, state, path)
+    spectral_like(model, state)
+    load_strictly(model, state, origin=str(path))
     log.info("%s: all entries loaded, %s", path.name, content["meta"])
     return bake(model).eval()
+
+
+def _built(recipe: Mapping[str, Any], state: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
+    """The empty model of a file's recipe, which is data: it names no file and is no larger than
+    the file's weights. Raises: `files.Damaged`."""
+    most = SLACK + 2 * sum(value.numel() for value in state.values())
+    made = 0
+
+    def count(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+        nonlocal made
+        made += weight.numel()
+        if made > most:
+            raise ValueError("its recipe makes a larger network than its weights are of")
+
+    with files.reading(path, FIX):
+        _check_recipe(recipe)
+        hook = register_module_parameter_registration_hook(count)
+        try:
+            return create(**recipe)
+        finally:
+            hook.remove()
+
+
+def _check_recipe(value: Any) -> None:
+    """Refuse in a recipe what is no plain setting: a path, a source of weights, a huge number."""
+    if isinstance(value, Mapping):
+        if {"weights", "pretrained"} & set(value):
+            raise ValueError("its recipe names other weights")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_recipe(part)
+    elif isinstance(value, str):
+        if not re.fullmatch(r"[\w.-]+", value):
+            raise ValueError(f"its recipe holds {value[:40]!r}")
+    elif value is not None and not (math.isfinite(value) and abs(value) <= LARGEST):
+        raise ValueError(f"its recipe holds {value}")

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights
 from torchvision.models import mobilenet_v2 as torchvision_mobilenet_v2
 
+from .. import files
 from ..units import check_numbers
 from .layers import check_sizes, drawn
 from .pixel import PixelModel, load_strictly, phantom_weights
@@ -103,11 +103,13 @@ def load_weights(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    fix = "fetch it again"
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file  # comes with accelerate; for such files only
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        with files.reading(path, fix):
+            return load_file(path)
+    state = files.read_torch(path, fix)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path.name} is no plain state dict; models.load reads the suite's files")
+        raise ValueError(f"{path} is no plain state dict; models.load reads the suite's files")
     return state

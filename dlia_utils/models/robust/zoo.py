@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import pickle
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ... import files
 from ...data.sources import cache_root
-from ...files import atomic_path
 from ..layers import check_sizes, drawn
 from ..pixel import FeatureModel, load_strictly, phantom_weights
 from .nets import DeepMindWideResNet, TradesWideResNet
@@ -104,9 +103,8 @@ def create(
     backbone = drawn(seed, build, num_classes, width)
     recipe = {"name": name, "num_classes": num_classes, "width": width}
     model = FeatureModel(backbone, *normalisation, recipe=recipe, checked=True)
-    head = [f"{backbone.HEAD}.weight", f"{backbone.HEAD}.bias"]
     if pretrained == "phantom":
-        load_strictly(backbone, phantom_weights(name), origin=f"phantom {name}", head=head)
+        load_strictly(backbone, phantom_weights(name), origin=f"phantom {name}", head=_head(model))
         model.load_report = "features learnt from phantom images"
     elif path is not None:
         model.load_report = _load(model, Path(path), name)
@@ -123,7 +121,7 @@ def download(name: str) -> Path:
     for place in FILES[name].split():
         url = HUB.format(*place.split("/")) if "/" in place else DRIVE + place
         try:
-            with atomic_path(target) as temporary:
+            with files.atomic_path(target) as temporary:
                 torch.hub.download_url_to_file(url, str(temporary), progress=False)
                 size = temporary.stat().st_size / 1e6
                 if size < 0.98 * megabytes:  # published to three or four digits
@@ -136,6 +134,11 @@ def download(name: str) -> Path:
     raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
 
 
+def _head(model: FeatureModel) -> list[str]:
+    """The keys of the last layer, which may be of another width in a file."""
+    return [f"{model.backbone.HEAD}.{kind}" for kind in ("weight", "bias")]
+
+
 def _load(model: FeatureModel, path: Path, name: str) -> str:
     """Load a public checkpoint, all but the head, or raise; returns what it gave in a line."""
     if not path.is_file():
@@ -144,8 +147,7 @@ def _load(model: FeatureModel, path: Path, name: str) -> str:
     state = _weights(path, model)
     if name == "gairat_wrn_28_10":  # whose file holds a block that is never run
         state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-    head = [f"{network.HEAD}.weight", f"{network.HEAD}.bias"]
-    from_file = load_strictly(network, state, origin=origin, head=head)
+    from_file = load_strictly(network, state, origin=origin, head=_head(model))
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{origin} holds NaN or infinite values: fetch it again")
     entries, last = len(network.state_dict()) - 2, "from the file" if from_file else "drawn anew"
@@ -161,12 +163,10 @@ def _weights(path: Path, model: FeatureModel) -> dict[str, Tensor]:
     scalar = np._core.multiarray.scalar
     kinds = [type(np.dtype(kind)) for kind in ("bool", "float32", "float64", "int32", "int64")]
     harmless = [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype, *kinds]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = f"{path.name} is damaged, a web page, or holds more than weights_only=True reads"
-        raise ValueError(f"{reason}: fetch it again, or save its weights alone") from error
+    with torch.serialization.safe_globals(harmless):
+        content = files.read_torch(
+            path, "fetch it again, or save its weights alone (weights_only=True)"
+        )
     for key in ("state_dict", "model_state", "model_state_dict", "last"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
