@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from .tables import (
     CORNERS,
@@ -25,7 +23,9 @@ from .tables import (
     BadData,
     DataNotFound,
     box_table,
+    open_image,
     rarest_class,
+    read_csv,
     refuse,
     shapes_of,
     sort_files,
@@ -169,7 +169,7 @@ def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -
     the mapping too are left out unless `allow_leak`.
     """
     edition, raw = _box_rows(root / DLIA_TRAIN)
-    mapping = read_csv(root / DLIA_MAPPING, ["image_id"])
+    mapping = read_csv(root / DLIA_MAPPING, ["image_id"]).reset_index(drop=True)
     key = mapping.reindex(columns=["id", "ID"]).bfill(axis=1)["id"]
     if key.isna().any() or mapping["image_id"].isna().any() or key.duplicated().any():
         text = f"{root / DLIA_MAPPING} needs a column id or ID, each filled once, and image_id"
@@ -234,25 +234,14 @@ def _findings(
     return tables(rows, NIH_CLASSES, ignored, boxes=boxes, box_classes=NIH_CLASSES)
 
 
-def read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """A CSV file, whose rows may end in more commas than its header, with all `needed` columns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pd.errors.ParserWarning)
-        table = pd.read_csv(path, index_col=False)  # else pandas would shift the columns
-    table = table.rename(columns=lambda name: str(name).strip())
-    if missing := [name for name in needed if name not in table]:
-        there = ", ".join(table.columns)
-        raise BadData(f"{path} has no column {', '.join(missing)}; it has {there}. Fix: {REPAIR}.")
-    return table
-
-
 def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
     """Edition and raw boxes (see `box_table`) of a table with NIH's header ("A") or that of B."""
     nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")  # its own commas split it
     columns = "image_id label x_min y_min x_max y_max".split()
-    edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
+    edition = "A" if nih_columns[0] in read_csv(path) else "B"
     columns = nih_columns if edition == "A" else columns
     raw = read_csv(path, columns)[columns].set_axis(["name", "class_name", *CORNERS], axis=1)
+    raw = raw.rename_axis("line").reset_index()
     raw[CORNERS] = raw[CORNERS].apply(pd.to_numeric, errors="coerce").astype("float64")
     if edition == "A":
         raw["x2"] += raw["x1"]
@@ -260,7 +249,7 @@ def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
     for name in ("name", "class_name"):
         raw[name] = raw[name].astype(object).where(raw[name].notna(), "").astype(str).str.strip()
     raw["class_name"] = raw["class_name"].replace(SPELLINGS)
-    return edition, raw.assign(where=[f"line {row + 2}" for row in range(len(raw))])
+    return edition, raw.assign(where=raw.pop("line").map("line {}".format))
 
 
 # --------------------------------------------------------------------------------------- FracAtlas
@@ -371,7 +360,7 @@ def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
     """Corners of a rectangle, or outlines of a polygon or bitmap, of Supervisely's format."""
     if one["geometryType"] == "bitmap":  # base64 of a zlib stream of a PNG, placed at `origin`
         png = zlib.decompress(base64.b64decode(one["bitmap"]["data"]))
-        with Image.open(io.BytesIO(png)) as image:
+        with open_image(io.BytesIO(png)) as image:
             # What counts is the opacity; an image without any is a mask by its grey values.
             shown = "A" in image.getbands() or "transparency" in image.info
             mask = image.convert("RGBA").getchannel("A") if shown else image.convert("L")
@@ -418,7 +407,7 @@ def read_coco(path: Path) -> SimpleNamespace:
         images["file"] = images["file_name"].str.strip()
         images["where"] = images["id"].map("image {}".format)
         annotations = list(coco["annotations"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         text = f"{path} is not COCO ({type(error).__name__}: {error})"
         fix = "Fix: export it again, with the lists images, annotations and categories."
         raise BadData(f"{text}. {fix}") from error
