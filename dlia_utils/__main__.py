@@ -192,7 +192,7 @@ def _decoded(dataset):
     try:
         return cache.build(dataset, size=64), None
     except tables.BadData as error:
-        if (bad := error.problems) is None:
+        if (bad := error.problems).empty:
             raise
     good = (~dataset.manifest["path"].isin(bad["path"])).to_numpy().nonzero()[0]
     try:  # It stopped at the headers: the others may be damaged further down.

@@ -278,8 +278,10 @@ def _corners(header: Collection[str]) -> list[str]:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    """A CSV as text; `where` is the line of each row."""
-    table = read_csv(path, text=True)
+    """A CSV as text, its columns in lower case; `where` is the line of each row."""
+    table = read_csv(path, text=True).rename(columns=str.casefold)
+    twice = table.columns[table.columns.duplicated()]
+    refuse(f"{path}", [f"two columns {name}: keep one" for name in twice], "correct it")
     return table.assign(where=table.index.map("line {}".format)).reset_index(drop=True)
 
 

@@ -39,7 +39,8 @@ class BadData(ValueError):
 
     def __init__(self, message: str, problems: pd.DataFrame | None = None):
         super().__init__("\n".join(map(_shortened, message.split("\n"))))
-        self.problems = problems
+        none = problems is None
+        self.problems = pd.DataFrame(columns=["path", "problem"]) if none else problems
 
 
 class BadImage(BadData):
@@ -93,8 +94,9 @@ def sort_files(
         raise BadData(text) from error
 
     for folder, below, names in os.walk(root, followlinks=True, onerror=failed):
-        above = Path(os.path.realpath(os.path.dirname(folder)))
-        if os.path.islink(folder) and above.is_relative_to(os.path.realpath(folder)):
+        real = os.path.realpath(folder)
+        above = map(Path, map(os.path.realpath, Path(folder).parents))
+        if os.path.islink(folder) and any(one.is_relative_to(real) for one in above):
             ignored.append((os.path.relpath(folder, root), "a link to a folder that it lies in"))
             below.clear()
             continue
@@ -221,19 +223,19 @@ def read_csv(path: Path, needed: Sequence[str] = (), *, text: bool = False) -> p
     """A reader's CSV (UTF-8; commas, semicolons or tabs); the index holds the line of each row.
 
     Blank rows, columns without a name, and blank cells beyond the header are left out. A column
-    that holds numbers only becomes numbers; `text`: cells as they stand (0012 stays 0012), names of
-    columns in lower case. Errors: `DataNotFound`; `BadData` with file, line and fix for another
-    encoding, an open quote, ragged rows, a name twice, a column of `needed` missing, no rows.
+    that holds numbers only becomes numbers; `text`: cells as they stand (0012 stays 0012). Errors:
+    `DataNotFound`; `BadData` with file, line and fix for another encoding, an open quote, ragged
+    rows, a name twice, a column of `needed` missing, no rows.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.csv"
-    >>> _ = path.write_text("File;patient\\n1.png;0012\\n\\n2.png;0013;\\n")
+    >>> _ = path.write_text("file;patient\\n1.png;0012\\n\\n2.png;0013;\\n")
     >>> read_csv(path)["patient"].to_dict(), read_csv(path, text=True).loc[4].to_list()
     ({2: 12, 4: 13}, ['2.png', '0013'])
     """
     rows = _csv_rows(path, _csv_text(path))
     first = next(iter(rows), 0)
-    header = [name.casefold() if text else name for name in rows.pop(first, [])]
+    header = rows.pop(first, [])
     width = max((n for n, name in enumerate(header, 1) if name), default=0)
     twice = sorted({name for name in header if name and header.count(name) > 1})
     problems = [f"two columns {name}: keep one" for name in twice]
