@@ -244,6 +244,7 @@ BAD_PIXELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unusable_files_are_all_named_with_what_is_wrong(tmp_path, capsys):
     root = tmp_path / "mine"
     root.mkdir()
@@ -278,24 +279,30 @@ def test_images_of_one_grey_value_are_named(dataset, tmp_path, caplog):
         caplog.clear()
 
 
-@pytest.mark.parametrize("system", ["posix", "another"])
-def test_a_full_disk_is_told_in_words_before_anything_is_decoded(
-    dataset, tmp_path, monkeypatch, system
-):
-    """A sparse file that is mapped kills the process when the disk is full: no test survives it."""
-    if system == "another":
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
-        cached = build(dataset, tmp_path / "room")
-        assert os.stat(cached.path / "images.npy").st_blocks * 512 >= cached.images.size
-        return
+def claims(monkeypatch, error):
+    """A disk that answers so; on a full one a write to a mapped file kills the process."""
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def answer(*_):
+        raise error
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left .*need 0 MB there; make room, .*DLIA_CACHE"):
+    monkeypatch.setattr(os, "posix_fallocate", answer, raising=False)
+
+
+def test_a_full_disk_is_told_in_words_before_anything_is_decoded(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_opened", lambda *a, **k: pytest.fail("decoded first"))
+    claims(monkeypatch, OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="(?i)no space left.*cache/images/tiny-24-") as error:
         build(dataset, tmp_path)
+    told = f"{error.value} {error.value.__cause__}"
+    assert "the decoded images need 3,456 bytes there; make room" in told and "DLIA_CACHE" in told
     assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"lock"}
+
+
+@pytest.mark.parametrize("error", [AttributeError(), OSError(95, "not supported")])
+def test_room_is_filled_where_it_cannot_be_claimed(dataset, tmp_path, monkeypatch, error):
+    claims(monkeypatch, error)
+    monkeypatch.setattr(cache, "_fitted", lambda *_: (np.zeros((24, 24), np.uint8), False))
+    assert os.stat(build(dataset, tmp_path).path / "images.npy").st_blocks * 512 >= 6 * 24**2
 
 
 EXACT = {"L": ("PNG", "BMP", "TIFF"), "1": ("PNG", "BMP", "TIFF"), "RGB": ("PNG", "BMP", "WEBP")}

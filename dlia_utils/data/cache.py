@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -27,6 +28,7 @@ log = logging.getLogger("dlia_utils")
 
 VERSION = 2  # Raise it when decoding changes: old caches are then not read any more.
 MAX_MISSING = 0.25  # A truncated image that lacks more of its rows than this is refused.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TO = Image.Transpose
 TURNS = dict(enumerate((_TO.FLIP_LEFT_RIGHT, _TO.ROTATE_180, _TO.FLIP_TOP_BOTTOM), 2))
 TURNS |= dict(enumerate((_TO.TRANSPOSE, _TO.ROTATE_270, _TO.TRANSVERSE, _TO.ROTATE_90), 5))
@@ -191,20 +193,26 @@ def _new_file(target: Path, shape: tuple[int, ...]) -> np.memmap:
     """A mapped .npy file whose room on the disk is claimed: without it, Linux kills who writes."""
     try:
         images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
-        with target.open("r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), images.offset, images.size)
-            else:
-                file.seek(images.offset)
-                for image in images:
-                    file.write(bytes(image.size))
+        _claim(target, images)
     except OSError as error:
-        needed = f"the decoded images need {np.prod(shape) / 1e6:,.0f} MB there"
-        fix = "make room, or let DLIA_CACHE name a folder on another disk"
-        raise OSError(
-            error.errno, f"{error.strerror}: {needed}; {fix}", str(target.parent)
-        ) from error
+        if error.errno not in FULL:
+            raise
+        text = f"{error.strerror}: the decoded images need {np.prod(shape):,} bytes there; "
+        text += "make room, or let DLIA_CACHE name a folder on another disk"
+        raise OSError(error.errno, text, str(target.parent)) from error
     return images
+
+
+def _claim(target: Path, images: np.memmap) -> None:
+    with target.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), images.offset, images.size)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", 0) in FULL:
+                raise
+            file.seek(images.offset)  # a system or a disk that cannot claim room: fill it
+            for image in images:
+                file.write(bytes(image.size))
 
 
 @contextlib.contextmanager
