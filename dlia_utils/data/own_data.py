@@ -137,7 +137,7 @@ def recognised(folder: Path, kind: str) -> dict | None:
             lists |= {"file", "label"} <= set(header)
         elif {*header} & {*FILE_COLUMNS}:
             boxes.append(path)
-    for path in folder.glob("*.[jJ][sS][oO][nN]"):
+    for path in filter(Path.is_file, folder.glob("*.[jJ][sS][oO][nN]")):
         with path.open("rb") as stream:  # A large file is not read whole for this.
             start = stream.read(1 << 16)
         boxes += [path] if b'"images"' in start or b'"annotations"' in start else []

@@ -429,12 +429,13 @@ def read_coco(path: Path) -> SimpleNamespace:
             what = "image_id and category_id must be listed, bbox be x, y, width, height"
             problems.append(f"annotation {number}: {what}")
     columns = [name for name in ("patient", "split") if images[name].astype(bool).any()]
-    sizes = images.reindex(columns=["file", "height", "width"]).dropna().itertuples(index=False)
+    sizes = images.reindex(columns=["height", "width"]).apply(pd.to_numeric, errors="coerce")
+    sizes = sizes.assign(file=images["file"])[["file", "height", "width"]].dropna()
     return SimpleNamespace(
         images=images[["id", "file", "where", *columns]].astype(str),
         boxes=raw_boxes(boxes),
         outlines=outlines,
-        sizes={name: size for name, *size in sizes},
+        sizes={name: size for name, *size in sizes.itertuples(index=False)},
         problems=problems,
     )
 
