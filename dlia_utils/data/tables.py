@@ -178,11 +178,16 @@ def _words(file: Path | io.BytesIO, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return _too_large("its size")
     if isinstance(error, UnidentifiedImageError | SyntaxError):
-        source = file if isinstance(file, io.BytesIO) else io.BytesIO(file.read_bytes()[:16])
-        if start := source.getvalue()[:16]:
-            known = start.startswith(MAGIC)
-            return "damaged: copy it again" if known else f"not an image ({', '.join(FORMATS)})"
-        return "empty file (0 bytes)"
+        with (
+            io.BytesIO(file.getvalue())
+            if isinstance(file, io.BytesIO)
+            else file.open("rb") as opened
+        ):
+            start = opened.read(16)
+        known = "damaged: copy it again" if start.startswith(MAGIC) else ""
+        return known or (
+            f"not an image ({', '.join(FORMATS)})" if start else "empty file (0 bytes)"
+        )
     if "MAX_TEXT" in str(error) or "text chunks" in str(error):
         return "holds a text or colour profile of many megabytes: save it without"
     reason = getattr(error, "strerror", "") or error or type(error).__name__
