@@ -178,16 +178,14 @@ def _words(file: Path | io.BytesIO, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return _too_large("its size")
     if isinstance(error, UnidentifiedImageError | SyntaxError):
-        with (
-            io.BytesIO(file.getvalue())
-            if isinstance(file, io.BytesIO)
-            else file.open("rb") as opened
-        ):
-            start = opened.read(16)
-        known = "damaged: copy it again" if start.startswith(MAGIC) else ""
-        return known or (
-            f"not an image ({', '.join(FORMATS)})" if start else "empty file (0 bytes)"
-        )
+        if isinstance(file, io.BytesIO):
+            start = file.getvalue()
+        else:
+            with file.open("rb") as opened:
+                start = opened.read(16)
+        if start.startswith(MAGIC):
+            return "damaged: copy it again"
+        return f"not an image ({', '.join(FORMATS)})" if start else "empty file (0 bytes)"
     if "MAX_TEXT" in str(error) or "text chunks" in str(error):
         return "holds a text or colour profile of many megabytes: save it without"
     reason = getattr(error, "strerror", "") or error or type(error).__name__
