@@ -135,7 +135,7 @@ BAD = {  # images, text of l.csv, message
         LABELS + "a.png,flu,more\n",
         r"line 6: 3 cells, but the header has 2\n.*double quotes",
     ),
-    "no rows": (FLAT, "file,label\n", "no rows: give a row for each image"),
+    "no rows": (FLAT, "file,label\n", "has 0 rows below its header. Fix: .*a row for each image"),
     "not UTF-8": (FLAT, LABELS.encode() + b"\xff", "line 6 is not UTF-8.*save it as CSV in UTF-8"),
 }
 
@@ -155,9 +155,9 @@ ODD_CSVS = {
     "latin-1": ((ROW + "b.png,Müller\n").encode("latin-1"), "line 3 is not UTF-8"),
     "utf-16": (ROW.encode("utf-16"), "UTF-16, or no text at all"),
     "binary": (b"file\0label\n", "UTF-16, or no text at all"),
-    "empty": (b"", "it is empty"),
-    "blank": (b"\n \n,\n", "it is empty"),
-    "header only": (b"file,label\n\n", "no rows"),
+    "empty": (b"", "is empty"),
+    "blank": (b"\n \n,\n", "is empty"),
+    "header only": (b"file,label\n\n", "has 0 rows"),
     "open quote": ((ROW + '\n"b.png,flu\nc.png,flu\n').encode(), "line 4: unexpected end of data"),
     "quote of two rows": ((ROW + 'b.png,"flu\nc.png,"no\n').encode(), "line 3: ',' expected after"),
     "long row": ((ROW + "b.png,flu,x\n").encode(), "line 3: 3 cells, but the header has 2"),

@@ -240,10 +240,11 @@ def read_csv(path: Path, needed: Sequence[str] = (), *, text: bool = False) -> p
     first = next(iter(rows), 0)
     header = rows.pop(first, [])
     width = max((n for n, name in enumerate(header, 1) if name), default=0)
+    if not rows:
+        what = "has 0 rows below its header" if width else "is empty"
+        raise BadData(f"{path} {what}. Fix: write it again, with a row for each image.")
     twice = sorted({name for name in header if name and header.count(name) > 1})
     problems = [f"two columns {name}: keep one" for name in twice]
-    problems += ["it is empty"] * (not width)
-    problems += ["no rows: give a row for each image"] * (width > 0 and not rows)
     problems += [
         f"line {line}: {len(row)} cells, but the header has {len(header)}"
         for line, row in rows.items()
