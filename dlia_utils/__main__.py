@@ -156,7 +156,7 @@ def results_text(path: Path) -> str:
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from .data import cache, datasets, medmnist, sources, split, tables
+    from .data import datasets, medmnist, sources, split, tables
 
     name = options.dataset
     known = name in sources.SOURCES or medmnist.meant(name)
@@ -170,19 +170,44 @@ def data_check(options: argparse.Namespace) -> int:
         print(datasets.box_summary(dataset).round(2).to_string(), "\n")
     for reason, count in dataset.ignored["reason"].value_counts().items():
         print(f"not read: {count} files, {reason}")
-    try:
-        images = cache.build(dataset, size=64)
-    except tables.BadData as error:
-        print(f"\n{error}")
+    images, problems = _decoded(dataset)
+    if images is None:
+        print("\n" + datasets.problem_text(problems, shown=len(problems)))
         return 1
-    cut = ", ".join(images.truncated[: tables.SHOWN])
-    print(f"used although they end too early: {len(images.truncated)} files {cut}")
+    for text, paths in (
+        ("used although they end too early", images.truncated),
+        ("used although they show one grey value only", images.flat),
+    ):
+        print(f"{text}: {len(paths)} files {', '.join(paths[: tables.SHOWN])}")
     if own:
         title, audit = _own_audit(split.with_looks(dataset, images.images))
     else:
         title, audit = "the patient-grouped split", split.audit(split.grouped(dataset))
     print(f"\nAudit of {title}\n" + audit.to_string(index=False))
     return int(audit["verdict"].eq("leak").any())
+
+
+def _decoded(dataset):
+    """The images, decoded, or None and every file that cannot be used."""
+    import tempfile
+
+    import pandas as pd
+
+    from .data import cache, datasets, tables
+
+    try:
+        return cache.build(dataset, size=64), None
+    except tables.BadData as error:
+        if (bad := error.problems).empty:
+            raise
+    good = (~dataset.manifest["path"].isin(bad["path"])).to_numpy().nonzero()[0]
+    try:  # It stopped at the headers: the others may be damaged further down.
+        with tempfile.TemporaryDirectory() as scratch:
+            if len(good):
+                cache.build(datasets.take(dataset, good), size=64, root=scratch)
+    except tables.BadData as error:
+        bad = pd.concat([bad, error.problems])
+    return None, bad
 
 
 def _own_audit(dataset):

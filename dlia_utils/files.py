@@ -210,9 +210,7 @@ def write_torch(content: Any, path: str | Path) -> Path:
     return Path(path)
 
 
-def read_json(
-    path: str | Path, fix: str = "delete it, and it is made anew"
-) -> dict[str, Any] | None:
+def read_json(path: str | Path, fix: str = ANEW) -> dict[str, Any] | None:
     """The dictionary that `write_json` has written to `path`; None where there is no such file.
 
     Raises: `Damaged` that names the fix.

@@ -23,7 +23,7 @@ from . import metrics, train
 from .data import datasets
 from .data.cache import ImageCache
 from .data.datasets import Dataset
-from .data.tables import BadData
+from .data.tables import BadData, open_image
 
 log = logging.getLogger("dlia_utils")
 
@@ -71,7 +71,7 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
         inside = mask[: content[0], : content[1]]
         for path in paths.get(row, []):
             try:
-                with Image.open(dataset.root / path) as image:
+                with open_image(dataset.root / path) as image:
                     small = image.convert("L").resize(content[::-1], Image.Resampling.NEAREST)
                 inside |= np.asarray(small) > np.max(small) / 2
             except (OSError, SyntaxError, ValueError) as error:

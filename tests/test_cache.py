@@ -1,17 +1,26 @@
 import hashlib
+import io
 import os
 import pickle
+import struct
+import tempfile
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from scipy.ndimage import gaussian_filter
 
+from dlia_utils import __main__ as cli
 from dlia_utils.data import cache, datasets
-from dlia_utils.data.tables import BadData
+from dlia_utils.data.tables import BadData, shapes_of
 
 
 def picture(seed, size=(96, 80)):
@@ -82,7 +91,7 @@ def test_second_build_reads_nothing_and_pickle_carries_no_pixels(dataset, tmp_pa
 def test_changed_file_size_fit_and_manifest_give_another_cache(dataset, tmp_path):
     first = build(dataset, tmp_path)
     stats = [(path, os.stat(dataset.root / path)) for path in dataset.manifest["path"]]
-    text = "1 24" + "".join(f"\n{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    text = "2 24" + "".join(f"\n{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
     assert first.key == hashlib.sha256(text.encode()).hexdigest()[:20]  # as it always was
     keys = [build(dataset, tmp_path, **options).key for options in ({"size": 16}, {"fit": "pad"})]
     picture(99).save(dataset.root / "0.jpeg")
@@ -172,3 +181,157 @@ def test_a_killed_build_is_not_taken_for_complete(dataset, tmp_path, lost):
     assert np.array_equal(build(dataset, tmp_path).images, expected)
     left = {path.name for path in cached.path.iterdir()} - {"lock"}
     assert left == {"images.npy", "meta.json", "shapes.npy"}
+
+
+# --- files that Pillow would read wrongly, or not at all
+
+
+def chunk(kind, content, crc=0):
+    """A chunk of a PNG; with `crc` its check sum is wrong."""
+    sums = struct.pack(">I", zlib.crc32(kind + content) ^ crc)
+    return struct.pack(">I", len(content)) + kind + content + sums
+
+
+def png(pixels, *extra, colour=0, side=None, crc=0):
+    """A PNG of the bytes as they are: Pillow writes neither 16-bit colour nor damaged files."""
+    height, width = side or pixels.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
+    content = chunk(b"IHDR", head), *extra, chunk(b"IDAT", zlib.compress(rows), crc)
+    return b"".join((b"\x89PNG\r\n\x1a\n", *content, chunk(b"IEND", b"")))
+
+
+def saved(kind, image=None, **options):
+    buffer = io.BytesIO()
+    (image or picture(3)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(value):
+    """The EXIF block of a JPEG whose orientation is `value`: a number, or a text."""
+    number = isinstance(value, int)
+    held = struct.pack("<HHIHH", 0x0112, 3, 1, value, 0) if number else b"\x12\x01\2\0\4\0\0\0abc\0"
+    return b"Exif\0\0II*\0\x08\0\0\0\x01\0" + held + b"\0\0\0\0"
+
+
+GREY = np.arange(80 * 96, dtype=np.uint8).reshape(80, 96)
+DEEP = np.linspace(0, 4095, 80 * 96).astype(np.uint16).reshape(80, 96)  # 12 bits in 16
+UNPACKS = zlib.compress(bytes(3_000_000))
+TURNED = {"tiffinfo": {274: 6}}
+BAD_HEADERS = {  # what is found before anything is decoded: content and problem
+    "colour16": (png(np.stack([DEEP] * 3, -1), colour=2), "more than 8 bits"),
+    "greyalpha16": (png(np.stack([DEEP] * 2, -1), colour=4), "more than 8 bits"),
+    "alpha16": (png(np.stack([DEEP] * 4, -1), colour=6), "more than 8 bits"),
+    "grey16": (png(DEEP), "more than 8 bits"),
+    "tiff16": (cv2.imencode(".tif", np.stack([DEEP] * 3, -1))[1].tobytes(), "more than 8 bits"),
+    "float": (saved("TIFF", picture(1).convert("F")), "more than 8 bits"),
+    "bomb": (png(GREY, side=(60_000, 60_000)), "its size is more than 100 million"),
+    "large": (png(GREY, side=(10_001, 10_000)), "10000 x 10001 is more than 100 million pixels"),
+    "text": (png(GREY, chunk(b"zTXt", b"a\0\0" + UNPACKS)), "holds a text or colour profile"),
+    "profile": (png(GREY, chunk(b"iCCP", b"a\0\0" + UNPACKS)), "holds a text or colour profile"),
+    "header": (png(GREY, chunk(b"tEXt", b"a\0b", crc=1)), "damaged: copy it again"),
+    "script": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image (BMP, GIF,"),
+    "frames": (saved("GIF", save_all=True, append_images=[picture(4)]), "holds 2 images"),
+    "pages": (saved("TIFF", save_all=True, append_images=[picture(4)]), "holds 2 images"),
+    "side": (saved("TIFF", **TURNED), "lies on its side (orientation 6)"),
+    "empty": (b"", "empty file (0 bytes)"),
+}
+BAD_PIXELS = {
+    "sum": (png(GREY, crc=1), "damaged: copy it again"),
+    "flipped": (png(GREY)[:-40] + b"?" + png(GREY)[-39:], "damaged: copy it again"),
+    "half": (saved("JPEG")[: len(saved("JPEG")) // 2], "truncated"),
+    "broken": (saved("TIFF", compression="tiff_lzw").replace(b"a", b"?"), "cannot be decoded"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_unusable_files_are_all_named_with_what_is_wrong(tmp_path, capsys):
+    root = tmp_path / "mine"
+    root.mkdir()
+    make(root / "normal")
+    make(root / "flu")
+    for name, (content, _) in (BAD_HEADERS | BAD_PIXELS).items():
+        (root / "flu" / f"{name}.png").write_bytes(content)
+    dataset = datasets.from_folder(root)
+    found = dict(datasets.check(dataset).to_numpy())
+    assert {Path(path).stem for path in found} == set(BAD_HEADERS)
+    assert shapes_of(root, found) == [None] * len(found)
+    assert cli.main(["data", "check", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert f"{len(BAD_HEADERS | BAD_PIXELS)} unusable files" in printed
+    for name, (_, problem) in (BAD_HEADERS | BAD_PIXELS).items():
+        assert f"flu/{name}.png: {problem}" in printed
+
+
+@pytest.mark.parametrize("value, shape", [("text", (80, 96)), (6, (96, 80)), (9, (80, 96))])
+def test_odd_exif_is_no_obstacle(tmp_path, value, shape):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpeg").write_bytes(saved("JPEG", exif=exif(value)))
+    cached = build(dataset_at(tmp_path / "images"), tmp_path)
+    assert tuple(cached.shapes[0]) == shape and cached.truncated == ()
+
+
+def test_images_of_one_grey_value_are_named(dataset, tmp_path, caplog):
+    Image.new("L", (96, 80), 255).save(dataset.root / "2.png")
+    for _ in range(2):  # when decoded, and when opened again
+        assert build(dataset, tmp_path, fit="pad").flat == ("2.png",)
+        assert "1 images are used that show one grey value only: look at 2.png" in caplog.text
+        caplog.clear()
+
+
+def claims(monkeypatch, error):
+    """A disk that answers so; on a full one a write to a mapped file kills the process."""
+
+    def answer(*_):
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", answer, raising=False)
+
+
+def test_a_full_disk_is_told_in_words_before_anything_is_decoded(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_opened", lambda *a, **k: pytest.fail("decoded first"))
+    claims(monkeypatch, OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="(?i)no space left.*cache/images/tiny-24-") as error:
+        build(dataset, tmp_path)
+    told = f"{error.value} {error.value.__cause__}"
+    assert "the decoded images need 3,456 bytes there; make room" in told and "DLIA_CACHE" in told
+    assert {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {"lock"}
+
+
+@pytest.mark.parametrize("error", [AttributeError(), OSError(95, "not supported")])
+def test_room_is_filled_where_it_cannot_be_claimed(dataset, tmp_path, monkeypatch, error):
+    claims(monkeypatch, error)
+    monkeypatch.setattr(cache, "_fitted", lambda *_: (np.zeros((24, 24), np.uint8), False))
+    assert os.stat(build(dataset, tmp_path).path / "images.npy").st_blocks * 512 >= 6 * 24**2
+
+
+EXACT = {"L": ("PNG", "BMP", "TIFF"), "1": ("PNG", "BMP", "TIFF"), "RGB": ("PNG", "BMP", "WEBP")}
+EXACT |= {"P": ("PNG", "GIF", "TIFF"), "LA": ("PNG", "TIFF"), "RGBA": ("PNG", "WEBP")}
+EXACT |= {"CMYK": ("TIFF",), "I;16": ("PNG", "TIFF"), "F": ("TIFF",), "I": ("TIFF",)}
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=30)
+@given(st.data())
+def test_any_mode_is_read_exactly_or_refused(data):
+    mode = data.draw(st.sampled_from(sorted(EXACT)))
+    kind, side = data.draw(st.sampled_from(EXACT[mode])), data.draw(st.integers(8, 11))
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = rng.integers(0, 256, (side, side, bands), dtype=np.uint8).squeeze()
+    if mode in ("1", "P", "F", "I", "I;16"):
+        image = Image.fromarray(pixels).convert(mode)
+    else:
+        image = Image.fromarray(pixels, mode)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "images")
+        root.mkdir()
+        image.save(root / "0.png", kind, **{"lossless": True} if kind == "WEBP" else {})
+        if mode in ("I;16", "F", "I"):
+            with pytest.raises(BadData, match="0.png: more than 8 bits"):
+                build(dataset_at(root), Path(folder))
+        else:
+            cached = build(dataset_at(root), Path(folder), size=side)
+            weights = np.array([0.299, 0.587, 0.114])
+            colour = np.asarray(image.convert("RGB"), float) @ weights
+            assert np.abs(cached.images[0] - colour).max() <= 1
+            assert cached.shapes.tolist() == [[side, side]]

@@ -177,6 +177,23 @@ def test_covid_splits_in_any_case(tmp_path, spelled, splits):
 # --- the real files
 
 
+def test_links_are_followed_but_never_in_a_circle(tree, tmp_path):
+    expected = load("pneumonia", tree).manifest
+    normal, elsewhere = tree / "train" / "NORMAL", tmp_path / "elsewhere"
+    normal.rename(elsewhere)
+    normal.symlink_to(elsewhere)
+    (tmp_path / "linked").symlink_to(tree)
+    for root in (tree, tmp_path / "linked"):
+        pd.testing.assert_frame_equal(load("pneumonia", root).manifest, expected)
+    (elsewhere / "up").symlink_to(tree)  # one link to what it lies in, and two that lead in a ring
+    (elsewhere / "over").symlink_to(tree / "train" / "PNEUMONIA")
+    (tree / "train" / "PNEUMONIA" / "back").symlink_to(elsewhere)
+    dataset = load("pneumonia", tree)
+    pd.testing.assert_frame_equal(dataset.manifest, expected)
+    circles = dataset.ignored[dataset.ignored["reason"] == "a link to a folder that it lies in"]
+    assert set(circles["path"].map(lambda path: Path(path).name)) >= {"up", "over", "back"}
+
+
 def test_real_pneumonia(real_data):
     manifest = load("pneumonia", real_data).manifest
     train, test = (manifest[manifest["split"] == name] for name in ("train", "test"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dlia_utils import __main__ as cli
-from dlia_utils.data import cache, datasets, phantom, sources
+from dlia_utils.data import cache, datasets, phantom, readers, sources, tables
 from dlia_utils.data.tables import BOX_COLUMNS, BadData, DataNotFound
 
 FLAT = ["a.png", "b.png", "c.png", "d.png"]
@@ -130,9 +131,13 @@ BAD = {  # images, text of l.csv, message
     "no patient": (FLAT, "file,label,patient\na.png,x,p\nb.png,y,NA\n", "line 3: b.png has no pat"),
     "unknown split": (FLAT, SPLITS_CSV + "dev", "line 3: b.png has no split of train, val, test"),
     "unlisted class": (CLASSES, "file\nflu/1.png", "folder normal has no image listed in l.csv"),
-    "cells": (FLAT, LABELS + "a.png,flu,more\n", "cannot be read .*line 6, saw 3.*double quotes"),
-    "no rows": (FLAT, "file,label\n", "no rows: give a row for each image"),
-    "not UTF-8": (FLAT, LABELS.encode() + b"\xff", "cannot be read .*save it as CSV in UTF-8"),
+    "cells": (
+        FLAT,
+        LABELS + "a.png,flu,more\n",
+        r"line 6: 3 cells, but the header has 2\n.*double quotes",
+    ),
+    "no rows": (FLAT, "file,label\n", "has 0 rows below its header. Fix: .*a row for each image"),
+    "not UTF-8": (FLAT, LABELS.encode() + b"\xff", "line 6 is not UTF-8.*save it as CSV in UTF-8"),
 }
 
 
@@ -144,6 +149,84 @@ def test_bad_folders_are_refused_with_the_fix(root, names, table, message):
     with pytest.raises(BadData, match=f"{message}(.|\n)*") as error:
         datasets.from_folder(root)
     assert "Fix: " in str(error.value)
+
+
+ROW = "file,label\na.png,flu\n"
+ODD_CSVS = {
+    "latin-1": ((ROW + "b.png,Müller\n").encode("latin-1"), "line 3 is not UTF-8"),
+    "utf-16": (ROW.encode("utf-16"), "UTF-16, or no text at all"),
+    "binary": (b"file\0label\n", "UTF-16, or no text at all"),
+    "empty": (b"", "is empty"),
+    "blank": (b"\n \n,\n", "is empty"),
+    "header only": (b"file,label\n\n", "has 0 rows"),
+    "open quote": ((ROW + '\n"b.png,flu\nc.png,flu\n').encode(), "line 4: unexpected end of data"),
+    "quote of two rows": ((ROW + 'b.png,"flu\nc.png,"no\n').encode(), "line 3: ',' expected after"),
+    "long row": ((ROW + "b.png,flu,x\n").encode(), "line 3: 3 cells, but the header has 2"),
+    "short row": ((ROW + "\nb.png\n").encode(), "line 4: 1 cells, but the header has 2"),
+    "a name twice": (b"file,label,label\na,b,c\n", "two columns label: keep one"),
+    "long cell": ((ROW + "b.png," + "x" * 5_000_000).encode(), "line 3: field larger than"),
+    "no column": (f"file,{'x' * 99_999}\na,b\n".encode(), "has no column label; it has file, xxx"),
+}
+
+
+@pytest.mark.parametrize("content, message", ODD_CSVS.values(), ids=ODD_CSVS)
+def test_a_csv_that_cannot_be_read_is_named_with_line_and_fix(root, content, message):
+    (root / "l.csv").write_bytes(content)
+    with pytest.raises(BadData, match=f"l.csv (cannot be read|{message[:13]})") as error:
+        tables.read_csv(root / "l.csv", ["label"])
+    told = str(error.value)
+    assert re.search(message, told) and "Fix: " in told and len(told) < 3 * tables.LONGEST
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", ",;\t")
+def test_a_csv_with_another_ending_or_separator_or_blank_rows_is_read(root, ending, separator):
+    lines = ["\ufefffile,label", "a.png,01", "", " ,", "b.png,,,"]
+    content = ending.join(lines).replace(",", separator).encode()
+    (root / "l.csv").write_bytes(content)
+    table = tables.read_csv(root / "l.csv", text=True)
+    assert table["file"].to_dict() == {2: "a.png", 5: "b.png"}
+    assert table["label"].tolist() == ["01", ""]
+    assert tables.read_csv(root / "l.csv")["label"].to_dict()[2] == 1
+
+
+def test_what_is_no_csv_file_at_all(root):
+    with pytest.raises(BadData, match="mine cannot be read .Is a directory.: name a CSV"):
+        tables.read_csv(root)
+    with pytest.raises(DataNotFound, match="x.csv is not there"):
+        tables.read_csv(root / "x.csv")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    phantom.write_nih(folder / "nih", images=4, size=24)
+    phantom.write_competition(folder / "dlia", images={"train": 8, "test": 4}, size=24)
+    phantom.write_fracatlas(folder / "fracatlas", images=(6, 2), size=24)
+    draw(folder / "labels", CLASSES)
+    draw(folder / "boxes", ["1.png"])
+    return folder
+
+
+DOORS = [("nih", readers.NIH_BOXES), ("dlia", readers.DLIA_TRAIN), ("dlia", readers.DLIA_MAPPING)]
+DOORS += [("fracatlas", readers.FRAC_TABLE), ("fracatlas", readers.FRAC_SPLITS["train"])]
+
+
+@pytest.mark.parametrize("name, file", [*DOORS, ("labels", "l.csv"), ("boxes", "b.csv")])
+def test_every_csv_of_a_reader_goes_through_the_same_door(published, name, file):
+    if name == "boxes":
+        path, read = published / name / file, lambda: datasets.from_boxes(path, path.parent)
+    elif name == "labels":
+        path, read = published / name / file, lambda: datasets.from_folder(path.parent)
+    else:
+        location = sources.find(name, published / name)
+        path, read = location.root / file, lambda: datasets.load(location)
+    own = b"file,label\n" if name == "labels" else b"file,label,x1,y1,x2,y2\n"
+    before = path.read_bytes() if path.exists() else own
+    path.write_bytes(before.decode().encode("utf-16"))
+    with pytest.raises(BadData, match=f"{re.escape(str(path))} cannot be read .UTF-16"):
+        read()
+    path.write_bytes(before)
 
 
 def test_wrong_options_and_folders_are_refused(root, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 from dataclasses import replace
 from itertools import combinations
 
@@ -235,6 +236,30 @@ def test_looks_find_another_exposure_size_and_compression_and_nothing_else(tmp_p
     many = pictures(700)
     found = looks(tmp_path, np.concatenate([many, many]))  # across blocks
     assert (found[:700] == found[700:]).all() and len(np.unique(found)) == 700
+
+
+def test_looks_follow_chains_through_the_blocks(tmp_path):
+    """Links of links count; the numbers are in the order of first appearance."""
+    base, way = pictures(600).astype(float), np.linspace(0, 1, 15)[:, None, None]
+    chain = base[0] * (1 - way) + base[1] * way  # from one image to another in small steps
+    order = np.random.default_rng(0).permutation(613)
+    found = looks(tmp_path, np.concatenate([chain, base[2:]])[order].astype(np.uint8))
+    assert len(np.unique(found[order < 15])) == 1 and len(np.unique(found)) == 599
+    assert pd.factorize(found)[0].tolist() == found.tolist()
+    assert len(set(looks(tmp_path, base[:2].astype(np.uint8)))) == 2
+
+
+def test_many_equal_images_need_no_memory_for_every_pair():
+    peaks = []
+    manifest = pd.DataFrame({"path": map(str, range(1500))})
+    dataset = datasets.Dataset("many", None, manifest, ("a",), None, True, "argument")
+    noise = np.random.default_rng(0).integers(0, 255, (1500, 32, 32), dtype=np.uint8)
+    for images in (noise, np.repeat(noise[:1], 1500, axis=0)):
+        tracemalloc.start()
+        split.with_looks(dataset, images)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 4 * peaks[0], peaks
 
 
 def test_real_set(real_data):

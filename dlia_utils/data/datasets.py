@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 
 from . import medmnist, own_data, readers
 from .sources import Location, own, source_of
-from .tables import BOX_COLUMNS, SHOWN, orientation
+from .tables import BOX_COLUMNS, SHOWN, BadImage, open_image
 
 log = logging.getLogger("dlia_utils")
 
@@ -88,6 +87,7 @@ def from_folder(
     a patient of its own. Errors: `DataNotFound`; `BadData` naming the rows; `ValueError`.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp()) / "mine"
     >>> for name in ("flu/p1-a.png", "normal/p2-a.png", "normal/p2-b.png"):
     ...     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +115,7 @@ def from_boxes(
     `box_classes[k - 1]`, and an image's class is that of its rarest box.
 
     >>> import tempfile
+    >>> from PIL import Image
     >>> folder = Path(tempfile.mkdtemp())
     >>> Image.new("L", (20, 10)).save(folder / "1.png")
     >>> _ = (folder / "boxes.csv").write_text("file,label,x1,y1,x2,y2\\n1.png,mass,2,3,12,9\\n")
@@ -146,26 +147,17 @@ def check(dataset: Dataset) -> pd.DataFrame:
 
 def _file_problem(path: Path) -> str:
     try:
-        with Image.open(path) as image:
-            # Pillow would clip these to white without a word.
-            if image.mode.startswith(("I", "F")):
-                return f"more than 8 bits a pixel (mode {image.mode}), convert it to 8"
-            if image.format == "TIFF" and image.n_frames > 1:
-                return f"holds {image.n_frames} images, and one would be read: save each as a file"
-            if image.format == "TIFF" and orientation(image) > 1:  # Pillow may garble it
-                return f"lies on its side (orientation {orientation(image)}): save it upright"
+        with open_image(path):
             return ""
-    except UnidentifiedImageError:
-        return "not an image" if path.stat().st_size else "empty file (0 bytes)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
+    except BadImage as error:
+        return str(error)
 
 
-def problem_text(problems: pd.DataFrame) -> str:
+def problem_text(problems: pd.DataFrame, shown: int = SHOWN) -> str:
     """The message of a `BadData` error: the first files, the number of the rest, and the fix."""
-    lines = [f"  {row.path}: {row.problem}" for row in problems.head(SHOWN).itertuples()]
-    more = [f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    fix = "Fix: copy these files again, or delete them (`data check` decodes every file)."
+    lines = [f"  {row.path}: {row.problem}" for row in problems.head(shown).itertuples()]
+    more = [f"  ... and {len(problems) - shown} more"] if len(problems) > shown else []
+    fix = "Fix: as said; else copy them again, or delete them (`data check` lists all)."
     return "\n".join([f"{len(problems)} unusable files:", *lines, *more, fix])
 
 

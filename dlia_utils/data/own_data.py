@@ -5,7 +5,7 @@ Everything is checked here, once, by names and tables alone; no image is decoded
 
 from __future__ import annotations
 
-import csv
+import codecs
 import logging
 import os
 import posixpath
@@ -25,8 +25,10 @@ from .tables import (
     BadData,
     DataNotFound,
     box_table,
+    delimiter,
     junk_reason,
     rarest_class,
+    read_csv,
     refuse,
     shapes_of,
     sort_files,
@@ -136,7 +138,7 @@ def recognised(folder: Path, kind: str) -> dict | None:
             lists |= {"file", "label"} <= set(header)
         elif {*header} & {*FILE_COLUMNS}:
             boxes.append(path)
-    for path in folder.glob("*.[jJ][sS][oO][nN]"):
+    for path in filter(Path.is_file, folder.glob("*.[jJ][sS][oO][nN]")):
         with path.open("rb") as stream:  # A large file is not read whole for this.
             start = stream.read(1 << 16)
         boxes += [path] if b'"images"' in start or b'"annotations"' in start else []
@@ -246,7 +248,7 @@ def _splits(
 
 
 def _csv_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!.]*.[cC][sS][vV]"))
+    return sorted(filter(Path.is_file, folder.glob("[!.]*.[cC][sS][vV]")))
 
 
 def _labels_file(root: Path) -> Path | None:
@@ -263,15 +265,12 @@ def _labels_file(root: Path) -> Path | None:
 
 
 def _header(path: Path) -> list[str]:
-    """The column names of a CSV in lower case."""
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        first = lines.readline(1 << 16)
-    cells = next(csv.reader([first], delimiter=_delimiter(first)), [])
-    return [cell.strip().casefold() for cell in cells]
-
-
-def _delimiter(line: str) -> str:
-    return max(",;\t", key=line.count)
+    """The column names of a CSV in lower case, of one in UTF-16 too: it is refused by its name."""
+    with path.open("rb") as stream:
+        start = stream.read(1 << 16)
+    wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    first = start.decode("utf-16" if wide else "utf-8-sig", "replace").split("\n")[0]
+    return [cell.strip(' "\r').casefold() for cell in first.split(delimiter(first))]
 
 
 def _corners(header: Collection[str]) -> list[str]:
@@ -280,23 +279,11 @@ def _corners(header: Collection[str]) -> list[str]:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    """A CSV as text (0012 stays 0012), without blank rows; `where` is the line of each row."""
-    header = _header(path)
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            options = dict(sep=_delimiter(stream.readline()), encoding="utf-8-sig", dtype=str)
-        table = pd.read_csv(path, keep_default_na=False, skip_blank_lines=False, **options)
-    except (UnicodeDecodeError, pd.errors.ParserError) as error:
-        fix = 'save it as CSV in UTF-8, with a cell that holds "," in double quotes'
-        raise BadData(f"{path} cannot be read ({str(error).strip()}). Fix: {fix}.") from error
-    table = table.set_axis(header, axis=1).loc[:, [name != "" for name in header]]
-    table = table.fillna("").apply(lambda cells: cells.str.strip())
-    table = table.assign(where=[f"line {row + 2}" for row in range(len(table))])
-    table = table[table.drop(columns="where").ne("").any(axis=1)].reset_index(drop=True)
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    problems = [f"two columns {name}: keep one" for name in twice]
-    refuse(f"{path}", problems + ["no rows: give a row for each image"] * table.empty, "correct it")
-    return table
+    """A CSV as text, its columns in lower case; `where` is the line of each row."""
+    table = read_csv(path, text=True).rename(columns=str.casefold)
+    twice = table.columns[table.columns.duplicated()]
+    refuse(f"{path}", [f"two columns {name}: keep one" for name in twice], "correct it")
+    return table.assign(where=table.index.map("line {}".format)).reset_index(drop=True)
 
 
 def _lines(rows: pd.DataFrame, what: str) -> list[str]:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from ..metrics import exact_ids, missing
 from .tables import (
@@ -27,7 +25,9 @@ from .tables import (
     BadData,
     DataNotFound,
     box_table,
+    open_image,
     rarest_class,
+    read_csv,
     refuse,
     shapes_of,
     sort_files,
@@ -193,7 +193,7 @@ def id_table(mapping: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
     table, name, fix = mapping, "the mapping", "give the competition's ID_to_Image_Mapping.csv"
     if not isinstance(mapping, pd.DataFrame):
         name = str(mapping)
-        table = read_csv(Path(mapping), [], dtype=str, keep_default_na=False)
+        table = read_csv(Path(mapping), text=True)
     found = [column for column in table.columns if column in ("id", "ID")]
     if len(found) != 1 or "image_id" not in table.columns or table.empty:
         text = f"has {len(table)} rows of {', '.join(map(str, table.columns))}; it needs `id` or"
@@ -206,7 +206,8 @@ def id_table(mapping: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
     number = pd.to_numeric(ids, errors="coerce").notna().all()
     wrong = pd.Series("is no plain id", ids.index).mask(ids.str.match(r"\d+$" if number else r"\w"))
     wrong = wrong.mask(ids.duplicated(), "stands above already").dropna()
-    told = [f"line {row + 2}: {found[0]} {ids[row]!r} {why}" for row, why in wrong.items()]
+    lines = range(2, len(ids) + 2) if table is mapping else table.index
+    told = [f"line {lines[row]}: {found[0]} {ids[row]!r} {why}" for row, why in wrong.items()]
     refuse(name, told, f"each id once, as the competition wrote it: {fix}")
     whole = ids.str.fullmatch(r"0|[1-9]\d{0,17}").all()
     return pd.DataFrame({found[0]: ids.astype("int64") if whole else ids, "image_id": images})
@@ -264,25 +265,14 @@ def _findings(
     return tables(rows, NIH_CLASSES, ignored, boxes=boxes, box_classes=NIH_CLASSES)
 
 
-def read_csv(path: Path, needed: Sequence[str], **options) -> pd.DataFrame:
-    """A CSV file, whose rows may end in more commas than its header, with all `needed` columns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pd.errors.ParserWarning)
-        table = pd.read_csv(path, index_col=False, **options)  # else pandas would shift the columns
-    table = table.rename(columns=lambda name: str(name).strip())
-    if missing := [name for name in needed if name not in table]:
-        there = ", ".join(table.columns)
-        raise BadData(f"{path} has no column {', '.join(missing)}; it has {there}. Fix: {REPAIR}.")
-    return table
-
-
 def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
     """Edition and raw boxes (see `box_table`) of a table with NIH's header ("A") or that of B."""
     nih_columns = "Image Index,Finding Label,Bbox [x,y,w,h]".split(",")  # its own commas split it
     columns = "image_id label x_min y_min x_max y_max".split()
-    edition = "A" if nih_columns[0] in read_csv(path, []) else "B"
+    edition = "A" if nih_columns[0] in read_csv(path) else "B"
     columns = nih_columns if edition == "A" else columns
     raw = read_csv(path, columns)[columns].set_axis(["name", "class_name", *CORNERS], axis=1)
+    raw = raw.rename_axis("line").reset_index()
     raw[CORNERS] = raw[CORNERS].apply(pd.to_numeric, errors="coerce").astype("float64")
     if edition == "A":
         raw["x2"] += raw["x1"]
@@ -290,7 +280,7 @@ def _box_rows(path: Path) -> tuple[str, pd.DataFrame]:
     for name in ("name", "class_name"):
         raw[name] = raw[name].astype(object).where(raw[name].notna(), "").astype(str).str.strip()
     raw["class_name"] = raw["class_name"].replace(SPELLINGS)
-    return edition, raw.assign(where=[f"line {row + 2}" for row in range(len(raw))])
+    return edition, raw.assign(where=raw.pop("line").map("line {}".format))
 
 
 # --------------------------------------------------------------------------------------- FracAtlas
@@ -401,7 +391,7 @@ def _ninja_object(one: dict) -> tuple[list[float], list[np.ndarray]]:
     """Corners of a rectangle, or outlines of a polygon or bitmap, of Supervisely's format."""
     if one["geometryType"] == "bitmap":  # base64 of a zlib stream of a PNG, placed at `origin`
         png = zlib.decompress(base64.b64decode(one["bitmap"]["data"]))
-        with Image.open(io.BytesIO(png)) as image:
+        with open_image(io.BytesIO(png)) as image:
             # What counts is the opacity; an image without any is a mask by its grey values.
             shown = "A" in image.getbands() or "transparency" in image.info
             mask = image.convert("RGBA").getchannel("A") if shown else image.convert("L")
@@ -449,7 +439,7 @@ def read_coco(path: Path) -> SimpleNamespace:
         images["file"] = images["file_name"].str.strip()
         images["where"] = images["id"].map("image {}".format)
         annotations = list(coco["annotations"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         text = f"{path} is not COCO ({type(error).__name__}: {error})"
         fix = "Fix: export it again, with the lists images, annotations and categories."
         raise BadData(f"{text}. {fix}") from error
@@ -471,12 +461,13 @@ def read_coco(path: Path) -> SimpleNamespace:
             what = "image_id and category_id must be listed, bbox be x, y, width, height"
             problems.append(f"annotation {number}: {what}")
     columns = [name for name in ("patient", "split") if images[name].astype(bool).any()]
-    sizes = images.reindex(columns=["file", "height", "width"]).dropna().itertuples(index=False)
+    sizes = images.reindex(columns=["height", "width"]).apply(pd.to_numeric, errors="coerce")
+    sizes = sizes.assign(file=images["file"])[["file", "height", "width"]].dropna()
     return SimpleNamespace(
         images=images[["id", "file", "where", *columns]].astype(str),
         boxes=raw_boxes(boxes),
         outlines=outlines,
-        sizes={name: size for name, *size in sizes},
+        sizes={name: size for name, *size in sizes.itertuples(index=False)},
         problems=problems,
     )
 

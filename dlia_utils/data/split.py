@@ -156,13 +156,13 @@ def with_looks(dataset: Dataset, images: np.ndarray) -> Dataset:
     flat = small.reshape(len(small), -1)
     flat = flat - flat.mean(1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    pairs = []
-    for start in range(0, len(bits), 1024):  # blocks, so that ten thousand images need no gigabyte
-        part = slice(start, start + 1024)
-        differ = bits[part] @ (1 - bits).T + (1 - bits[part]) @ bits.T
-        one, other = np.nonzero((differ <= SAME_HASH) & (flat[part] @ flat.T >= SAME_LOOK))
-        pairs.append(np.stack([one + start, other]))
-    looks = _linked(*np.concatenate(pairs, axis=1), len(bits))
+    looks = np.arange(len(bits))
+    for start in range(0, len(bits), 256):  # blocks, and no pair that is linked already: however
+        part, rest = slice(start, start + 256), slice(start, None)  # alike, little memory is needed
+        differ = bits[part] @ (1 - bits[rest]).T + (1 - bits[part]) @ bits[rest].T
+        same = (differ <= SAME_HASH) & (flat[part] @ flat[rest].T >= SAME_LOOK)
+        one, other = np.nonzero(same & (looks[part, None] != looks[rest]))
+        looks = _linked(looks[one + start], looks[other + start], len(looks))[looks]
     return replace(dataset, manifest=dataset.manifest.assign(look=looks))
 
 

@@ -1,7 +1,10 @@
-"""What readers share: errors, the walk through a folder, box tables, sizes from headers."""
+"""What readers share: errors, the walk through a folder, the doors for images and CSVs, boxes."""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +12,19 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 COLUMNS = ("path", "label", "class_name", "patient", "group", "split")
 CORNERS = ["x1", "y1", "x2", "y2"]
 BOX_COLUMNS = ("image", *CORNERS, "label", "class_name")
 SHOWN = 20  # How many names an error message lists before it only counts.
 SLACK = 1.0  # A box may stick out of its image by this many pixels: it is clipped. More: an error.
+LONGEST = 1000  # A line of a message that is longer loses its middle: a cell may hold megabytes.
 REPAIR = "unpack the whole archive again (see data/README.md)"
+CSV_FIX = 'save it as CSV in UTF-8, with a cell that holds "," in double quotes'
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Nothing else, PostScript least of all.
+MAGIC = (b"BM", b"GIF8", b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"RIFF")  # how they begin
+MAX_PIXELS = 100_000_000  # Mammograms and whole spines stay below a third of it.
 
 
 class DataNotFound(FileNotFoundError):
@@ -24,7 +32,25 @@ class DataNotFound(FileNotFoundError):
 
 
 class BadData(ValueError):
-    """Files of the data set that cannot be used; the message lists them and says what to do."""
+    """Files of the data set that cannot be used; the message lists them and says what to do.
+
+    `problems` holds them as a table (path, problem) where images are concerned.
+    """
+
+    def __init__(self, message: str, problems: pd.DataFrame | None = None):
+        super().__init__("\n".join(map(_shortened, message.split("\n"))))
+        none = problems is None
+        self.problems = pd.DataFrame(columns=["path", "problem"]) if none else problems
+
+
+class BadImage(BadData):
+    """What is wrong with an image file, without its name."""
+
+
+def _shortened(line: str) -> str:
+    half = LONGEST // 2
+    cut = f"{line[:half]} [... {len(line):,} characters ...] {line[-half:]}"
+    return cut if len(line) > LONGEST else line
 
 
 def refuse(head: str, problems: Sequence[str], fix: str) -> None:
@@ -68,8 +94,9 @@ def sort_files(
         raise BadData(text) from error
 
     for folder, below, names in os.walk(root, followlinks=True, onerror=failed):
-        above = Path(os.path.realpath(os.path.dirname(folder)))
-        if os.path.islink(folder) and above.is_relative_to(os.path.realpath(folder)):
+        real = os.path.realpath(folder)
+        above = map(Path, map(os.path.realpath, Path(folder).parents))
+        if os.path.islink(folder) and any(one.is_relative_to(real) for one in above):
             ignored.append((os.path.relpath(folder, root), "a link to a folder that it lies in"))
             below.clear()
             continue
@@ -87,14 +114,92 @@ def sort_files(
     return sorted(kept), ignored
 
 
+def open_image(file: Path | io.BytesIO, *, whole: bool = False) -> Image.Image:
+    """An image file of one of `FORMATS`, opened by its header; `whole`: with its check sums.
+
+    Use it with `with`. Errors: `BadImage` for what Pillow cannot open, and for what it would read
+    wrongly without a word: more than 8 bits, several images, a TIFF on its side, a wrong check sum
+    (PNG), more than `MAX_PIXELS`.
+
+    >>> open_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0"))
+    Traceback (most recent call last):
+    dlia_utils.data.tables.BadImage: not an image (BMP, GIF, JPEG, PNG, TIFF, WEBP)
+    """
+    try:
+        if whole:
+            _compare_sums(file)
+        image = Image.open(file, formats=FORMATS)
+        problem = _image_problem(image)
+    except Exception as error:  # Pillow's readers raise of every kind
+        raise BadImage(_words(file, error)) from error
+    if problem:
+        image.close()
+        raise BadImage(problem)
+    return image
+
+
+def _compare_sums(file: Path | io.BytesIO) -> None:
+    """SyntaxError for a PNG that is damaged; one that ends too early is for the decoder to tell."""
+    with Image.open(file, formats=FORMATS) as image:
+        try:
+            if image.format == "PNG":
+                image.verify()
+        except OSError as error:
+            if error.errno:
+                raise
+
+
+def _image_problem(image: Image.Image) -> str:
+    """What an opened image has that would be read wrongly; "": nothing."""
+    deep = image.mode.startswith(("I", "F"))  # Pillow would clip these to white without a word.
+    if image.format == "PNG":  # And would halve the bits of these.
+        deep |= ";16" in str(image.tile[:1])
+    if image.format == "TIFF":
+        deep |= max(image.tag_v2.get(258, (1,))) > 8
+    if deep:
+        return f"more than 8 bits a pixel (mode {image.mode}), convert it to 8"
+    if image.width * image.height > MAX_PIXELS:
+        return _too_large(f"{image.width} x {image.height}")
+    frames = 1 if image.format == "JPEG" else getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph with its preview
+        return f"holds {frames} images, and one would be read: save each as a file"
+    if image.format == "TIFF" and orientation(image) > 1:  # Pillow may garble it
+        return f"lies on its side (orientation {orientation(image)}): save it upright"
+    return ""
+
+
+def _too_large(size: str) -> str:
+    limit = f"{MAX_PIXELS // 1_000_000} million pixels"
+    return f"{size} is more than {limit}, larger than any radiograph: save it smaller"
+
+
+def _words(file: Path | io.BytesIO, error: Exception) -> str:
+    """Why an image cannot be opened."""
+    if isinstance(error, Image.DecompressionBombError):
+        return _too_large("its size")
+    if isinstance(error, UnidentifiedImageError | SyntaxError):
+        if isinstance(file, io.BytesIO):
+            start = file.getvalue()
+        else:
+            with file.open("rb") as opened:
+                start = opened.read(16)
+        if start.startswith(MAGIC):
+            return "damaged: copy it again"
+        return f"not an image ({', '.join(FORMATS)})" if start else "empty file (0 bytes)"
+    if "MAX_TEXT" in str(error) or "text chunks" in str(error):
+        return "holds a text or colour profile of many megabytes: save it without"
+    reason = getattr(error, "strerror", "") or error or type(error).__name__
+    return f"cannot be read ({reason})"
+
+
 def shapes_of(root: Path, paths: Iterable[str]) -> list[tuple[int, int] | None]:
-    """(height, width) of each file, upright, from its header; None for one that cannot be read."""
+    """(height, width) of each file, upright, from its header; None for one that cannot be used."""
 
     def shape(path: str) -> tuple[int, int] | None:
         try:
-            with Image.open(root / path) as image:
+            with open_image(root / path) as image:
                 return upright_shape(image)
-        except OSError:
+        except BadImage:
             return None
 
     with ThreadPoolExecutor(8) as pool:
@@ -107,8 +212,92 @@ def upright_shape(image: Image.Image) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 is upright, 5 to 8 swap the sides; 1 for any PNG, unread."""
-    return 1 if image.format == "PNG" else image.getexif().get(0x0112, 1)
+    """EXIF orientation: 1 is upright, 5 to 8 swap the sides; 1 for odd EXIF, and for any PNG."""
+    if image.format == "PNG":
+        return 1
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged block may raise anything
+        return 1
+    return int(value) if value in range(1, 9) else 1
+
+
+def read_csv(path: Path, needed: Sequence[str] = (), *, text: bool = False) -> pd.DataFrame:
+    """A reader's CSV (UTF-8; commas, semicolons or tabs); the index holds the line of each row.
+
+    Blank rows, columns without a name, and blank cells beyond the header are left out. A column
+    that holds numbers only becomes numbers; `text`: cells as they stand (0012 stays 0012). Errors:
+    `DataNotFound`; `BadData` with file, line and fix for another encoding, an open quote, ragged
+    rows, a name twice, a column of `needed` missing, no rows.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.csv"
+    >>> _ = path.write_text("file;patient\\n1.png;0012\\n\\n2.png;0013;\\n")
+    >>> read_csv(path)["patient"].to_dict(), read_csv(path, text=True).loc[4].to_list()
+    ({2: 12, 4: 13}, ['2.png', '0013'])
+    """
+    rows = _csv_rows(path, _csv_text(path))
+    first = next(iter(rows), 0)
+    header = rows.pop(first, [])
+    width = max((n for n, name in enumerate(header, 1) if name), default=0)
+    if not rows:
+        what = "has 0 rows below its header" if width else "is empty"
+        raise BadData(f"{path} {what}. Fix: write it again, with a row for each image.")
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    problems = [f"two columns {name}: keep one" for name in twice]
+    problems += [
+        f"line {line}: {len(row)} cells, but the header has {len(header)}"
+        for line, row in rows.items()
+        if len(row) < width or any(row[len(header) :])
+    ]
+    refuse(f"{path} cannot be read", problems, CSV_FIX)
+    if missing := [name for name in needed if name not in header]:
+        there = ", ".join(filter(None, header))
+        raise BadData(f"{path} has no column {', '.join(missing)}; it has {there}. Fix: {REPAIR}.")
+    named = [(n, name) for n, name in enumerate(header) if name]
+    table = pd.DataFrame({k: [row[n] for row in rows.values()] for n, k in named}, dtype=str)
+    if not text:
+        table = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    return table.set_axis(list(rows))
+
+
+def _csv_text(path: Path) -> str:
+    """The content of a CSV file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataNotFound(f"{path} is not there: correct the path") from error
+    except OSError as error:
+        raise BadData(f"{path} cannot be read ({error.strerror}): name a CSV file") from error
+    if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadData(f"{path} cannot be read (UTF-16, or no text at all). Fix: {CSV_FIX}.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        text = f"{path} cannot be read (line {line} is not UTF-8). Fix: {CSV_FIX}."
+        raise BadData(text) from error
+
+
+def _csv_rows(path: Path, content: str) -> dict[int, list[str]]:
+    """The cells of each row that is not blank, by the line on which it starts."""
+    lines = io.StringIO(content, newline="")
+    reader = csv.reader(lines, delimiter=delimiter(content.partition("\n")[0]), strict=True)
+    rows, start = {}, 1
+    try:
+        for row in reader:
+            if any(cells := [cell.strip() for cell in row]):
+                rows[start] = cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        text = f"{path} cannot be read (line {start}: {error}). Fix: {CSV_FIX}."
+        raise BadData(text) from error
+    return rows
+
+
+def delimiter(line: str) -> str:
+    """What separates the cells of a header."""
+    return max(",;\t", key=line.count)
 
 
 def box_table(
