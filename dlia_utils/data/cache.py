@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -28,7 +27,6 @@ log = logging.getLogger("dlia_utils")
 
 VERSION = 2  # Raise it when decoding changes: old caches are then not read any more.
 MAX_MISSING = 0.25  # A truncated image that lacks more of its rows than this is refused.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TO = Image.Transpose
 TURNS = dict(enumerate((_TO.FLIP_LEFT_RIGHT, _TO.ROTATE_180, _TO.FLIP_TOP_BOTTOM), 2))
 TURNS |= dict(enumerate((_TO.TRANSPOSE, _TO.ROTATE_270, _TO.TRANSVERSE, _TO.ROTATE_90), 5))
@@ -195,11 +193,11 @@ def _new_file(target: Path, shape: tuple[int, ...]) -> np.memmap:
         images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
         _claim(target, images)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in files.FULL:
             raise
-        text = f"{error.strerror}: the decoded images need {np.prod(shape):,} bytes there; "
-        text += "make room, or let DLIA_CACHE name a folder on another disk"
-        raise OSError(error.errno, text, str(target.parent)) from error
+        text = f"no space left in {target.parent}: the decoded images need {np.prod(shape):,} "
+        text += "bytes there; make room, or let DLIA_CACHE name a folder on another disk"
+        raise files.NoSpace(text) from error
     return images
 
 
@@ -208,7 +206,7 @@ def _claim(target: Path, images: np.memmap) -> None:
         try:
             os.posix_fallocate(file.fileno(), images.offset, images.size)
         except (AttributeError, OSError) as error:
-            if getattr(error, "errno", 0) in FULL:
+            if getattr(error, "errno", 0) in files.FULL:
                 raise
             file.seek(images.offset)  # a system or a disk that cannot claim room: fill it
             for image in images:
