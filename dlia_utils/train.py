@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from . import models
-from .device import device_of, evaluating, pick_device
+from .device import device_of, evaluating, pick_device, release_memory
 from .files import atomic_path, write_csv
 from .objectives import Objective
 from .progress import Bar
@@ -338,6 +338,7 @@ class _Run:
         state |= {"epoch": number, "finished": stale or number >= self.recipe.epochs}
         self.state = state
         self.save()
+        release_memory()
         bar.mark(self.reached(number))
         log.info("%s: %s", self.name, {key: round(value, 4) for key, value in row.items()})
 

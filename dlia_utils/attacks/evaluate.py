@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files, metrics
-from ..device import device_of, fingerprint
+from ..device import device_of, fingerprint, release_memory
 from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..progress import Bar
@@ -129,6 +129,7 @@ def robust(
     settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, early_drop=early_drop)
     study = _Study(model, *data, settings, folder and Path(folder), resume)
     blocks = _attack_all(study, progress)
+    release_memory()
     cost = pd.DataFrame([block.cost() for block in blocks])
     return Evaluation(_rows(blocks, study), cost, settings, groups, model, *data)
 

@@ -10,6 +10,7 @@ from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..device import release_memory
 from ..models.pixel import TwoLogits, fast_copy
 from . import base
 from .gradcam import gradcam, one_pass
@@ -39,7 +40,9 @@ def explain(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    return METHODS[method](model, x, target=target, **options)
+    found = METHODS[method](model, x, target=target, **options)
+    release_memory()
+    return found
 
 
 def saliency(
