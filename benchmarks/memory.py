@@ -40,7 +40,7 @@ from dlia_utils.units import pixel_eps
 KEPT = MALLOC.rpartition("=")[0] + "=8589934592"
 # What a process is told at its start.
 WAYS = {"glibc's own": "", "kept": KEPT, "now": KERNEL_ENVIRONMENT["GLIBC_TUNABLES"]}
-MOST = 2.5  # GB
+MOST = 2.5  # GB, after an epoch
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"| {way} | {after} | {one['largest']:.2f} | {one['speed']:.2f} |")
     now, rows = found.get("now"), []
     if now:
-        rows += [("largest, GB", "the aim", now["largest"] / MOST, "<= 1.0x")]
+        rows += [("after an epoch", f"{MOST} GB", max(now["after"]) / MOST, "<= 1.0x")]
         growth = now["after"][-1] / now["after"][0]
         rows += [("after the last epoch", "after the first", growth, "<= 1.05x")]
         for way in set(found) - {"now"}:
@@ -91,7 +91,7 @@ def measured(options: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     if options.keep:
-        train.release_memory = evaluate.release_memory = lambda: None
+        train.release_memory = evaluate.release_memory = lambda **_: None
     torch.manual_seed(0)
     y = torch.arange(options.images) % 2
     x = torch.rand(len(y), 1, options.size, options.size) * 0.9 + y.view(-1, 1, 1, 1) * 0.1

@@ -62,13 +62,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def release_memory() -> None:
+def release_memory(*, at_once: bool = False) -> None:
     """Give freed memory back to the system: glibc, told to keep large buffers, never does it alone.
 
     Called after an epoch, a suite of attacks and a batch of maps, and heeded once in RELEASE_EVERY
-    seconds; without glibc nothing happens.
+    seconds, or `at_once` (after a whole training); without glibc nothing happens.
     """
-    if (trim := malloc_trim()) and time.monotonic() >= released[0] + RELEASE_EVERY:
+    due = at_once or time.monotonic() >= released[0] + RELEASE_EVERY
+    if due and (trim := malloc_trim()):
         trim(0)
         released[0] = time.monotonic()
 

@@ -338,7 +338,7 @@ class _Run:
         state |= {"epoch": number, "finished": stale or number >= self.recipe.epochs}
         self.state = state
         self.save()
-        release_memory()
+        release_memory(at_once=state["finished"])
         bar.mark(self.reached(number))
         log.info("%s: %s", self.name, {key: round(value, 4) for key, value in row.items()})
 

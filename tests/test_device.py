@@ -89,13 +89,12 @@ def resident():
     return psutil.Process().memory_info().rss / 2**20
 
 
-def test_memory_between_blocks_in_use_goes_back_where_glibc_would_keep_it(monkeypatch):
+def test_memory_between_blocks_in_use_goes_back_where_glibc_would_keep_it():
     blocks = [b"x" * size for size in [100_000] * 2_000]  # 200 MB
     few, full = blocks[::100], resident()
     del blocks
     kept = resident()
-    monkeypatch.setattr(device, "RELEASE_EVERY", 0)
-    device.release_memory()
+    device.release_memory(at_once=True)
     released = resident()
     if "glibc" in platform.libc_ver():
         assert full - kept < 20 and kept - released > 100 and len(few) == 20
@@ -112,18 +111,18 @@ def test_memory_is_not_given_back_again_at_once(monkeypatch):
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
-    monkeypatch.setattr(device, "RELEASE_EVERY", 0)
     device.malloc_trim.cache_clear()
     for error in (AttributeError, OSError, TypeError):
         monkeypatch.setattr(ctypes, "CDLL", lambda name, error=error: (_ for _ in ()).throw(error))
-        device.release_memory()
+        device.release_memory(at_once=True)
         device.malloc_trim.cache_clear()
 
 
 def test_training_attacks_and_maps_give_memory_back(monkeypatch, tmp_path):
     given = []
     for module in (train, evaluate, attribution, drift):
-        monkeypatch.setattr(module, "release_memory", partial(given.append, module))
+        give = partial(lambda name, at_once=False: given.append((name, at_once)), module.__name__)
+        monkeypatch.setattr(module, "release_memory", give)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1] * 2)
     data = TensorDataset(x, y)
@@ -132,4 +131,6 @@ def test_training_attacks_and_maps_give_memory_back(monkeypatch, tmp_path):
     evaluate.robust(net, (x, y), [1 / 255], attacks=["fgsm"], progress=False)
     attribution.explain("saliency", net, x)
     drift.measure(net, x, y, range(4), names=["gaussian_noise"], severities=[1])
-    assert given == [train] * 3 + [evaluate, attribution, drift]
+    names = [name.rpartition(".")[2] for name, _ in given]
+    assert names == ["train"] * 3 + ["evaluate", "attribution", "drift"]
+    assert [at_once for _, at_once in given] == [False, False, True] + [False] * 3
