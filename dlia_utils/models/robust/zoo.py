@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ... import files
 from ...data.sources import cache_root
-from ...files import atomic_path, write_text
 from ..layers import drawn
 from ..pixel import FeatureModel, load_strictly, phantom_weights
 from .nets import DeepMindWideResNet, TradesWideResNet
@@ -114,36 +114,6 @@ def create(
     return model
 
 
-def download(name: str) -> Path:
-    """The public checkpoint of `name` in the suite's cache, fetched once, or RuntimeError.
-
-    Hugging Face gives the SHA-256 of its files, which is compared; Google Drive does not, so the
-    hash is written beside the file when it is first seen. A file that is no longer that one is
-    refused: ValueError.
-    """
-    folder = cache_root() / "checkpoints"
-    for kept in sorted(folder.glob(f"{name}*.pt")):
-        return _unchanged(kept)
-    megabytes, failures, target = names().megabytes[name], [], folder / f"{name}.pt"
-    for place in FILES[name].split():
-        url = HUB.format(*place.split("/")) if "/" in place else DRIVE + place
-        try:
-            with atomic_path(target) as temporary:
-                known = _published(url) if "/" in place else None
-                torch.hub.download_url_to_file(url, str(temporary), known, progress=False)
-                size = temporary.stat().st_size / 1e6
-                if size < 0.98 * megabytes:  # published to three or four digits
-                    raise OSError(f"{size:.1f} of {megabytes} MB: truncated, or a web page")
-        except Exception as error:  # of four libraries; all are told below
-            failures.append(f"{url} ({type(error).__name__}: {error})")
-        else:
-            _record(target).unlink(missing_ok=True)  # of a file that was removed
-            return _unchanged(target)
-    fix = "switch the internet on, wait (Google Drive refuses files fetched too often), or pass the"
-    fix += " path of the file as pretrained="
-    raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
-
-
 def _published(url: str) -> str:
     """The SHA-256 that Hugging Face tells of a large file."""
     from huggingface_hub import get_hf_file_metadata  # comes with accelerate; for such files only
@@ -163,7 +133,7 @@ def _unchanged(path: Path) -> Path:
     found, record = _sha256(path), _record(path)
     if not record.exists():
         with contextlib.suppress(OSError):  # in a folder that is for reading only
-            write_text(f"{found}  {path.name}\n", record)
+            files.write_text(f"{found}  {path.name}\n", record)
         log.info("%s: SHA-256 %s, compared from now on", path, found)
     elif (known := record.read_text(encoding="utf-8").split()[:1]) != [found]:
         was = "".join(known) or "nothing"
@@ -175,6 +145,36 @@ def _unchanged(path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(name: str) -> Path:
+    """The public checkpoint of `name` in the suite's cache, fetched once, or RuntimeError.
+
+    Hugging Face gives the SHA-256 of its files, which is compared; Google Drive does not, so the
+    hash is written beside the file when it is first seen. A file that is no longer that one is
+    refused: ValueError.
+    """
+    folder = cache_root() / "checkpoints"
+    for kept in sorted(folder.glob(f"{name}*.pt")):
+        return _unchanged(kept)
+    megabytes, failures, target = names().megabytes[name], [], folder / f"{name}.pt"
+    for place in FILES[name].split():
+        url = HUB.format(*place.split("/")) if "/" in place else DRIVE + place
+        try:
+            with files.atomic_path(target) as temporary:
+                known = _published(url) if "/" in place else None
+                torch.hub.download_url_to_file(url, str(temporary), known, progress=False)
+                size = temporary.stat().st_size / 1e6
+                if size < 0.98 * megabytes:  # published to three or four digits
+                    raise OSError(f"{size:.1f} of {megabytes} MB: truncated, or a web page")
+        except Exception as error:  # of four libraries; all are told below
+            failures.append(f"{url} ({type(error).__name__}: {error})")
+        else:
+            _record(target).unlink(missing_ok=True)  # of a file that was removed
+            return _unchanged(target)
+    fix = "switch the internet on, wait (Google Drive refuses files fetched too often), or pass the"
+    fix += " path of the file as pretrained="
+    raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
 
 
 def _load(model: FeatureModel, path: Path, name: str) -> str:
