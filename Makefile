@@ -16,7 +16,8 @@ BENCH := $(VENV)/bench
 SITE  := import sysconfig; print(sysconfig.get_path("purelib"))
 
 # PyTorch on CPU returns its large buffers to the system after every operation; keeping them is 2 to 5 times faster.
-export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+# More than 1 GB at the end of the heap goes back at once, the rest by device.release_memory.
+export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=1073741824
 # A thread that waits for another spins for microseconds, then sleeps: for ever spinning ones cost up to ten times the
 # work itself on a busy machine, and sleeping at once costs a third on a quiet one.
 export GOMP_SPINCOUNT := 10000
@@ -65,6 +66,7 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BENCH)/bin/python benchmarks/attacks.py
 	$(BENCH)/bin/python benchmarks/suite.py
 	$(BENCH)/bin/python benchmarks/threads.py
+	$(BENCH)/bin/python benchmarks/memory.py
 
 clean:  ## remove .venv and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from pathlib import Path
 
 # glibc gives large blocks back after each forward and faults them in again, unless told at the
 # start.
-KEEP = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=8589934592".split()
+KEEP = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=1073741824".split()
 MALLOC = ":".join(f"glibc.malloc.{setting}" for setting in KEEP)
 if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = MALLOC

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from statistics import fmean
@@ -18,6 +19,8 @@ from torch import nn
 
 SECONDS = 0.7  # of measuring: in less, a system's favour for a new process hides other work
 WORTH = 0.9  # all threads must save a tenth: beside a little other work they may cost many times
+RELEASE_EVERY = 10.0  # seconds: to take a GB from the system again costs half a second
+released = [-RELEASE_EVERY]  # when it was last
 
 
 def pick_device() -> tuple[str, str]:
@@ -57,6 +60,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def release_memory(*, at_once: bool = False) -> None:
+    """Give freed memory back to the system: glibc, told to keep large buffers, never does it alone.
+
+    Called after an epoch, a suite of attacks and a batch of maps, and heeded once in RELEASE_EVERY
+    seconds, or `at_once` (after a whole training); without glibc nothing happens.
+    """
+    due = at_once or time.monotonic() >= released[0] + RELEASE_EVERY
+    if due and (trim := malloc_trim()):
+        trim(0)
+        released[0] = time.monotonic()
+
+
+@functools.cache
+def malloc_trim() -> Callable[[int], int] | None:
+    """glibc's function, or None."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # macOS and musl, none, Windows
+        return None
 
 
 def fingerprint(model: nn.Module) -> str:

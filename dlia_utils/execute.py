@@ -27,7 +27,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 # PyTorch on CPU is 2 to 5 times faster when glibc keeps large buffers; glibc reads this at a
 # process's start.
-KEEP_BUFFERS = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=8589934592".split()
+KEEP_BUFFERS = "mmap_max=0 mmap_threshold=4294967296 trim_threshold=1073741824".split()
 KERNEL_ENVIRONMENT = {
     "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in KEEP_BUFFERS),
     "GOMP_SPINCOUNT": "10000",  # endless spinning costs up to ten times the work on a busy machine

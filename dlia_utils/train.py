@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from . import files, models
-from .device import device_of, evaluating, pick_device
+from .device import device_of, evaluating, pick_device, release_memory
 from .objectives import Objective
 from .progress import Bar
 from .units import check_numbers
@@ -357,6 +357,7 @@ class _Run:
         state |= {"epoch": number, "finished": stale or number >= self.recipe.epochs}
         self.state = state
         self.save()
+        release_memory(at_once=state["finished"])
         bar.mark(self.reached(number))
         log.info("%s: %s", self.name, {key: round(value, 4) for key, value in row.items()})
 

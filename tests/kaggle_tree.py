@@ -124,6 +124,7 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
     shutil.copy(_our_wheel(), ours)
     write_wheel(ours, "captum", "0.9.0", "LOCAL = True\n")
+    kaggle.write_list(ours)
     _write_junk(_mount(root, "somebody/else", "else", layout))
     _make_read_only(root / "input")
     site.mkdir()

@@ -1,10 +1,19 @@
 """Device and CPU threads: what is asked for, what is measured; files are whole or not there."""
 
+import ctypes
+import platform
+from functools import partial
+
 import pandas as pd
+import psutil
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from dlia_utils import device, files
+from dlia_utils import device, files, objectives, train
+from dlia_utils.attacks import evaluate
+from dlia_utils.explain import attribution, drift
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +93,57 @@ def test_a_table_comes_back_to_the_last_digit(cells, tmp_path):
     assert back["value"].tolist() == [0.1, 2] and back["value"].dtype == float
     told = [None if pd.isna(one) else type(cells[0])(one) for one in back["id"]]
     assert told == cells and (back["id"].dtype == float) == (cells[0] in (0.5, 0.1))
+
+
+# ------------------------------------------------------------------------------- memory goes back
+
+
+def resident():
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def test_memory_between_blocks_in_use_goes_back_where_glibc_would_keep_it():
+    blocks = [b"x" * size for size in [100_000] * 2_000]  # 200 MB
+    few, full = blocks[::100], resident()
+    del blocks
+    kept = resident()
+    device.release_memory(at_once=True)
+    released = resident()
+    if "glibc" in platform.libc_ver():
+        assert full - kept < 20 and kept - released > 100 and len(few) == 20
+
+
+def test_memory_is_not_given_back_again_at_once(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(device, "malloc_trim", lambda: trimmed.append)
+    monkeypatch.setattr(device, "released", [-99.0])
+    for now in (0.0, 3.0, 11.0, 12.0, 30.0):
+        monkeypatch.setattr(device.time, "monotonic", lambda now=now: now)
+        device.release_memory()
+    assert trimmed == [0, 0, 0]
+
+
+def test_elsewhere_nothing_happens(monkeypatch):
+    device.malloc_trim.cache_clear()
+    for error in (AttributeError, OSError, TypeError):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, error=error: (_ for _ in ()).throw(error))
+        device.release_memory(at_once=True)
+        device.malloc_trim.cache_clear()
+
+
+def test_training_attacks_and_maps_give_memory_back(monkeypatch, tmp_path):
+    given = []
+    for module in (train, evaluate, attribution, drift):
+        give = partial(lambda name, at_once=False: given.append((name, at_once)), module.__name__)
+        monkeypatch.setattr(module, "release_memory", give)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1] * 2)
+    data = TensorDataset(x, y)
+    options = {"run_dir": tmp_path, "epochs": 3, "progress": False}
+    train.fit(net, objectives.cross_entropy(), data, data, **options)
+    evaluate.robust(net, (x, y), [1 / 255], attacks=["fgsm"], progress=False)
+    attribution.explain("saliency", net, x)
+    drift.measure(net, x, y, range(4), names=["gaussian_noise"], severities=[1])
+    names = [name.rpartition(".")[2] for name, _ in given]
+    assert names == ["train"] * 3 + ["evaluate", "attribution", "drift"]
+    assert [at_once for _, at_once in given] == [False, False, True] + [False] * 3

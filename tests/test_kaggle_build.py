@@ -1,5 +1,6 @@
 """What goes to Kaggle: the folders, the wheel, and what Kaggle's own client sends of them."""
 
+import hashlib
 import io
 import json
 import re
@@ -83,7 +84,8 @@ def test_build_writes_a_folder_for_each_notebook_and_one_data_set(built, tmp_pat
     kernels = [f"kernels/{slug}/kernel-metadata.json" for slug in built.kernels]
     kernels += [f"kernels/{built.kernels[0]}/01_first.ipynb"]
     kernels += [f"kernels/{built.kernels[1]}/02_second_one.ipynb"]
-    expected = [*licences, *wheels, *kernels, "dataset/dataset-metadata.json"]
+    told = ["dataset/dataset-metadata.json", f"dataset/{kaggle.LIST}"]
+    expected = [*licences, *wheels, *kernels, *told]
     assert sorted(content(built.folder)) == sorted(expected)
     assert built.kernels == ("dlia-01-first", "dlia-02-second-one")
     assert not list(tmp_path.glob(".out-*")), "the scratch folder stays behind"
@@ -115,9 +117,20 @@ def test_kernel_says_machine_internet_and_sources_and_has_no_outputs(
         assert not any(cell.outputs or cell.execution_count for cell in code)
         committed = notebooks.read(suite / said["code_file"])
         pushed, kept = ([cell.source for cell in one.cells] for one in (notebook, committed))
-        assert pushed[1:] == kept[1:] and ".ipynb" in kept[0] and ".ipynb" not in pushed[0]
+        assert pushed[2:] == kept[2:] and ".ipynb" in kept[0] and ".ipynb" not in pushed[0]
+        list_of_wheels = (built.folder / "dataset" / kaggle.LIST).read_bytes()
+        known = hashlib.sha256(list_of_wheels).hexdigest()
+        assert pushed[1] == kept[1].replace('KNOWN = ""', f'KNOWN = "{known}"') != kept[1]
         other = next(one for one in built.kernels if one != slug)
         assert f"(https://www.kaggle.com/code/me/{other})" in pushed[0]
+
+
+def test_the_list_of_the_data_set_holds_the_hash_of_every_wheel(built):
+    files = content(built.folder / "dataset")
+    said = dict(line.split()[::-1] for line in files[kaggle.LIST].decode().splitlines())
+    wheels = {name: data for name, data in files.items() if name.endswith(".whl")}
+    assert said == {name: hashlib.sha256(data).hexdigest() for name, data in wheels.items()}
+    assert len(said) == 2
 
 
 def test_links_lead_on_kaggle_where_they_can():
@@ -223,9 +236,13 @@ def in_suite(suite, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_pip_fetches_captum(suite, index, tmp_path):
+def test_pip_fetches_captum_if_it_is_the_published_file(suite, index, tmp_path, monkeypatch):
     wheel = write_captum(index)
-    built = kaggle.build("me", out=tmp_path / "out", folder=suite, strict=True)
+    options = {"out": tmp_path / "out", "folder": suite, "strict": True}
+    with pytest.raises(ValueError, match="has the SHA-256 .*, not cda38e1d.*: do not use it"):
+        kaggle.build("me", **options)
+    monkeypatch.setattr(kaggle, "CAPTUM_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    built = kaggle.build("me", **options)
     assert (built.folder / "dataset" / wheel.name).read_bytes() == wheel.read_bytes()
     assert (built.folder / "dataset" / "LICENSE-captum.txt").read_text() == "captum's licence"
 
@@ -391,6 +408,7 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, tmp_path, monkeyp
     monkeypatch.setattr(notebooks, "check", lambda source: [])  # is asked in test_notebooks.py
     real = kaggle.build("some-user", out=tmp_path / "out", captum=write_captum(tmp_path))
     assert len(set(real.kernels)) == len(real.kernels) == len(notebooks.sources())
+    known = hashlib.sha256((real.folder / "dataset" / kaggle.LIST).read_bytes()).hexdigest()
     for source, slug in zip(notebooks.sources(), real.kernels, strict=True):
         client(["kaggle", "kernels", "push", "-p", str(real.folder / "kernels" / slug)])
         output = capsys.readouterr().out
@@ -409,5 +427,6 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, tmp_path, monkeyp
         for cell, ours in zip(sent.cells, committed, strict=True):
             text = ours.cell_type == "markdown"
             expected = kaggle.for_kaggle(ours.source, "some-user") if text else ours.source
+            expected = expected.replace('KNOWN = ""', f'KNOWN = "{known}"')
             assert cell.source == expected
         assert len(asked["text"]) < 1_000_000 and not re.search(r'"outputs": \[[^]]', asked["text"])

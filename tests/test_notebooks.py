@@ -15,6 +15,7 @@ from PIL import Image
 from dlia_utils import __version__
 from tools import __main__ as cli
 from tools import notebooks
+from tools.kaggle import write_list
 
 SUITE = pytest.mark.parametrize("source", notebooks.sources(), ids=lambda source: source.stem)
 
@@ -240,45 +241,109 @@ def test_clean_gives_pictures_a_palette_that_looks_the_same(source):
 # --------------------------------------------------------------------------------------- bootstrap
 
 
-def run_bootstrap(kaggle, cwd, after=""):
+def run_bootstrap(kaggle, cwd, after="", before="", known=""):
     """The bootstrap cell in a Python without any installed package: exit status and output."""
     cell = notebooks.BOOTSTRAP.replace("/kaggle", str(kaggle))
-    python = [sys.executable, "-I", "-S", "-c", f"{cell}\n{after}"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    notebook.cells[0].metadata["tags"] = ["bootstrap"]
+    (one,) = notebooks.pinned(notebook, known).cells
+    python = [sys.executable, "-I", "-S", "-c", f"{before}\n{one.source}\n{after}"]
     done = subprocess.run(python, capture_output=True, text=True, check=False, cwd=cwd)
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("layout", ["input/{}", "input/datasets/me/{}"])
-def test_bootstrap_finds_both_wheels_in_a_data_set_on_kaggle(tmp_path, layout):
-    mount = tmp_path / "kaggle" / layout.format("dlia-utils")
-    no_package = tmp_path / "kaggle" / "input" / "other" / "dlia_utils"
-    no_package.mkdir(parents=True)
-    for version in ("0.3", "0.4"):
-        write_wheel(mount, "dlia_utils", version, f"__version__ = '{version}'")
+def data_set(kaggle, place="dlia-utils", version="0.4"):
+    """The offline data set as `tools kaggle` writes it: its package, and the hash of its list."""
+    mount = kaggle / "input" / place
     write_wheel(mount, "captum", "0.9", "LOCAL = True")
-    found = run_bootstrap(tmp_path / "kaggle", tmp_path, "import captum; assert captum.LOCAL")
-    assert found == (0, "dlia_utils 0.4\n"), "the newest of several wheels"
+    ours = write_wheel(mount, "dlia_utils", version, f"__version__ = '{version}'")
+    return f"{ours}/dlia_utils/__init__.py", write_list(mount)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Fault F4: a data set before ours in the alphabet that holds a package of our name."""
+    mount = tmp_path / "input" / "aaa-xray-images"
+    data_set(tmp_path, mount, "6.6")
+    for folder in (mount / "dlia_utils", mount / "dlia-utils" / "dlia_utils"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("__version__ = 'CODE OF THE DATA SET RAN'")
+    return mount
+
+
+@pytest.mark.parametrize("place", ["dlia-utils", "datasets/me/dlia-utils"])
+@pytest.mark.parametrize("pushed", [True, False])
+def test_bootstrap_takes_both_wheels_from_our_data_set_alone(tmp_path, foreign, place, pushed):
+    origin, known = data_set(tmp_path, place)
+    write_wheel(tmp_path / "input" / place, "dlia_utils", "9", "__version__ = 'not in the list'")
+    found = run_bootstrap(
+        tmp_path, tmp_path, "import captum; assert captum.LOCAL", known=known * pushed
+    )
+    assert found == (0, f"dlia_utils 0.4 from {origin}\n")
+
+
+def test_bootstrap_takes_nothing_from_a_foreign_data_set(tmp_path, foreign):
+    code, said = run_bootstrap(tmp_path, tmp_path)
+    assert code == 1 and "no dlia_utils: on Kaggle attach the data set pushed with" in said
+    assert not list(tmp_path.rglob("__pycache__")), "none of its code was even read"
+
+
+def test_bootstrap_of_a_pushed_notebook_takes_its_own_build_alone(tmp_path):
+    data_set(tmp_path, "datasets/another/dlia-utils", "6.6")
+    origin, known = data_set(tmp_path / "aside")
+    code, said = run_bootstrap(tmp_path, tmp_path, known=known)
+    assert code == 1 and "no dlia_utils: on Kaggle attach" in said
+    origin, known = data_set(tmp_path, "datasets/me/dlia-utils")
+    found = run_bootstrap(tmp_path, tmp_path, known=known)
+    assert found == (0, f"dlia_utils 0.4 from {origin}\n")
+
+
+def test_bootstrap_refuses_a_wheel_that_is_not_the_listed_one(tmp_path):
+    origin, known = data_set(tmp_path)
+    wheel = write_wheel(tmp_path / "input/dlia-utils", "dlia_utils", "0.4", "__version__ = '6.6'")
+    for name in ("", known):
+        code, said = run_bootstrap(tmp_path, tmp_path, known=name)
+        assert code == 1 and f"{wheel} is not what the list beside it says: attach" in said
+
+
+@pytest.mark.parametrize("second", ["data set", "installed", "folder"])
+def test_bootstrap_refuses_two_candidates_and_names_both(tmp_path, second):
+    origins, before = [data_set(tmp_path, "datasets/me/dlia-utils")[0]], ""
+    if second == "data set":
+        origins.append(data_set(tmp_path, "datasets/another/dlia-utils")[0])
+    else:
+        folders = {"installed": ["site"], "folder": [".", "notebooks"]}[second]
+        before = f"import sys; sys.path.append({str(tmp_path / 'site')!r})"
+        inits = [tmp_path / name / "dlia_utils" / "__init__.py" for name in folders]
+        for init in inits:
+            init.parent.mkdir(parents=True)
+            init.write_text("__version__ = '9'")
+        origins = [str(init) for init in inits] + origins * (second == "installed")
+    (tmp_path / "notebooks").mkdir(exist_ok=True)
+    code, said = run_bootstrap(tmp_path, tmp_path / "notebooks", before=before)
+    assert code == 1 and "remove all but one: " in said and len(origins) == 2
+    assert all(origin in said for origin in origins)
 
 
 @pytest.mark.parametrize("cwd", ["clone", "clone/notebooks"])
 def test_bootstrap_prefers_the_repository_and_takes_captum_from_its_wheel(tmp_path, cwd):
-    (tmp_path / "clone" / "dlia_utils").mkdir(parents=True)
-    (tmp_path / "clone" / "dlia_utils" / "__init__.py").write_text("__version__ = '9'")
-    (tmp_path / "clone" / "notebooks").mkdir()
-    wheels = tmp_path / "kaggle" / "input" / "wheels"
-    write_wheel(wheels, "dlia_utils", "0.3", "__version__ = '0.3'")
-    write_wheel(wheels, "captum", "0.9", "LOCAL = True")
-    found = run_bootstrap(tmp_path / "kaggle", tmp_path / cwd, "import captum; print(captum.LOCAL)")
-    assert found == (0, "dlia_utils 9\nTrue\n")
+    origin = tmp_path / "clone" / "dlia_utils" / "__init__.py"
+    (tmp_path / "clone" / "notebooks").mkdir(parents=True)
+    origin.parent.mkdir()
+    origin.write_text("__version__ = '9'")
+    data_set(tmp_path)
+    found = run_bootstrap(tmp_path, tmp_path / cwd, "import captum; print(captum.LOCAL)")
+    assert found == (0, f"dlia_utils 9 from {origin}\nTrue\n")
 
 
-def test_bootstrap_finds_this_repository_or_says_what_to_do(tmp_path):
-    code, message = run_bootstrap(tmp_path / "no-kaggle", tmp_path)
-    assert code == 1 and "No module named 'dlia_utils'" in message
-    assert "On Kaggle: Add Input" in notebooks.BOOTSTRAP and "pip install" in notebooks.BOOTSTRAP
+def test_bootstrap_runs_twice_and_finds_this_repository(tmp_path):
+    origin, _ = data_set(tmp_path)
+    again = notebooks.BOOTSTRAP.replace("/kaggle", str(tmp_path))
+    said = f"dlia_utils 0.4 from {origin}\n"
+    assert run_bootstrap(tmp_path, tmp_path, after=again) == (0, said * 2)
+    said = f"dlia_utils {__version__} from {notebooks.REPOSITORY / 'dlia_utils' / '__init__.py'}\n"
     for folder in ("tests", "notebooks", "."):
-        found = run_bootstrap(tmp_path, notebooks.REPOSITORY / folder)
-        assert found == (0, f"dlia_utils {__version__}\n")
+        assert run_bootstrap(tmp_path, notebooks.REPOSITORY / folder) == (0, said)
 
 
 # --------------------------------------------------------------------------- the suite, by command

@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import hashlib
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -224,23 +227,47 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
 def test_a_file_is_fetched_once_from_the_first_place_that_gives_it_whole(monkeypatch, tmp_path):
     asked = []
 
-    def give(url, target, progress):
-        asked.append(url)
+    def give(url, target, known, progress):
+        asked.append((url, known))
         if "huggingface" in url:
-            raise OSError("404")
+            raise RuntimeError("invalid hash value")
         with open(target, "wb") as file:
             file.truncate(int(1e9 if len(asked) < 3 else 1.07e9))
 
     monkeypatch.setenv("DLIA_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", give)
-    with pytest.raises(RuntimeError, match="internet.*pretrained=.*404.*of 1069.4 MB: truncated"):
+    monkeypatch.setattr(zoo, "_sha256", lambda path: "0" * 64)  # a GB takes seconds
+    told = iter([SimpleNamespace(etag="ab" * 32), SimpleNamespace(etag="cd" * 32)])
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: next(told))
+    with pytest.raises(RuntimeError, match="internet.*pretrained=.*invalid hash.*of 1069.4 MB: tr"):
         robust.create("ra_wrn_70_16", pretrained="public")
     assert not list((tmp_path / "checkpoints").iterdir())
     paths = {robust.download("ra_wrn_70_16") for _ in range(2)}
-    assert len(asked) == 4 and asked[0] == asked[2] and asked[1] == asked[3]
-    assert asked[0].endswith("poloclub/robust-principles/resolve/main/ra_wrn70_16_cifar10.pt")
-    assert asked[1].endswith("id=1-6M8KHZdPmgqYkBSkdZQ2fLwp86ZQ9VU")
-    assert paths == {tmp_path / "checkpoints/ra_wrn_70_16.pt"}
+    hub = "https://huggingface.co/poloclub/robust-principles/resolve/main/ra_wrn70_16_cifar10.pt"
+    assert [asked[0], asked[2]] == [(hub, "ab" * 32), (hub, "cd" * 32)] and len(asked) == 4
+    assert asked[1] == asked[3] and asked[1][0].endswith("id=1-6M8KHZdPmgqYkBSkdZQ2fLwp86ZQ9VU")
+    assert asked[1][1] is None and paths == {tmp_path / "checkpoints/ra_wrn_70_16.pt"}
+
+
+def test_a_file_that_is_no_longer_the_one_first_seen_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLIA_CACHE", str(tmp_path))
+    path = tmp_path / "checkpoints" / f"{STANDARD}.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"first seen")
+    first, record = hashlib.sha256(b"first seen").hexdigest(), path.with_name(f"{path.name}.sha256")
+    assert robust.download(STANDARD) == robust.download(STANDARD) == path
+    assert record.read_text() == f"{first}  {path.name}\n"
+    path.write_bytes(b"First seen")
+    now = hashlib.sha256(b"First seen").hexdigest()
+    with pytest.raises(
+        ValueError, match=f"{path} has the SHA-256 {now}, {record} says {first}: rem"
+    ):
+        robust.create(STANDARD, pretrained="public")
+    record.write_text("")
+    with pytest.raises(ValueError, match="says nothing: remove both"):
+        robust.download(STANDARD)
+    record.unlink()
+    assert robust.download(STANDARD) == path and now in record.read_text()
 
 
 # ------------------------------------------------------------------ MeanSparse

@@ -6,6 +6,7 @@ same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -28,8 +29,10 @@ from dlia_utils.execute import full_settings
 from . import notebooks
 
 OFFLINE_SLUG = "dlia-utils"
+LIST = "dlia-utils.sha256"  # the hashes of the data set's wheels, which its notebooks compare
 # All that Kaggle's image lacks. An exact version: a range gives other bytes after a release.
 CAPTUM = "captum==0.9.0"
+CAPTUM_SHA256 = "cda38e1d42c37591d71560bb2f5813ac4cae8d8543afac45279c7efd5945997e"  # as on PyPI
 CAPTUM_WHEEL = re.compile(r"captum-[^-]+-py3-none-any\.whl")
 # Two of them. With enable_gpu alone Kaggle gives a P100, which today's torch cannot use.
 MACHINE = "NvidiaTeslaT4"
@@ -100,11 +103,11 @@ def build(
             if strict:
                 raise
             notes.append(str(error))
-        _write_dataset(new / "dataset", user, wheel)
+        known = _write_dataset(new / "dataset", user, wheel)
         for notebook, metadata in kernels:
             place = new / "kernels" / PurePosixPath(metadata["id"]).name
             place.mkdir(parents=True)
-            notebooks.write(notebook, place / metadata["code_file"])
+            notebooks.write(notebooks.pinned(notebook, known), place / metadata["code_file"])
             files.write_json(metadata, place / "kernel-metadata.json")
         if out.exists():
             out.rename(Path(scratch) / "old")
@@ -243,11 +246,28 @@ def _fetch(folder: Path) -> Path:
             f"the data set is without captum (pip could not get {CAPTUM}: {reason}): a notebook "
             "that needs it must get it from elsewhere on Kaggle; name a wheel with --captum FILE"
         )
-    return next(folder.glob("captum-*.whl"))
+    wheel = next(folder.glob("captum-*.whl"))
+    if (found := _sha256(wheel)) != CAPTUM_SHA256:
+        fix = "do not use it, and look at where pip fetches from"
+        raise ValueError(f"{wheel.name} has the SHA-256 {found}, not {CAPTUM_SHA256}: {fix}")
+    return wheel
 
 
-def _write_dataset(folder: Path, user: str, captum: Path | None) -> None:
-    """The data set's folder: wheels at top level (the client skips sub-folders), and licences."""
+def write_list(folder: str | Path) -> str:
+    """Write LIST, as sha256sum does, for the wheels in `folder`; returns its own hash."""
+    lines = [f"{_sha256(one)}  {one.name}\n" for one in sorted(Path(folder).glob("*.whl"))]
+    return _sha256(files.write_text("".join(lines), Path(folder) / LIST))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_dataset(folder: Path, user: str, captum: Path | None) -> str:
+    """The data set's folder: wheels at top level (the client skips sub-folders), and licences.
+
+    Returns the hash of the list of its wheels.
+    """
     ours = write_wheel(folder)
     (folder / "LICENSE-dlia_utils.txt").write_bytes(_license(ours))
     parts = f"{ours.name} (MIT)"
@@ -259,10 +279,11 @@ def _write_dataset(folder: Path, user: str, captum: Path | None) -> None:
     metadata["subtitle"] = "The package behind the DLIA notebooks, for use without internet"
     metadata["description"] = (
         f"Holds {parts}; the licence texts lie beside them. Attach this data set to a notebook of "
-        "the suite: its second cell imports the wheels as they are, nothing is installed."
+        f"the suite: its second cell imports the wheels as they are, if they are what {LIST} says."
     )
     metadata["licenses"] = [{"name": "other"}]  # one may be named; the description says which
     files.write_json(metadata, folder / "dataset-metadata.json")
+    return write_list(folder)
 
 
 def _license(wheel: Path) -> bytes:

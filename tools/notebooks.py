@@ -41,18 +41,34 @@ FOLDED = {"jupyter": {"source_hidden": True}, "_kg_hide-input": True}  # Jupyter
 MAX_CODE_LINES, MEDIAN_CODE_LINES, MAX_TEXT_LINES = 25, 8, 100
 MAX_BYTES, MAX_OUTPUT_BYTES = 1_000_000, 500_000
 
-# The second cell of every notebook, folded; a source holds an empty cell tagged "bootstrap".
+# The second cell of every notebook, folded; a source holds an empty cell tagged "bootstrap". No
+# wheel holds its own hash: a list beside the wheels does, and `pinned` says which list it must be.
 BOOTSTRAP = """\
-# Finds dlia_utils: in the repository around this notebook, attached on Kaggle (wheel), or installed
+# Finds dlia_utils: around this notebook, else installed, else in the suite's own Kaggle data set
 import sys
-from glob import glob
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
 
-sys.path[:0] = [*glob("../dlia_utils/.."), *glob("dlia_utils/..")]
-wheels = [*glob("/kaggle/input/*/*.whl"), *glob("/kaggle/input/datasets/*/*/*.whl")]
-sys.path += sorted(wheels, reverse=True)
-import dlia_utils  # not found? On Kaggle: Add Input, the data set with its wheel. Else pip install
+KNOWN = ""  # the hash of that data set's list: `tools kaggle` fills it in, then no other will do
+INIT, LIST = "dlia_utils/__init__.py", "dlia-utils/dlia-utils.sha256"
+found = {one.resolve() for place in ("..", ".") for one in Path(place).glob(INIT)}
+wheels, mounts = {}, Path("/kaggle/input")
+for one in (*mounts.glob(LIST), *mounts.glob(f"datasets/*/{LIST}")):
+    if KNOWN in ("", sha256(one.read_bytes()).hexdigest()):
+        words = one.read_text().split()
+        wheels |= dict(zip(map(one.with_name, words[1::2]), words[::2], strict=True))
+if bad := [one for one, known in wheels.items() if sha256(one.read_bytes()).hexdigest() != known]:
+    raise ImportError(f"{bad[0]} is not what the list beside it says: attach the data set anew")
+ours = {f"{one}/{INIT}" for one in wheels if one.name.startswith("dlia_utils-")}
+places = found or {getattr(find_spec("dlia_utils"), "origin", None), *ours} - {None}
+if len(places) != 1:
+    none = "no dlia_utils: on Kaggle attach the data set pushed with this notebook, or pip install"
+    raise ImportError(f"remove all but one: {', '.join(map(str, places))}" if places else none)
+sys.path[:] = [*(str(one.parents[1]) for one in found), *sys.path, *map(str, wheels)]
+import dlia_utils
 
-print("dlia_utils", dlia_utils.__version__)"""
+print("dlia_utils", dlia_utils.__version__, "from", dlia_utils.__file__)"""
 
 
 def sources(names: Sequence[str] = (), folder: str | Path = FOLDER) -> list[Path]:
@@ -83,6 +99,14 @@ def read(path: str | Path) -> NotebookNode:
 def write(notebook: NotebookNode, path: str | Path) -> Path:
     """Write `notebook` to `path` in one step."""
     return files.write_text(nbformat.writes(notebook) + "\n", path)
+
+
+def pinned(notebook: NotebookNode, known: str) -> NotebookNode:
+    """The notebook whose bootstrap cell takes no other list of wheels than that with this hash."""
+    for cell in notebook.cells:
+        if "bootstrap" in tags(cell):
+            cell.source = cell.source.replace('KNOWN = ""', f'KNOWN = "{known}"')
+    return notebook
 
 
 def source_hash(code: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files, metrics
-from ..device import device_of, fingerprint
+from ..device import device_of, fingerprint, release_memory
 from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..progress import Bar
@@ -138,6 +138,7 @@ def robust(
     study = _Study(model, *data, settings, folder and Path(folder), resume)
     with base.steady(model, study.probe, *study.targets.values()):
         blocks = _attack_all(study, progress)
+    release_memory()
     cost, nearest = pd.DataFrame([block.cost() for block in blocks]), _nearest(blocks)
     return Evaluation(_rows(blocks, study), cost, settings, nearest, groups, model, *data)
 

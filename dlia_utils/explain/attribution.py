@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attacks.base import steady
+from ..device import release_memory
 from ..models.pixel import TwoLogits, fast_copy
 from ..units import check_numbers
 from . import base
@@ -41,7 +42,9 @@ def explain(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    return METHODS[method](model, x, target=target, **options)
+    found = METHODS[method](model, x, target=target, **options)
+    release_memory()
+    return found
 
 
 def saliency(

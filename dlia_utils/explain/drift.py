@@ -21,7 +21,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from .. import corrupt
 from ..attacks.base import steady
 from ..corruption_error import CLEAN
-from ..device import device_of
+from ..device import device_of, release_memory
 from ..models.pixel import two_logits
 from ..models.resnet import BasicBlock
 from ..models.transfer import blocks, last_map_layer
@@ -221,6 +221,7 @@ def measure(
                     seen.append(predicted(name, severity, probability))
                     moved += drifted(name, severity, found)
             bar.update(len(rows))
+    release_memory()
     nothing = pd.DataFrame(columns=[*KEYS, *SIGN, "zero"])
     return _table(seen, ids), _table(moved, ids) if moved else nothing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -90,7 +91,7 @@ def create(
     which downloads it, or "phantom" (width 1/40 of some models, for the smoke profile). All but the
     head is loaded strictly; the head is the file's if it has `num_classes`, else drawn. width: of
     every channel count; public files have 1. Raises: ValueError (another name, a file that does not
-    fit), FileNotFoundError, RuntimeError (download).
+    fit or changed), FileNotFoundError, RuntimeError (download).
 
     >>> create("hat_wrn_34_10", width=1 / 16).eval()(torch.rand(2, 1, 20, 24)).shape
     torch.Size([2, 2])
@@ -112,23 +113,64 @@ def create(
     return model
 
 
+def _published(url: str) -> str:
+    """The SHA-256 that Hugging Face tells of a large file."""
+    from huggingface_hub import get_hf_file_metadata  # comes with accelerate; for such files only
+
+    known = get_hf_file_metadata(url).etag or ""
+    if len(known) != 64:
+        raise OSError(f"no SHA-256, but {known!r}")
+    return known
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _unchanged(path: Path) -> Path:
+    """The path of a file with the hash that was written beside it, or is now."""
+    found, record = _sha256(path), _record(path)
+    if not record.exists():
+        with contextlib.suppress(OSError):  # in a folder that is for reading only
+            files.write_text(f"{found}  {path.name}\n", record)
+        log.info("%s: SHA-256 %s, compared from now on", path, found)
+    elif (known := record.read_text(encoding="utf-8").split()[:1]) != [found]:
+        was = "".join(known) or "nothing"
+        fix = f"remove both to fetch it again, or {record.name} if you replaced the file yourself"
+        raise ValueError(f"{path} has the SHA-256 {found}, {record} says {was}: {fix}")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def download(name: str) -> Path:
-    """Fetch the public checkpoint of `name` into the suite's cache, once, or raise RuntimeError."""
+    """The public checkpoint of `name` in the suite's cache, fetched once, or RuntimeError.
+
+    Hugging Face gives the SHA-256 of its files, which is compared; Google Drive does not, so the
+    hash is written beside the file when it is first seen. A file that is no longer that one is
+    refused: ValueError.
+    """
     folder = cache_root() / "checkpoints"
     for kept in sorted(folder.glob(f"{name}*.pt")):
-        return kept
+        return _unchanged(kept)
     megabytes, failures, target = names().megabytes[name], [], folder / f"{name}.pt"
     for place in FILES[name].split():
         url = HUB.format(*place.split("/")) if "/" in place else DRIVE + place
         try:
             with files.atomic_path(target) as temporary:
-                torch.hub.download_url_to_file(url, str(temporary), progress=False)
+                known = _published(url) if "/" in place else None
+                torch.hub.download_url_to_file(url, str(temporary), known, progress=False)
                 size = temporary.stat().st_size / 1e6
                 if size < 0.98 * megabytes:  # published to three or four digits
                     raise OSError(f"{size:.1f} of {megabytes} MB: truncated, or a web page")
-            return target
-        except OSError as error:
+        except Exception as error:  # of four libraries; all are told below
             failures.append(f"{url} ({type(error).__name__}: {error})")
+        else:
+            _record(target).unlink(missing_ok=True)  # of a file that was removed
+            return _unchanged(target)
     fix = "switch the internet on, wait (Google Drive refuses files fetched too often), or pass the"
     fix += " path of the file as pretrained="
     raise RuntimeError(f"{name} could not be downloaded: {fix}. Tried {'; '.join(failures)}")
@@ -151,9 +193,7 @@ def _load(model: FeatureModel, path: Path, name: str) -> str:
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{origin} holds NaN or infinite values: fetch it again")
     entries, last = len(network.state_dict()) - 2, "from the file" if from_file else "drawn anew"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    what = f"{origin} ({size:.1f} MB, sha256 {digest})"
+    what = f"{origin} ({size:.1f} MB, sha256 {_sha256(path)[:12]})"
     return f"{what}: {entries} of {entries} entries; head {last}"
 
 
