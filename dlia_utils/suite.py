@@ -118,7 +118,7 @@ def train_robust_model(study: Study, name: str) -> str:
         val = study.rows("val")
         data = map(study.images, batches), study.images(val), study.labels(val)
         how = dict(grid=run.zoo_alphas, eps=run.headline_eps, steps=run.pgd_steps, seed=run.seed)
-        table = select_alpha(model, *data, **how)
+        table = select_alpha(model.eval(), *data, **how)
         files.write_csv(table, folder / "alpha.csv")
         alpha = float(table.loc[table["chosen"], "alpha"].item())
         models.save(model, folder / "best.pt", meta={"alpha": alpha})

@@ -962,7 +962,7 @@ for target in targets(study):
     sizes = {name: frames[row] for row, name in names.items()}
     submission.write(table, path, target.mapping, images=sizes, classes=classes)
     written.append({"for": target.name, "file": path.name, "rows": len(table)})
-files.write_json(written, run.run_dir / "submissions.json")
+files.write_json({"files": written}, run.run_dir / "submissions.json")
 report.show(table.head())
 
 # %% [markdown]
@@ -990,7 +990,7 @@ except submission.SubmissionError as error:
 # under *Output*). A name is made of what the file is for and of the run that made it:
 
 # %%
-made = files.read_json(made_by(run, "submissions.json", "8 Submission"))
+made = files.read_json(made_by(run, "submissions.json", "8 Submission"))["files"]
 there = [(submissions_root() / one["file"]).exists() for one in made]
 where = f"in the folder {submissions_root().name}"
 report.show(pd.DataFrame(made).assign(exists=there), notes=where)

@@ -861,7 +861,8 @@ def apart(one, other):
 # %%
 images = study.images(study.rows("test")[:: max(1, len(study.rows("test")) // 16)][:16])
 module, before = model.get_submodule(layer), fingerprint(model)
-scalar, double, negative = OneLogit(model), OneLogit(model, (-1.0, 1.0)), OneLogit(model, (-1.0,))
+signs = ((1.0,), (-1.0, 1.0), (-1.0,))
+scalar, double, negative = (OneLogit(model, one).eval() for one in signs)
 own = {c: gradcam(model, images, layer, target=c) for c in (0, 1)}
 one = {c: gradcam(scalar, images, module, target=c) for c in (0, 1)}
 two = {c: gradcam(double, images, module, target=c) for c in (0, 1)}
