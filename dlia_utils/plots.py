@@ -187,10 +187,12 @@ def figure_accuracy_vs_eps(
     unit: str = "pixel",
     note: str = "",
     constant: float | None = None,
+    told_at: float | None = None,
 ) -> Figure:
     """Accuracy against eps, a line a model: the first and the highest in colour, with intervals.
 
-    constant: the accuracy of always giving the more frequent answer, drawn as a level.
+    constant: the accuracy of always giving the more frequent answer, drawn as a level. told_at: the
+    eps of which the title speaks, such as that of all attacks; by default the largest.
     """
     figure, ((axis,),) = panels(1, width=7.6, height=4.2)
     clean, scale = results.attack.eq("clean"), 255 if unit == "pixel" else 1
@@ -198,12 +200,14 @@ def figure_accuracy_vs_eps(
     attacked = chosen[chosen.attack.eq(attack)].groupby("model", sort=False).value.mean()
     best = attacked.sort_values(ascending=False, kind="stable").index[: len(COLORS) - 1]
     styles = line_styles(list(attacked.index), first=[attacked.index[0], *best])
-    ends, last = {}, {}
+    ends, last, kept = {}, {}, {}
     for name, style in styles.items():
         line = chosen[chosen.model.eq(name) & chosen.attack.isin(["clean", attack])]
         line = line.sort_values("eps")
         axis.plot(line.eps * scale, line.value, ms=4, **style)
         last[name] = line.value.iloc[-1]
+        at = line.eps.max() if told_at is None else told_at
+        kept[name] = line.value[np.isclose(line.eps, at)].max()
         if _told(name, style):
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
@@ -222,9 +226,8 @@ def figure_accuracy_vs_eps(
     edge = axis.get_xlim()[1]
     places, colors = [(edge, y) for y, _ in ends.values()], [color for _, color in ends.values()]
     label_lines(axis, [f" {name}" for name in ends], places, colors)
-    top, most = max(last, key=last.get), chosen.eps.max()
-    at = eps_text(most) if unit == "pixel" else f"{most:g}"
-    return titled(figure, f"{note or attack}: {top} keeps {last[top]:.2f} at {at}", caption)
+    top, at = max(kept, key=kept.get), eps_text(at) if unit == "pixel" else f"{at:g}"
+    return titled(figure, f"{note or attack}: {top} keeps {kept[top]:.2f} at {at}", caption)
 
 
 def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:

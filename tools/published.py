@@ -179,9 +179,15 @@ def fractures(results: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
+def _well_attacked(results: pd.DataFrame) -> pd.DataFrame:
+    """Without larger eps than the headline's: the strongest attacks did not run there."""
+    return results[results["eps_unit"].ne("pixel") | results["eps"].le(HEADLINE_EPS + 1e-9)]
+
+
 def worst_by_eps(results: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy in the worst case at every eps."""
-    worst = results[results.attack.eq("worst") & results.metric.eq("accuracy")]
+    """Accuracy in the worst case at every eps up to the headline's."""
+    worst = _well_attacked(results)
+    worst = worst[worst.attack.eq("worst") & worst.metric.eq("accuracy")]
     worst = worst.assign(cell=_cells(worst), eps=worst.eps.round(9))
     table = worst.pivot(index="model", columns="eps", values="cell")
     table = table.reindex(list(dict.fromkeys(worst.model)))
@@ -303,14 +309,15 @@ def blocks() -> dict[str, str]:
 def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
     options = {"attack": "worst", "note": "Only adversarial training holds in the worst case"}
+    pneumonia_rows, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
     boxes = "FracAtlas, 61 test images, cpu profile, 384 px"
     return {
         "worst_case": figure_accuracy_vs_eps(
-            _results("01_pneumonia"), pneumonia, constant=390 / 624, **options
+            pneumonia_rows, pneumonia, constant=390 / 624, **options
         ),
-        "fractures": figure_accuracy_vs_eps(_results("02_fracatlas"), bones, **options),
+        "fractures": figure_accuracy_vs_eps(bone_rows, bones, **options),
         "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
         "findings": _findings(),
     }

@@ -454,6 +454,7 @@ report.show(report.attack_table(results, eps=run.headline_eps))
 # %%
 answers = np.bincount(study.labels(study.rows("test")).cpu())
 options = {"attack": "worst", "constant": answers.max() / answers.sum()}
+options["told_at"] = run.headline_eps
 figure = plots.figure_accuracy_vs_eps(results, run.caption, note="Worst case", **options)
 report.save_figure(figure, run, "worst_case")
 figure

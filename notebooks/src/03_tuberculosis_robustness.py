@@ -808,7 +808,7 @@ report.show(report.attack_table(results, eps=run.headline_eps))
 
 # %%
 note = "Images with TB only, worst case"
-how = dict(attack="worst", note=note)
+how = dict(attack="worst", note=note, told_at=run.headline_eps)
 figure = plots.figure_accuracy_vs_eps(pd.concat(found), run.caption, **how)
 figure.axes[0].set_ylabel("sensitivity")
 report.save_figure(figure, run, "sensitivity_vs_eps")
