@@ -243,7 +243,7 @@ def test_all_that_stand_are_attacked_where_they_are_few(evaluation):
         .value["twice the steps add nothing"]
     )
     stood = int(doubled.split(" of ")[2].split()[0])
-    assert f"of the nearest {stood} of {stood} images" in doubled and stood > 5
+    assert f"of all {stood} images" in doubled and stood > 5
 
 
 def test_a_model_that_is_always_wrong_gets_its_page(sound):

@@ -282,7 +282,8 @@ def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
         most = new + left * (beta.ppf(0.95, new + 1, len(some) - new) if new < len(some) else 1)
     added, most = (100 * count / len(found.labels) for count in (new, most))
     value = f"{added:.1f} points at {pixel_text(eps)}, at most {most:.1f} "
-    value += f"({new} of the nearest {len(some)} of {len(standing)} images that stood there)"
+    which = f"the nearest {len(some)} of" if left else "all"
+    value += f"({new} of {which} {len(standing)} images that stood there)"
     return "converged", most <= POINTS, value
 
 

@@ -716,6 +716,9 @@ warned = checks.loc[checks["verdict"].eq("WARN"), ["verdict", "model", "check", 
 report.show(warned)
 
 # %% [markdown]
+# *What to see.* The attacks of the smoke profile have four steps, so *twice the steps* warns, rightly: a few images would
+# still fall. The number says how many points of the worst case that is, at least in the sample that was tried.
+#
 # **What we learnt.** Cross-entropy PGD alone can be fooled by large logits, as in Papernot's distillation; the margin loss,
 # the count of zero gradients and the check list uncover it. A robust accuracy is as good as the attacks behind it.
 

@@ -524,7 +524,8 @@ report.show(masking)
 
 # %% [markdown]
 # *What to see.* A gap between the two losses, or a share of zero gradients, is the mark of masked gradients. For MeanSparse
-# the attacks straight through the operator stand in the suite already.
+# the attacks straight through the operator stand in the suite already. That *twice the steps* warns in a smoke run is right:
+# its attacks have four.
 #
 # **What we learnt.** "Robust" in a table is a claim about the attack as much as about the model; two losses and a count of
 # zeros cost one line each.
