@@ -19,7 +19,7 @@ from dlia_utils.study import Study, load_models
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "05_nih_detection"
-TINY = dict(images=12, epochs=2, size=64, width=0.25, channels=16, rpn_post_nms=16)
+TINY = dict(images=12, epochs=1, size=64, width=0.25, channels=16, rpn_post_nms=16)
 
 
 def train(study):
@@ -30,7 +30,7 @@ def train(study):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """A tiny study on the competition's phantom, trained for two epochs."""
+    """A tiny study on the competition's phantom, trained for one epoch: none is left to warm up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLIA_RUNS", str(tmp_path_factory.mktemp("study") / "runs"))
         with pytest.MonkeyPatch.context() as hidden:

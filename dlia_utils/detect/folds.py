@@ -170,6 +170,8 @@ def train_fold(
 
     options = dict(monitor="val_mAP50", val_metric=select_by, collate=augment.collate_boxes)
     options |= dict(optimizer="sgd", schedule="cosine", **recipe)
+    # Who shortens the training to an epoch or two need not know of the warm-up.
+    options["warmup_epochs"] = min(options["warmup_epochs"], study.run.epochs - 1)
     return fit_model(study, fold.name, model, objectives.detection(), train_set, None, **options)
 
 
