@@ -46,6 +46,7 @@ def mobilenet_v2(
     `weights`: None (random, drawn from `seed`), a file, "imagenet" or "phantom": see
     `load_weights`.
 
+    >>> import torch
     >>> mobilenet_v2(width=0.25).eval()(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 2])
     """
