@@ -364,7 +364,7 @@ def figure_search(runs: pd.DataFrame, caption: str, *, direction: str = "maximiz
     figure.legend(*signs, fontsize=9, frameon=False, loc="outside right center")
     others = len(runs) - len(shown)
     unscored = f", {others} without a score" if others else ""
-    title = f"{len(runs)} runs{unscored}: best score {best['score'].item():.3g}"
+    title = f"{len(runs)} runs{unscored}: best score {best['score'].item():.3f}"
     return titled(figure, title, caption)
 
 

@@ -144,7 +144,7 @@ def figure_forest(
             axis.scatter(own["value"], place, 22, colors, marker=look["marker"], label=name)
         at = chance if isinstance(chance, float) else part.set_index(row)["value"][chance]
         axis.axvline(at, color="0.4", ls=":", lw=1.2)
-        top = part.loc[part["value"].idxmax()]
+        top = part.iloc[int(np.nanargmax(part["value"]))]
         axis.set(title=f"{_words(title)}\nhighest: {top[row]}", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows)
     return _finish(

@@ -941,7 +941,7 @@ axis.margins(x=0.15)
 
 # %%
 middle = each.groupby("fate")["drift"].median()
-title = f"{name}: median drift " + ", ".join(f"{m:.0f} where {fate}" for fate, m in middle.items())
+title = f"{name}: median drift " + ", ".join(f"{m:.2g} where {fate}" for fate, m in middle.items())
 plots.titled(figure, title, f"number of images behind each bar; {run.caption}")
 report.save_figure(figure, run, "kept_flipped")
 figure
