@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .units import check_numbers
+
 SCALES = ("imagenet-c", "medmnist-c")
 SEVERITIES = (1, 2, 3, 4, 5)
 THESIS = ("gaussian_noise", "speckle_noise", "motion_blur", "contrast", "brightness")
@@ -68,7 +70,7 @@ def apply(
     """Corrupt a batch: a new tensor like `images`, [B,1|3,H,W] in [0,1]; severity 0 returns a copy.
 
     name: a key of `CORRUPTIONS`. ids: one integer per image, such as its row in the manifest: it
-    keeps its noise whatever batch it comes in. ValueError for unknown names and wrong pixels.
+    keeps its noise whatever batch it comes in. ValueError for unknown names, severities, pixels.
 
     >>> x = torch.full((2, 1, 8, 8), 0.5)
     >>> noisy = apply("gaussian_noise", x, 2, seed=0, ids=[4, 9])
@@ -77,6 +79,7 @@ def apply(
     """
     if name not in CORRUPTIONS or scale not in SCALES:
         raise ValueError(f"no {name!r}, scale {scale!r}: {', '.join([*CORRUPTIONS, *SCALES])}")
+    check_numbers("[0,5]", whole=True, severity=severity)
     if len(ids) != len(images):
         raise ValueError(f"ids must be {len(images)} integers, one per image, not {len(ids)}")
     low, high = (v.item() for v in images.aminmax())

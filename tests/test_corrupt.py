@@ -108,6 +108,8 @@ def test_any_size_and_type(name):
     [
         ({"name": "fog"}, "no 'fog', .*: gaussian_noise, "),
         ({"ids": [1]}, "ids must be 2 integers"),
+        ({"severity": -1}, r"severity must be a whole number in \[0,5\]"),
+        ({"severity": 2.5}, "severity"),
         ({"images": torch.full((2, 1, 4, 4), math.nan)}, "before normalisation"),
     ],
 )
