@@ -49,7 +49,7 @@ test: $(STAMP)  ## lint, static notebook checks, unit tests, every notebook exec
 	$(BIN)/python -m ruff format --check --quiet .
 	$(BIN)/python -m tools check
 	@date '+tests began %T'
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations=40 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --durations=40 --cov --cov-report=term:skip-covered
 	@date '+tests ended %T'
 
 notebooks: $(STAMP)  ## rebuild the committed notebooks from notebooks/src, with fresh smoke outputs; NB=01

@@ -1,6 +1,7 @@
 """Every test session caches and runs in folders of its own; real images come only by DLIA_DATA."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 # The models of the unit tests are so small that threads cost more than they give.
 torch.set_num_threads(1)
 
+ALONE = "test_reader.py"  # each of its tests executes a notebook of its own
 # Beside the notebooks.
-LONG = ("test_detect_learns.py", "test_detect_folds.py")
+LONG = ("test_detect_learns.py", "test_detect_folds.py", "test_detection_data.py")
 
 _SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
 
@@ -33,21 +35,27 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """With several processes (`make test`) a file's tests stay in one, as do all of a notebook.
 
-    They share fixtures and finished runs, which another process would have to make again. What
-    takes minutes goes first: else one process would end with it while the others are idle.
+    They share fixtures and finished runs, which another process would have to make again. (The
+    marker xdist_group of xdist 3.8 is without effect in pytest 9.2.)
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = item.path.name
-        if item.get_closest_marker("notebook"):
-            source = getattr(item, "callspec", None)
-            group = source.params["source"].stem if source else item.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            if notebook := re.search(r"\[(\d\d_\w+)\]$", nodeid):
+                return notebook[1]
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(ALONE) else file
+
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes goes first: else one process would end with it while others are idle."""
     items.sort(key=lambda item: not (item.path.name in LONG or item.get_closest_marker("notebook")))
 
 
