@@ -89,11 +89,11 @@ SMOKE = {"size": 48, "per_class": 100, "val_share": 0.15, "test_share": 0.2, "wi
 SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 20, "batch_size": 16, "lr": 1e-2}
 SMOKE |= {"num_workers": 0, "max_minutes": None}
 SMOKE |= {"at_eps": 3 / 255, "at_steps": 2, "at_step_size": 2.1 / 255}
-ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16", "hat_wrn_34_10")
+ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
 SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
-SMOKE |= {"check_images": 4, "maps": 6, "occlusion_window": 8, "integrated_steps": 8}
+SMOKE |= {"check_images": 4, "maps": 5, "occlusion_window": 8, "integrated_steps": 8}
 SMOKE |= {"bootstrap_draws": 200}
 
 # %% tags=["start"]
@@ -244,12 +244,16 @@ def train_standard(study):
 
 def train_pgd_at(study):
     loss = objectives.pgd_adversarial(**attack_steps(study))
-    return train_model(study, "pgd_at", loss, **suite.choose_under_attack(study))
+    return train_model(
+        study, "pgd_at", loss, **suite.choose_under_attack(study, steps=run.pgd_steps)
+    )
 
 
 def train_trades(study):
     loss = objectives.trades(**attack_steps(study), beta=run.trades_beta)
-    return train_model(study, "trades", loss, **suite.choose_under_attack(study))
+    return train_model(
+        study, "trades", loss, **suite.choose_under_attack(study, steps=run.pgd_steps)
+    )
 
 
 # %% [markdown]
@@ -280,7 +284,9 @@ def train_linear_probe(study):
 
 def train_robust_probe(study):
     loss, model = objectives.pgd_adversarial(**attack_steps(study)), with_new_head().to(run.device)
-    options = {"epochs": max(1, run.epochs // 3)} | suite.choose_under_attack(study)
+    options = {"epochs": max(1, run.epochs // 3)} | suite.choose_under_attack(
+        study, steps=run.pgd_steps
+    )
     return train_head(study, "robust_probe", model, loss, augmented=True, **options)
 
 
