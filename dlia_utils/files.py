@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -172,6 +173,12 @@ def reading(path: str | Path, fix: str) -> Iterator[None]:
             raise
         why = f" ({' '.join(str(error).split())})" if isinstance(error, ValueError) else ""
         raise Damaged(f"{path} is damaged or of another kind{why}: {fix}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_zip(path: str | Path) -> None:

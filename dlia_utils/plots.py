@@ -38,7 +38,8 @@ class Described(Figure):
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         """The words beside the picture, where Jupyter's converters look for them."""
-        return {"text/plain": self.alt()}, {"image/png": {"alt": self.alt()}}
+        words = self.alt()
+        return {"text/plain": words}, {"image/png": {"alt": words}}
 
 
 def panels(

@@ -236,7 +236,7 @@ def test_a_file_is_fetched_once_from_the_first_place_that_gives_it_whole(monkeyp
 
     monkeypatch.setenv("DLIA_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", give)
-    monkeypatch.setattr(zoo, "_sha256", lambda path: "0" * 64)  # a GB takes seconds
+    monkeypatch.setattr(zoo.files, "sha256", lambda path: "0" * 64)  # a GB takes seconds
     told = iter([SimpleNamespace(etag="ab" * 32), SimpleNamespace(etag="cd" * 32)])
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: next(told))
     with pytest.raises(RuntimeError, match="internet.*pretrained=.*invalid hash.*of 1069.4 MB: tr"):

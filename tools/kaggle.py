@@ -6,7 +6,6 @@ same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -247,7 +246,7 @@ def _fetch(folder: Path) -> Path:
             "that needs it must get it from elsewhere on Kaggle; name a wheel with --captum FILE"
         )
     wheel = next(folder.glob("captum-*.whl"))
-    if (found := _sha256(wheel)) != CAPTUM_SHA256:
+    if (found := files.sha256(wheel)) != CAPTUM_SHA256:
         fix = "do not use it, and look at where pip fetches from"
         raise ValueError(f"{wheel.name} has the SHA-256 {found}, not {CAPTUM_SHA256}: {fix}")
     return wheel
@@ -255,12 +254,8 @@ def _fetch(folder: Path) -> Path:
 
 def write_list(folder: str | Path) -> str:
     """Write LIST, as sha256sum does, for the wheels in `folder`; returns its own hash."""
-    lines = [f"{_sha256(one)}  {one.name}\n" for one in sorted(Path(folder).glob("*.whl"))]
-    return _sha256(files.write_text("".join(lines), Path(folder) / LIST))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = [f"{files.sha256(one)}  {one.name}\n" for one in sorted(Path(folder).glob("*.whl"))]
+    return files.sha256(files.write_text("".join(lines), Path(folder) / LIST))
 
 
 def _write_dataset(folder: Path, user: str, captum: Path | None) -> str:

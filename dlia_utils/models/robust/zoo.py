@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 from functools import partial
@@ -129,7 +128,7 @@ def _record(path: Path) -> Path:
 
 def _unchanged(path: Path) -> Path:
     """The path of a file with the hash that was written beside it, or is now."""
-    found, record = _sha256(path), _record(path)
+    found, record = files.sha256(path), _record(path)
     if not record.exists():
         with contextlib.suppress(OSError):  # in a folder that is for reading only
             files.write_text(f"{found}  {path.name}\n", record)
@@ -139,11 +138,6 @@ def _unchanged(path: Path) -> Path:
         fix = f"remove both to fetch it again, or {record.name} if you replaced the file yourself"
         raise ValueError(f"{path} has the SHA-256 {found}, {record} says {was}: {fix}")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(name: str) -> Path:
@@ -193,7 +187,7 @@ def _load(model: FeatureModel, path: Path, name: str) -> str:
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{origin} holds NaN or infinite values: fetch it again")
     entries, last = len(network.state_dict()) - 2, "from the file" if from_file else "drawn anew"
-    what = f"{origin} ({size:.1f} MB, sha256 {_sha256(path)[:12]})"
+    what = f"{origin} ({size:.1f} MB, sha256 {files.sha256(path)[:12]})"
     return f"{what}: {entries} of {entries} entries; head {last}"
 
 
