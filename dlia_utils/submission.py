@@ -68,9 +68,11 @@ def build(
 
     predictions: columns image, x1, y1, x2, y2, label (1..K), score, in pixels of the file. names,
     sizes: each image's file name as in the mapping, and its (width, height). The best box is sent
-    whatever its score: under one row per id a threshold can only lose. A box is distinct when its
-    label differs or the IoU is below `SAME_IOU`. Missing ones come from `prior` (`class_prior`)
-    with confidence 0, then from the best box: that share of the rows is at most `prior_share`.
+    whatever its score: under one row per id a threshold can only lose. Best is the highest score,
+    or the highest `worth` where predictions have such a column (`evaluate.worth`). A box is
+    distinct when its label differs or the IoU is below `SAME_IOU`. Missing ones come from `prior`
+    (`class_prior`) with confidence 0, then from the best box: that share of the rows is at most
+    `prior_share`.
     Errors: ValueError for an image that `names` lacks, for broken predictions (another format of
     boxes among them), for no usable box, and for more of the prior than is asked for.
 
@@ -118,7 +120,9 @@ def _ranked(
     images, ranked = found.image.tolist(), defaultdict(list)
     refuse(np.array([one not in names for one in images]), "predictions", "an image not in names")
     boxes = np.column_stack([found.corners.T, found.score, found.label])
-    for row in np.argsort(-found.score, kind="stable"):
+    best = predictions["worth"].to_numpy(float) if "worth" in predictions else found.score
+    refuse(~np.isfinite(best), "predictions", "a worth that is no number")
+    for row in np.lexsort((-found.score, -best)):
         ranked[images[row]].append(boxes[row])
     return ranked
 
@@ -188,6 +192,8 @@ def check(
         problems.append("every row holds the same prediction. Fix: send the detector's own boxes")
     if problems:
         raise _error(name, problems)
+    for doubt in _doubts(cells["label"], classes):
+        log.warning("%s: %s", name, doubt)
     typed = mapping.iloc[:, 0].to_numpy()[pd.Index(wanted).get_indexer(ids)]
     return cells.assign(**numbers, **{ids.name: typed}).reset_index(drop=True)
 
@@ -270,6 +276,17 @@ def _row_problems(
             rows = f"{len(shown)} row{'s' if len(shown) > 1 else ''}"
             problems.append(f"{column}: {text} in {rows}: {_listed(shown)}. Fix: {fix}")
     return problems
+
+
+def _doubts(labels: pd.Series, classes: Sequence[str]) -> list[str]:
+    """What is allowed and looks useless, of a table of some length and several classes."""
+    share, count = labels.value_counts(normalize=True), len(labels)
+    if len(classes) < 2 or count < 2 * len(classes):
+        return []
+    fix = "its AP is 0 whatever the others reach; see `worth` in submission.build"
+    doubts = [f"no row says {one}: {fix}" for one in classes if one not in share]
+    most = f"{share.iloc[0]:.0%} of {count} rows say {share.index[0]}: has the detector learnt?"
+    return [*doubts, most] if share.iloc[0] > 0.5 else doubts
 
 
 def _error(name: str, problems: list[str]) -> SubmissionError:

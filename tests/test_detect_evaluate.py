@@ -439,3 +439,17 @@ def test_results_know_no_order_of_rows_and_images(seed, views):
     assert fused["score"].between(0, 1).all() and fused["score"].max() <= found["score"].max()
     assert fused["x1"].min() >= found["x1"].min() and fused["x2"].max() <= found["x2"].max() + 1e-9
     assert len(fuse.nms(fuse.nms(found))) == len(fuse.nms(found))
+
+
+def test_worth_is_the_squared_share_of_hits_over_the_boxes_of_the_class():
+    """Class 1 hits in 3 of 4, class 2 in 1 of 4 with the same scores; class 3 never hits."""
+    images, rows = range(12), [(n, 0, 0, 9, 9, 1 + n // 4) for n in range(12)]
+    truth = pd.DataFrame(rows, columns=TRUTH)
+    missed = truth.assign(score=0.5, x2=[9, 9, 9, 2, 9, 2, 2, 2, 2, 2, 2, 2])
+    result = ev.match(truth, missed, images=images, classes=3)
+    asked = pd.DataFrame({"label": [3, 2, 1, 1], "score": [0.9, 0.9, 0.1, 0.5]})
+    expected = [0, 0.25**2 / 4, 0.75**2 / 4, 0.75**2 / 4]
+    np.testing.assert_allclose(ev.worth(result, asked), expected)
+    rising = missed.assign(score=np.tile([0.9, 0.8, 0.7, 0.1], 3))
+    low, high = ev.worth(ev.match(truth, rising, images=images, classes=3), asked)[[2, 3]]
+    assert low == 0 and high > 0, "never falls with the score"

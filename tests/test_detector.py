@@ -103,6 +103,7 @@ def test_trainable_stages_are_counted_from_the_end():
         ({"arch": "yolo"}, "unknown arch"),
         ({"roi_batches": 3}, r"unknown options \['roi_batches'\]"),
         ({"weights": "imagenet"}, "do not go with"),
+        ({"arch": MOBILENET_V2, "anchor_sizes": [(8,)] * 3}, "has 3 levels; MobileNetV2's"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):
@@ -113,6 +114,16 @@ def test_wrong_arguments_are_named(wrong, message):
 def test_own_anchors_replace_the_head():
     model = faster_rcnn(**SMALL, anchor_sizes=[(8, 12), (16, 24), (32, 48)])
     assert model.rcnn.rpn.anchor_generator.num_anchors_per_location() == [6, 6, 6]
+
+
+def test_anchors_for_four_levels_leave_out_the_finest():
+    x, wide = torch.zeros(1, 1, 64, 64), [(8 * 2**k,) for k in range(5)]
+    for levels, finest in ((wide, 16), (wide[1:], 8)):
+        model = faster_rcnn(arch=MOBILENET_V2, **SMALL, anchor_sizes=levels).eval()
+        maps = model.rcnn.backbone(x.expand(-1, 3, -1, -1))
+        assert len(maps) == len(levels) and maps["0"].shape[-1] == finest
+        assert model.rcnn.roi_heads.box_roi_pool.featmap_names == list(maps)[:-1]
+        assert set(model(x)[0]) == {"boxes", "labels", "scores"}
 
 
 def test_weights_depend_on_the_seed_and_leave_the_callers_randomness():

@@ -13,12 +13,14 @@ from dlia_utils.data import datasets, split
 from tools import notebooks
 
 # As small as it goes: what is tested is that it runs to its end, under the reader's name.
-SHORT = {"epochs": 1, "bootstrap_draws": 20}
+SHORT = {"epochs": 1, "size": 32, "bootstrap_draws": 20}
 ATTACKED = dict(adversarial=("pgd_at",), at_steps=1, temperatures=(50.0,), certified_per_class=2)
 ATTACKED |= dict(attacks=("fgsm", "pgd_ce", "pgd_margin", "apgd_ce"), check_images=2)
 ATTACKED |= dict(one_pixel=((1, 4, 1, 0.5, 0.9),), one_pixel_per_class=1, certificate_draws=50)
 ATTACKED |= dict(eps_grid=(4 / 255,), patient_pattern=r"/(p\d+)_")
-CORRUPTED = dict(mobilenet_epochs=1, severities=(1, 5), map_images=8, choose_images=8)
+CORRUPTED = dict(
+    mobilenet_epochs=1, mobilenet_size=32, severities=(1, 5), map_images=8, choose_images=8
+)
 CORRUPTED |= dict(corruptions=("contrast", "gaussian_noise"))
 CORRUPTED |= dict(mapped=("contrast",), trained_on=("contrast",))
 SEARCH = {"trials": 2, "extend": 0, "patience": 1}
@@ -110,13 +112,13 @@ def test_three_classes_in_06(folders, run_notebook):
 
 @pytest.mark.notebook
 def test_another_backbone_and_own_images_in_07(folders, run_notebook):
-    line = 'run.own["densenet121"] = lambda: models.backbone("densenet121", num_classes=2)'
+    line = 'run.own["mnasnet0_5"] = lambda: models.backbone("mnasnet0_5", num_classes=2)'
     changes = SHORT | SEARCH | TUNED | {"audit_images": 40}
     done, _ = run_notebook("07", folders / "shapes2", changes, line)
     start = torch.load(done.folder / "start" / "best.pt", weights_only=True)["recipe"]
     resnet = {"name": "torchvision", "arch": "resnet18", "num_classes": 2}
     assert start["body"] == resnet, "never silently another network"
-    assert (done.folder / "densenet121" / "best.pt").exists()
+    assert (done.folder / "mnasnet0_5" / "best.pt").exists()
     assert (done.folder / "figures" / "gradcam_networks.png").exists()
 
 

@@ -217,6 +217,29 @@ def test_nth_best_distinct_box_for_the_nth_id_of_an_image():
     assert other["label"].tolist()[1::2] == ["Cardiomegaly", "Atelectasis"]
 
 
+def test_the_worth_of_a_box_says_which_one_is_sent_and_its_score_stays():
+    rows = found((10, 5, 5, 40, 40, 2, 0.8), (10, 5, 5, 40, 40, 1, 0.3), (11, 0, 0, 9, 9, 3, 0.2))
+    table = build(rows.assign(worth=[0.1, 0.4, 0.0])).set_index("id")
+    assert table.loc[[2, 4], "label"].tolist() == ["Atelectasis", "Cardiomegaly"]
+    assert table.loc[[2, 4], "confidence"].tolist() == [0.3, 0.8]
+    tied = build(rows.assign(worth=0.5)).set_index("id")
+    assert tied.loc[2, "label"] == "Cardiomegaly", "where the worth is equal, the score decides"
+    with pytest.raises(ValueError, match="worth that is no number"):
+        build(rows.assign(worth=[0.1, np.nan, 0.0]))
+
+
+def test_one_label_in_most_rows_or_a_class_without_a_row_is_told(caplog):
+    ids = pd.DataFrame({"id": range(20), "image_id": [f"{n:08d}_000.png" for n in range(20)]})
+    table = ids.assign(x_min=0.0, y_min=0.0, x_max=9, y_max=9, confidence=np.arange(20) / 20)
+    even = [NIH_CLASSES[n % 8] for n in range(20)]
+    submission.check(table.assign(label=even), ids)
+    assert not caplog.text
+    submission.check(table.assign(label=[NIH_CLASSES[0]] * 11 + even[1:8] + even[:2]), ids)
+    assert "60% of 20 rows say Atelectasis" in caplog.text and "no row" not in caplog.text
+    submission.check(table.assign(label=[one.replace("Mass", "Nodule") for one in even]), ids)
+    assert "no row says Mass" in caplog.text
+
+
 def test_prior_fills_empty_lists_and_missing_second_boxes_with_confidence_zero():
     table = build(found((10, 5, 5, 40, 40, 1, 0.3))).set_index("id")
     assert table["confidence"].to_dict() == {1: 0, 2: 0.3, 3: 0, 4: 0}

@@ -14,6 +14,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
 
 from ..units import check_numbers
 from .layers import check_sizes, drawn
@@ -97,9 +98,10 @@ def faster_rcnn(
     num_classes: without the background. size: the longest side to which every image is resized.
     weights: None (drawn from `seed`), "coco" (torchvision's two), or, for the MobileNetV2 backbone,
     "imagenet" or a file; the class head is always new. The last `trainable_layers` of the
-    backbone's 5 resolution stages learn. anchor_sizes: a tuple per pyramid level. channels, width:
-    of the MobileNetV2 backbone. options: see `OPTIONS`. Raises: ValueError (arguments),
-    RuntimeError (weights without internet), FileNotFoundError.
+    backbone's 5 resolution stages learn. anchor_sizes: a tuple per pyramid level; MobileNetV2 has
+    five, or four without the finest. channels, width: of the MobileNetV2 backbone. options: see
+    `OPTIONS`. Raises: ValueError (arguments), RuntimeError (weights without internet),
+    FileNotFoundError.
 
     >>> model = faster_rcnn(num_classes=8, size=64, rpn_post_nms=20).eval()
     >>> sorted(model(torch.zeros(1, 1, 64, 64))[0])
@@ -181,16 +183,23 @@ def _anchors(sizes, channels: int) -> tuple[AnchorGenerator, nn.Module]:
 
 
 def _mobilenet_v2_fpn(num_classes, channels, width, anchor_sizes, weights, options) -> FasterRCNN:
-    """MobileNetV2 with pyramid levels at strides 4 to 64; two anchor sizes per level by default."""
+    """MobileNetV2 with pyramid levels at strides 4 to 64; two anchor sizes per level by default.
+
+    Anchors for four levels only leave out the finest, which costs as much as all the others.
+    """
     # The last 1x1 convolution serves the classifier.
     features = load_weights(network(2, width), weights).features[:-1]
-    ends = {"3": "0", "6": "1", "13": "2", "17": "3"}
-    depths = [features[int(end)].conv[-1].num_features for end in ends]
-    backbone = BackboneWithFPN(features, ends, depths, channels)
     sizes = anchor_sizes or tuple((4.0 * stride, 5.7 * stride) for stride in (4, 8, 16, 32, 64))
+    if len(sizes) not in (4, 5):
+        raise ValueError(f"anchor_sizes has {len(sizes)} levels; MobileNetV2's pyramid has 5 or 4")
+    ends = ("3", "6", "13", "17")[5 - len(sizes) :]
+    names = [str(level) for level in range(len(ends))]
+    depths = [features[int(end)].conv[-1].num_features for end in ends]
+    backbone = BackboneWithFPN(features, dict(zip(ends, names, strict=True)), depths, channels)
     generator, head = _anchors(sizes, channels)
     options = dict(rpn_anchor_generator=generator, rpn_head=head) | options
-    return FasterRCNN(backbone, num_classes + 1, **options)
+    pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)  # torchvision's, less a level
+    return FasterRCNN(backbone, num_classes + 1, box_roi_pool=pool, **options)
 
 
 def _freeze_stages(body: nn.Module, frozen: int) -> None:
