@@ -1,6 +1,7 @@
 """The detection study on the phantom: folds, training that is kept, processes, submissions."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from small import start_run
 from torchvision.models import mobilenet_v2
 
-from dlia_utils.data import datasets, sources
+from dlia_utils.data import cache, datasets, sources
 from dlia_utils.detect import evaluate, folds, job, views
+from dlia_utils.device import fingerprint
 from dlia_utils.models.detector import faster_rcnn
 from dlia_utils.study import Study, load_models
 
@@ -68,6 +70,27 @@ def test_figures_get_boxes_in_pixels_of_the_cached_images(opened):
         expected = known.loc[known["image"].eq(row), evaluate.CORNERS]
         given = own[evaluate.CORNERS] / np.tile(opened.cache.scale([row])[0], 2)
         np.testing.assert_allclose(given, expected)
+
+
+def test_the_box_list_that_holds_the_answers_is_never_read(opened, fresh_runs, tmp_path):
+    """With BBox_List_2017.csv, here damaged, beside and above it, edition A gives equal bits."""
+    root = tmp_path / "nih_boxes" / opened.run.location.root.name
+    shutil.copytree(opened.run.location.root, root)
+    for folder in (root, root.parent):
+        (folder / "BBox_List_2017.csv").write_bytes(b"\xff\x00 not to be read")
+    settings = opened.run.pick(*TINY)
+    again = folds.open_detection(start_run(NOTEBOOK, root, **settings))
+    train(again)
+    found = []
+    for study in (opened, again):
+        model, target = load_models(study, ["fold0"])["fold0"], folds.targets(study)[0]
+        images = cache.build(target.dataset, size=study.run.size, fit="pad", progress=False)
+        boxes = views.predict(model, images, target.rows, progress=False)
+        found.append((fingerprint(model), target.mapping, boxes))
+    (one, ids, boxes), (other, *rest) = found
+    assert one == other and len(boxes)
+    pd.testing.assert_frame_equal(ids, rest[0])
+    pd.testing.assert_frame_equal(boxes, rest[1])
 
 
 def test_an_official_split_is_kept(fresh_runs):

@@ -77,15 +77,16 @@ def open_detection(run) -> Study:
 def folds(study: Study) -> list[Fold]:
     """The folds of this run: one named "official", or the first `run.run_folds` of `run.folds`.
 
-    Where `run.images` says so, at most that many images of each use, the same ones whenever asked.
+    Where `run.images` says so, at most that many images of each use, and of those to train on the
+    share `run.train_share`; the same ones whenever asked.
     """
     manifest, run = study.dataset.manifest, study.run
 
     def some(salt: int, wanted: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(wanted)
-        if run.images is None or len(rows) <= run.images:
-            return rows
-        return np.sort(np.random.default_rng([run.seed, salt]).permutation(rows)[: run.images])
+        most = len(rows) if run.images is None else min(len(rows), run.images)
+        most = most if salt else max(1, round(run.train_share * most))
+        return np.sort(np.random.default_rng([run.seed, salt]).permutation(rows)[:most])
 
     if "fold" not in manifest:
         uses = [manifest["split"].eq(name) for name in ("train", "val", "test")]

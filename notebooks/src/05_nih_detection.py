@@ -55,6 +55,7 @@ CHANGES = {}  # settings of your own, whatever the profile, such as {"epochs": 5
 # %% tags=["settings"]
 # The data: the first set that is there, whole; images: at most so many for each use (None: all)
 FULL = {"dataset": ("dlia", "nih", "fracatlas"), "seed": 0, "size": 1024, "images": None}
+FULL |= {"train_share": 1.0}  # of the training images, for a learning curve
 FULL |= {"one_per_class": True, "patient_pattern": ""}  # NIH: no image has two boxes of one label
 # The detector: see section 2
 FULL |= {"arch": "fasterrcnn_resnet50_fpn_v2", "weights": "coco", "trainable_layers": 5}
@@ -166,6 +167,12 @@ EVERY = range(len(views.VIEWS))
 RECIPES = {"plain": ("wbf", (0,))}
 RECIPES |= {f"plain + {view.name}": ("wbf", (0, n)) for n, view in enumerate(views.VIEWS) if n}
 RECIPES |= {f"all views, {method}": (method, EVERY) for method in ("nms", "wbf")}
+
+
+# %% tags=["yours"]
+def frames_of(study, rows):
+    """Width and height of the file of each image, by row."""
+    return {row: study.cache.shapes[row][::-1].tolist() for row in rows}
 
 
 # %% [markdown]
@@ -585,6 +592,29 @@ headline = evaluate.bootstrap(own, patients, draws=draws, statistics=list(asked)
 record(study, headline, model="plain")
 report.show(report.interval_table(headline.replace({"metric": asked})))
 
+
+# %% [markdown]
+# **What does a detector reach that never looks?** It marks every image with the median training box of
+# every class, and is the more confident the more frequent the class is. No detector is worth
+# anything that does not beat this floor:
+
+# %%
+def floor(fold):
+    """The median box of every class on each score image of the fold, scored by its share."""
+    known, frames = truth(study, fold.train), frames_of(study, (*fold.train, *fold.score))
+    prior = submission.class_prior(known, frames).astype({"label": "int64"})
+    prior["score"] = prior["label"].map(known["label"].value_counts(normalize=True))
+    boxes = pd.DataFrame({"image": fold.score}).merge(prior, how="cross")
+    boxes[evaluate.CORNERS] *= np.array([frames[row] * 2 for row in boxes["image"]])
+    return boxes
+
+
+# %%
+blind = matches(study, scored, pd.concat([floor(fold) for fold in folds(study)]))
+lowest = evaluate.bootstrap(blind, patients, draws=draws, statistics=("mAP50", "froc_mean"))
+record(study, lowest, model="median boxes")
+report.show(report.interval_table(lowest.replace({"metric": asked})))
+
 # %% [markdown]
 # **Per class.** Average precision, and what a box of that class would be worth at the best
 # threshold *for these images* (the honest ones, chosen on other images, follow in section 5). A
@@ -766,6 +796,72 @@ figure
 # is why mAP, which looks from the top of the ranking, is not hurt by them. Where the two lines cross
 # lies what the detector cannot tell apart.
 #
+# **Which kind of error costs most?** Ask an oracle (the idea of D. Bolya et al., *TIDE: A General
+# Toolbox for Identifying Object Detection Errors*, 2020, [2008.08115](https://arxiv.org/abs/2008.08115)):
+# give each box that lies on a true box (IoU 0.5) that one's label; or give each box that touches a true
+# box of its own label (IoU 0.1) that one's corners. What mAP would be then says where the work is.
+
+# %%
+from torchvision.ops import box_iou
+
+
+def overlaps(found, true):
+    """IoU of every found box with every true box of one image, [n, m]."""
+    corners = [one[evaluate.CORNERS].to_numpy(float) for one in (found, true)]
+    return box_iou(*map(torch.from_numpy, corners)).numpy()
+
+
+# %%
+def with_right_labels(found, true):
+    """The boxes of one image; one that lies on a true box gets its label."""
+    overlap, found = overlaps(found, true), found.copy()
+    on = overlap.max(1, initial=0) >= 0.5
+    found.loc[on, "label"] = true["label"].to_numpy()[overlap[on].argmax(1)]
+    return found
+
+
+# %%
+def with_right_corners(found, true):
+    """The boxes of one image; one that touches a true box of its label gets its corners."""
+    same = np.equal.outer(found["label"].to_numpy(), true["label"].to_numpy())
+    overlap, found = overlaps(found, true) * same, found.copy()
+    on = overlap.max(1, initial=0) >= 0.1
+    found.loc[on, evaluate.CORNERS] = true[evaluate.CORNERS].to_numpy()[overlap[on].argmax(1)]
+    return found
+
+
+# %%
+def mended(found, known, how):
+    """All boxes, mended image by image; at most one box a class where a study has no more."""
+    images = known.groupby("image")
+    parts = [how(own, images.get_group(image)) for image, own in found.groupby("image")]
+    return fuse.one_per_class(pd.concat(parts)) if run.one_per_class else pd.concat(parts)
+
+
+# %%
+study = open_detection(run)
+test_opened(study, "kinds of errors")
+scored = np.concatenate([fold.score for fold in folds(study)])
+known, seen = truth(study, scored), pd.concat([look(study, fold, "score") for fold in folds(study)])
+plain = seen[seen["view"].eq(0)].drop(columns="view")
+tables = {"as found": joined(seen)}
+tables["with the right labels"] = mended(plain, known, with_right_labels)
+tables["with the right corners"] = mended(plain, known, with_right_corners)
+
+# %%
+kinds = {name: matches(study, scored, table) for name, table in tables.items()}
+hit = {name: own.hit[0].sum() / len(known) for name, own in kinds.items()}
+rows = [(name, evaluate.summary(own)["mAP50"], hit[name]) for name, own in kinds.items()]
+kinds = pd.DataFrame(rows, columns=["boxes", "mAP, IoU 0.5", "true boxes hit"])
+files.write_csv(kinds, run.run_dir / "tables" / "kinds.csv")
+report.show(kinds, notes="hit: by a box of any score")
+
+# %% [markdown]
+# **What to see in it.** If the right labels help most, the detector sees where *something* is and cannot
+# name it: a matter of features and of training images. If the right corners help most, it knows what
+# and outlines badly: a matter of image size, anchors and the corner loss. What neither mends was not
+# found at all.
+#
 # **What we learnt.** Look at random images, with truth and prediction, before you believe a table;
 # and read a score as a rank within this detector, not as a probability.
 
@@ -918,13 +1014,98 @@ ranked = boxes.sort_values("confidence", ascending=False, ignore_index=True)
 report.show(ids.join(ranked, how="left"))
 
 # %% [markdown]
+# **Which box is the best?** A row takes one box, and the score is a mean over classes. The most
+# confident box of nearly every image may be of one easy class; then that class has many rows, and
+# the others have none and an AP of 0. A hit adds to its class's AP the precision there, for one in
+# so many true boxes. So the *worth* of a box is
+#
+# $$P(\text{hit})^2 \,/\, n_{\text{class}},$$
+#
+# where the probability of a hit, for a box of this class and confidence, is read off the *select*
+# images by an isotonic regression (the best curve that never falls; B. Zadrozny and C. Elkan,
+# *Transforming classifier scores into accurate multiclass probability estimates*, 2002). The
+# confidence that is sent stays the detector's: within a class the ranking is the same.
+
+# %%
+study = open_detection(run)
+recipe = files.read_json(made_by(run, "recipe.json", "7 Test-time augmentation"))["recipe"]
+
+
+# %%
+def weighed(found, some):
+    """The table `found` with the worth of each box, learnt on the select images of `some` folds."""
+    rows = np.concatenate([one.select for one in some])
+    looked = pd.concat([joined(look(study, one, "select"), *RECIPES[recipe]) for one in some])
+    return found.assign(worth=evaluate.worth(matches(study, rows, looked), found))
+
+
+# %% [markdown]
+# Is it better? We hold a competition on the *score* images, with an id for each true box, as in the
+# real one. The worth is learnt on folds that did not choose on the images concerned:
+
+# %%
+def would_send(fold, found):
+    """What `submission.build` sends of `found` where each true box on the score images is an id."""
+    known, frames = truth(study, fold.train), frames_of(study, (*fold.train, *fold.score))
+    options = {"prior": submission.class_prior(known, frames), "sizes": frames, "prior_share": 1.0}
+    options |= {"names": {row: str(row) for row in fold.score}, "classes": CLASSES}
+    ids = truth(study, fold.score)["image"].astype(str).rename("image_id")
+    return submission.build(found, ids.rename_axis("ID").reset_index(), **options)
+
+
+# %%
+def as_boxes(table):
+    """The rows of a submission as a table of boxes that can be matched."""
+    columns = dict(zip(submission.NUMBERS, [*evaluate.CORNERS, "score"], strict=True))
+    numbers = {name: number for number, name in enumerate(CLASSES, 1)}
+    table = table.rename(columns=columns).astype({"image_id": int})
+    return table.assign(image=table["image_id"], label=table["label"].map(numbers))
+
+
+# %%
+CLASSES = study.dataset.box_classes
+test_opened(study, "which box an id gets")
+sent = {"most confident": [], "most worth": []}
+for fold in folds(study):
+    found = joined(look(study, fold, "score"), *RECIPES[recipe])
+    apart = [one for one in folds(study) if not np.isin(one.select, fold.score).any()]
+    sent["most confident"].append(as_boxes(would_send(fold, found)))
+    sent["most worth"].append(as_boxes(would_send(fold, weighed(found, apart))))
+sent = {name: pd.concat(tables) for name, tables in sent.items()}
+
+# %%
+scored = np.concatenate([fold.score for fold in folds(study)])
+own = {name: matches(study, scored, table) for name, table in sent.items()}
+
+# %%
+how = {"draws": run.bootstrap_draws, "statistics": ("mAP50",)}
+patients, plain = study.patients(scored), own["most confident"]
+held = {name: evaluate.bootstrap(one, patients, **how) for name, one in own.items()}
+gain = evaluate.bootstrap(own["most worth"], patients, less=plain, **how)
+held["most worth, less most confident"] = gain
+for name, table in held.items():
+    record(study, table.assign(metric="mAP50_one_row"), model=name)
+shown = pd.concat([table.assign(metric=name) for name, table in held.items()])
+shown = report.interval_table(shown)
+report.show(shown.rename(columns={"metric": "sent", "value [95 % interval]": "mAP, IoU 0.5"}))
+
+# %%
+shares = {name: table["label"].value_counts(normalize=True) for name, table in sent.items()}
+shares["true boxes"] = truth(study, scored)["label"].value_counts(normalize=True)
+labels = pd.DataFrame(shares).reindex(range(1, len(CLASSES) + 1)).fillna(0)
+report.show(labels.set_index(pd.Index(CLASSES, name="share of rows")))
+
+# %% [markdown]
+# **What to see in it.** In the second table, does one label hold most of the rows, or has a class none?
+# In the first, read the difference with its interval. It chooses nothing: that the worth decides was
+# settled before, and it is what is sent below.
+#
 # Every fold's model looks at every test image; all their boxes are fused as one large set of views.
 # `submission.write` checks before it writes and reads the file back afterwards. The label is
 # spelled `Infiltrate`: rows with `Infiltration` score nothing, without a word from the competition.
 
 # %%
 study = open_detection(run)
-recipe = files.read_json(made_by(run, "recipe.json", "7 Test-time augmentation"))["recipe"]
 method, used = RECIPES[recipe]
 
 
@@ -946,8 +1127,8 @@ def boxes_on(target, images):
 
 # %%
 trained_on = np.unique(np.concatenate([fold.train for fold in folds(study)]))
-shapes = {row: study.cache.shapes[row][::-1] for row in trained_on}
-options = {"prior": submission.class_prior(truth(study, trained_on), shapes)}
+prior = submission.class_prior(truth(study, trained_on), frames_of(study, trained_on))
+options = {"prior": prior}
 options["classes"] = classes = study.dataset.box_classes
 competes = not run.synthetic and study.dataset.mapping is not None
 options["prior_share"] = 0.1 if competes else 1.0
@@ -956,7 +1137,7 @@ for target in targets(study):
     images = cache.build(target.dataset, size=run.size, fit="pad")
     names = {row: Path(target.dataset.manifest["path"][row]).name for row in target.rows.tolist()}
     frames = {row: tuple(images.shapes[row][::-1].tolist()) for row in names}
-    found = boxes_on(target, images)
+    found = weighed(boxes_on(target, images), target.folds)
     table = submission.build(found, target.mapping, names=names, sizes=frames, **options)
     path = submissions_root() / f"{target.name}_{run.run_dir.name}.csv"
     sizes = {name: frames[row] for row, name in names.items()}
