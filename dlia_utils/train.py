@@ -152,7 +152,7 @@ def fit(
         run.start(resume)
         run.train(on_epoch, max_minutes, progress)
     state, history = run.state, pd.DataFrame(run.state["history"])
-    model.load_state_dict(state["best_state"] or model.state_dict())
+    models.load_strictly(model, state["best_state"] or model.state_dict(), origin="the best epoch")
     model.eval()
     seconds = float(sum(history.get("seconds", ())))
     return FitResult(history, state["best_epoch"], state["best_score"], seconds)
@@ -263,7 +263,7 @@ class _Run:
             raise ValueError("its weights are not finite numbers")
         if self.accelerator.is_main_process:
             self.export(best=True)
-        self.model.load_state_dict(saved["model"])
+        models.load_strictly(self.model, saved["model"], origin=f"{self.name}/last.pt")
         for name, part in self.parts.items():
             if part:
                 part.load_state_dict(saved[name])

@@ -112,9 +112,10 @@ def test_three_classes_in_06(folders, run_notebook):
 
 @pytest.mark.notebook
 def test_another_backbone_and_own_images_in_07(folders, run_notebook):
-    line = 'run.own["mnasnet0_5"] = lambda: models.backbone("mnasnet0_5", num_classes=2)'
+    line = 'run.own["densenet121"] = lambda: models.backbone("densenet121", num_classes=2)'
+    mine = line.replace("densenet121", "mnasnet0_5")  # small
     changes = SHORT | SEARCH | TUNED | {"audit_images": 40}
-    done, _ = run_notebook("07", folders / "shapes2", changes, line)
+    done, _ = run_notebook("07", folders / "shapes2", changes, line, mine)
     start = torch.load(done.folder / "start" / "best.pt", weights_only=True)["recipe"]
     resnet = {"name": "torchvision", "arch": "resnet18", "num_classes": 2}
     assert start["body"] == resnet, "never silently another network"

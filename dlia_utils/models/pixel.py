@@ -237,8 +237,8 @@ def load_strictly(
         matched = f"{len(fits)} of {len(own)} entries matched"
         raise ValueError(f"{origin} does not fit {type(model).__name__} ({matched}): {shown}")
     from_state = fits.issuperset(head)
-    taken = {key: value for key, value in state.items() if from_state or key not in head}
-    model.load_state_dict(own | taken)
+    own.update((key, value) for key, value in state.items() if from_state or key not in head)
+    model.load_state_dict(own)  # a state dict that knows the versions of the model's modules
     return from_state
 
 
