@@ -85,6 +85,18 @@ def test_pixels_labels_and_split_are_the_files_own(tmp_path, flag, size, save):
     assert "patients unknown" in dataset.split_rule
 
 
+def test_labels_without_their_column_are_read_alike(tmp_path):
+    arrays = write(tmp_path / "official", "breastmnist")
+    flat = {name: found.ravel() if "labels" in name else found for name, found in arrays.items()}
+    write(tmp_path / "copy", "breastmnist", arrays=flat)
+    pair = [load("breastmnist", tmp_path / name).manifest for name in ("official", "copy")]
+    assert pair[0]["label"].tolist() == pair[1]["label"].tolist()
+    arrays = arrays_of("chestmnist")
+    write(tmp_path, "chestmnist", arrays=arrays | {"val_labels": arrays["val_labels"].ravel()})
+    with pytest.raises(BadData, match=r"val_labels is not \[5, 14\]"):  # 14 findings need columns
+        load("chestmnist", tmp_path)
+
+
 def test_a_part_of_the_images_in_another_order(tmp_path):
     arrays = write(tmp_path, "octmnist")
     arrays["test_images"][3] = arrays["train_images"][5]
