@@ -514,7 +514,8 @@ report.show(report.wide(accuracy, only=["accuracy"]).reset_index())
 
 # %% [markdown]
 # And the AUC on test images that look like no image of training or validation. Patients told apart are no safeguard where
-# the data set names none, as MedMNIST does not, or where an image was filed twice.
+# the data set names none, as MedMNIST does not, or where an image was filed twice. (On few pixels strangers look alike, too: the
+# count of look-alikes is an upper bound for copies.)
 
 # %%
 manifest = split.with_looks(study.dataset, study.cache.images).manifest
