@@ -11,6 +11,7 @@ import pytest
 from dlia_utils import run, study
 from dlia_utils.data import cache, datasets, medmnist, phantom, sources, split
 from dlia_utils.data.tables import BadData, DataNotFound
+from tools import notebooks
 
 COUNTS = {"train": 12, "val": 5, "test": 7}
 
@@ -83,6 +84,35 @@ def test_pixels_labels_and_split_are_the_files_own(tmp_path, flag, size, save):
     assert ("grey" in dataset.split_rule) == (flag == "dermamnist")
     assert dataset.split_rule.startswith(f"official; images of {size} px")
     assert "patients unknown" in dataset.split_rule
+
+
+def test_labels_without_their_column_are_read_alike(tmp_path):
+    arrays = write(tmp_path / "official", "breastmnist")
+    flat = {name: found.ravel() if "labels" in name else found for name, found in arrays.items()}
+    write(tmp_path / "copy", "breastmnist", arrays=flat)
+    pair = [load("breastmnist", tmp_path / name).manifest for name in ("official", "copy")]
+    assert pair[0]["label"].tolist() == pair[1]["label"].tolist()
+    arrays = arrays_of("chestmnist")
+    write(tmp_path, "chestmnist", arrays=arrays | {"val_labels": arrays["val_labels"].ravel()})
+    with pytest.raises(BadData, match=r"val_labels is not \[5, 14\]"):  # 14 findings need columns
+        load("chestmnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    {
+        "pneumoniamnist": (28, 28, 48),
+        "chestmnist-edema": (28, 28, 48),
+        "pneumoniamnist_64": (128, 64, 48),
+        "covid": (128, 64, 48),
+    }.items(),
+)
+def test_notebook_04_does_not_enlarge_28_px_by_itself(name, sizes):
+    notebook = notebooks.read(notebooks.product(notebooks.sources(["04"])[0]))
+    cells = [cell.source for cell in notebook.cells if "settings" in notebooks.tags(cell)]
+    given = {"CHANGES": {"dataset": name}}
+    exec("\n".join(cells), given)
+    assert tuple(given[profile]["size"] for profile in ("FULL", "CPU", "SMOKE")) == sizes
 
 
 def test_a_part_of_the_images_in_another_order(tmp_path):

@@ -50,6 +50,18 @@ def test_committed_fracture_results_are_real_paired_and_complete():
     assert (maps.n == 72).all() and maps.groupby("model")["attack"].nunique().eq(8).all()
 
 
+def test_committed_medmnist_results_are_whole_runs_beside_a_constant_answer():
+    results = pd.read_csv(published.REPOSITORY / "results" / "04_perturbation_medmnist.csv")
+    assert set(results.profile) == {"cpu"}
+    assert not results.duplicated(["data", "seed", "model", "attack", "eps", "metric"]).any()
+    clean = results[results.attack.eq("clean") & results.metric.eq("accuracy")]
+    constant = clean[clean.model.eq("constant answer")].set_index("data").value.round(3)
+    assert (constant == constant.index.map({"breastmnist": 0.731, "pneumoniamnist": 0.625})).all()
+    assert (clean.n == clean.data.map({"breastmnist": 156, "pneumoniamnist": 624})).all()
+    warned = results[results.metric.eq("auroc_over_p_shift error within")]
+    assert len(warned) * 5 == len(clean) * 4
+
+
 def test_committed_covid_results_are_real_and_of_one_test_split():
     results = pd.read_csv(published.REPOSITORY / "results" / "06_covid.csv")
     assert set(results.data) == {"covid"} and set(results.profile) == {"cpu"}

@@ -121,6 +121,7 @@ def read(name: str, root: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             for split in SPLITS:
                 found = np.lib.format.read_array(archive.open(f"{split}_labels.npy"))
+                found = found[:, None] if found.ndim == 1 else found  # some copies have [N]
                 shape, fortran, kind = _header(archive.open(f"{split}_images.npy"))
                 if fortran or kind != np.uint8 or shape[1:] not in ((size, size), (size, size, 3)):
                     text = f"{split}_images is {kind} {list(shape)}, not uint8 of {size} px"
