@@ -57,6 +57,19 @@ def test_committed_covid_results_are_real_and_of_one_test_split():
     assert (results[results.metric.isin(["accuracy", "auc"])].n == 300).all()
 
 
+def test_committed_tuberculosis_results_are_real_and_say_where_from():
+    results = pd.read_csv(published.REPOSITORY / "results" / "03_tuberculosis.csv")
+    assert set(results.data) == {"tuberculosis", "shenzhen"} and set(results.profile) == {"cpu"}
+    assert not results.duplicated(["model", "attack", "eps", "metric", "data"]).any()
+    edges = results[results.attack.str.startswith("audit, ")].set_index("attack")
+    learnt = edges[edges.index.str.startswith("audit, learnt here")]
+    border = learnt[learnt.index.str.endswith("border_only")]
+    assert border.n.tolist() == [334, 662] and border.data.tolist() == ["tuberculosis", "shenzhen"]
+    assert border.ci_low.iloc[0] > 0.9 and border.ci_high.iloc[1] <= 0.5
+    (copies,) = results[results.model.eq("(none)")].value
+    assert copies == 0, "the text says that none was found"
+
+
 KINDS = "*.md", "*/README.md", "docs/*.md"
 PAGES = [page for kind in KINDS for page in notebooks.REPOSITORY.glob(kind)]
 

@@ -197,8 +197,9 @@ def worst_case(rows, study):
     fooled, truth = worst.fooled.to_numpy(bool), worst.label.to_numpy()
     answer, patients = np.where(fooled, 1 - truth, truth), study.patients(worst.image.to_numpy())
     found = metrics.classification(truth, answer * 1.0, patients, draws=run.bootstrap_draws)
-    wanted = ["accuracy", "balanced_accuracy", "sensitivity", "specificity"]
-    return found[found.metric.isin(wanted)]
+    counts = {"sensitivity": sum(truth), "specificity": sum(1 - truth)}  # images of one class each
+    counts |= dict.fromkeys(("accuracy", "balanced_accuracy"), len(truth))
+    return found.set_index("metric").loc[list(counts)].assign(n=counts).reset_index()
 
 
 # %% [markdown]
@@ -1280,9 +1281,9 @@ def audits(study, other):
 # %%
 if elsewhere:
     given = audits(study, as_test(study, elsewhere))
-    report_of = {"here": run.data_name, "there": where}
-    rows = given.assign(model="thumbnails learnt " + given.learnt, data=given.tested.map(report_of))
-    rows["attack"] = "external, audit, tested " + rows.tested + ", " + rows.region
+    tested = given.tested.map({"here": run.data_name, "there": where})
+    asked = "audit, learnt " + given.learnt + ", tested " + given.tested + " on " + given.region
+    rows = given.assign(model="thumbnails", data=tested, attack=asked)
     rows = rows.drop(columns=["learnt", "tested", "region"]).assign(epochs=0, weights="none")
     report.update_results(report.result_rows(rows, run), RESULTS)
     given["region"] = given.region.str.replace("_", " ")
@@ -1365,29 +1366,15 @@ Markdown(report.finding(run, lines + [on_tb(name, results) for name in names]))
 # is worth nothing in Shenzhen. Nor are Shenzhen's own edges clean. So no accuracy on this collection shows
 # that a network reads lungs.
 #
-# The scrambled features lose nothing that 334 validation images can show, though not one of 1,280
-# still resembles its own:
-#
-# <!-- table 03-scrambled -->
-#
-# The networks at their thresholds and under attack (the 0.88 and 0.29 of the beginning are the other study's):
-#
-# <!-- table 03-headline -->
+# Not one of 1,280 scrambled features still resembles its own, and yet a probe on them has an AUC of 0.99
+# on validation images, on pooled ones 1.00, with intervals that overlap. The networks at their
+# thresholds, under attack and in Shenzhen are not measured yet (the 0.88 and 0.29 of the beginning are
+# the other study's).
 #
 # Every number, and what it means: [results](../results/README.md).
 
 # %% [markdown]
-# Accuracy on clean images and in the worst case, once more, beside what always answering "Normal"
-# scores, and the files of this run.
-
-# %%
-healthy = 1 - study.labels(study.rows("test")).float().mean().item()
-same = {"accuracy": healthy, "balanced_accuracy": 0.5, "sensitivity": 0.0, "specificity": 1.0}
-same = pd.DataFrame(same.items(), columns=["metric", "value"])
-same = same.assign(model="always Normal", weights="none", epochs=0, n=len(study.rows("test")))
-for attack, eps in (("clean", 0.0), ("worst", run.headline_eps)):
-    rows = report.result_rows(same, run, attack=attack, eps=eps)
-    results = report.update_results(rows, RESULTS)
+# Accuracy on clean images and in the worst case, once more, and the files of this run.
 
 # %%
 keep = results.attack.isin(["clean", "worst"])
