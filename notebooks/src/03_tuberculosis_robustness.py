@@ -28,8 +28,8 @@
 # [01 pneumonia robustness](01_pneumonia_robustness.ipynb), robust models of the literature and maps
 # in [02 FracAtlas](02_fracatlas_robust_models.ipynb); here they get a few lines each.
 #
-# **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: one to
-# two hours, an estimate. *full* needs a GPU and was not yet timed; a training stops after 90 minutes
+# **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: two
+# to four hours, an estimate. *full* needs a GPU and was not yet timed; a training stops after 90 minutes
 # (`max_minutes`) and goes on when the notebook is run again.
 #
 # <!-- contents -->
@@ -43,7 +43,7 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = "auto"  # "smoke" (two minutes), "cpu" (laptop, one to two hours), "full" (GPU), "auto"
+PROFILE = "auto"  # "smoke" (two minutes), "cpu" (laptop, two to four hours), "full" (GPU), "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds Normal and Tuberculosis
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
