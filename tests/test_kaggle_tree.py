@@ -153,7 +153,9 @@ TEACHES = {
     "02": partial(
         robust, plain="standard", trained=["pgd_at", "trades"], no_defence=["linear_probe"]
     ),
-    "03": partial(robust, plain="standard", trained=["pgd_at"]),
+    "03": partial(
+        robust, plain="standard", trained=["pgd_at", "trades"], no_defence=["linear_probe"]
+    ),
     "04": corruptions,
     "05": boxes,
     "06": searched,

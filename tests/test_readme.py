@@ -69,6 +69,43 @@ def test_committed_covid_results_are_real_and_of_one_test_split():
     assert (results[results.metric.isin(["accuracy", "auc"])].n == 300).all()
 
 
+def test_committed_tuberculosis_results_are_real_and_say_where_from():
+    results = pd.read_csv(published.REPOSITORY / "results" / "03_tuberculosis.csv")
+    assert set(results.data) == {"tuberculosis", "shenzhen"} and set(results.profile) == {"cpu"}
+    assert not results.duplicated(["model", "attack", "eps", "metric", "data"]).any()
+    edges = results[results.attack.str.startswith("audit, ")].set_index("attack")
+    learnt = edges[edges.index.str.startswith("audit, learnt here")]
+    border = learnt[learnt.index.str.endswith("border_only")]
+    assert border.n.tolist() == [334, 662] and border.data.tolist() == ["tuberculosis", "shenzhen"]
+    assert border.ci_low.iloc[0] > 0.9 and border.ci_high.iloc[1] <= 0.5
+    (copies,) = results[results.model.eq("(none)")].value
+    assert copies == 0, "the text says that none was found"
+
+
+def test_the_table_of_two_hospitals_takes_each_number_from_its_place():
+    rows, clean = [], "clean, chosen threshold"
+    for away, ending, value in (
+        ("", "", 0.9),
+        ("external, ", "", 0.6),
+        ("external, ", "_change", -0.3),
+    ):
+        for attack, eps, metric in ((clean, 0.0, "auc"), ("worst", 4 / 255, "balanced_accuracy")):
+            rows.append([away + attack, eps, metric + ending, value - (attack == "worst") * 0.1])
+    rows.append(["worst", 1 / 255, "balanced_accuracy", 0.1])  # of another eps
+    table = pd.DataFrame(rows, columns=["attack", "eps", "metric", "value"]).assign(model="m")
+    table = table.assign(
+        n=334, eps_unit="pixel", ci_low=table.value - 0.1, ci_high=table.value + 0.1
+    )
+    found = published.hospitals(table).set_index("measure")
+    assert found.loc["AUC"].tolist()[1:] == [
+        "0.90 [0.80, 1.00]",
+        "0.60 [0.50, 0.70]",
+        "-0.30 [-0.40, -0.20]",
+    ]
+    worst = found.loc["balanced worst case at 4/255"]
+    assert worst["collection"].startswith("0.80") and worst["Shenzhen"].startswith("0.50")
+
+
 KINDS = "*.md", "*/README.md", "docs/*.md"
 PAGES = [page for kind in KINDS for page in notebooks.REPOSITORY.glob(kind)]
 

@@ -226,16 +226,42 @@ def covid(results: pd.DataFrame) -> pd.DataFrame:
     return _by_model(clean, {metric: ("clean", metric) for metric in metrics})
 
 
-def shortcut_audit(results: pd.DataFrame) -> pd.DataFrame:
-    """COVID: AUC where only a part of the image is left, of the model and of one trained on it."""
+AUDITED = {"tested": "AUC of the fine-tuned network"}
+AUDITED |= {"retrained": "AUC of a classifier trained on that part"}
+EDGES = {"learnt here, tested here": "learnt and tested on the collection"}
+EDGES |= {"learnt here, tested there": "learnt on the collection, tested in Shenzhen"}
+EDGES |= {"learnt there, tested there": "learnt and tested in Shenzhen"}
+
+
+def shortcut_audit(results: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+    """AUC where only a part of the image is left; `names`: who was asked -> title."""
     own = results[results.attack.str.startswith("audit, ") & results.metric.eq("auc")]
-    parts = own.attack.str.extract(r"audit, (?P<how>tested|retrained) on (?P<region>\w+)")
+    parts = own.attack.str.extract(r"audit, (?P<how>.+) on (?P<region>\w+)")
     parts = parts.assign(region=parts.region.str.replace("_", " "), cell=_cells(own))
     table = parts.pivot(index="region", columns="how", values="cell")
-    names = {"tested": "AUC of the fine-tuned network"}
-    names |= {"retrained": "AUC of a classifier trained on that part"}
     table = table.loc[list(dict.fromkeys(parts.region)), list(names)].rename(columns=names)
     return table.reset_index(names="what is left of the image")
+
+
+AT_THRESHOLD = "clean, chosen threshold"
+TWICE = {"AUC": (AT_THRESHOLD, "auc"), "calibration error (ECE)": (AT_THRESHOLD, "ece")}
+TWICE |= {"sensitivity, chosen threshold": (AT_THRESHOLD, "sensitivity")}
+TWICE |= {"specificity, chosen threshold": (AT_THRESHOLD, "specificity")}
+TWICE |= {"balanced worst case at 4/255": ("worst", "balanced_accuracy")}
+
+
+def hospitals(results: pd.DataFrame) -> pd.DataFrame:
+    """Tuberculosis: each model on the collection's test images, in Shenzhen, and the difference."""
+    near, rows = pd.concat([results[results.eps.eq(0)], _at_headline(results)]), []
+    for model in dict.fromkeys(results[results.attack.eq(f"external, {AT_THRESHOLD}")].model):
+        own = near[near.model.eq(model)]
+        for title, (attack, metric) in TWICE.items():
+            away = f"external, {attack}"
+            row = {"model": model, "measure": title, "collection": _cell(own, attack, metric)}
+            row["Shenzhen"] = _cell(own, away, metric)
+            row["difference"] = _cell(own, away, f"{metric}_change", signed=True)
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def corruption_cost(results: pd.DataFrame) -> pd.DataFrame:
@@ -285,7 +311,7 @@ def blocks() -> dict[str, str]:
     """Name -> markdown of each `<!-- table NAME -->` in results/README.md or a notebook."""
     pneumonia, bones, boxes = map(_results, ("01_pneumonia", "02_fracatlas", "05_detection"))
     moved, corona = map(_results, ("04_perturbation", "06_covid"))
-    small = _results("04_perturbation_medmnist")
+    small, tb = map(_results, ("04_perturbation_medmnist", "03_tuberculosis"))
     published = _results("published_medical_image_diagnosis")
     attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
@@ -303,16 +329,19 @@ def blocks() -> dict[str, str]:
         "02-maps": fracture_maps(bones),
         "02-map-differences": map_differences(bones),
         "02-claimed": claimed(_results("published_r2i_medical_imaging")),
+        "03-edges": shortcut_audit(tb, EDGES),
         "04-corruptions": corruption_cost(moved),
         "04-warning": drift_warning(moved),
         "04-medmnist-corruptions": each_run(small, corruption_cost),
         "04-medmnist-warning": each_run(small, drift_warning),
         "06-covid": covid(corona),
-        "07-audit": shortcut_audit(corona),
+        "07-audit": shortcut_audit(corona, AUDITED),
         "05-detection": detection(boxes),
         "05-views": views(boxes),
         "05-planted": planted(boxes),
     }
+    if tb.attack.eq("worst").any():  # not before the networks are measured
+        tables |= {"03-headline": study_table(tb, **attacked), "03-hospitals": hospitals(tb)}
     return {name: markdown(table) for name, table in tables.items()}
 
 
