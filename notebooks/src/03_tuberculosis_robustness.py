@@ -104,7 +104,7 @@ CPU |= {"external_attacked": 200}
 # %% tags=["settings"]
 # A first look: 200 synthetic images, a network of three stages
 SMOKE = {"size": 48, "per_class": (160, 40), "val_share": 0.15, "test_share": 0.2, "width": 0.5}
-SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 20, "batch_size": 16, "lr": 2e-3}
+SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 16, "batch_size": 16, "lr": 2e-3}
 SMOKE |= {"num_workers": 0, "max_minutes": None, "bootstrap_draws": 200}
 SMOKE |= {"at_eps": 4 / 255, "at_steps": 2, "at_step_size": 2.8 / 255}
 # Two robust models, one of each family
