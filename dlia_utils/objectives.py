@@ -71,13 +71,17 @@ def _class_mean(losses: Tensor, y: Tensor, weight) -> Tensor:
     return losses.mean() if weight is None else (losses * factors[y]).sum() / factors[y].sum()
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    """Without DDP's wrapper, which would wait for the gradients of parameters."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_size) -> Tensor:
     """Images of PGD (the last iterate) that raise the cross-entropy with y, or the KL to the clean.
 
     Of the model in eval mode, which is left unchanged. `watch` sees every iterate's logits.
     """
-    # DDP's wrapper would wait for the gradients of parameters.
-    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    bare = _bare(model)
     with evaluating(bare):
         if y is None:
             with torch.no_grad():
@@ -251,15 +255,13 @@ def pgd_awp(model, x, y, *, ce, attack, gamma=5e-3):
     point becomes theirs, as published. Running statistics see the moved pass alone.
     """
     x_adv = attack(model, x, y)
-    with torch.enable_grad():
-        own = dict(model.named_parameters())
-        kept = {name: value.clone() for name, value in model.named_buffers()}
-        loss = ce(functional_call(model, own | kept, (x_adv,)), y)
-    moving = {k: w for k, w in own.items() if w.dim() > 1 and w.requires_grad}
-    gradients = torch.autograd.grad(loss * len(x), [*moving.values()])
-    for (name, w), g in zip(moving.items(), gradients, strict=True):
-        own[name] = w + gamma * w.detach().norm() / (g.norm() + 1e-20) * g
-    logits = functional_call(model, own, (x_adv,))
+    kept = {name: value.clone() for name, value in _bare(model).named_buffers()}
+    weights = {k: w for k, w in model.named_parameters() if w.dim() > 1 and w.requires_grad}
+    loss = len(x) * ce(functional_call(_bare(model), kept, (x_adv,)), y)  # fp16 loses small ones
+    moves = torch.autograd.grad(loss, [*weights.values()])
+    for (name, w), g in zip(list(weights.items()), moves, strict=True):
+        weights[name] = w + gamma * w.detach().norm() / (g.norm() + 1e-20) * g
+    logits = functional_call(model, weights, (x_adv,))
     return ce(logits, y), logits
 
 
