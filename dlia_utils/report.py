@@ -215,11 +215,14 @@ def accuracy_rows(
 def direction_rows(
     per_image: pd.DataFrame, study: Study, *, model: str, eps: float
 ) -> pd.DataFrame:
-    """What the worst case at `eps` costs: sensitivity (missed disease) and specificity."""
+    """The worst case at `eps`: sensitivity (missed disease), specificity, their mean."""
     part = per_image[per_image["attack"].eq("worst") & np.isclose(per_image["eps"], eps)]
-    both = {"sensitivity": part[part["label"].eq(1)], "specificity": part[part["label"].eq(0)]}
-    rows = [_right(own, study) | {"metric": metric} for metric, own in both.items()]
-    return result_rows(pd.DataFrame(rows), study.run, model=model, attack="worst", eps=eps)
+    y, patients = part["label"].to_numpy(), study.patients(part["image"].to_numpy())
+    answers = np.where(part["fooled"], 1 - y, y)
+    found = metrics.classification(y, answers, patients, draws=study.run.bootstrap_draws)
+    counts = {"sensitivity": sum(y), "specificity": sum(1 - y), "balanced_accuracy": len(y)}
+    rows = found.set_index("metric").loc[[*counts]].assign(n=[*counts.values()]).reset_index()
+    return result_rows(rows, study.run, model=model, attack="worst", eps=eps)
 
 
 def _right(part: pd.DataFrame, study: Study) -> dict[str, float]:
@@ -248,8 +251,9 @@ def paired_tests(
 ) -> pd.DataFrame:
     """Every model against `reference` on the same images, clean and in the worst case at `eps`.
 
-    `per_image`: rows of `attacks.evaluate.robust` by model. See `metrics.paired_difference`; p_holm
-    is adjusted for the number of models.
+    `per_image`: rows of `attacks.evaluate.robust` by model, those of several seeds below each other
+    in the same order. See `metrics.paired_difference`: a patient with all seeds trades places as
+    one. p_holm is adjusted for the number of models.
     """
     shown = "condition model accuracy reference difference ci_low ci_high".split()
     shown += "only_model_right only_reference_right p p_holm".split()
@@ -258,7 +262,8 @@ def paired_tests(
     for condition, attack, at in cases:
         right, rows = {}, []
         for name, table in per_image.items():
-            part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
+            part = table[table.attack.eq(attack) & np.isclose(table.eps, at)]
+            part = part.sort_values("image", kind="stable")
             right[name] = ~part["fooled"].to_numpy(bool)
         patients, base = study.patients(part["image"].to_numpy()), right.pop(reference)
         for name, own in right.items():
@@ -296,6 +301,25 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     table = chosen.pivot_table(**at, aggfunc="first")
     names = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in table]
     return table.set_axis(names, axis=1).reindex(list(dict.fromkeys(chosen.model)))
+
+
+def with_constant(table: pd.DataFrame, labels: Sequence[int]) -> pd.DataFrame:
+    """A table of two classes, models down, and in a last row what the more frequent answer scores.
+
+    It is the same under any attack; columns that are no metric are accuracies.
+
+    >>> table = pd.DataFrame({"worst": ["0.90"], "f1": ["0.91"]}, ["a"])
+    >>> with_constant(table, [0, 1, 1]).iloc[1].tolist()
+    ['0.67', '']
+    """
+    healthy, sick = np.bincount(labels, minlength=2)
+    known = dict.fromkeys(metrics.METRICS) | {"auc": 0.5, "balanced_accuracy": 0.5}
+    known |= {"sensitivity": float(sick > healthy), "specificity": float(sick <= healthy)}
+    share, digits = max(healthy, sick) / len(labels), metrics.digits_of(len(labels))
+    row = [share if name == "accuracy" else known.get(name, share) for name in table]
+    last = pd.DataFrame(["" if one is None else f"{one:.{digits}f}" for one in row]).T
+    last = last.set_axis(table.columns, axis=1).set_axis(["always the same answer"])
+    return pd.concat([table, last]).rename_axis(table.index.name)
 
 
 def verdict(

@@ -92,7 +92,7 @@ def test_one_eps_in_full_and_elsewhere_what_it_leaves_open(study, whole, full_at
     assert len(table) == 13 and "a larger eps never fools fewer" not in table.index
     assert table.verdict["the worst case is taken per image"] == "PASS"
     page = " ".join(checklist.page(found, table.reset_index()).split())
-    assert "the nearest 4 of those standing" in page and f"So at {pixel_text(full_at)}" in page
+    assert "the nearest 4 of those standing" in page and f"At {pixel_text(full_at)} every" in page
     plots.figure_worst_case(found, "a caption")
 
 

@@ -134,7 +134,7 @@ def convolutions():
 
 
 def test_weights_are_perturbed_as_published(batch):
-    """One step of AT-AWP: a proxy's ascent, its direction at the layer's norm, put on, taken off."""
+    """AT-AWP by its code: a proxy's ascent, its direction at the layer's norm, put on."""
     (x, y), gamma, ours, theirs = batch, 0.2, convolutions(), convolutions()
     seen = seen_by(ours)
     weight = dict(weight=[1.0, 2.0])

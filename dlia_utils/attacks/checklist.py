@@ -112,9 +112,11 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     """One page: threat model, table, cost, and the check list where `report(found)` is given."""
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
-    said = "Every attack was run on every image that the model gets right; columns are over all."
-    if (full_at := found.settings["full_at"]) is not None:
-        said = f"So at {pixel_text(full_at)}; elsewhere only what that leaves open. {said}"
+    all_of, full_at = "every image that the model gets right", found.settings["full_at"]
+    said = f"Every attack was run on {all_of}; columns are over all."
+    if full_at is not None:
+        first, more = f"At {pixel_text(full_at)} every attack", "elsewhere on what that leaves open"
+        said = f"{first} was run on {all_of}, {more}; columns are over all."
     if found.settings["early_drop"]:
         said = "Images once fooled were attacked no more; clean and worst are over all images."
     by = "image (no patients given)" if found.groups is None else "patient"

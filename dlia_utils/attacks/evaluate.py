@@ -115,13 +115,14 @@ def robust(
     there the pair is two starts, and shows by its difference a softmax that saturates.
     data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255). attacks:
     names in `KINDS`. steps, restarts: of PGD; budgets: options of single attacks; at: the eps of
-    expensive ones. groups: patients [N]. The draws depend on seed and ids only. early_drop: images
-    once fooled are attacked no more, which gives the same worst case with far fewer passes, but no
-    accuracy by attack. full_at: an eps of the grid; every attack meets every image there, first of
-    all, and elsewhere only what that leaves open: what stands in this ball stands in smaller ones,
-    what falls falls in larger ones. most: attacks that meet at most so many images, of those that
-    still stand the ones with the smallest change known; their rows are of these alone. fast: attack a folded copy that answers alike; success is judged on `model`.
-    folder: finished blocks are kept there, and read back where nothing they depend on has changed.
+    expensive ones; most: attacks that meet at most so many images, of those that still stand the
+    ones with the smallest change known (their rows are of these alone). groups: patients [N]. The
+    draws depend on seed and ids only. early_drop: images once fooled are attacked no more, which
+    gives the same worst case with far fewer passes, but no accuracy by attack. full_at: an eps of
+    the grid; every attack meets every image there, first of all, and elsewhere only what that
+    leaves open: what stands in this ball stands in smaller ones, what falls falls in larger ones.
+    fast: attack a folded copy that answers alike; success is judged on `model`. folder: finished
+    blocks are kept there, and read back where nothing they depend on has changed.
     Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
