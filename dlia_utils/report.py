@@ -303,25 +303,6 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     return table.set_axis(names, axis=1).reindex(list(dict.fromkeys(chosen.model)))
 
 
-def with_constant(table: pd.DataFrame, labels: Sequence[int]) -> pd.DataFrame:
-    """A table of two classes, models down, and in a last row what the more frequent answer scores.
-
-    It is the same under any attack; columns that are no metric are accuracies.
-
-    >>> table = pd.DataFrame({"worst": ["0.90"], "f1": ["0.91"]}, ["a"])
-    >>> with_constant(table, [0, 1, 1]).iloc[1].tolist()
-    ['0.67', '']
-    """
-    healthy, sick = np.bincount(labels, minlength=2)
-    known = dict.fromkeys(metrics.METRICS) | {"auc": 0.5, "balanced_accuracy": 0.5}
-    known |= {"sensitivity": float(sick > healthy), "specificity": float(sick <= healthy)}
-    share, digits = max(healthy, sick) / len(labels), metrics.digits_of(len(labels))
-    row = [share if name == "accuracy" else known.get(name, share) for name in table]
-    last = pd.DataFrame(["" if one is None else f"{one:.{digits}f}" for one in row]).T
-    last = last.set_axis(table.columns, axis=1).set_axis(["always the same answer"])
-    return pd.concat([table, last]).rename_axis(table.index.name)
-
-
 def verdict(
     results: pd.DataFrame,
     masking: pd.DataFrame,
