@@ -67,6 +67,10 @@ def test_several_seeds_are_told_as_mean_and_spread_beside_the_constant_answer():
     assert table.loc["baseline", "clean accuracy"].startswith("0.920 [")
     last = table.loc["always the same answer"]
     assert last.tolist() == ["", "0.625", "0.500", "0.625", "0.500", "1.000", "0.000"]
+    bones = pd.read_csv(published.REPOSITORY / "results" / "02_fracatlas.csv")
+    maps = bones[bones.attack.str.startswith("map ")]
+    moved = published.fracture_maps(pd.concat([maps, maps.assign(seed=1, value=maps.value + 0.02)]))
+    assert moved.iloc[:, 2:].map(lambda cell: cell.endswith("± 0.01")).all(axis=None)
     for name, rows in (("01-attacks", 16), ("01-eps", 16), ("01-fgsm", 20), ("study-01", 16)):
         lines = published.blocks()[name].splitlines()
         assert lines[-1].startswith("| always the same answer |") and len(lines) >= rows

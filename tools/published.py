@@ -42,11 +42,17 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _cell(own: pd.DataFrame, attack: str, metric: str, **options: bool) -> str:
-    """The number with its interval, of several seeds their mean and SD; empty if not measured."""
+    """The number with its interval; empty where it was not measured."""
     rows = own[own.attack.eq(attack) & own.metric.eq(metric)]
+    return _of_seeds(rows, **options) if len(rows) else ""
+
+
+def _of_seeds(rows: pd.DataFrame, *, signed: bool = False) -> str:
+    """A number of one seed with its interval, of several seeds their mean and SD."""
     if len(rows) == rows["seed"].nunique() > 1:
-        return f"{rows['value'].mean():.3f} ± {rows['value'].std():.3f}"
-    return with_interval(rows.iloc[0], **options) if len(rows) else ""
+        digits, sign = digits_of(rows["n"].min()), "+" * signed
+        return f"{rows['value'].mean():{sign}.{digits}f} ± {rows['value'].std():.{digits}f}"
+    return with_interval(rows.iloc[0], signed=signed)
 
 
 def _cells(own: pd.DataFrame, **options: bool) -> list[str]:
@@ -234,10 +240,10 @@ def _maps(results: pd.DataFrame, ending: str, **options: bool) -> pd.DataFrame:
     """Models and maps down, localisation scores whose metric has this `ending` across."""
     own = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for _, row in own.iterrows():
-        key = row.model, row.attack.removeprefix("map ")
-        score = row.metric.removesuffix(ending).replace("_", " ")
-        rows.setdefault(key, {})[score] = with_interval(row, **options)
+    for (model, attack, metric), part in own.groupby(["model", "attack", "metric"], sort=False):
+        key = model, attack.removeprefix("map ")
+        score = metric.removesuffix(ending).replace("_", " ")
+        rows.setdefault(key, {})[score] = _of_seeds(part, **options)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["model", "map"])
     return table.reset_index()
 
@@ -315,7 +321,7 @@ def blocks() -> dict[str, str]:
     pneumonia, bones, boxes = map(_results, ("01_pneumonia", "02_fracatlas", "05_detection"))
     moved, corona = map(_results, ("04_perturbation", "06_covid"))
     published = _results("published_medical_image_diagnosis")
-    first = pneumonia[pneumonia.seed.eq(0)]
+    first, bone = (table[table.seed.eq(0)] for table in (pneumonia, bones))
     attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
         "study-01": study_table(pneumonia, **attacked),
@@ -326,9 +332,9 @@ def blocks() -> dict[str, str]:
         "01-certificate": certificate(first),
         "01-fgsm": beside_published(first, published),
         "01-one-pixel": one_pixel(first, published),
-        "02-attacks": fractures(bones),
-        "02-each": each_attack(bones),
-        "02-eps": worst_by_eps(bones),
+        "02-attacks": fractures(bone),
+        "02-each": each_attack(bone),
+        "02-eps": worst_by_eps(bone),
         "02-maps": fracture_maps(bones),
         "02-map-differences": map_differences(bones),
         "02-claimed": claimed(_results("published_r2i_medical_imaging")),
@@ -347,7 +353,7 @@ def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
     options = {"attack": "worst", "note": "Worst case: only training on attacks keeps anything"}
     pneumonia_rows, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
-    pneumonia_rows = pneumonia_rows[pneumonia_rows.seed.eq(0)]
+    pneumonia_rows, bone_rows = (t[t.seed.eq(0)] for t in (pneumonia_rows, bone_rows))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
     boxes = "FracAtlas, 61 test images, cpu profile, 384 px"

@@ -17,7 +17,8 @@
 # **Before you start.** You can train a classifier in PyTorch and know what a gradient is. No earlier notebook is needed.
 #
 # **Time.** Reading: 45 minutes for sections 1 to 7; the sections marked *Extra* can wait. Running: smoke (tiny networks,
-# 48 px) about 90 seconds on a laptop; cpu about TIME hours of one core; full needs a GPU and was not timed yet.
+# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full needs a GPU
+# and was not timed yet.
 #
 # <!-- contents -->
 #
@@ -55,7 +56,9 @@ FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pa
 # MobileNetV2, and the recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 25, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
-# Lipschitz models, margin penalty, distillation
+# Which defences that see no attack, and their numbers
+FULL |= {"defences": ("lipschitz", "lipschitz_operator", "margin_gradient")}
+FULL["defences"] += ("distilled", "papernot")
 FULL |= {"lipschitz_penalty": 0.05, "gradient_penalty": 3e-3, "temperatures": (35.0, 50.0)}
 FULL |= {"alpha": 0.9}
 # Adversarial training: which, on what ball
@@ -107,7 +110,7 @@ OTHER = {"test_share": 0.15, "unusable_share": 0.01}  # other data: a test split
 from dlia_utils.run import start
 
 added = "long ema awp long_ema long_awp ema_awp long_ema_awp".split()
-allowed = {"attacks": FULL["attacks"], "adversarial": FULL["adversarial"]}
+allowed = {name: FULL[name] for name in ("attacks", "defences", "adversarial")}
 allowed["adversarial"] += tuple(f"pgd_at_{one}" for one in added)
 run = start(
     "01_pneumonia_robustness",
@@ -153,8 +156,9 @@ RESULTS = run.run_dir / "results.csv"
 # %% tags=["yours"]
 # run.own["resnet18"] = lambda: models.backbone("resnet18", num_classes=2, pretrained=False)
 # run.own["mine"] = models.wrap(my_network, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-MODELS = ["baseline", "lipschitz", "lipschitz_operator", "margin_gradient"]
-MODELS += [*(f"distilled_T{t:g}" for t in run.temperatures), "papernot", *run.adversarial, *run.own]
+several = {"distilled": [f"distilled_T{t:g}" for t in run.temperatures]}
+MODELS = ["baseline", *(one for name in run.defences for one in several.get(name, [name]))]
+MODELS += [*run.adversarial, *run.own]
 
 
 # %% [markdown]
@@ -468,12 +472,14 @@ jobs |= {name: partial(train_plain, name=name) for name in run.own}
 students = {f"distilled_T{t:g}": partial(train_distilled, temperature=t) for t in run.temperatures}
 students |= {"papernot": train_papernot}
 students |= {name: jobs.pop(name) for name in ("hat", "gairat") if name in jobs}
+wanted = {*MODELS, "gaussian_noise", *(["papernot_teacher"] if "papernot" in MODELS else [])}
 
 # %%
 study = open_study(run)
 fitted, logs = {}, run.run_dir / "logs"
 for wave in (jobs, students):
-    fitted |= launch.each(lambda name, wave=wave: wave[name](study), list(wave), log_dir=logs)
+    names = [name for name in wave if name in wanted]
+    fitted |= launch.each(lambda name, wave=wave: wave[name](study), names, log_dir=logs)
 report.show(report.trainings(fitted), digits=3)
 
 # %%
@@ -495,7 +501,8 @@ figure
 # %%
 study = open_study(run)
 rows = {}
-for name, model in load_models(study, ["baseline", "lipschitz", "lipschitz_operator"]).items():
+names = [name for name in ("baseline", "lipschitz", "lipschitz_operator") if name in MODELS]
+for name, model in load_models(study, names).items():
     norms = models.compare_norms(model.backbone, (3, run.size, run.size)).query("kind == 'Conv2d'")
     rows[name] = norms[["reshaped_norm", "operator_norm", "ratio"]].max().add_prefix("largest ")
 report.show(pd.DataFrame(rows).T.rename_axis("model"))
@@ -807,7 +814,8 @@ Markdown(report.verdict(results, masking, paired, run))
 # python -m dlia_utils run --nb 01 --profile cpu --set 'seed_runs=("s1","s2")' --run-name all
 # ```
 #
-# The last one has seed 0 and takes over what another run of seed 0 has made. With no names there is one seed and no spread.
+# The last one has seed 0 and takes over what another run of seed 0 has made; `--set 'defences=("papernot",)'` leaves out
+# some of the models that see no attack. With no names in `seed_runs` there is one seed and no spread.
 
 # %%
 def of_seeds(name, kind):
@@ -946,7 +954,8 @@ notes = "; ".join({str(one.message) for one in told})
 report.show(first[["temperature", "if_calibrated"]].join(shown), notes=notes)
 
 # %%
-some = {name: calibrated[name] for name in ("baseline", "papernot", run.adversarial[0])}
+some = ["baseline", "papernot", *run.adversarial[:1]]
+some = {name: calibrated[name] for name in some if name in calibrated}
 draws, curves = min(500, run.bootstrap_draws), {}
 for name, p in some.items():
     curves[name] = calibration.reliability(labels, p, patients, draws=draws)
@@ -1135,7 +1144,8 @@ def one_pixel_rows(table, study, name, setting):
 study = open_study(run)
 rows, uses = attack_subset(study, run.one_pixel_per_class), "one_pixel one_pixel_per_class seed"
 test_opened(study, f"One-Pixel on {len(rows)} images")
-for name, model in load_models(study, ["baseline", "lipschitz"]).items():
+names = [name for name in ("baseline", "lipschitz") if name in MODELS]
+for name, model in load_models(study, names).items():
     for number, setting in enumerate(run.one_pixel, start=1):
         made = partial(attack_one_pixel, model, study, rows, setting)
         table = stored(study, f"one_pixel_{number}_{name}", made, model=name, uses=uses.split())
