@@ -250,9 +250,9 @@ def pgd_awp(model, x, y, *, ce, attack, gamma=5e-3):
     """`pgd_adversarial` at weights that are attacked, too (AWP, Wu et al. 2020, arXiv 2004.05884).
 
     Each weight of two or more dimensions is moved up the loss's gradient on the attacked images, by
-    `gamma` times its own norm (AT-AWP's code: 0.01, the paper: 5e-3; both from the first epoch).
-    The weights are never written to, so there is nothing to restore: the gradient at the moved
-    point becomes theirs, as published. Running statistics see the moved pass alone.
+    `gamma` times its own norm, from the first epoch on (the paper: 5e-3, AT-AWP's code: 0.01). The
+    weights are never written to, so there is nothing to restore: the gradient at the moved point
+    becomes theirs, as published. Running statistics see the moved pass alone.
     """
     x_adv = attack(model, x, y)
     kept = {name: value.clone() for name, value in _bare(model).named_buffers()}

@@ -402,7 +402,10 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
     left.fill_between(x, *band, color=COLORS[0], alpha=0.12, lw=0)
     left.set(xlabel="eps (k/255, pixel units)", ylabel="accuracy", ylim=(-0.02, 1.02))
-    left.set_title("worst case (blue), each attack alone (grey)", fontsize=10)
+    left.axhline(
+        float(found.labels.bincount().max()) / len(found.labels), color="0.4", ls=":", lw=1
+    )
+    left.set_title("worst case (blue), each attack (grey), one answer (dotted)", fontsize=10)
     left.grid(alpha=0.25)
     _fooled_first(right, rows[rows.attack.ne("worst")], table[table.eps.isin(single.eps)])
     last = table.iloc[-1]

@@ -225,7 +225,8 @@ for k in (0, 1, 2, 4, 8):
     rows.append(
         {"eps": f"{k}/255", "right after noise": right[0], "right after the attack": right[1]}
     )
-report.show(pd.DataFrame(rows), notes=f"{len(x)} validation images; {run.caption}")
+always = f"always the same answer: {y.bincount().max() / len(y):.2f}"
+report.show(pd.DataFrame(rows), notes=f"{len(x)} validation images, {always}; {run.caption}")
 
 # %%
 chosen = torch.stack([(y == label).nonzero()[0, 0] for label in (0, 1)])
@@ -1046,7 +1047,9 @@ for name in MODELS:
     results = report.update_results(rows, RESULTS)
 
 # %%
+answers = np.bincount(study.labels(study.rows("test")).cpu())
 options = {"attack": "fgsm_normalised", "unit": "normalised"}
+options["constant"] = answers.max() / answers.sum()
 note = "FGSM as in the original study"
 figure = plots.figure_accuracy_vs_eps(results, run.caption, note=note, **options)
 report.save_figure(figure, run, "fgsm_normalised")
