@@ -144,6 +144,7 @@ def robust(
     settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, early_drop=early_drop)
     settings |= {"most": _most(most or {}, options), "full_at": full_at}
     if full_at is not None:
+        check_numbers("(0,inf)", full_at=full_at)
         near = [eps for eps in grid if np.isclose(eps, full_at, rtol=1e-6, atol=0)]
         if not near:
             raise ValueError(f"full_at={full_at} must be one of eps_grid, {grid}")
