@@ -67,6 +67,10 @@ def test_several_seeds_are_told_as_mean_and_spread_beside_the_constant_answer():
     assert table.loc["baseline", "clean accuracy"].startswith("0.920 [")
     last = table.loc["always the same answer"]
     assert last.tolist() == ["", "0.625", "0.500", "0.625", "0.500", "1.000", "0.000"]
+    square = results[results.attack.eq("square") & results.metric.eq("accuracy")].iloc[[-1]]
+    square = square.assign(attack="square, of those standing", value=0.995, n=200)
+    last = published.each_attack(pd.concat([results, square])).iloc[-2:]
+    assert last["square, of those standing"].tolist() == ["0.995 of 200", ""]
     bones = pd.read_csv(published.REPOSITORY / "results" / "02_fracatlas.csv")
     maps = bones[bones.attack.str.startswith("map ")]
     moved = published.fracture_maps(pd.concat([maps, maps.assign(seed=1, value=maps.value + 0.02)]))

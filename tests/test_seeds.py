@@ -87,7 +87,8 @@ def test_mean_and_spread_over_the_seeds(runs):
 def test_defences_are_paired_over_the_seeds_that_both_have(runs):
     _, among = section(runs)
     worst = among[among.condition.str.startswith("worst")].set_index("model")
-    assert worst["seeds"].to_dict() == {"mart": 3, "late": 1}
+    assert worst["seeds"].to_dict() == {"mart": 3, "late": 1} and set(worst.n) == {8}
+    assert set(worst.reference_model) == {"pgd_at"} and set(worst["size"]) == {48}
     assert worst.loc["mart", "difference"] == pytest.approx(-3 / 8)
     assert worst.loc["late", "difference"] == pytest.approx(1 / 8)
     # Four images (patients) are lost, two of them under every seed: 2 of 2^4 patterns of signs.

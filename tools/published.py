@@ -137,6 +137,9 @@ def each_attack(results: pd.DataFrame) -> pd.DataFrame:
     table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
     table = table[[name for name in (*SUITE, "square" + STANDING, "worst") if name in table]]
     table = table.map(lambda value: "" if np.isnan(value) else f"{value:.3f}")
+    met = near[near.attack.str.endswith(STANDING)].set_index("model")["n"]
+    for model, n in met.items():
+        table.loc[model, "square" + STANDING] += f" of {n:.0f}"
     zero = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"]
     table = table.assign(**{"zero gradients": zero.map("{:.1%}".format)}).reset_index()
     return _beside_constant(table, results)

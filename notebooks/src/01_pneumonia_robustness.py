@@ -862,6 +862,7 @@ report.show(table)
 # %%
 first, *others = run.adversarial or [""]
 base, among = of_seeds(first, "robust"), []
+about = rows.iloc[0][["size", "profile", "data", "hardware"]].to_dict()
 for name in others:
     own = of_seeds(name, "robust")
     both = [seed for seed in base if seed in own]
@@ -869,7 +870,8 @@ for name in others:
     if any(set(one.image) != set(study.rows("test")) for one in (*base.values(), *own.values())):
         raise ValueError("a run that seed_runs names has another test split")
     found = report.paired_tests(pooled, study, eps=run.headline_eps, reference=first)
-    among.append(found.assign(seeds=len(both), reference_model=first))
+    found = found.assign(seeds=len(both), reference_model=first, n=len(study.rows("test")))
+    among.append(found.assign(**about))
 if among:
     among = pd.concat(among, ignore_index=True)
     among["p_holm"] = among.groupby("condition")["p"].transform(metrics.holm)
@@ -879,7 +881,7 @@ if among:
 checks = {name: of_seeds(name, "checks") for name in MODELS}
 checks = {(name, seed): one for name, found in checks.items() for seed, one in found.items()}
 checks = pd.concat(checks, names=["model", "seed"]).reset_index(["model", "seed"])
-saved = files.write_csv(checks.drop(columns="why"), run.run_dir / "all_checks.csv")
+saved = files.write_csv(checks.drop(columns="why").assign(**about), run.run_dir / "all_checks.csv")
 
 
 # %% [markdown]
