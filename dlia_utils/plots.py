@@ -392,17 +392,22 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
     table, rows = found.table(), found.rows
     figure, ((left, right),) = panels(2, width=5.2, height=4.0)
     x = np.r_[0, table.eps * 255]
-    names = [name for name in dict.fromkeys(rows.attack) if name not in ("worst", "clean")]
-    for name in names:
-        left.plot(x, np.r_[table.clean[0], table[name]], color="0.72", lw=1.0)
+    single = rows[~rows.attack.isin(["worst", "clean"])]
+    for name in filter(str.isidentifier, single.attack.unique()):  # others met a part of the images
+        ran = np.r_[True, table[name].notna()]
+        alone = np.r_[table.clean[0], table[name]][ran]
+        left.plot(x[ran], alone, ".:" if not ran.all() else "-", color="0.72", lw=1.0)
     worst = np.r_[table.clean[0], table.worst]
     left.plot(x, worst, "o-", ms=4, lw=1.8, color=COLORS[0], label="worst case")
     band = [np.r_[table[f"clean_{end}"][0], table[f"worst_{end}"]] for end in ("low", "high")]
     left.fill_between(x, *band, color=COLORS[0], alpha=0.12, lw=0)
     left.set(xlabel="eps (k/255, pixel units)", ylabel="accuracy", ylim=(-0.02, 1.02))
-    left.set_title("worst case (blue), each attack alone (grey)", fontsize=10)
+    left.axhline(
+        float(found.labels.bincount().max()) / len(found.labels), color="0.4", ls=":", lw=1
+    )
+    left.set_title("worst case (blue), each attack (grey), one answer (dotted)", fontsize=10)
     left.grid(alpha=0.25)
-    _fooled_first(right, rows[rows.attack.ne("worst")], table)
+    _fooled_first(right, rows[rows.attack.ne("worst")], table[table.eps.isin(single.eps)])
     last = table.iloc[-1]
     title = f"Worst case over the suite: {last['clean']:.2f} right when clean, {last['worst']:.2f}"
     return titled(figure, f"{title} at {last['ball']}", caption)

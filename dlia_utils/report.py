@@ -215,11 +215,14 @@ def accuracy_rows(
 def direction_rows(
     per_image: pd.DataFrame, study: Study, *, model: str, eps: float
 ) -> pd.DataFrame:
-    """What the worst case at `eps` costs: sensitivity (missed disease) and specificity."""
+    """The worst case at `eps`: sensitivity (missed disease), specificity, their mean."""
     part = per_image[per_image["attack"].eq("worst") & np.isclose(per_image["eps"], eps)]
-    both = {"sensitivity": part[part["label"].eq(1)], "specificity": part[part["label"].eq(0)]}
-    rows = [_right(own, study) | {"metric": metric} for metric, own in both.items()]
-    return result_rows(pd.DataFrame(rows), study.run, model=model, attack="worst", eps=eps)
+    y, patients = part["label"].to_numpy(), study.patients(part["image"].to_numpy())
+    answers = np.where(part["fooled"], 1 - y, y)
+    found = metrics.classification(y, answers, patients, draws=study.run.bootstrap_draws)
+    counts = {"sensitivity": sum(y), "specificity": sum(1 - y), "balanced_accuracy": len(y)}
+    rows = found.set_index("metric").loc[[*counts]].assign(n=[*counts.values()]).reset_index()
+    return result_rows(rows, study.run, model=model, attack="worst", eps=eps)
 
 
 def _right(part: pd.DataFrame, study: Study) -> dict[str, float]:
@@ -248,8 +251,9 @@ def paired_tests(
 ) -> pd.DataFrame:
     """Every model against `reference` on the same images, clean and in the worst case at `eps`.
 
-    `per_image`: rows of `attacks.evaluate.robust` by model. See `metrics.paired_difference`; p_holm
-    is adjusted for the number of models.
+    `per_image`: rows of `attacks.evaluate.robust` by model, those of several seeds below each other
+    in the same order. See `metrics.paired_difference`: a patient with all seeds trades places as
+    one. p_holm is adjusted for the number of models.
     """
     shown = "condition model accuracy reference difference ci_low ci_high".split()
     shown += "only_model_right only_reference_right p p_holm".split()
@@ -258,7 +262,8 @@ def paired_tests(
     for condition, attack, at in cases:
         right, rows = {}, []
         for name, table in per_image.items():
-            part = table[table.attack.eq(attack) & np.isclose(table.eps, at)].sort_values("image")
+            part = table[table.attack.eq(attack) & np.isclose(table.eps, at)]
+            part = part.sort_values("image", kind="stable")
             right[name] = ~part["fooled"].to_numpy(bool)
         patients, base = study.patients(part["image"].to_numpy()), right.pop(reference)
         for name, own in right.items():

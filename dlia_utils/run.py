@@ -33,6 +33,7 @@ PROFILES = ("smoke", "cpu", "full")
 # What the library reads where a notebook does not have the setting; the studies say otherwise.
 OPTIONAL = dict(fit="squash", balance="weights", schedule="constant", per_class=None)
 OPTIONAL |= dict(test_share=None, unusable_share=0.0, classes=None, patient_pattern="")
+OPTIONAL |= dict(full_at=None, most={})  # of the suite of attacks
 # What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
 BASIC = dict(seed=0, size=128, fit="squash", per_class=None, val_share=0.15, test_share=0.15)
 BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretrained=True)

@@ -22,12 +22,13 @@ ZOO_USES += "seed batch_size schedule patience balance attack_batch".split()
 
 
 def options(run: Run) -> dict:
-    """The options of `attacks.evaluate.robust` in the settings: every image, every attack."""
-    chosen = {"budgets": run.budgets, "at": run.expensive}
+    """The options of `attacks.evaluate.robust` in the settings."""
+    chosen = {"budgets": run.budgets, "at": run.expensive, "most": run.most}
     for option, by_attack in chosen.items():
         chosen[option] = {name: by_attack[name] for name in by_attack if name in run.attacks}
     settings = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    return settings | chosen | dict(batch_size=run.attack_batch, seed=run.seed)
+    settings |= chosen | dict(full_at=run.full_at)
+    return settings | dict(batch_size=run.attack_batch, seed=run.seed)
 
 
 def attack(study: Study, name: str) -> evaluate.Evaluation:
@@ -41,9 +42,10 @@ def attack(study: Study, name: str) -> evaluate.Evaluation:
     folder = work_folder(run, f"suite/{name}", key | {"batch": run.attack_batch})
     where = dict(ids=rows, groups=study.patients(rows), folder=folder, resume=bool(run.resume))
     found = evaluate.robust(model, data, run.eps_grid, **options(run), **where)
-    stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=USES)
+    uses = [*USES, *(option for option in ("full_at", "most") if option in run.values)]
+    stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=uses)
     listed = partial(checklist.report, found, subset=run.check_images)
-    stored(study, f"checks_{name}", listed, model=name, uses=(*USES, "check_images"))
+    stored(study, f"checks_{name}", listed, model=name, uses=[*uses, "check_images"])
     return found
 
 

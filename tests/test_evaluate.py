@@ -13,7 +13,7 @@ from torch import nn
 from dlia_utils import plots
 from dlia_utils.attacks import checklist, evaluate, pgd
 from dlia_utils.models import robust
-from dlia_utils.units import pixel_eps
+from dlia_utils.units import pixel_eps, pixel_text
 
 GRID, ASKED = pixel_eps(2, 8, 16), 7  # images that the door asks a model about
 FEW = ("noise", "fgsm", "pgd_ce", "pgd_margin")
@@ -66,6 +66,47 @@ def test_dropping_fooled_images_gives_the_same_worst_case_for_fewer_passes(study
     assert found.cost.forwards.sum() < 0.8 * whole.cost.forwards.sum()
     with pytest.raises(ValueError, match="early_drop=False"):
         checklist.report(found)
+
+
+@pytest.mark.parametrize("full_at", GRID)
+def test_one_eps_in_full_and_elsewhere_what_it_leaves_open(study, whole, full_at):
+    model, *data = study
+    options = dict(budgets=SHORT, batch_size=16, progress=False, full_at=full_at + 1e-12)
+    found = evaluate.robust(model, data, GRID, most={"square": 4}, **options)
+    names = set(found.rows.attack) - {"clean", "worst"}
+    assert {name.removesuffix(evaluate.STANDING) for name in names} == set(evaluate.SUITE)
+    single = found.rows[found.rows.attack.isin(names)]
+    assert single.eps.eq(full_at).all()
+    # The same attacks on the same images: no outcome differs, and few of the worst case.
+    same = single.merge(whole.rows, on=["attack", "eps", "image"], suffixes=("", "_whole"))
+    assert len(same) == 40 * 8 and same.fooled.equals(same.fooled_whole)
+    for eps in GRID:
+        ours, theirs = (one.fooled("worst", eps) for one in (found, whole))
+        assert (ours <= theirs).all() and (theirs & ~ours).sum() <= 1
+    worst = [found.fooled("worst", eps) for eps in GRID]
+    assert (worst[0] <= worst[1]).all() and (worst[1] <= worst[2]).all()
+    assert found.cost.forwards.sum() < 0.6 * whole.cost.forwards.sum()
+    met = single[single.attack.str.startswith("square")]
+    assert 0 < len(met) <= 4 and not set(met.image) & set(np.flatnonzero(found.nearest == 0))
+    table = checklist.report(found).set_index("check")
+    assert len(table) == 13 and "a larger eps never fools fewer" not in table.index
+    assert table.verdict["the worst case is taken per image"] == "PASS"
+    page = " ".join(checklist.page(found, table.reset_index()).split())
+    assert "the nearest 4 of those standing" in page and f"At {pixel_text(full_at)} every" in page
+    plots.figure_worst_case(found, "a caption")
+
+
+def test_few_images_are_the_nearest_of_those_that_stand(study):
+    model, *data = study
+    names = ("fmn", "square")
+    options = dict(attacks=names, budgets={k: SHORT[k] for k in names}, progress=False)
+    alone = options | {"attacks": ["fmn"], "budgets": {"fmn": SHORT["fmn"]}}
+    before = evaluate.robust(model, data, GRID[:1], **alone)
+    found = evaluate.robust(model, data, GRID[:1], most={"square": 6}, **options)
+    stands = np.flatnonzero(before.nearest > GRID[0])
+    nearest = stands[np.argsort(before.nearest[stands])][:6]
+    met = found.rows[found.rows.attack == "square, of those standing"]
+    assert set(met.image) == set(nearest) and found.table()[met.attack.iloc[0]].notna().all()
 
 
 def is_union(rows):
@@ -409,6 +450,9 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(study):
         "steps": {"budgets": {"square": {"steps": 0}}},
         r"at\['square'\] must be eps of": {"at": {"square": [0.9]}},
         "runs once": {"at": {"fmn": [GRID[0]]}},
+        "full_at": {"full_at": 0.5},
+        "most must name": {"most": {"one_pixel": 5}},
+        r"most\['square'\]": {"most": {"square": 0}},
         "ids and groups": {"groups": [1, 2]},
         "all different": {"ids": [0] * 40},
         "seed": {"seed": -1},

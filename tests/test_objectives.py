@@ -1,5 +1,7 @@
 """Losses against closed forms, what they must leave untouched, and that the defences defend."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,65 @@ def test_adversarial_training_meets_the_linear_optimum(batch):
     # One step of 2 eps crosses the ball from any random start: the optimum is a corner.
     _, logits = objectives.pgd_adversarial(eps=eps, steps=1, step_size=2 * eps)(model, x, y)
     torch.testing.assert_close(logits, model(x + eps * away(model, y)))
+
+
+def convolutions():
+    torch.manual_seed(0)
+    parts = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(*parts).train()
+
+
+def test_weights_are_perturbed_as_published(batch):
+    """AT-AWP by its code: a proxy's ascent, its direction at the layer's norm, put on."""
+    (x, y), gamma, ours, theirs = batch, 0.2, convolutions(), convolutions()
+    seen = seen_by(ours)
+    weight = dict(weight=[1.0, 2.0])
+    objective = objectives.pgd_awp(eps=EPS, gamma=gamma, **weight)
+    before = fingerprint(nn.ParameterList(ours.parameters()))
+    loss, logits = objective(ours, x, y)
+    loss.backward()
+    assert fingerprint(nn.ParameterList(ours.parameters())) == before
+    assert torch.equal(seen[-1], seen[-2])  # the same attacked images for weights and loss
+    proxy, ce = convolutions(), torch.tensor([1.0, 2.0])
+    optimizer = torch.optim.SGD(proxy.parameters(), lr=0.01)
+    (-F.cross_entropy(proxy(seen[-1]), y, weight=ce)).backward()
+    optimizer.step()
+    change = {
+        name: new - old
+        for (name, old), new in zip(theirs.named_parameters(), proxy.parameters(), strict=True)
+        if old.dim() > 1
+    }
+    assert list(change) == ["0.weight", "3.weight"]
+    with torch.no_grad():
+        for name, diff in change.items():
+            own = theirs.get_parameter(name)
+            change[name] = gamma * own.norm() / (diff.norm() + 1e-20) * diff
+            assert change[name].norm() / own.norm() == pytest.approx(gamma, rel=1e-3)
+            own += change[name]
+    expected = F.cross_entropy(theirs(seen[-1]), y, weight=ce)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(one, other)  # of the moved pass alone
+    assert loss > objectives.pgd_awp(eps=EPS, gamma=0.0, **weight)(convolutions(), x, y)[0]
+
+
+def test_training_with_perturbed_weights_goes_on_bit_equal(tmp_path, batch):
+    options = dict(epochs=3, batch_size=4, progress=False, monitor="epoch", ema=0.9)
+    make, data = partial(objectives.pgd_awp, eps=EPS), TensorDataset(*batch)
+
+    def cut(row):
+        raise KeyboardInterrupt
+
+    straight, resumed = convolutions(), convolutions()
+    train.fit(straight, make(), data, None, run_dir=tmp_path / "straight", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(resumed, make(), data, None, run_dir=tmp_path / "cut", on_epoch=cut, **options)
+    resumed = convolutions()
+    train.fit(resumed, make(), data, None, run_dir=tmp_path / "cut", **options)
+    assert fingerprint(resumed) == fingerprint(straight) != fingerprint(convolutions())
 
 
 def test_fast_training_makes_one_step_of_a_quarter_more_than_the_ball(batch):
@@ -288,6 +349,7 @@ MAKERS = {  # objective, forward passes in train mode
     "fast": (lambda: objectives.fast_adversarial(eps=EPS), 1),
     "free": (lambda: objectives.free_adversarial(eps=EPS), 1),
     "pgd": (lambda: objectives.pgd_adversarial(eps=EPS), 1),
+    "awp": (lambda: objectives.pgd_awp(eps=EPS), 1),
     "trades": (lambda: objectives.trades(eps=EPS), 2),
     "mart": (lambda: objectives.mart(eps=EPS), 2),
     "hat": (lambda: objectives.hat(nn.Sequential(nn.Flatten(), nn.Linear(9, 2)), eps=EPS), 3),
@@ -314,7 +376,7 @@ def test_flags_gradients_and_running_statistics_are_treated_as_said(name, batch)
     assert loss.isfinite() and all(parameter.grad is not None for parameter in body.parameters())
 
 
-@pytest.mark.parametrize("name", "fast free pgd trades mart hat gairat".split())
+@pytest.mark.parametrize("name", "fast free pgd awp trades mart hat gairat".split())
 def test_the_attacked_images_stay_in_the_ball_and_in_the_image_range(name):
     x = torch.rand(5, 1, 3, 3).mul(2).sub(0.5).clamp(0, 1)
     y, model, objective = torch.tensor([0, 1, 0, 1, 1]), linear(), MAKERS[name][0]()
@@ -400,7 +462,7 @@ def pgd_accuracy(model, x, y):
     return 1 - found.success.float().mean().item()
 
 
-@pytest.mark.parametrize("name", ["pgd", "fast", "free", "mart", "hat"])
+@pytest.mark.parametrize("name", ["pgd", "awp", "fast", "free", "mart", "hat"])
 def test_training_with_it_raises_accuracy_under_pgd(name, fragile):
     plain = trained(objectives.cross_entropy(), *fragile, steps=500, lr=0.1)
     assert (plain(fragile[0]).argmax(1) == fragile[1]).float().mean() > 0.96

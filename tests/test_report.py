@@ -128,6 +128,16 @@ def test_paired_tests_count_discordant_images(run):
     assert worst.loc["good", "difference"] == 0.75 and paired.loc[("clean", "good"), "p"] == 1
     by_patient = report.paired_tests(tables, FakeStudy(run, 4), **given)  # two patients
     assert by_patient[by_patient.model.eq("good")]["p"].tolist() == [1, 0.5]
+    # A second seed of the same trainings is no second sample of patients.
+    twice = {name: pd.concat([table, table]) for name, table in tables.items()}
+    twice = report.paired_tests(twice, FakeStudy(run), **given).set_index(["condition", "model"])
+    same = ["difference", "ci_low", "ci_high", "p", "p_holm"]
+    pd.testing.assert_frame_equal(twice[same], paired[same])
+    # What one seed gains and the other loses on an image is no difference of the trainings.
+    other = per_image([0] * 8, [1] * 6 + [0] * 2)
+    both = [tables["good"], other]
+    mixed = {"baseline": pd.concat(both), "b": pd.concat(both[::-1])}
+    assert report.paired_tests(mixed, FakeStudy(run), **given).p.tolist() == [1, 1]
 
 
 def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(run):
@@ -135,7 +145,8 @@ def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(run
     fooled = [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
     table = per_image([0] * 10, fooled).assign(label=[0] * 6 + [1] * 4 + [0] * 6 + [1] * 4)
     found = report.direction_rows(table, FakeStudy(run), model="a", eps=EPS).set_index("metric")
-    assert found["value"].tolist() == pytest.approx([0.25, 4 / 6]) and found["n"].tolist() == [4, 6]
+    assert found["value"].tolist() == pytest.approx([0.25, 4 / 6, 11 / 24])
+    assert found["n"].tolist() == [4, 6, 10] and found.index[2] == "balanced_accuracy"
     assert set(found["attack"]) == {"worst"} and found["ci_low"].lt(found["value"]).all()
     accuracy = report.accuracy_rows(table, FakeStudy(run), model="a").set_index("attack")
     assert accuracy["value"].to_dict() == {"clean": 1.0, "worst": 0.5}

@@ -12,11 +12,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dlia_utils import files
-from dlia_utils.attacks.evaluate import SUITE
+from dlia_utils.attacks.evaluate import STANDING, SUITE
 from dlia_utils.data import phantom
 from dlia_utils.data.readers import NIH_CLASSES
 from dlia_utils.detect import figures
 from dlia_utils.explain.base import REFERENCES
+from dlia_utils.metrics import digits_of
 from dlia_utils.plots import figure_accuracy_vs_eps
 from dlia_utils.report import attack_table, with_interval
 from dlia_utils.units import eps_text
@@ -24,6 +25,7 @@ from dlia_utils.units import eps_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "results" / "README.md"
 HEADLINE_EPS = 4 / 255
+NO_SCORE = ("zero gradients", "square" + STANDING, "seeds", "numbers")  # what a constant lacks
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -42,7 +44,15 @@ def markdown(table: pd.DataFrame) -> str:
 def _cell(own: pd.DataFrame, attack: str, metric: str, **options: bool) -> str:
     """The number with its interval; empty where it was not measured."""
     rows = own[own.attack.eq(attack) & own.metric.eq(metric)]
-    return with_interval(rows.iloc[0], **options) if len(rows) else ""
+    return _of_seeds(rows, **options) if len(rows) else ""
+
+
+def _of_seeds(rows: pd.DataFrame, *, signed: bool = False) -> str:
+    """A number of one seed with its interval, of several seeds their mean and SD."""
+    if len(rows) == rows["seed"].nunique() > 1:
+        digits, sign = digits_of(rows["n"].min()), "+" * signed
+        return f"{rows['value'].mean():{sign}.{digits}f} ± {rows['value'].std():.{digits}f}"
+    return with_interval(rows.iloc[0], signed=signed)
 
 
 def _cells(own: pd.DataFrame, **options: bool) -> list[str]:
@@ -58,20 +68,46 @@ def _by_model(results: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> pd.
     return pd.DataFrame(rows)
 
 
+def _constant(results: pd.DataFrame) -> dict[str, float]:
+    """By metric what always answering the more frequent class scores, attacked or not."""
+    worst = results[results.attack.eq("worst")].drop_duplicates("metric").set_index("metric")["n"]
+    sick, healthy = worst["sensitivity"], worst["specificity"]
+    sides = {"sensitivity": float(sick > healthy), "specificity": float(sick <= healthy)}
+    share = max(sick, healthy) / (sick + healthy)
+    return sides | {"accuracy": share, "auc": 0.5, "balanced_accuracy": 0.5}
+
+
+def _beside_constant(table: pd.DataFrame, results: pd.DataFrame, **metrics: str) -> pd.DataFrame:
+    """The table with a last row of the constant answer; `metrics` by title, the others accuracy."""
+    found, digits = _constant(results), digits_of(results["n"].max())
+    row = {name: f"{found[metrics.get(name, 'accuracy')]:.{digits}f}" for name in table}
+    row |= {"model": "always the same answer"} | {name: "" for name in NO_SCORE if name in table}
+    return pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+
+
 def _at_headline(results: pd.DataFrame) -> pd.DataFrame:
     return results[np.isclose(results.eps, HEADLINE_EPS) & results.eps_unit.eq("pixel")]
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: clean accuracy and AUC, the worst case at 4/255, and its two directions."""
+    """Per model: clean accuracy and AUC, the worst case at 4/255, and its two directions.
+
+    Of several seeds each number is their mean with its SD.
+    """
     columns = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
     columns |= {"**worst case**": ("worst", "accuracy")}
+    columns |= {"balanced worst case": ("worst", "balanced_accuracy")}
     columns |= {"pneumonias still found": ("worst", "sensitivity")}
     columns |= {"healthy still called healthy": ("worst", "specificity")}
     near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
     table = _by_model(near, columns).drop(columns=["notebook", "size"])
+    seeds = near.groupby("model")["seed"].nunique()
+    table.insert(1, "seeds", [str(seeds[model]) for model in table["model"]])
     # The smoothed model has a certificate instead of a worst case.
-    return table[table["**worst case**"].ne("")]
+    table = table[table["**worst case**"].ne("")]
+    return _beside_constant(
+        table, results, **{name: metric for name, (_, metric) in columns.items()}
+    )
 
 
 def study_table(
@@ -82,11 +118,15 @@ def study_table(
     table = _by_model(near, columns).drop(columns=["notebook", "size"])
     bare = [title for title in columns if title not in intervals]
     table[bare] = table[bare].map(lambda text: text.split(" [")[0])
-    return table[table[intervals[-1]].ne("")]
+    table = table[table[intervals[-1]].ne("")]
+    return _beside_constant(
+        table, results, **{name: metric for name, (_, metric) in columns.items()}
+    )
 
 
 ATTACKED = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
 ATTACKED |= {"worst case at 4/255": ("worst", "accuracy")}
+ATTACKED |= {"balanced": ("worst", "balanced_accuracy")}
 ATTACKED |= {"sick still found": ("worst", "sensitivity")}
 ATTACKED |= {"healthy still called healthy": ("worst", "specificity")}
 
@@ -95,10 +135,14 @@ def each_attack(results: pd.DataFrame) -> pd.DataFrame:
     """Per model: accuracy under every attack at 4/255, worst case, share of zero gradients."""
     near = _at_headline(results).query("metric == 'accuracy'")
     table = near.pivot_table(index="model", columns="attack", values="value", sort=False)
-    table = table[[name for name in (*SUITE, "worst") if name in table]]
+    table = table[[name for name in (*SUITE, "square" + STANDING, "worst") if name in table]]
     table = table.map(lambda value: "" if np.isnan(value) else f"{value:.3f}")
+    met = near[near.attack.str.endswith(STANDING)].set_index("model")["n"]
+    for model, n in met.items():
+        table.loc[model, "square" + STANDING] += f" of {n:.0f}"
     zero = results[results.metric.eq("zero_gradient_share")].set_index("model")["value"]
-    return table.assign(**{"zero gradients": zero.map("{:.1%}".format)}).reset_index()
+    table = table.assign(**{"zero gradients": zero.map("{:.1%}".format)}).reset_index()
+    return _beside_constant(table, results)
 
 
 def certificate(results: pd.DataFrame) -> pd.DataFrame:
@@ -122,7 +166,7 @@ def beside_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataF
             for eps, value in zip(fooled["eps"], fooled["value"], strict=True):
                 row[eps_text(eps, "normalised")] = f"{value:.3f}"
             rows.append(row)
-    return pd.DataFrame(rows)
+    return _beside_constant(pd.DataFrame(rows), results)
 
 
 def one_pixel(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -191,17 +235,18 @@ def worst_by_eps(results: pd.DataFrame) -> pd.DataFrame:
     worst = worst.assign(cell=_cells(worst), eps=worst.eps.round(9))
     table = worst.pivot(index="model", columns="eps", values="cell")
     table = table.reindex(list(dict.fromkeys(worst.model)))
-    return table.rename(columns=eps_text).rename_axis(columns=None).reset_index()
+    table = table.rename(columns=eps_text).rename_axis(columns=None).reset_index()
+    return _beside_constant(table, results)
 
 
 def _maps(results: pd.DataFrame, ending: str, **options: bool) -> pd.DataFrame:
     """Models and maps down, localisation scores whose metric has this `ending` across."""
     own = results[results.attack.str.startswith("map ") & results.metric.str.endswith(ending)]
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for _, row in own.iterrows():
-        key = row.model, row.attack.removeprefix("map ")
-        score = row.metric.removesuffix(ending).replace("_", " ")
-        rows.setdefault(key, {})[score] = with_interval(row, **options)
+    for (model, attack, metric), part in own.groupby(["model", "attack", "metric"], sort=False):
+        key = model, attack.removeprefix("map ")
+        score = metric.removesuffix(ending).replace("_", " ")
+        rows.setdefault(key, {})[score] = _of_seeds(part, **options)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["model", "map"])
     return table.reset_index()
 
@@ -313,19 +358,20 @@ def blocks() -> dict[str, str]:
     moved, corona = map(_results, ("04_perturbation", "06_covid"))
     small, tb = map(_results, ("04_perturbation_medmnist", "03_tuberculosis"))
     published = _results("published_medical_image_diagnosis")
+    first, bone = (table[table.seed.eq(0)] for table in (pneumonia, bones))
     attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
         "study-01": study_table(pneumonia, **attacked),
         "study-02": study_table(bones, **attacked),
         "01-headline": headline(pneumonia),
-        "01-attacks": each_attack(pneumonia),
-        "01-eps": worst_by_eps(pneumonia),
-        "01-certificate": certificate(pneumonia),
-        "01-fgsm": beside_published(pneumonia, published),
-        "01-one-pixel": one_pixel(pneumonia, published),
-        "02-attacks": fractures(bones),
-        "02-each": each_attack(bones),
-        "02-eps": worst_by_eps(bones),
+        "01-attacks": each_attack(first),
+        "01-eps": worst_by_eps(first),
+        "01-certificate": certificate(first),
+        "01-fgsm": beside_published(first, published),
+        "01-one-pixel": one_pixel(first, published),
+        "02-attacks": fractures(bone),
+        "02-each": each_attack(bone),
+        "02-eps": worst_by_eps(bone),
         "02-maps": fracture_maps(bones),
         "02-map-differences": map_differences(bones),
         "02-claimed": claimed(_results("published_r2i_medical_imaging")),
@@ -347,8 +393,9 @@ def blocks() -> dict[str, str]:
 
 def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
-    options = {"attack": "worst", "note": "Only adversarial training holds in the worst case"}
+    options = {"attack": "worst", "note": "Worst case: only training on attacks keeps anything"}
     pneumonia_rows, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
+    pneumonia_rows, bone_rows = (t[t.seed.eq(0)] for t in (pneumonia_rows, bone_rows))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
     boxes = "FracAtlas, 61 test images, cpu profile, 384 px"
@@ -356,7 +403,7 @@ def pictures() -> dict[str, Figure]:
         "worst_case": figure_accuracy_vs_eps(
             pneumonia_rows, pneumonia, constant=390 / 624, **options
         ),
-        "fractures": figure_accuracy_vs_eps(bone_rows, bones, **options),
+        "fractures": figure_accuracy_vs_eps(bone_rows, bones, constant=150 / 222, **options),
         "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
         "findings": _findings(),
     }

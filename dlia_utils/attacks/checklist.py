@@ -112,7 +112,11 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     """One page: threat model, table, cost, and the check list where `report(found)` is given."""
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
-    said = "Every attack was run on every image that the model gets right; columns are over all."
+    all_of, full_at = "every image that the model gets right", found.settings["full_at"]
+    said = f"Every attack was run on {all_of}; columns are over all."
+    if full_at is not None:
+        first, more = f"At {pixel_text(full_at)} every attack", "elsewhere on what that leaves open"
+        said = f"{first} was run on {all_of}, {more}; columns are over all."
     if found.settings["early_drop"]:
         said = "Images once fooled were attacked no more; clean and worst are over all images."
     by = "image (no patients given)" if found.groups is None else "patient"
@@ -145,6 +149,7 @@ def _threat(found: Evaluation) -> str:
     for name, own in said["attacks"].items():
         words = [f"{key} {value}" for key, value in own.items() if key != "loss"]
         words += [f"only at {_balls(found, name)}"] if name in said["at"] else []
+        words += [f"the nearest {n} of those standing" for n in [said["most"].get(name)] if n]
         budgets.append(f"{name} ({', '.join(words)})" if words else name)
     lines = {
         "goal": "any wrong class (of two, the other one: targeted and untargeted are the same)",
@@ -222,14 +227,16 @@ def _compared(found: Evaluation) -> list[tuple]:
             if key == "loss" and found.labels.max() < 2:
                 text += "; of two classes both climb alike but where the softmax saturates"
             lines.append((key, lead.max() <= LEAD, text, more))
+    if len(wide.index.unique("eps")) < 2:
+        return lines
     return [*lines, ("monotone", not falls, "; ".join(falls) or "holds for every attack")]
 
 
 def _black_box(found: Evaluation) -> tuple:
     """Images that only an attack without gradients fools, inside the ball of some eps."""
-    rows, names = found.rows, list(found.settings["attacks"])
-    blind = [name for name in names if KINDS[name].blind]
-    if not BLACK & set(names):
+    rows = found.rows
+    blind = [n for n in rows.attack.unique() if n not in ("clean", "worst") and kind(n).blind]
+    if not BLACK & set(found.settings["attacks"]):
         return "black box", False, "no black-box attack was run"
     hit = rows[rows.fooled & ~rows.attack.isin(["clean", "worst"])]
     first = hit[~hit.attack.isin(blind)].groupby("image").eps.min()
@@ -289,8 +296,9 @@ def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
 
 def _per_image(found: Evaluation, shares: pd.Series) -> tuple:
     """Whether "worst" is the union of all attacks per image, and not the best of their averages."""
-    worst = found.rows[found.rows.attack.eq("worst")]
-    single = found.rows[~found.rows.attack.eq("worst") & found.rows.fooled]
+    single = found.rows[~found.rows.attack.eq("worst")]
+    worst = found.rows[found.rows.attack.eq("worst") & found.rows.eps.isin(single.eps)]
+    single = single[single.fooled]
     first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
     missed = int((worst.fooled != (worst.eps >= first)).sum())
     said = [f"{pixel_text(eps)}: {share:.1%}" for eps, share in shares.items()]

@@ -29,6 +29,7 @@ from . import apgd, base, deepfool, fgsm, fmn, noise, one_pixel, pgd, square
 log = logging.getLogger("dlia_utils")
 
 BPDA = "_bpda"  # ends the name of an attack straight through an operator (arXiv 1802.00420)
+STANDING = ", of those standing"  # ends the name of an attack that met these alone
 COLUMNS = "attack eps image label fooled first_success_step queries".split()
 FORMAT = 5  # of the files in `folder`
 NEVER = np.iinfo(np.int64).max
@@ -82,8 +83,8 @@ ORDER = f"{ORDER} apgd_ce_bpda apgd_margin_bpda fmn one_pixel square".split()
 
 
 def kind(name: str) -> Kind:
-    """What the suite knows of an attack, straight through an operator or not."""
-    return KINDS[name.removesuffix(BPDA)]
+    """What the suite knows of an attack, whatever ends its name."""
+    return KINDS[name.removesuffix(STANDING).removesuffix(BPDA)]
 
 
 def robust(
@@ -101,6 +102,8 @@ def robust(
     ids: Sequence[int] | None = None,
     groups: Sequence | None = None,
     early_drop: bool = False,
+    full_at: float | None = None,
+    most: Mapping[str, int] | None = None,
     fast: bool = True,
     folder: str | Path | None = None,
     resume: bool = True,
@@ -112,10 +115,14 @@ def robust(
     there the pair is two starts, and shows by its difference a softmax that saturates.
     data: images [N,C,H,W] in [0,1] and labels int64 [N]. eps_grid: pixel units (k/255). attacks:
     names in `KINDS`. steps, restarts: of PGD; budgets: options of single attacks; at: the eps of
-    expensive ones. groups: patients [N]. The draws depend on seed and ids only. early_drop: images
-    once fooled are attacked no more, which gives the same worst case with far fewer passes, but no
-    accuracy by attack. fast: attack a folded copy that answers alike; success is judged on `model`.
-    folder: finished blocks are kept there, and read back where nothing they depend on has changed.
+    expensive ones; most: attacks that meet at most so many images, of those that still stand the
+    ones with the smallest change known (their rows are of these alone). groups: patients [N]. The
+    draws depend on seed and ids only. early_drop: images once fooled are attacked no more, which
+    gives the same worst case with far fewer passes, but no accuracy by attack. full_at: an eps of
+    the grid; every attack meets every image there, first of all, and elsewhere only what that
+    leaves open: what stands in this ball stands in smaller ones, what falls falls in larger ones.
+    fast: attack a folded copy that answers alike; success is judged on `model`. folder: finished
+    blocks are kept there, and read back where nothing they depend on has changed.
     Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
@@ -135,6 +142,13 @@ def robust(
         raise ValueError("ids and groups must hold one entry per image, ids all different")
     settings = {"eps_grid": grid, "attacks": options, "at": _at(at or {}, options, grid)}
     settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, early_drop=early_drop)
+    settings |= {"most": _most(most or {}, options), "full_at": full_at}
+    if full_at is not None:
+        check_numbers("(0,inf)", full_at=full_at)
+        near = [eps for eps in grid if np.isclose(eps, full_at, rtol=1e-6, atol=0)]
+        if not near:
+            raise ValueError(f"full_at={full_at} must be one of eps_grid, {grid}")
+        settings["full_at"] = near[0]
     study = _Study(model, *data, settings, folder and Path(folder), resume)
     with base.steady(model, study.probe, *study.targets.values()):
         blocks = _attack_all(study, progress)
@@ -148,7 +162,8 @@ class Evaluation:
     """What `robust` found.
 
     rows      one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" at every eps; with
-              early_drop these two alone; queries: passes that show the outcome on the image
+              early_drop these two alone, with full_at single attacks there only; queries: passes
+              that show the outcome on the image
     cost      one per (attack, eps), as they ran: attacked, fooled (images), forwards, backwards
               (image-passes really made, judging included), seconds
     settings  the threat model and the budget: eps_grid, attacks with their options, seed, ...
@@ -234,6 +249,14 @@ def _at(at: Mapping, options: Mapping, grid: Sequence[float]) -> dict[str, list[
     return chosen
 
 
+def _most(most: Mapping[str, int], options: Mapping) -> dict[str, int]:
+    """By attack how many images it meets, for those that do not meet all."""
+    if unknown := sorted(set(most) - set(options)):
+        raise ValueError(f"most must name some of {[*options]}, not {unknown}")
+    check_numbers("[1,inf)", whole=True, **{f"most[{name!r}]": n for name, n in most.items()})
+    return dict(most)
+
+
 class _Study:
     """The model, the images, the settings, and where finished blocks are kept."""
 
@@ -256,6 +279,10 @@ class _Study:
             content = images.cpu().numpy(), labels.cpu().numpy(), settings["ids"]
             self.key += [fingerprint(model), str(model)]
             self.key += [(part.shape, _hash(part.tobytes())) for part in content]
+
+    def whole(self, eps: float) -> bool:
+        """Whether every attack meets every image in this ball."""
+        return not self.settings["early_drop"] and self.settings["full_at"] in (None, eps)
 
     def batches(self, count: int) -> list[np.ndarray]:
         """The numbers below `count`, a batch at a time."""
@@ -313,10 +340,12 @@ class _Block:
 
 
 def _attack_all(study: _Study, progress: bool) -> list[_Block]:
-    """The clean images, then every attack at every eps on the right ones, small balls first."""
+    """The clean images, then the attacks on the right ones: small balls first, or `full_at`,
+    the larger balls, the smaller ones."""
     total, known, grid = len(study.images), {}, study.settings["eps_grid"]
     blocks = [_kept(study, "clean", 0.0, np.arange(total))]
-    right = standing = np.flatnonzero(blocks[0].step < 0)
+    right, stood = np.flatnonzero(blocks[0].step < 0), {}
+    first = study.settings["full_at"] or 0.0
     names = [
         name + way
         for name in study.settings["attacks"]
@@ -325,10 +354,17 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
     ]
     count = total * len(grid) * len(names)
     with Bar(total=count, desc="attacks", unit="image", disable=not progress) as bar:
-        for eps in grid:
+        for eps in sorted(grid, key=lambda eps: (eps < first, abs(eps - first))):
+            standing = right
+            for other, left in stood.items():
+                open_to = np.intersect1d if other < eps else np.setdiff1d
+                standing = open_to(standing, left)
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
                 if eps in study.settings["at"].get(name.removesuffix(BPDA), grid):
-                    places = standing if study.settings["early_drop"] else right
+                    places = right if study.whole(eps) else standing
+                    if limit := study.settings["most"].get(name.removesuffix(BPDA)):
+                        near = np.argsort(_nearest(blocks)[standing], kind="stable")[:limit]
+                        places = standing[np.sort(near)]
                     block = known.get(name) or _kept(study, name, eps, places)
                     if kind(name).smallest:  # run once for all balls: later at no cost
                         step = np.where(block.distance <= eps, block.step, -1)
@@ -339,6 +375,7 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
                     standing = np.setdiff1d(standing, block.places[block.step >= 0])
                 bar.update(total)
                 bar.set_postfix(eps=f"{eps:.3g}", attack=name)
+            stood[eps] = standing
     return blocks
 
 
@@ -420,8 +457,11 @@ def _rows(blocks: Sequence[_Block], study: _Study) -> pd.DataFrame:
                 step[block.places], queries[block.places] = block.step, block.queries
                 best = np.minimum(best, np.where(step < 0, NEVER, step))
                 spent += queries
-            if not (eps and study.settings["early_drop"]):
-                tables.append(table(block.attack, eps, step, queries))
+            if not eps or study.whole(eps):
+                own = table(block.attack, eps, step, queries)
+                if block.attack.removesuffix(BPDA) in study.settings["most"]:
+                    own = own.iloc[block.places].assign(attack=block.attack + STANDING)
+                tables.append(own)
         if eps:
             step = np.where(best < NEVER, best, -1)
             worst.append(table("worst", eps, step, np.maximum(spent, 1)))
