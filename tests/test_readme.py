@@ -94,7 +94,7 @@ def test_the_table_of_two_hospitals_takes_each_number_from_its_place():
     rows.append(["worst", 1 / 255, "balanced_accuracy", 0.1])  # of another eps
     table = pd.DataFrame(rows, columns=["attack", "eps", "metric", "value"]).assign(model="m")
     table = table.assign(
-        n=334, eps_unit="pixel", ci_low=table.value - 0.1, ci_high=table.value + 0.1
+        n=334, seed=0, eps_unit="pixel", ci_low=table.value - 0.1, ci_high=table.value + 0.1
     )
     found = published.hospitals(table).set_index("measure")
     assert found.loc["AUC"].tolist()[1:] == [
