@@ -24,7 +24,8 @@ _SCRATCH = Path(tempfile.mkdtemp(prefix="dlia-tests-"))
 
 def pytest_configure(config):
     # A hook and no fixture: the doctests in dlia_utils/ do not see the fixtures of tests/.
-    os.environ["DLIA_CACHE"] = str(_SCRATCH / "cache")
+    if not os.environ.get("PYTEST_XDIST_WORKER"):  # its processes share the phantoms of the session
+        os.environ["DLIA_CACHE"] = str(_SCRATCH / "cache")
     os.environ["DLIA_RUNS"] = str(_SCRATCH / "runs")
     if os.environ.get("DLIA_DATA"):
         os.environ["DLIA_DATA"] = os.path.abspath(os.environ["DLIA_DATA"])

@@ -18,9 +18,10 @@ from pathlib import Path
 import matplotlib.image
 import nbformat
 import pandas as pd
+import pytest
 
 from dlia_utils import execute
-from dlia_utils.data import sources
+from dlia_utils.data import phantom, sources
 from tools import kaggle, notebooks
 
 LAYOUTS = ("old", "new")
@@ -118,9 +119,8 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         (root / name).mkdir(parents=True)
     for name in datasets:
         source = sources.SOURCES[name]
-        source.write_phantom(
-            _mount(root, source.handle, source.handle.split("/")[-1] or source.mount, layout)
-        )
+        place = _mount(root, source.handle, source.handle.split("/")[-1] or source.mount, layout)
+        shutil.copytree(_phantom(name), place, dirs_exist_ok=True)
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
     shutil.copy(_our_wheel(), ours)
     write_wheel(ours, "captum", "0.9.0", "LOCAL = True\n")
@@ -145,6 +145,14 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         "https_proxy": nowhere,
     }
     return Session(root, environment)
+
+
+def _phantom(name: str) -> Path:
+    """The synthetic data set of this session of tests, whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DLIA_DATA", raising=False)
+        found = sources.find(name).root
+    return next(top for top in (found, *found.parents) if (top / phantom.MARKER).is_file())
 
 
 @functools.cache

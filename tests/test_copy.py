@@ -27,7 +27,7 @@ SEARCH = {"trials": 2, "extend": 0, "patience": 1, "per_class": 30}
 EMPTY = {  # settings that make what needs no training quick
     "01": dict(adversarial=("pgd_at",), one_pixel_per_class=1, certified_per_class=1, per_class=24),
     "02": ATTACKS | {"per_class": 30},
-    "03": ATTACKS | {"per_class": (40, 20)},
+    "03": ATTACKS | {"per_class": (30, 15), "external_attacked": 4},
     "04": dict(mobilenet_epochs=1, per_class=24, severities=(1, 5), map_images=4, choose_images=4),
     "05": dict(epochs=2, images=12, width=0.25, channels=16, size=64),
     "06": SEARCH | dict(search_epochs=1, search_patience=1, quick_epochs=1),

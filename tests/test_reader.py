@@ -14,7 +14,13 @@ from tools import notebooks
 
 # As small as it goes: what is tested is that it runs to its end, under the reader's name.
 SHORT = {"epochs": 1, "size": 32, "bootstrap_draws": 20}
-ATTACKED = dict(adversarial=("pgd_at",), at_steps=1, temperatures=(50.0,), certified_per_class=2)
+ATTACKED = dict(
+    adversarial=("pgd_at",),
+    defences=("papernot",),
+    at_steps=1,
+    temperatures=(50.0,),
+    certified_per_class=2,
+)
 ATTACKED |= dict(attacks=("fgsm", "pgd_ce", "pgd_margin", "apgd_ce"), check_images=2)
 ATTACKED |= dict(one_pixel=((1, 4, 1, 0.5, 0.9),), one_pixel_per_class=1, certificate_draws=50)
 ATTACKED |= dict(eps_grid=(4 / 255,), patient_pattern=r"/(p\d+)_")
