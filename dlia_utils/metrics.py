@@ -158,14 +158,17 @@ def exact_ids(ids: Sequence, name: str, kind: str, of: str = "images") -> Array:
     >>> exact_ids(["007", "7", "p1"], "groups", "patient").tolist()
     ['007', '7', 'p1']
     """
-    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
-        return ids
+    kept = getattr(ids, "dtype", None)
+    if isinstance(kept, np.dtype) and kept.kind in "iu":
+        return np.asarray(ids)
     ids = [one.item() if hasattr(one, "item") else one for one in ids]
-    if lost := sum(missing(ids)):
+    different = {(type(one), one): one for one in ids}.values()
+    if any(missing(different)):
+        lost = sum(missing(ids))
         own = " of its own, e.g. its path" * (kind == "patient")
         raise ValueError(f"{name} lacks the {kind} of {lost} {of}: give each of them an id{own}")
     seen = {}
-    for one in ids:
+    for one in different:
         whole = isinstance(one, numbers.Real) and one % 1 == 0
         first = seen.setdefault(str(int(one) if whole else one), one)
         if type(first) is not type(one):
@@ -175,7 +178,7 @@ def exact_ids(ids: Sequence, name: str, kind: str, of: str = "images") -> Array:
             text = f"{name} holds the decimal {one!r}, whose last digits are lost"
             raise ValueError(f"{text}: read the ids as text (dtype=str)")
     types = set(map(type, seen.values()))
-    if types == {int} or types == {float} and all(one % 1 == 0 for one in ids):
+    if types == {int} or types == {float} and all(one % 1 == 0 for one in different):
         fits = all(-(2**63) <= one < 2**63 for one in seen.values())
         return np.array(ids, dtype=np.int64 if fits else object)
     found = np.empty(len(ids), dtype=object)

@@ -409,7 +409,7 @@ def runs_root() -> Path:
     if os.environ.get("DLIA_RUNS"):
         return Path(os.environ["DLIA_RUNS"])
     if sources.on_kaggle():
-        return sources.kaggle_root() / "working" / "runs"
+        return sources.KAGGLE / "working" / "runs"
     repository = Path(__file__).resolve().parents[1]
     return (repository if (repository / "notebooks").is_dir() else Path.cwd()) / "runs"
 
@@ -496,7 +496,7 @@ def _import_run(run: Run) -> None:
         if run.run_dir.is_dir() and any(run.run_dir.iterdir()):
             files.put_aside(run.run_dir)  # a start that was killed before its config.json
         files.copy_tree(chosen, run.run_dir)
-        source = chosen.relative_to(sources.kaggle_root())
+        source = chosen.relative_to(sources.KAGGLE)
         log.warning("continues the run of an earlier session, found in input %s", source)
 
 

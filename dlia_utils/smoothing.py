@@ -15,7 +15,7 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from . import metrics
-from .attacks.base import check_images, steady
+from .attacks.base import check_images, check_steady
 from .device import device_of, evaluating
 from .units import check_numbers
 
@@ -64,7 +64,8 @@ def certify(
             found += torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu().numpy()
         return found
 
-    with torch.inference_mode(), evaluating(model), steady(model, x[:1].to(device)):
+    with torch.inference_mode(), evaluating(model):
+        check_steady(model, x[:1].to(device))
         for i, image in zip(range(len(x)) if ids is None else ids, x.to(device), strict=True):
             rngs = [np.random.default_rng([seed, stream, int(i)]) for stream in (0, 1)]
             top = int(counts(image, n0, rngs[0]).argmax())

@@ -122,7 +122,7 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
         place = _mount(root, source.handle, source.handle.split("/")[-1] or source.mount, layout)
         shutil.copytree(_phantom(name), place, dirs_exist_ok=True)
     ours = _mount(root, "somebody/dlia-utils", "dlia-utils", layout)
-    shutil.copy(_our_wheel(), ours)
+    _write_wheel_at_home(ours / _our_wheel().name, root)
     write_wheel(ours, "captum", "0.9.0", "LOCAL = True\n")
     kaggle.write_list(ours)
     _write_junk(_mount(root, "somebody/else", "else", layout))
@@ -132,7 +132,6 @@ def make(folder: Path, *, datasets: tuple[str, ...], layout: str) -> Session:
     nowhere = "http://127.0.0.1:9"
     environment = {
         **{name: None for name in os.environ if name.startswith(("DLIA_", "KAGGLE_"))},
-        "DLIA_KAGGLE_ROOT": str(root),
         "KAGGLE_KERNEL_RUN_TYPE": "Batch",
         "KAGGLE_URL_BASE": "https://www.kaggle.com",
         "KAGGLE_DATA_PROXY_URL": "https://dp.kaggle.net",
@@ -159,6 +158,17 @@ def _phantom(name: str) -> Path:
 def _our_wheel() -> Path:
     """The package's wheel, built once for all sessions of this process."""
     return kaggle.write_wheel(Path(os.environ["DLIA_CACHE"]).parent / f"wheel-{os.getpid()}")
+
+
+def _write_wheel_at_home(path: Path, root: Path) -> None:
+    """The package's wheel with the session's folder in place of /kaggle."""
+    with zipfile.ZipFile(_our_wheel()) as ours, zipfile.ZipFile(path, "w") as moved:
+        for name in ours.namelist():
+            content = ours.read(name)
+            if name == "dlia_utils/data/sources.py":
+                assert b'KAGGLE = Path("/kaggle")' in content
+                content = content.replace(b'"/kaggle"', json.dumps(str(root)).encode())
+            moved.writestr(name, content)
 
 
 def _mount(root: Path, handle: str, slug: str, layout: str) -> Path:

@@ -195,7 +195,7 @@ def real_images_on_kaggle(tmp_path, monkeypatch):
     """A session with a data set that is not marked as synthetic."""
     for name in ("DLIA_DATA", "DLIA_PROFILE", "DLIA_RUNS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path))
+    monkeypatch.setattr(sources, "KAGGLE", tmp_path)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     for part in sources.SOURCES["pneumonia"].trees[0]:
         (tmp_path / "input" / "chest-xray-pneumonia" / "chest_xray" / part).mkdir(parents=True)

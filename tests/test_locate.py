@@ -22,7 +22,7 @@ def nowhere(tmp_path, monkeypatch):
     """No data set anywhere: each test puts its own in place."""
     for name in ("DLIA_DATA", "DLIA_DOWNLOAD", "KAGGLE_KERNEL_RUN_TYPE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    monkeypatch.setattr(sources, "KAGGLE", tmp_path / "kaggle")
     monkeypatch.setenv("DLIA_CACHE", str(tmp_path / "cache"))
     for folder in ("repository", "work/deep/er"):
         (tmp_path / folder).mkdir(parents=True)

@@ -14,6 +14,7 @@ import torch
 from small import start_run
 
 from dlia_utils import objectives, study
+from dlia_utils.data import sources
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "01_pneumonia_robustness"
@@ -22,9 +23,12 @@ LAYOUTS = ("input/my-run", "input/notebooks/me/my-run", "input/datasets/me/my-ru
 
 # The first session: killed from outside in the middle of an epoch, as after Kaggle's twelve hours.
 SESSION = f"""
-import os, signal
+import os, signal, sys
+from pathlib import Path
 from dlia_utils import objectives, study
 from dlia_utils import execute
+from dlia_utils.data import sources
+sources.KAGGLE = Path(sys.argv[1])
 (source,) = execute.pick(["{NOTEBOOK}"])
 opened = study.open_study(execute.opened(source, PROFILE="smoke", CHANGES={TINY}))
 calls = []
@@ -43,10 +47,10 @@ def killed(tmp_path_factory):
     """The runs folder of a session that was killed."""
     place = tmp_path_factory.mktemp("session")
     (place / "kaggle" / "input").mkdir(parents=True)
-    new = {"DLIA_KAGGLE_ROOT": str(place / "kaggle"), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    new = {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}
     kept = {name: v for name, v in os.environ.items() if name not in ("DLIA_DATA", "DLIA_RUNS")}
     new |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SESSION]
+    command = [sys.executable, "-c", SESSION, str(place / "kaggle")]
     done = subprocess.run(command, env=kept | new, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     return place / "kaggle" / "working" / "runs"
@@ -56,7 +60,7 @@ def killed(tmp_path_factory):
 def kaggle(tmp_path, monkeypatch):
     """A session on Kaggle without any input yet."""
     (tmp_path / "kaggle" / "input").mkdir(parents=True)
-    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    monkeypatch.setattr(sources, "KAGGLE", tmp_path / "kaggle")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.delenv("DLIA_DATA", raising=False)
     monkeypatch.delenv("DLIA_RUNS", raising=False)

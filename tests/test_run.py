@@ -208,7 +208,7 @@ def test_a_damaged_config_is_named_and_can_be_put_aside(kind):
 @pytest.fixture
 def attached(tmp_path, monkeypatch):
     """Kaggle, with a run attached as an input; the working folder is empty."""
-    monkeypatch.setenv("DLIA_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    monkeypatch.setattr(sources, "KAGGLE", tmp_path / "kaggle")
     one = begin()
     (one.run_dir / "baseline").mkdir()
     (one.run_dir / "baseline" / "last.pt").write_text("weights")

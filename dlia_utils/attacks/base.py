@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -91,27 +91,28 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-@contextmanager
-def steady(model: nn.Module, x: Tensor, *copies: nn.Module) -> Iterator[None]:
-    """`check_steady` once: within, neither the model nor `copies` of it are asked again."""
-    check_steady(model, x)
-    token = _STEADY.set(_STEADY.get() | {id(one) for one in (model, *copies)})
-    try:
-        yield
-    finally:
-        _STEADY.reset(token)
+def structure(model: nn.Module) -> list[tuple]:
+    """What a model's answers may depend on beside its weights: its modules, and their flags."""
+    plain, found = (bool, int, float, str, type(None)), []
+    for one in model.modules():
+        public = (value for name, value in vars(one).items() if not name.startswith("_"))
+        flags = [value for value in public if isinstance(value, plain)]
+        buffers = [name for name, _ in one.named_buffers(recurse=False)]  # those that are not None
+        found.append((id(one), flags, buffers))
+    return found
 
 
-_STEADY: ContextVar[frozenset[int]] = ContextVar("models found steady", default=frozenset())
+_STEADY: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # how they were found steady
 
 
 @torch.no_grad()
 def check_steady(model: nn.Module, x: Tensor) -> None:
     """Refuse a model whose answer depends on its company in the batch, or on chance.
 
-    The first of the images x [B,C,H,W] is asked about alone and twice in company.
+    The first of the images x [B,C,H,W] is asked about alone and twice in company: once for each
+    model, and again after a change of its modules or their flags.
     """
-    if id(model) in _STEADY.get():
+    if _STEADY.get(model) == (now := structure(model)):
         return
     company = torch.cat([x[:1], 1 - x[:1], x[:1] / 2])  # clones: a first layer may work in place
     alone, first, again = (model(one.clone()) for one in (x[:1], company, company))
@@ -132,6 +133,7 @@ def check_steady(model: nn.Module, x: Tensor) -> None:
             f"running statistics? {', '.join(found) or 'not seen'}): an answer must depend on its "
             "image only, as with BatchNorm2d(track_running_stats=True) or GroupNorm"
         )
+    _STEADY[model] = now
 
 
 def check_images(x: Tensor) -> Tensor:
@@ -268,7 +270,8 @@ def uniform(x: Tensor, rngs: list[np.random.Generator]) -> Tensor:
 def search(model: nn.Module, x: Tensor, y: Tensor, **options) -> Iterator[Search]:
     """The frame of every attack: the checks at the door, the model frozen, an empty record."""
     record = Search(model, x, y, **options)
-    with steady(model, record.x), frozen(model):
+    check_steady(model, record.x)
+    with frozen(model):
         yield record
 
 

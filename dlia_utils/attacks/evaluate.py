@@ -150,8 +150,8 @@ def robust(
             raise ValueError(f"full_at={full_at} must be one of eps_grid, {grid}")
         settings["full_at"] = near[0]
     study = _Study(model, *data, settings, folder and Path(folder), resume)
-    with base.steady(model, study.probe, *study.targets.values()):
-        blocks = _attack_all(study, progress)
+    base.check_steady(model, study.probe)
+    blocks = _attack_all(study, progress)
     release_memory()
     cost, nearest = pd.DataFrame([block.cost() for block in blocks]), _nearest(blocks)
     return Evaluation(_rows(blocks, study), cost, settings, nearest, groups, model, *data)
@@ -489,9 +489,8 @@ def zero_gradient_share(
     check_numbers("[1,inf)", whole=True, batch_size=batch_size)
     device, zeros = device_of(model, images), 0
     base.check_attack(model, images, labels)
-    with base.steady(model, images[:1].to(device)):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            with base.search(model, x.to(device), y.to(device), loss=loss) as search:
-                _, _, gradient = search.gradient(search.everyone, search.x, 0)
-                zeros += int((gradient.flatten(1) == 0).all(1).sum())
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        with base.search(model, x.to(device), y.to(device), loss=loss) as search:
+            _, _, gradient = search.gradient(search.everyone, search.x, 0)
+            zeros += int((gradient.flatten(1) == 0).all(1).sum())
     return zeros / len(images)

@@ -21,6 +21,7 @@ from .tables import BadData, DataNotFound
 log = logging.getLogger("dlia_utils")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+KAGGLE = Path("/kaggle")  # what Kaggle mounts things under
 MAX_DEPTH = 3  # How far below a mount or an argument the data set's own folder may lie.
 
 
@@ -97,21 +98,16 @@ def source_of(dataset: str) -> Source:
     return Source(read, (tree,), write)
 
 
-def kaggle_root() -> Path:
-    """The folder that Kaggle mounts things under; `DLIA_KAGGLE_ROOT` names a copy of its tree."""
-    return Path(os.environ.get("DLIA_KAGGLE_ROOT") or "/kaggle")
-
-
 def on_kaggle() -> bool:
     """True in a Kaggle kernel: the run type is set and the mounts exist."""
-    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and (kaggle_root() / "input").is_dir()
+    return bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE")) and (KAGGLE / "input").is_dir()
 
 
 def cache_root() -> Path:
     """Folder for decoded images and phantoms: `DLIA_CACHE`, Kaggle's scratch disk, ~/.cache."""
     if os.environ.get("DLIA_CACHE"):
         return Path(os.environ["DLIA_CACHE"]).expanduser()
-    return kaggle_root() / "temp" / "dlia" if on_kaggle() else Path.home() / ".cache" / "dlia_utils"
+    return KAGGLE / "temp" / "dlia" if on_kaggle() else Path.home() / ".cache" / "dlia_utils"
 
 
 def find(datasets: str | Sequence[str], data_dir: str | Path | None = None) -> Location:
@@ -218,7 +214,7 @@ def mounts(slugs: Sequence[str] = ()) -> Iterator[Path]:
     # Fixed-depth globs: rglob walks every image of every mount, and finds nested duplicates first.
     patterns = [p for s in slugs for p in (s, f"datasets/*/{s}", f"datasets/organizations/*/{s}")]
     patterns += "* datasets/*/* datasets/organizations/*/* competitions/* notebooks/*/*".split()
-    found = [one for pattern in patterns for one in sorted((kaggle_root() / "input").glob(pattern))]
+    found = [one for pattern in patterns for one in sorted((KAGGLE / "input").glob(pattern))]
     layouts = {"datasets", "competitions", "notebooks", "models", "organizations"}
     yield from dict.fromkeys(one for one in found if one.name not in layouts)
 

@@ -81,16 +81,21 @@ def match(
     known = read_boxes(truth, "truth", scored=False, sizes=sizes)
     found = read_boxes(predictions, "predictions", sizes=sizes)
     group, corners, _ = _grouped(known, "truth", ordered, classes)
-    by_group = np.argsort(group, kind="stable")
+    by_group = stable(group)
     known = group[by_group], corners[:, by_group]
     group, corners, score = _grouped(found, "predictions", ordered, classes)
-    best_first = np.lexsort((-score, group))
+    by_score = stable(group)  # scores are sorted once, since they cost most; equal ones by group
+    by_score = by_score[np.argsort(-score[by_score], kind="stable")]
+    best_first = by_score[stable(group[by_score])]
     best_first = best_first[ranks(group[best_first]) < MAX_DETECTIONS]
+    kept = np.full(len(score), -1)
+    kept[best_first] = np.arange(len(best_first))
     group, score = group[best_first], score[best_first]
     # pycocotools caps the thresholds, so that IoU 1 can be reached.
     hit = _greedy(*known, group, corners[:, best_first], np.minimum(iou, 1 - 1e-10))
 
-    classwise = np.lexsort((-score, group // len(images)))
+    classwise = kept[by_score][kept[by_score] >= 0]
+    classwise = classwise[stable(group[classwise] // len(images))]
     cells = order[known[0] % len(images)] * classes + known[0] // len(images)
     return Matches(
         images=images,
@@ -315,6 +320,12 @@ def _grouped(found: Boxes, name: str, images: np.ndarray, classes: int):
     place = places(found.image, images)
     refuse(place < 0, name, "an image id that `images` lacks")
     return (found.label - 1) * len(images) + place, found.corners, found.score
+
+
+def stable(numbers: np.ndarray) -> np.ndarray:
+    """The stable order of whole numbers >= 0, in linear time for those below 2^16."""
+    least = np.min_scalar_type(numbers.max(initial=0))
+    return np.argsort(numbers.astype(least), kind="stable")
 
 
 def ranks(groups: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from captum.attr import IntegratedGradients, Occlusion
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..attacks.base import steady
 from ..device import release_memory
 from ..models.pixel import TwoLogits, fast_copy
 from ..units import check_numbers
@@ -53,8 +52,7 @@ def saliency(
     """Size of the gradient, largest over channels. Source: Simonyan et al., arXiv 1312.6034."""
     x, chosen = _start(model, x, target)
     pairs = _batches(BATCH, x, chosen)
-    with steady(model, x):
-        parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
+    parts = [one_pass(model, images, [], one, to_input=True).to_input for images, one in pairs]
     return base.Attribution(torch.cat(parts).abs().amax(1).float(), chosen)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from .. import corrupt
-from ..attacks.base import steady
 from ..corruption_error import CLEAN
 from ..device import device_of, release_memory
 from ..models.pixel import two_logits
@@ -200,7 +199,7 @@ def measure(
     look = partial(read, model, methods=methods, layers=layers)
     seen, moved = [], []
     bar = Bar(total=len(images), desc="drift", unit="image")
-    with bar, steady(model, images[:1].to(device)):
+    with bar:
         for rows in np.split(np.arange(len(images)), range(batch_size, len(images), batch_size)):
             x, other = (images[part].to(device) for part in (rows, partners[rows]))
             probability, target, heats = look(x)
