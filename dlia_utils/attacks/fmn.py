@@ -12,7 +12,7 @@ from . import base
 from .base import TINY, per_image
 
 BEYOND = 1.02  # aims a little past the boundary: exactly on it rounding decides
-GAMMA = 0.05  # share by which the radius changes at first; it decays to nothing along a cosine
+GAMMA, GAMMA_LAST = 0.05, 3e-3  # shares by which the radius changes at first and, by a cosine, last
 STEP_SIZE = 1.0  # L2 length of the first step in pixel units; decays to a hundredth
 
 
@@ -50,8 +50,9 @@ def _run(search: base.Search, rows: Tensor, steps: int, norm: str) -> None:
         rise, length = base.rise(gradient, norm), base.size(points - x, norm)
         estimate = length + BEYOND * value.abs() / rise.clamp_min(TINY)
         estimate = torch.where(rise > 0, estimate, torch.inf)
-        shrunk = torch.minimum(radius * (1 - GAMMA * decay), smallest)
-        grown = torch.where(ever, radius * (1 + GAMMA * decay), estimate)
+        gamma = GAMMA_LAST + (GAMMA - GAMMA_LAST) * decay
+        shrunk = torch.minimum(radius * (1 - gamma), smallest)
+        grown = torch.where(ever, radius * (1 + gamma), estimate)
         radius = torch.where(fooled, shrunk, grown)
         # The step size falls to a hundredth: at nothing the last steps would be lost.
         step_size = STEP_SIZE * (0.01 + 0.99 * decay)
