@@ -546,9 +546,23 @@ report.show(pd.DataFrame(rows), notes="In brackets: 95 % intervals, by resamplin
 
 # %%
 def auc_figure(plain):
-    """The AUC of both trainings of a network over severity."""
-    pair = {name: grids[name] for name in (plain, PAIRS[plain])}
-    figure = figures.figure_auc_lines(pair, study_of(plain, study).run.caption)
+    """The AUC of both trainings of a network over severity, a panel a corruption."""
+    names = run.corruptions
+    figure, axes = figures.shared_panels(len(names), columns=4 + (len(names) > 12), height=1.7)
+    for number, model in enumerate((plain, PAIRS[plain])):
+        look = plots.line_style(number)
+        for axis, name in zip(axes.flat, names, strict=False):
+            own = grids[model][grids[model]["corruption"].isin(["clean", name])]
+            axis.plot(own["severity"], own["value"], ms=3.5, lw=1.3, label=model, **look)
+            band = {"color": look["color"], "alpha": 0.15}
+            axis.fill_between(own["severity"], own["ci_low"], own["ci_high"], **band)
+            axis.set_title(name.replace("_", " "))
+    low = min((grids[model]["value"].min(), model) for model in (plain, PAIRS[plain]))
+    below, caption = (
+        "AUC over severity (0: clean); bands: intervals",
+        study_of(plain, study).run.caption,
+    )
+    figures.finish(figure, f"Lowest AUC {low[0]:.2f}: {low[1]}", caption, below)
     report.save_figure(figure, run, f"auc_{plain}")
     return figure
 
@@ -717,18 +731,37 @@ report.show(pd.DataFrame(rows))
 # %%
 def drift_figure(plain):
     """How far Grad-CAM++ moves in both trainings of a network, layer by layer."""
-    pair = {name: moved["test", name] for name in (plain, PAIRS[plain])}
-    figure = figures.figure_drift(pair, study_of(plain, study).run.caption)
+    across = len(run.severities)
+    figure, axes = figures.shared_panels(2 * across, columns=across, height=2.3)
+    for line, name in zip(axes, (plain, PAIRS[plain]), strict=True):
+        own = moved["test", name].query("method == 'gradcam++'")
+        layers = list(own["layer"].unique())
+        means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean().unstack()[layers]
+        pairs = own[own["corruption"].eq(drift.CEILING)].groupby("layer")["rmse"]
+        half = pairs.quantile([0.25, 0.75]).unstack().loc[layers]
+        for axis, severity in zip(line, run.severities, strict=True):
+            for number, kind in enumerate(run.mapped):
+                look = plots.line_style(number) | {"label": kind.replace("_", " ")}
+                axis.plot(layers, means.loc[kind, severity], ms=3.5, lw=1.2, **look)
+            for kind, style in ((drift.FLOOR, ":"), (drift.CEILING, "--")):
+                axis.plot(layers, means.loc[kind, 0], color="0.4", ls=style, label=kind)
+            axis.fill_between(layers, half[0.25], half[0.75], color="0.5", alpha=0.15, lw=0)
+            axis.set_title(f"severity {severity}")
+            axis.tick_params(axis="x", rotation=90)
+        line[0].set_ylabel(name.replace("_", " "))
+    below = "RMSE of scaled maps (0 to 255), layers from shallow to deep"
+    figures.finish(figure, "How far the maps move", study_of(plain, study).run.caption, below)
     report.save_figure(figure, run, f"drift_{plain}")
     return figure
 
 
+# %%
 figure = drift_figure("resnet18")
 figure
 
 # %% [markdown]
 # **What to see in it.** Read the grey lines first: the dotted one is the floor (the same image again, which must be near 0), the
-# dashed one the ceiling (two different images). Where a coloured line reaches the ceiling, the maps of the clean and of the
+# dashed one the ceiling (two different images; grey: the middle half of such pairs). Where a coloured line reaches the ceiling, the maps of the clean and of the
 # corrupted image are no more alike than those of two different images: such a map is no longer about this image.
 
 # %%
@@ -796,12 +829,29 @@ grids = {name: corruption_error.grid(one, patients, **options) for name, one in 
 # %%
 def scatter_figure(plain):
     """The fall of the AUC against the drift, for both trainings of a network."""
-    two = [{name: tables[name] for name in (plain, PAIRS[plain])} for tables in (grids, moved)]
-    figure = figures.figure_scatter(*two, study_of(plain, study).run.caption)
+    figure, axes = figures.shared_panels(2, height=3.6)
+    for axis, name in zip(axes.flat, (plain, PAIRS[plain]), strict=True):
+        drifted = moved[name].query("method == 'gradcam++'").groupby(CELL, sort=False)["rmse"]
+        cells = grids[name].set_index(CELL)[["drop"]].join(drifted.mean(), how="inner")
+        for number, (kind, part) in enumerate(cells.groupby("corruption", sort=False)):
+            look = plots.line_style(number)
+            axis.plot(part["rmse"], part["drop"], color=look["color"], lw=0.7, alpha=0.5)
+            size = 12 + 14 * part.index.get_level_values("severity")
+            dots = {"marker": look["marker"], "label": kind.replace("_", " ")}
+            axis.scatter(part["rmse"], part["drop"], size, look["color"], **dots)
+        axis.axhline(0, color="0.6", lw=0.8)
+        rank = spearmanr(cells["rmse"], cells["drop"]).statistic
+        axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
+        axis.set_xlabel("mean RMSE of the maps")
+    axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
+    title = "Do maps (Grad-CAM++) move more where the AUC drops more?"
+    caption = study_of(plain, study).run.caption
+    figures.finish(figure, title, caption, "larger points: higher severity")
     report.save_figure(figure, run, f"scatter_{plain}")
     return figure
 
 
+# %%
 figure = scatter_figure("resnet18")
 figure
 
@@ -823,10 +873,10 @@ for plain in [name for name in PAIRS if name != "resnet18"]:
 # The numbers in the titles, once more by hand:
 
 # %%
-cells, rows = ["corruption", "severity"], []
+rows = []
 for name in MODELS:
-    drifted = moved[name].query("method == 'gradcam++' and severity > 0").groupby(cells)["rmse"]
-    lost = grids[name].set_index(cells)["drop"].loc[drifted.mean().index]
+    drifted = moved[name].query("method == 'gradcam++' and severity > 0").groupby(CELL)["rmse"]
+    lost = grids[name].set_index(CELL)["drop"].loc[drifted.mean().index]
     found = {"metric": "rank correlation of cells", "value": spearmanr(drifted.mean(), lost)[0]}
     own = pd.DataFrame([found | {"ci_low": np.nan, "ci_high": np.nan, "n": len(lost)}])
     whole = {"model": name, "attack": "drift and loss of AUC", "eps_unit": "all severities"}
