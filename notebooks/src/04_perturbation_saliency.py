@@ -824,6 +824,7 @@ seen, moved = ({name: maps_of(name, study)[part] for name in MODELS} for part in
 patients = patients_of(study, seen[MODELS[0]]["image"].unique())
 options = {"draws": run.bootstrap_draws}
 grids = {name: corruption_error.grid(one, patients, **options) for name, one in seen.items()}
+CELL = ["corruption", "severity"]
 
 
 # %%
