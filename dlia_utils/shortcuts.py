@@ -1,4 +1,4 @@
-"""What does a classifier of radiographs read? Images with only a part left, or a marked corner.
+"""What does a classifier of radiographs read? Images with only a part left.
 
 After DeGrave, Janizek & Lee 2021 (Nature Machine Intelligence 3:610): where the classes come from
 different hospitals, edges, markers and format may tell them apart without any pathology.
@@ -32,7 +32,6 @@ CRUDE_BOX = "a crude box: two rectangles over 10% to 82% of the height and "
 CRUDE_BOX += "8% to 47% and 53% to 92% of the width"
 REGIONS = "whole border_only corners_only centre_only lungs_only lungs_blanked lung_shape".split()
 OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # no lung tissue, or hardly any
-CORNERS = ("upper left", "upper right", "lower left", "lower right")
 TrainAndScore = Callable[[Tensor, np.ndarray, Tensor], np.ndarray]
 
 
@@ -170,39 +169,6 @@ def region_accuracy(
     together = pd.concat(tables).sort_values("how", ascending=False, kind="stable")
     columns = "region how metric value ci_low ci_high n lungs".split()
     return together[columns].reset_index(drop=True)
-
-
-def with_marker(x: Tensor, place: str) -> Tensor:
-    """A white square, 8 % of the side, burnt in at `place`: one of `CORNERS`, or "middle"."""
-    x, side = x.clone(), x.shape[-1]
-    long, gap = max(round(0.08 * side), 1), round(0.03 * side)
-    down = right = (side - long) // 2
-    if place != "middle":
-        down, right = (side - gap - long if far in place else gap for far in ("lower", "right"))
-    x[..., down : down + long, right : right + long] = 1.0
-    return x
-
-
-def marker_test(model: nn.Module, given: Sample, *, draws: int = 2000) -> pd.DataFrame:
-    """Does a small bright square in a corner, such as a side marker, move the answer of a model?
-
-    Tested in each corner and, for comparison, in the middle. Metrics: change (of P(class 1), mean),
-    size_of_change (absolute), flips (share of answers that turn), flips_to_1, flips_to_0 and
-    accuracy_change. Columns place, metric, value, ci_low, ci_high, n, size.
-    """
-    patients = metrics.patient_codes(given.patients)
-    before, rows = train.predict(model, given.x)[0][:, 1], []
-    for place in (*CORNERS, "middle"):
-        after = train.predict(model, with_marker(given.x, place))[0][:, 1]
-        was, now = before > 0.5, after > 0.5
-        right = [(answer == (given.y == 1)).astype(float) for answer in (was, now)]
-        found = {"change": after - before, "size_of_change": np.abs(after - before)}
-        found |= {"flips": was != now, "flips_to_1": now & ~was, "flips_to_0": was & ~now}
-        found["accuracy_change"] = right[1] - right[0]
-        for name, values in found.items():
-            row = metrics.mean(values, patients, draws=draws)
-            rows.append({"place": place, "metric": name} | row | {"size": 0.08})
-    return pd.DataFrame(rows)
 
 
 def inside_energy(

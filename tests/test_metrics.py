@@ -284,7 +284,6 @@ SHARED = {
     "robust": lambda ids: evaluate.robust(
         None, (torch.zeros(4, 1), 0), [1], attacks=["fgsm"], groups=ids
     ),
-    "marker": lambda ids: shortcuts.marker_test(None, shortcuts.Sample(None, None, ids, None)),
     "corruptions": lambda ids: corruption_error.patients_of(range(4), dict(enumerate(ids))),
 }
 HELD = {"list": list, "Series": pd.Series, "array": lambda ids: np.array(ids, dtype=object)}

@@ -1209,6 +1209,7 @@ plots.titled(figure, title, run.caption)
 report.save_figure(figure, run, "audit")
 figure
 
+
 # %% [markdown]
 # **What to see in it.** The two forms of a line answer different questions. Squares right of the dotted line in
 # *border*, *corners* or *lungs blanked*: the images offer a shortcut. Circles there: this model takes it. A circle at
@@ -1218,10 +1219,39 @@ figure
 # into the middle for comparison. An answer about lungs should not move.
 
 # %%
+def with_marker(x, place):
+    """A white square, 8 % of the side, burnt into a corner or the middle of images [N,1,S,S]."""
+    x, side = x.clone(), x.shape[-1]
+    long, gap = max(round(0.08 * side), 1), round(0.03 * side)
+    down = right = (side - long) // 2
+    if place != "middle":
+        down, right = (side - gap - long if far in place else gap for far in ("lower", "right"))
+    x[..., down : down + long, right : right + long] = 1.0
+    return x
+
+
+# %%
+def marker_test(model, given):
+    """How the answers of a model move, with intervals: five places, six numbers each."""
+    patients, before, rows = given.patients, train.predict(model, given.x)[0][:, 1], []
+    for place in ("upper left", "upper right", "lower left", "lower right", "middle"):
+        after = train.predict(model, with_marker(given.x, place))[0][:, 1]
+        was, now = before > 0.5, after > 0.5
+        found = {"change": after - before, "size_of_change": np.abs(after - before)}
+        found |= {"flips": was != now, "flips_to_1": now & ~was, "flips_to_0": was & ~now}
+        right, still = ((answer == given.y).astype(float) for answer in (was, now))
+        found["accuracy_change"] = still - right
+        for metric, values in found.items():
+            row = metrics.mean(values, patients, draws=run.bootstrap_draws)
+            rows.append({"place": place, "metric": metric} | row)
+    return pd.DataFrame(rows)
+
+
+# %%
 marker = stored(
     study,
     f"marker_{name}",
-    lambda: shortcuts.marker_test(model, tested, draws=run.bootstrap_draws),
+    lambda: marker_test(model, tested),
     model=name,
     uses=["bootstrap_draws"],
 )
