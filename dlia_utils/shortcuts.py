@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import metrics, train
 from .data import datasets
-from .data.cache import ImageCache
+from .data.cache import ImageCache, content_size
 from .data.datasets import Dataset
 from .data.tables import BadData, open_image
 
@@ -64,9 +64,7 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
     masks = np.zeros((len(rows), cache.size, cache.size), bool)
     crude, problems = 0, []
     for mask, row in zip(masks, np.asarray(rows).tolist(), strict=True):
-        content, shape = [cache.size] * 2, cache.shapes[row].tolist()
-        if cache.fit != "squash":
-            content = [max(round(side * (cache.size / max(shape))), 1) for side in shape]
+        content = content_size(*cache.shapes[row].tolist(), cache.size, cache.fit)
         inside = mask[: content[0], : content[1]]
         for path in paths.get(row, []):
             try:

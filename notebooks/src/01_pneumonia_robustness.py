@@ -1139,9 +1139,10 @@ certified = stored(study, "certificate_gaussian_noise", lambda: certify(study, r
 
 # %%
 radii = np.array([0, 0.5, 1, 1.5, 2, 2.4]) * run.sigma  # 1,000 draws can show 2.46 sigma at most
-draws = run.bootstrap_draws
-table = smoothing.certified_accuracy(certified, radii, study.patients(rows), draws=draws)
-table = table.rename(columns={"radius": "eps"}).filter(report.RESULT_COLUMNS)
+right, patients, draws = certified["correct"], study.patients(rows), run.bootstrap_draws
+sure = [right & certified["radius"].ge(radius) for radius in radii]
+table = pd.DataFrame([metrics.share(one, patients, draws=draws) for one in sure])
+table = table.assign(metric="certified_accuracy", eps=radii)
 labels = {"model": "gaussian_noise, smoothed", "attack": "any, certified"}
 table = report.result_rows(table, run, **labels, eps_unit="L2 length")
 report.update_results(table, RESULTS)
