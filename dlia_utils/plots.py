@@ -18,6 +18,7 @@ from .units import eps_text
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OTHERS = "others (thin)"  # what a legend calls the lines beyond them
 
 
 class Described(Figure):
@@ -147,9 +148,9 @@ def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: st
     return _legend(figure, axis, title, caption)
 
 
-def _told(name: str, style: Mapping) -> str | None:
-    """The name for the legend; grey lines share none."""
-    return name if style["color"] in COLORS else None
+def _told(name: str, style: Mapping) -> str:
+    """The name for the legend; the grey lines share one, which holds in a grey print as well."""
+    return name if style["color"] in COLORS else OTHERS
 
 
 def figure_confusion(
@@ -209,7 +210,7 @@ def figure_accuracy_vs_eps(
         last[name] = line.value.iloc[-1]
         at = line.eps.max() if told_at is None else told_at
         kept[name] = line.value[np.isclose(line.eps, at)].max()
-        if _told(name, style):
+        if _told(name, style) != OTHERS:
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
             ends[name] = (last[name], style["color"])
@@ -234,7 +235,8 @@ def figure_accuracy_vs_eps(
 def _legend(figure: Figure, axis: plt.Axes, title: str, caption: str) -> Figure:
     """The figure with its title, caption, and the legend of `axis` to the right of everything."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
+    named = dict(zip(names, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside right center", fontsize=9, frameon=False)
     return titled(figure, title, caption)
 
 

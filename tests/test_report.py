@@ -217,6 +217,13 @@ def test_figures_are_drawn_and_say_what_data(run):
         assert report.save_figure(figure, run, name).stat().st_size > 2000
 
 
+def test_lines_beyond_the_colours_share_one_name_in_the_legend():
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_auc": [0.6, 0.7]})
+    figure = plots.figure_history(dict.fromkeys("abcdefghi", history), "a caption")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [*"abcdefg", plots.OTHERS]
+
+
 @pytest.mark.parametrize("reach", [25, 1e4])
 def test_log_axes_of_a_search_have_few_ticks_and_no_minor_labels(reach):
     lr = 2e-4 * np.geomspace(1, reach, 5)
