@@ -167,27 +167,3 @@ def region_accuracy(
     together = pd.concat(tables).sort_values("how", ascending=False, kind="stable")
     columns = "region how metric value ci_low ci_high n lungs".split()
     return together[columns].reset_index(drop=True)
-
-
-def inside_energy(
-    maps: Tensor | np.ndarray, masks: np.ndarray, *, groups: Sequence, draws: int = 2000
-) -> pd.DataFrame:
-    """Share of the attribution inside the masks, beside the share of the image that they cover.
-
-    The energy-based pointing game of Wang et al., arXiv 1910.01279. maps [N,H,W] >= 0, masks bool
-    [N,H,W]; a zero map counts as flat, with energy = area. Columns metric (energy, area, gain =
-    energy - area), value, ci_low, ci_high, n, zero_maps.
-
-    >>> heat = np.array([[[3.0, 1.0], [0.0, 0.0]]])
-    >>> inside_energy(heat, np.eye(2, dtype=bool)[None], groups=[1])["value"].tolist()
-    [0.75, 0.5, 0.25]
-    """
-    maps, masks = np.asarray(maps, dtype=float), np.asarray(masks, dtype=bool)
-    if not (maps >= 0).all():
-        raise ValueError("maps hold negative or NaN values: pass Attribution.heat()")
-    area, total = masks.mean((1, 2)), maps.sum((1, 2))
-    zero = total <= 0
-    energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
-    found = {"energy": energy, "area": area, "gain": energy - area}
-    rows = [{"metric": m} | metrics.mean(v, groups, draws=draws) for m, v in found.items()]
-    return pd.DataFrame(rows).assign(zero_maps=int(zero.sum()))

@@ -161,17 +161,3 @@ def test_broken_masks_are_named(masked, tmp_path):
     (tmp_path / "mask1.png").unlink()
     with pytest.raises(BadData, match="2 unusable files(.|\n)*mask0.png: cannot be read as a mask"):
         shortcuts.lung_masks(masked, [0, 1], images)
-
-
-def test_energy_of_known_maps():
-    masks = lungs(np.random.default_rng(0), 12)
-    flat, inside = np.ones(masks.shape), masks.astype(float)
-    inside[:3] = 0  # zero maps count as flat
-    given = {"groups": range(12), "draws": 50}
-    table = shortcuts.inside_energy(flat, masks, **given).set_index("metric")["value"]
-    assert table.tolist() == pytest.approx([masks.mean(), masks.mean(), 0])
-    table = shortcuts.inside_energy(torch.from_numpy(inside), masks, **given).set_index("metric")
-    assert table.loc["energy", "value"] == pytest.approx((9 + 3 * masks[0].mean()) / 12)
-    assert table["zero_maps"].eq(3).all()
-    with pytest.raises(ValueError, match="negative"):
-        shortcuts.inside_energy(-flat, masks, **given)

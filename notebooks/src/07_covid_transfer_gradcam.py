@@ -1016,9 +1016,21 @@ model, rows = load_models(study, [name])[name], study.rows("test")
 test_opened(study, "Grad-CAM of all test images")
 x, labels, patients = study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows)
 probability = train.predict(model, x)[0][:, 1]
-maps = torch.cat([gradcam(model, part).heat().cpu() for part in x.split(64)])
+maps = torch.cat([gradcam(model, part).heat().cpu().double() for part in x.split(64)]).numpy()
 masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
 print("lungs are", lungs)
+
+
+# %%
+def energy_inside(maps, masks, patients):
+    """Mean energy, area and gain with intervals; a map that is zero everywhere counts as flat."""
+    area, total = masks.mean((1, 2)), maps.sum((1, 2))
+    zero = total <= 0
+    energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
+    found, how = {"energy": energy, "area": area, "gain": energy - area}, run.bootstrap_draws
+    rows = [{"metric": m} | metrics.mean(v, patients, draws=how) for m, v in found.items()]
+    return pd.DataFrame(rows).assign(zero_maps=zero.sum())
+
 
 # %%
 read = (probability > 0.5).astype(int)
@@ -1026,12 +1038,9 @@ groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": rea
 for label, positive in ((1, 1), (0, 0), (0, 1), (1, 0)):
     kind = f"{'true' if label == positive else 'false'} {'positive' if positive else 'negative'}"
     groups[kind] = (labels == label) & (read == positive)
-tables, how = [], dict(draws=run.bootstrap_draws)
-for group, own in groups.items():
-    if own.any():
-        inside = shortcuts.inside_energy(maps[own], masks[own], groups=patients[own], **how)
-        tables.append(inside.assign(group=group))
-energy = pd.concat(tables)
+groups = {group: own for group, own in groups.items() if own.any()}
+energy = [energy_inside(maps[own], masks[own], patients[own]) for own in groups.values()]
+energy = pd.concat(energy, keys=groups, names=["group"]).reset_index("group")
 
 # %%
 files.write_csv(energy, run.run_dir / "energy.csv")
