@@ -1,4 +1,4 @@
-"""The search finds known optima, widens ranges, survives kills; fine-tuning steps back."""
+"""The search finds known optima, widens ranges and survives kills."""
 
 import contextlib
 import math
