@@ -773,8 +773,9 @@ names = {"pgd_ce": "accuracy,\nPGD, cross-entropy", "pgd_margin": "accuracy,\nPG
 names["zero_gradients"] = "share of images with\nan exactly zero gradient"
 figure, ((axis,),) = plots.panels(1, width=max(7.0, 0.55 * len(masking)), height=3.6)
 bars = masking[[*names]].rename(columns=names)
-bars.plot.bar(ax=axis, color=[*plots.COLORS], ylim=(0, 1.02), xlabel="", legend=False)
+bars.plot.bar(ax=axis, width=0.8, color=[*plots.COLORS], ylim=(0, 1.02), legend=False)
 axis.set_xticks(range(len(masking)), masking.index, rotation=25, ha="right")
+axis.set_xlabel("")
 figure.legend(loc="outside right center", fontsize=9, frameon=False)
 gap = masking["gap"].abs()
 title = f"PGD at {eps_text(run.headline_eps)} with two losses: largest gap {gap.max():.2f}"
@@ -1006,7 +1007,7 @@ for number, (name, p) in enumerate(some.items()):
     axis.errorbar(x, y, reach, label=name, capsize=2, **style)
     gaps[name] = (y - x).abs().max()
 axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
-axis.legend(fontsize=9, frameon=False)
+figure.legend(loc="outside right center", fontsize=9, frameon=False)
 most = max(gaps, key=gaps.get)
 title = f"Reliability, bins of equal mass: furthest off by {gaps[most]:.2f} ({most})"
 plots.titled(figure, title, run.caption)
