@@ -557,16 +557,16 @@ def auc_figure(plain):
             band = {"color": look["color"], "alpha": 0.15}
             axis.fill_between(own["severity"], own["ci_low"], own["ci_high"], **band)
             axis.set_title(name.replace("_", " "))
-    low = min((grids[model]["value"].min(), model) for model in (plain, PAIRS[plain]))
-    below, caption = (
-        "AUC over severity (0: clean); bands: intervals",
-        study_of(plain, study).run.caption,
-    )
-    figures.finish(figure, f"Lowest AUC {low[0]:.2f}: {low[1]}", caption, below)
+    low = pd.concat([grids[m].assign(model=m) for m in (plain, PAIRS[plain])], ignore_index=True)
+    low = low.loc[low["value"].idxmin()]
+    title = f"Lowest AUC {low['value']:.2f}: {low['model']}, {low['corruption']} {low['severity']}"
+    caption, below = study_of(plain, study).run.caption, "AUC over severity; bands: intervals"
+    figures.finish(figure, title.replace("_", " "), caption, below)
     report.save_figure(figure, run, f"auc_{plain}")
     return figure
 
 
+# %%
 figure = auc_figure("resnet18")
 figure
 
@@ -731,7 +731,7 @@ report.show(pd.DataFrame(rows))
 # %%
 def drift_figure(plain):
     """How far Grad-CAM++ moves in both trainings of a network, layer by layer."""
-    across = len(run.severities)
+    across, references = len(run.severities), {"floor": drift.FLOOR, "ceiling": drift.CEILING}
     figure, axes = figures.shared_panels(2 * across, columns=across, height=2.3)
     for line, name in zip(axes, (plain, PAIRS[plain]), strict=True):
         own = moved["test", name].query("method == 'gradcam++'")
@@ -743,14 +743,16 @@ def drift_figure(plain):
             for number, kind in enumerate(run.mapped):
                 look = plots.line_style(number) | {"label": kind.replace("_", " ")}
                 axis.plot(layers, means.loc[kind, severity], ms=3.5, lw=1.2, **look)
-            for kind, style in ((drift.FLOOR, ":"), (drift.CEILING, "--")):
-                axis.plot(layers, means.loc[kind, 0], color="0.4", ls=style, label=kind)
+            for style, (label, kind) in zip((":", "--"), references.items(), strict=True):
+                axis.plot(layers, means.loc[kind, 0], color="0.4", ls=style, label=label)
             axis.fill_between(layers, half[0.25], half[0.75], color="0.5", alpha=0.15, lw=0)
             axis.set_title(f"severity {severity}")
-            axis.tick_params(axis="x", rotation=90)
+            axis.tick_params(axis="x", rotation=90, labelbottom=name != plain)
         line[0].set_ylabel(name.replace("_", " "))
+    most = means.xs(severity, level="severity").mean(axis=1).idxmax()
+    title = f"{most} moves the maps of {name} most (severity {severity})".replace("_", " ")
     below = "RMSE of scaled maps (0 to 255), layers from shallow to deep"
-    figures.finish(figure, "How far the maps move", study_of(plain, study).run.caption, below)
+    figures.finish(figure, title, study_of(plain, study).run.caption, below)
     report.save_figure(figure, run, f"drift_{plain}")
     return figure
 
