@@ -729,16 +729,23 @@ report.show(pd.DataFrame(rows))
 # Zero maps are counted because two empty maps agree perfectly: where they are many, a small drift means nothing.
 
 # %%
+def by_layer(table):
+    """Mean drift of Grad-CAM++ in each cell and layer, and the middle half of the ceiling."""
+    own = table.query("method == 'gradcam++'")
+    layers = list(own["layer"].unique())
+    means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean().unstack()[layers]
+    pairs = own[own["corruption"].eq(drift.CEILING)].groupby("layer")["rmse"]
+    return means, pairs.quantile([0.25, 0.75]).unstack().loc[layers]
+
+
+# %%
 def drift_figure(plain):
     """How far Grad-CAM++ moves in both trainings of a network, layer by layer."""
     across, references = len(run.severities), {"floor": drift.FLOOR, "ceiling": drift.CEILING}
     figure, axes = figures.shared_panels(2 * across, columns=across, height=2.3)
     for line, name in zip(axes, (plain, PAIRS[plain]), strict=True):
-        own = moved["test", name].query("method == 'gradcam++'")
-        layers = list(own["layer"].unique())
-        means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean().unstack()[layers]
-        pairs = own[own["corruption"].eq(drift.CEILING)].groupby("layer")["rmse"]
-        half = pairs.quantile([0.25, 0.75]).unstack().loc[layers]
+        means, half = by_layer(moved["test", name])
+        layers = list(means)
         for axis, severity in zip(line, run.severities, strict=True):
             for number, kind in enumerate(run.mapped):
                 look = plots.line_style(number) | {"label": kind.replace("_", " ")}
