@@ -657,16 +657,16 @@ for number, (name, curve) in enumerate(curves.items()):
     known = curve.dropna().sort_values(["fp_per_image", "recall"])
     points, style = froc_points(known), plots.line_style(number)
     told = f"mean {points.mean():.3f}" if len(known) else "no true box, or no prediction"
-    axis.plot(evaluate.RATES, points, label=f"{name} ({told})", ms=5, **style | {"ls": "none"})
-    across = known.fp_per_image.clip(lower=1 / 64)  # a logarithm has no place for 0
-    axis.step(across, known.recall, where="post", lw=1.3, **style | {"marker": ""})
+    axis.plot([], [], label=f"{name} ({told})", ms=5, **style)
+    axis.plot(evaluate.RATES, points, ms=5, **style | {"ls": "none"})
+    across = np.r_[known.fp_per_image.clip(lower=1 / 64), 16]  # a logarithm has no place for 0
+    up = np.r_[known.recall, known.recall.max()]
+    axis.step(across, up, where="post", lw=1.3, **style | {"marker": ""})
 axis.set_xscale("log", base=2)
 axis.set_xticks(evaluate.RATES, "1/8 1/4 1/2 1 2 4 8".split())
 axis.set(xlim=(1 / 9, 9), ylim=(-0.02, 1.02))
 axis.set(xlabel="false positives per image", ylabel="sensitivity")
 axis.legend(**figures.LEGEND_RIGHT)
-
-# %%
 found = froc_points(curves["all classes"].dropna())[evaluate.RATES.index(1)]
 figures.finish(figure, f"{found:.0%} of the boxes at one false positive an image", run.caption)
 report.save_figure(figure, run, "froc")
