@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .device import device_of, evaluating, fingerprint
+from .device import evaluating, fingerprint
 from .models.lipschitz import QuickInputGradient
 from .units import check_numbers
 
@@ -270,42 +270,10 @@ def fast_adversarial(model, x, y, *, ce, attack):
     """Fast adversarial training: one large step from a random start (arXiv 2001.03994).
 
     It may overfit catastrophically within a few hundred steps: the model answers this one step and
-    falls to PGD. Give `overfitting_monitor` to `train.fit` and choose by "val_pgd_accuracy".
+    falls to PGD. Choose the epoch under such an attack (`val_metric` of `train.fit`).
     """
     logits = model(attack(model, x, y, steps=1))
     return ce(logits, y), logits
-
-
-def overfitting_monitor(x: Tensor, y: Tensor, *, eps: float) -> Callable[[nn.Module], dict]:
-    """Watch for catastrophic overfitting (arXiv 2001.03994): a `val_metric` for `train.fit`.
-
-    monitor(model) tells val_single_step_accuracy (under fast training's own step), val_pgd_accuracy
-    (under ten of PGD) and val_overfitting_gap, their difference; above 0.2 it is logged.
-    """
-    _check({"eps": eps})
-    attacks = {"val_single_step_accuracy": dict(steps=1, step_size=1.25 * eps)}
-    attacks["val_pgd_accuracy"] = dict(steps=10, step_size=0.25 * eps)
-
-    def monitor(model: nn.Module) -> dict[str, float]:
-        device = device_of(model, x)
-        row, cuda = dict.fromkeys(attacks, 0.0), [device] * (device.type == "cuda")
-        with torch.random.fork_rng(devices=cuda), evaluating(model):
-            torch.manual_seed(0)
-            for images, labels in zip(x.split(64), y.split(64), strict=True):
-                images, labels = images.to(device), labels.to(device)
-                for name, how in attacks.items():
-                    with torch.enable_grad():
-                        attacked = _attack(model, images, labels, eps=eps, **how)
-                    with torch.no_grad():
-                        row[name] += (model(attacked).argmax(1) == labels).sum().item() / len(x)
-        gap = row["val_single_step_accuracy"] - row["val_pgd_accuracy"]
-        if gap > 0.2:
-            text = "catastrophic overfitting: accuracy %.3f under one step but %.3f under PGD-10; "
-            text += "go back to an earlier epoch, lower step_size, or train with pgd_adversarial"
-            log.warning(text, *row.values())
-        return row | {"val_overfitting_gap": gap}
-
-    return monitor
 
 
 @_maker(step=1.0)

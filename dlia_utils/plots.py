@@ -18,6 +18,7 @@ from .units import eps_text
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, without their yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OTHERS = "others (thin)"  # what a legend calls the lines beyond them
 
 
 class Described(Figure):
@@ -147,9 +148,9 @@ def figure_roc(labels: np.ndarray, scores: Mapping[str, np.ndarray], caption: st
     return _legend(figure, axis, title, caption)
 
 
-def _told(name: str, style: Mapping) -> str | None:
-    """The name for the legend; grey lines share none."""
-    return name if style["color"] in COLORS else None
+def _told(name: str, style: Mapping) -> str:
+    """The name for the legend; the grey lines share one, which holds in a grey print as well."""
+    return name if style["color"] in COLORS else OTHERS
 
 
 def figure_confusion(
@@ -209,7 +210,7 @@ def figure_accuracy_vs_eps(
         last[name] = line.value.iloc[-1]
         at = line.eps.max() if told_at is None else told_at
         kept[name] = line.value[np.isclose(line.eps, at)].max()
-        if _told(name, style):
+        if _told(name, style) != OTHERS:
             band = {"color": style["color"], "alpha": 0.12, "lw": 0}
             axis.fill_between(line.eps * scale, line.ci_low, line.ci_high, **band)
             ends[name] = (last[name], style["color"])
@@ -231,77 +232,11 @@ def figure_accuracy_vs_eps(
     return titled(figure, f"{note or attack}: {top} keeps {kept[top]:.2f} at {at}", caption)
 
 
-def figure_masking(table: pd.DataFrame, caption: str, *, eps: float) -> Figure:
-    """Per model: accuracy under PGD with both losses, and the share of zero gradients.
-
-    `table` is `report.masking_table`'s. A gap between the first two bars is the signature of masked
-    gradients (Carlini & Wagner, arXiv 1607.04311).
-    """
-    figure, ((axis,),) = panels(1, width=max(7.0, 0.55 * len(table)), height=3.6)
-    names = {
-        "pgd_ce": "accuracy,\nPGD, cross-entropy",
-        "pgd_margin": "accuracy,\nPGD, logit margin",
-    }
-    names["zero_gradients"] = "share of images with\nan exactly zero gradient"
-    place = np.arange(len(table))
-    for number, (column, label) in enumerate(names.items()):
-        at = place + 0.27 * (number - 1)
-        axis.bar(at, table[column], 0.25, label=label, color=COLORS[number])
-    axis.set_xticks(place, table.index, rotation=25, ha="right", rotation_mode="anchor")
-    axis.set(ylim=(0, 1.02))
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    gap = (table["pgd_ce"] - table["pgd_margin"]).abs()
-    title = f"PGD at {eps_text(eps)} with two losses: largest gap {gap.max():.2f} ({gap.idxmax()})"
-    return titled(figure, title, caption)
-
-
-def figure_adversarial(
-    clean: np.ndarray,
-    attacked: Mapping[str, np.ndarray],
-    captions: Sequence[Mapping[str, str]],
-    caption: str,
-) -> Figure:
-    """Clean image, attacked images and the amplified difference; one row an image.
-
-    `clean` and each of `attacked`: [N,1,H,W]; `captions[row]` maps a column's name to its line.
-    """
-    columns = ["clean"] + [part for name in attacked for part in (name, f"{name} - clean")]
-    figure, axes = panels(len(columns), rows=len(clean), width=2.0, height=2.2)
-    for row in range(len(clean)):
-        for axis, column in zip(axes[row], columns, strict=True):
-            image = attacked.get(column.removesuffix(" - clean"), clean)[row].mean(0)
-            shown = {"cmap": "gray", "vmin": 0, "vmax": 1}
-            if column.endswith(" - clean"):
-                image = image - clean[row].mean(0)
-                reach = max(float(np.abs(image).max()), 1e-6)
-                shown = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}
-            axis.imshow(image, **shown)
-            axis.set_title(captions[row].get(column, column).replace(": ", "\n"), fontsize=9)
-            axis.axis("off")
-    return titled(figure, "", caption)
-
-
-def figure_reliability(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """Reliability diagram of `calibration.reliability` tables; on the diagonal: calibrated."""
-    figure, ((axis,),) = panels(1, width=6.0, height=4.2)
-    axis.plot([0, 1], [0, 1], ":", color="0.6")
-    for number, (name, table) in enumerate(tables.items()):
-        reach = np.abs(table[["ci_low", "ci_high"]].to_numpy().T - table["value"].to_numpy())
-        bars = {"elinewidth": 0.8, "capsize": 2, "ms": 4, "lw": 1.2} | line_style(number)
-        axis.errorbar(table["probability"], table["value"], yerr=reach, label=name, **bars)
-    axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axis.grid(alpha=0.25)
-    gaps = {name: (one["value"] - one["probability"]).abs().max() for name, one in tables.items()}
-    most = max(gaps, key=gaps.get)
-    title = f"Reliability, bins of equal mass: furthest off by {gaps[most]:.2f} ({most})"
-    return _legend(figure, axis, title, caption)
-
-
 def _legend(figure: Figure, axis: plt.Axes, title: str, caption: str) -> Figure:
     """The figure with its title, caption, and the legend of `axis` to the right of everything."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
+    named = dict(zip(names, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside right center", fontsize=9, frameon=False)
     return titled(figure, title, caption)
 
 

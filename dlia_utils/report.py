@@ -296,11 +296,9 @@ def _at(results: pd.DataFrame, eps: float) -> pd.Series:
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
     """Accuracy with its interval: models down, attack and eps (pixel units) across."""
     chosen = results[results.metric.eq("accuracy") & results.eps_unit.eq("pixel")]
-    chosen = chosen.assign(cell=[_marked(row) for _, row in chosen.iterrows()])
-    at = {"index": "model", "columns": ["attack", "eps"], "values": "cell", "sort": False}
-    table = chosen.pivot_table(**at, aggfunc="first")
-    names = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in table]
-    return table.set_axis(names, axis=1).reindex(list(dict.fromkeys(chosen.model)))
+    at = zip(chosen.attack, chosen.eps, strict=True)
+    at = [attack if not eps else f"{attack} {eps_text(eps)}" for attack, eps in at]
+    return wide(chosen.assign(at=at), "at")
 
 
 def verdict(

@@ -1,4 +1,4 @@
-"""Hyper-parameter search that widens its own ranges, and fine-tuning that steps back.
+"""Hyper-parameter search that widens its own ranges.
 
 An Optuna study in SQLite (Akiba et al., KDD 2019, arXiv 1907.10902), killed and resumed any time.
 """
@@ -20,14 +20,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from . import files, train
-from .objectives import Objective
+from . import files
 
 SAID_BY_BASE = (StorageInternalError, SQLAlchemyError, sqlite3.Error)
 EDGE = 0.1  # a best value in this outer share of its range lies on the edge
@@ -354,80 +352,3 @@ def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize"
     """The `count` best complete runs, the best one first."""
     runs, up = runs[runs["state"] == "complete"], direction == "minimize"
     return runs.sort_values("score", ascending=up, kind="stable").head(count)
-
-
-def retrain_epochs(history: pd.DataFrame, *, monitor: str) -> int:
-    """The early-stopped number of epochs, for a final training without validation images."""
-    scores = history.set_index("epoch")[monitor].dropna()
-    return int(scores.idxmin() if monitor.endswith("loss") else scores.idxmax())
-
-
-@dataclass(frozen=True)
-class FineTuned:
-    """The model in eval mode, its fit (None if it is the start model), and one row an attempt."""
-
-    model: torch.nn.Module
-    fitted: train.FitResult | None
-    attempts: pd.DataFrame
-
-
-class _Drop(Exception):
-    """The training metric fell: the attempt is over."""
-
-
-def finetune_with_drop_rule(
-    make_model: Callable[[], torch.nn.Module],
-    objective: Objective,
-    train_set: torch.utils.data.Dataset,
-    val_set: torch.utils.data.Dataset,
-    *,
-    run_dir: str | Path,
-    lrs: Sequence[float],
-    baseline: Mapping[str, float],
-    monitor: str,
-    tolerance: float = 0.02,
-    **options: Any,
-) -> FineTuned:
-    """Fine-tune with the largest rate of `lrs` without a fall, or keep the start model.
-
-    `make_model()` returns the start model anew, unfrozen; `baseline` has its "train_accuracy" and
-    its `monitor`. An attempt ends once the training accuracy is `tolerance` below its highest, the
-    baseline's included, or the loss is not finite; the next smaller rate follows. One that ends
-    well is kept if it beats the baseline. Attempt n is `train.fit(..., **options)` in
-    run_dir/attempt{n}; attempts.csv is the table. Raises: ValueError, `train.OutOfTime`.
-    """
-    if not lrs or list(lrs) != sorted({*lrs}, reverse=True):
-        raise ValueError(f"lrs must be falling rates, e.g. (1e-4, 1e-5); got {list(lrs)}")
-    rows, sign, share = [], -1 if monitor.endswith("loss") else 1, baseline["train_accuracy"]
-    for number, lr in enumerate(lrs, 1):
-        model, seen, fitted = make_model(), [share], None
-
-        def watch(row: dict[str, float], seen: list[float] = seen) -> None:
-            seen.append(row["train_accuracy"])
-            if seen[-1] < max(seen) - tolerance:
-                raise _Drop
-
-        more = dict(run_dir=Path(run_dir) / f"attempt{number}", lr=lr, monitor=monitor)
-        try:
-            fitted = train.fit(
-                model, objective, train_set, val_set, on_epoch=watch, **options | more
-            )
-            gain = sign * (fitted.best_score - baseline[monitor]) > 0
-            outcome = "gain" if gain else "no gain"
-        except _Drop:
-            outcome = "drop"
-        except FloatingPointError:
-            outcome = "diverged"
-        epochs = len(seen) - 1
-        row = {"attempt": number, "lr": lr, "epochs": epochs, "outcome": outcome}
-        row["train_accuracy"] = seen[-1] if epochs else math.nan
-        row |= {"baseline_train_accuracy": share, "best_epoch": fitted.best_epoch if fitted else 0}
-        row[monitor] = fitted.best_score if fitted else math.nan
-        rows.append(row | {f"baseline_{monitor}": baseline[monitor]})
-        files.write_csv(pd.DataFrame(rows), Path(run_dir) / "attempts.csv")
-        log.info("fine-tuning attempt %d (lr %g): %s", number, lr, outcome)
-        if outcome == "gain":
-            return FineTuned(model, fitted, pd.DataFrame(rows))
-        if outcome == "no gain":
-            break  # nothing fell, so there is nothing that a smaller rate would mend
-    return FineTuned(make_model().eval(), None, pd.DataFrame(rows))

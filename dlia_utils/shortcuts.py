@@ -1,4 +1,4 @@
-"""What does a classifier of radiographs read? Images with only a part left, or a marked corner.
+"""What does a classifier of radiographs read? Images with only a part left.
 
 After DeGrave, Janizek & Lee 2021 (Nature Machine Intelligence 3:610): where the classes come from
 different hospitals, edges, markers and format may tell them apart without any pathology.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import metrics, train
 from .data import datasets
-from .data.cache import ImageCache
+from .data.cache import ImageCache, content_size
 from .data.datasets import Dataset
 from .data.tables import BadData, open_image
 
@@ -32,7 +32,6 @@ CRUDE_BOX = "a crude box: two rectangles over 10% to 82% of the height and "
 CRUDE_BOX += "8% to 47% and 53% to 92% of the width"
 REGIONS = "whole border_only corners_only centre_only lungs_only lungs_blanked lung_shape".split()
 OUTSIDE = ("lungs_blanked", "border_only", "corners_only")  # no lung tissue, or hardly any
-CORNERS = ("upper left", "upper right", "lower left", "lower right")
 TrainAndScore = Callable[[Tensor, np.ndarray, Tensor], np.ndarray]
 
 
@@ -65,9 +64,7 @@ def lung_masks(dataset: Dataset, rows: np.ndarray, cache: ImageCache) -> tuple[n
     masks = np.zeros((len(rows), cache.size, cache.size), bool)
     crude, problems = 0, []
     for mask, row in zip(masks, np.asarray(rows).tolist(), strict=True):
-        content, shape = [cache.size] * 2, cache.shapes[row].tolist()
-        if cache.fit != "squash":
-            content = [max(round(side * (cache.size / max(shape))), 1) for side in shape]
+        content = content_size(*cache.shapes[row].tolist(), cache.size, cache.fit)
         inside = mask[: content[0], : content[1]]
         for path in paths.get(row, []):
             try:
@@ -170,60 +167,3 @@ def region_accuracy(
     together = pd.concat(tables).sort_values("how", ascending=False, kind="stable")
     columns = "region how metric value ci_low ci_high n lungs".split()
     return together[columns].reset_index(drop=True)
-
-
-def with_marker(x: Tensor, place: str) -> Tensor:
-    """A white square, 8 % of the side, burnt in at `place`: one of `CORNERS`, or "middle"."""
-    x, side = x.clone(), x.shape[-1]
-    long, gap = max(round(0.08 * side), 1), round(0.03 * side)
-    down = right = (side - long) // 2
-    if place != "middle":
-        down, right = (side - gap - long if far in place else gap for far in ("lower", "right"))
-    x[..., down : down + long, right : right + long] = 1.0
-    return x
-
-
-def marker_test(model: nn.Module, given: Sample, *, draws: int = 2000) -> pd.DataFrame:
-    """Does a small bright square in a corner, such as a side marker, move the answer of a model?
-
-    Tested in each corner and, for comparison, in the middle. Metrics: change (of P(class 1), mean),
-    size_of_change (absolute), flips (share of answers that turn), flips_to_1, flips_to_0 and
-    accuracy_change. Columns place, metric, value, ci_low, ci_high, n, size.
-    """
-    patients = metrics.patient_codes(given.patients)
-    before, rows = train.predict(model, given.x)[0][:, 1], []
-    for place in (*CORNERS, "middle"):
-        after = train.predict(model, with_marker(given.x, place))[0][:, 1]
-        was, now = before > 0.5, after > 0.5
-        right = [(answer == (given.y == 1)).astype(float) for answer in (was, now)]
-        found = {"change": after - before, "size_of_change": np.abs(after - before)}
-        found |= {"flips": was != now, "flips_to_1": now & ~was, "flips_to_0": was & ~now}
-        found["accuracy_change"] = right[1] - right[0]
-        for name, values in found.items():
-            row = metrics.mean(values, patients, draws=draws)
-            rows.append({"place": place, "metric": name} | row | {"size": 0.08})
-    return pd.DataFrame(rows)
-
-
-def inside_energy(
-    maps: Tensor | np.ndarray, masks: np.ndarray, *, groups: Sequence, draws: int = 2000
-) -> pd.DataFrame:
-    """Share of the attribution inside the masks, beside the share of the image that they cover.
-
-    The energy-based pointing game of Wang et al., arXiv 1910.01279. maps [N,H,W] >= 0, masks bool
-    [N,H,W]; a zero map counts as flat, with energy = area. Columns metric (energy, area, gain =
-    energy - area), value, ci_low, ci_high, n, zero_maps.
-
-    >>> heat = np.array([[[3.0, 1.0], [0.0, 0.0]]])
-    >>> inside_energy(heat, np.eye(2, dtype=bool)[None], groups=[1])["value"].tolist()
-    [0.75, 0.5, 0.25]
-    """
-    maps, masks = np.asarray(maps, dtype=float), np.asarray(masks, dtype=bool)
-    if not (maps >= 0).all():
-        raise ValueError("maps hold negative or NaN values: pass Attribution.heat()")
-    area, total = masks.mean((1, 2)), maps.sum((1, 2))
-    zero = total <= 0
-    energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
-    found = {"energy": energy, "area": area, "gain": energy - area}
-    rows = [{"metric": m} | metrics.mean(v, groups, draws=draws) for m, v in found.items()]
-    return pd.DataFrame(rows).assign(zero_maps=int(zero.sum()))

@@ -14,7 +14,6 @@ import torch
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from . import metrics
 from .attacks.base import check_images, check_steady
 from .device import device_of, evaluating
 from .units import check_numbers
@@ -76,22 +75,3 @@ def certify(
     table = pd.DataFrame(rows, columns="image predicted radius p_lower k".split())
     table["label"] = y.cpu().numpy()
     return table.assign(correct=table.predicted == table.label)
-
-
-def certified_accuracy(
-    table: pd.DataFrame, radii: Sequence[float], groups: Sequence, *, draws: int = 2000
-) -> pd.DataFrame:
-    """The share of images that are right and certified at each L2 radius, of a `certify` table.
-
-    groups: patient of each row. Columns: metric, value, ci_low, ci_high (95 %, by patient), n,
-    radius. At radius 0 this is the smoothed model's accuracy, with abstentions as errors.
-
-    >>> table = pd.DataFrame({"correct": [True, True, False], "radius": [0.5, 0.1, 0.9]})
-    >>> certified_accuracy(table, [0, 0.2], groups="abc", draws=50).value.round(2).tolist()
-    [0.67, 0.33]
-    """
-    for r in radii:
-        check_numbers("[0,inf)", radii=r)
-    right, radius = table.correct.to_numpy(dtype=bool), table.radius.to_numpy(dtype=float)
-    shares = [metrics.share(right & (radius >= r), list(groups), draws=draws) for r in radii]
-    return pd.DataFrame(shares).assign(radius=radii, metric="certified_accuracy")

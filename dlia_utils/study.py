@@ -441,14 +441,6 @@ def made_by(run: Run, name: str, section: str, *, good: bool = True) -> Path:
     return run.run_dir / name
 
 
-def attack_subset(study: Study, per_class: int) -> np.ndarray:
-    """A fixed, class-balanced sample of test rows for attacks too expensive for the whole split."""
-    rng, test = np.random.default_rng(study.run.seed), study.rows("test")
-    labels, classes = study.labels(test).cpu().numpy(), range(len(study.dataset.classes))
-    drawn = [rng.permutation(test[labels == label])[:per_class] for label in classes]
-    return np.sort(np.concatenate(drawn))
-
-
 def test_opened(
     study: Study, purpose: str, *, final: bool = False, force: bool = False
 ) -> pd.DataFrame:

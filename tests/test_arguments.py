@@ -37,7 +37,6 @@ DOORS = {  # name: the door, what else it takes
     "robust": (evaluate.robust, dict(model=linear().eval(), data=(X, Y), eps_grid=[0.1])),
     "report": (checklist.report, dict(found=None)),
     "select_alpha": (alpha.select_alpha, dict(model=SPARSE, train_batches=[X], x_val=X, y_val=Y)),
-    "overfitting_monitor": (objectives.overfitting_monitor, DATA),
     "mart_loss": (objectives.mart_loss, dict(clean=LOGITS, attacked=LOGITS, y=Y)),
     "gairat_weights": (objectives.gairat_weights, dict(kappa=Y, steps=3)),
     "certify": (smoothing.certify, DATA | {"sigma": 0.1}),

@@ -64,7 +64,6 @@ def test_every_figure_is_drawn_and_says_what_data(classes, n, found):
         figures.figure_boxes(*shown, threshold=0.2),
         figures.figure_boxes(*shown, threshold=0.2, beside=True),
         figures.figure_boxes(*shown, maps=np.random.default_rng(2).random((n, SIDE, SIDE))),
-        figures.figure_froc(curves, CAPTION),
         figures.figure_pr(curves, CAPTION),
         figures.figure_tta(VIEWS, CAPTION),
     ):
@@ -98,19 +97,8 @@ def test_a_crowd_is_cut_and_a_threshold_that_nothing_reaches_is_said():
         assert said in drawn(figure) and len(rectangles(figure.axes[0])) == 1
 
 
-def test_froc_points_take_the_best_sensitivity_within_the_allowance():
-    points = {"fp_per_image": [0.0, 0.25, 0.9, 2.0], "recall": [0.1, 0.3, 0.5, 0.8]}
-    figure = figures.figure_froc({"a": pd.DataFrame(points)}, CAPTION)
-    (marked,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 7)
-    expected = [0.1, 0.3, 0.3, 0.5, 0.8, 0.8, 0.8]
-    assert marked.get_xdata().tolist() == list(figures.RATES)
-    assert marked.get_ydata().tolist() == expected
-    assert f"mean {np.mean(expected):.3f}" in drawn(figure)
-
-
 def test_the_best_is_marked_and_what_is_unknown_is_not_it():
     table = curve(3).assign(f1=[0.33, 0.65, 0.18], threshold=[0.1, 0.4, 0.8])
     assert "F1 0.65 at 0.40" in drawn(figures.figure_pr({"a": table}, CAPTION))
     nothing = curve(3).assign(recall=np.nan, f1=np.nan)
-    assert "a (no true box)" in drawn(figures.figure_froc({"a": nothing}, CAPTION))
     assert "a: no true box" in drawn(figures.figure_pr({"a": nothing}, CAPTION))

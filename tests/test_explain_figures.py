@@ -7,15 +7,12 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from scipy.stats import spearmanr
 
 from dlia_utils.explain import figures
 from dlia_utils.explain.base import REFERENCES
-from dlia_utils.explain.drift import CEILING, FLOOR
 from dlia_utils.explain.figures import Picture
 
 SIDE, CAPTION = 24, "fracatlas (SYNTHETIC), smoke profile"
-NAMES, LAYERS, SEVERITIES = ["contrast", "motion_blur"], ["layer1_2", "layer4_1"], [1, 2, 3]
 pytestmark = [
     pytest.mark.filterwarnings(f"error::{kind}")
     for kind in ("UserWarning", "RuntimeWarning", "FutureWarning")
@@ -30,26 +27,6 @@ def heats(count, *, zero=()):
     maps = np.random.default_rng(1).random((count, SIDE, SIDE))
     maps[list(zero)] = 0
     return maps
-
-
-def drift(seed=0):
-    cells = [(FLOOR, 0), (CEILING, 0), *((name, s) for name in NAMES for s in SEVERITIES)]
-    maps = [*(("gradcam++", layer) for layer in LAYERS), ("saliency", "input")]
-    rows = [(image, *cell, *one) for image in range(5) for cell in cells for one in maps]
-    table = pd.DataFrame(rows, columns=["image", "corruption", "severity", "method", "layer"])
-    return table.assign(rmse=np.random.default_rng(seed).random(len(table)))
-
-
-def grid(seed=0):
-    cells = [("clean", 0), *((name, s) for name in NAMES for s in SEVERITIES)]
-    table = pd.DataFrame(cells, columns=["corruption", "severity"])
-    value = 0.9 - 0.5 * np.random.default_rng(seed).random(len(table))
-    ends = {"ci_low": value - 0.04, "ci_high": value + 0.03}
-    return table.assign(value=value, drop=value[0] - value, **ends)
-
-
-DRIFT = {"resnet18": drift(), "resnet18_augmented": drift(1)}
-GRID = {"resnet18": grid(), "resnet18_augmented": grid(1)}
 
 
 def words(figure):
@@ -152,46 +129,3 @@ def test_randomisation_has_a_curve_a_method_and_another_image_s_level_dotted():
         assert list(level.get_ydata()) == [table[score].iloc[3]] * 2
         assert level.get_color() == curve.get_color() != other.get_color()
     assert "gradcam (up to 2 zero maps)" in words(figure) and clean(figure)
-
-
-def test_auc_lines_begin_at_the_clean_value_and_have_their_interval():
-    figure = figures.figure_auc_lines(GRID, CAPTION)
-    assert [axis.get_title() for axis in shown(figure)] == ["contrast", "motion blur"]
-    for axis, name in zip(shown(figure), NAMES, strict=True):
-        for line, band, table in zip(axis.lines, axis.collections, GRID.values(), strict=True):
-            own = table[table["corruption"].isin(["clean", name])]
-            assert list(line.get_xdata()) == [0, *SEVERITIES]
-            np.testing.assert_allclose(line.get_ydata(), own["value"])
-            edges = band.get_paths()[0].vertices[:, 1]
-            assert edges.min() == own["ci_low"].min() and edges.max() == own["ci_high"].max()
-    assert "resnet18_augmented" in words(figure) and clean(figure)
-
-
-def test_drift_is_drawn_layer_by_layer_between_floor_and_ceiling():
-    figure = figures.figure_drift(DRIFT, CAPTION)
-    for line, table in zip(np.reshape(shown(figure), (2, 3)), DRIFT.values(), strict=True):
-        own = table[table["method"].eq("gradcam++")]
-        means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean()
-        for axis, severity in zip(line, SEVERITIES, strict=True):
-            cells = [(name, severity) for name in NAMES] + [(FLOOR, 0), (CEILING, 0)]
-            for drawn, cell in zip(axis.lines, cells, strict=True):
-                np.testing.assert_allclose(drawn.get_ydata(), means[cell][LAYERS])
-            pairs = own[own["corruption"].eq(CEILING)].groupby("layer")["rmse"]
-            edges = axis.collections[0].get_paths()[0].vertices[:, 1]
-            assert edges.max() == pytest.approx(pairs.quantile(0.75).max())
-    assert clean(figure)
-
-
-def test_the_scatter_has_one_point_per_cell_and_their_correlation():
-    figure = figures.figure_scatter(GRID, DRIFT, CAPTION)
-    for axis, (name, table) in zip(shown(figure), DRIFT.items(), strict=True):
-        own = table[table["method"].eq("gradcam++") & table["severity"].gt(0)]
-        means = own.groupby(["corruption", "severity"])["rmse"].mean()
-        drops = GRID[name].set_index(["corruption", "severity"])["drop"][means.index]
-        points = np.concatenate([dots.get_offsets() for dots in axis.collections])
-        np.testing.assert_allclose(points, np.c_[means, drops])
-        sizes = np.concatenate([dots.get_sizes() for dots in axis.collections])
-        assert (np.diff(sizes.reshape(len(NAMES), -1), axis=1) > 0).all()
-        rank = spearmanr(means, drops).statistic
-        assert axis.get_title() == f"{name}: Spearman {rank:+.2f} over 6 cells"
-    assert clean(figure)

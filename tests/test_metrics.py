@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
 from statsmodels.stats.multitest import multipletests
 
-from dlia_utils import calibration, corruption_error, metrics, shortcuts, smoothing
+from dlia_utils import calibration, corruption_error, metrics
 from dlia_utils.attacks import evaluate
 from dlia_utils.explain import localisation
 
@@ -265,7 +265,6 @@ def test_holm_equals_the_definition_and_statsmodels():
 # --- whose image is it?
 
 FOUR = np.array([0, 1, 0, 1]), np.array([0.1, 0.6, 0.7, 0.9])
-HEAT, CERTIFIED = np.ones((4, 2, 2)), pd.DataFrame({"correct": [True] * 4, "radius": 0.5})
 # What is None here is not reached: nothing is attacked or asked before the patients are known.
 SHARED = {
     "classification": lambda ids: metrics.classification(*FOUR, ids, draws=2),
@@ -279,12 +278,9 @@ SHARED = {
     "calibration": lambda ids: calibration.summary(*FOUR, ids, draws=2),
     "reliability": lambda ids: calibration.reliability(*FOUR, ids, draws=2),
     "localise": lambda ids: localisation.localise({}, np.zeros((4, 1, 2, 2)), [], groups=ids),
-    "energy": lambda ids: shortcuts.inside_energy(HEAT, HEAT > 0, groups=ids, draws=2),
-    "certified": lambda ids: smoothing.certified_accuracy(CERTIFIED, [0.1], ids, draws=2),
     "robust": lambda ids: evaluate.robust(
         None, (torch.zeros(4, 1), 0), [1], attacks=["fgsm"], groups=ids
     ),
-    "marker": lambda ids: shortcuts.marker_test(None, shortcuts.Sample(None, None, ids, None)),
     "corruptions": lambda ids: corruption_error.patients_of(range(4), dict(enumerate(ids))),
 }
 HELD = {"list": list, "Series": pd.Series, "array": lambda ids: np.array(ids, dtype=object)}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from dlia_utils import calibration, plots, report, units
+from dlia_utils import plots, report, units
 
 EPS = 4 / 255
 
@@ -199,8 +199,6 @@ def test_figures_are_drawn_and_say_what_data(run):
     labels, p = np.array([0, 1, 0, 1]), np.array([0.2, 0.8, 0.6, 0.7])
     results = pd.concat([rows(run, "a", "clean", 0.0, 0.9), rows(run, "a", "worst", EPS, 0.4)])
     history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_auc": [0.6, 0.7]})
-    masking = {"pgd_ce": [0.5], "pgd_margin": [0.1], "zero_gradients": [0.3]}
-    binned = calibration.reliability(labels, p, range(4), bins=2, draws=20)
     caption = run.caption
     figures = {
         "samples": plots.figure_samples(images, list("abcd"), caption),
@@ -208,9 +206,6 @@ def test_figures_are_drawn_and_say_what_data(run):
         "roc": plots.figure_roc(labels, {"a": p}, caption),
         "confusion": plots.figure_confusion(labels, {"a": p > 0.5}, ("NORMAL", "SICK"), caption),
         "eps": plots.figure_accuracy_vs_eps(results, caption, attack="worst"),
-        "masking": plots.figure_masking(pd.DataFrame(masking, index=["a"]), caption, eps=EPS),
-        "adversarial": plots.figure_adversarial(images, {"pgd": images}, [{}] * 4, caption),
-        "reliability": plots.figure_reliability({"a": binned}, caption),
     }
     for name, figure in figures.items():
         texts = figure.findobj(Text)
@@ -220,6 +215,13 @@ def test_figures_are_drawn_and_say_what_data(run):
         assert metadata["image/png"]["alt"] == figure.alt()
         assert min(t.get_fontsize() for t in texts if t.get_text()) >= 9, name
         assert report.save_figure(figure, run, name).stat().st_size > 2000
+
+
+def test_lines_beyond_the_colours_share_one_name_in_the_legend():
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_auc": [0.6, 0.7]})
+    figure = plots.figure_history(dict.fromkeys("abcdefghi", history), "a caption")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [*"abcdefg", plots.OTHERS]
 
 
 @pytest.mark.parametrize("reach", [25, 1e4])

@@ -1,4 +1,4 @@
-"""The search finds known optima, widens ranges, survives kills; fine-tuning steps back."""
+"""The search finds known optima, widens ranges and survives kills."""
 
 import contextlib
 import math
@@ -9,14 +9,11 @@ import sqlite3
 import optuna
 import pandas as pd
 import pytest
-import torch
 from filelock import FileLock
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from torch import nn
-from torch.utils.data import TensorDataset
 
-from dlia_utils import objectives, search, train
+from dlia_utils import search
 from dlia_utils.search import Choice, Range
 
 
@@ -240,119 +237,6 @@ def test_a_search_of_another_kind_or_in_use_is_refused_a_longer_one_goes_on(tmp_
     pd.testing.assert_frame_equal(longer.runs.iloc[: len(found.runs)], found.runs)
     anew = run(tmp_path, extend=0, trials=3, resume=False)
     assert len(anew.runs) == 3 and not (tmp_path / "extensions.csv").exists()
-
-
-def test_the_epochs_of_the_final_training():
-    scores = {"val_auc": [math.nan, 0.8, 0.9, 0.9], "val_loss": [0.4, 0.3, 0.3, math.nan]}
-    history = pd.DataFrame({"epoch": [1, 2, 3, 4]} | scores)
-    assert search.retrain_epochs(history, monitor="val_auc") == 3
-    assert search.retrain_epochs(history, monitor="val_loss") == 2
-
-
-def images(size=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(size) % 2
-    x = 0.5 * torch.rand(size, 1, 4, 4, generator=generator)
-    x[y == 0, :, :, :2] += 0.5  # the bright half tells the class
-    x[y == 1, :, :, 2:] += 0.5
-    return TensorDataset(x, y)
-
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-
-
-OPTIONS = {"epochs": 4, "batch_size": 8, "progress": False, "monitor": "val_accuracy"}
-
-
-def fit(model, run_dir, **options):
-    sets = images(), images(seed=1)
-    loss = objectives.cross_entropy()
-    return train.fit(model, loss, *sets, run_dir=run_dir, **OPTIONS | options)
-
-
-def finetune(run_dir, baseline, *, make_model=linear, objective=None, lrs=(1e-2, 1e-3), **options):
-    objective, sets = objective or objectives.cross_entropy(), (images(), images(seed=1))
-    given = {"run_dir": run_dir, "lrs": lrs, "baseline": baseline} | OPTIONS | options
-    return search.finetune_with_drop_rule(make_model, objective, *sets, **given)
-
-
-def same(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
-def test_a_gain_without_a_drop_is_kept(tmp_path):
-    baseline, expected = {"train_accuracy": 0.4, "val_accuracy": 0.5}, linear()
-    tuned = finetune(tmp_path, baseline, lrs=(0.05, 0.005), epochs=8)
-    fitted = fit(expected, tmp_path / "beside", lr=0.05, epochs=8)
-    assert tuned.attempts["outcome"].tolist() == ["gain"] and same(tuned.model, expected)
-    assert tuned.fitted.best_score == fitted.best_score == tuned.attempts["val_accuracy"][0] > 0.5
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "attempts.csv"), tuned.attempts)
-
-
-def test_a_fall_of_the_training_reloads_the_weights_and_lowers_the_rate(tmp_path):
-    """The first attempt unlearns from its fourth epoch on (three batches an epoch)."""
-    made, calls = [], []
-
-    def make_model():
-        made.append(linear())
-        calls.clear()
-        return made[-1]
-
-    def objective(model, x, y):
-        calls.append(1)
-        loss, logits = objectives.cross_entropy()(model, x, y)
-        return (-loss if len(made) == 1 and len(calls) > 9 else loss), logits
-
-    options = {"lrs": (0.2, 0.02), "epochs": 12, "make_model": make_model, "objective": objective}
-    tuned = finetune(tmp_path, {"train_accuracy": 0.3, "val_accuracy": 0.5}, **options)
-    assert tuned.attempts["outcome"].tolist() == ["drop", "gain"]
-    first = pd.read_csv(tmp_path / "attempt1" / "metrics.csv")["train_accuracy"]
-    assert 4 <= len(first) == tuned.attempts["epochs"][0] < 12
-    assert first.iloc[-1] < first.iloc[:-1].max() - 0.02
-    expected = linear()  # from the start model, not from the one that unlearned
-    fit(expected, tmp_path / "beside", lr=0.02, epochs=12)
-    assert same(tuned.model, expected) and tuned.model is made[1]
-
-
-def test_without_a_gain_or_with_nothing_but_falls_the_start_model_is_kept(tmp_path):
-    tuned = finetune(tmp_path / "a", {"train_accuracy": 0.1, "val_accuracy": 1.0})
-    assert tuned.attempts["outcome"].tolist() == ["no gain"]  # a smaller rate has nothing to mend
-    assert tuned.fitted is None and same(tuned.model, linear()) and not tuned.model.training
-    tuned = finetune(tmp_path / "b", {"train_accuracy": 1.0, "val_accuracy": 0.0})
-    assert tuned.attempts["outcome"].tolist() == ["drop"] * 2
-    assert tuned.attempts["epochs"].tolist() == [1, 1] and same(tuned.model, linear())
-    with pytest.raises(ValueError, match="falling rates"):
-        finetune(tmp_path, {}, lrs=(1e-4, 1e-4))
-
-
-def test_a_smaller_loss_is_a_gain_and_a_loss_that_is_no_number_a_fall(tmp_path):
-    def broken(model, x, y):
-        loss, logits = objectives.cross_entropy()(model, x, y)
-        return loss * math.nan, logits
-
-    start, options = {"train_accuracy": 0.0, "val_loss": 5.0}, {"monitor": "val_loss"}
-    assert finetune(tmp_path / "a", start, **options).attempts["outcome"].tolist() == ["gain"]
-    tuned = finetune(tmp_path / "c", start, objective=broken, **options)
-    assert tuned.attempts["outcome"].tolist() == ["diverged"] * 2
-    assert tuned.attempts["epochs"].tolist() == [0, 0]
-
-
-def test_fine_tuning_goes_on_where_it_was_ended(tmp_path):
-    start, options = {"train_accuracy": 0.0, "val_accuracy": 0.0}, {"lrs": (0.05, 0.01)}
-    with pytest.raises(train.OutOfTime, match="attempt1 stopped after 1 of . epochs"):
-        finetune(tmp_path / "a", start, max_minutes=1e-9, **options)
-    resumed = finetune(tmp_path / "a", start, **options)
-    straight = finetune(tmp_path / "b", start, **options)
-    assert same(resumed.model, straight.model)
-    pd.testing.assert_frame_equal(resumed.attempts, straight.attempts)
-    # A fall that was found before the kill is found again, without training.
-    start = {"train_accuracy": 1.0, "val_accuracy": 0.0}
-    both = [finetune(tmp_path / "c", start, **options).attempts for _ in range(2)]
-    pd.testing.assert_frame_equal(*both)
-    assert len(pd.read_csv(tmp_path / "c" / "attempt1" / "metrics.csv")) == 1
 
 
 def test_the_best_runs_are_complete_ones():

@@ -161,36 +161,3 @@ def test_broken_masks_are_named(masked, tmp_path):
     (tmp_path / "mask1.png").unlink()
     with pytest.raises(BadData, match="2 unusable files(.|\n)*mask0.png: cannot be read as a mask"):
         shortcuts.lung_masks(masked, [0, 1], images)
-
-
-def test_a_marker_moves_only_the_model_that_reads_that_corner():
-    given, model = planted("corner"), Reads(CORNER, 0.525).train()
-    before = given.x.clone()
-    table = shortcuts.marker_test(model, given, draws=100)
-    assert torch.equal(given.x, before) and model.training, "left as they were"
-    found = table.set_index(["place", "metric"])["value"].unstack()
-    own, others = found.loc["upper left"], found.drop(index="upper left")
-    assert own["flips_to_1"] > 0.45 and own["flips_to_0"] == 0
-    assert own["change"] == pytest.approx(own["size_of_change"])
-    assert own["accuracy_change"] == pytest.approx(-own["flips"], abs=0.05)
-    assert (others == 0).all(axis=None) and len(others) == 4
-    flips = table[(table["metric"] == "flips") & (table["place"] == "middle")].iloc[0]
-    assert flips["ci_high"] > 0.01  # none of 160 turned: that is no proof that none ever does
-    for place in shortcuts.CORNERS:
-        marked = shortcuts.with_marker(torch.zeros(1, 1, 25, 25), place)[0, 0].nonzero()
-        down, right = (22 if far in place else 1 for far in ("lower", "right"))
-        assert marked.min(0).values.tolist() == [down, right] and len(marked) == 4
-
-
-def test_energy_of_known_maps():
-    masks = lungs(np.random.default_rng(0), 12)
-    flat, inside = np.ones(masks.shape), masks.astype(float)
-    inside[:3] = 0  # zero maps count as flat
-    given = {"groups": range(12), "draws": 50}
-    table = shortcuts.inside_energy(flat, masks, **given).set_index("metric")["value"]
-    assert table.tolist() == pytest.approx([masks.mean(), masks.mean(), 0])
-    table = shortcuts.inside_energy(torch.from_numpy(inside), masks, **given).set_index("metric")
-    assert table.loc["energy", "value"] == pytest.approx((9 + 3 * masks[0].mean()) / 12)
-    assert table["zero_maps"].eq(3).all()
-    with pytest.raises(ValueError, match="negative"):
-        shortcuts.inside_energy(-flat, masks, **given)

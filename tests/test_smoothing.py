@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from dlia_utils.smoothing import ABSTAIN, certified_accuracy, certify
+from dlia_utils.smoothing import ABSTAIN, certify
 
 SIGMA = 0.2
 
@@ -98,15 +98,6 @@ def test_the_lower_bound_is_clopper_and_pearsons(model):
     for k, p in zip(table.k, table.p_lower, strict=True):
         exact = binomtest(k, 60, alternative="greater").proportion_ci(0.95, method="exact").low
         assert p == pytest.approx(exact, abs=1e-9)
-
-
-def test_certified_accuracy_counts_what_is_right_and_far_enough():
-    correct, radius = [True, True, True, False, False], [0.5, 0.25, 0.0, 0.9, 0.0]
-    table = pd.DataFrame({"correct": correct, "radius": radius})
-    result = certified_accuracy(table, [0.0, 0.25, 0.3, 1.0], groups="abcde", draws=200)
-    assert result.value.tolist() == [0.6, 0.4, 0.2, 0.0] and (result.n == 5).all()
-    assert result.radius.tolist() == [0.0, 0.25, 0.3, 1.0]
-    assert (result.ci_low <= result.value).all() and (result.ci_high > result.value).all()
 
 
 def test_unusable_arguments_are_refused(model):

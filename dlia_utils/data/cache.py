@@ -57,7 +57,7 @@ class ImageCache:
     def scale(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """(sx, sy) float64 [n,2]: cached position = position in the upright original x scale."""
         shapes = self.shapes[np.asarray(rows, dtype=np.int64)].tolist()
-        inside = [_content_size(*shape, self.size, self.fit) for shape in shapes]
+        inside = [content_size(*shape, self.size, self.fit) for shape in shapes]
         scale = np.array(inside, dtype=np.float64) / np.array(shapes)
         return scale.reshape(-1, 2)[:, ::-1]
 
@@ -118,7 +118,7 @@ def shapes(dataset: Dataset) -> np.ndarray:
     return np.array(shapes_of(dataset.root, dataset.manifest["path"]), np.int32).reshape(-1, 2)
 
 
-def _content_size(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
+def content_size(height: int, width: int, size: int, fit: str) -> tuple[int, int]:
     """Height and width that an image takes up in the square of `size` pixels."""
     if fit == "squash":
         return size, size
@@ -236,7 +236,7 @@ def _opened(path: Path, size: int, *, truncated: bool) -> Iterator[Image.Image]:
 def _fitted(image: Image.Image, size: int, fit: str) -> tuple[np.ndarray, bool]:
     """The image upright and grey, top left in a black square; whether it shows one value only."""
     turn = orientation(image)  # Boxes were drawn on the upright image.
-    height, width = _content_size(*upright_shape(image), size, fit)
+    height, width = content_size(*upright_shape(image), size, fit)
     grey = image.convert("L")
     grey = grey.transpose(TURNS[turn]) if turn > 1 else grey
     low, high = grey.getextrema()

@@ -54,8 +54,7 @@ class Dataset:
 def load(location: Location, **options: bool) -> Dataset:
     """Read the data set at `location` (see `sources.find`, `find_own`); no image is decoded.
 
-    Options: `allow_missing` ("nih", "dlia") uses the listed images that are there; `allow_leak`
-    ("dlia") keeps training rows whose image is in the competition's test set too. Errors:
+    Option: `allow_missing` ("nih", "dlia") uses the listed images that are there. Errors:
     `DataNotFound` for a missing file or folder; `BadData` listing what cannot be used.
     """
     if location.kind == "published":

@@ -162,22 +162,20 @@ def nih(root: Path, *, allow_missing: bool = False) -> dict:
     return _findings(root, pattern, raw, wanted, allow_missing=allow_missing) | {"split_rule": rule}
 
 
-def dlia(root: Path, *, allow_missing: bool = False, allow_leak: bool = False) -> dict:
+def dlia(root: Path, *, allow_missing: bool = False) -> dict:
     """The DLIA class competition (cut from the NIH boxes), both editions, told by their columns.
 
     Edition A has the NIH list's header in train.csv and a mapping `id,image_id` where an image may
     have several ids; edition B has `image_id,x_min,y_min,x_max,y_max,label` and `ID,image_id`.
     Images lie in train/ and test/ (or train_images/, test_images/). Training images that stand in
-    the mapping too are left out unless `allow_leak`.
+    the mapping too are left out.
     """
     edition, raw = _box_rows(root / DLIA_TRAIN)
     mapping = id_table(root / DLIA_MAPPING)
     wanted = {"train": set(raw["name"]), "test": set(mapping["image_id"])}
-    leaked = set() if allow_leak else wanted["train"] & wanted["test"]
-    options = dict(allow_missing=allow_missing, leaked=leaked)
+    options = dict(allow_missing=allow_missing, leaked=wanted["train"] & wanted["test"])
     fields = _findings(root, "(train|test)(?:_images)?", raw, wanted, **options)
-    rule = f"the competition's, edition {edition}" + (", leaked images kept" if allow_leak else "")
-    return fields | {"mapping": mapping, "split_rule": rule}
+    return fields | {"mapping": mapping, "split_rule": f"the competition's, edition {edition}"}
 
 
 def id_table(mapping: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:

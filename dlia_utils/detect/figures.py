@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLORS, line_style, panels, titled
-from .evaluate import CORNERS, RATES
+from .evaluate import CORNERS
 
 DRAWN = 12  # predictions of one image that are drawn at most: more would hide it
 WIDE = 3.3  # inches of an image
@@ -131,39 +131,6 @@ def _common(a: tuple, b: tuple) -> float:
     """The area that two rectangles share."""
     width, height = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
     return max(width, 0) * max(height, 0)
-
-
-def figure_froc(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """Free-response ROC: sensitivity against false positives per image, at seven points.
-
-    curves: name -> columns fp_per_image, recall (`evaluate.curve`). A point is the highest
-    sensitivity with no more false positives. The legend gives their mean, the score of LUNA16.
-    """
-    figure, ((axis,),) = panels(1, width=7.4, height=4.2)
-    found = {}
-    for number, (name, curve) in enumerate(curves.items()):
-        style = line_style(number)
-        if len(curve) and curve.recall.isna().all():
-            axis.plot([], [], ms=5, label=f"{name} (no true box)", **style)
-            continue
-        curve = curve.dropna().sort_values(["fp_per_image", "recall"])
-        reached = [curve.recall[curve.fp_per_image <= at * (1 + 1e-9)].max() for at in RATES]
-        reached = np.nan_to_num(np.array(reached, float))
-        found[name] = reached[RATES.index(1)]
-        x = np.r_[np.maximum(curve.fp_per_image, RATES[0] / 8), 2 * RATES[-1]]
-        y = np.r_[curve.recall, curve.recall.max() if len(curve) else 0]
-        axis.plot(x, y, drawstyle="steps-post", lw=1.3, **style | {"marker": ""})
-        axis.plot(RATES, reached, ms=5, **style | {"ls": "none"})
-        axis.plot([], [], ms=5, label=f"{name} (mean {reached.mean():.3f})", **style)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(RATES, "1/8 1/4 1/2 1 2 4 8".split())
-    axis.set(xlim=(RATES[0] / 1.15, RATES[-1] * 1.15), ylim=(-0.02, 1.02))
-    axis.set(xlabel="false positives per image", ylabel="sensitivity")
-    axis.grid(alpha=0.25)
-    axis.legend(**LEGEND_RIGHT)
-    first = next(iter(found.items()), None)  # such as all classes together
-    title = "{}: {:.0%} of the boxes at one false positive an image".format(*first) if first else ""
-    return finish(figure, title, caption)
 
 
 def figure_pr(curves: Mapping[str, pd.DataFrame], caption: str) -> Figure:

@@ -1,4 +1,4 @@
-"""Figures of maps, of their scores, and of their drift: functions of numbers and a caption."""
+"""Figures of maps and of their scores: functions of numbers and a caption."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from ..corruption_error import CLEAN
 from ..data.tables import CORNERS
-from ..plots import label_lines, line_style, panels, titled
+from ..plots import line_style, panels, titled
 from . import base
-from .drift import CEILING, FLOOR
 
 HEAT, TRUTH, LINE = "plasma", "#3ddc84", "#56B4E9"
 WIDTH, LABEL = 8.6, 1.4  # inches: of a figure (860 pixels of a notebook), of the label of a line
 TEXT = 9  # points of all text
-METHOD = "gradcam++"  # whose drift is drawn
 
 
 class Picture(NamedTuple):
@@ -133,7 +129,7 @@ def figure_forest(
     rows, names = list(table[row].unique()), list(table[series].unique()) if series else [""]
     common = isinstance(chance, float)  # else each panel has a scale of its own
     height = 1.5 + 0.15 * len(rows) * max(2, len(names))
-    figure, axes = _panels(table[panel].nunique(), height=height, common=common)
+    figure, axes = shared_panels(table[panel].nunique(), height=height, common=common)
     for axis, (title, part) in zip(axes.flat, table.groupby(panel, sort=False), strict=True):
         for number, name in enumerate(names):
             own, look = part[part[series].eq(name)] if series else part, line_style(number)
@@ -147,7 +143,7 @@ def figure_forest(
         top = part.iloc[int(np.nanargmax(part["value"]))]
         axis.set(title=f"{_words(title)}\nhighest: {top[row]}", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows)
-    return _finish(
+    return finish(
         figure, "", caption, "bars: intervals by patient; dotted: what knows nothing reaches"
     )
 
@@ -158,7 +154,7 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Fi
     Dotted, in the method's colour: how alike its maps of different images are. A curve that stays
     far above it does not depend on the weights.
     """
-    figure, axes = _panels(2, height=3.2)
+    figure, axes = shared_panels(2, height=3.2)
     titles = {"spearman": "rank correlation", "ssim": "structural similarity"}
     for axis, (score, title) in zip(axes.flat, titles.items(), strict=True):
         for number, (name, table) in enumerate(tables.items()):
@@ -173,106 +169,13 @@ def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Fi
     left = {name: one.loc[one["layers"].idxmax(), "spearman"] for name, one in tables.items()}
     most = max(left, key=left.get)
     title = f"Most alike without any trained layer: {most}, rank correlation {left[most]:.2f}"
-    return _finish(figure, title, caption, "randomised layers, from the output down")
-
-
-def figure_auc_lines(grid: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """AUC over severity, a panel per corruption, one line a training with its interval as a band.
-
-    grid: name of the training -> table of `corruption_error.grid`; its clean row begins every line.
-    """
-    names = [name for name in next(iter(grid.values()))["corruption"].unique() if name != CLEAN]
-    figure, axes = _panels(len(names), columns=4 if len(names) < 13 else 5, height=1.7)
-    for axis, corruption in zip(axes.flat, names, strict=False):
-        for number, (name, table) in enumerate(grid.items()):
-            own = table[table["corruption"].isin([CLEAN, corruption])].sort_values("severity")
-            look, x = line_style(number), own["severity"]
-            axis.plot(x, own["value"], ms=3.5, lw=1.3, label=name, **look)
-            axis.fill_between(x, own["ci_low"], own["ci_high"], color=look["color"], alpha=0.15)
-        axis.set_title(_words(corruption))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    named = [table.assign(name=name) for name, table in grid.items()]
-    every = pd.concat(named, ignore_index=True)
-    low = every.loc[every["value"].idxmin()]
-    title = f"Lowest AUC {low['value']:.2f}: {low['name']}, {_words(low['corruption'])}"
-    title += f" at severity {low['severity']}"
-    return _finish(figure, title, caption, "AUC over severity (0: clean); bands: intervals")
-
-
-def figure_drift(drift: Mapping[str, pd.DataFrame], caption: str) -> Figure:
-    """Mean RMSE of Grad-CAM++ against depth: a line of panels per training, a panel per severity.
-
-    drift: name of the training -> second table of `drift.measure`. Grey: the floor (dotted) and the
-    ceiling (dashed, with the middle half of its pairs).
-    """
-    severities = sorted(set(next(iter(drift.values()))["severity"]) - {0})
-    count = len(severities)
-    figure, axes = _panels(count * len(drift), columns=count, height=2.3)
-    for line, (training, table) in zip(axes, drift.items(), strict=True):
-        own = table[table["method"].eq(METHOD)]
-        layers = list(own["layer"].unique())
-        parts = own.groupby(["corruption", "severity", "layer"], sort=False)["rmse"]
-        means = parts.mean().unstack("layer")[layers]
-        half = [parts.quantile(q)[CEILING, 0][layers] for q in (0.25, 0.75)]
-        for axis, severity in zip(line, severities, strict=True):
-            at = means.drop([FLOOR, CEILING]).xs(severity, level="severity")
-            for number, (name, values) in enumerate(at.iterrows()):
-                axis.plot(layers, values, ms=3.5, lw=1.2, label=_words(name), **line_style(number))
-            for name, style in ((FLOOR, ":"), (CEILING, "--")):
-                axis.plot(layers, means.loc[name, 0], color="0.4", ls=style)
-            axis.fill_between(layers, *half, color="0.5", alpha=0.15, lw=0)
-            axis.set_title(f"severity {severity}" if training == [*drift][0] else "")
-            axis.tick_params(axis="x", rotation=90, labelbottom=training == [*drift][-1])
-        line[0].set_ylabel(_words(training))
-    words = [*map(_words, at.index), "floor", "ceiling"]
-    for axis in axes[:, -1]:  # once all are drawn: they share their y axis
-        ends = [(len(layers) - 0.8, one.get_ydata()[-1]) for one in axis.lines]
-        label_lines(axis, words, ends, [one.get_color() for one in axis.lines])
-    below = "RMSE of scaled maps (0 to 255), layers from shallow to deep; floor: the same image\n"
-    below += "explained again; ceiling: another image (grey: the middle half of such pairs)"
-    moved = at.mean(axis=1)
-    title = f"{_words(moved.idxmax())} moves the {METHOD} maps of {_words(training)} most"
-    title += f" (severity {severity})"
-    return _finish(figure, title, caption, below, legend=False)
-
-
-def figure_scatter(
-    grid: Mapping[str, pd.DataFrame], drift: Mapping[str, pd.DataFrame], caption: str
-) -> Figure:
-    """The drop of the AUC against Grad-CAM++'s mean RMSE: a point per corruption and severity.
-
-    Not one per image: images of one cell share its drop, and would pass for many witnesses of the
-    same thing. A panel per training. Lines join the severities of a corruption.
-    """
-    figure, axes = _panels(len(drift), height=3.6)
-    ends = []
-    for axis, (name, table) in zip(axes.flat, drift.items(), strict=True):
-        keys = ["corruption", "severity"]
-        means = table[table["method"].eq(METHOD)].groupby(keys, sort=False)["rmse"].mean()
-        cells = grid[name].set_index(keys)[["drop"]].join(means, how="inner")
-        for number, (_, part) in enumerate(cells.groupby("corruption", sort=False)):
-            look = line_style(number) | {"ls": "-"}
-            axis.plot(part["rmse"], part["drop"], lw=0.7, ms=0, alpha=0.5, **look)
-            size = 12 + 14 * part.index.get_level_values("severity")
-            axis.scatter(part["rmse"], part["drop"], size, look["color"], marker=look["marker"])
-        axis.axhline(0, color="0.6", lw=0.8)
-        axis.margins(x=0.2)
-        rank = spearmanr(cells["rmse"], cells["drop"]).statistic
-        axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
-        axis.set_xlabel("mean RMSE of the maps")
-        ends.append(cells.groupby("corruption", sort=False)[["rmse", "drop"]].last())
-    for axis, last in zip(axes.flat, ends, strict=True):  # once all are drawn
-        colors = [line_style(number)["color"] for number in range(len(last))]
-        label_lines(axis, [f"    {_words(one)}" for one in last.index], last.to_numpy(), colors)
-    axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
-    title = f"Do maps ({METHOD}) move more where the AUC drops more?"
-    return _finish(figure, title, caption, "larger points: higher severity", legend=False)
+    return finish(figure, title, caption, "randomised layers, from the output down")
 
 
 # ------------------------------------------------------------------------------------------- parts
 
 
-def _panels(
+def shared_panels(
     used: int, *, columns: int = 4, height: float, common: bool = True
 ) -> tuple[Figure, np.ndarray]:
     """Panels with a common y axis, and x axis too; those that are not used are left empty."""
@@ -294,7 +197,7 @@ def _words(name: str) -> str:
     return str(name).replace("_", " ").replace("auprc", "AUPRC")
 
 
-def _finish(figure: Figure, title: str, caption: str, below: str, *, legend: bool = True) -> Figure:
+def finish(figure: Figure, title: str, caption: str, below: str) -> Figure:
     """Small type, a light grid, title, remark and legend under the panels or in a free one."""
     for axis in figure.axes:
         axis.tick_params(labelsize=TEXT)
@@ -305,12 +208,11 @@ def _finish(figure: Figure, title: str, caption: str, below: str, *, legend: boo
     figure.set_layout_engine("constrained")
     look, free = {"fontsize": TEXT, "title_fontsize": TEXT, "frameon": False}, figure.axes[-1]
     handles = figure.axes[0].get_legend_handles_labels()
-    if legend and free.axison:
+    if free.axison:
         look |= {"ncols": _columns(handles[1]), "loc": "outside lower center"}
         figure.legend(*handles, title=f"{below}\n{caption}", **look)
         return titled(figure, title, "")  # the caption heads the legend: both want the lower edge
-    if legend:
-        free.legend(*handles, loc="center", **look)
+    free.legend(*handles, loc="center", **look)
     return titled(figure, title, f"{below}\n{caption}")
 
 

@@ -141,7 +141,7 @@ from dlia_utils.attacks import checklist, evaluate, fgsm, normalised_eps, one_pi
 from dlia_utils.data import datasets, split
 from dlia_utils.models.mobilenet import IMAGENET_STD
 from dlia_utils.models.pixel import fast_copy
-from dlia_utils.study import attack_subset, load_models, made_by, open_study, stored
+from dlia_utils.study import load_models, made_by, open_study, stored
 from dlia_utils.study import test_opened, train_model, weights_label
 from dlia_utils.units import eps_text
 
@@ -163,7 +163,16 @@ MODELS += [*run.adversarial, *run.own]
 
 # %% [markdown]
 # **What the sections share**: the last row of their tables, which is what always giving the more frequent answer scores.
-# No attack can change that, so a model below it is worth less than none.
+# No attack can change that, so a model below it is worth less than none. And the test images for expensive attacks.
+
+# %% tags=["yours"]
+def attack_subset(study, per_class):
+    """A fixed, class-balanced sample of test rows, for attacks too expensive for the whole split."""
+    rng, test = np.random.default_rng(run.seed), study.rows("test")
+    labels, classes = study.labels(test).cpu().numpy(), range(len(study.dataset.classes))
+    drawn = [rng.permutation(test[labels == label])[:per_class] for label in classes]
+    return np.sort(np.concatenate(drawn))
+
 
 # %% tags=["yours"]
 def beside_constant(table, labels):
@@ -232,19 +241,22 @@ report.show(pd.DataFrame(rows), notes=f"{len(x)} validation images, {always}; {r
 chosen = torch.stack([(y == label).nonzero()[0, 0] for label in (0, 1)])
 x, y = x[chosen], y[chosen]
 attacked = first_attack(model, x, y, run.headline_eps)
-captions = [{"clean": study.dataset.classes[label]} for label in y.tolist()]
-answers = model(x).softmax(1), model(attacked).softmax(1)
-for line, before, after in zip(captions, *answers, strict=True):
-    line["clean"] += f": read as {study.dataset.classes[before.argmax()]} {before.max():.2f}"
-    line["attacked"] = f"attacked: {study.dataset.classes[after.argmax()]} {after.max():.2f}"
-figure = plots.figure_adversarial(x.cpu(), {"attacked": attacked.cpu()}, captions, run.caption)
+change = 0.5 + (attacked - x) / (2 * run.headline_eps)
+titles, classes = [], study.dataset.classes
+for label, *images in zip(y.tolist(), x, attacked, strict=True):
+    answers = [model(image[None]).softmax(1)[0] for image in images]
+    before, after = [f"read as\n{classes[p.argmax()]} {p.max():.2f}" for p in answers]
+    titles += [f"{classes[label]}, {before}", f"attacked, {after}", "the change"]
+shown = torch.stack([x, attacked, change], 1).flatten(0, 1).cpu()
+figure = plots.figure_samples(shown, titles, run.caption, columns=3)
 report.save_figure(figure, run, "first_attack")
 figure
 
 # %% [markdown]
 # *What to see in the table.* The attacked accuracy falls fast, that under noise does not. At a large eps a single step may
-# overshoot and do less than a smaller one: the loss is no straight line. *In the figure* the middle image looks like the left one; the answers above them need not agree. On the right is the
-# change itself, stretched to the full colour range (red: darker, blue: brighter): not one pixel moves more than eps.
+# overshoot and do less than a smaller one: the loss is no straight line. *In the figure* the middle image looks like the
+# left one; the answers above them need not agree. On the right is the change itself, stretched so that black is eps darker,
+# white eps brighter, and grey unchanged: not one pixel moves more than eps.
 
 # %% [markdown]
 # **What we learnt.** One gradient is enough to find a direction to which a plain network is helplessly sensitive; random
@@ -436,14 +448,26 @@ def adversarial_objective(study, name):
 # **Which epoch is kept?** For these models the one with the highest balanced validation accuracy, half of it clean and
 # half *under attack*. By clean accuracy alone it would be the least robust epoch; by attacked accuracy alone it might be
 # one that answers "pneumonia" to everything, which no attack can change.
+#
+# Fast training is watched besides: a network may learn to withstand its one large step and nothing else. Where a gap above
+# 0.2 opens in its `metrics.csv` between the accuracy under one step and that under ten, it has (*catastrophic overfitting*).
+
+# %%
+def one_step_or_ten(study, model):
+    """Accuracy on validation images under one large step and under ten of PGD."""
+    how = dict(attacks=("fgsm", "pgd_ce"), early_drop=False, batch_size=run.attack_batch)
+    found = evaluate.robust(model, suite.held_out(study), [run.at_eps], **how, progress=False)
+    right = 1 - found.rows.groupby("attack")["fooled"].mean()
+    row = {"val_single_step_accuracy": right["fgsm"], "val_pgd_accuracy": right["pgd_ce"]}
+    return row | {"val_overfitting_gap": right["fgsm"] - right["pgd_ce"]}
+
 
 # %%
 def train_adversarial(study, name):
     options = suite.choose_under_attack(study)
     if name == "fast_at":
-        watch = objectives.overfitting_monitor(*suite.held_out(study), eps=run.at_eps)
         judge = options["val_metric"]
-        options["val_metric"] = lambda model: watch(model) | judge(model)
+        options["val_metric"] = lambda model: one_step_or_ten(study, model) | judge(model)
     if name == "free_at":
         options["epochs"] = run.free_epochs // run.free_replays  # as the paper counts
     options |= {"epochs": run.long_epochs} if "long" in name.split("_") else {}
@@ -694,13 +718,17 @@ trained = load_models(study, ["baseline", (run.adversarial or MODELS)[0]])
 rows = attack_subset(study, 1)
 x, y = study.images(rows), study.labels(rows)
 how = dict(eps=run.headline_eps, steps=run.pgd_steps, loss="margin", stop_when_fooled=False)
-attacked, captions = {}, [{"clean": study.dataset.classes[label]} for label in y.tolist()]
+classes = study.dataset.classes
+shown, titles = [x], [[classes[label] for label in y.tolist()]]
 for name, model in trained.items():
     adversarial = pgd(model, x, y, **how, seed=[(0, row) for row in rows]).x_adv
-    attacked[name] = adversarial.cpu().numpy()
-    for line, p in zip(captions, train.predict(model, adversarial)[0], strict=True):
-        line[name] = f"{name}: {study.dataset.classes[p.argmax()]} {p.max():.2f}"
-figure = plots.figure_adversarial(x.cpu().numpy(), attacked, captions, run.caption)
+    answers = train.predict(model, adversarial)[0]
+    shown += [adversarial, 0.5 + (adversarial - x) / (2 * run.headline_eps)]
+    titles += [[f"{name}\n{classes[p.argmax()]} {p.max():.2f}" for p in answers]]
+    titles += [["the change"] * len(x)]
+titles = [title for line in zip(*titles, strict=True) for title in line]
+images, columns = torch.stack(shown, 1).flatten(0, 1).cpu(), len(shown)
+figure = plots.figure_samples(images, titles, run.caption, columns=columns)
 report.save_figure(figure, run, "adversarial")
 figure
 
@@ -741,7 +769,17 @@ masking = report.masking_table(results, eps=run.headline_eps)
 report.show(masking)
 
 # %%
-figure = plots.figure_masking(masking, run.caption, eps=run.headline_eps)
+names = {"pgd_ce": "accuracy,\nPGD, cross-entropy", "pgd_margin": "accuracy,\nPGD, logit margin"}
+names["zero_gradients"] = "share of images with\nan exactly zero gradient"
+figure, ((axis,),) = plots.panels(1, width=max(7.0, 0.55 * len(masking)), height=3.6)
+bars = masking[[*names]].rename(columns=names)
+bars.plot.bar(ax=axis, width=0.8, color=[*plots.COLORS], ylim=(0, 1.02), legend=False)
+axis.set_xticks(range(len(masking)), masking.index, rotation=25, ha="right")
+axis.set_xlabel("")
+figure.legend(loc="outside right center", fontsize=9, frameon=False)
+gap = masking["gap"].abs()
+title = f"PGD at {eps_text(run.headline_eps)} with two losses: largest gap {gap.max():.2f}"
+plots.titled(figure, f"{title} ({gap.idxmax()})", run.caption)
 report.save_figure(figure, run, "masking")
 figure
 
@@ -959,10 +997,20 @@ report.show(first[["temperature", "if_calibrated"]].join(shown), notes=notes)
 # %%
 some = ["baseline", "papernot", *run.adversarial[:1]]
 some = {name: calibrated[name] for name in some if name in calibrated}
-draws, curves = min(500, run.bootstrap_draws), {}
-for name, p in some.items():
-    curves[name] = calibration.reliability(labels, p, patients, draws=draws)
-figure = plots.figure_reliability(curves, run.caption)
+draws, gaps = min(500, run.bootstrap_draws), {}
+figure, ((axis,),) = plots.panels(1, width=6.0, height=4.2)
+axis.plot([0, 1], [0, 1], ":", color="0.6")
+for number, (name, p) in enumerate(some.items()):
+    table = calibration.reliability(labels, p, patients, draws=draws)
+    x, y, style = table["probability"], table["value"], plots.line_style(number)
+    reach = [(y - table[end]).abs() for end in ("ci_low", "ci_high")]
+    axis.errorbar(x, y, reach, label=name, capsize=2, **style)
+    gaps[name] = (y - x).abs().max()
+axis.set(xlabel="mean P(class 1) in the bin", ylabel="share of class 1", aspect="equal")
+figure.legend(loc="outside right center", fontsize=9, frameon=False)
+most = max(gaps, key=gaps.get)
+title = f"Reliability, bins of equal mass: furthest off by {gaps[most]:.2f} ({most})"
+plots.titled(figure, title, run.caption)
 report.save_figure(figure, run, "reliability")
 figure
 
@@ -1092,9 +1140,10 @@ certified = stored(study, "certificate_gaussian_noise", lambda: certify(study, r
 
 # %%
 radii = np.array([0, 0.5, 1, 1.5, 2, 2.4]) * run.sigma  # 1,000 draws can show 2.46 sigma at most
-draws = run.bootstrap_draws
-table = smoothing.certified_accuracy(certified, radii, study.patients(rows), draws=draws)
-table = table.rename(columns={"radius": "eps"}).filter(report.RESULT_COLUMNS)
+right, patients, draws = certified["correct"], study.patients(rows), run.bootstrap_draws
+sure = [right & certified["radius"].ge(radius) for radius in radii]
+table = pd.DataFrame([metrics.share(one, patients, draws=draws) for one in sure])
+table = table.assign(metric="certified_accuracy", eps=radii)
 labels = {"model": "gaussian_noise, smoothed", "attack": "any, certified"}
 table = report.result_rows(table, run, **labels, eps_unit="L2 length")
 report.update_results(table, RESULTS)

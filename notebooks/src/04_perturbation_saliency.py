@@ -546,13 +546,27 @@ report.show(pd.DataFrame(rows), notes="In brackets: 95 % intervals, by resamplin
 
 # %%
 def auc_figure(plain):
-    """The AUC of both trainings of a network over severity."""
-    pair = {name: grids[name] for name in (plain, PAIRS[plain])}
-    figure = figures.figure_auc_lines(pair, study_of(plain, study).run.caption)
+    """The AUC of both trainings of a network over severity, a panel a corruption."""
+    names = run.corruptions
+    figure, axes = figures.shared_panels(len(names), columns=4 + (len(names) > 12), height=1.7)
+    for number, model in enumerate((plain, PAIRS[plain])):
+        look = plots.line_style(number)
+        for axis, name in zip(axes.flat, names, strict=False):
+            own = grids[model][grids[model]["corruption"].isin(["clean", name])]
+            axis.plot(own["severity"], own["value"], ms=3.5, lw=1.3, label=model, **look)
+            band = {"color": look["color"], "alpha": 0.15}
+            axis.fill_between(own["severity"], own["ci_low"], own["ci_high"], **band)
+            axis.set_title(name.replace("_", " "))
+    low = pd.concat([grids[m].assign(model=m) for m in (plain, PAIRS[plain])], ignore_index=True)
+    low = low.loc[low["value"].idxmin()]
+    title = f"Lowest AUC {low['value']:.2f}: {low['model']}, {low['corruption']} {low['severity']}"
+    caption, below = study_of(plain, study).run.caption, "AUC over severity; bands: intervals"
+    figures.finish(figure, title.replace("_", " "), caption, below)
     report.save_figure(figure, run, f"auc_{plain}")
     return figure
 
 
+# %%
 figure = auc_figure("resnet18")
 figure
 
@@ -715,20 +729,48 @@ report.show(pd.DataFrame(rows))
 # Zero maps are counted because two empty maps agree perfectly: where they are many, a small drift means nothing.
 
 # %%
+def by_layer(table):
+    """Mean drift of Grad-CAM++ in each cell and layer, and the middle half of the ceiling."""
+    own = table.query("method == 'gradcam++'")
+    layers = list(own["layer"].unique())
+    means = own.groupby(["corruption", "severity", "layer"])["rmse"].mean().unstack()[layers]
+    pairs = own[own["corruption"].eq(drift.CEILING)].groupby("layer")["rmse"]
+    return means, pairs.quantile([0.25, 0.75]).unstack().loc[layers]
+
+
+# %%
 def drift_figure(plain):
     """How far Grad-CAM++ moves in both trainings of a network, layer by layer."""
-    pair = {name: moved["test", name] for name in (plain, PAIRS[plain])}
-    figure = figures.figure_drift(pair, study_of(plain, study).run.caption)
+    across, references = len(run.severities), {"floor": drift.FLOOR, "ceiling": drift.CEILING}
+    figure, axes = figures.shared_panels(2 * across, columns=across, height=2.3)
+    for line, name in zip(axes, (plain, PAIRS[plain]), strict=True):
+        means, half = by_layer(moved["test", name])
+        layers = list(means)
+        for axis, severity in zip(line, run.severities, strict=True):
+            for number, kind in enumerate(run.mapped):
+                look = plots.line_style(number) | {"label": kind.replace("_", " ")}
+                axis.plot(layers, means.loc[kind, severity], ms=3.5, lw=1.2, **look)
+            for style, (label, kind) in zip((":", "--"), references.items(), strict=True):
+                axis.plot(layers, means.loc[kind, 0], color="0.4", ls=style, label=label)
+            axis.fill_between(layers, half[0.25], half[0.75], color="0.5", alpha=0.15, lw=0)
+            axis.set_title(f"severity {severity}")
+            axis.tick_params(axis="x", rotation=90, labelbottom=name != plain)
+        line[0].set_ylabel(name.replace("_", " "))
+    most = means.xs(severity, level="severity").mean(axis=1).idxmax()
+    title = f"{most} moves the maps of {name} most (severity {severity})".replace("_", " ")
+    below = "RMSE of scaled maps (0 to 255), layers from shallow to deep"
+    figures.finish(figure, title, study_of(plain, study).run.caption, below)
     report.save_figure(figure, run, f"drift_{plain}")
     return figure
 
 
+# %%
 figure = drift_figure("resnet18")
 figure
 
 # %% [markdown]
 # **What to see in it.** Read the grey lines first: the dotted one is the floor (the same image again, which must be near 0), the
-# dashed one the ceiling (two different images). Where a coloured line reaches the ceiling, the maps of the clean and of the
+# dashed one the ceiling (two different images; grey: the middle half of such pairs). Where a coloured line reaches the ceiling, the maps of the clean and of the
 # corrupted image are no more alike than those of two different images: such a map is no longer about this image.
 
 # %%
@@ -791,17 +833,35 @@ seen, moved = ({name: maps_of(name, study)[part] for name in MODELS} for part in
 patients = patients_of(study, seen[MODELS[0]]["image"].unique())
 options = {"draws": run.bootstrap_draws}
 grids = {name: corruption_error.grid(one, patients, **options) for name, one in seen.items()}
+CELL = ["corruption", "severity"]
 
 
 # %%
 def scatter_figure(plain):
     """The fall of the AUC against the drift, for both trainings of a network."""
-    two = [{name: tables[name] for name in (plain, PAIRS[plain])} for tables in (grids, moved)]
-    figure = figures.figure_scatter(*two, study_of(plain, study).run.caption)
+    figure, axes = figures.shared_panels(2, height=3.6)
+    for axis, name in zip(axes.flat, (plain, PAIRS[plain]), strict=True):
+        drifted = moved[name].query("method == 'gradcam++'").groupby(CELL, sort=False)["rmse"]
+        cells = grids[name].set_index(CELL)[["drop"]].join(drifted.mean(), how="inner")
+        for number, (kind, part) in enumerate(cells.groupby("corruption", sort=False)):
+            look = plots.line_style(number)
+            axis.plot(part["rmse"], part["drop"], color=look["color"], lw=0.7, alpha=0.5)
+            size = 12 + 14 * part.index.get_level_values("severity")
+            dots = {"marker": look["marker"], "label": kind.replace("_", " ")}
+            axis.scatter(part["rmse"], part["drop"], size, look["color"], **dots)
+        axis.axhline(0, color="0.6", lw=0.8)
+        rank = spearmanr(cells["rmse"], cells["drop"]).statistic
+        axis.set_title(f"{name}: Spearman {rank:+.2f} over {len(cells)} cells")
+        axis.set_xlabel("mean RMSE of the maps")
+    axes[0, 0].set_ylabel("drop of the AUC (clean minus corrupted)")
+    title = "Do maps (Grad-CAM++) move more where the AUC drops more?"
+    caption = study_of(plain, study).run.caption
+    figures.finish(figure, title, caption, "larger points: higher severity")
     report.save_figure(figure, run, f"scatter_{plain}")
     return figure
 
 
+# %%
 figure = scatter_figure("resnet18")
 figure
 
@@ -823,10 +883,10 @@ for plain in [name for name in PAIRS if name != "resnet18"]:
 # The numbers in the titles, once more by hand:
 
 # %%
-cells, rows = ["corruption", "severity"], []
+rows = []
 for name in MODELS:
-    drifted = moved[name].query("method == 'gradcam++' and severity > 0").groupby(cells)["rmse"]
-    lost = grids[name].set_index(cells)["drop"].loc[drifted.mean().index]
+    drifted = moved[name].query("method == 'gradcam++' and severity > 0").groupby(CELL)["rmse"]
+    lost = grids[name].set_index(CELL)["drop"].loc[drifted.mean().index]
     found = {"metric": "rank correlation of cells", "value": spearmanr(drifted.mean(), lost)[0]}
     own = pd.DataFrame([found | {"ci_low": np.nan, "ci_high": np.nan, "n": len(lost)}])
     whole = {"model": name, "attack": "drift and loss of AUC", "eps_unit": "all severities"}

@@ -633,15 +633,42 @@ table["AP, IoU 0.5"] = cells
 best = evaluate.best_thresholds(own).drop(columns=["label", "fp_per_image"])[1:]
 report.show(table.join(best.astype(float).set_index(table.index)))
 
+
 # %% [markdown]
-# FROC. The line of all classes counts every false mark of an image, a class's line only its own:
-# compare classes with each other, not with the pooled line.
+# **FROC.** A point is the highest sensitivity with no more false marks an image than the rate below
+# it; the mean of the seven is the score of LUNA16 (Setio et al., *Validation, Comparison, and
+# Combination of Algorithms for Automatic Detection of Pulmonary Nodules*, 2017,
+# [1612.08012](https://arxiv.org/abs/1612.08012)). The line of all classes counts every false mark of
+# an image, a class's line only its own: compare classes with each other, not with the pooled line.
+
+# %%
+def froc_points(curve):
+    """The sensitivity at each of the seven rates of false marks an image, 0 where none is left."""
+    reached = [curve.recall[curve.fp_per_image <= rate + 1e-9].max() for rate in evaluate.RATES]
+    return np.nan_to_num(np.array(reached, dtype=float))
+
 
 # %%
 curves = {"all classes": evaluate.curve(own)}
 if len(classes) > 1:
     curves |= {name: evaluate.curve(own, label) for label, name in enumerate(classes, 1)}
-figure = figures.figure_froc(curves, run.caption)
+figure, ((axis,),) = plots.panels(1, width=7.4, height=4.2)
+for number, (name, curve) in enumerate(curves.items()):
+    known = curve.dropna().sort_values(["fp_per_image", "recall"])
+    points, style = froc_points(known), plots.line_style(number)
+    told = f"mean {points.mean():.3f}" if len(known) else "no true box, or no prediction"
+    axis.plot([], [], label=f"{name} ({told})", ms=5, **style)
+    axis.plot(evaluate.RATES, points, ms=5, **style | {"ls": "none"})
+    across = np.r_[known.fp_per_image.clip(lower=1 / 64), 16]  # a logarithm has no place for 0
+    up = np.r_[known.recall, known.recall.max()]
+    axis.step(across, up, where="post", lw=1.3, **style | {"marker": ""})
+axis.set_xscale("log", base=2)
+axis.set_xticks(evaluate.RATES, "1/8 1/4 1/2 1 2 4 8".split())
+axis.set(xlim=(1 / 9, 9), ylim=(-0.02, 1.02))
+axis.set(xlabel="false positives per image", ylabel="sensitivity")
+axis.legend(**figures.LEGEND_RIGHT)
+found = froc_points(curves["all classes"].dropna())[evaluate.RATES.index(1)]
+figures.finish(figure, f"{found:.0%} of the boxes at one false positive an image", run.caption)
 report.save_figure(figure, run, "froc")
 figure
 

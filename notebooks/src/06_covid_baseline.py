@@ -99,7 +99,7 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from scipy.stats import gaussian_kde
+from scipy.stats import chi2_contingency, gaussian_kde, kruskal
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -130,10 +130,15 @@ def channels(width):
     return [width * 2**block for block in range(run.blocks)]
 
 
+def deviation(mean, spread):
+    """Deviation of all pixels, from the mean and the deviation of each place."""
+    return np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
+
+
 def grey_statistics(study):
     """Mean and deviation of all pixels of the TRAINING images."""
     mean, spread = explore.mean_and_spread(study.cache, study.rows("train"))
-    return mean.mean(), np.sqrt((spread**2 + mean**2).mean() - mean.mean() ** 2)
+    return mean.mean(), deviation(mean, spread)
 
 
 def network(study, *, width, dropout, normalisation=None):
@@ -159,6 +164,63 @@ def auc_of(labels, score, patients):
 def stretched(x):
     """The grey values of a picture moved to [0, 1], so that it can be shown."""
     return ((x - x.min()) / (x.max() - x.min()).clamp(min=1e-6)).cpu()
+
+
+# %% [markdown]
+# **What is measured of the images**, in section 1 without the test images and in section 8 with them: grey values of each
+# split and class, and whether the splits could be one pool that was divided at random.
+
+# %% tags=["yours"]
+def grey_values(dataset, cache):
+    """Grey values in [0, 1] of the images of each split and class, one row each."""
+    own, rows = explore.image_statistics(cache), []
+    for (split_name, class_name), chosen in explore.rows_by_split(dataset).items():
+        mean, spread = explore.mean_and_spread(cache, chosen)
+        row = {"split": split_name, "class_name": class_name, "images": len(chosen)}
+        row |= {"min": own["min"][chosen].min(), "max": own["max"][chosen].max()}
+        row |= {"mean": mean.mean(), "std": deviation(mean, spread)}
+        row |= {"contrast": own["contrast"][chosen].mean()}
+        row |= {"pixel_mean_min": mean.min(), "pixel_mean_max": mean.max()}
+        rows.append(row | {"pixel_std_min": spread.min(), "pixel_std_max": spread.max()})
+    return pd.DataFrame(rows)
+
+
+# %% tags=["yours"]
+def split_tests(dataset, cache):
+    """Chi-square of the class counts, Kruskal-Wallis of grey values inside each class."""
+    keys = ["split", "patient", "class_name"]
+    table = dataset.manifest[keys].join(explore.image_statistics(cache)[["grey", "contrast"]])
+    units = table.groupby(keys).mean().reset_index()  # a patient counts once
+    counts = pd.crosstab(units["split"], units["class_name"])
+    found = chi2_contingency(counts)
+    effect = np.sqrt(found.statistic / (counts.to_numpy().sum() * (min(counts.shape) - 1)))
+    rows = [("class counts", "all", found.pvalue, effect)]
+    for column, test in {"grey": "mean grey", "contrast": "contrast"}.items():
+        for name, own in units.groupby("class_name"):
+            parts = [part[column] for _, part in own.groupby("split")]
+            alike = len(parts) < 2 or own[column].nunique() < 2
+            statistic, p = (0.0, 1.0) if alike else kruskal(*parts)
+            rows.append((test, name, p, statistic / max(len(own) - 1, 1)))
+    return pd.DataFrame(rows, columns=["test", "class_name", "p", "effect"])
+
+
+# %% [markdown]
+# In words: how often a random division would differ as much, whether that is too seldom for luck after the correction
+# for several tests, and how large the effect is (by the limits of Cohen, *Statistical Power Analysis for the Behavioral
+# Sciences*, 1988).
+
+# %% tags=["yours"]
+def judged(tests):
+    """The tests with corrected p-values, and what they mean."""
+    tests = tests.assign(p_holm=metrics.holm(tests["p"]))
+    tests["uneven"], words = tests["p_holm"] < 0.05, []
+    for row in tests.itertuples():
+        limits = (0.1, 0.3, 0.5) if row.test == "class counts" else (0.01, 0.06, 0.14)
+        size = ("negligible", "small", "medium", "large")[np.searchsorted(limits, row.effect)]
+        share = f"{row.p:.1%}" if row.p >= 0.001 else "less than 0.1%"
+        verdict = f"uneven, by a {size} effect" if row.uneven else "no sign of an uneven division"
+        words.append(f"{share} of random divisions would differ at least this much: {verdict}")
+    return tests.assign(meaning=words)
 
 
 # %% [markdown]
@@ -230,7 +292,18 @@ columns = ["split", "class_name", "images", "sizes", "commonest", "share"]
 report.show(sizes[columns].astype({"sizes": str}), notes=study.dataset.split_rule)
 
 # %%
-figure = explore.figure_classes(study.dataset, run.caption)
+counts = pd.crosstab(study.dataset.manifest["split"], study.dataset.manifest["class_name"])
+counts = counts.loc[["train", "val", "test"], [*study.dataset.classes]]
+figure, ((axis,),) = plots.panels(1, width=6.0, height=3.2)
+counts.plot.bar(ax=axis, color=[*plots.COLORS], rot=0, xlabel="", ylabel="images")
+shares = counts.div(counts.sum(axis=1), axis=0)
+for name, bars in zip(counts, axis.containers, strict=True):
+    texts = [f"{n}\n{share:.0%}" for n, share in zip(counts[name], shares[name], strict=True)]
+    axis.bar_label(bars, texts, fontsize=9)
+axis.margins(y=0.2)
+axis.legend(fontsize=9, frameon=False)
+share = counts.sum() / counts.to_numpy().sum()
+plots.titled(figure, f"Most images: {share.idxmax()}, {share.max():.0%} of all", run.caption)
 report.save_figure(figure, run, "classes")
 figure
 
@@ -258,13 +331,36 @@ figure
 # image, and the least and the most varied place (pixel by pixel).
 
 # %%
-grey = explore.pixel_statistics(pixels, explore.rows_by_split(seen))
+grey = grey_values(seen, pixels)
 names = {"pixel_mean_min": "darkest place", "pixel_mean_max": "brightest place"}
 names |= {"pixel_std_min": "least varied", "pixel_std_max": "most varied"}
 report.show(grey.rename(columns=names))
 
 # %%
-figure = explore.figure_mean_images(pixels, seen, run.caption)
+names = [*seen.classes]
+maps = [explore.mean_and_spread(pixels, parts["train", name]) for name in names]
+widest = max(spread.max() for _, spread in maps)
+figure, axes = plots.panels(len(maps) + 1, rows=2, width=2.5, height=2.6)
+for name, (mean, spread), (above, below) in zip(names, maps, axes.T, strict=False):
+    above.imshow(mean, cmap="gray", vmin=0, vmax=1)
+    above.set_title(f"mean, {name}", fontsize=9)
+    drawn = below.imshow(spread, cmap="viridis", vmin=0, vmax=widest)
+    below.set_title(f"standard deviation, {name}", fontsize=9)
+    figure.colorbar(drawn, ax=below, fraction=0.046)
+
+# %%
+difference, told = maps[1][0] - maps[0][0], f"{names[1]} - {names[0]}"
+reach = np.abs(difference).max()
+drawn = axes[0, -1].imshow(difference, cmap="RdBu_r", vmin=-reach, vmax=reach)
+axes[0, -1].set_title(told, fontsize=9)
+figure.colorbar(drawn, ax=axes[0, -1], fraction=0.046)
+for axis in axes.flat:
+    axis.axis("off")
+plots.titled(
+    figure,
+    f"{told}: at most {reach:.2f} of the grey scale",
+    f"grey values in [0, 1]; {run.caption}",
+)
 report.save_figure(figure, run, "mean_images")
 figure
 
@@ -276,10 +372,10 @@ figure
 # tests ask how surprising the difference is: chi-square for the class counts, Kruskal-Wallis (a test of ranks) for
 # brightness and contrast inside each class. Several tests find something by luck, so their p-values are corrected for
 # their number (Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979). A split drawn in proportion gives
-# a p near 1 for the counts.
+# a p near 1 for the counts. An effect (Cramer's V of the counts, epsilon squared of the ranks) lies between 0 and 1.
 
 # %%
-tests = explore.uniform_split_test(seen, pixels)
+tests = judged(split_tests(seen, pixels))
 report.show(tests[["test", "class_name", "p_holm", "effect", "meaning"]].round(2))
 
 # %% [markdown]
@@ -944,8 +1040,8 @@ figure
 
 # %%
 sizes = explore.sizes(study.dataset, study.cache.shapes)
-grey = explore.pixel_statistics(study.cache, explore.rows_by_split(study.dataset))
-tests = explore.uniform_split_test(study.dataset, study.cache)
+grey = grey_values(study.dataset, study.cache)
+tests = judged(split_tests(study.dataset, study.cache))
 for name, table in {"sizes": sizes, "grey": grey, "split_tests": tests}.items():
     files.write_csv(table, TABLES / f"{name}.csv")
 columns = ["split", "class_name", "images", "sizes", "commonest", "share"]

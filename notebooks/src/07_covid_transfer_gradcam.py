@@ -167,6 +167,11 @@ def final_histories(study):
 
 
 # %% tags=["yours"]
+def best_epoch(history):
+    """The epoch of the lowest validation loss: so long a final training takes."""
+    return int(history["epoch"][history["val_loss"].idxmin()])
+
+
 def train_and_val(study):
     """Training and validation images together, augmented: for a final training."""
     rows = np.concatenate([study.rows("train"), study.rows("val")])
@@ -461,7 +466,7 @@ best = {name: found.best[name] for name in ("lr", "batch_size")}
 selected = new_model(start, head, found.best["dropout"])
 how = best | {"monitor": "val_loss", "patience": run.patience}
 fitted = fit_head(study, "selected", selected, *sets, **how)
-epochs = search.retrain_epochs(fitted.history, monitor="val_loss")
+epochs = best_epoch(fitted.history)
 frozen = new_model(start, head, found.best["dropout"])
 how = best | {"monitor": "epoch", "patience": None, "epochs": epochs}
 final = fit_head(study, "frozen", frozen, features(study, "train", "val"), None, **how)
@@ -554,27 +559,62 @@ tolerance = max(0.02, 2 * np.sqrt(2 * share * (1 - share) / len(study.rows("trai
 print(f"frozen model, augmented training images: accuracy {share:.3f};", end=" ")
 print(f"a fall of more than {tolerance:.3f} ends an attempt")
 
+
+# %%
+class Drop(Exception):
+    """The training accuracy fell: the attempt is over."""
+
+
+def attempt(study, sets, frozen, tolerance, **how):
+    """Fine-tune at one rate to the end or to a fall: one row. frozen: that model's numbers."""
+    seen, row = [frozen["train_accuracy"]], {"best_epoch": 0, "val_loss": np.nan}
+
+    def watch(told):
+        seen.append(told["train_accuracy"])
+        if seen[-1] < max(seen) - tolerance:
+            raise Drop
+
+    try:
+        model = unfrozen(study, "selected")  # the weights are loaded again
+        fitted = train.fit(model, loss_of(study), *sets, on_epoch=watch, **how)
+        row = {"best_epoch": fitted.best_epoch, "val_loss": fitted.best_score}
+        outcome = "gain" if fitted.best_score < frozen["val_loss"] else "no gain"
+    except Drop:
+        outcome = "drop"
+    except FloatingPointError:
+        outcome = "diverged"
+    last = {"epochs": len(seen) - 1, "outcome": outcome}
+    last["train_accuracy"] = seen[-1] if last["epochs"] else np.nan
+    return {"lr": how["lr"]} | row | last | {f"baseline_{key}": frozen[key] for key in frozen}
+
+
+# %% [markdown]
+# The rates, from the largest downwards. After a gain no other is needed; without a fall there is nothing that a smaller
+# one would mend.
+
 # %%
 given = run.pick("tuning_lrs", "tuning_epochs", "unfrozen", "batch_size", "seed")
 given |= study.key | {"selected": weights_key(run, "selected")}
 how = run.pick("batch_size", "num_workers", "seed", "max_minutes")
 how |= dict(epochs=run.tuning_epochs, monitor="val_loss", patience=None, schedule="cosine")
-how |= dict(run_dir=work_folder(run, "tuning", given), resume=bool(run.resume), config=given)
-tuned = search.finetune_with_drop_rule(
-    lambda: unfrozen(study, "selected"),
-    loss_of(study),
-    study.torch_set("train", augmented=True),
-    study.torch_set("val"),
-    lrs=run.tuning_lrs,
-    baseline={"train_accuracy": share, "val_loss": history["val_loss"].min()},
-    tolerance=tolerance,
-    **how,
-)
-report.show(tuned.attempts, digits=3)
+how |= dict(resume=bool(run.resume), config=given)
+folder, rows = work_folder(run, "tuning", given), []
+sets = study.torch_set("train", augmented=True), study.torch_set("val")
+known = {"train_accuracy": share, "val_loss": history["val_loss"].min()}
+for number, lr in enumerate(run.tuning_lrs, 1):
+    how |= dict(run_dir=folder / f"attempt{number}", lr=lr)
+    rows.append({"attempt": number} | attempt(study, sets, known, tolerance, **how))
+    files.write_csv(pd.DataFrame(rows), folder / "attempts.csv")
+    if rows[-1]["outcome"] in ("gain", "no gain"):
+        break
 
 # %%
-folder, attempts = run.run_dir / "tuning", {}
-for row in tuned.attempts.query("epochs > 0").itertuples():
+tuned = pd.DataFrame(rows)
+report.show(tuned, digits=3)
+
+# %%
+attempts = {}
+for row in tuned.query("epochs > 0").itertuples():
     path = folder / f"attempt{row.attempt}" / "metrics.csv"
     attempts[f"rate {row.lr:g}: {row.outcome}"] = pd.read_csv(path)
 figure = plots.figure_curves(attempts, run.caption)
@@ -590,11 +630,11 @@ figure
 # together. If there was none, there is no fine-tuned model, and everything below goes on without it.
 
 # %%
-if tuned.fitted is None:
+if tuned["outcome"].iloc[-1] != "gain":
     print("no gain on the validation images: the frozen model is kept")
 else:
     how = dict(monitor="epoch", patience=None, schedule="cosine", epochs=run.tuning_epochs)
-    how["lr"] = tuned.attempts["lr"].iloc[-1]
+    how["lr"] = tuned["lr"].iloc[-1]
     model, images = unfrozen(study, "frozen"), train_and_val(study)
     fitted = fit_model(study, "finetuned", model, loss_of(study), images, None, **how)
     path = fitted.history["train_accuracy"]
@@ -637,7 +677,7 @@ if baseline_folder(study) == run.run_dir:
     sets = study.torch_set("train", augmented=True), study.torch_set("val")
     how = dict(lr=1e-3, epochs=run.baseline_epochs, monitor="val_loss")
     held = fit_model(study, "baseline_val", new_baseline(), loss_of(study), *sets, **how)
-    how |= dict(epochs=search.retrain_epochs(held.history, monitor="val_loss"))
+    how |= dict(epochs=best_epoch(held.history))
     how |= dict(monitor="epoch", patience=None)
     together = train_and_val(study), None
     fit_model(study, "baseline", new_baseline(), loss_of(study), *together, **how)
@@ -976,9 +1016,21 @@ model, rows = load_models(study, [name])[name], study.rows("test")
 test_opened(study, "Grad-CAM of all test images")
 x, labels, patients = study.images(rows), study.labels(rows).cpu().numpy(), study.patients(rows)
 probability = train.predict(model, x)[0][:, 1]
-maps = torch.cat([gradcam(model, part).heat().cpu() for part in x.split(64)])
+maps = torch.cat([gradcam(model, part).heat().cpu().double() for part in x.split(64)]).numpy()
 masks, lungs = shortcuts.lung_masks(study.dataset, rows, study.cache)
 print("lungs are", lungs)
+
+
+# %%
+def energy_inside(maps, masks, patients):
+    """Mean energy, area and gain with intervals; a map that is zero everywhere counts as flat."""
+    area, total = masks.mean((1, 2)), maps.sum((1, 2))
+    zero = total <= 0
+    energy = np.where(zero, area, (maps * masks).sum((1, 2)) / np.where(zero, 1, total))
+    found, how = {"energy": energy, "area": area, "gain": energy - area}, run.bootstrap_draws
+    rows = [{"metric": m} | metrics.mean(v, patients, draws=how) for m, v in found.items()]
+    return pd.DataFrame(rows).assign(zero_maps=zero.sum())
+
 
 # %%
 read = (probability > 0.5).astype(int)
@@ -986,12 +1038,9 @@ groups = {"all": np.ones(len(rows), bool), "right": read == labels, "wrong": rea
 for label, positive in ((1, 1), (0, 0), (0, 1), (1, 0)):
     kind = f"{'true' if label == positive else 'false'} {'positive' if positive else 'negative'}"
     groups[kind] = (labels == label) & (read == positive)
-tables, how = [], dict(draws=run.bootstrap_draws)
-for group, own in groups.items():
-    if own.any():
-        inside = shortcuts.inside_energy(maps[own], masks[own], groups=patients[own], **how)
-        tables.append(inside.assign(group=group))
-energy = pd.concat(tables)
+groups = {group: own for group, own in groups.items() if own.any()}
+energy = [energy_inside(maps[own], masks[own], patients[own]) for own in groups.values()]
+energy = pd.concat(energy, keys=groups, names=["group"]).reset_index("group")
 
 # %%
 files.write_csv(energy, run.run_dir / "energy.csv")
@@ -1169,6 +1218,7 @@ plots.titled(figure, title, run.caption)
 report.save_figure(figure, run, "audit")
 figure
 
+
 # %% [markdown]
 # **What to see in it.** The two forms of a line answer different questions. Squares right of the dotted line in
 # *border*, *corners* or *lungs blanked*: the images offer a shortcut. Circles there: this model takes it. A circle at
@@ -1178,10 +1228,39 @@ figure
 # into the middle for comparison. An answer about lungs should not move.
 
 # %%
+def with_marker(x, place):
+    """A white square, 8 % of the side, burnt into a corner or the middle of images [N,1,S,S]."""
+    x, side = x.clone(), x.shape[-1]
+    long, gap = max(round(0.08 * side), 1), round(0.03 * side)
+    down = right = (side - long) // 2
+    if place != "middle":
+        down, right = (side - gap - long if far in place else gap for far in ("lower", "right"))
+    x[..., down : down + long, right : right + long] = 1.0
+    return x
+
+
+# %%
+def marker_test(model, given):
+    """How the answers of a model move, with intervals: five places, six numbers each."""
+    patients, before, rows = given.patients, train.predict(model, given.x)[0][:, 1], []
+    for place in ("upper left", "upper right", "lower left", "lower right", "middle"):
+        after = train.predict(model, with_marker(given.x, place))[0][:, 1]
+        was, now = before > 0.5, after > 0.5
+        found = {"change": after - before, "size_of_change": np.abs(after - before)}
+        found |= {"flips": was != now, "flips_to_1": now & ~was, "flips_to_0": was & ~now}
+        right, still = ((answer == given.y).astype(float) for answer in (was, now))
+        found["accuracy_change"] = still - right
+        for metric, values in found.items():
+            row = metrics.mean(values, patients, draws=run.bootstrap_draws)
+            rows.append({"place": place, "metric": metric} | row)
+    return pd.DataFrame(rows)
+
+
+# %%
 marker = stored(
     study,
     f"marker_{name}",
-    lambda: shortcuts.marker_test(model, tested, draws=run.bootstrap_draws),
+    lambda: marker_test(model, tested),
     model=name,
     uses=["bootstrap_draws"],
 )
