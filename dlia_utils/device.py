@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import time
@@ -19,6 +20,7 @@ from torch import nn
 
 SECONDS = 0.7  # of measuring: in less, a system's favour for a new process hides other work
 WORTH = 0.9  # all threads must save a tenth: beside a little other work they may cost many times
+MODEST, MOST = 64, 1024  # images in one pass: without a GPU, and with much memory
 RELEASE_EVERY = 10.0  # seconds: to take a GB from the system again costs half a second
 released = [-RELEASE_EVERY]  # when it was last
 
@@ -81,6 +83,45 @@ def malloc_trim() -> Callable[[int], int] | None:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # macOS and musl, none, Windows
         return None
+
+
+def fitting_batch(model: nn.Module, images: torch.Tensor) -> int:
+    """How many images an attack takes at once: on a GPU the largest power of two that fits.
+
+    At most half of the free memory for forward and backward pass, since cuDNN and the attack's own
+    points want some; on a CPU `MODEST`, as more only cost memory there. images: [N,C,H,W].
+
+    >>> fitting_batch(nn.Flatten(), torch.rand(3, 1, 8, 8))
+    64
+    """
+    device = device_of(model, images)
+    if device.type != "cuda":
+        return MODEST
+    fits = torch.cuda.mem_get_info(device)[0] / 2 / step_bytes(model, images[:8], device)
+    return max(1, min(MOST, 2 ** int(math.log2(max(fits, 1)))))
+
+
+@torch.enable_grad()
+def step_bytes(model: nn.Module, images: torch.Tensor, gpu: torch.device) -> float:
+    """What one forward and backward pass of images takes of a GPU's memory, per image."""
+    torch.cuda.reset_peak_memory_stats(gpu)
+    before, x = torch.cuda.memory_allocated(gpu), images.to(gpu, copy=True).requires_grad_()
+    torch.autograd.grad(model(x).float().sum(), x)
+    most = torch.cuda.max_memory_allocated(gpu) - before
+    torch.cuda.empty_cache()  # what is kept for later counts as taken
+    return max(most, 1) / len(images)
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Float32 products in TF32 on a GPU that has it (convolutions are by torch's own default)."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .progress import STATUS, Bar
 
 PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
+KERNEL_STARTS = 3
 SECONDS_BETWEEN_LINES = 10  # in a log file, at least
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -198,7 +200,8 @@ def execute(
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in variables.items() if value is not None})
-        papermill.execute_notebook(
+        _started(
+            papermill.execute_notebook,
             # In a path papermill takes {name} for a parameter.
             *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)),
             # As JSON has it: papermill would write a tuple down as a text.
@@ -210,6 +213,23 @@ def execute(
             **hooks,
         )
     return out
+
+
+def _started(execute_notebook: Callable, *args: Any, **options: Any) -> None:
+    """Execute it, again where its kernel died before it answered.
+
+    Jupyter finds five free ports and hands their numbers on; the kernel takes them a second later.
+    Within one process none is given twice, but another process may be given it in that second.
+    """
+    for left in range(KERNEL_STARTS - 1, -1, -1):
+        try:
+            return execute_notebook(*args, **options)
+        except RuntimeError as error:
+            if not left or "before replying" not in str(error):
+                raise
+            said = "the kernel died before it answered (another one may have taken its port): it is"
+            print(f"{said} started again", file=sys.stderr)
+            time.sleep(random.uniform(0, 3))  # those that met do not meet again
 
 
 @contextmanager

@@ -21,18 +21,29 @@ from joblib import wrap_non_picklable_objects
 from .progress import Bar
 
 
+class JobsFailed(RuntimeError):
+    """The end of the failed jobs' logs; `results` holds what the others returned."""
+
+    def __init__(self, text: str, results: dict[str, Any]) -> None:
+        well = f"ended well, and is read back the next time: {', '.join(results) or 'nothing'}"
+        super().__init__(f"{text}\n\n{well}")
+        self.results = results
+
+
 def each(
     function: Callable[[str], Any],
     names: Sequence[str],
     *,
     log_dir: str | Path,
     devices: Sequence[str] | None = None,
+    cost: Callable[[str], float] = lambda name: 0,
 ) -> dict[str, Any]:
     """`{name: function(name)}`; with two or more `devices` as processes, each seeing one device.
 
-    `devices` are values of CUDA_VISIBLE_DEVICES (default: all GPUs). The function may be a notebook
-    cell's; what it returns is pickled: tables and numbers. Output goes to `log_dir`/NAME.log. A
-    failed job lets the others end. Raises: RuntimeError with the end of the failed jobs' logs.
+    `devices` are values of CUDA_VISIBLE_DEVICES (default: all GPUs). Jobs start in the order of
+    `names`, those of the highest `cost` first: else the longest may be left for the end. The
+    function may be a notebook cell's; what it returns is pickled: tables and numbers. Output goes
+    to `log_dir`/NAME.log. A failed job lets the others end. Raises: `JobsFailed`.
     """
     if devices is None:
         devices = [str(number) for number in range(torch.cuda.device_count())]
@@ -65,7 +76,8 @@ def each(
         return "\n".join([f"{name} ended with status {status}:", *tail]) if status else ""
 
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(devices)) as pool:
-        jobs = [pool.submit(job, number) for number in range(len(names))]
+        order = sorted(range(len(names)), key=lambda number: -cost(names[number]))
+        jobs = [pool.submit(job, number) for number in order]
         try:
             for _ in Bar(as_completed(jobs), total=len(jobs), desc=f"{len(jobs)} jobs"):
                 pass
@@ -74,13 +86,11 @@ def each(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()  # nothing happens to what has ended
+        told = {name: Path(scratch, f"{number}.result") for number, name in enumerate(names)}
+        told = {n: pickle.loads(path.read_bytes()) for n, path in told.items() if path.exists()}
         if failed := [one.result() for one in jobs if one.result()]:
-            raise RuntimeError("\n\n".join(failed))
-        results = {
-            name: Path(scratch, f"{number}.result").read_bytes()
-            for number, name in enumerate(names)
-        }
-    return {name: pickle.loads(result) for name, result in results.items()}
+            raise JobsFailed("\n\n".join(failed), told)
+    return told
 
 
 if __name__ == "__main__":

@@ -89,14 +89,18 @@ def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_siz
         low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
         x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp_(0, 1)
         for _ in range(steps):
-            logits = bare(x_adv.requires_grad_())
+            logits = bare(x_adv.requires_grad_()).float()
             watch(logits.detach())
-            # Sums: images must not depend on each other, and fp16 loses small gradients.
             if y is None:
-                loss = _kl(clean, logits).sum()
+                loss = _kl(clean, logits).sum()  # a sum: images must not depend on each other
             else:
                 loss = F.cross_entropy(logits, y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x_adv)
+            (slope,) = torch.autograd.grad(loss, logits)
+            # Each image's to about 1, by a power of two: no sign changes, and half precision, where
+            # a confident model's gradient would round to 0, loses none.
+            exponent = torch.frexp(slope.abs().amax(1, keepdim=True)).exponent
+            slope = torch.ldexp(slope, -exponent.clamp(min=-120))
+            (gradient,) = torch.autograd.grad(logits, x_adv, slope)
             x_adv = torch.clamp(x_adv.detach() + step_size * gradient.sign(), low, high)
     return x_adv
 

@@ -350,7 +350,8 @@ def figure_worst_case(found: Any, caption: str) -> Figure:
 
 def _fooled_first(axis: plt.Axes, rows: pd.DataFrame, table: pd.DataFrame) -> None:
     """Shares of the images by the attack that fooled them first, at every eps of `table`."""
-    names = list(dict.fromkeys(rows.attack))
+    met = rows.image[rows.attack.ne("clean")].unique()
+    rows, names = rows[rows.image.isin(met)], list(dict.fromkeys(rows.attack))
     first = rows[rows.fooled].assign(turn=rows.attack.map(names.index))
     first = first.sort_values(["eps", "turn"]).drop_duplicates("image")
     used = [name for name in names if name in set(first.attack) - {"clean"}]
@@ -361,7 +362,7 @@ def _fooled_first(axis: plt.Axes, rows: pd.DataFrame, table: pd.DataFrame) -> No
     below = np.zeros(len(table))
     for (label, own), color in zip(parts.items(), colors, strict=True):
         counts = [(first.attack.isin(own) & first.eps.le(eps)).sum() for eps in table.eps]
-        share = np.array(counts) / table.images.to_numpy()
+        share = np.array(counts) / len(met)
         if share.any():
             axis.bar(table.ball, share, bottom=below, color=color, label=label)
             below = below + share

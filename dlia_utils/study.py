@@ -34,6 +34,7 @@ log = logging.getLogger("dlia_utils")
 FREE = "max_minutes num_workers resume progress on_epoch".split()  # they change no weight
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
 OWN = "the reader's own"
+PASSING = ("epoch", "order", "pixels")  # parts of a data set that are not what it is
 
 
 class AlreadyOpened(RuntimeError):
@@ -76,6 +77,8 @@ class Study:
         transform = augment.train_transform() if augmented is True else augmented or None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
         options = dict(balanced=bool(augmented) and self.run.balance == "sampling", seed=seed)
+        if augmented is True and self.run.device == "cuda":
+            return augment.OnDevice(self.cache, rows, labels, device="cuda", **options)
         return augment.CachedImages(self.cache, rows, labels, transform=transform, **options)
 
     def variant(self, **settings) -> Study:
@@ -240,7 +243,7 @@ def described(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [described(part) for part in value]
     if isinstance(value, Dataset) or type(value).__module__.startswith("dlia_utils"):
-        parts = {name: part for name, part in vars(value).items() if name not in ("epoch", "order")}
+        parts = {name: part for name, part in vars(value).items() if name not in PASSING}
         return {"kind": type(value).__name__} | described(parts)
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__

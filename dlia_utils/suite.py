@@ -27,7 +27,7 @@ def options(run: Run) -> dict:
     for option, by_attack in chosen.items():
         chosen[option] = {name: by_attack[name] for name in by_attack if name in run.attacks}
     settings = dict(attacks=run.attacks, steps=run.pgd_steps, restarts=run.pgd_restarts)
-    settings |= chosen | dict(full_at=run.full_at)
+    settings |= chosen | dict(full_at=run.full_at, in_full=None)
     return settings | dict(batch_size=run.attack_batch, seed=run.seed)
 
 
@@ -100,7 +100,8 @@ def train_robust_model(study: Study, name: str) -> str:
     kept. A MeanSparse model (2406.05927) first gets the means of the training images, and then the
     width of its dead zone (alpha) from validation images, under attack; kept as alpha.csv.
     """
-    run, rows, size = study.run, study.rows("train"), study.run.attack_batch
+    run, rows = study.run, study.rows("train")
+    size = run.attack_batch or run.batch_size
     folder = work_folder(run, name, study.key | run.pick(*ZOO_USES))
     told = folder / "checkpoint.txt"
     if told.exists() and run.resume:

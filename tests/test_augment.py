@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -125,6 +126,28 @@ def test_albumentations_ignores_no_argument():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it only warns of what it does not know
         augment.box_transform(), augment.train_transform()
+
+
+@pytest.mark.parametrize("side", [20, 63])
+def test_on_a_device_the_images_are_those_of_the_cpu_whoever_comes_first(cached, side):
+    smooth = [cv2.resize(cv2.GaussianBlur(one, (0, 0), 2), (side, side)) for one in cached.images]
+    cached = replace(cached, images=np.stack(smooth * 25))
+    rows, labels, plain = np.arange(300), np.arange(300) % 2, augment.train_transform()
+    theirs = augment.CachedImages(cached, rows, labels, transform=plain, seed=3, balanced=True)
+    own = augment.OnDevice(cached, rows, labels, device="cpu", seed=3, balanced=True)
+    for epoch in (1, 0):
+        own.set_epoch(epoch), theirs.set_epoch(epoch)
+        loader = torch.utils.data.DataLoader(own, batch_size=64)
+        x, y, row = (torch.cat(part) for part in zip(*loader, strict=True))
+        want = [
+            torch.stack(part)
+            for part in zip(*(map(torch.as_tensor, theirs[k]) for k in rows), strict=True)
+        ]
+        assert torch.equal(y, want[1]) and torch.equal(row, want[2])
+        apart = (255 * (x - want[0])).abs()  # grey levels; a gamma below 1 spreads dark ones
+        assert (apart > 0.5).float().mean() < 1e-3 and apart.max() < 5
+        assert (x.std(0) - want[0].std(0)).abs().max() < 1e-3
+    assert torch.equal(own[7][0], x[7]) and own[7][1:] == theirs[7][1:]
 
 
 def test_workers_draw_different_and_reproducible_parameters(boxed):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import papermill
 import pytest
 import tiny
 from papermill.exceptions import PapermillExecutionError
@@ -81,6 +82,26 @@ def test_execute_passes_parameters_and_tells_the_failing_cell(suite, tmp_path, m
     assert "ZeroDivisionError" in text and "\x1b" not in text
     said = f"cpu {tmp_path / 'relative'} {{'lr': 0.0003, 'grid': [1, 2]}}"
     assert said in (tmp_path / "out" / "x.ipynb").read_text()
+
+
+def test_a_kernel_that_dies_before_it_answers_is_started_again(suite, monkeypatch, capsys):
+    tries = []
+
+    def unlucky(*args, **options):
+        tries.append(args[0])
+        if len(tries) < many:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(papermill, "execute_notebook", unlucky)
+    monkeypatch.setattr(execute.time, "sleep", lambda seconds: None)
+    many = 3
+    assert execute.execute(suite, "out.ipynb", progress=False).name == "out.ipynb"
+    assert tries == [str(suite)] * 3
+    assert capsys.readouterr().err.count("its port): it is started again") == 2
+    many = 99
+    with pytest.raises(RuntimeError, match="before replying"):
+        execute.execute(suite, "out.ipynb", progress=False)
+    assert len(tries) == 3 + execute.KERNEL_STARTS
 
 
 def test_an_error_of_the_system_is_one_line(suite, tmp_path, capsys, monkeypatch):

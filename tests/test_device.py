@@ -55,6 +55,27 @@ def test_all_threads_are_kept_where_they_are_faster(ratio, number, note, monkeyp
     assert torch.get_num_threads() == number and calls == [2], "measured once a process"
 
 
+@pytest.mark.parametrize(
+    ("free", "each", "images"), [(16e9, 50e6, 128), (1e9, 6e8, 1), (140e9, 1e6, device.MOST)]
+)
+def test_attacks_take_what_half_of_a_gpus_memory_holds(free, each, images, monkeypatch):
+    model, x = nn.Linear(2, 2), torch.rand(9, 1, 1, 2)
+    assert device.fitting_batch(model, x) == device.MODEST
+    monkeypatch.setattr(device, "device_of", lambda model, images: torch.device("cuda"))
+    monkeypatch.setattr(device, "step_bytes", lambda model, images, gpu: each)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free), int(2 * free)))
+    assert device.fitting_batch(model, x) == images
+
+
+def test_products_are_in_tf32_for_the_duration_on_a_gpu_alone():
+    before = torch.get_float32_matmul_precision()
+    for kind, within in (("cpu", before), ("cuda", "high")):
+        with pytest.raises(KeyError), device.tf32(torch.device(kind)):
+            assert torch.get_float32_matmul_precision() == within
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+
+
 def test_measuring_leaves_random_numbers_and_threads_as_they_were(monkeypatch):
     monkeypatch.setattr(device, "SECONDS", 0.01)
     torch.set_num_threads(2)

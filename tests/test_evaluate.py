@@ -58,14 +58,50 @@ def whole(study):
 def test_dropping_fooled_images_gives_the_same_worst_case_for_fewer_passes(study, whole):
     model, *data = study
     found = evaluate.robust(
-        model, data, GRID, budgets=SHORT, batch_size=16, early_drop=True, progress=False
+        model, data, GRID, budgets=SHORT, batch_size=16, in_full=0, progress=False
     )
     assert set(found.rows.attack) == {"clean", "worst"}
     worst, asked = (one.rows[one.rows.attack == "worst"] for one in (whole, found))
     assert worst.fooled.tolist() == asked.fooled.tolist()
     assert found.cost.forwards.sum() < 0.8 * whole.cost.forwards.sum()
-    with pytest.raises(ValueError, match="early_drop=False"):
+    with pytest.raises(ValueError, match="in_full of 1 or more"):
         checklist.report(found)
+
+
+def test_columns_by_attack_come_from_a_stated_subset(study, whole):
+    model, *data = study
+    options = dict(budgets=SHORT, batch_size=16, progress=False, most={"square": 3})
+    found = evaluate.robust(model, data, GRID, in_full=10, **options)
+    single = found.rows[~found.rows.attack.isin(["clean", "worst"])]
+    spread = np.linspace(0, 39, 10).astype(int).tolist()
+    same = single.merge(whole.rows, on=["attack", "eps", "image"], suffixes=("", "_whole"))
+    assert len(same) == 10 * 8 * 3 and same.fooled.equals(same.fooled_whole)
+    assert sorted(set(same.image)) == spread
+    assert found.cost.forwards.sum() < 0.9 * whole.cost.forwards.sum()
+    table = checklist.report(found)
+    assert table.set_index("check").verdict["the worst case is taken per image"] == "PASS"
+    assert "on 10 images evenly spread; its column is over these" in checklist.page(found, table)
+    right = plots.figure_worst_case(found, "a caption").axes[1]
+    heights = sum(np.array([part.get_height() for part in bar]) for bar in right.containers)
+    assert heights == pytest.approx(1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_search_in_half_precision_judged_in_float32_fools_the_same_images(fast):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(72, 2)).eval(), torch.rand(600, 1, 8, 8)
+    model[-1].bias.data -= model(x).mean(0).detach()
+    data, kinds = (x, model(x).argmax(1)), []
+    model[0].register_forward_hook(lambda *passed: kinds.append(passed[-1].dtype))
+    options = dict(attacks=("fgsm", "pgd_margin", "apgd_ce", "fmn"), progress=False, fast=fast)
+    options |= dict(budgets={"fmn": {"steps": 10}, "apgd_ce": {"steps": 8}}, in_full=0)
+    worst = []
+    for dtype in (None, torch.bfloat16):
+        found = evaluate.robust(model, data, GRID[:2], search_dtype=dtype, **options)
+        worst.append(np.array([found.fooled("worst", eps) for eps in GRID[:2]]))
+        assert (torch.bfloat16 in kinds) == bool(dtype)
+    assert 0.1 < worst[0].mean() < 0.9 and (worst[0] != worst[1]).mean() <= 0.005
 
 
 @pytest.mark.parametrize("full_at", GRID)
@@ -457,7 +493,8 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(study):
         "ids and groups": {"groups": [1, 2]},
         "all different": {"ids": [0] * 40},
         "seed": {"seed": -1},
-        "batch_size": {"batch_size": 0},
+        "batch_size": {"batch_size": -1},
+        "in_full": {"in_full": -1},
     }.items():
         with pytest.raises(ValueError, match=word):
             evaluate.robust(model, (x, y), **{"eps_grid": GRID} | bad, progress=False)

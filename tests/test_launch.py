@@ -43,11 +43,18 @@ def test_with_one_device_or_one_job_it_is_a_loop_in_this_process(tmp_path):
 
 def test_an_error_in_a_job_is_told_when_the_others_are_done(tmp_path):
     def job(name):
-        print("fine" if name == "good" else 1 / 0)
+        print("fine" if name != "bad" else 1 / 0)
 
-    with pytest.raises(RuntimeError, match=r"bad ended with status 1(?s:.*)ZeroDivisionError"):
-        launch.each(job, ["bad", "good"], log_dir=tmp_path, devices=["", ""])
-    assert (tmp_path / "good.log").read_text().strip() == "fine"
+        return name
+
+    cost = {"bad": 1, "good": 2, "last": 0}.get
+    said = r"bad ended with status 1(?s:.*)ZeroDivisionError(?s:.*)the next time: last, good"
+    with pytest.raises(launch.JobsFailed, match=said) as failed:
+        names = ["bad", "last", "good"]
+        launch.each(job, names, log_dir=tmp_path, devices=["", ""], cost=cost)
+    assert failed.value.results == {"last": "last", "good": "good"}
+    logs = sorted(tmp_path.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
+    assert logs[-1].stem == "last" and (tmp_path / "good.log").read_text().strip() == "fine"
 
 
 def test_an_interrupt_stops_what_runs(tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from small import linear, small_batch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -131,6 +132,62 @@ def convolutions():
     torch.manual_seed(0)
     parts = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)
     return nn.Sequential(*parts).train()
+
+
+@pytest.mark.parametrize("name", ["pgd_adversarial", "trades", "mart", "pgd_awp"])
+def test_in_half_precision_the_attack_works_under_autocast_and_the_loss_in_float32(
+    name, tmp_path, monkeypatch
+):
+    """Accelerate's own autocast, which `fit` chooses on a GPU, on this CPU in bfloat16."""
+    monkeypatch.setattr(
+        train, "_accelerator", lambda *_: Accelerator(cpu=True, mixed_precision="bf16")
+    )
+    model, (x, y), kinds, losses = linear(), small_batch(), [], []
+    model[1].register_forward_hook(lambda *passed: kinds.append(passed[-1].dtype))
+    loss = getattr(objectives, name)(eps=EPS, steps=2)
+
+    def watched(model, x, y):
+        told, logits = loss(model, x, y)
+        losses.append((told.dtype, logits.dtype))
+        return told, logits
+
+    train.fit(
+        model,
+        watched,
+        TensorDataset(x, y),
+        None,
+        run_dir=tmp_path,
+        epochs=1,
+        monitor="epoch",
+        progress=False,
+    )
+    assert len(kinds) >= 3 and set(kinds) == {torch.bfloat16}
+    assert set(losses) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("name", ["pgd_adversarial", "trades"])
+def test_in_float16_a_confident_model_is_attacked_all_the_same(name, batch):
+    """Its gradient of 1e-9 would be 0, and the attacked images those of the random start."""
+    x, y = batch
+    model = linear()
+    with torch.no_grad():
+        model[1].weight *= 1e-3  # the answers hardly differ within the ball, and are sure
+        model[1].bias.copy_(torch.tensor([20.0, 0.0]))
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.float16):
+                return self.model(x).float()
+
+    half = Half().eval()
+    seen = seen_by(model)
+    getattr(objectives, name)(eps=EPS, steps=4, step_size=EPS)(half, x, torch.zeros_like(y))
+    start, end = (seen[k] for k in (1, 4))
+    assert (end - start).abs().flatten(1).amax(1).min() > 0.1 * EPS
 
 
 def test_weights_are_perturbed_as_published(batch):

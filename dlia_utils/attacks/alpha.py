@@ -54,7 +54,7 @@ def select_alpha(
     check_attack(model, x_val, y_val, eps=eps)
     recompute_statistics(model, train_batches)
     before, rows = [operator.threshold.clone() for operator in found], []
-    options = dict(attacks=["pgd_margin"], steps=steps, seed=seed, progress=progress)
+    options = dict(attacks=["pgd_margin"], steps=steps, seed=seed, progress=progress, in_full=None)
     try:
         for alpha in alphas:
             set_alpha(model, alpha)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..device import device_of
 from ..metrics import with_interval
 from ..units import check_numbers, pixel_text
-from .evaluate import ALIKE, BPDA, KINDS, Evaluation, kind, robust, zero_gradient_share
+from .evaluate import ALIKE, BPDA, KINDS, STANDING, Evaluation, kind, robust, zero_gradient_share
 
 PASSES = 5  # of the same images
 SAME = 1e-4  # of the logits, or of their size where that is above 1: how far passes may differ
@@ -81,8 +81,8 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     """
     check_numbers("[1,inf)", whole=True, subset=subset)
     said = found.settings
-    if said["early_drop"]:
-        raise ValueError("the check list compares attacks: run `robust` with early_drop=False")
+    if said["in_full"] == 0:
+        raise ValueError("the check list compares attacks: run `robust` with in_full of 1 or more")
     right = np.flatnonzero(~found.fooled("clean", 0.0))
     stated = f"linf, eps {_balls(found)}, {len(said['attacks'])} attacks"
     largest = float(found.labels.bincount().max()) / len(found.labels)
@@ -112,12 +112,14 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     """One page: threat model, table, cost, and the check list where `report(found)` is given."""
     spent = found.cost[["forwards", "backwards", "seconds"]].sum()
-    all_of, full_at = "every image that the model gets right", found.settings["full_at"]
-    said = f"Every attack was run on {all_of}; columns are over all."
+    full_at, count = found.settings["full_at"], found.settings["in_full"]
+    some = count is not None and count < len(found.images)
+    said = "every image that the model gets right"
+    said = f"every attack was run on {f'{count} images evenly spread' if some else said}"
     if full_at is not None:
-        first, more = f"At {pixel_text(full_at)} every attack", "elsewhere on what that leaves open"
-        said = f"{first} was run on {all_of}, {more}; columns are over all."
-    if found.settings["early_drop"]:
+        said = f"at {pixel_text(full_at)} {said}, elsewhere on what that leaves open"
+    said = said[0].upper() + said[1:] + f"; its column is over {'these' if some else 'all'}."
+    if count == 0:
         said = "Images once fooled were attacked no more; clean and worst are over all images."
     by = "image (no patients given)" if found.groups is None else "patient"
     table = found.table().drop(columns="eps").set_index("ball")
@@ -181,7 +183,7 @@ def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], budg
     """`robust` once more on some of the images, these attacks in full."""
     said, some = found.settings, torch.from_numpy(positions)
     options = {key: said[key] for key in ("seed", "batch_size", "fast")}
-    options |= dict(attacks=list(budgets), budgets=budgets, ids=said["ids"][positions])
+    options |= dict(attacks=list(budgets), budgets=budgets, ids=said["ids"][positions], in_full=0)
     data = found.images[some], found.labels[some]
     return robust(found.model, data, grid, progress=False, **options)
 
@@ -248,7 +250,8 @@ def _black_box(found: Evaluation) -> tuple:
     shown = [f"image {i} by {name} at {pixel_text(eps)}" for (i, name), eps in alone.items()]
     if shown:
         value += f": {', '.join(shown[:10])}" + (" and more" if len(shown) > 10 else "")
-    return "black box", count <= ALONE * rows.image.nunique(), value
+    met = rows[~rows.attack.isin(["clean", "worst"])].image.nunique()
+    return "black box", count <= ALONE * met, value
 
 
 def _everything(found: Evaluation, subset: int) -> tuple:
@@ -297,7 +300,9 @@ def _converged(found: Evaluation, shares: pd.Series, subset: int) -> tuple:
 def _per_image(found: Evaluation, shares: pd.Series) -> tuple:
     """Whether "worst" is the union of all attacks per image, and not the best of their averages."""
     single = found.rows[~found.rows.attack.eq("worst")]
+    met = single[single.attack.ne("clean") & ~single.attack.str.endswith(STANDING)]
     worst = found.rows[found.rows.attack.eq("worst") & found.rows.eps.isin(single.eps)]
+    worst = worst[worst.image.isin(met.image)]
     single = single[single.fooled]
     first = worst.image.map(single.groupby("image").eps.min()).fillna(np.inf)
     missed = int((worst.fooled != (worst.eps >= first)).sum())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files, metrics
-from ..device import device_of, fingerprint, release_memory
+from ..device import device_of, fingerprint, fitting_batch, release_memory, tf32
 from ..models.pixel import fast_copy
 from ..models.robust.meansparse import MeanSparse, straight_through
 from ..progress import Bar
@@ -97,14 +97,15 @@ def robust(
     restarts: int = 1,
     budgets: Mapping[str, Mapping[str, Any]] | None = None,
     at: Mapping[str, Iterable[float]] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
     ids: Sequence[int] | None = None,
     groups: Sequence | None = None,
-    early_drop: bool = False,
+    in_full: int | None = 100,
     full_at: float | None = None,
     most: Mapping[str, int] | None = None,
     fast: bool = True,
+    search_dtype: torch.dtype | None = None,
     folder: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -117,13 +118,18 @@ def robust(
     names in `KINDS`. steps, restarts: of PGD; budgets: options of single attacks; at: the eps of
     expensive ones; most: attacks that meet at most so many images, of those that still stand the
     ones with the smallest change known (their rows are of these alone). groups: patients [N]. The
-    draws depend on seed and ids only. early_drop: images once fooled are attacked no more, which
-    gives the same worst case with far fewer passes, but no accuracy by attack. full_at: an eps of
-    the grid; every attack meets every image there, first of all, and elsewhere only what that
-    leaves open: what stands in this ball stands in smaller ones, what falls falls in larger ones.
-    fast: attack a folded copy that answers alike; success is judged on `model`. folder: finished
-    blocks are kept there, and read back where nothing they depend on has changed.
-    Raises: ValueError before any work.
+    draws depend on seed and ids only; batch_size: None is what a GPU's memory holds.
+
+    An image once fooled is attacked no more, which gives the same worst case with far fewer passes.
+    in_full: so many images, evenly spread, meet every attack none the less, for the columns by
+    attack; None: all, 0: none. full_at: an eps of the grid; they do so there alone, that ball comes
+    first, and elsewhere only what it leaves open is attacked: what stands in it stands in smaller
+    ones, what falls falls in larger ones.
+
+    Success is judged on `model`. fast: a folded copy that answers alike is attacked; search_dtype:
+    under autocast to bfloat16 or float16, which may miss an image (float16 loses small gradients);
+    what fools only the copy is attacked again on `model`. folder: finished blocks are kept there,
+    and read back where nothing they depend on has changed. Raises: ValueError before any work.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
     >>> x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
@@ -134,15 +140,15 @@ def robust(
     options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
     groups = None if groups is None else metrics.patient_codes(groups)
-    check_numbers("[1,inf)", whole=True, batch_size=batch_size)
-    check_numbers("[0,inf)", whole=True, seed=seed)
+    check_numbers("[1,inf)", whole=True, batch_size=batch_size or 1)
+    check_numbers("[0,inf)", whole=True, seed=seed, in_full=in_full or 0)
     if not grid:
         raise ValueError("give an eps > 0 in eps_grid")
     if len(np.unique(ids)) != len(ids) or len(ids if groups is None else groups) != len(ids):
         raise ValueError("ids and groups must hold one entry per image, ids all different")
     settings = {"eps_grid": grid, "attacks": options, "at": _at(at or {}, options, grid)}
-    settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, early_drop=early_drop)
-    settings |= {"most": _most(most or {}, options), "full_at": full_at}
+    settings |= dict(seed=seed, ids=ids, batch_size=batch_size, fast=fast, in_full=in_full)
+    settings |= {"most": _most(most or {}, options), "full_at": full_at, "dtype": search_dtype}
     if full_at is not None:
         check_numbers("(0,inf)", full_at=full_at)
         near = [eps for eps in grid if np.isclose(eps, full_at, rtol=1e-6, atol=0)]
@@ -162,8 +168,8 @@ class Evaluation:
     """What `robust` found.
 
     rows      one per (attack, eps, image): COLUMNS; "clean" at eps 0, "worst" at every eps; with
-              early_drop these two alone, with full_at single attacks there only; queries: passes
-              that show the outcome on the image
+              single attacks on the images `in_full`, with full_at there only; queries: passes that
+              show the outcome on the image
     cost      one per (attack, eps), as they ran: attacked, fooled (images), forwards, backwards
               (image-passes really made, judging included), seconds
     settings  the threat model and the budget: eps_grid, attacks with their options, seed, ...
@@ -187,9 +193,10 @@ class Evaluation:
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
         """One row per eps: ball, images, clean, one column per attack, worst, ...
 
-        Accuracies over all images (a clean error counts as fooled; NaN: not run), with 95 %
-        intervals by patient; attack_success is the share of the images right at first that are
-        fooled. Of two classes: sensitivity and specificity in the worst case.
+        Accuracies over all images (of single attacks: over those `in_full`; a clean error counts as
+        fooled; NaN: not run), with 95 % intervals by patient; attack_success is the share of the
+        images right at first that are fooled. Of two classes: sensitivity and specificity in the
+        worst case.
         """
         clean, labels, lines = ~self.fooled("clean", 0.0), self.labels.cpu().numpy(), []
         units = np.arange(len(clean)) if self.groups is None else self.groups
@@ -274,15 +281,22 @@ class _Study:
         for way in ["", BPDA] if settings["straight_through"] else [""]:
             with CONTEXTS[way](model):  # a copy keeps the operators' gradient as it is now
                 self.targets[way] = _faithful_copy(model, self.probe) if settings["fast"] else model
+            if settings["dtype"]:
+                self.targets[way] = _Half(self.targets[way], settings["dtype"]).eval()
+        settings["batch_size"] = settings["batch_size"] or fitting_batch(model, images)
         self.key = [FORMAT, settings["seed"], settings["fast"]]
+        self.key += [str(settings["dtype"])] if settings["dtype"] else []
         if folder:  # what a kept block depends on
             content = images.cpu().numpy(), labels.cpu().numpy(), settings["ids"]
             self.key += [fingerprint(model), str(model)]
             self.key += [(part.shape, _hash(part.tobytes())) for part in content]
 
-    def whole(self, eps: float) -> bool:
-        """Whether every attack meets every image in this ball."""
-        return not self.settings["early_drop"] and self.settings["full_at"] in (None, eps)
+    def in_full(self, eps: float) -> np.ndarray:
+        """The images that meet every attack in this ball, as numbers."""
+        total, wanted = len(self.images), self.settings["in_full"]
+        count = total if wanted is None else min(wanted, total)
+        count *= self.settings["full_at"] in (None, eps)
+        return np.linspace(0, total - 1, count).astype(int)
 
     def batches(self, count: int) -> list[np.ndarray]:
         """The numbers below `count`, a batch at a time."""
@@ -298,6 +312,18 @@ class _Study:
     def wrong(self, x: Tensor, y: Tensor) -> np.ndarray:
         """Whether the model is wrong, bool [B]; an answer that is no number is refused."""
         return (base.check_logits(self.model(x), y).argmax(1) != y).cpu().numpy()
+
+
+class _Half(nn.Module):
+    """A model asked under autocast; its logits in float32, and so the losses taken of them."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            return self.model(x).float()
 
 
 def _faithful_copy(model: nn.Module, probe: Tensor) -> nn.Module:
@@ -361,7 +387,7 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
                 standing = open_to(standing, left)
             for name in sorted(names, key=lambda name: (name not in known, ORDER.index(name))):
                 if eps in study.settings["at"].get(name.removesuffix(BPDA), grid):
-                    places = right if study.whole(eps) else standing
+                    places = np.union1d(standing, np.intersect1d(right, study.in_full(eps)))
                     if limit := study.settings["most"].get(name.removesuffix(BPDA)):
                         near = np.argsort(_nearest(blocks)[standing], kind="stable")[:limit]
                         places = standing[np.sort(near)]
@@ -426,7 +452,7 @@ def _strike(study: _Study, block: _Block) -> None:
                 break
             x, y = study.batch(block.places[rows])
             seeds = own.seeds(study.settings["seed"], study.settings["ids"][block.places[rows]])
-            with CONTEXTS[way](study.model):
+            with CONTEXTS[way](study.model), tf32(study.device):
                 result = own.run(target, x, y, options, eps=block.eps, seed=seeds)
             success, claimed = study.wrong(result.x_adv, y), result.success.cpu().numpy()
             hit = rows[success]
@@ -457,11 +483,13 @@ def _rows(blocks: Sequence[_Block], study: _Study) -> pd.DataFrame:
                 step[block.places], queries[block.places] = block.step, block.queries
                 best = np.minimum(best, np.where(step < 0, NEVER, step))
                 spent += queries
-            if not eps or study.whole(eps):
+            met = study.in_full(eps) if eps else np.arange(len(wrong))
+            if len(met):
                 own = table(block.attack, eps, step, queries)
                 if block.attack.removesuffix(BPDA) in study.settings["most"]:
-                    own = own.iloc[block.places].assign(attack=block.attack + STANDING)
-                tables.append(own)
+                    met = block.places
+                    own["attack"] += STANDING
+                tables.append(own.iloc[met])
         if eps:
             step = np.where(best < NEVER, best, -1)
             worst.append(table("worst", eps, step, np.maximum(spent, 1)))
@@ -478,7 +506,12 @@ def _nearest(blocks: Sequence[_Block]) -> np.ndarray:
 
 
 def zero_gradient_share(
-    model: nn.Module, images: Tensor, labels: Tensor, *, loss: str = "ce", batch_size: int = 64
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    loss: str = "ce",
+    batch_size: int | None = None,
 ) -> float:
     """Share of images whose loss gradient is exactly zero: no gradient attack moves these.
 
@@ -486,9 +519,10 @@ def zero_gradient_share(
     >>> zero_gradient_share(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))
     0.0
     """
-    check_numbers("[1,inf)", whole=True, batch_size=batch_size)
+    check_numbers("[1,inf)", whole=True, batch_size=batch_size or 1)
     device, zeros = device_of(model, images), 0
     base.check_attack(model, images, labels)
+    batch_size = batch_size or fitting_batch(model, images)
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         with base.search(model, x.to(device), y.to(device), loss=loss) as search:
             _, _, gradient = search.gradient(search.everyone, search.x, 0)

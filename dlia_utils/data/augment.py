@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional as F
 
 from .boxes import read_boxes
 from .cache import ImageCache
@@ -107,9 +108,13 @@ class _Seeded(torch.utils.data.Dataset):
             return given
         if torch.utils.data.get_worker_info():
             cv2.setNumThreads(0)  # OpenCV's pool does not survive the fork; workers are the threads
+        self.seed_transform(row)
+        return self.transform(**given)
+
+    def seed_transform(self, row: int) -> None:
+        """Decide what the transform draws next."""
         state = np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0]
         self.transform.set_random_seed(int(state))
-        return self.transform(**given)
 
 
 class CachedImages(_Seeded):
@@ -148,6 +153,75 @@ class CachedImages(_Seeded):
         row = int(self.rows[place])
         pixels = torch.from_numpy(self.augmented(row)["image"])
         return pixels.unsqueeze(0).float().div_(255), int(self.labels[place]), row
+
+
+class OnDevice(CachedImages):
+    """`CachedImages` as bytes on `device`, copied once, and changed there, a batch at a time.
+
+    The images are those that `train_transform()` makes on a CPU, with the same draws, to a rounding
+    of a grey level. What a loader gets stays on the device: it takes no workers.
+    """
+
+    def __init__(self, *args, device: str, **options) -> None:
+        super().__init__(*args, transform=train_transform(), **options)
+        self.device, self.pixels = device, None
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int, int]]:
+        if self.pixels is None:  # now, in the process that trains, on the GPU that it was given
+            self.pixels = torch.from_numpy(self.cache.images[self.rows]).to(self.device)
+        places, draws = self.order[np.asarray(indices)], []
+        rows, labels = self.rows[places].tolist(), self.labels[places].tolist()
+        for row in rows:
+            self.seed_transform(row)
+            draws.append(drawn(self.transform, self.pixels.shape[1:]))
+        grey = self.pixels[torch.from_numpy(places).to(self.device)].unsqueeze(1)
+        return list(zip(changed(grey.float(), draws).div_(255), labels, rows, strict=True))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        ((x, y, row),) = self.__getitems__([index])
+        return x.cpu(), y, row
+
+
+def drawn(transform: A.Compose, shape: tuple[int, int]) -> dict[str, dict]:
+    """What albumentations draws for its next image, by the name of each step that it takes."""
+    transform.py_random.random()  # whether anything is done at all
+    given = {"shape": shape}, {"image": np.empty(shape, np.uint8)}
+    steps = [one for one in transform.transforms if one.should_apply()]
+    return {type(one).__name__: one.get_params_dependent_on_data(*given) for one in steps}
+
+
+def changed(x: torch.Tensor, draws: Sequence[dict[str, dict]]) -> torch.Tensor:
+    """Grey levels [n,1,S,S] of 0 to 255 after the steps of `train_transform` with these `draws`.
+
+    Rounded after each step, as albumentations works on bytes.
+    """
+
+    def values(step: str, key: str, otherwise: float) -> torch.Tensor:
+        found = [one.get(step, {}).get(key, otherwise) for one in draws]
+        return torch.tensor(found, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+
+    half = (x.shape[-1] - 1) / 2
+    units = np.array([[1 / half, 0, -1], [0, 1 / half, -1], [0, 0, 1]])  # pixels -> [-1, 1]
+    place = np.stack([one.get("Affine", {}).get("matrix", np.eye(3)) for one in draws])
+    place = units @ np.linalg.inv(place) @ np.linalg.inv(units)  # of the new image in the old one
+    place[["HorizontalFlip" in one for one in draws], 0] *= -1
+    grid = F.affine_grid(torch.from_numpy(place[:, :2]).to(x), x.shape, align_corners=True)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=True).round()
+    lit = (values("RandomBrightnessContrast", name, k) for k, name in ((1, "alpha"), (0, "beta")))
+    x = (next(lit) * x + next(lit)).clamp(0, 255).floor()
+    gamma = values("RandomGamma", "gamma", 1)
+    x = torch.where(gamma == 1, x, (255 * (x / 255) ** gamma).floor())
+    soft = [k for k, one in enumerate(draws) if "GaussianBlur" in one]
+    if soft:
+        kernels = [draws[k]["GaussianBlur"]["kernel"] for k in soft]
+        most = max(map(len, kernels)) // 2
+        kernels = np.stack([np.pad(one, most - len(one) // 2) for one in kernels])
+        kernels = torch.from_numpy(kernels).to(x)[:, None, None]
+        wide = F.pad(x[soft], (most,) * 4, mode="reflect").transpose(0, 1)
+        for kernel in (kernels, kernels.mT):
+            wide = F.conv2d(wide, kernel, groups=len(soft))
+        x[soft] = wide.transpose(0, 1).round()
+    return x
 
 
 class CachedBoxes(_Seeded):

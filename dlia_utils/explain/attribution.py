@@ -89,10 +89,12 @@ def occlusion(
         Occlusion(TwoLogits(fast_copy(model))).attribute,
         sliding_window_shapes=(x.shape[1], window, window),
         strides=(x.shape[1], stride, stride),
-        perturbations_per_eval=BATCH,
     )
-    with torch.no_grad():
-        parts = [method(image, target=one) for image, one in _batches(1, x, chosen)]
+    parts = []
+    with torch.no_grad():  # a window of many images, or many windows of few: passes are full
+        for images, one in _batches(BATCH, x, chosen):
+            windows = max(1, BATCH // len(images))
+            parts.append(method(images, target=one, perturbations_per_eval=windows))
     # A window covers all channels at once, so captum gives each of them the same number.
     return base.Attribution(torch.cat(parts)[:, 0].float(), chosen)
 

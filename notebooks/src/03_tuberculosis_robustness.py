@@ -910,7 +910,7 @@ def hidden(name):
         model = at_threshold(load_models(own, [name])[name], threshold_of(name))
         data = own.images(rows), own.labels(rows)
         options = suite.options(run) | {"at": None, "ids": rows}  # every attack at this one eps
-        options |= {"early_drop": True}  # what one attack hid is not attacked again
+        options |= {"in_full": 0}  # what one attack hid is not attacked again
         return evaluate.robust(model, data, [run.headline_eps], **options).rows
 
     uses = (*suite.USES, "headline_eps", "sensitivity")
@@ -1176,7 +1176,7 @@ def attacked_rows(name, place):
 
     def compute():
         model = load_models(study_of(name), [name])[name]
-        options = suite.options(run) | {"at": None, "ids": rows, "early_drop": True}
+        options = suite.options(run) | {"at": None, "ids": rows, "in_full": 0}
         data = place.images(rows), place.labels(rows)
         return evaluate.robust(model, data, [run.headline_eps], **options).rows
 
