@@ -53,7 +53,9 @@ DOORS = {  # name: the door, what else it takes
 ZERO = (
     "seed iterations cr weight_decay lr_min ema warmup_epochs dropout label_smoothing penalty lam"
 )
-ZERO = {*f"{ZERO} beta gamma mean num_workers trainable_layers unfrozen".split()}  # may be 0
+ZERO = {
+    *f"{ZERO} in_full beta gamma mean num_workers trainable_layers unfrozen".split()
+}  # may be 0
 ZERO |= {("pgd", "restarts"), ("distillation", "alpha"), ("set_alpha", "alpha")}
 
 

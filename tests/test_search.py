@@ -3,13 +3,18 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import sqlite3
+import traceback
+from pathlib import Path
 
 import optuna
 import pandas as pd
 import pytest
 from filelock import FileLock
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -237,6 +242,31 @@ def test_a_search_of_another_kind_or_in_use_is_refused_a_longer_one_goes_on(tmp_
     pd.testing.assert_frame_equal(longer.runs.iloc[: len(found.runs)], found.runs)
     anew = run(tmp_path, extend=0, trials=3, resume=False)
     assert len(anew.runs) == 3 and not (tmp_path / "extensions.csv").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, which Windows lacks")
+def test_two_workers_share_a_search_as_the_page_on_running_shows(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "running.md").read_text(encoding="utf-8")
+    (worker,) = (
+        part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "optuna" in part
+    )
+    worker = worker.replace("runs/search.journal", f"{tmp_path}/search.journal")
+    begun = []
+    for _ in range(2):  # forked: the imports are done once
+        begun.append(os.fork())
+        if not begun[-1]:
+            try:
+                exec(worker, {"__name__": "worker"})
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+    assert [os.waitpid(one, 0)[1] for one in begun] == [0, 0]
+    storage = JournalStorage(JournalFileBackend(f"{tmp_path}/search.journal"))
+    trials = optuna.load_study(storage=storage, study_name="search").trials_dataframe()
+    assert 24 <= (trials["state"] == "COMPLETE").sum() <= 25
+    assert trials["datetime_start"].iloc[1] < trials["datetime_complete"].iloc[-1]
+    assert trials["params_lr"].between(1e-4, 1e-1).all()
 
 
 def test_the_best_runs_are_complete_ones():

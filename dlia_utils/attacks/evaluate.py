@@ -140,7 +140,7 @@ def robust(
     options = _options(attacks, steps, restarts, budgets or {})
     ids = np.arange(len(data[0])) if ids is None else np.asarray(ids)
     groups = None if groups is None else metrics.patient_codes(groups)
-    check_numbers("[1,inf)", whole=True, batch_size=batch_size or 1)
+    check_numbers("[1,inf)", whole=True, batch_size=1 if batch_size is None else batch_size)
     check_numbers("[0,inf)", whole=True, seed=seed, in_full=in_full or 0)
     if not grid:
         raise ValueError("give an eps > 0 in eps_grid")
@@ -519,7 +519,7 @@ def zero_gradient_share(
     >>> zero_gradient_share(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))
     0.0
     """
-    check_numbers("[1,inf)", whole=True, batch_size=batch_size or 1)
+    check_numbers("[1,inf)", whole=True, batch_size=1 if batch_size is None else batch_size)
     device, zeros = device_of(model, images), 0
     base.check_attack(model, images, labels)
     batch_size = batch_size or fitting_batch(model, images)
