@@ -40,6 +40,18 @@ def test_splits_are_disjoint_balanced_by_weights_and_only_training_is_augmented(
     assert not torch.equal(plain[0][0], augmented[0][0])
 
 
+def test_on_a_gpu_the_training_images_are_changed_there(opened):
+    plain = opened.torch_set("train", augmented=True)
+    object.__setattr__(opened.run, "device", "cuda")
+    one, other = (opened.torch_set("train", augmented=True) for _ in "ab")
+    object.__setattr__(opened.run, "device", "cpu")
+    assert one.device == "cuda" and isinstance(one, augment.OnDevice)
+    one.device = other.device = "cpu"
+    key, (x, y, row) = study.described(one), one[3]
+    assert (x - plain[3][0]).abs().mean() < 1e-3 and (y, row) == plain[3][1:]
+    assert study.described(one) == key == study.described(other), "used or not"
+
+
 def fit(opened, name="baseline", **options):
     return study.train_model(opened, name, objectives.cross_entropy(), progress=False, **options)
 

@@ -504,7 +504,8 @@ study = open_study(run)
 fitted, logs = {}, run.run_dir / "logs"
 for wave in (jobs, students):
     names = [name for name in wave if name in wanted]
-    fitted |= launch.each(lambda name, wave=wave: wave[name](study), names, log_dir=logs)
+    how = dict(log_dir=logs, cost=lambda name: name in run.adversarial)  # these take longest
+    fitted |= launch.each(lambda name, wave=wave: wave[name](study), names, **how)
 report.show(report.trainings(fitted), digits=3)
 
 # %%
@@ -1078,7 +1079,7 @@ def fgsm_normalised(study, name):
     model, tables = load_models(study, [name])[name], []
     rows, std = study.rows("test"), model.std.flatten().cpu()
     for eps in run.published_eps_grid:
-        for chunk in np.array_split(rows, -(-len(rows) // run.attack_batch)):
+        for chunk in np.array_split(rows, -(-len(rows) // (run.attack_batch or 64))):
             x, y = study.images(chunk).expand(-1, 3, -1, -1), study.labels(chunk)
             fooled = fgsm(model, x, y, eps=normalised_eps(eps, std).to(x.device)).success.cpu()
             tables.append(pd.DataFrame({"eps": eps, "image": chunk, "fooled": fooled}))
