@@ -65,6 +65,7 @@ bench: $(STAMP)  ## measure speed against bare PyTorch and peer libraries
 	$(BENCH)/bin/python benchmarks/explain.py
 	$(BENCH)/bin/python benchmarks/attacks.py
 	$(BENCH)/bin/python benchmarks/suite.py
+	$(BENCH)/bin/python benchmarks/passes.py
 	$(BENCH)/bin/python benchmarks/threads.py
 	$(BENCH)/bin/python benchmarks/memory.py
 

@@ -99,7 +99,7 @@ def measured(options: argparse.Namespace) -> dict:
 
     def under_attack(model: nn.Module) -> dict[str, float]:
         budget = dict(attacks=("fgsm", "pgd_ce", "fmn"), steps=2, budgets={"fmn": {"steps": 3}})
-        budget |= dict(batch_size=16, early_drop=True, progress=False)
+        budget |= dict(batch_size=16, in_full=0, progress=False)
         found = evaluate.robust(model, held, pixel_eps(1, 2, 4), **budget)
         return {"robust": 1 - found.fooled("worst", 4 / 255).mean()}
 

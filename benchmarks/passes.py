@@ -3,12 +3,14 @@
     python benchmarks/passes.py
     python benchmarks/passes.py --only attack train --size 96 --images 64
     python benchmarks/passes.py --only suite --images 60
+    python benchmarks/passes.py --only start --processes 7
 
 On a GPU or a CPU alike. "attack": PGD-10 of MobileNetV2, as it is and through `fast_copy`, against
 the same forward and backward passes. "train": an epoch of `train.fit` (loader, augmentation, step,
 checkpoint) against the bare step of the same model. "detect": the same of Faster R-CNN. "suite":
 passes of notebook 01's whole suite of attacks with its `full` budgets on two trained networks: as
-at a9fca2b, where every attack met every image at every eps, and as now.
+at a9fca2b, where every attack met every image at every eps, and as now. "start" (only when asked
+for): where the first seconds of a process go, of one and of several started at once.
 
 Time is wall time on a GPU, CPU time of one thread on a CPU. Busy: on a GPU the share of the wall
 time in which it computes (from PyTorch's profiler), on a CPU the CPU time over the wall time.
@@ -19,8 +21,11 @@ time in which it computes (from PyTorch's profiler), on a CPU the CPU time over 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +35,7 @@ from timing import Row, clock, print_table
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,13 +66,18 @@ def main() -> None:
     )
     print(f"{options.size} px, batch {options.batch}, {options.images} images\n")
     rows: list[Row] = []
-    if speeds := [name for name in options.only if name != "suite"]:
+    if options.child:
+        return print(json.dumps(started(device)))
+    if speeds := [name for name in options.only if name in GROUPS]:
         print("| what | images/s | busy |\n|---|---|---|")
     for name in speeds:
         rows += GROUPS[name](options, device)
     if "suite" in options.only:
         rows += suite(options, device)
-    print_table(rows)
+    if "start" in options.only:
+        starts(options)
+    if rows:
+        print_table(rows)
 
 
 def arguments() -> argparse.Namespace:
@@ -79,7 +90,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--detect-size", type=int, default=512, help="side for the detector")
     parser.add_argument("--arch", default="fasterrcnn_resnet50_fpn_v2", help="of the detector")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "suite"], default=[*GROUPS, "suite"])
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, *ALONE], default=[*GROUPS, "suite"])
+    parser.add_argument("--processes", type=int, default=7, help="started at once by start")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     return parser.parse_args()
 
@@ -318,6 +331,50 @@ def suite(options: argparse.Namespace, device: str) -> list[Row]:
     return rows
 
 
+# -------------------------------------------------------------------------------------------- start
+
+
+def starts(options: argparse.Namespace) -> None:
+    """A table: seconds of the parts of a process's start, alone and the median of several."""
+    command = [sys.executable, __file__, "--child", *(["--cpu"] if options.cpu else [])]
+    told = {}
+    for count in (1, options.processes):
+        how = dict(stdout=subprocess.PIPE, text=True)
+        running = [subprocess.Popen(command, **how) for _ in range(count)]
+        said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in running]
+        told[f"of {count} at once"] = pd.DataFrame(said).median()
+    print(pd.DataFrame(told).round(2).to_string())
+
+
+def started(device: str) -> dict[str, float]:
+    """Seconds of each part, by the wall clock; the imports were timed before all others."""
+    spent, begun = {"imports": time.time() - psutil.Process().create_time()}, time.perf_counter()
+
+    def mark(part: str) -> None:
+        nonlocal begun
+        torch.ones(1, device=device).item()  # waits for a GPU
+        spent[part], begun = time.perf_counter() - begun, time.perf_counter()
+
+    mark("device ready")
+    model = mobilenet_v2().to(device, memory_format=torch.channels_last)
+    x = torch.rand(8, 1, 96, 96, device=device)
+    mark("model there")
+    for part in ("first pass", "second pass"):
+        model(x).sum().backward()
+        mark(part)
+    noise = decoded(argparse.Namespace(), 96, 32)
+    rows, labels = np.arange(32), np.arange(32) % 2
+    data = augment.CachedImages(noise, rows, labels, transform=augment.train_transform())
+    for part in ("first two workers", "the next two workers"):
+        next(iter(DataLoader(data, batch_size=8, num_workers=2)))
+        mark(part)
+    with tempfile.TemporaryDirectory() as folder:
+        how = dict(run_dir=folder, epochs=3, batch_size=8, num_workers=2, progress=False)
+        told = train.fit(model, objectives.cross_entropy(), data, data, **how).history["seconds"]
+    return spent | {"first epoch of train.fit": told[0], "third epoch": told[2]}
+
+
+ALONE = ("suite", "start")
 GROUPS = {"attack": attack, "train": training, "detect": detection}
 
 if __name__ == "__main__":

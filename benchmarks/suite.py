@@ -37,7 +37,8 @@ MOST = 0.2  # accuracy left where most images have fallen
 # As the libraries do.
 FULLY = [name for name, kind in evaluate.KINDS.items() if kind.twice]
 EVERY_STEP = {name: {"stop_when_fooled": False} for name in FULLY}
-WAYS = {"dropped": {"early_drop": True}, "full": {}, "every step": {"budgets": EVERY_STEP}}
+WAYS = {"dropped": {"in_full": 0}, "full": {"in_full": None}}
+WAYS["every step"] = {"in_full": None, "budgets": EVERY_STEP}
 AGAINST = {
     "full": "every attack on every image",
     "every step": "the same, PGD and APGD without stopping",
