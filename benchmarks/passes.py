@@ -2,7 +2,7 @@
 
     python benchmarks/passes.py
     python benchmarks/passes.py --only attack train --size 96 --images 64
-    python benchmarks/passes.py --only suite --images 60
+    python benchmarks/passes.py --only suite --attacked 60
     python benchmarks/passes.py --only start --processes 7
 
 On a GPU or a CPU alike. "attack": PGD-10 of MobileNetV2, as it is and through `fast_copy`, against
@@ -50,6 +50,9 @@ from dlia_utils.models.mobilenet import mobilenet_v2
 from dlia_utils.models.pixel import fast_copy
 from dlia_utils.units import pixel_eps
 
+# What is measured where nothing else is asked for
+ON_GPU = dict(size=224, batch=64, images=512, detect_size=1024, arch="fasterrcnn_resnet50_fpn_v2")
+ON_CPU = dict(size=128, batch=16, images=128, detect_size=256, arch="fasterrcnn_mobilenet_v2_fpn")
 COUNTED = 3_945, 1_756  # passes per image and model of 01 at a9fca2b, as counted then
 HEADLINE, SQUARE, OF = 4 / 255, 200, 624  # 01 `full`: Square meets 200 of the 624 test images
 
@@ -60,6 +63,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     gpu = torch.cuda.is_available() and not options.cpu
     device = "cuda" if gpu else "cpu"
+    for name, usual in (ON_GPU if gpu else ON_CPU).items():
+        setattr(options, name, getattr(options, name) or usual)
     hardware = f"{platform.machine()} CPU, one thread"
     print(
         f"{torch.cuda.get_device_name() if gpu else hardware}; torch {torch.__version__}; ", end=""
@@ -84,12 +89,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--images", type=int, default=256, help="of an epoch, or of the suite")
-    parser.add_argument("--detect-size", type=int, default=512, help="side for the detector")
-    parser.add_argument("--arch", default="fasterrcnn_resnet50_fpn_v2", help="of the detector")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, help="image side in pixels")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--images", type=int, help="of an epoch")
+    parser.add_argument("--attacked", type=int, default=40, help="images, by the suite")
+    parser.add_argument("--detect-size", type=int, help="side for the detector")
+    parser.add_argument("--arch", help="of the detector")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=[*GROUPS, *ALONE], default=[*GROUPS, "suite"])
     parser.add_argument("--processes", type=int, default=7, help="started at once by start")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -287,7 +293,7 @@ def detection(options: argparse.Namespace, device: str) -> list[Row]:
 def suite(options: argparse.Namespace, device: str) -> list[Row]:
     """Passes per image of 01's suite, before and now, on a plain and on a robust network."""
     with tempfile.TemporaryDirectory() as folder:
-        counts = {"train": (120, 120), "val": (1, 1), "test": (options.images // 2,) * 2}
+        counts = {"train": (120, 120), "val": (1, 1), "test": (options.attacked // 2,) * 2}
         phantom.write_pneumonia(Path(folder), images=counts, size=64)
         told = datasets.load(sources.find("pneumonia", Path(folder)))
         images = cache.build(told, size=64, root=Path(folder) / "cache", progress=False)

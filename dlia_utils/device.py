@@ -106,7 +106,9 @@ def step_bytes(model: nn.Module, images: torch.Tensor, gpu: torch.device) -> flo
     """What one forward and backward pass of images takes of a GPU's memory, per image."""
     torch.cuda.reset_peak_memory_stats(gpu)
     before, x = torch.cuda.memory_allocated(gpu), images.to(gpu, copy=True).requires_grad_()
-    torch.autograd.grad(model(x).float().sum(), x)
+    total = model(x).float().sum()
+    if total.requires_grad:
+        torch.autograd.grad(total, x, allow_unused=True)
     most = torch.cuda.max_memory_allocated(gpu) - before
     torch.cuda.empty_cache()  # what is kept for later counts as taken
     return max(most, 1) / len(images)

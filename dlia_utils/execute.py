@@ -209,6 +209,7 @@ def execute(
             cwd=str(cwd or Path(notebook).parent),
             kernel_name="python3",
             progress_bar=False,
+            start_timeout=300,  # seconds: beside busy neighbours a kernel takes its time
             extra_arguments=["--Application.log_level=CRITICAL"],  # else kernels warn of TCP
             **hooks,
         )

@@ -113,6 +113,8 @@ class _Seeded(torch.utils.data.Dataset):
 
     def seed_transform(self, row: int) -> None:
         """Decide what the transform draws next."""
+        # albumentations 2.0.8 gives every step the same random numbers, so that they go together:
+        # what is flipped is also lit. Changed, no training so far could be made again.
         state = np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0]
         self.transform.set_random_seed(int(state))
 
