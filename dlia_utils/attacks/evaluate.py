@@ -187,7 +187,7 @@ class Evaluation:
     labels: Tensor = field(repr=False)
 
     def fooled(self, attack: str, eps: float) -> np.ndarray:
-        """Bool [N] of one attack, of "clean" (eps 0) or "worst"."""
+        """Bool [N] of "clean" (eps 0) or "worst"; of one attack, of the images with its rows."""
         return self.rows.fooled[self.rows.attack.eq(attack) & self.rows.eps.eq(eps)].to_numpy(bool)
 
     def table(self, *, draws: int = 2000) -> pd.DataFrame:
