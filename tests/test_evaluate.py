@@ -80,7 +80,7 @@ def test_columns_by_attack_come_from_a_stated_subset(study, whole):
     assert found.cost.forwards.sum() < 0.9 * whole.cost.forwards.sum()
     table = checklist.report(found)
     assert table.set_index("check").verdict["the worst case is taken per image"] == "PASS"
-    assert "on 10 images evenly spread; its column is over these" in checklist.page(found, table)
+    assert "on 10 images evenly spread; columns are over these" in checklist.page(found, table)
     right = plots.figure_worst_case(found, "a caption").axes[1]
     heights = sum(np.array([part.get_height() for part in bar]) for bar in right.containers)
     assert heights == pytest.approx(1)

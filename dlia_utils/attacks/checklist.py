@@ -118,7 +118,7 @@ def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
     said = f"every attack was run on {f'{count} images evenly spread' if some else said}"
     if full_at is not None:
         said = f"at {pixel_text(full_at)} {said}, elsewhere on what that leaves open"
-    said = said[0].upper() + said[1:] + f"; its column is over {'these' if some else 'all'}."
+    said = said[0].upper() + said[1:] + f"; columns are over {'these' if some else 'all'}."
     if count == 0:
         said = "Images once fooled were attacked no more; clean and worst are over all images."
     by = "image (no patients given)" if found.groups is None else "patient"
