@@ -455,7 +455,7 @@ def adversarial_objective(study, name):
 # %%
 def one_step_or_ten(study, model):
     """Accuracy on validation images under one large step and under ten of PGD."""
-    how = dict(attacks=("fgsm", "pgd_ce"), early_drop=False, batch_size=run.attack_batch)
+    how = dict(attacks=("fgsm", "pgd_ce"), in_full=None, batch_size=run.attack_batch)
     found = evaluate.robust(model, suite.held_out(study), [run.at_eps], **how, progress=False)
     right = 1 - found.rows.groupby("attack")["fooled"].mean()
     row = {"val_single_step_accuracy": right["fgsm"], "val_pgd_accuracy": right["pgd_ce"]}
