@@ -218,8 +218,12 @@ def training(options: argparse.Namespace, device: str) -> list[Row]:
     options.images -= options.images % options.batch
     images, labels = decoded(options, options.size, options.images), np.arange(options.images) % 2
     rows = np.arange(options.images)
-    on_cpu = augment.CachedImages(images, rows, labels, transform=augment.train_transform())
-    there = augment.OnDevice(images, rows, labels, device=device)
+    on_cpu, there = (
+        augment.CachedImages(
+            images, rows, labels, transform=augment.train_transform(), device=place
+        )
+        for place in ("", device)
+    )
     new = mobilenet_v2
     x, y = images.batch(rows[: options.batch]).to(device), torch.from_numpy(labels)[: options.batch]
     own, loss, steps = (

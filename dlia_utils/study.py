@@ -34,7 +34,7 @@ log = logging.getLogger("dlia_utils")
 FREE = "max_minutes num_workers resume progress on_epoch".split()  # they change no weight
 LINKED = (".pt", ".npz")  # always replaced, never written into: a second name costs no disk
 OWN = "the reader's own"
-PASSING = ("epoch", "order", "pixels")  # parts of a data set that are not what it is
+PASSING = ("epoch", "order", "device", "pixels")  # of a data set, but not what it is
 
 
 class AlreadyOpened(RuntimeError):
@@ -77,8 +77,7 @@ class Study:
         transform = augment.train_transform() if augmented is True else augmented or None
         labels = self.dataset.manifest["label"].to_numpy()[rows]
         options = dict(balanced=bool(augmented) and self.run.balance == "sampling", seed=seed)
-        if augmented is True and self.run.device == "cuda":
-            return augment.OnDevice(self.cache, rows, labels, device="cuda", **options)
+        options["device"] = "cuda" if augmented is True and self.run.device == "cuda" else ""
         return augment.CachedImages(self.cache, rows, labels, transform=transform, **options)
 
     def variant(self, **settings) -> Study:

@@ -206,7 +206,7 @@ class _Run:
             self.judged = self.average.module
         self.batches = _Batches(len(train_set), recipe)
         loading["pin_memory"] = self.accelerator.device.type == "cuda"
-        if getattr(train_set, "device", "cpu") == "cuda":  # its images are there
+        if getattr(train_set, "device", "") == "cuda":  # its images are there
             loading |= dict(num_workers=0, pin_memory=False)
         loader = DataLoader(train_set, batch_sampler=self.batches, **loading)
         # One fused kernel instead of one loop per parameter, which costs time on a CPU.

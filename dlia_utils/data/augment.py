@@ -123,7 +123,9 @@ class CachedImages(_Seeded):
     """Rows of an `ImageCache` as (x float32 [1,S,S] in [0,1], y int, row int).
 
     `balanced`: as many draws of every class in each epoch, which `seed` and epoch decide; the
-    alternative to class weights in the loss.
+    alternative to class weights in the loss. `device`: the bytes are copied there once, and what a
+    loader asks for is changed there, a batch at a time, and stays there (so it takes no workers);
+    the images are the same, to a rounding of a grey level. For `train_transform()` only.
     """
 
     def __init__(
@@ -135,8 +137,10 @@ class CachedImages(_Seeded):
         transform: A.Compose | None = None,
         seed: int = 0,
         balanced: bool = False,
+        device: str = "",
     ) -> None:
         super().__init__(cache, rows, transform, seed)
+        self.device, self.pixels = device, None
         self.labels, self.balanced = np.asarray(labels, dtype=np.int64), balanced
         self.set_epoch(0)
 
@@ -156,19 +160,9 @@ class CachedImages(_Seeded):
         pixels = torch.from_numpy(self.augmented(row)["image"])
         return pixels.unsqueeze(0).float().div_(255), int(self.labels[place]), row
 
-
-class OnDevice(CachedImages):
-    """`CachedImages` as bytes on `device`, copied once, and changed there, a batch at a time.
-
-    The images are those that `train_transform()` makes on a CPU, with the same draws, to a rounding
-    of a grey level. What a loader gets stays on the device: it takes no workers.
-    """
-
-    def __init__(self, *args, device: str, **options) -> None:
-        super().__init__(*args, transform=train_transform(), **options)
-        self.device, self.pixels = device, None
-
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int, int]]:
+        if not self.device:
+            return [self[index] for index in indices]
         if self.pixels is None:  # now, in the process that trains, on the GPU that it was given
             self.pixels = torch.from_numpy(self.cache.images[self.rows]).to(self.device)
         places, draws = self.order[np.asarray(indices)], []
@@ -178,10 +172,6 @@ class OnDevice(CachedImages):
             draws.append(drawn(self.transform, self.pixels.shape[1:]))
         grey = self.pixels[torch.from_numpy(places).to(self.device)].unsqueeze(1)
         return list(zip(changed(grey.float(), draws).div_(255), labels, rows, strict=True))
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        ((x, y, row),) = self.__getitems__([index])
-        return x.cpu(), y, row
 
 
 def drawn(transform: A.Compose, shape: tuple[int, int]) -> dict[str, dict]:
