@@ -167,7 +167,7 @@ MODELS += [*run.adversarial, *run.own]
 
 # %% tags=["yours"]
 def attack_subset(study, per_class):
-    """A fixed, class-balanced sample of test rows, for attacks too expensive for the whole split."""
+    """A fixed, class-balanced sample of test rows, for attacks too expensive for all."""
     rng, test = np.random.default_rng(run.seed), study.rows("test")
     labels, classes = study.labels(test).cpu().numpy(), range(len(study.dataset.classes))
     drawn = [rng.permutation(test[labels == label])[:per_class] for label in classes]
