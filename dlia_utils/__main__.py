@@ -1,4 +1,4 @@
-"""The command line: `python -m dlia_utils list | run | data check | submission check`."""
+"""The command line: `python -m dlia_utils list | run | plan | data check | submission check`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MOST = 20  # lines of warnings that are shown
+FITS = 9  # hours: what a session of Kaggle's 12 is planned for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,17 +42,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command(list_all, "list", "notebooks and data sets of the suite")
     add = command(run, "run", "execute notebooks and print their results")
-    add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
-    where = "folder of the data sets, or of class folders of your own (default: find them)"
-    add("--data", default="", metavar="PATH", help=where)
-    add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
-    change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
-    many = {"nargs": "+", "action": "extend", "default": [], "dest": "changes"}
-    add("--set", **many, metavar="NAME=VALUE", help=change)
-    add("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
+    _asked(add, profile="smoke")
     name = "folder name (default: profile and kind of data)"
     add("--run-name", default="", metavar="NAME", help=name)
     add("--fresh", action="store_true", help="put an older run of that name aside and start anew")
+
+    add = command(plan, "plan", "tell what notebooks will cost, without running them")
+    _asked(add, profile="full")
+    device = "here: measured on this machine; t4: published speed of Kaggle's two Tesla T4"
+    add("--device", default="here", choices=("here", "t4"), help=device)
 
     add = check(data_check, "data", "find, count and audit a data set")
     name = "a data set's name, or your folder of class folders or of boxes"
@@ -71,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _asked(add, profile: str) -> None:
+    """The options that say which notebooks, on what data, under which settings."""
+    add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
+    where = "folder of the data sets, or of class folders of your own (default: find them)"
+    add("--data", default="", metavar="PATH", help=where)
+    add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
+    change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
+    many = {"nargs": "+", "action": "extend", "default": [], "dest": "changes"}
+    add("--set", **many, metavar="NAME=VALUE", help=change)
+    add("--profile", default=profile, choices=("smoke", "cpu", "full", "auto"))
+
+
 def list_all(options: argparse.Namespace) -> int:
     from . import execute
     from .data import sources
@@ -85,15 +96,63 @@ def list_all(options: argparse.Namespace) -> int:
     return 0
 
 
+def _changes(options: argparse.Namespace) -> dict:
+    from .run import parse_change
+
+    named = {"dataset": options.dataset} if options.dataset else {}
+    return dict(map(parse_change, options.changes)) | named
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Tables of what the notebooks will cost; of all, their sums. Nothing is run or written."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    import pandas as pd
+    import torch
+
+    from . import execute, study
+    from . import plan as plans
+    from . import run as runs
+    from .detect import folds
+
+    given, sums = (
+        dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options)),
+        [],
+    )
+    told = {"here": "on this machine", "t4": "on two Tesla T4, by published speeds"}[options.device]
+    with contextlib.ExitStack() as stack:
+        for module, name in ((study, "open_study"), (folds, "open_detection")):
+            stack.enter_context(mock.patch.object(module, name, study.expected))
+        stack.enter_context(mock.patch.object(runs, "open_folder", lambda run: run))
+        for path in execute.pick(options.nb):
+            with contextlib.redirect_stdout(io.StringIO()):
+                run, networks, phases = execute.planned(path, **given)
+            if t4 := options.device == "t4":
+                prices = plans.published(networks, "t4")
+            else:
+                prices = plans.measured(networks, run.device)
+            gpus = 2 if t4 else torch.cuda.device_count() or 1
+            table = plans.table(networks, phases, prices, gpus=gpus, workers=run.num_workers)
+            images = f"as many images as {run.location.dataset} publishes"
+            images = images if run.synthetic and run.profile != "smoke" else run.data_name
+            line = {"notebook": path.stem, "profile": run.profile, "images": images}
+            sums.append(line | {"hours": table["hours"].iloc[-1]})
+            if options.nb:
+                print(f"\n{path.stem}, {run.profile}, {images}, {told}\n{table.to_string()}")
+                print(plans.advice(table, run.hours or FITS))
+    table = pd.DataFrame(sums).round(1)
+    print(f"\nhours {told}, at most\n{table.assign(fits=table['hours'].le(FITS)).to_string()}")
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     from . import execute
     from .data.tables import DataNotFound
-    from .run import parse_change
 
-    changes = dict(map(parse_change, options.changes))
-    changes |= {"dataset": options.dataset} if options.dataset else {}
     how = dict(profile=options.profile, data=options.data, run_name=options.run_name)
-    how |= dict(resume=not options.fresh, changes=changes)
+    how |= dict(resume=not options.fresh, changes=_changes(options))
     runs, paths = [], execute.pick(options.nb)
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.stem}, profile {options.profile}", flush=True)
@@ -270,4 +329,9 @@ def submission_check(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"] and "GLIBC_TUNABLES" not in os.environ:  # as kernels are started
+        from .execute import KERNEL_ENVIRONMENT
+
+        again = [sys.executable, "-m", "dlia_utils", *sys.argv[1:]]
+        os.execve(sys.executable, again, KERNEL_ENVIRONMENT | os.environ)
     sys.exit(main())

@@ -91,6 +91,13 @@ def opened(notebook: str | Path, **parameters: Any) -> Any:
     return _opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
 
 
+def planned(notebook: str | Path, **parameters: Any) -> tuple[Any, dict, list]:
+    """The run of a notebook, and the networks and phases that its plan names."""
+    wanted = "parameters", "settings", "start", "imports", "yours", "plan"
+    names = _opening(notebook, wanted, **parameters)
+    return names["run"], names["networks"], names["phases"]
+
+
 def _opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
     """The names that the cells with the `wanted` tags define, executed in this process."""
     names: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,11 @@ class Study:
     def rows(self, name: str) -> np.ndarray:
         """Row numbers (image ids) of a split, "train", "val" or "test"."""
         return np.flatnonzero((self.dataset.manifest["split"] == name).to_numpy())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images of each split."""
+        return {name: len(self.rows(name)) for name in ("train", "val", "test")}
 
     def images(self, rows: Sequence[int]) -> torch.Tensor:
         """Float images [n,1,S,S] in [0,1] on the run's device."""
@@ -157,6 +163,34 @@ def _decoded(run: Run, dataset: datasets.Dataset) -> tuple[datasets.Dataset, cac
         log.warning("left out: %s", error)
     dataset = datasets.take(dataset, np.flatnonzero(~dataset.manifest["path"].isin(lost)))
     return dataset, cache.build(dataset, **how)
+
+
+def expected(run: Run) -> Study:
+    """The study of a run as far as its numbers of images go, none of them decoded: for a plan.
+
+    What only synthetic images stand for has as many as are published, but in the smoke profile.
+    """
+    place, rng = run.location, np.random.default_rng(run.seed)
+    if run.synthetic and run.profile != "smoke":
+        parts = sources.PUBLISHED[place.dataset].items()
+        rows = [(part, k) for part, own in parts for k, n in enumerate(own) for _ in range(n)]
+        manifest = pd.DataFrame(rows, columns=["split", "label"])
+    else:
+        found = datasets.load(place)
+        boxes = "folds" in run.values and found.mapping is None
+        manifest = (datasets.boxed(found) if boxes else found).manifest
+    tested = manifest["split"].eq("test").to_numpy() & (not run.test_share)
+    rest = rng.permutation(np.flatnonzero(~tested))
+    shares = (run.values.get(name) or 0 for name in ("test_share", "val_share"))
+    test, val = (round(share * len(rest)) for share in shares)
+    split = np.where(tested, "test", "train").astype(object)
+    split[rest[:test]], split[rest[test : test + val]] = "test", "val"
+    if folds := run.values.get("folds"):
+        manifest = manifest.assign(fold=np.where(tested, -1, np.arange(len(manifest)) % folds))
+    manifest = manifest.assign(split=split)
+    classes = tuple(map(str, manifest.get("label", pd.Series(dtype=int)).unique()))
+    told = dict(classes=classes, ignored=pd.DataFrame(), synthetic=run.synthetic, origin="")
+    return Study(run, datasets.Dataset(place.dataset, place.root, manifest, **told), None)
 
 
 def _check_own(study: Study, name: str) -> None:
@@ -379,7 +413,34 @@ def fit_model(
     key["options"] = described({name: options[name] for name in options if name not in FREE})
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
-    return train.fit(model, objective, train_set, val_set, **where, **options)
+    # One that was begun is perhaps finished, and then read back.
+    begun = (where["run_dir"] / "last.pt").exists()
+    asked, left = options["max_minutes"], time_left(study.run, "" if begun else name) / 60
+    if left < (asked or math.inf):
+        options["max_minutes"] = max(left, 0.01)
+    try:
+        return train.fit(model, objective, train_set, val_set, **where, **options)
+    except train.OutOfTime as error:
+        if options["max_minutes"] == asked:
+            raise
+        raise train.OutOfTime(_spent(study.run, f"{name} stopped between two epochs")) from error
+
+
+def time_left(run: Run, what: str = "") -> float:
+    """Seconds until the session's `Run.budget` is spent; `train.OutOfTime` where `what` is late."""
+    left = run.begun + 3600 * (run.budget or math.inf) - time.time()
+    if what and left <= 0:
+        raise train.OutOfTime(_spent(run, f"{what} was not begun"))
+    return left
+
+
+def _spent(run: Run, what: str) -> str:
+    return (
+        f"{what}: the {run.budget:g} hours of this session are spent. What is done is kept: run "
+        "again to go on from there (the same command, or Run All; on Kaggle attach this session's "
+        f"output to the next). For more time: --set hours={2 * run.budget:g} on the command line, "
+        f'CHANGES = {{"hours": {2 * run.budget:g}}} in the notebook.'
+    )
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:
@@ -421,6 +482,7 @@ def stored(
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
         same = _same(run, f"tables/{record.name}", key)
+        time_left(run, "" if same else f"table {name}")
         table = files.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # without its key the table counts as none
         files.write_csv(table, path)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ..device import device_of
 from ..metrics import with_interval
 from ..units import check_numbers, pixel_text
-from .evaluate import ALIKE, BPDA, KINDS, Evaluation, kind, robust, zero_gradient_share
+from .evaluate import ALIKE, BPDA, KINDS, SUITE, Evaluation, kind, robust, zero_gradient_share
+from .evaluate import most_passes as passes_of
 
 PASSES = 5  # of the same images
+ASKED = 160  # forwards at most to see that the model is steady, and its folded copy the same
 SAME = 1e-4  # of the logits, or of their size where that is above 1: how far passes may differ
 LEAST = 100  # images that get twice the steps, or all that stand
 ALONE = 0.002  # share of images that a black box may fool alone (as AutoAttack's flag)
@@ -107,6 +109,18 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
         verdict = ["PASS", value, ""] if passed else ["WARN", value, why]
         rows.append([check.format(*name), *verdict])
     return pd.DataFrame(rows, columns=["check", "verdict", "value", "why"])
+
+
+def most_passes(images: int, *, subset=50, attacks=SUITE, batch_size=64, **options) -> np.ndarray:
+    """Forward and backward image-passes [2] of `report` on a `robust` of these options: at most."""
+    names = [name for name in attacks if KINDS[name].twice] or ["pgd_margin"]
+    budgets = {name: own for name, own in options.get("budgets", {}).items() if name in names}
+    asked = {name: options[name] for name in ("steps", "restarts", "through") if name in options}
+    some, more = min(images, subset), min(images, max(LEAST, subset))
+    twice = 2 * passes_of(more, (1.0,), **asked | dict(attacks=names, budgets=budgets))
+    asked |= dict(attacks=("pgd_ce", "pgd_margin"), steps=20)
+    others = [6 * some + PASSES * (batch_size + 1) + ASKED, 2 * some]
+    return twice + passes_of(some, (0.5, 1.0), **asked) + others
 
 
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:

@@ -56,6 +56,7 @@ FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pa
 # MobileNetV2, and the recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 25, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 # Which defences that see no attack, and their numbers
 FULL |= {"defences": ("lipschitz", "lipschitz_operator", "margin_gradient")}
 FULL["defences"] += ("distilled", "papernot")
@@ -136,7 +137,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_curve
 
 from dlia_utils import calibration, files, launch, metrics, models, objectives, plots, report
-from dlia_utils import smoothing, suite, train
+from dlia_utils import plan, smoothing, suite, train
 from dlia_utils.attacks import checklist, evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.data import datasets, split
 from dlia_utils.models.mobilenet import IMAGENET_STD
@@ -176,6 +177,71 @@ def beside_constant(table, labels):
     row = ["" if one is None else f"{one:.{digits}f}" for one in row]
     table.loc["always the same answer"] = row
     return table
+
+
+# % [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time they take here, measured on a few random batches. *At most* counts an attack as if it
+# fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a budget
+# (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on when it
+# is run again. `python -m dlia_utils plan --nb 01 --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+study, net = open_study(run), "MobileNetV2"
+make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+networks, sizes = {net: plan.Network(make, run.size, run.attack_batch)}, study.sizes
+OBJECTIVES = {"baseline": "cross_entropy", "papernot_teacher": "cross_entropy_at"}
+OBJECTIVES |= {"gaussian_noise": "gaussian_noise", "papernot": "distillation"}
+OBJECTIVES |= dict.fromkeys(several["distilled"], "distillation")
+OBJECTIVES |= dict.fromkeys(("lipschitz", "lipschitz_operator"), "lipschitz")
+OBJECTIVES |= {"margin_gradient": "margin_gradient", "fast_at": "fast_adversarial"}
+OBJECTIVES |= {"free_at": "free_adversarial"} | {n: n for n in ("trades", "mart", "hat", "gairat")}
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+plain = [name for name in MODELS if name not in run.adversarial and name not in run.own]
+teachers, phases = ["papernot_teacher"] if "papernot" in MODELS else [], []
+for name in [*plain, *teachers, "gaussian_noise"]:
+    given = ("trainings", net, sizes["train"], run.epochs)
+    told = dict(objective=OBJECTIVES[name], settings="defences epochs size", job=name)
+    phases += plan.training(*given, **how, **told)
+
+# %% tags=["plan"]
+judge = suite.judging(sizes["val"])
+for name in run.adversarial:
+    parts, epochs, steps, replays = name.split("_"), run.epochs, run.at_steps, 1
+    usual = "pgd_awp" if "awp" in parts else "pgd_adversarial"
+    epochs = run.long_epochs if "long" in parts else epochs
+    if name == "free_at":
+        epochs, steps, replays = run.free_epochs // run.free_replays, 0, run.free_replays
+    if name == "gairat":
+        epochs, steps = run.gairat_epochs, run.gairat_steps
+    asked = judge
+    if name == "fast_at":  # and its watch for overfitting: one step, and ten of PGD
+        steps, asked = 1, (2 * judge[0], 3 * judge[1])
+    given = ("trainings on attacks", net, sizes["train"], epochs)
+    told = dict(objective=OBJECTIVES.get(name, usual), steps=steps, replays=replays, judge=asked)
+    told |= dict(settings="adversarial epochs at_steps size", job=name)
+    phases += plan.training(*given, **how, **told)
+
+# %% tags=["plan"]
+asked = [name for name in MODELS if name not in run.own]
+phases += suite.phases(run, asked, sizes["test"], net)
+clean = len(asked) * (3 * sizes["test"] + 2 * sizes["val"])  # sections 4 and 8
+phases.append(plan.Phase("clean images", net, sizes["test"], clean))
+fgsms = len(asked) * len(run.published_eps_grid) * sizes["test"]
+told = dict(settings="published_eps_grid")
+phases.append(plan.Phase("FGSM, normalised", net, sizes["test"], 2 * fgsms, fgsms, **told))
+count = min(2 * run.certified_per_class, sizes["test"])
+noisy, told = count * (100 + run.certificate_draws), dict(settings="certified_per_class")
+phases.append(plan.Phase("certificate", net, count, noisy, **told))
+count, queries = min(2 * run.one_pixel_per_class, sizes["test"]), 0
+for pixels, population, iterations, *_ in run.one_pixel:
+    own = dict(pixels=pixels, population=population, iterations=iterations)
+    queries += 2 * count * (2 + evaluate.passes("one_pixel", own)[0])  # two models, and looked at
+told = dict(exact=False, settings="one_pixel one_pixel_per_class")
+phases.append(plan.Phase("One-Pixel", net, count, queries, **told))
+
+# %%
+report.cost(run, networks, phases)
 
 
 # %% [markdown]

@@ -52,6 +52,7 @@ FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1}
 # MobileNetV2, and the recipe of every training; balance "weights" of the classes, or "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 FULL |= {"balance": "weights"}
 # Adversarial training, and the head ("linear", or "mlp", the original study's)
 FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0}
@@ -59,10 +60,10 @@ FULL |= {"head": "linear"}
 # Robust models of the literature: weights "public" are downloaded; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
-FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
-FULL |= {"zoo_lr": 1e-3}
+FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64}
+FULL |= {"zoo_epochs": 30, "zoo_lr": 1e-3}
 # the widths that MeanSparse chooses from; maps of the first so many models (None: all)
-FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}
+FULL |= {"zoo_alphas": (0.0, 0.15, 0.3), "zoo_maps": 4}
 
 # %% tags=["settings"]
 # The attacks: add or leave out; their budgets; the eps at which expensive ones run, if not at all
@@ -70,8 +71,21 @@ FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "hea
 FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
+# full_at: where every attack meets every image; most: how many an attack meets (of all: two hours more)
+FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+# Cut to a session (9 hours of two T4 at most, by the plan below): of the whole suite on these networks,
+# with up to 800 times the multiplications of a MobileNetV2 at 224 px, it would be days. They meet five
+# attacks at two eps. ra_wrn_70_16, the most expensive of eight, has to be asked for; MeanSparse chooses
+# from 3 widths and not 7; maps are drawn of four (zoo_maps) and not of all.
+FULL |= {"zoo_suite": {"eps_grid": pixel_eps(1, 4), "full_at": 4 / 255, "check_images": 20}}
+FULL["zoo_suite"] |= {"attacks": ("fgsm", "pgd_ce", "pgd_margin", "apgd_margin", "square")}
+FULL["zoo_suite"] |= {"budgets": {"apgd_margin": {"steps": 20}, "square": {"steps": 100}}}
+FULL["zoo_suite"] |= {"expensive": dict.fromkeys(("apgd_margin", "square"), pixel_eps(4))}
+FULL["zoo_suite"] |= {"most": {"square": 50}}
 
 # %% tags=["settings"]
 EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
@@ -93,6 +107,7 @@ ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
 SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
+SMOKE |= {"full_at": None, "most": {}, "zoo_suite": {}}
 SMOKE |= {"check_images": 4, "maps": 5, "occlusion_window": 8, "integrated_steps": 8}
 SMOKE |= {"bootstrap_draws": 200}
 
@@ -119,10 +134,11 @@ from IPython.display import Markdown, display
 from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
-from dlia_utils import files, launch, metrics, models, objectives, plots, report, suite, train
+from dlia_utils import files, launch, metrics, models, objectives, plan, plots, report, suite
+from dlia_utils import train
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
-from dlia_utils.explain.attribution import explain
+from dlia_utils.explain.attribution import explain, passes
 from dlia_utils.models import robust
 from dlia_utils.study import build_model, load_models, made_by, open_study, stored, test_opened
 from dlia_utils.study import train_head, train_model, trained, weights_label
@@ -142,6 +158,54 @@ def study_of(name):
     study = open_study(run)
     return study if name in MODELS else suite.zoo_study(study)
 
+
+# % [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time they take here, measured on a few random batches. *At most* counts an attack as if it
+# fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a budget
+# (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on when it
+# is run again. `python -m dlia_utils plan --nb 02 --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+def planned_maps(name, size, images):
+    """Passes of all maps of so many images, by every method."""
+    window = max(4, run.occlusion_window * size // run.size)
+    how = dict(steps=run.integrated_steps, window=window)
+    methods = ("saliency", "integrated_gradients", "deeplift", "occlusion", "gradcam")
+    once = np.array([passes(method, size, **how) for method in methods]).sum(0)
+    told = dict(settings="maps occlusion_window zoo_maps", exact=False)
+    return plan.Phase("maps", name, images, *(images * once + [80, 0]).tolist(), **told)
+
+
+# %% tags=["plan"]
+study, net = open_study(run), "MobileNetV2"
+sizes, make = study.sizes, partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+networks, phases = suite.zoo_plan(run, sizes)
+networks[net] = plan.Network(make, run.size, run.attack_batch)
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+how |= dict(settings="epochs at_steps size")
+attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))
+given, shorter = ("trainings", net, sizes["train"]), max(1, run.epochs // 3)
+phases += plan.training(*given, run.epochs, objective="cross_entropy", job="standard", **how)
+told = dict(objective="pgd_adversarial") | attacked
+phases += plan.training(*given, run.epochs, job="pgd_at", **told)
+phases += plan.training(*given, shorter, job="robust_probe", **told)
+phases += plan.training(*given, run.epochs, job="trades", **attacked | dict(objective="trades"))
+seen = sizes["train"] + sizes["val"]  # the features of linear_probe, once
+phases.append(plan.Phase("new heads", net, seen, seen, job="linear_probe"))
+
+# %% tags=["plan"]
+phases += suite.phases(run, MODELS, sizes["test"], net)
+phases += suite.phases(run.variant(**suite.zoo_settings(run)), run.zoo, sizes["test"])
+phases.append(plan.Phase("clean images", net, sizes["test"], len(MODELS) * sizes["test"]))
+phases += [plan.Phase("clean images", name, sizes["test"], sizes["test"]) for name in run.zoo]
+looked = [(net, run.size)] * 3 + [(name, run.zoo_size) for name in run.zoo[: run.zoo_maps]]
+phases += [planned_maps(name, size, min(run.maps, sizes["test"])) for name, size in looked]
+lost = 8 * 7 * 3 * passes("occlusion", run.size, window=run.occlusion_window)[0]  # three methods
+phases.append(plan.Phase("maps of lost weights", net, 8, lost, 8 * 7 * 2, exact=False))
+
+# %%
+report.cost(run, networks, phases)
 
 # %% [markdown]
 # ## 1 The data

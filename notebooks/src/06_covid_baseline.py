@@ -56,6 +56,7 @@ FULL |= {"unusable_share": 0.01}
 FULL |= {"blocks": 4, "width": 16, "hidden": 128, "dropout": 0.3}
 # The recipe; max_minutes is for one training, None is no limit
 FULL |= {"epochs": 30, "batch_size": 32, "lr": 1e-3, "patience": 8, "max_minutes": 120.0}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 FULL |= {"num_workers": 2}
 # Quick comparisons of sizes and normalisations
 FULL |= {"quick_images": 2000, "quick_epochs": 5}
@@ -103,7 +104,7 @@ from scipy.stats import gaussian_kde
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dlia_utils import files, launch, metrics, models, plots, report, search
+from dlia_utils import files, launch, metrics, models, plan, plots, report, search
 from dlia_utils.data import augment, datasets, explore, split
 from dlia_utils.device import fingerprint
 from dlia_utils.objectives import cross_entropy
@@ -206,6 +207,47 @@ def signs(read):
             rows.append({"run": name, "sign": sign} | rule)
     return pd.DataFrame(rows)
 
+
+# % [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time they take here, measured on a few random batches. *At most* counts an attack as if it
+# fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a budget
+# (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on when it
+# is run again. `python -m dlia_utils plan --nb 06 --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+def planned_network(width):
+    """What the notebook trains, as wide as that."""
+    count = len(study.dataset.classes) or 2
+    shape = dict(channels=channels(width), hidden=run.hidden, dropout=run.dropout)
+    return lambda: models.cnn(num_classes=count, mean=0.5, std=0.25, **shape)
+
+
+study, phases = open_study(run), []
+sizes, widest = study.sizes, max(sum(run.search_width, ()))
+networks = {"CNN": plan.Network(planned_network(run.width), run.size, run.batch_size)}
+networks["widest CNN"] = plan.Network(planned_network(widest), run.size, run.batch_size)
+how = dict(objective="cross_entropy", batch=run.batch_size, val=sizes["val"])
+few = min(run.quick_images, sizes["train"])
+given = ("quick comparisons", "CNN", few, run.quick_epochs)
+phases += plan.training(*given, settings="quick_images quick_epochs", **how) * 6
+for name in ("initial", "unaugmented"):
+    given = ("first network", "CNN", sizes["train"], run.epochs)
+    phases += plan.training(*given, job=name, settings="epochs", **how)
+
+# %% tags=["plan"]
+runs = run.trials + run.extend * (run.trials // 2)
+how |= dict(exact=False)  # patience, pruning, and a width that nobody knows before
+given, told = ("search", "widest CNN", sizes["train"]), "trials extend search_epochs search_width"
+phases += plan.training(*given, runs * run.search_epochs, settings=told, **how)
+for name in ("adam", "sgd", "smoothed"):
+    given = ("recipes", "widest CNN", sizes["train"], run.epochs)
+    phases += plan.training(*given, job=name, settings="epochs", **how)
+given = ("final baseline", "widest CNN", sizes["train"] + sizes["val"], run.epochs)
+phases += plan.training(*given, settings="epochs", **how | dict(val=0))
+
+# %%
+report.cost(run, networks, phases)
 
 # %% [markdown]
 # ## 1 The data

@@ -1,0 +1,253 @@
+"""What a run will cost: its phases as counted passes of images, and the time that these take.
+
+Counts come from numbers alone. A pass is priced by a few batches of the real network here or, with
+rates="t4", by its multiplications and the published speed of a Tesla T4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .device import release_memory
+from .models.pixel import fast_copy
+from .objectives import PASSES
+
+# Multiplications a second of one Tesla T4 in float32 and in half precision, and how many times its
+# passes a step of training costs. Everything else is scaled from these by multiplications.
+# dense: ResNet-50 v1.5, 4.09e9 an image of 224 px, PyTorch: 428 images/s in float32 (batch 64) and
+#   1,190 in mixed precision (batch 128), NVIDIA DeepLearningExamples, ConvNets/resnet50v1.5. It
+#   agrees with Faster R-CNN R50-FPN v2 at 640 px: 15,000 images in almost an hour of training in
+#   float32 (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88).
+# wide: WRN-28-10, 5.25e9 an image of 32 px, three times in training, batch 128: ten epochs of
+#   CIFAR-10 in 57:17 minutes of float32, 31:14 of mixed precision (blog.ceshine.net, apex-t4-p100).
+# depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419 and 2,760 images/s, batch 4 (Paddle Inference 2.3,
+#   TensorRT). In training EfficientNet-B0, its like, is 4.6 times slower than in a forward pass,
+#   not 3 times (on a V100: 655 against 2,968 and 1,301 against 6,176; DeepLearningExamples).
+T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
+T4["depthwise"] = (0.425e12, 0.83e12, 1.55)
+RATES = {"t4": T4}
+LOADING = 5e-4  # seconds of a CPU core for an augmented image; measured at 224 px, one core of ours
+ON_CPU = 16  # images of a batch that is timed on a CPU, at most
+SECOND_ORDER = ("lipschitz", "margin_gradient")  # these are trained in float32
+CALLS = 3  # of each step that is timed; the first one only warms up
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to be priced: `build()` makes it, for images [B,1,size,size], `batch` at a time.
+
+    kind: "dense", "wide" or "depthwise" (a row of `RATES`; "": as its convolutions say).
+    """
+
+    build: Callable[[], nn.Module]
+    size: int
+    batch: int = 32
+    kind: str = ""
+
+    def example(self, device: str, batch: int) -> tuple[nn.Module, Tensor]:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            return self.build().eval(), torch.rand(batch, 1, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Image-passes through one network, e.g. a training; those of a `name` are a line of the table.
+
+    updates: of the backwards those that go on to the weights; exact: the counts are the true ones,
+    else the most there can be; half: in half precision on a GPU; settings: what drives it;
+    job: phases of one job follow each other, the jobs of a `name` lie side by side on several GPUs
+    ("": all one after the other); loads: images that a data loader augments.
+    """
+
+    name: str
+    network: str
+    images: int
+    forwards: int
+    backwards: int = 0
+    updates: int = 0
+    exact: bool = True
+    half: bool = False
+    settings: str = ""
+    job: str = ""
+    loads: int = 0
+
+
+def training(
+    name,
+    network,
+    n,
+    epochs,
+    *,
+    objective,
+    steps=0,
+    replays=1,
+    batch=32,
+    val=0,
+    judge=(0, 0),
+    **about,
+) -> list[Phase]:
+    """The phases of a `train.fit` on n images: learning, and judging its epochs.
+
+    steps: of the attack inside; val: images of the validation set; judge: forward and backward
+    image-passes of `val_metric` in an epoch, at most. The others are fields of `Phase`; exact=False
+    for a training that may end sooner.
+
+    >>> found = training("a", "net", 65, 2, objective="trades", steps=7, val=10)
+    >>> [(one.images, one.forwards, one.backwards, one.exact) for one in found]
+    [(65, 1280, 1152, True), (10, 20, 0, True)]
+    """
+    seen, about = epochs * (n - (batch > 1 and n % batch == 1)), {"exact": True} | about
+    forward, backward, update = PASSES[objective]
+    counts = (replays * seen * one for one in (forward + steps, backward + steps, update))
+    half = objective not in SECOND_ORDER
+    learn = Phase(name, network, n, *counts, half=half, loads=seen, **about)
+    about["exact"] &= not any(judge)
+    asked = epochs * (val + int(judge[0])), epochs * int(judge[1])
+    return [learn, Phase("choice of the epoch", network, val, *asked, **about)]
+
+
+def multiplications(network: Network) -> float:
+    """Of a forward pass of one image; counted on shapes alone, nothing is computed.
+
+    >>> multiplications(Network(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), 18))
+    55296.0
+    """
+    model, x = network.example("meta", 1)
+    net, x = getattr(model, "rcnn", getattr(model, "backbone", model)), x.expand(-1, 3, -1, -1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if hasattr(model, "rcnn"):  # how many boxes go on is not known before: all that may
+            net.rpn.head([*net.backbone(x).values()])
+            shape = net.rpn.post_nms_top_n(), net.backbone.out_channels, 7, 7
+            net.roi_heads.box_predictor(net.roi_heads.box_head(x.new_zeros(shape)))
+        else:
+            net(x)
+    return counter.get_total_flops() / 2
+
+
+# Seconds an image of a forward pass, a backward pass to the image and one to all weights, by
+# network and whether in half precision
+Prices = dict[tuple[str, bool], np.ndarray]
+
+
+def published(networks: Mapping[str, Network], rates: str) -> Prices:
+    """Prices by a row of `RATES`."""
+    found = {}
+    for name, network in networks.items():
+        parts = network.example("meta", 1)[0].modules()
+        grouped = any(getattr(part, "groups", 1) > 1 for part in parts)
+        *speeds, slower = RATES[rates][network.kind or ("depthwise" if grouped else "dense")]
+        for half in (False, True):
+            once = multiplications(network) / speeds[half]
+            found[name, half] = once * np.array([1, 1, 3 * slower - 1])
+    return found
+
+
+def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 20.0) -> Prices:
+    """Prices on this machine, from a few batches of random images.
+
+    The smallest networks first. Scaled from another by multiplications is what `seconds` leave no
+    time for, and all but the first of the networks that name the same kind.
+    """
+    work, found, done = {name: multiplications(one) for name, one in networks.items()}, {}, []
+    end = time.perf_counter() + seconds
+    for name in sorted(work, key=work.get):
+        own = networks[name]
+        batch = min(own.batch, ON_CPU if device == "cpu" else own.batch)
+        alike = [other for other in done if own.kind and networks[other].kind == own.kind]
+        for half in (False, True)[: 1 + (device != "cpu")]:
+            near = (alike or done or [name])[-1]
+            price = found.get((near, half), np.zeros(3)) * work[name] / work[near]
+            late = time.perf_counter() + CALLS * batch * price @ [3, 1, 1] > end
+            if not done or not (alike or late):
+                price = _measured(own, device, half, max(2, batch))
+            found[name, half] = price
+        found[name, True] = price
+        done.append(name)
+    release_memory()
+    return found
+
+
+def _measured(network: Network, device: str, half: bool, size: int) -> np.ndarray:
+    model, x = network.example(device, size)  # two images at least, for the batch norms
+    model, asked = model.to(memory_format=torch.channels_last), x.clone().requires_grad_()
+    detects, one = hasattr(model, "rcnn"), torch.ones(1, dtype=torch.int64, device=device)
+    boxes = [{"boxes": one[:, None] * x.new_tensor([0, 0, 9, 9]), "labels": one}] * size
+
+    def loss() -> Tensor:
+        return sum(model(x, boxes).values()) if detects else model(asked).float().sum()
+
+    def seconds(step: Callable[[], object]) -> float:
+        spent = []
+        for _ in range(CALLS):
+            begun = time.perf_counter()
+            with torch.autocast(device, enabled=half):
+                step()
+            torch.cuda.synchronize() if device == "cuda" else None
+            spent.append((time.perf_counter() - begun) / size)
+        return min(spent[1:])
+
+    learnt, model = model, model if detects or half else fast_copy(model)  # as the attacks do
+    forward = seconds(torch.no_grad()(lambda: model(x)))
+    climb = forward if detects else seconds(lambda: torch.autograd.grad(loss(), asked))
+    model = learnt.train()
+    return np.array([forward, climb - forward, seconds(lambda: loss().backward()) - forward])
+
+
+def hours_of(phase: Phase, prices: Prices, *, workers: int = 0) -> float:
+    """On one device; `workers` augment images while it computes, without any it waits for them."""
+    counts = phase.forwards, phase.backwards - phase.updates, phase.updates
+    spent, load = counts @ prices[phase.network, phase.half], phase.loads * LOADING
+    return (max(spent, load / workers) if workers else spent + load) / 3600
+
+
+def table(
+    networks: Mapping[str, Network], phases: list[Phase], prices: Prices, *, gpus=1, workers=0
+) -> pd.DataFrame:
+    """A row for each name of the phases, with its hours on so many GPUs, and one "in all".
+
+    Columns network, images (the most of a job), forwards, backwards (image-passes of all jobs),
+    count ("exact" or "at most"), hours, settings (what drives it); the index is the phase.
+    """
+    rows = pd.DataFrame(phases)
+    rows["hours"] = [hours_of(one, prices, workers=workers) for one in phases]
+    rows["network"] = [f"{name}, {networks[name].size} px" for name in rows["network"]]
+    how = dict(network=_first, images="max", forwards="sum", backwards="sum", exact="all")
+    found = rows.groupby("name", sort=False).agg(how)
+    jobs = rows.groupby(["name", "job"])["hours"].sum().groupby("name")
+    found["hours"] = jobs.agg(_longest, gpus=gpus)
+    found["settings"] = rows.groupby("name")["settings"].agg("first")
+    found.loc["in all"] = found.agg(how | dict(hours="sum", settings="min"))
+    found.loc["in all", ["network", "settings"]] = ""
+    found["exact"] = np.where(found["exact"], "exact", "at most")
+    return found.rename_axis("phase").rename(columns={"exact": "count"})
+
+
+def _first(names: pd.Series) -> str:
+    others = names.nunique() - 1
+    return names.iloc[0] + f" and {others} more" * bool(others)
+
+
+def _longest(hours: Iterable[float], gpus: int) -> float:
+    """How long the longest of so many lanes is, where the longest jobs are begun first."""
+    lanes = [0.0] * gpus
+    for one in sorted(hours, reverse=True):
+        lanes[lanes.index(min(lanes))] += one
+    return max(lanes)
+
+
+def advice(found: pd.DataFrame, hours: float | None) -> str:
+    """What a `table` says of a budget: whether it is met, else where most can be cut."""
+    whole, told = found["hours"].iloc[-1], f"{found['hours'].iloc[-1]:.1f} hours"
+    if not hours or whole <= hours:
+        return f"{told}, within the budget of {hours:g}" if hours else told
+    largest = found.iloc[:-1].nlargest(3, "hours").itertuples()
+    cut = [f"{one.settings} ({one.Index}: {one.hours:.1f} h)" for one in largest]
+    return f"{told}, over the budget of {hours:g}; cut first {'; '.join(cut)}"
