@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -120,7 +121,7 @@ def multiplications(network: Network) -> float:
     >>> multiplications(Network(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), 18))
     55296.0
     """
-    model, x = network.example("meta", 1)
+    model, x = _shapes(network)
     net, x = getattr(model, "rcnn", getattr(model, "backbone", model)), x.expand(-1, 3, -1, -1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if hasattr(model, "rcnn"):  # how many boxes go on is not known before: all that may
@@ -132,6 +133,11 @@ def multiplications(network: Network) -> float:
     return counter.get_total_flops() / 2
 
 
+@cache
+def _shapes(network: Network) -> tuple[nn.Module, Tensor]:
+    return network.example("meta", 1)
+
+
 # Seconds an image of a forward pass, a backward pass to the image and one to all weights, by
 # network and whether in half precision
 Prices = dict[tuple[str, bool], np.ndarray]
@@ -141,12 +147,10 @@ def published(networks: Mapping[str, Network], rates: str) -> Prices:
     """Prices by a row of `RATES`."""
     found = {}
     for name, network in networks.items():
-        parts = network.example("meta", 1)[0].modules()
-        grouped = any(getattr(part, "groups", 1) > 1 for part in parts)
+        grouped = any(getattr(part, "groups", 1) > 1 for part in _shapes(network)[0].modules())
         *speeds, slower = RATES[rates][network.kind or ("depthwise" if grouped else "dense")]
-        for half in (False, True):
-            once = multiplications(network) / speeds[half]
-            found[name, half] = once * np.array([1, 1, 3 * slower - 1])
+        once = multiplications(network) * np.array([1, 1, 3 * slower - 1])
+        found |= {(name, bool(half)): once / speed for half, speed in enumerate(speeds)}
     return found
 
 

@@ -39,7 +39,7 @@ OPTIONAL |= dict(full_at=None, most={}, hours=None)  # of the suite of attacks; 
 BASIC = dict(seed=0, size=128, fit="squash", per_class=None, val_share=0.15, test_share=0.15)
 BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretrained=True)
 BASIC |= dict(epochs=10, batch_size=32, lr=1e-3, schedule="onecycle", patience=None)
-BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
+BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000, hours=None)
 
 ANEW = "choose another RUN_NAME, or RESUME = False (--fresh) to put the folder aside"
 REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All"
