@@ -104,46 +104,30 @@ def _changes(options: argparse.Namespace) -> dict:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Tables of what the notebooks will cost; of all, their sums. Nothing is run or written."""
-    import contextlib
-    import io
-    from unittest import mock
-
-    import pandas as pd
+    """Tables of what the notebooks will cost, and their sums."""
     import torch
 
-    from . import execute, study
+    from . import execute
     from . import plan as plans
-    from . import run as runs
-    from .detect import folds
 
-    given, sums = (
-        dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options)),
-        [],
-    )
-    told = {"here": "on this machine", "t4": "on two Tesla T4, by published speeds"}[options.device]
-    with contextlib.ExitStack() as stack:
-        for module, name in ((study, "open_study"), (folds, "open_detection")):
-            stack.enter_context(mock.patch.object(module, name, study.expected))
-        stack.enter_context(mock.patch.object(runs, "open_folder", lambda run: run))
-        for path in execute.pick(options.nb):
-            with contextlib.redirect_stdout(io.StringIO()):
-                run, networks, phases = execute.planned(path, **given)
-            if t4 := options.device == "t4":
-                prices = plans.published(networks, "t4")
-            else:
-                prices = plans.measured(networks, run.device)
-            gpus = 2 if t4 else torch.cuda.device_count() or 1
-            table = plans.table(networks, phases, prices, gpus=gpus, workers=run.num_workers)
-            images = f"as many images as {run.location.dataset} publishes"
-            images = images if run.synthetic and run.profile != "smoke" else run.data_name
-            line = {"notebook": path.stem, "profile": run.profile, "images": images}
-            sums.append(line | {"hours": table["hours"].iloc[-1]})
-            if options.nb:
-                print(f"\n{path.stem}, {run.profile}, {images}, {told}\n{table.to_string()}")
-                print(plans.advice(table, run.hours or FITS))
-    table = pd.DataFrame(sums).round(1)
-    print(f"\nhours {told}, at most\n{table.assign(fits=table['hours'].le(FITS)).to_string()}")
+    t4 = options.device == "t4"
+    told = "on two Tesla T4, by published speeds" if t4 else "on this machine"
+    gpus, lines = 2 if t4 else torch.cuda.device_count() or 1, [f"Hours {told}, at most:"]
+    for path in execute.pick(options.nb):
+        given = dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options))
+        run, networks, phases = execute.planned(path, **given)
+        prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
+        table = plans.table(networks, phases, prices, gpus=gpus)
+        stands_in = run.synthetic and run.profile != "smoke"
+        images = f"{run.location.dataset} as published" if stands_in else run.data_name
+        if options.nb:
+            print(f"{path.stem}, {told}\n{table.to_string()}")
+            print(plans.advice(table, run.hours or FITS), end="\n\n")
+        hours = table["hours"].iloc[-1]
+        fits = "fits" if hours <= FITS else "does NOT fit"
+        line = f"{path.stem:28}{run.profile:8}{images:28}{hours:6.1f}  {fits} {FITS} hours"
+        lines.append(line)
+    print("\n".join(lines))
     return 0
 
 

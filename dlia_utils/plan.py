@@ -1,7 +1,7 @@
 """What a run will cost: its phases as counted passes of images, and the time that these take.
 
-Counts come from numbers alone. A pass is priced by a few batches of the real network here or, with
-rates="t4", by its multiplications and the published speed of a Tesla T4.
+Counts come from numbers alone. A pass is priced by a few batches of the real network here, or by
+its multiplications and the published speed of a Tesla T4.
 """
 
 from __future__ import annotations
@@ -15,37 +15,35 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .device import release_memory
 from .models.pixel import fast_copy
 from .objectives import PASSES
 
-# Multiplications a second of one Tesla T4 in float32 and in half precision, and how many times its
-# passes a step of training costs. Everything else is scaled from these by multiplications.
-# dense: ResNet-50 v1.5, 4.09e9 an image of 224 px, PyTorch: 428 images/s in float32 (batch 64) and
-#   1,190 in mixed precision (batch 128), NVIDIA DeepLearningExamples, ConvNets/resnet50v1.5. It
-#   agrees with Faster R-CNN R50-FPN v2 at 640 px: 15,000 images in almost an hour of training in
-#   float32 (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88).
-# wide: WRN-28-10, 5.25e9 an image of 32 px, three times in training, batch 128: ten epochs of
-#   CIFAR-10 in 57:17 minutes of float32, 31:14 of mixed precision (blog.ceshine.net, apex-t4-p100).
+# Of one Tesla T4: multiplications a second in float32 and in half precision, and how many times its
+# three passes a step of training costs. Whatever is not named is scaled by multiplications.
+# dense: ResNet-50, 4.09e9 an image of 224 px: 428 images/s in float32 (batch 64), 1,190 in mixed
+#   precision (128): PyTorch, NVIDIA DeepLearningExamples, ConvNets/resnet50v1.5. It agrees with
+#   Faster R-CNN R50-FPN v2 at 640 px: 15,000 images in almost an hour of float32 training
+#   (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88).
+# wide: WRN-28-10, 5.25e9 at 32 px, batch 128: ten epochs of CIFAR-10 in 57:17 minutes of float32,
+#   31:14 of mixed precision (blog.ceshine.net/post/apex-t4-p100).
 # depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419 and 2,760 images/s, batch 4 (Paddle Inference 2.3,
-#   TensorRT). In training EfficientNet-B0, its like, is 4.6 times slower than in a forward pass,
-#   not 3 times (on a V100: 655 against 2,968 and 1,301 against 6,176; DeepLearningExamples).
+#   TensorRT). A training image of its like, EfficientNet-B0, costs 4.6 forward passes and not 3 (on
+#   a V100: 655 against 2,968 images/s, 1,301 against 6,176 in half; DeepLearningExamples).
 T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
 T4["depthwise"] = (0.425e12, 0.83e12, 1.55)
-RATES = {"t4": T4}
-LOADING = 5e-4  # seconds of a CPU core for an augmented image; measured at 224 px, one core of ours
-ON_CPU = 16  # images of a batch that is timed on a CPU, at most
 SECOND_ORDER = ("lipschitz", "margin_gradient")  # these are trained in float32
-CALLS = 3  # of each step that is timed; the first one only warms up
+ON_CPU = 16  # images of a batch that is timed on a CPU, at most
 
 
 @dataclass(frozen=True)
 class Network:
     """A network to be priced: `build()` makes it, for images [B,1,size,size], `batch` at a time.
 
-    kind: "dense", "wide" or "depthwise" (a row of `RATES`; "": as its convolutions say).
+    kind: "dense", "wide" or "depthwise", a row of `T4`; "": as its convolutions say.
     """
 
     build: Callable[[], nn.Module]
@@ -63,9 +61,8 @@ class Phase:
     """Image-passes through one network, e.g. a training; those of a `name` are a line of the table.
 
     updates: of the backwards those that go on to the weights; exact: the counts are the true ones,
-    else the most there can be; half: in half precision on a GPU; settings: what drives it;
-    job: phases of one job follow each other, the jobs of a `name` lie side by side on several GPUs
-    ("": all one after the other); loads: images that a data loader augments.
+    else the most there can be; half: in half precision on a GPU; settings: what drives it; job:
+    the jobs of a `name` lie side by side on several GPUs ("": all one after the other).
     """
 
     name: str
@@ -78,23 +75,9 @@ class Phase:
     half: bool = False
     settings: str = ""
     job: str = ""
-    loads: int = 0
 
 
-def training(
-    name,
-    network,
-    n,
-    epochs,
-    *,
-    objective,
-    steps=0,
-    replays=1,
-    batch=32,
-    val=0,
-    judge=(0, 0),
-    **about,
-) -> list[Phase]:
+def training(name, network, n, epochs, *, objective, steps=0, replays=1, batch=32, **about):
     """The phases of a `train.fit` on n images: learning, and judging its epochs.
 
     steps: of the attack inside; val: images of the validation set; judge: forward and backward
@@ -105,14 +88,20 @@ def training(
     >>> [(one.images, one.forwards, one.backwards, one.exact) for one in found]
     [(65, 1280, 1152, True), (10, 20, 0, True)]
     """
-    seen, about = epochs * (n - (batch > 1 and n % batch == 1)), {"exact": True} | about
+    about = dict(val=0, judge=(0, 0), exact=True) | about
+    val, judge = about.pop("val"), about.pop("judge")
+    seen = replays * epochs * (n - (batch > 1 and n % batch == 1))  # no batch of one image
     forward, backward, update = PASSES[objective]
-    counts = (replays * seen * one for one in (forward + steps, backward + steps, update))
-    half = objective not in SECOND_ORDER
-    learn = Phase(name, network, n, *counts, half=half, loads=seen, **about)
+    counts = (seen * one for one in (forward + steps, backward + steps, update))
+    learn = Phase(name, network, n, *counts, half=objective not in SECOND_ORDER, **about)
     about["exact"] &= not any(judge)
-    asked = epochs * (val + int(judge[0])), epochs * int(judge[1])
-    return [learn, Phase("choice of the epoch", network, val, *asked, **about)]
+    counts = epochs * (val + int(judge[0])), epochs * int(judge[1])
+    return [learn, Phase("choice of the epoch", network, val, *counts, **about)]
+
+
+@cache
+def _shapes(network: Network) -> tuple[nn.Module, Tensor]:
+    return network.example("meta", 1)
 
 
 def multiplications(network: Network) -> float:
@@ -133,22 +122,17 @@ def multiplications(network: Network) -> float:
     return counter.get_total_flops() / 2
 
 
-@cache
-def _shapes(network: Network) -> tuple[nn.Module, Tensor]:
-    return network.example("meta", 1)
-
-
 # Seconds an image of a forward pass, a backward pass to the image and one to all weights, by
 # network and whether in half precision
 Prices = dict[tuple[str, bool], np.ndarray]
 
 
-def published(networks: Mapping[str, Network], rates: str) -> Prices:
-    """Prices by a row of `RATES`."""
+def published(networks: Mapping[str, Network]) -> Prices:
+    """Prices on a T4."""
     found = {}
     for name, network in networks.items():
         grouped = any(getattr(part, "groups", 1) > 1 for part in _shapes(network)[0].modules())
-        *speeds, slower = RATES[rates][network.kind or ("depthwise" if grouped else "dense")]
+        *speeds, slower = T4[network.kind or ("depthwise" if grouped else "dense")]
         once = multiplications(network) * np.array([1, 1, 3 * slower - 1])
         found |= {(name, bool(half)): once / speed for half, speed in enumerate(speeds)}
     return found
@@ -163,40 +147,35 @@ def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 2
     work, found, done = {name: multiplications(one) for name, one in networks.items()}, {}, []
     end = time.perf_counter() + seconds
     for name in sorted(work, key=work.get):
-        own = networks[name]
-        batch = min(own.batch, ON_CPU if device == "cpu" else own.batch)
+        own, most = networks[name], ON_CPU if device == "cpu" else networks[name].batch
         alike = [other for other in done if own.kind and networks[other].kind == own.kind]
         for half in (False, True)[: 1 + (device != "cpu")]:
-            near = (alike or done or [name])[-1]
+            near, batch = (alike or done or [name])[-1], max(2, min(own.batch, most))
             price = found.get((near, half), np.zeros(3)) * work[name] / work[near]
-            late = time.perf_counter() + CALLS * batch * price @ [3, 1, 1] > end
+            late = time.perf_counter() + 4 * batch * price @ [3, 1, 1] > end  # calls of `_measured`
             if not done or not (alike or late):
-                price = _measured(own, device, half, max(2, batch))
-            found[name, half] = price
-        found[name, True] = price
+                price = _measured(own, device, half, batch)
+            found |= {(name, half): price, (name, True): price}
         done.append(name)
     release_memory()
     return found
 
 
-def _measured(network: Network, device: str, half: bool, size: int) -> np.ndarray:
-    model, x = network.example(device, size)  # two images at least, for the batch norms
+def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarray:
+    model, x = network.example(device, batch)  # two images at least, for the batch norms
     model, asked = model.to(memory_format=torch.channels_last), x.clone().requires_grad_()
     detects, one = hasattr(model, "rcnn"), torch.ones(1, dtype=torch.int64, device=device)
-    boxes = [{"boxes": one[:, None] * x.new_tensor([0, 0, 9, 9]), "labels": one}] * size
+    boxes = [{"boxes": one[:, None] * x.new_tensor([0, 0, 9, 9]), "labels": one}] * batch
 
     def loss() -> Tensor:
         return sum(model(x, boxes).values()) if detects else model(asked).float().sum()
 
     def seconds(step: Callable[[], object]) -> float:
-        spent = []
-        for _ in range(CALLS):
-            begun = time.perf_counter()
-            with torch.autocast(device, enabled=half):
-                step()
-            torch.cuda.synchronize() if device == "cuda" else None
-            spent.append((time.perf_counter() - begun) / size)
-        return min(spent[1:])
+        threads = torch.get_num_threads()
+        with torch.autocast(device, enabled=half):
+            return (
+                Timer("step()", globals={"step": step}, num_threads=threads).timeit(2).mean / batch
+            )
 
     learnt, model = model, model if detects or half else fast_copy(model)  # as the attacks do
     forward = seconds(torch.no_grad()(lambda: model(x)))
@@ -205,38 +184,30 @@ def _measured(network: Network, device: str, half: bool, size: int) -> np.ndarra
     return np.array([forward, climb - forward, seconds(lambda: loss().backward()) - forward])
 
 
-def hours_of(phase: Phase, prices: Prices, *, workers: int = 0) -> float:
-    """On one device; `workers` augment images while it computes, without any it waits for them."""
-    counts = phase.forwards, phase.backwards - phase.updates, phase.updates
-    spent, load = counts @ prices[phase.network, phase.half], phase.loads * LOADING
-    return (max(spent, load / workers) if workers else spent + load) / 3600
-
-
-def table(
-    networks: Mapping[str, Network], phases: list[Phase], prices: Prices, *, gpus=1, workers=0
-) -> pd.DataFrame:
+def table(networks: Mapping[str, Network], phases: list[Phase], prices: Prices, *, gpus: int = 1):
     """A row for each name of the phases, with its hours on so many GPUs, and one "in all".
 
     Columns network, images (the most of a job), forwards, backwards (image-passes of all jobs),
-    count ("exact" or "at most"), hours, settings (what drives it); the index is the phase.
+    count ("exact" or "at most"), settings (what drives it), hours; the index is the phase.
     """
     rows = pd.DataFrame(phases)
-    rows["hours"] = [hours_of(one, prices, workers=workers) for one in phases]
     rows["network"] = [f"{name}, {networks[name].size} px" for name in rows["network"]]
-    how = dict(network=_first, images="max", forwards="sum", backwards="sum", exact="all")
+    counts = rows[["forwards", "backwards", "updates"]].to_numpy() @ [
+        [1, 0, 0],
+        [0, 1, 0],
+        [0, -1, 1],
+    ]
+    price = [prices[one.network, one.half] for one in phases]
+    rows["hours"] = (counts * price).sum(1) / 3600
+    how = dict(network=lambda names: names.iloc[0] + " and others" * (names.nunique() > 1))
+    how |= dict(images="max", forwards="sum", backwards="sum", exact="all", settings="first")
     found = rows.groupby("name", sort=False).agg(how)
     jobs = rows.groupby(["name", "job"])["hours"].sum().groupby("name")
     found["hours"] = jobs.agg(_longest, gpus=gpus)
-    found["settings"] = rows.groupby("name")["settings"].agg("first")
     found.loc["in all"] = found.agg(how | dict(hours="sum", settings="min"))
     found.loc["in all", ["network", "settings"]] = ""
     found["exact"] = np.where(found["exact"], "exact", "at most")
     return found.rename_axis("phase").rename(columns={"exact": "count"})
-
-
-def _first(names: pd.Series) -> str:
-    others = names.nunique() - 1
-    return names.iloc[0] + f" and {others} more" * bool(others)
 
 
 def _longest(hours: Iterable[float], gpus: int) -> float:

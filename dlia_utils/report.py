@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from . import files, metrics, plan
+from . import files, metrics
 from .device import hardware
 from .metrics import with_interval
 from .run import Run, nearest
@@ -109,16 +108,6 @@ class Shown:
         body = "\n".join(f"<tr>{row}</tr>" for row in rows)
         notes = f"<p><small>{html.escape(self.notes)}</small></p>" if self.notes else ""
         return f"<table>\n<tr>{head}</tr>\n{body}\n</table>{notes}"
-
-
-def cost(run: Run, networks: Mapping, phases: list) -> Shown:
-    """What `plan` says of a run on this machine, and of its budget, for reading."""
-    gpus, prices = torch.cuda.device_count() or 1, plan.measured(networks, run.device)
-    found = plan.table(networks, phases, prices, gpus=gpus, workers=run.num_workers)
-    print(plan.advice(found, run.budget))
-    if found["hours"].iloc[-1] < 1:
-        found = found.assign(hours=60 * found["hours"]).rename(columns={"hours": "minutes"})
-    return show(found)
 
 
 def show(table: pd.DataFrame | pd.Series, *, digits: int = 2, notes: str = "") -> Shown:

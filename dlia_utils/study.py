@@ -170,27 +170,24 @@ def expected(run: Run) -> Study:
 
     What only synthetic images stand for has as many as are published, but in the smoke profile.
     """
-    place, rng = run.location, np.random.default_rng(run.seed)
+    place, wanted = run.location, run.values.get
     if run.synthetic and run.profile != "smoke":
         parts = sources.PUBLISHED[place.dataset].items()
         rows = [(part, k) for part, own in parts for k, n in enumerate(own) for _ in range(n)]
-        manifest = pd.DataFrame(rows, columns=["split", "label"])
+        dataset, manifest = None, pd.DataFrame(rows, columns=["split", "label"])
     else:
-        found = datasets.load(place)
-        boxes = "folds" in run.values and found.mapping is None
-        manifest = (datasets.boxed(found) if boxes else found).manifest
-    tested = manifest["split"].eq("test").to_numpy() & (not run.test_share)
-    rest = rng.permutation(np.flatnonzero(~tested))
-    shares = (run.values.get(name) or 0 for name in ("test_share", "val_share"))
-    test, val = (round(share * len(rest)) for share in shares)
-    split = np.where(tested, "test", "train").astype(object)
-    split[rest[:test]], split[rest[test : test + val]] = "test", "val"
-    if folds := run.values.get("folds"):
-        manifest = manifest.assign(fold=np.where(tested, -1, np.arange(len(manifest)) % folds))
-    manifest = manifest.assign(split=split)
-    classes = tuple(map(str, manifest.get("label", pd.Series(dtype=int)).unique()))
-    told = dict(classes=classes, ignored=pd.DataFrame(), synthetic=run.synthetic, origin="")
-    return Study(run, datasets.Dataset(place.dataset, place.root, manifest, **told), None)
+        dataset = datasets.load(place)
+        boxes = wanted("folds") and dataset.mapping is None
+        manifest = (datasets.boxed(dataset) if boxes else dataset).manifest
+    tested = manifest["split"].eq("test").to_numpy() & (not wanted("test_share"))
+    rest = np.random.default_rng(run.seed).permutation(np.flatnonzero(~tested))
+    ends = np.cumsum([wanted(name) or 0 for name in ("test_share", "val_share")]) * len(rest)
+    split, (test, val) = np.where(tested, "test", "train").astype(object), ends.round().astype(int)
+    split[rest[:test]], split[rest[test:val]] = "test", "val"
+    fold = np.where(tested, -1, np.arange(len(split)) % (wanted("folds") or 1))
+    parts = dict(classes=tuple("ab"), ignored=manifest[:0], synthetic=run.synthetic, origin="")
+    parts |= dict(manifest=manifest.assign(split=split, fold=fold))
+    return Study(run, datasets.Dataset(place.dataset, place.root, **parts), None)
 
 
 def _check_own(study: Study, name: str) -> None:
@@ -413,11 +410,9 @@ def fit_model(
     key["options"] = described({name: options[name] for name in options if name not in FREE})
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
-    # One that was begun is perhaps finished, and then read back.
-    begun = (where["run_dir"] / "last.pt").exists()
+    begun = (where["run_dir"] / "last.pt").exists()  # perhaps finished, and then read back
     asked, left = options["max_minutes"], time_left(study.run, "" if begun else name) / 60
-    if left < (asked or math.inf):
-        options["max_minutes"] = max(left, 0.01)
+    options["max_minutes"] = max(left, 0.01) if left < (asked or math.inf) else asked
     try:
         return train.fit(model, objective, train_set, val_set, **where, **options)
     except train.OutOfTime as error:
@@ -435,12 +430,10 @@ def time_left(run: Run, what: str = "") -> float:
 
 
 def _spent(run: Run, what: str) -> str:
-    return (
-        f"{what}: the {run.budget:g} hours of this session are spent. What is done is kept: run "
-        "again to go on from there (the same command, or Run All; on Kaggle attach this session's "
-        f"output to the next). For more time: --set hours={2 * run.budget:g} on the command line, "
-        f'CHANGES = {{"hours": {2 * run.budget:g}}} in the notebook.'
-    )
+    text = f"{what}: the {run.budget:g} hours of this session are spent. What is done is kept: run "
+    text += "again to go on from there (the same command, or Run All; on Kaggle attach this "
+    text += "session's output to the next). For more time: --set hours= on the command line, "
+    return text + 'CHANGES = {"hours": ...} in the notebook.'
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:

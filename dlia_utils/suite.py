@@ -55,12 +55,10 @@ def phases(run: Run, names: Iterable[str], images: int, network: str = "") -> li
     found, about = [], dict(settings="attacks eps_grid budgets most full_at", exact=False)
     for name in names:
         how = options(run) | {"through": "meansparse" in name}
-        once = evaluate.most_passes(images, run.eps_grid, **how)
-        once += checklist.most_passes(images, subset=run.check_images, **how) + images
-        one = plan.Phase(
-            "suite of attacks", network or name, images, *once.tolist(), **about, job=name
-        )
-        found.append(one)
+        once = evaluate.most_passes(images, run.eps_grid, **how) + images
+        once += checklist.most_passes(images, subset=run.check_images, **how)
+        given = "suite of attacks", network or name, images, *once.tolist()
+        found.append(plan.Phase(*given, **about, job=name))
     return found
 
 
@@ -72,17 +70,15 @@ def judging(images: int, *, steps: int = 10) -> tuple[int, int]:
 
 def zoo_plan(run: Run, sizes: dict[str, int]) -> tuple[dict[str, plan.Network], list[plan.Phase]]:
     """For a plan: the networks of `train_robust_model`, and what that asks of them."""
-    networks, found = {}, []
+    networks, found, how = {}, [], dict(attacks=["pgd_margin"], steps=run.pgd_steps, through=True)
+    tried = evaluate.most_passes(sizes["val"], [run.headline_eps], **how)
     for name in run.zoo:
-        make = partial(robust.create, name, width=run.zoo_width)
-        networks[name] = plan.Network(make, run.zoo_size, run.attack_batch, kind="wide")
-        once, sparse = np.array([sizes["train"] + sizes["val"], 0]), "meansparse" in name
-        if sparse:
-            how = dict(attacks=["pgd_margin"], steps=run.pgd_steps, through=True)
-            tried = evaluate.most_passes(sizes["val"], [run.headline_eps], **how)
-            once += len({0.0, *run.zoo_alphas}) * tried + [2 * sizes["train"], 0]
+        make, sparse = partial(robust.create, name, width=run.zoo_width), "meansparse" in name
+        networks[name] = plan.Network(make, run.zoo_size, run.batch_size, kind="wide")
+        alphas, train = sparse * len({0.0, *run.zoo_alphas}), sizes["train"]
+        once = alphas * tried + [train + sizes["val"] + 2 * sparse * train, 0]
         about = dict(settings="zoo zoo_size zoo_alphas", exact=not sparse, job=name)
-        found.append(plan.Phase("new heads", name, sizes["train"], *once.tolist(), **about))
+        found.append(plan.Phase("new heads", name, train, *once.tolist(), **about))
     return networks, found
 
 

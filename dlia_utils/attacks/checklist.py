@@ -111,15 +111,15 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "verdict", "value", "why"])
 
 
-def most_passes(images: int, *, subset=50, attacks=SUITE, batch_size=64, **options) -> np.ndarray:
+def most_passes(images: int, *, subset: int = 50, attacks=SUITE, **options: Any) -> np.ndarray:
     """Forward and backward image-passes [2] of `report` on a `robust` of these options: at most."""
     names = [name for name in attacks if KINDS[name].twice] or ["pgd_margin"]
-    budgets = {name: own for name, own in options.get("budgets", {}).items() if name in names}
+    budgets = {name: own for name, own in (options.get("budgets") or {}).items() if name in names}
     asked = {name: options[name] for name in ("steps", "restarts", "through") if name in options}
     some, more = min(images, subset), min(images, max(LEAST, subset))
     twice = 2 * passes_of(more, (1.0,), **asked | dict(attacks=names, budgets=budgets))
     asked |= dict(attacks=("pgd_ce", "pgd_margin"), steps=20)
-    others = [6 * some + PASSES * (batch_size + 1) + ASKED, 2 * some]
+    others = [6 * some + PASSES * (images + 1) + ASKED, 2 * some]
     return twice + passes_of(some, (0.5, 1.0), **asked) + others
 
 

@@ -241,7 +241,10 @@ told = dict(exact=False, settings="one_pixel one_pixel_per_class")
 phases.append(plan.Phase("One-Pixel", net, count, queries, **told))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 
 # %% [markdown]

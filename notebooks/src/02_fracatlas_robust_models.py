@@ -205,7 +205,10 @@ lost = 8 * 7 * 3 * passes("occlusion", run.size, window=run.occlusion_window)[0]
 phases.append(plan.Phase("maps of lost weights", net, 8, lost, 8 * 7 * 2, exact=False))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data

@@ -261,7 +261,10 @@ for name in [*MODELS, *run.zoo]:
     phases.append(plan.Phase("clean images", given[1], sizes["test"], 2 * clean, exact=False))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data

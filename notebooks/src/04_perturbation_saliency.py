@@ -252,7 +252,10 @@ for name in networks:
     phases.append(plan.Phase("maps", name, mapped, drawn, drawn, **told))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The question, and a trap

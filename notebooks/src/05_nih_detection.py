@@ -231,7 +231,10 @@ sent = len(views.VIEWS) * len(folds(study)) * 2 * tested  # of two editions, in 
 phases.append(plan.Phase("submission", "detector", tested, sent, exact=False, **told))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data

@@ -247,7 +247,10 @@ given = ("final baseline", "widest CNN", sizes["train"] + sizes["val"], run.epoc
 phases += plan.training(*given, settings="epochs", **how | dict(val=0))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data

@@ -223,7 +223,10 @@ audited = parts * (2 * test + some) + (len(shortcuts.CORNERS) + 3) * test
 phases.append(plan.Phase("shortcut audit", run.backbone, test, audited, settings="audit_images"))
 
 # %%
-report.cost(run, networks, phases)
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data
