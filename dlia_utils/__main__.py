@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 MOST = 20  # lines of warnings that are shown
 FITS = 9  # hours: what a session of Kaggle's 12 is planned for
@@ -115,7 +118,8 @@ def plan(options: argparse.Namespace) -> int:
     gpus, lines = 2 if t4 else torch.cuda.device_count() or 1, [f"Hours {told}, at most:"]
     for path in execute.pick(options.nb):
         given = dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options))
-        run, networks, phases = execute.planned(path, **given)
+        with _counting():
+            run, networks, phases = execute.planned(path, **given)
         prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
         table = plans.table(networks, phases, prices, gpus=gpus)
         stands_in = run.synthetic and run.profile != "smoke"
@@ -129,6 +133,21 @@ def plan(options: argparse.Namespace) -> int:
         lines.append(line)
     print("\n".join(lines))
     return 0
+
+
+@contextlib.contextmanager
+def _counting():
+    """Within, a run writes and prints nothing, and no image is decoded."""
+    from . import run as runs
+    from . import study
+    from .detect import folds
+
+    swapped = [(runs, "open_folder", lambda run: run), (study, "open_study", study.expected)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for place in (*swapped, (folds, "open_detection", study.expected)):
+            stack.enter_context(mock.patch.object(*place))
+        yield
 
 
 def run(options: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -93,18 +92,9 @@ def opened(notebook: str | Path, **parameters: Any) -> Any:
 
 
 def planned(notebook: str | Path, **parameters: Any) -> tuple[Any, dict, list]:
-    """The run of a notebook, and the networks and phases of its plan; writes and prints nothing."""
-    from . import run as runs
-    from . import study
-    from .detect import folds
-
+    """The run of a notebook, and the networks and phases that its plan names. Prints its banner."""
     wanted = "parameters", "settings", "start", "imports", "yours", "plan"
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        stack.enter_context(mock.patch.object(runs, "open_folder", lambda run: run))
-        for module, name in ((study, "open_study"), (folds, "open_detection")):
-            stack.enter_context(mock.patch.object(module, name, study.expected))
-        names = _opening(notebook, wanted, **parameters)
+    names = _opening(notebook, wanted, **parameters)
     return names["run"], names["networks"], names["phases"]
 
 

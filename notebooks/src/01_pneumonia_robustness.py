@@ -17,8 +17,8 @@
 # **Before you start.** You can train a classifier in PyTorch and know what a gradient is. No earlier notebook is needed.
 #
 # **Time.** Reading: 45 minutes for sections 1 to 7; the sections marked *Extra* can wait. Running: smoke (tiny networks,
-# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full needs a GPU
-# and was not timed yet.
+# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full: at
+# most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #

@@ -18,7 +18,8 @@
 # **Before you start.** Notebook 01 explains the attacks and the worst case per image. You know what fine-tuning is.
 #
 # **Time.** Reading: an hour. Running: smoke (tiny networks, 48 px) about 90 seconds on a laptop; cpu about two hours,
-# without the eight large networks; full needs a GPU and the internet, and was not timed yet.
+# without the eight large networks; full needs a GPU and the internet: at most 8.5 hours on Kaggle's two T4, by the plan
+# below (not seen yet).
 #
 # <!-- contents -->
 #

@@ -29,7 +29,8 @@
 # in [02 FracAtlas](02_fracatlas_robust_models.ipynb); here they get a few lines each.
 #
 # **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: two
-# to four hours, an estimate. *full* needs a GPU and was not yet timed; a training stops after 90 minutes
+# to four hours, an estimate. *full* needs a GPU: at most 9 hours on Kaggle's two T4, by
+# the plan below (not seen yet). A training stops after 90 minutes
 # (`max_minutes`) and goes on when the notebook is run again.
 #
 # <!-- contents -->

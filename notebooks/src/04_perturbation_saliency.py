@@ -24,7 +24,7 @@
 # [notebook 07](07_covid_transfer_gradcam.ipynb), here it is used.
 #
 # **Time.** `smoke`, on a laptop, three to five minutes; `cpu`, a laptop with real images, about two hours; `full` needs a GPU
-# (graphics card) and was not yet timed.
+# (graphics card): about an hour of Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #

@@ -19,8 +19,8 @@
 # notebook is needed; [notebook 07](07_covid_transfer_gradcam.ipynb) goes on with transfer learning, Grad-CAM and the
 # question what the networks really read.
 #
-# **Time.** Smoke on a laptop: about a minute. The cpu profile on a laptop: about twenty minutes. Full needs a GPU and
-# was not yet timed.
+# **Time.** Smoke on a laptop: about a minute. The cpu profile on a laptop: about twenty minutes. Full needs a GPU: at
+# most 2.5 hours on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #

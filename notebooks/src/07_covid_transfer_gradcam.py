@@ -18,8 +18,8 @@
 # **Before you start.** You should read Python with PyTorch (modules, gradients, a training loop) and pandas. The data
 # are explored, and the baseline is searched, in [notebook 06](06_covid_baseline.ipynb); this notebook runs without it.
 #
-# **Time.** Smoke on a laptop: about two minutes. The cpu profile on a laptop: about half an hour. Full needs a GPU
-# and was not yet timed.
+# **Time.** Smoke on a laptop: about two minutes. The cpu profile on a laptop: about half an hour. Full needs a GPU:
+# at most an hour on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
