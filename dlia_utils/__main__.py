@@ -110,15 +110,21 @@ def plan(options: argparse.Namespace) -> int:
     """Tables of what the notebooks will cost, and their sums."""
     import torch
 
-    from . import execute
+    from . import execute, study
     from . import plan as plans
+    from . import run as runs
+    from .detect import folds
 
+    swapped = [(runs, "open_folder", lambda run: run), (study, "open_study", study.expected)]
+    swapped += [(folds, "open_detection", study.expected)]  # nothing is written or decoded
     t4 = options.device == "t4"
     told = "on two Tesla T4, by published speeds" if t4 else "on this machine"
     gpus, lines = 2 if t4 else torch.cuda.device_count() or 1, [f"Hours {told}, at most:"]
     for path in execute.pick(options.nb):
         given = dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options))
-        with _counting():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+            for place in swapped:
+                stack.enter_context(mock.patch.object(*place))
             run, networks, phases = execute.planned(path, **given)
         prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
         table = plans.table(networks, phases, prices, gpus=gpus)
@@ -133,21 +139,6 @@ def plan(options: argparse.Namespace) -> int:
         lines.append(line)
     print("\n".join(lines))
     return 0
-
-
-@contextlib.contextmanager
-def _counting():
-    """Within, a run writes and prints nothing, and no image is decoded."""
-    from . import run as runs
-    from . import study
-    from .detect import folds
-
-    swapped = [(runs, "open_folder", lambda run: run), (study, "open_study", study.expected)]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for place in (*swapped, (folds, "open_detection", study.expected)):
-            stack.enter_context(mock.patch.object(*place))
-        yield
 
 
 def run(options: argparse.Namespace) -> int:

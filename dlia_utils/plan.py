@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -23,20 +22,22 @@ from .models.pixel import fast_copy
 from .objectives import PASSES
 
 # Of one Tesla T4: multiplications a second in float32 and in half precision, and how many times its
-# three passes a step of training costs. Whatever is not named is scaled by multiplications.
-# dense: ResNet-50, 4.09e9 an image of 224 px: 428 images/s in float32 (batch 64), 1,190 in mixed
-#   precision (128): PyTorch, NVIDIA DeepLearningExamples, ConvNets/resnet50v1.5. It agrees with
-#   Faster R-CNN R50-FPN v2 at 640 px: 15,000 images in almost an hour of float32 training
-#   (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88).
-# wide: WRN-28-10, 5.25e9 at 32 px, batch 128: ten epochs of CIFAR-10 in 57:17 minutes of float32,
-#   31:14 of mixed precision (blog.ceshine.net/post/apex-t4-p100).
-# depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419 and 2,760 images/s, batch 4 (Paddle Inference 2.3,
-#   TensorRT). A training image of its like, EfficientNet-B0, costs 4.6 forward passes and not 3 (on
-#   a V100: 655 against 2,968 images/s, 1,301 against 6,176 in half; DeepLearningExamples).
+# three passes a step of training costs. What is not named here is scaled by multiplications.
+# dense: ResNet-50, 4.09e9 at 224 px: 428 images/s (batch 64), in mixed precision 1,190 (batch 128):
+#   NVIDIA DeepLearningExamples, PyTorch, resnet50v1.5. Faster R-CNN v2 at 640 px in float32 agrees:
+#   15,000 images in an hour (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88)
+# wide: WRN-28-10, 5.25e9 at 32 px, batch 128: ten epochs of CIFAR-10 in 57:17 minutes, in mixed
+#   precision 31:14 (blog.ceshine.net/post/apex-t4-p100)
+# depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419 and 2,760 images/s (Paddle Inference 2.3, TensorRT,
+#   batch 4). EfficientNet-B0, its like, trains 4.6 times slower than it answers, not 3 (on a V100:
+#   655 and 2,968 images/s, in half precision 1,301 and 6,176; DeepLearningExamples)
 T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
 T4["depthwise"] = (0.425e12, 0.83e12, 1.55)
 SECOND_ORDER = ("lipschitz", "margin_gradient")  # these are trained in float32
 ON_CPU = 16  # images of a batch that is timed on a CPU, at most
+# Seconds an image of a forward pass, a backward pass to the image and one to all weights, by the
+# network's name and whether in half precision
+Prices = dict[tuple[str, bool], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Phase:
-    """Image-passes through one network, e.g. a training; those of a `name` are a line of the table.
+    """Image-passes through one network; those of a `name` are a line of the table.
 
-    updates: of the backwards those that go on to the weights; exact: the counts are the true ones,
-    else the most there can be; half: in half precision on a GPU; settings: what drives it; job:
-    the jobs of a `name` lie side by side on several GPUs ("": all one after the other).
+    The jobs of a `name` lie side by side on several GPUs, those of no name one after the other.
     """
 
     name: str
@@ -70,19 +69,18 @@ class Phase:
     images: int
     forwards: int
     backwards: int = 0
-    updates: int = 0
-    exact: bool = True
-    half: bool = False
-    settings: str = ""
+    updates: int = 0  # of the backwards those that go on to the weights
+    exact: bool = True  # else the most there can be
+    half: bool = False  # in half precision on a GPU
+    settings: str = ""  # what drives it
     job: str = ""
 
 
 def training(name, network, n, epochs, *, objective, steps=0, replays=1, batch=32, **about):
     """The phases of a `train.fit` on n images: learning, and judging its epochs.
 
-    steps: of the attack inside; val: images of the validation set; judge: forward and backward
-    image-passes of `val_metric` in an epoch, at most. The others are fields of `Phase`; exact=False
-    for a training that may end sooner.
+    steps: of the attack inside; about: val, images to validate; judge, the most passes (forward,
+    backward) of `val_metric` in an epoch; fields of `Phase` (exact=False: it may end sooner).
 
     >>> found = training("a", "net", 65, 2, objective="trades", steps=7, val=10)
     >>> [(one.images, one.forwards, one.backwards, one.exact) for one in found]
@@ -99,18 +97,13 @@ def training(name, network, n, epochs, *, objective, steps=0, replays=1, batch=3
     return [learn, Phase("choice of the epoch", network, val, *counts, **about)]
 
 
-@cache
-def _shapes(network: Network) -> tuple[nn.Module, Tensor]:
-    return network.example("meta", 1)
-
-
-def multiplications(network: Network) -> float:
-    """Of a forward pass of one image; counted on shapes alone, nothing is computed.
+def multiplications(network: Network) -> tuple[float, str]:
+    """Of a forward pass of one image, counted on shapes alone; and the network's kind.
 
     >>> multiplications(Network(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), 18))
-    55296.0
+    (55296.0, 'dense')
     """
-    model, x = _shapes(network)
+    model, x = network.example("meta", 1)
     net, x = getattr(model, "rcnn", getattr(model, "backbone", model)), x.expand(-1, 3, -1, -1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if hasattr(model, "rcnn"):  # how many boxes go on is not known before: all that may
@@ -119,32 +112,27 @@ def multiplications(network: Network) -> float:
             net.roi_heads.box_predictor(net.roi_heads.box_head(x.new_zeros(shape)))
         else:
             net(x)
-    return counter.get_total_flops() / 2
-
-
-# Seconds an image of a forward pass, a backward pass to the image and one to all weights, by
-# network and whether in half precision
-Prices = dict[tuple[str, bool], np.ndarray]
+    grouped = any(getattr(part, "groups", 1) > 1 for part in net.modules())
+    return counter.get_total_flops() / 2, network.kind or ("depthwise" if grouped else "dense")
 
 
 def published(networks: Mapping[str, Network]) -> Prices:
     """Prices on a T4."""
     found = {}
     for name, network in networks.items():
-        grouped = any(getattr(part, "groups", 1) > 1 for part in _shapes(network)[0].modules())
-        *speeds, slower = T4[network.kind or ("depthwise" if grouped else "dense")]
-        once = multiplications(network) * np.array([1, 1, 3 * slower - 1])
+        work, kind = multiplications(network)
+        *speeds, slower = T4[kind]
+        once = work * np.array([1, 1, 3 * slower - 1])
         found |= {(name, bool(half)): once / speed for half, speed in enumerate(speeds)}
     return found
 
 
 def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 20.0) -> Prices:
-    """Prices on this machine, from a few batches of random images.
+    """Prices on this machine, from a few batches of random images, the smallest networks first.
 
-    The smallest networks first. Scaled from another by multiplications is what `seconds` leave no
-    time for, and all but the first of the networks that name the same kind.
+    What `seconds` leave no time for is scaled from another, and so are others of a named kind.
     """
-    work, found, done = {name: multiplications(one) for name, one in networks.items()}, {}, []
+    work, found, done = {name: multiplications(networks[name])[0] for name in networks}, {}, []
     end = time.perf_counter() + seconds
     for name in sorted(work, key=work.get):
         own, most = networks[name], ON_CPU if device == "cpu" else networks[name].batch
@@ -187,8 +175,7 @@ def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarr
 def table(networks: Mapping[str, Network], phases: list[Phase], prices: Prices, *, gpus: int = 1):
     """A row for each name of the phases, with its hours on so many GPUs, and one "in all".
 
-    Columns network, images (the most of a job), forwards, backwards (image-passes of all jobs),
-    count ("exact" or "at most"), settings (what drives it), hours; the index is the phase.
+    images: the most of a job; forwards, backwards: image-passes of all; count: exact, or at most.
     """
     rows = pd.DataFrame(phases)
     rows["network"] = [f"{name}, {networks[name].size} px" for name in rows["network"]]

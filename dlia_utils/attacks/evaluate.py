@@ -88,9 +88,7 @@ def kind(name: str) -> Kind:
 
 
 def passes(name: str, options: Mapping[str, Any], *, classes: int = 2) -> tuple[int, int]:
-    """Forward and backward passes that the attack `name` makes of an image that it cannot fool.
-
-    No image takes more. options: the attack's own; what they lack is as usual.
+    """Forward and backward passes of an image that the attack `name` cannot fool: the most.
 
     >>> passes("pgd_ce", {"steps": 20, "restarts": 2}), passes("square", {"steps": 2000})
     ((43, 40), (2002, 0))
@@ -111,11 +109,8 @@ def most_passes(
 ) -> np.ndarray:
     """Forward and backward image-passes [2] of `robust` on so many images of two classes: at most.
 
-    As if all were right and none fell. An image that fools the folded copy alone, which is rare, is
-    attacked twice. through: of a model with MeanSparse operators; the others as for `robust`.
-
-    >>> most_passes(10, [4 / 255], attacks=["fgsm"]).tolist()
-    [40, 10]
+    An image that fools the folded copy alone, which is rare, is attacked twice. through: of a model
+    with MeanSparse operators; the others as for `robust`.
     """
     asked = dict(attacks=SUITE, steps=10, restarts=1, budgets=None, at=None, most=None) | options
     chosen = _options(*(asked[key] or {} for key in ("attacks", "steps", "restarts", "budgets")))

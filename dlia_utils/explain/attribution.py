@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -213,16 +212,3 @@ def _error(scored: nn.Module, maps: Tensor, x: Tensor, chosen: Tensor) -> Tensor
 
 _FUNCTIONS = (saliency, integrated_gradients, deeplift, occlusion, gradcam)
 METHODS = {one.__name__: one for one in _FUNCTIONS} | {"gradcam++": partial(gradcam, plus=True)}
-
-
-def passes(method: str, size: int, *, steps: int = 50, window: int = 16, **_) -> tuple[int, int]:
-    """Forward and backward passes of an image of that side in `explain`: at most.
-
-    A call makes up to 16 forwards more, to see that the model is steady.
-
-    >>> passes("integrated_gradients", 224, steps=32), passes("occlusion", 224, window=28)
-    ((35, 32), (227, 0))
-    """
-    places = 1 + math.ceil((size - window) / max(1, window // 2))
-    found = {"saliency": (2, 1), "integrated_gradients": (steps + 3, steps), "deeplift": (5, 2)}
-    return (found | {"occlusion": (places**2 + 2, 0)}).get(method, (1, 1))

@@ -125,6 +125,7 @@ run = start(
 print(run)
 
 # %% tags=["imports"]
+from dataclasses import replace
 from functools import cache, partial
 
 import cv2
@@ -139,7 +140,7 @@ from dlia_utils import files, launch, metrics, models, objectives, plan, plots, 
 from dlia_utils import train
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
-from dlia_utils.explain.attribution import explain, passes
+from dlia_utils.explain.attribution import explain
 from dlia_utils.models import robust
 from dlia_utils.study import build_model, load_models, made_by, open_study, stored, test_opened
 from dlia_utils.study import train_head, train_model, trained, weights_label
@@ -169,13 +170,14 @@ def study_of(name):
 
 # %% tags=["plan"]
 def planned_maps(name, size, images):
-    """Passes of all maps of so many images, by every method."""
-    window = max(4, run.occlusion_window * size // run.size)
-    how = dict(steps=run.integrated_steps, window=window)
-    methods = ("saliency", "integrated_gradients", "deeplift", "occlusion", "gradcam")
-    once = np.array([passes(method, size, **how) for method in methods]).sum(0)
+    """Passes of all maps of so many images: at most, with what sees that a model is steady."""
+    steps, window = run.integrated_steps, max(4, run.occlusion_window * size // run.size)
+    places = 1 + -(-(size - window) // max(1, window // 2))
+    once = {"saliency": (2, 1), "integrated_gradients": (steps + 3, steps), "deeplift": (5, 2)}
+    once |= {"occlusion": (places**2 + 2, 0), "gradcam": (1, 1)}
+    forwards, backwards = images * np.array([*once.values()]).sum(0)
     told = dict(settings="maps occlusion_window zoo_maps", exact=False)
-    return plan.Phase("maps", name, images, *(images * once + [80, 0]).tolist(), **told)
+    return plan.Phase("maps", name, images, int(forwards) + 80, int(backwards), **told)
 
 
 # %% tags=["plan"]
@@ -202,8 +204,8 @@ phases.append(plan.Phase("clean images", net, sizes["test"], len(MODELS) * sizes
 phases += [plan.Phase("clean images", name, sizes["test"], sizes["test"]) for name in run.zoo]
 looked = [(net, run.size)] * 3 + [(name, run.zoo_size) for name in run.zoo[: run.zoo_maps]]
 phases += [planned_maps(name, size, min(run.maps, sizes["test"])) for name, size in looked]
-lost = 8 * 7 * 3 * passes("occlusion", run.size, window=run.occlusion_window)[0]  # three methods
-phases.append(plan.Phase("maps of lost weights", net, 8, lost, 8 * 7 * 2, exact=False))
+lost = planned_maps(net, run.size, 8 * 7)  # seven times of eight images, by three of the methods
+phases.append(replace(lost, name="maps of lost weights", images=8))
 
 # %%
 prices = plan.measured(networks, run.device)
