@@ -28,7 +28,7 @@ from .objectives import PASSES
 #   15,000 images in an hour (sovit-123/fasterrcnn-pytorch-training-pipeline, issue 88)
 # wide: WRN-28-10, 5.25e9 at 32 px, batch 128: ten epochs of CIFAR-10 in 57:17 minutes, in mixed
 #   precision 31:14 (blog.ceshine.net/post/apex-t4-p100)
-# depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419 and 2,760 images/s (Paddle Inference 2.3, TensorRT,
+# depthwise: MobileNetV2, 0.30e9 at 224 px: 1,419, 2,760 images/s (Paddle Inference 2.3, TensorRT,
 #   batch 4). EfficientNet-B0, its like, trains 4.6 times slower than it answers, not 3 (on a V100:
 #   655 and 2,968 images/s, in half precision 1,301 and 6,176; DeepLearningExamples)
 T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
