@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import nn
 
 from . import files
@@ -68,7 +69,7 @@ class Run:
     trains: str = "Training"  # the section that trains the models
     fresh: bool = False  # takes nothing from other runs
     own: dict[str, nn.Module | Callable[[], nn.Module]] = field(default_factory=dict)
-    begun: float = field(default_factory=time.time)
+    begun: float = field(default_factory=lambda: _session_begun())
     opened: dict[str, Any] = field(default_factory=dict)  # by key: see `study.open_study`
 
     def __getattr__(self, name: str) -> Any:
@@ -227,6 +228,11 @@ def reopen(folder: str | Path) -> Run:
         raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
     told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
     return Run(location=location, run_dir=Path(folder), **told)
+
+
+def _session_begun() -> float:
+    """Now; on Kaggle, whose sessions are counted, when the kernel started."""
+    return psutil.Process().create_time() if sources.on_kaggle() else time.time()
 
 
 def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

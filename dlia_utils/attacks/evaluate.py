@@ -117,10 +117,8 @@ def most_passes(
     grid, most = sorted({*map(float, eps_grid)} - {0.0}), asked["most"] or {}
     where, parts = _at(asked["at"] or {}, chosen, grid), np.zeros((3, 2), int)
     for name, own in chosen.items():
-        smallest, count = KINDS[name].smallest, min(images, most.get(name, images))
-        cost = (
-            count * (1 + (through and KINDS[name].twice)) * (np.array(passes(name, own)) + [1, 0])
-        )
+        smallest, ways = KINDS[name].smallest, 1 + (through and KINDS[name].twice)
+        cost = ways * min(images, most.get(name, images)) * (np.array(passes(name, own)) + [1, 0])
         for eps in grid[:1] if smallest else where.get(name, grid):
             # What stands in the ball full_at meets the larger ones alone, what falls the smaller.
             apart = full_at and not (smallest or name in most or np.isclose(eps, full_at))
