@@ -53,7 +53,7 @@ class Network:
     kind: str = ""
 
     def example(self, device: str, batch: int) -> tuple[nn.Module, Tensor]:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with torch.device(device):
             return self.build().eval(), torch.rand(batch, 1, self.size, self.size)
 
 
@@ -142,7 +142,8 @@ def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 2
             price = found.get((near, half), np.zeros(3)) * work[name] / work[near]
             late = time.perf_counter() + 4 * batch * price @ [3, 1, 1] > end  # calls of `_measured`
             if not done or not (alike or late):
-                price = _measured(own, device, half, batch)
+                with torch.random.fork_rng(devices=[]):  # of dropout
+                    price = _measured(own, device, half, batch)
             found |= {(name, half): price, (name, True): price}
         done.append(name)
     release_memory()

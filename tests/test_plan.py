@@ -220,7 +220,9 @@ def test_prices_rise_with_the_network_and_one_of_a_kind_is_measured(monkeypatch)
     assert np.allclose(t4["mobile", True], work["mobile"] / depthwise[1] * np.array([1, 1, slower]))
     asked, measure = [], plan._measured
     monkeypatch.setattr(plan, "_measured", lambda *given: asked.append(1) or measure(*given))
+    before = torch.get_rng_state()
     here = plan.measured(networks, "cpu")
+    assert torch.equal(torch.get_rng_state(), before), "no training draws otherwise"
     assert len(asked) == 2 and all(
         (here[name, False] == here[name, True]).all() for name in networks
     )
