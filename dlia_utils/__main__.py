@@ -115,16 +115,17 @@ def plan(options: argparse.Namespace) -> int:
     from . import run as runs
     from .detect import folds
 
-    swapped = [(runs, "open_folder", lambda run: run), (study, "open_study", study.expected)]
-    swapped += [(folds, "open_detection", study.expected)]  # nothing is written or decoded
     t4 = options.device == "t4"
     told = "on two Tesla T4, by published speeds" if t4 else "on this machine"
     gpus, lines = 2 if t4 else torch.cuda.device_count() or 1, [f"Hours {told}, at most:"]
     for path in execute.pick(options.nb):
         given = dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options))
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-            for place in swapped:
-                stack.enter_context(mock.patch.object(*place))
+        with (  # nothing is written, printed or decoded
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(runs, "open_folder", lambda run: run),
+            mock.patch.object(study, "open_study", study.expected),
+            mock.patch.object(folds, "open_detection", study.expected),
+        ):
             run, networks, phases = execute.planned(path, **given)
         prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
         table = plans.table(networks, phases, prices, gpus=gpus)
@@ -134,9 +135,8 @@ def plan(options: argparse.Namespace) -> int:
             print(f"{path.stem}, {told}\n{table.to_string()}")
             print(plans.advice(table, run.hours or FITS), end="\n\n")
         hours = table["hours"].iloc[-1]
-        fits = "fits" if hours <= FITS else "does NOT fit"
-        line = f"{path.stem:28}{run.profile:8}{images:28}{hours:6.1f}  {fits} {FITS} hours"
-        lines.append(line)
+        fits = f"{'fits' if hours <= FITS else 'does NOT fit'} {FITS} hours"
+        lines.append(f"{path.stem:28}{run.profile:8}{images:28}{hours:6.1f}  {fits}")
     print("\n".join(lines))
     return 0
 
@@ -326,6 +326,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["plan"] and "GLIBC_TUNABLES" not in os.environ:  # as kernels are started
         from .execute import KERNEL_ENVIRONMENT
 
-        again = [sys.executable, "-m", "dlia_utils", *sys.argv[1:]]
-        os.execve(sys.executable, again, KERNEL_ENVIRONMENT | os.environ)
+        os.execve(sys.executable, sys.orig_argv, KERNEL_ENVIRONMENT | os.environ)
     sys.exit(main())

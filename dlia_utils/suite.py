@@ -58,8 +58,8 @@ def phases(run: Run, names: Iterable[str], images: int, network: str = "") -> li
         how = options(run) | {"through": "meansparse" in name}
         once = evaluate.most_passes(images, run.eps_grid, **how) + images
         once += checklist.most_passes(images, subset=run.check_images, **how)
-        given = "suite of attacks", network or name, images, *once.tolist()
-        found.append(plan.Phase(*given, **about, job=name))
+        given = network or name, images, *once.tolist()
+        found.append(plan.Phase("suite of attacks", *given, job=name, **about))
     return found
 
 
