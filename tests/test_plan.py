@@ -37,8 +37,10 @@ def counted(*models):
 
     def forward(_module, inputs, output):
         made[0] += len(inputs[0])
-        if isinstance(output, torch.Tensor) and output.requires_grad:
+        if output.requires_grad:  # what is handed on is another tensor: a pass back counts once
             output.register_hook(backward)
+            return output * 1
+        return None
 
     hooks = [model.register_forward_hook(forward) for model in models]
     yield made
