@@ -126,7 +126,8 @@ def plan(options: argparse.Namespace) -> int:
             mock.patch.object(study, "open_study", study.expected),
             mock.patch.object(folds, "open_detection", study.expected),
         ):
-            run, networks, phases = execute.planned(path, **given)
+            names = execute.opening(path, (*execute.HEAD, "plan"), **given)
+        run, networks, phases = (names[name] for name in ("run", "networks", "phases"))
         prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
         table = plans.table(networks, phases, prices, gpus=gpus)
         stands_in = run.synthetic and run.profile != "smoke"

@@ -35,9 +35,6 @@ T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
 T4["depthwise"] = (0.425e12, 0.83e12, 1.55)
 SECOND_ORDER = ("lipschitz", "margin_gradient")  # these are trained in float32
 ON_CPU = 16  # images of a batch that is timed on a CPU, at most
-# Seconds an image of a forward pass, a backward pass to the image and one to all weights, by the
-# network's name and whether in half precision
-Prices = dict[tuple[str, bool], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,11 @@ def multiplications(network: Network) -> tuple[float, str]:
     return counter.get_total_flops() / 2, network.kind or ("depthwise" if grouped else "dense")
 
 
-def published(networks: Mapping[str, Network]) -> Prices:
-    """Prices on a T4."""
+def published(networks: Mapping[str, Network]) -> dict[tuple[str, bool], np.ndarray]:
+    """Seconds an image on a T4: a forward pass, a backward pass to the image, one to all weights.
+
+    By the network's name and whether in half precision.
+    """
     found = {}
     for name, network in networks.items():
         work, kind = multiplications(network)
@@ -127,8 +127,8 @@ def published(networks: Mapping[str, Network]) -> Prices:
     return found
 
 
-def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 20.0) -> Prices:
-    """Prices on this machine, from a few batches of random images, the smallest networks first.
+def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 20.0) -> dict:
+    """As `published`, but of this machine: a few batches of random images, small networks first.
 
     What `seconds` leave no time for is scaled from another, and so are others of a named kind.
     """
@@ -152,28 +152,23 @@ def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 2
 
 def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarray:
     model, x = network.example(device, batch)  # two images at least, for the batch norms
-    model, asked = model.to(memory_format=torch.channels_last), x.clone().requires_grad_()
-    detects, one = hasattr(model, "rcnn"), torch.ones(1, dtype=torch.int64, device=device)
-    boxes = [{"boxes": one[:, None] * x.new_tensor([0, 0, 9, 9]), "labels": one}] * batch
-
-    def loss() -> Tensor:
-        return sum(model(x, boxes).values()) if detects else model(asked).float().sum()
+    model, x = model.to(memory_format=torch.channels_last), x.requires_grad_()
 
     def seconds(step: Callable[[], object]) -> float:
-        threads = torch.get_num_threads()
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         with torch.autocast(device, enabled=half):
-            return (
-                Timer("step()", globals={"step": step}, num_threads=threads).timeit(2).mean / batch
-            )
+            return timer.timeit(2).mean / batch
 
-    learnt, model = model, model if detects or half else fast_copy(model)  # as the attacks do
-    forward = seconds(torch.no_grad()(lambda: model(x)))
-    climb = forward if detects else seconds(lambda: torch.autograd.grad(loss(), asked))
-    model = learnt.train()
-    return np.array([forward, climb - forward, seconds(lambda: loss().backward()) - forward])
+    asked = model if half or hasattr(model, "rcnn") else fast_copy(model)  # as the attacks do
+    forward = seconds(torch.no_grad()(lambda: asked(x)))
+    if hasattr(model, "rcnn"):  # learns from boxes: three passes as usual
+        return forward * np.array([1, 1, 2])
+    climb = seconds(lambda: torch.autograd.grad(asked(x).float().sum(), x))
+    learn = seconds(lambda: model.train()(x).float().sum().backward())
+    return np.array([forward, climb - forward, learn - forward])
 
 
-def table(networks: Mapping[str, Network], phases: list[Phase], prices: Prices, *, gpus: int = 1):
+def table(networks: Mapping[str, Network], phases: list[Phase], prices: Mapping, *, gpus=1):
     """A row for each name of the phases, with its hours on so many GPUs, and one "in all".
 
     images: the most of a job; forwards, backwards: image-passes of all; count: exact, or at most.

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -69,7 +68,7 @@ class Run:
     trains: str = "Training"  # the section that trains the models
     fresh: bool = False  # takes nothing from other runs
     own: dict[str, nn.Module | Callable[[], nn.Module]] = field(default_factory=dict)
-    begun: float = field(default_factory=lambda: _session_begun())
+    begun: float = field(default_factory=psutil.Process().create_time)  # the session
     opened: dict[str, Any] = field(default_factory=dict)  # by key: see `study.open_study`
 
     def __getattr__(self, name: str) -> Any:
@@ -143,7 +142,7 @@ class Run:
 
     @property
     def budget(self) -> float | None:
-        """Hours of a session: the setting, else 11 of Kaggle's 12, elsewhere no limit."""
+        """Hours of a session, from its kernel's start: as set, else 11 on Kaggle, else no limit."""
         return self.hours or (11.0 if sources.on_kaggle() else None)
 
     def pick(self, *names: str) -> dict[str, Any]:
@@ -228,11 +227,6 @@ def reopen(folder: str | Path) -> Run:
         raise DataNotFound(f"the data of {folder} lay in {location.root}, which is not there")
     told |= dict(zip(("device", "device_note"), pick_device(), strict=True))
     return Run(location=location, run_dir=Path(folder), **told)
-
-
-def _session_begun() -> float:
-    """Now; on Kaggle, whose sessions are counted, when the kernel started."""
-    return psutil.Process().create_time() if sources.on_kaggle() else time.time()
 
 
 def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,11 +60,6 @@ class Study:
         """Row numbers (image ids) of a split, "train", "val" or "test"."""
         return np.flatnonzero((self.dataset.manifest["split"] == name).to_numpy())
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Images of each split."""
-        return {name: len(self.rows(name)) for name in ("train", "val", "test")}
-
     def images(self, rows: Sequence[int]) -> torch.Tensor:
         """Float images [n,1,S,S] in [0,1] on the run's device."""
         return self.cache.batch(rows).to(self.run.device)
@@ -411,29 +406,27 @@ def fit_model(
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
     begun = (where["run_dir"] / "last.pt").exists()  # perhaps finished, and then read back
-    asked, left = options["max_minutes"], time_left(study.run, "" if begun else name) / 60
+    asked, left = (
+        options["max_minutes"],
+        time_left(study.run, "" if begun else f"{name} was not begun") / 60,
+    )
     options["max_minutes"] = max(left, 0.01) if left < (asked or math.inf) else asked
     try:
         return train.fit(model, objective, train_set, val_set, **where, **options)
-    except train.OutOfTime as error:
-        if options["max_minutes"] == asked:
-            raise
-        raise train.OutOfTime(_spent(study.run, f"{name} stopped between two epochs")) from error
+    except train.OutOfTime:
+        if options["max_minutes"] != asked:  # the session's end
+            time_left(replace(study.run, begun=-math.inf), f"{name} stopped between two epochs")
+        raise
 
 
 def time_left(run: Run, what: str = "") -> float:
     """Seconds until the session's `Run.budget` is spent; `train.OutOfTime` where `what` is late."""
     left = run.begun + 3600 * (run.budget or math.inf) - time.time()
     if what and left <= 0:
-        raise train.OutOfTime(_spent(run, f"{what} was not begun"))
+        text = f"{what}: this session's {run.budget:g} hours are spent. What is done is kept: run "
+        text += "again, in a new session, to go on from there (the same command; on Kaggle attach "
+        raise train.OutOfTime(text + "this session's output). For more time: the setting hours.")
     return left
-
-
-def _spent(run: Run, what: str) -> str:
-    text = f"{what}: the {run.budget:g} hours of this session are spent. What is done is kept: run "
-    text += "again to go on from there (the same command, or Run All; on Kaggle attach this "
-    text += "session's output to the next). For more time: --set hours= on the command line, "
-    return text + 'CHANGES = {"hours": ...} in the notebook.'
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:
@@ -475,7 +468,7 @@ def stored(
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
         same = _same(run, f"tables/{record.name}", key)
-        time_left(run, "" if same else f"table {name}")
+        time_left(run, "" if same else f"table {name} was not begun")
         table = files.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # without its key the table counts as none
         files.write_csv(table, path)

@@ -42,7 +42,7 @@ def attack(study: Study, name: str) -> evaluate.Evaluation:
     folder = work_folder(run, f"suite/{name}", key | {"batch": run.attack_batch})
     where = dict(ids=rows, groups=study.patients(rows), folder=folder, resume=bool(run.resume))
     done = (run.run_dir / "tables" / f"robust_{name}.csv").exists()  # and read back
-    time_left(run, "" if done else f"the suite of attacks on {name}")
+    time_left(run, "" if done else f"the attacks on {name} were not begun")
     found = evaluate.robust(model, data, run.eps_grid, **options(run), **where)
     uses = [*USES, *(option for option in ("full_at", "most") if option in run.values)]
     stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=uses)

@@ -1,7 +1,6 @@
 """What a plan counts is what hooks count; what it says of a budget, and how a run keeps to it."""
 
 import contextlib
-import io
 import re
 import time
 from functools import partial
@@ -157,12 +156,13 @@ def test_the_choice_of_an_epoch_under_attack_is_bounded(tmp_path):
     how = dict(folder=tmp_path, per_class=20, size=32, width=0.5, stages=3, pretrained=False)
     opened = study.of(datasets.load(sources.find("pneumonia")), val_share=0.4, **how)
     vars(opened.run)["values"] |= {"at_eps": 4 / 255, "attack_batch": 16}
-    told = dict(val=opened.sizes["val"], judge=suite.judging(opened.sizes["val"]))
+    count = len(opened.rows("val"))
+    told = dict(val=count, judge=suite.judging(count))
     learn, judge = plan.training("a", "n", 9, 1, objective="cross_entropy", **told)
     model = study.build_model(opened.run).eval()
     with counted(model) as made:
         suite.choose_under_attack(opened)["val_metric"](model)
-    made[0] += opened.sizes["val"]
+    made[0] += count
     assert learn.exact and not judge.exact
     assert made[0] <= judge.forwards + ASKED and made[1] <= judge.backwards
 
@@ -175,8 +175,8 @@ def test_maps_make_at_most_the_passes_that_notebook_02_tells(built, monkeypatch)
         swapped = {"fast_copy": lambda model: model, "open_study": study.expected}
         for name in set(swapped) & set(vars(module)):
             monkeypatch.setattr(module, name, swapped[name])
-    cells = "parameters", "settings", "start", "imports", "yours", "plan"
-    names = execute._opening(built / "02_fracatlas_robust_models.ipynb", cells, PROFILE="smoke")
+    cells = *execute.HEAD, "plan"
+    names = execute.opening(built / "02_fracatlas_robust_models.ipynb", cells, PROFILE="smoke")
     run, size = names["run"], 24
     model, x = convolutional().eval(), torch.rand(3, 1, size, size)
     window = max(4, run.occlusion_window * size // run.size)
@@ -264,16 +264,17 @@ def test_a_session_ends_between_two_phases_and_says_how_to_go_on(monkeypatch, tm
     opened = study.of(images, folder=tmp_path / "run", **how)
     run, table = opened.run, lambda: pd.DataFrame({"value": [1]})
     loss, fit = objectives.cross_entropy(), partial(study.train_model, opened, progress=False)
+    vars(run)["begun"] = time.time()
     study.stored(opened, "first", table)
     assert run.budget == 1 and 3500 < study.time_left(run) <= 3600
     assert run.key == run.variant(hours=2).key, "a budget changes no result"
     with monkeypatch.context() as patch:
         patch.setattr(train._Run, "train", late(train._Run.train, run, patch))
-        with pytest.raises(train.OutOfTime, match="baseline stopped between two epochs: the 1 ho"):
+        with pytest.raises(train.OutOfTime, match="baseline stopped between two epochs: .* 1 ho"):
             fit("baseline", loss)
     assert len(pd.read_csv(run.run_dir / "baseline" / "metrics.csv")) == 1
     for begin in (lambda: fit("other", loss), lambda: study.stored(opened, "second", table)):
-        with pytest.raises(train.OutOfTime, match="was not begun: .* run again to go on"):
+        with pytest.raises(train.OutOfTime, match="was not begun: .* run again, in a new session"):
             begin()
     assert study.stored(opened, "first", table)["value"].item() == 1  # is read back
     vars(run)["begun"] += 7200  # the next session
@@ -314,9 +315,13 @@ def test_every_notebook_fits_a_session_of_two_t4(built, monkeypatch, capsys, tmp
     assert "within the budget of 9" in told and "over the budget" not in told
 
 
-def test_smoke_plans_what_smoke_runs(built, monkeypatch):
-    monkeypatch.setattr(study, "open_study", study.expected)
-    with contextlib.redirect_stdout(io.StringIO()):
-        run, networks, phases = execute.planned(built / "06_covid_baseline.ipynb", PROFILE="smoke")
-    assert sum(study.expected(run).sizes.values()) > 0 and networks["CNN"].size == run.size
-    assert {phase.name for phase in phases} >= {"search", "final baseline"}
+def test_the_command_tells_what_to_cut(built, monkeypatch, capsys):
+    monkeypatch.chdir(built.parent)
+    asked = ["plan", "--nb", "06", "--device", "t4", "--set"]
+    assert cli.main([*asked, "hours=1"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "over the budget of 1; cut first trials extend search_epochs search_width (search" in told
+    )
+    assert cli.main([*asked, "epochs=1", "--profile", "smoke"]) == 0
+    assert "covid (SYNTHETIC)" in capsys.readouterr().out

@@ -189,7 +189,8 @@ def beside_constant(table, labels):
 # %% tags=["plan"]
 study, net = open_study(run), "MobileNetV2"
 make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
-networks, sizes = {net: plan.Network(make, run.size, run.attack_batch)}, study.sizes
+networks = {net: plan.Network(make, run.size, run.batch_size)}
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
 OBJECTIVES = {"baseline": "cross_entropy", "papernot_teacher": "cross_entropy_at"}
 OBJECTIVES |= {"gaussian_noise": "gaussian_noise", "papernot": "distillation"}
 OBJECTIVES |= dict.fromkeys(several["distilled"], "distillation")

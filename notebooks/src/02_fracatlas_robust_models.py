@@ -182,9 +182,10 @@ def planned_maps(name, size, images):
 
 # %% tags=["plan"]
 study, net = open_study(run), "MobileNetV2"
-sizes, make = study.sizes, partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
 networks, phases = suite.zoo_plan(run, sizes)
-networks[net] = plan.Network(make, run.size, run.attack_batch)
+networks[net] = plan.Network(make, run.size, run.batch_size)
 how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
 how |= dict(settings="epochs at_steps size")
 attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))

@@ -226,7 +226,8 @@ def patients_of(study, images):
 
 # %% tags=["plan"]
 study, phases = open_study(run), []
-sizes, count = study.sizes, len(study.dataset.classes)
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+count = len(study.dataset.classes)
 small = partial(models.resnet18_cifar, num_classes=count, width=run.width)
 large = partial(
     models.mobilenet_v2, num_classes=count, width=run.mobilenet_width, stages=run.stages

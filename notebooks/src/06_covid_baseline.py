@@ -224,7 +224,8 @@ def planned_network(width):
 
 
 study, phases = open_study(run), []
-sizes, widest = study.sizes, max(sum(run.search_width, ()))
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+widest = max(sum(run.search_width, ()))
 networks = {"CNN": plan.Network(planned_network(run.width), run.size, run.batch_size)}
 networks["widest CNN"] = plan.Network(planned_network(widest), run.size, run.batch_size)
 how = dict(objective="cross_entropy", batch=run.batch_size, val=sizes["val"])

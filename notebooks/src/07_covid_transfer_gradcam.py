@@ -196,7 +196,8 @@ def paired_table(rows):
 
 # %% tags=["plan"]
 study, phases = open_study(run), []
-sizes, options = study.sizes, run.pick("width", "stages")
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+options = run.pick("width", "stages")
 body = partial(models.backbone, run.backbone, num_classes=2, pretrained=False)
 body = partial(models.mobilenet_v2, **options) if run.backbone == "mobilenet_v2" else body
 small = partial(models.cnn, channels=run.baseline_channels)
