@@ -191,12 +191,16 @@ study, net = open_study(run), "MobileNetV2"
 make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
 networks = {net: plan.Network(make, run.size, run.batch_size)}
 sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+
+# %% tags=["plan"]
 OBJECTIVES = {"baseline": "cross_entropy", "papernot_teacher": "cross_entropy_at"}
 OBJECTIVES |= {"gaussian_noise": "gaussian_noise", "papernot": "distillation"}
 OBJECTIVES |= dict.fromkeys(several["distilled"], "distillation")
 OBJECTIVES |= dict.fromkeys(("lipschitz", "lipschitz_operator"), "lipschitz")
 OBJECTIVES |= {"margin_gradient": "margin_gradient", "fast_at": "fast_adversarial"}
 OBJECTIVES |= {"free_at": "free_adversarial"} | {n: n for n in ("trades", "mart", "hat", "gairat")}
+
+# %% tags=["plan"]
 how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
 plain = [name for name in MODELS if name not in run.adversarial and name not in run.own]
 teachers, phases = ["papernot_teacher"] if "papernot" in MODELS else [], []
@@ -228,12 +232,16 @@ asked = [name for name in MODELS if name not in run.own]
 phases += suite.phases(run, asked, sizes["test"], net)
 clean = len(asked) * (3 * sizes["test"] + 2 * sizes["val"])  # sections 4 and 8
 phases.append(plan.Phase("clean images", net, sizes["test"], clean))
+
+# %% tags=["plan"]
 fgsms = len(asked) * len(run.published_eps_grid) * sizes["test"]
 told = dict(settings="published_eps_grid")
 phases.append(plan.Phase("FGSM, normalised", net, sizes["test"], 2 * fgsms, fgsms, **told))
 count = min(2 * run.certified_per_class, sizes["test"])
 noisy, told = count * (100 + run.certificate_draws), dict(settings="certified_per_class")
 phases.append(plan.Phase("certificate", net, count, noisy, **told))
+
+# %% tags=["plan"]
 count, queries = min(2 * run.one_pixel_per_class, sizes["test"]), 0
 for pixels, population, iterations, *_ in run.one_pixel:
     own = dict(pixels=pixels, population=population, iterations=iterations)
