@@ -1,16 +1,20 @@
-"""The command line: `python -m dlia_utils list | run | data check | submission check`."""
+"""The command line: `python -m dlia_utils list | run | plan | data check | submission check`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 MOST = 20  # lines of warnings that are shown
+FITS = 9  # hours: what a session of Kaggle's 12 is planned for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,17 +45,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command(list_all, "list", "notebooks and data sets of the suite")
     add = command(run, "run", "execute notebooks and print their results")
-    add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
-    where = "folder of the data sets, or of class folders of your own (default: find them)"
-    add("--data", default="", metavar="PATH", help=where)
-    add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
-    change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
-    many = {"nargs": "+", "action": "extend", "default": [], "dest": "changes"}
-    add("--set", **many, metavar="NAME=VALUE", help=change)
-    add("--profile", default="smoke", choices=("smoke", "cpu", "full", "auto"))
+    _asked(add, profile="smoke")
     name = "folder name (default: profile and kind of data)"
     add("--run-name", default="", metavar="NAME", help=name)
     add("--fresh", action="store_true", help="put an older run of that name aside and start anew")
+
+    add = command(plan, "plan", "tell what notebooks will cost, without running them")
+    _asked(add, profile="full")
+    device = "here: measured on this machine; t4: published speed of Kaggle's two Tesla T4"
+    add("--device", default="here", choices=("here", "t4"), help=device)
 
     add = check(data_check, "data", "find, count and audit a data set")
     name = "a data set's name, or your folder of class folders or of boxes"
@@ -71,6 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _asked(add, profile: str) -> None:
+    """The options that say which notebooks, on what data, under which settings."""
+    add("--nb", nargs="+", default=[], metavar="NN", help="which notebooks, e.g. 01 (default: all)")
+    where = "folder of the data sets, or of class folders of your own (default: find them)"
+    add("--data", default="", metavar="PATH", help=where)
+    add("--dataset", default="", metavar="NAME", help="the same as --set dataset=NAME")
+    change = "change settings of the notebook, e.g. --set epochs=5 lr=3e-4"
+    many = {"nargs": "+", "action": "extend", "default": [], "dest": "changes"}
+    add("--set", **many, metavar="NAME=VALUE", help=change)
+    add("--profile", default=profile, choices=("smoke", "cpu", "full", "auto"))
+
+
 def list_all(options: argparse.Namespace) -> int:
     from . import execute
     from .data import sources
@@ -85,15 +99,55 @@ def list_all(options: argparse.Namespace) -> int:
     return 0
 
 
+def _changes(options: argparse.Namespace) -> dict:
+    from .run import parse_change
+
+    named = {"dataset": options.dataset} if options.dataset else {}
+    return dict(map(parse_change, options.changes)) | named
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Tables of what the notebooks will cost, and their sums."""
+    import torch
+
+    from . import execute, study
+    from . import plan as plans
+    from . import run as runs
+    from .detect import folds
+
+    t4 = options.device == "t4"
+    told = "on two Tesla T4, by published speeds" if t4 else "on this machine"
+    gpus, lines = 2 if t4 else torch.cuda.device_count() or 1, [f"Hours {told}, at most:"]
+    for path in execute.pick(options.nb):
+        given = dict(PROFILE=options.profile, DATA_DIR=options.data, CHANGES=_changes(options))
+        with (  # nothing is written, printed or decoded
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(runs, "open_folder", lambda run: run),
+            mock.patch.object(study, "open_study", study.expected),
+            mock.patch.object(folds, "open_detection", study.expected),
+        ):
+            names = execute.opening(path, (*execute.HEAD, "plan"), **given)
+        run, networks, phases = (names[name] for name in ("run", "networks", "phases"))
+        prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
+        table = plans.table(networks, phases, prices, gpus=gpus)
+        stands_in = run.synthetic and run.profile != "smoke"
+        images = f"{run.location.dataset} as published" if stands_in else run.data_name
+        if options.nb:
+            print(f"{path.stem}, {told}\n{table.to_string()}")
+            print(plans.advice(table, run.hours or FITS), end="\n\n")
+        hours = table["hours"].iloc[-1]
+        fits = f"{'fits' if hours <= FITS else 'does NOT fit'} {FITS} hours"
+        lines.append(f"{path.stem:28}{run.profile:8}{images:28}{hours:6.1f}  {fits}")
+    print("\n".join(lines))
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     from . import execute
     from .data.tables import DataNotFound
-    from .run import parse_change
 
-    changes = dict(map(parse_change, options.changes))
-    changes |= {"dataset": options.dataset} if options.dataset else {}
     how = dict(profile=options.profile, data=options.data, run_name=options.run_name)
-    how |= dict(resume=not options.fresh, changes=changes)
+    how |= dict(resume=not options.fresh, changes=_changes(options))
     runs, paths = [], execute.pick(options.nb)
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.stem}, profile {options.profile}", flush=True)
@@ -270,4 +324,8 @@ def submission_check(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"] and "GLIBC_TUNABLES" not in os.environ:  # as kernels are started
+        from .execute import KERNEL_ENVIRONMENT
+
+        os.execve(sys.executable, sys.orig_argv, KERNEL_ENVIRONMENT | os.environ)
     sys.exit(main())

@@ -22,6 +22,7 @@ from unittest import mock
 from .progress import STATUS, Bar
 
 PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
+HEAD = ("parameters", "settings", "start", "imports", "yours")  # tags of the opening cells
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
 KERNEL_STARTS = 3
 SECONDS_BETWEEN_LINES = 10  # in a log file, at least
@@ -82,7 +83,7 @@ def tags(cell: Mapping[str, Any]) -> list[str]:
 
 def full_settings(notebook: str | Path) -> dict[str, Any]:
     """FULL of a notebook: what its settings cells say of the whole study."""
-    return _opening(notebook, ("parameters", "settings"))["FULL"]
+    return opening(notebook, ("parameters", "settings"))["FULL"]
 
 
 def opened(notebook: str | Path, **parameters: Any) -> Any:
@@ -90,10 +91,10 @@ def opened(notebook: str | Path, **parameters: Any) -> Any:
 
     Prints its banner. Errors: those of `run.start`.
     """
-    return _opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
+    return opening(notebook, ("parameters", "settings", "start"), **parameters)["run"]
 
 
-def _opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
+def opening(notebook: str | Path, wanted: Sequence[str], **parameters: Any) -> dict[str, Any]:
     """The names that the cells with the `wanted` tags define, executed in this process."""
     names: dict[str, Any] = {}
     for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:

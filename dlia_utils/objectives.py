@@ -108,6 +108,13 @@ def _attack(model, x, y=None, watch=lambda logits: None, *, eps, steps, step_siz
 # The parts that a loss may ask for: how they are made, and of which numbers with which defaults
 PARTS = {"ce": (_ce, dict(weight=None, label_smoothing=0.0)), "state": (dict, {})}
 PARTS["attack"] = partial(partial, _attack), dict(eps=inspect.Parameter.empty, step_size=None)
+# Passes of an image in a step, beside one of each for every step of attack: forward, backward, and
+# how many of these go on to the weights
+PASSES = dict.fromkeys("cross_entropy cross_entropy_at gaussian_noise detection".split(), (1, 1, 1))
+PASSES |= dict.fromkeys(("pgd_adversarial", "fast_adversarial", "free_adversarial"), (1, 1, 1))
+PASSES |= {"gairat": (1, 1, 1), "pgd_awp": (2, 2, 2), "mart": (2, 2, 2), "trades": (3, 2, 2)}
+PASSES |= {"hat": (5, 3, 3), "distillation": (2, 1, 1)}  # one of them through the other model
+PASSES |= dict.fromkeys(("lipschitz", "margin_gradient"), (1, 2, 2))  # a gradient of a gradient
 
 
 def _check(values: dict[str, Any]) -> None:

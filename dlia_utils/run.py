@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import nn
 
 from . import files
@@ -33,12 +34,12 @@ PROFILES = ("smoke", "cpu", "full")
 # What the library reads where a notebook does not have the setting; the studies say otherwise.
 OPTIONAL = dict(fit="squash", balance="weights", schedule="constant", per_class=None)
 OPTIONAL |= dict(test_share=None, unusable_share=0.0, classes=None, patient_pattern="")
-OPTIONAL |= dict(full_at=None, most={})  # of the suite of attacks
+OPTIONAL |= dict(full_at=None, most={}, hours=None)  # of the suite of attacks; of a session
 # What `for_dataset` starts from: a MobileNetV2 on 128 px, for an afternoon on a laptop.
 BASIC = dict(seed=0, size=128, fit="squash", per_class=None, val_share=0.15, test_share=0.15)
 BASIC |= dict(unusable_share=0.01, balance="weights", width=1.0, stages=7, pretrained=True)
 BASIC |= dict(epochs=10, batch_size=32, lr=1e-3, schedule="onecycle", patience=None)
-BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000)
+BASIC |= dict(max_minutes=None, num_workers=0, bootstrap_draws=2000, hours=None)
 
 ANEW = "choose another RUN_NAME, or RESUME = False (--fresh) to put the folder aside"
 REMEDY = "for the full study choose Accelerator: 'GPU T4 x2' in the session options, then Run All"
@@ -67,6 +68,7 @@ class Run:
     trains: str = "Training"  # the section that trains the models
     fresh: bool = False  # takes nothing from other runs
     own: dict[str, nn.Module | Callable[[], nn.Module]] = field(default_factory=dict)
+    begun: float = field(default_factory=psutil.Process().create_time)  # the session
     opened: dict[str, Any] = field(default_factory=dict)  # by key: see `study.open_study`
 
     def __getattr__(self, name: str) -> Any:
@@ -135,7 +137,13 @@ class Run:
     @property
     def key(self) -> str:
         """Hash of notebook, profile, settings and data: runs of one key may share a folder."""
-        return digest([self.notebook, self.profile, self.data_name, self.values])
+        values = {name: value for name, value in self.values.items() if name != "hours"}
+        return digest([self.notebook, self.profile, self.data_name, values])
+
+    @property
+    def budget(self) -> float | None:
+        """Hours of a session, from its kernel's start: as set, else 11 on Kaggle, else no limit."""
+        return self.hours or (11.0 if sources.on_kaggle() else None)
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name: what a training or a table depends on."""
@@ -434,11 +442,12 @@ def _recorded(folder: Path, *, any_format: bool = False) -> dict[str, Any]:
 def _placed(run: Run, *, named: bool) -> Run:
     """The run with its folder, of the same settings or new; where the reader gave no name, changed
     settings get a folder of their own."""
-    taken = not (named or run.changed) and run.resume is True
+    changed = set(run.changed) - {"hours"}  # which changes no result
+    taken = not (named or changed) and run.resume is True
     taken = taken and _recorded(run.run_dir).get("key", run.key) != run.key
-    if taken or (run.changed and not named):
+    if taken or (changed and not named):
         folder = run.run_dir.with_name(f"{run.run_dir.name}-{run.key[:6]}")
-        if not run.changed:
+        if not changed:
             log.warning("%s holds a run of other settings; this is %s", run.run_dir, folder.name)
         run = replace(run, run_dir=folder)
     if run.resume is False:

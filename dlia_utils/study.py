@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,31 @@ def _decoded(run: Run, dataset: datasets.Dataset) -> tuple[datasets.Dataset, cac
         log.warning("left out: %s", error)
     dataset = datasets.take(dataset, np.flatnonzero(~dataset.manifest["path"].isin(lost)))
     return dataset, cache.build(dataset, **how)
+
+
+def expected(run: Run) -> Study:
+    """The study of a run as far as its numbers of images go, none of them decoded: for a plan.
+
+    What only synthetic images stand for has as many as are published, but in the smoke profile.
+    """
+    place, wanted = run.location, run.values.get
+    if run.synthetic and run.profile != "smoke":
+        parts = sources.PUBLISHED[place.dataset].items()
+        rows = [(part, k) for part, own in parts for k, n in enumerate(own) for _ in range(n)]
+        dataset, manifest = None, pd.DataFrame(rows, columns=["split", "label"])
+    else:
+        dataset = datasets.load(place)
+        boxes = wanted("folds") and dataset.mapping is None
+        manifest = (datasets.boxed(dataset) if boxes else dataset).manifest
+    tested = manifest["split"].eq("test").to_numpy() & (not wanted("test_share"))
+    rest = np.random.default_rng(run.seed).permutation(np.flatnonzero(~tested))
+    ends = np.cumsum([wanted(name) or 0 for name in ("test_share", "val_share")]) * len(rest)
+    split, (test, val) = np.where(tested, "test", "train").astype(object), ends.round().astype(int)
+    split[rest[:test]], split[rest[test:val]] = "test", "val"
+    fold = np.where(tested, -1, np.arange(len(split)) % (wanted("folds") or 1))
+    parts = dict(classes=tuple("ab"), ignored=manifest[:0], synthetic=run.synthetic, origin="")
+    parts |= dict(manifest=manifest.assign(split=split, fold=fold))
+    return Study(run, datasets.Dataset(place.dataset, place.root, **parts), None)
 
 
 def _check_own(study: Study, name: str) -> None:
@@ -381,7 +407,28 @@ def fit_model(
     key["options"] = described({name: options[name] for name in options if name not in FREE})
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
-    return train.fit(model, objective, train_set, val_set, **where, **options)
+    begun = (where["run_dir"] / "last.pt").exists()  # perhaps finished, and then read back
+    asked, left = (
+        options["max_minutes"],
+        time_left(study.run, "" if begun else f"{name} was not begun") / 60,
+    )
+    options["max_minutes"] = max(left, 0.01) if left < (asked or math.inf) else asked
+    try:
+        return train.fit(model, objective, train_set, val_set, **where, **options)
+    except train.OutOfTime:
+        if options["max_minutes"] != asked:  # the session's end
+            time_left(replace(study.run, begun=-math.inf), f"{name} stopped between two epochs")
+        raise
+
+
+def time_left(run: Run, what: str = "") -> float:
+    """Seconds until the session's `Run.budget` is spent; `train.OutOfTime` where `what` is late."""
+    left = run.begun + 3600 * (run.budget or math.inf) - time.time()
+    if what and left <= 0:
+        text = f"{what}: this session's {run.budget:g} hours are spent. What is done is kept: run "
+        text += "again, in a new session, to go on from there (the same command; on Kaggle attach "
+        raise train.OutOfTime(text + "this session's output). For more time: the setting hours.")
+    return left
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:
@@ -423,6 +470,7 @@ def stored(
     key = json.loads(json.dumps(key, default=str))
     if not run.resume or kept != key:
         same = _same(run, f"tables/{record.name}", key)
+        time_left(run, "" if same else f"table {name} was not begun")
         table = files.read_csv(same[0].with_suffix(".csv")) if same else compute()
         record.unlink(missing_ok=True)  # without its key the table counts as none
         files.write_csv(table, path)

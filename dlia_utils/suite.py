@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from . import files, models, objectives
+from . import files, models, objectives, plan
 from .attacks import checklist, evaluate
 from .attacks.alpha import select_alpha
 from .models import robust
 from .run import Run
-from .study import Study, load_models, stored, train_head, weights_key, work_folder
+from .study import Study, load_models, stored, time_left, train_head, weights_key, work_folder
 
 USES = "attacks eps_grid pgd_steps pgd_restarts budgets expensive attack_batch seed".split()
 ZOO_USES = "zoo_weights zoo_width zoo_epochs zoo_lr zoo_alphas head headline_eps pgd_steps".split()
@@ -41,12 +41,46 @@ def attack(study: Study, name: str) -> evaluate.Evaluation:
     key = {**study.key, "weights": weights_key(run, name), "seed": run.seed}
     folder = work_folder(run, f"suite/{name}", key | {"batch": run.attack_batch})
     where = dict(ids=rows, groups=study.patients(rows), folder=folder, resume=bool(run.resume))
+    done = (run.run_dir / "tables" / f"robust_{name}.csv").exists()  # and read back
+    time_left(run, "" if done else f"the attacks on {name} were not begun")
     found = evaluate.robust(model, data, run.eps_grid, **options(run), **where)
     uses = [*USES, *(option for option in ("full_at", "most") if option in run.values)]
     stored(study, f"robust_{name}", lambda: found.rows, model=name, uses=uses)
     listed = partial(checklist.report, found, subset=run.check_images)
     stored(study, f"checks_{name}", listed, model=name, uses=[*uses, "check_images"])
     return found
+
+
+def phases(run: Run, names: Iterable[str], images: int, network: str = "") -> list[plan.Phase]:
+    """For a plan: `attack` and `zero_gradients` on so many images; network "": as the model."""
+    found, about = [], dict(settings="attacks eps_grid budgets most full_at", exact=False)
+    for name in names:
+        how = options(run) | {"through": "meansparse" in name}
+        once = evaluate.most_passes(images, run.eps_grid, **how) + images
+        once += checklist.most_passes(images, subset=run.check_images, **how)
+        given = network or name, images, *once.tolist()
+        found.append(plan.Phase("suite of attacks", *given, job=name, **about))
+    return found
+
+
+def judging(images: int, *, steps: int = 10) -> tuple[int, int]:
+    """For a plan: the most passes of `choose_under_attack` in an epoch, of so many to validate."""
+    count = len(range(0, images, max(1, images // 200)))
+    return tuple(evaluate.most_passes(count, [1.0], attacks=["pgd_margin"], steps=steps).tolist())
+
+
+def zoo_plan(run: Run, sizes: dict[str, int]) -> tuple[dict[str, plan.Network], list[plan.Phase]]:
+    """For a plan: the networks of `train_robust_model`, and what that asks of them."""
+    networks, found, how = {}, [], dict(attacks=["pgd_margin"], steps=run.pgd_steps, through=True)
+    tried = evaluate.most_passes(sizes["val"], [run.headline_eps], **how)
+    for name in run.zoo:
+        make, sparse = partial(robust.create, name, width=run.zoo_width), "meansparse" in name
+        networks[name] = plan.Network(make, run.zoo_size, run.batch_size, kind="wide")
+        alphas, train = sparse * len({0.0, *run.zoo_alphas}), sizes["train"]
+        once = alphas * tried + [train + sizes["val"] + 2 * sparse * train, 0]
+        about = dict(settings="zoo zoo_size zoo_alphas", exact=not sparse, job=name)
+        found.append(plan.Phase("new heads", name, train, *once.tolist(), **about))
+    return networks, found
 
 
 def zero_gradients(study: Study, name: str) -> float:
@@ -89,8 +123,12 @@ def choose_under_attack(study: Study, *, steps: int = 10) -> dict[str, str | Cal
 
 def zoo_study(study: Study) -> Study:
     """The same images at the size, and with the training, of the literature's robust models."""
-    run = study.run
-    return study.variant(size=run.zoo_size, epochs=run.zoo_epochs, lr=run.zoo_lr)
+    return study.variant(**zoo_settings(study.run))
+
+
+def zoo_settings(run: Run) -> dict:
+    """What is otherwise for the literature's models: size, training, and a smaller suite."""
+    return dict(size=run.zoo_size, epochs=run.zoo_epochs, lr=run.zoo_lr) | run.zoo_suite
 
 
 def train_robust_model(study: Study, name: str) -> str:

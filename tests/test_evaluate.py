@@ -485,7 +485,7 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(study):
         "must name some of": {"attacks": ("apgd",)},
         "budgets.*stepz": {"budgets": {"square": {"stepz": 3}}},
         "steps": {"budgets": {"square": {"steps": 0}}},
-        r"at\['square'\] must be eps of": {"at": {"square": [0.9]}},
+        r"at\['square'\] must be of eps_grid": {"at": {"square": [0.9]}},
         "runs once": {"at": {"fmn": [GRID[0]]}},
         "full_at": {"full_at": 0.5},
         "most must name": {"most": {"one_pixel": 5}},

@@ -30,23 +30,9 @@ def with_labels(dataset, labels, **columns):
     return replace(dataset, manifest=manifest)
 
 
-def test_sizes():
-    dataset = with_labels(images_of(5, splits=("train",)), [0, 1, 0, 1, 0])
-    shapes = np.array([(30, 20), (40, 40), (30, 20), (20, 50), (30, 20)])
-    table = explore.sizes(dataset, shapes).set_index("class_name")
-    columns = ["images", "sizes", "commonest", "share"]
-    assert table.loc["Normal", columns].tolist() == [3, 1, "30 x 20", 1.0]
-    columns = ["images", "sizes", "height_min", "height_max", "width_max", "aspect_max"]
-    assert table.loc["COVID", columns].tolist() == [2, 2, 20, 40, 50, 2.5]
-
-
 def test_statistics_of_images_equal_numpy():
     images = cached(np.random.default_rng(1).integers(0, 256, (600, 8, 8)))  # More than one chunk.
     pixels = images.images / 255
-    own = np.stack(
-        [pixels.mean((1, 2)), pixels.std((1, 2)), pixels.min((1, 2)), pixels.max((1, 2))]
-    )
-    assert np.allclose(explore.image_statistics(images).T, own, atol=1e-6)
     chosen = np.arange(0, 600, 2)
     mean, spread = explore.mean_and_spread(images, chosen)
     assert np.allclose(mean, pixels[chosen].mean(0)) and np.allclose(spread, pixels[chosen].std(0))

@@ -18,7 +18,7 @@ FLOOR = {
     "base": "units device files progress",
     "metrics": "metrics calibration",
     "corruptions": "corrupt corruption_error smoothing shortcuts",
-    "training": "train objectives launch search",
+    "training": "train objectives launch search plan",
     "study": "run study report execute",
 }
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ..device import device_of
 from ..metrics import with_interval
 from ..units import check_numbers, pixel_text
-from .evaluate import ALIKE, BPDA, KINDS, STANDING, Evaluation, kind, robust, zero_gradient_share
+from . import evaluate
+from .evaluate import ALIKE, BPDA, KINDS, STANDING, SUITE, Evaluation, kind
 
 PASSES = 5  # of the same images
+ASKED = 160  # forwards at most to see that the model is steady, and its folded copy the same
 SAME = 1e-4  # of the logits, or of their size where that is above 1: how far passes may differ
 LEAST = 100  # images that get twice the steps, or all that stand
 ALONE = 0.002  # share of images that a black box may fool alone (as AutoAttack's flag)
@@ -75,7 +77,7 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), torch.rand(8, 1, 2, 2)
-    >>> found = robust(model, (x, model(x).argmax(1)), [0.1, 0.5], progress=False)
+    >>> found = evaluate.robust(model, (x, model(x).argmax(1)), [0.1, 0.5], progress=False)
     >>> report(found).set_index("check").verdict["white box beats black box"]
     'PASS'
     """
@@ -96,7 +98,7 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
         rising = [f"{pixel_text(eps)}: {share:.1%} fooled" for eps, share in shares.items()]
         some = torch.from_numpy(_spread(right, subset))
         data = found.model, found.images[some], found.labels[some]
-        ce, margin = (zero_gradient_share(*data, loss=loss) for loss in ("ce", "margin"))
+        ce, margin = (evaluate.zero_gradient_share(*data, loss=loss) for loss in ("ce", "margin"))
         zero = f"cross-entropy {ce:.1%}, margin {margin:.1%} of {len(some)} images"
         lines += [*_compared(found), _black_box(found), ("rising", not stuck, "; ".join(rising))]
         lines += [_everything(found, subset), _converged(found, shares, subset)]
@@ -107,6 +109,18 @@ def report(found: Evaluation, *, subset: int = 50) -> pd.DataFrame:
         verdict = ["PASS", value, ""] if passed else ["WARN", value, why]
         rows.append([check.format(*name), *verdict])
     return pd.DataFrame(rows, columns=["check", "verdict", "value", "why"])
+
+
+def most_passes(images: int, *, subset: int = 50, attacks=SUITE, **options: Any) -> np.ndarray:
+    """Forward and backward image-passes [2] of `report` on a `robust` of these options: at most."""
+    names = [name for name in attacks if KINDS[name].twice] or ["pgd_margin"]
+    budgets = {name: own for name, own in (options.get("budgets") or {}).items() if name in names}
+    asked = {name: options[name] for name in ("steps", "restarts", "through") if name in options}
+    some, more = min(images, subset), min(images, max(LEAST, subset))
+    twice = 2 * evaluate.most_passes(more, (1.0,), **asked | dict(attacks=names, budgets=budgets))
+    asked |= dict(attacks=("pgd_ce", "pgd_margin"), steps=20)
+    others = [6 * some + PASSES * (images + 1) + ASKED, 2 * some]
+    return twice + evaluate.most_passes(some, (0.5, 1.0), **asked) + others
 
 
 def page(found: Evaluation, checks: pd.DataFrame | None = None) -> str:
@@ -185,7 +199,7 @@ def _again(found: Evaluation, positions: np.ndarray, grid: Sequence[float], budg
     options = {key: said[key] for key in ("seed", "batch_size", "fast")}
     options |= dict(attacks=list(budgets), budgets=budgets, ids=said["ids"][positions], in_full=0)
     data = found.images[some], found.labels[some]
-    return robust(found.model, data, grid, progress=False, **options)
+    return evaluate.robust(found.model, data, grid, progress=False, **options)
 
 
 def _spread(positions: np.ndarray, most: int) -> np.ndarray:

@@ -87,6 +87,45 @@ def kind(name: str) -> Kind:
     return KINDS[name.removesuffix(STANDING).removesuffix(BPDA)]
 
 
+def passes(name: str, options: Mapping[str, Any], *, classes: int = 2) -> tuple[int, int]:
+    """Forward and backward passes of an image that the attack `name` cannot fool: the most.
+
+    >>> passes("pgd_ce", {"steps": 20, "restarts": 2}), passes("square", {"steps": 2000})
+    ((43, 40), (2002, 0))
+    """
+    usual = inspect.signature(KINDS[name].attack).parameters.items()
+    own = {key: one.default for key, one in usual} | dict(KINDS[name].options) | dict(options)
+    steps, starts = own.get("steps", 1), own.get("restarts", 1)
+    forwards = {"noise": 1 + own.get("draws", 0), "fgsm": 2, "deepfool": steps + 1}
+    forwards["one_pixel"] = 2 + own.get("population", 0) * (own.get("iterations", 0) + 1)
+    backwards = dict.fromkeys(("noise", "one_pixel", "square"), 0)
+    backwards["deepfool"] = steps * (classes - 1)
+    climbing = (starts > 0) + max(starts, 1) * (steps + 1)  # the last point is judged, too
+    return forwards.get(name, climbing), backwards.get(name, max(starts, 1) * steps)
+
+
+def most_passes(
+    images: int, eps_grid: Iterable[float], *, full_at=None, through: bool = False, **options: Any
+) -> np.ndarray:
+    """Forward and backward image-passes [2] of `robust` on so many images of two classes: at most.
+
+    An image that fools the folded copy alone, which is rare, is attacked twice. through: of a model
+    with MeanSparse operators; the others as for `robust`.
+    """
+    asked = dict(attacks=SUITE, steps=10, restarts=1, budgets=None, at=None, most=None) | options
+    chosen = _options(*(asked[key] or {} for key in ("attacks", "steps", "restarts", "budgets")))
+    grid, most = sorted({*map(float, eps_grid)} - {0.0}), asked["most"] or {}
+    where, parts = _at(asked["at"] or {}, chosen, grid), np.zeros((3, 2), int)
+    for name, own in chosen.items():
+        smallest, ways = KINDS[name].smallest, 1 + (through and KINDS[name].twice)
+        cost = ways * min(images, most.get(name, images)) * (np.array(passes(name, own)) + [1, 0])
+        for eps in grid[:1] if smallest else where.get(name, grid):
+            # What stands in the ball full_at meets the larger ones alone, what falls the smaller.
+            apart = full_at and not (smallest or name in most or np.isclose(eps, full_at))
+            parts[int(np.sign(eps - full_at)) if apart else 0] += cost
+    return parts[0] + parts[1:].max(0) + [images, 0]
+
+
 def robust(
     model: nn.Module,
     data: tuple[Tensor, Tensor],
@@ -151,10 +190,7 @@ def robust(
     settings |= {"most": _most(most or {}, options), "full_at": full_at, "dtype": search_dtype}
     if full_at is not None:
         check_numbers("(0,inf)", full_at=full_at)
-        near = [eps for eps in grid if np.isclose(eps, full_at, rtol=1e-6, atol=0)]
-        if not near:
-            raise ValueError(f"full_at={full_at} must be one of eps_grid, {grid}")
-        settings["full_at"] = near[0]
+        (settings["full_at"],) = _near("full_at", [full_at], grid)
     study = _Study(model, *data, settings, folder and Path(folder), resume)
     base.check_steady(model, study.probe)
     blocks = _attack_all(study, progress)
@@ -246,14 +282,19 @@ def _at(at: Mapping, options: Mapping, grid: Sequence[float]) -> dict[str, list[
     """By attack the eps at which it is run, for those that are not run at the whole grid."""
     chosen = {}
     for name, wanted in at.items():
-        wanted = list(wanted)
-        near = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
-        known = name in options and not kind(name).smallest  # the smallest change: one run for all
-        if not known or len(near) < max(1, len(set(wanted))):
-            run = "that is run at each (one for the smallest change runs once)"
-            raise ValueError(f"at[{name!r}] must be eps of {grid}, not {wanted}, of one {run}")
-        chosen[name] = near
+        if name not in options or kind(name).smallest:
+            run = "that is run at each eps (one for the smallest change runs once)"
+            raise ValueError(f"at must name attacks of this run, {run}, not {name!r}")
+        chosen[name] = _near(f"at[{name!r}]", list(wanted), grid)
     return chosen
+
+
+def _near(what: str, wanted: Sequence[float], grid: Sequence[float]) -> list[float]:
+    """The eps of the grid that are meant."""
+    near = [eps for eps in grid if np.isclose(eps, wanted, rtol=1e-6, atol=0).any()]
+    if len(near) < max(1, len(set(wanted))):
+        raise ValueError(f"{what} must be of eps_grid, {grid}, not {wanted}")
+    return near
 
 
 def _most(most: Mapping[str, int], options: Mapping) -> dict[str, int]:
@@ -372,12 +413,8 @@ def _attack_all(study: _Study, progress: bool) -> list[_Block]:
     blocks = [_kept(study, "clean", 0.0, np.arange(total))]
     right, stood = np.flatnonzero(blocks[0].step < 0), {}
     first = study.settings["full_at"] or 0.0
-    names = [
-        name + way
-        for name in study.settings["attacks"]
-        for way in study.targets
-        if not way or kind(name).twice
-    ]
+    asked, ways = study.settings["attacks"], study.targets
+    names = [name + way for name in asked for way in ways if not way or kind(name).twice]
     count = total * len(grid) * len(names)
     with Bar(total=count, desc="attacks", unit="image", disable=not progress) as bar:
         for eps in sorted(grid, key=lambda eps: (eps < first, abs(eps - first))):

@@ -31,24 +31,6 @@ def rows_by_split(dataset: Dataset, *, together: bool = True) -> dict[tuple[str,
     return found
 
 
-def sizes(dataset: Dataset, shapes: np.ndarray) -> pd.DataFrame:
-    """Do the images have one size? A row per split and class, in pixels of the original files.
-
-    `shapes` [N,2] are heights and widths, e.g. `cache.shapes`. Columns split, class_name, images,
-    sizes (how many different ones), commonest ("height x width"), share (of the images that have
-    it), and the lowest, median and highest height, width and aspect ratio (width over height).
-    """
-    table, rows = _format(shapes), []
-    for (split, name), chosen in rows_by_split(dataset, together=False).items():
-        part = table.iloc[chosen]
-        common = part[["height", "width"]].value_counts()
-        row = dict(split=split, class_name=name, images=len(part), sizes=len(common))
-        row |= dict(commonest="{} x {}".format(*common.index[0]), share=common.iloc[0] / len(part))
-        spread = part.agg(["min", "median", "max"]).unstack()
-        rows.append(row | {f"{side}_{how}": value for (side, how), value in spread.items()})
-    return pd.DataFrame(rows)
-
-
 def _format(shapes: np.ndarray) -> pd.DataFrame:
     table = pd.DataFrame(np.asarray(shapes), columns=["height", "width"])
     return table.assign(aspect=table["width"] / table["height"])
@@ -68,26 +50,16 @@ def mean_and_spread(
     return mean, np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
 
 
-def image_statistics(cache: ImageCache) -> pd.DataFrame:
-    """Columns grey (mean), contrast (deviation), min, max of every image, in units of [0,1]."""
-    found = []
-    for start in range(0, len(cache.images), CHUNK):
-        block = np.asarray(cache.images[start : start + CHUNK], dtype=np.float32)
-        pixels = block.reshape(-1, cache.size**2) / 255
-        found.append(np.stack([pixels.mean(1), pixels.std(1), pixels.min(1), pixels.max(1)], 1))
-    columns = ["grey", "contrast", "min", "max"]
-    return pd.DataFrame(np.concatenate(found).astype(float), columns=columns)
-
-
 def size_shortcut(
     dataset: Dataset, shapes: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """How well the format alone tells the class: AUC of boosting on height, width and aspect ratio.
 
-    `shapes` as for `sizes`. Cross-validated by patient in 5 folds; scores are ranked inside each
-    fold, since those of two fits cannot be compared. Columns features, metric ("auc"; of more than
-    two classes the mean of each against the rest), value, ci_low, ci_high (patient bootstrap), n
-    and finding, in words. Errors: ValueError for fewer than two classes, or patients of a class.
+    `shapes` [N,2]: heights and widths, e.g. `cache.shapes`. Cross-validated by patient in 5 folds;
+    scores are ranked inside each fold, since those of two fits cannot be compared. Columns
+    features, metric ("auc"; of more than two classes the mean of each against the rest), value,
+    ci_low, ci_high (patient bootstrap), n and finding, in words. Errors: ValueError for fewer than
+    two classes, or patients of a class.
 
     >>> manifest = pd.DataFrame({"label": np.arange(80) % 2, "patient": np.arange(80)})
     >>> images = Dataset("demo", None, manifest, ("a", "b"), None, True, "argument")

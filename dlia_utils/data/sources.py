@@ -86,6 +86,12 @@ SOURCES: dict[str, Source] = {
 }
 
 
+# Images as published, of each class (of a set of boxes: with a box), by their split
+PUBLISHED = {"pneumonia": {"train": (1349, 3883), "test": (234, 390)}, "covid": {"": (10192, 3616)}}
+PUBLISHED |= {"fracatlas": {"": (3366, 717)}, "tuberculosis": {"": (3500, 700)}}
+PUBLISHED |= {"nih": {"": (880,)}, "dlia": {"train": (735,), "test": (145,)}}
+
+
 def source_of(dataset: str) -> Source:
     """The row of `dataset` in `SOURCES`, or of a MedMNIST set. `ValueError`: unknown data set."""
     if dataset in SOURCES:

@@ -17,8 +17,8 @@
 # **Before you start.** You can train a classifier in PyTorch and know what a gradient is. No earlier notebook is needed.
 #
 # **Time.** Reading: 45 minutes for sections 1 to 7; the sections marked *Extra* can wait. Running: smoke (tiny networks,
-# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full needs a GPU
-# and was not timed yet.
+# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full: at
+# most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -56,6 +56,7 @@ FULL |= {"test_share": None, "unusable_share": 0.0, "classes": None, "patient_pa
 # MobileNetV2, and the recipe of every training; max_minutes is for one model, None is no limit
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 25, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 # Which defences that see no attack, and their numbers
 FULL |= {"defences": ("lipschitz", "lipschitz_operator", "margin_gradient")}
 FULL["defences"] += ("distilled", "papernot")
@@ -73,11 +74,12 @@ FULL |= {"sigma": 0.12, "certified_per_class": 100, "certificate_draws": 1000}
 
 # %% tags=["settings"]
 # The attacks: add or leave out; their budgets; the eps at which expensive ones run, if not at all.
-# full_at: the eps where every attack meets every image; most: attacks that meet so many at most
+# full_at: the eps where every attack meets every image; most: attacks that meet so many at most;
+# attack_batch None: as many images at once as fit in memory
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.25, 0.5, 1, 2, 4, 8)}
 FULL |= {"headline_eps": 4 / 255, "full_at": 4 / 255, "most": {"square": 200}}
 FULL |= {"published_eps_grid": (0.005, 0.01, 0.03, 0.05, 0.08, 0.1)}  # of FGSM, normalised units
-FULL |= {"pgd_steps": 20, "pgd_restarts": 2, "attack_batch": 128}
+FULL |= {"pgd_steps": 20, "pgd_restarts": 2, "attack_batch": None}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
 # One-Pixel: (pixels, population, iterations, F, CR) of the study that is redone here
@@ -136,7 +138,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_curve
 
 from dlia_utils import calibration, files, launch, metrics, models, objectives, plots, report
-from dlia_utils import smoothing, suite, train
+from dlia_utils import plan, smoothing, suite, train
 from dlia_utils.attacks import checklist, evaluate, fgsm, normalised_eps, one_pixel, pgd
 from dlia_utils.data import datasets, split
 from dlia_utils.models.mobilenet import IMAGENET_STD
@@ -185,6 +187,84 @@ def beside_constant(table, labels):
     row = ["" if one is None else f"{one:.{digits}f}" for one in row]
     table.loc["always the same answer"] = row
     return table
+
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 01
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+study, net = open_study(run), "MobileNetV2"
+make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+networks = {net: plan.Network(make, run.size, run.batch_size)}
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+
+# %% tags=["plan"]
+OBJECTIVES = {"baseline": "cross_entropy", "papernot_teacher": "cross_entropy_at"}
+OBJECTIVES |= {"gaussian_noise": "gaussian_noise", "papernot": "distillation"}
+OBJECTIVES |= dict.fromkeys(several["distilled"], "distillation")
+OBJECTIVES |= dict.fromkeys(("lipschitz", "lipschitz_operator"), "lipschitz")
+OBJECTIVES |= {"margin_gradient": "margin_gradient", "fast_at": "fast_adversarial"}
+OBJECTIVES |= {"free_at": "free_adversarial"} | {n: n for n in ("trades", "mart", "hat", "gairat")}
+
+# %% tags=["plan"]
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+plain = [name for name in MODELS if name not in run.adversarial and name not in run.own]
+teachers, phases = ["papernot_teacher"] if "papernot" in MODELS else [], []
+for name in [*plain, *teachers, "gaussian_noise"]:
+    given = ("trainings", net, sizes["train"], run.epochs)
+    told = dict(objective=OBJECTIVES[name], settings="defences epochs size", job=name)
+    phases += plan.training(*given, **how, **told)
+
+# %% tags=["plan"]
+judge = suite.judging(sizes["val"], steps=min(10, run.pgd_steps))
+for name in run.adversarial:
+    parts, epochs, steps, replays = name.split("_"), run.epochs, run.at_steps, 1
+    usual = "pgd_awp" if "awp" in parts else "pgd_adversarial"
+    epochs = run.long_epochs if "long" in parts else epochs
+    if name == "free_at":
+        epochs, steps, replays = run.free_epochs // run.free_replays, 0, run.free_replays
+    if name == "gairat":
+        epochs, steps = run.gairat_epochs, run.gairat_steps
+    asked = judge
+    if name == "fast_at":  # and its watch for overfitting: one step, and ten of PGD
+        steps, asked = 1, (2 * judge[0], 3 * judge[1])
+    given = ("trainings on attacks", net, sizes["train"], epochs)
+    told = dict(objective=OBJECTIVES.get(name, usual), steps=steps, replays=replays, judge=asked)
+    told |= dict(settings="adversarial epochs at_steps size", job=name)
+    phases += plan.training(*given, **how, **told)
+
+# %% tags=["plan"]
+asked = [name for name in MODELS if name not in run.own]
+phases += suite.phases(run, asked, sizes["test"], net)
+clean = len(asked) * (3 * sizes["test"] + 2 * sizes["val"])  # sections 4 and 8
+phases.append(plan.Phase("clean images", net, sizes["test"], clean))
+
+# %% tags=["plan"]
+fgsms = len(asked) * len(run.published_eps_grid) * sizes["test"]
+told = dict(settings="published_eps_grid")
+phases.append(plan.Phase("FGSM, normalised", net, sizes["test"], 2 * fgsms, fgsms, **told))
+count = min(2 * run.certified_per_class, sizes["test"])
+noisy, told = count * (100 + run.certificate_draws), dict(settings="certified_per_class")
+phases.append(plan.Phase("certificate", net, count, noisy, **told))
+
+# %% tags=["plan"]
+count, queries = min(2 * run.one_pixel_per_class, sizes["test"]), 0
+for pixels, population, iterations, *_ in run.one_pixel:
+    own = dict(pixels=pixels, population=population, iterations=iterations)
+    queries += 2 * count * (2 + evaluate.passes("one_pixel", own)[0])  # two models, and looked at
+told = dict(exact=False, settings="one_pixel one_pixel_per_class")
+phases.append(plan.Phase("One-Pixel", net, count, queries, **told))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 
 # %% [markdown]
@@ -464,7 +544,7 @@ def one_step_or_ten(study, model):
 
 # %%
 def train_adversarial(study, name):
-    options = suite.choose_under_attack(study)
+    options = suite.choose_under_attack(study, steps=min(10, run.pgd_steps))
     if name == "fast_at":
         judge = options["val_metric"]
         options["val_metric"] = lambda model: one_step_or_ten(study, model) | judge(model)

@@ -18,7 +18,8 @@
 # **Before you start.** Notebook 01 explains the attacks and the worst case per image. You know what fine-tuning is.
 #
 # **Time.** Reading: an hour. Running: smoke (tiny networks, 48 px) about 90 seconds on a laptop; cpu about two hours,
-# without the eight large networks; full needs a GPU and the internet, and was not timed yet.
+# without the eight large networks; full needs a GPU and the internet: at most 8.5 hours on Kaggle's two T4, by the plan
+# below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -52,6 +53,7 @@ FULL |= {"unusable_share": 0.01, "val_share": 0.1, "test_share": 0.1}
 # MobileNetV2, and the recipe of every training; balance "weights" of the classes, or "sampling"
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 FULL |= {"balance": "weights"}
 # Adversarial training, and the head ("linear", or "mlp", the original study's)
 FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0}
@@ -59,19 +61,33 @@ FULL |= {"head": "linear"}
 # Robust models of the literature: weights "public" are downloaded; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
-FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64, "zoo_epochs": 30}
-FULL |= {"zoo_lr": 1e-3}
+FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64}
+FULL |= {"zoo_epochs": 30, "zoo_lr": 1e-3}
 # the widths that MeanSparse chooses from; maps of the first so many models (None: all)
-FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3), "zoo_maps": None}
+FULL |= {"zoo_alphas": (0.0, 0.15, 0.3), "zoo_maps": 4}
 
 # %% tags=["settings"]
-# The attacks: add or leave out; their budgets; the eps at which expensive ones run, if not at all
+# The attacks: add or leave out; their budgets; the eps at which expensive ones run, if not at all;
+# attack_batch None: as many images at once as fit in memory
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
-FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64}
+FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": None}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
+# full_at: the eps at which every attack meets every image; most: images that an attack meets at most
+FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+# What is cut so that `full` fits a session (9 hours of two T4, by the plan below; it was up to 79):
+# the large networks have up to 800 times the multiplications of a MobileNetV2 at 224 px. They meet
+# five attacks at two eps instead of the whole suite; MeanSparse chooses from 3 widths instead of 7;
+# and maps are drawn of four of them (zoo_maps).
+FULL |= {"zoo_suite": {"eps_grid": pixel_eps(1, 4), "full_at": 4 / 255, "check_images": 20}}
+FULL["zoo_suite"] |= {"attacks": ("fgsm", "pgd_ce", "pgd_margin", "apgd_margin", "square")}
+FULL["zoo_suite"] |= {"budgets": {"apgd_margin": {"steps": 20}, "square": {"steps": 100}}}
+FULL["zoo_suite"] |= {"expensive": dict.fromkeys(("apgd_margin", "square"), pixel_eps(4))}
+FULL["zoo_suite"] |= {"most": {"square": 50}}
 
 # %% tags=["settings"]
 EXPENSIVE = dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))
@@ -93,6 +109,7 @@ ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
 SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
+SMOKE |= {"most": {"square": 20}, "zoo_suite": {}}
 SMOKE |= {"check_images": 4, "maps": 5, "occlusion_window": 8, "integrated_steps": 8}
 SMOKE |= {"bootstrap_draws": 200}
 
@@ -109,6 +126,7 @@ run = start(
 print(run)
 
 # %% tags=["imports"]
+from dataclasses import replace
 from functools import cache, partial
 
 import cv2
@@ -119,7 +137,8 @@ from IPython.display import Markdown, display
 from scipy.special import expit
 from sklearn.metrics import classification_report, roc_auc_score
 
-from dlia_utils import files, launch, metrics, models, objectives, plots, report, suite, train
+from dlia_utils import files, launch, metrics, models, objectives, plan, plots, report, suite
+from dlia_utils import train
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
@@ -142,6 +161,60 @@ def study_of(name):
     study = open_study(run)
     return study if name in MODELS else suite.zoo_study(study)
 
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 02
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+def planned_maps(name, size, images):
+    """Passes of all maps of so many images: at most, with what sees that a model is steady."""
+    steps, window = run.integrated_steps, max(4, run.occlusion_window * size // run.size)
+    places = 1 + -(-(size - window) // max(1, window // 2))
+    once = {"saliency": (2, 1), "integrated_gradients": (steps + 3, steps), "deeplift": (5, 2)}
+    once |= {"occlusion": (places**2 + 2, 0), "gradcam": (1, 1)}
+    forwards, backwards = images * np.array([*once.values()]).sum(0)
+    told = dict(settings="maps occlusion_window zoo_maps", exact=False)
+    return plan.Phase("maps", name, images, int(forwards) + 80, int(backwards), **told)
+
+
+# %% tags=["plan"]
+study, net = open_study(run), "MobileNetV2"
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+networks, phases = suite.zoo_plan(run, sizes)
+networks[net] = plan.Network(make, run.size, run.batch_size)
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+how |= dict(settings="epochs at_steps size")
+attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))
+given, shorter = ("trainings", net, sizes["train"]), max(1, run.epochs // 3)
+phases += plan.training(*given, run.epochs, objective="cross_entropy", job="standard", **how)
+told = dict(objective="pgd_adversarial") | attacked
+phases += plan.training(*given, run.epochs, job="pgd_at", **told)
+phases += plan.training(*given, shorter, job="robust_probe", **told)
+phases += plan.training(*given, run.epochs, job="trades", **attacked | dict(objective="trades"))
+seen = sizes["train"] + sizes["val"]  # the features of linear_probe, once
+phases.append(plan.Phase("new heads", net, seen, seen, job="linear_probe"))
+
+# %% tags=["plan"]
+phases += suite.phases(run, MODELS, sizes["test"], net)
+phases += suite.phases(run.variant(**suite.zoo_settings(run)), run.zoo, sizes["test"])
+phases.append(plan.Phase("clean images", net, sizes["test"], len(MODELS) * sizes["test"]))
+phases += [plan.Phase("clean images", name, sizes["test"], sizes["test"]) for name in run.zoo]
+looked = [(net, run.size)] * 3 + [(name, run.zoo_size) for name in run.zoo[: run.zoo_maps]]
+phases += [planned_maps(name, size, min(run.maps, sizes["test"])) for name, size in looked]
+lost = planned_maps(net, run.size, 8 * 7)  # seven times of eight images, by three of the methods
+phases.append(replace(lost, name="maps of lost weights", images=8))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data
@@ -431,6 +504,8 @@ figure
 # suite of notebook 01: random noise, FGSM, PGD on the logit margin, APGD with both losses, the searches for the smallest
 # change (DeepFool, FMN), Square, which sees no gradient, and for MeanSparse models PGD and APGD again straight through the
 # operator. The **worst case** counts an image as right only if none of them fooled it at this or a smaller eps.
+# In `full` the large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
+# a MobileNetV2 may be the attacks that it was spared.
 
 # %%
 study = open_study(run)

@@ -29,7 +29,8 @@
 # in [02 FracAtlas](02_fracatlas_robust_models.ipynb); here they get a few lines each.
 #
 # **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: two
-# to four hours, an estimate. *full* needs a GPU and was not yet timed; a training stops after 90 minutes
+# to four hours, an estimate. *full* needs a GPU: at most 9 hours on Kaggle's two T4, by
+# the plan below (not seen yet). A training stops after 90 minutes
 # (`max_minutes`) and goes on when the notebook is run again.
 #
 # <!-- contents -->
@@ -67,6 +68,7 @@ FULL |= {"sensitivity": 0.95}
 # The network, MobileNetV2, and how it is trained
 FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_size": 32, "lr": 1e-3}
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 # Both classes weigh the same: "weights" in the loss, or "sampling"
 FULL |= {"balance": "weights"}
 # Training on attacks (PGD-AT, TRADES); the new head: "linear", or "mlp" as in the original study
@@ -79,18 +81,30 @@ ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
 FULL |= {"zoo": ZOO, "zoo_weights": "public", "zoo_width": 1.0, "zoo_size": 64}
 FULL |= {"zoo_epochs": 30, "zoo_lr": 1e-3, "zoo_maps": None}
-FULL |= {"zoo_alphas": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)}
-# The attacks and their budgets; eps in grey levels of 255
+FULL |= {"zoo_alphas": (0.0, 0.15, 0.3)}
+# The attacks and their budgets; eps in grey levels of 255; attack_batch None: what fits in memory
 FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "headline_eps": 4 / 255}
-FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": 64}
+FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": None}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 # The eps at which the expensive ones run, if not at all; images of the check list
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
+# full_at: the eps at which every attack meets every image; most: images that an attack meets at most
+FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # Another hospital: its folder of class folders ("": none), what in a file's path names the patient
 # (a regular expression; "": nothing does), and how many of its images are attacked (None: all)
 FULL |= {"external": "", "external_patients": "", "external_attacked": None}
 # The maps, and how often patients are drawn for an interval
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+
+# %% tags=["settings"]
+# What is cut so that `full` fits a session (9 hours of two T4, by the plan below; it was up to 89):
+# the large networks have up to 800 times the multiplications of a MobileNetV2 at 224 px. They meet
+# five attacks at two eps instead of the whole suite; MeanSparse chooses from 3 widths instead of 7.
+FULL |= {"zoo_suite": {"eps_grid": pixel_eps(1, 4), "full_at": 4 / 255, "check_images": 20}}
+FULL["zoo_suite"] |= {"attacks": ("fgsm", "pgd_ce", "pgd_margin", "apgd_margin", "square")}
+FULL["zoo_suite"] |= {"budgets": {"apgd_margin": {"steps": 20}, "square": {"steps": 100}}}
+FULL["zoo_suite"] |= {"expensive": dict.fromkeys(("apgd_margin", "square"), pixel_eps(4))}
+FULL["zoo_suite"] |= {"most": {"square": 50}}
 
 # %% tags=["settings"]
 SHORT = {name: {"steps": 30} for name in ("apgd_ce", "apgd_margin", "fmn")}
@@ -116,6 +130,7 @@ TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "f
 TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
 SMOKE |= {"expensive": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))}
+SMOKE |= {"most": {"square": 20}, "zoo_suite": {}}
 SMOKE |= {"check_images": 4, "maps": 6, "occlusion_window": 8, "integrated_steps": 32}
 SMOKE |= {"external": "phantom", "external_patients": r"(\w+-\d+)", "external_attacked": 16}
 
@@ -148,7 +163,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dlia_utils import calibration, files, launch, metrics, models, objectives, plots, report
-from dlia_utils import shortcuts, suite
+from dlia_utils import plan, shortcuts, suite
 from dlia_utils import study as studies
 from dlia_utils.data import cache, datasets, explore, phantom, split
 from dlia_utils.detect.figures import figure_pr
@@ -201,6 +216,57 @@ def worst_case(rows, study):
     counts |= dict.fromkeys(("accuracy", "balanced_accuracy"), len(truth))
     return found.set_index("metric").loc[list(counts)].assign(n=counts).reset_index()
 
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 03
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+study, net = open_study(run), "MobileNetV2"
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+networks, phases = suite.zoo_plan(run, sizes)
+networks[net] = plan.Network(make, run.size, run.batch_size)
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+how |= dict(settings="epochs at_steps size")
+attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))
+given = ("trainings", net, sizes["train"], run.epochs)
+for name, objective in (("pgd_at", "pgd_adversarial"), ("trades", "trades")):
+    phases += plan.training(*given, objective=objective, job=name, **attacked)
+for name in ("standard", *run.own):
+    phases += plan.training(*given, objective="cross_entropy", job=name, **how)
+seen = sizes["train"] + sizes["val"]  # the features of linear_probe, once
+phases.append(plan.Phase("new heads", net, seen, seen, job="linear_probe"))
+few = min(600, sizes["train"]), min(600, sizes["val"]), min(200, sizes["val"])
+probes = 2 * (few[0] + few[1]) + few[0] + 13 * few[2]  # section 2
+phases.append(plan.Phase("probes on features", net, few[0], probes))
+
+# %% tags=["plan"]
+zoo = run.variant(**suite.zoo_settings(run))
+phases += suite.phases(run, MODELS, sizes["test"], net)
+phases += suite.phases(zoo, run.zoo, sizes["test"])
+sick = int(study.labels(study.rows("test")).sum())
+images, told = min(run.external_attacked or 0, 240), dict(settings="attacks budgets", exact=False)
+for name in [*MODELS, *run.zoo]:
+    own = dict(suite.options(zoo if name in run.zoo else run), at=None, full_at=None)
+    own |= dict(through="meansparse" in name)
+    once = evaluate.most_passes(sick, [run.headline_eps], **own)  # at the chosen threshold
+    if run.external:
+        once += evaluate.most_passes(images, [run.headline_eps], **own)
+    given = ("attacks at the threshold", name if name in run.zoo else net, sick)
+    phases.append(plan.Phase(*given, *once.tolist(), job=name, **told))
+    clean = sizes["val"] + sizes["test"]
+    phases.append(plan.Phase("clean images", given[1], sizes["test"], 2 * clean, exact=False))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data
@@ -838,6 +904,8 @@ for name, images in (("as they are", x), (after, x_adv)):
 # threshold of 0.5, for the table in the form of the published study; sensitivity and specificity in
 # the worst case stand beside it, and their mean. The last line is no model: it is what always
 # answering "Normal" scores, whatever the attack.
+# In `full` the large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
+# a MobileNetV2 may be the attacks that it was spared.
 
 # %%
 def attacked(name):
@@ -909,7 +977,7 @@ def hidden(name):
     def compute():
         model = at_threshold(load_models(own, [name])[name], threshold_of(name))
         data = own.images(rows), own.labels(rows)
-        options = suite.options(run) | {"at": None, "ids": rows}  # every attack at this one eps
+        options = suite.options(own.run) | {"at": None, "full_at": None, "ids": rows}
         options |= {"in_full": 0}  # what one attack hid is not attacked again
         return evaluate.robust(model, data, [run.headline_eps], **options).rows
 

@@ -24,7 +24,7 @@
 # [notebook 07](07_covid_transfer_gradcam.ipynb), here it is used.
 #
 # **Time.** `smoke`, on a laptop, three to five minutes; `cpu`, a laptop with real images, about two hours; `full` needs a GPU
-# (graphics card) and was not yet timed.
+# (graphics card): about an hour of Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -63,6 +63,7 @@ FULL |= {"pretrained": True}
 FULL |= {"epochs": 30, "mobilenet_epochs": 15, "batch_size": 64, "lr": 1e-3, "schedule": "onecycle"}
 FULL |= {"monitor": "val_auc", "mobilenet_monitor": "val_auc"}
 FULL |= {"patience": None, "max_minutes": 120.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 
 # %% tags=["settings"]
 # The corruptions: seen by the augmented trainings; measured; those whose maps are compared
@@ -113,6 +114,7 @@ print(run)
 # %% tags=["imports"]
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -122,7 +124,8 @@ from IPython.display import Markdown, display
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from dlia_utils import corrupt, corruption_error, files, metrics, models, objectives, plots, report
+from dlia_utils import corrupt, corruption_error, files, metrics, models, objectives, plan, plots
+from dlia_utils import report
 from dlia_utils import study as studies
 from dlia_utils.data import augment, datasets, split
 from dlia_utils.explain import drift, figures, warning
@@ -213,6 +216,48 @@ def patients_of(study, images):
     """The patient of each image: resampling is by patient, not by image."""
     return pd.Series(study.patients(images), index=images)
 
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 04
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+study, phases = open_study(run), []
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+count = len(study.dataset.classes)
+small = partial(models.resnet18_cifar, num_classes=count, width=run.width)
+large = partial(
+    models.mobilenet_v2, num_classes=count, width=run.mobilenet_width, stages=run.stages
+)
+networks = {"resnet18": plan.Network(small, run.size, run.map_batch)}
+networks["mobilenet_v2"] = plan.Network(large, run.mobilenet_size, run.map_batch)
+EPOCHS = {"resnet18": run.epochs, "mobilenet_v2": run.mobilenet_epochs}
+how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
+how |= dict(objective="cross_entropy", settings="epochs mobilenet_epochs")
+for name in networks:
+    given = ("trainings", name, sizes["train"], EPOCHS[name])
+    phases += plan.training(*given, **how) * 2  # on clean and on corrupted images
+
+# %% tags=["plan"]
+cells = {"corruptions": 1 + len(run.corruptions) * len(run.severities)}
+cells["mapped"] = 3 + len(run.mapped) * len(run.severities)  # clean, and again with a partner
+chosen = min(run.choose_images, sizes["val"])
+mapped = min(run.map_images or sizes["test"], sizes["test"])
+for name in networks:
+    seen, told = 2 * sizes["test"] * cells["corruptions"], dict(settings="corruptions severities")
+    phases.append(plan.Phase("corrupted images", name, sizes["test"], seen, **told))
+    drawn, told = 2 * (mapped + chosen) * cells["mapped"], dict(settings="mapped map_images")
+    phases.append(plan.Phase("maps", name, mapped, drawn, drawn, **told))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The question, and a trap

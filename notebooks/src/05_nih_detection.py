@@ -22,8 +22,8 @@
 # [01 pneumonia robustness](01_pneumonia_robustness.ipynb).
 #
 # **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: about
-# an hour. *full* needs a GPU; its time was not yet measured, so each fold has a limit (`max_minutes`)
-# and a run that met it goes on where it stopped.
+# an hour. *full* needs a GPU: at most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
+# Each fold has a limit (`max_minutes`), and a run that met it goes on where it stopped.
 #
 # <!-- contents -->
 #
@@ -66,6 +66,7 @@ FULL |= {"folds": 5, "run_folds": 5, "flip": 0.5, "epochs": 60, "batch_size": 4}
 FULL |= {"accumulate": 4, "lr": 5e-3}
 FULL |= {"weight_decay": 1e-4, "warmup_epochs": 5, "lr_min": 1e-6, "clip_norm": 1.0, "ema": 0.998}
 FULL |= {"patience": 15, "max_minutes": 240.0, "num_workers": 2}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 # Fusion of boxes, and draws of patients for an interval
 FULL |= {"wbf_iou": 0.5, "bootstrap_draws": 2000}
 
@@ -107,7 +108,7 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
-from dlia_utils import files, launch, objectives, plots, report, submission
+from dlia_utils import files, launch, objectives, plan, plots, report, submission
 from dlia_utils.data import augment, cache, datasets, split
 from dlia_utils.detect import evaluate, figures, fuse, views
 from dlia_utils.detect.folds import (
@@ -196,6 +197,45 @@ def shown_threshold():
     best = table.loc[pooled, "threshold"].item()
     return 0.5 if np.isnan(best) else best
 
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 05
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+def build():
+    """The detector with random weights: what it costs does not depend on them."""
+    options = run.pick(*DETECTOR) | {"weights": None}
+    return faster_rcnn(num_classes=len(study.dataset.box_classes) or 8, **options)
+
+
+study, phases = open_detection(run), []
+networks = {"detector": plan.Network(build, run.size, run.batch_size)}
+how = dict(objective="detection", batch=run.batch_size, exact=run.patience is None)
+for fold in folds(study):
+    given = ("trainings", "detector", len(fold.train), run.epochs)
+    told = dict(val=len(fold.select), settings="epochs run_folds size", job=fold.name)
+    phases += plan.training(*given, **how, **told)
+
+# %% tags=["plan"]
+looked = len(views.VIEWS) * sum(len(fold.select) + len(fold.score) for fold in folds(study))
+told = dict(settings="run_folds size")
+phases.append(
+    plan.Phase("boxes in every view", "detector", len(study.dataset.manifest), looked, **told)
+)
+tested = int(study.dataset.manifest["split"].eq("test").sum()) or len(folds(study)[0].score)
+sent = len(views.VIEWS) * len(folds(study)) * 2 * tested  # of two editions, in all views
+phases.append(plan.Phase("submission", "detector", tested, sent, exact=False, **told))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data

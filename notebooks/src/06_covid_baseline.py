@@ -19,8 +19,8 @@
 # notebook is needed; [notebook 07](07_covid_transfer_gradcam.ipynb) goes on with transfer learning, Grad-CAM and the
 # question what the networks really read.
 #
-# **Time.** Smoke on a laptop: about a minute. The cpu profile on a laptop: about twenty minutes. Full needs a GPU and
-# was not yet timed.
+# **Time.** Smoke on a laptop: about a minute. The cpu profile on a laptop: about twenty minutes. Full needs a GPU: at
+# most 2.5 hours on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -56,6 +56,7 @@ FULL |= {"unusable_share": 0.01}
 FULL |= {"blocks": 4, "width": 16, "hidden": 128, "dropout": 0.3}
 # The recipe; max_minutes is for one training, None is no limit
 FULL |= {"epochs": 30, "batch_size": 32, "lr": 1e-3, "patience": 8, "max_minutes": 120.0}
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 FULL |= {"num_workers": 2}
 # Quick comparisons of sizes and normalisations
 FULL |= {"quick_images": 2000, "quick_epochs": 5}
@@ -103,7 +104,7 @@ from scipy.stats import chi2_contingency, gaussian_kde, kruskal
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from dlia_utils import files, launch, metrics, models, plots, report, search
+from dlia_utils import files, launch, metrics, models, plan, plots, report, search
 from dlia_utils.data import augment, datasets, explore, split
 from dlia_utils.device import fingerprint
 from dlia_utils.objectives import cross_entropy
@@ -167,13 +168,37 @@ def stretched(x):
 
 
 # %% [markdown]
-# **What is measured of the images**, in section 1 without the test images and in section 8 with them: grey values of each
-# split and class, and whether the splits could be one pool that was divided at random.
+# **What is measured of the images**, in section 1 without the test images and in section 8 with them: the sizes and the
+# grey values of each split and class, and whether the splits could be one pool that was divided at random.
+
+# %% tags=["yours"]
+def sizes_of(dataset, shapes):
+    """Heights and widths of the original files in each split and class, one row each."""
+    table, rows = pd.DataFrame(shapes, columns=["height", "width"]), []
+    table = table.assign(aspect=table["width"] / table["height"])
+    for (part, name), chosen in explore.rows_by_split(dataset, together=False).items():
+        own = table.iloc[chosen]
+        common = own[["height", "width"]].value_counts()
+        row = {"split": part, "class_name": name, "images": len(own), "sizes": len(common)}
+        row |= {"commonest": "{} x {}".format(*common.index[0])}
+        row |= {"share": common.iloc[0] / len(own)}
+        spread = own.agg(["min", "median", "max"]).unstack()
+        rows.append(row | {f"{side}_{how}": value for (side, how), value in spread.items()})
+    return pd.DataFrame(rows)
+
+
+# %% tags=["yours"]
+def statistics_of(cache):
+    """Mean, deviation, lowest and highest grey value in [0, 1] of each image."""
+    found = (image.astype(float) / 255 for image in cache.images)  # one by one, for the memory
+    rows = [(image.mean(), image.std(), image.min(), image.max()) for image in found]
+    return pd.DataFrame(rows, columns=["grey", "contrast", "min", "max"])
+
 
 # %% tags=["yours"]
 def grey_values(dataset, cache):
     """Grey values in [0, 1] of the images of each split and class, one row each."""
-    own, rows = explore.image_statistics(cache), []
+    own, rows = statistics_of(cache), []
     for (split_name, class_name), chosen in explore.rows_by_split(dataset).items():
         mean, spread = explore.mean_and_spread(cache, chosen)
         row = {"split": split_name, "class_name": class_name, "images": len(chosen)}
@@ -189,7 +214,7 @@ def grey_values(dataset, cache):
 def split_tests(dataset, cache):
     """Chi-square of the class counts, Kruskal-Wallis of grey values inside each class."""
     keys = ["split", "patient", "class_name"]
-    table = dataset.manifest[keys].join(explore.image_statistics(cache)[["grey", "contrast"]])
+    table = dataset.manifest[keys].join(statistics_of(cache)[["grey", "contrast"]])
     units = table.groupby(keys).mean().reset_index()  # a patient counts once
     counts = pd.crosstab(units["split"], units["class_name"])
     found = chi2_contingency(counts)
@@ -270,6 +295,52 @@ def signs(read):
 
 
 # %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 06
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+def planned_network(width):
+    """What the notebook trains, as wide as that."""
+    count = len(study.dataset.classes) or 2
+    shape = dict(channels=channels(width), hidden=run.hidden, dropout=run.dropout)
+    return lambda: models.cnn(num_classes=count, mean=0.5, std=0.25, **shape)
+
+
+study, phases = open_study(run), []
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+widest = max(sum(run.search_width, ()))
+networks = {"CNN": plan.Network(planned_network(run.width), run.size, run.batch_size)}
+networks["widest CNN"] = plan.Network(planned_network(widest), run.size, run.batch_size)
+how = dict(objective="cross_entropy", batch=run.batch_size, val=sizes["val"])
+few = min(run.quick_images, sizes["train"])
+given = ("quick comparisons", "CNN", few, run.quick_epochs)
+phases += plan.training(*given, settings="quick_images quick_epochs", **how) * 6
+for name in ("initial", "unaugmented"):
+    given = ("first network", "CNN", sizes["train"], run.epochs)
+    phases += plan.training(*given, job=name, settings="epochs", **how)
+
+# %% tags=["plan"]
+runs = run.trials + run.extend * (run.trials // 2)
+how |= dict(exact=False)  # patience, pruning, and a width that nobody knows before
+given, told = ("search", "widest CNN", sizes["train"]), "trials extend search_epochs search_width"
+phases += plan.training(*given, runs * run.search_epochs, settings=told, **how)
+for name in ("adam", "sgd", "smoothed"):
+    given = ("recipes", "widest CNN", sizes["train"], run.epochs)
+    phases += plan.training(*given, job=name, settings="epochs", **how)
+given = ("final baseline", "widest CNN", sizes["train"] + sizes["val"], run.epochs)
+phases += plan.training(*given, settings="epochs", **how | dict(val=0))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
+
+# %% [markdown]
 # ## 1 The data
 #
 # The *COVID-19 Radiography Database* (Chowdhury et al., "Can AI Help in Screening Viral and COVID-19 Pneumonia?",
@@ -287,7 +358,7 @@ study = open_study(run)
 rows = np.sort(np.concatenate([study.rows("train"), study.rows("val")]))
 seen = datasets.take(study.dataset, rows)  # numbered anew, without the test images
 pixels = replace(study.cache, images=study.cache.images[rows], shapes=study.cache.shapes[rows])
-sizes = explore.sizes(seen, pixels.shapes)
+sizes = sizes_of(seen, pixels.shapes)
 columns = ["split", "class_name", "images", "sizes", "commonest", "share"]
 report.show(sizes[columns].astype({"sizes": str}), notes=study.dataset.split_rule)
 
@@ -1039,7 +1110,7 @@ figure
 # test images differed from the others, this is where one would see it, and nothing above could have been fitted to it.
 
 # %%
-sizes = explore.sizes(study.dataset, study.cache.shapes)
+sizes = sizes_of(study.dataset, study.cache.shapes)
 grey = grey_values(study.dataset, study.cache)
 tests = judged(split_tests(study.dataset, study.cache))
 for name, table in {"sizes": sizes, "grey": grey, "split_tests": tests}.items():

@@ -18,8 +18,8 @@
 # **Before you start.** You should read Python with PyTorch (modules, gradients, a training loop) and pandas. The data
 # are explored, and the baseline is searched, in [notebook 06](06_covid_baseline.ipynb); this notebook runs without it.
 #
-# **Time.** Smoke on a laptop: about two minutes. The cpu profile on a laptop: about half an hour. Full needs a GPU
-# and was not yet timed.
+# **Time.** Smoke on a laptop: about two minutes. The cpu profile on a laptop: about half an hour. Full needs a GPU:
+# at most an hour on Kaggle's two T4, by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -57,6 +57,7 @@ FULL |= {"backbone": "resnet50_v2", "width": 1.0, "stages": 7, "pretrained": Tru
 FULL |= {"heads": ("linear", "mlp"), "hidden": 128, "dropout": 0.3, "epochs": 30, "batch_size": 32}
 FULL |= {"lr": 1e-3, "patience": 6, "num_workers": 2, "trials": 24, "extend": 3}
 FULL |= {"max_minutes": 90.0}  # of one training; None is no limit
+FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 # Fine-tuning: blocks that learn, counted from the end, or "all"; rates, the largest first
 FULL |= {"unfrozen": "all", "tuning_lrs": (1e-3, 2e-4, 4e-5, 8e-6), "tuning_epochs": 15}
 # The baseline from scratch; the shortcut audit, on at most so many training images
@@ -94,6 +95,7 @@ print(run)
 import copy
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -104,7 +106,8 @@ from scipy.stats import binom, spearmanr
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from dlia_utils import files, metrics, models, objectives, plots, report, search, shortcuts, train
+from dlia_utils import files, metrics, models, objectives, plan, plots, report, search, shortcuts
+from dlia_utils import train
 from dlia_utils.data import augment, datasets, split
 from dlia_utils.device import fingerprint
 from dlia_utils.explain import figures, localisation
@@ -188,6 +191,49 @@ def paired_table(rows):
     shown = shown[["model", "against", *names.values(), "p"]]
     return report.show(shown.assign(**{"AUC difference": cells}))
 
+
+# %% [markdown]
+# **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
+# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
+# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
+# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 07
+# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+
+# %% tags=["plan"]
+study, phases = open_study(run), []
+sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+options = run.pick("width", "stages")
+body = partial(models.backbone, run.backbone, num_classes=2, pretrained=False)
+body = partial(models.mobilenet_v2, **options) if run.backbone == "mobilenet_v2" else body
+small = partial(models.cnn, channels=run.baseline_channels)
+networks = {run.backbone: plan.Network(body, run.size, run.batch_size)}
+networks["CNN"] = plan.Network(small, run.size, run.batch_size)
+both = sizes["train"] + sizes["val"]
+phases.append(plan.Phase("features, once", run.backbone, both, both + sizes["train"]))
+how = dict(objective="cross_entropy", batch=run.batch_size, exact=False)  # each may end early
+epochs, told = len(run.tuning_lrs) * run.tuning_epochs, "tuning_lrs tuning_epochs"
+given = ("fine-tuning", run.backbone, sizes["train"], epochs)
+phases += plan.training(*given, val=sizes["val"], settings=told, **how)
+given = ("final fine-tuning", run.backbone, both, run.tuning_epochs)
+phases += plan.training(*given, settings="tuning_epochs", **how)
+given, told = ("baseline", "CNN"), dict(settings="baseline_epochs") | how
+phases += plan.training(*given, sizes["train"], run.baseline_epochs, val=sizes["val"], **told)
+phases += plan.training(*given, both, run.baseline_epochs, **told)
+
+# %% tags=["plan"]
+test, some = sizes["test"], min(run.audit_images, sizes["train"])
+phases.append(plan.Phase("clean images", run.backbone, test, 4 * test, exact=False))
+phases.append(plan.Phase("Grad-CAM", run.backbone, test, 2 * test, 2 * test, exact=False))
+parts = len(shortcuts.REGIONS)  # each is tested, and learnt anew
+audited = parts * (2 * test + some) + 7 * test  # blanked, as it is, a marker in five places
+phases.append(plan.Phase("shortcut audit", run.backbone, test, audited, settings="audit_images"))
+
+# %%
+prices = plan.measured(networks, run.device)
+cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
+print(plan.advice(cost, run.budget))
+report.show(cost, digits=3)
 
 # %% [markdown]
 # ## 1 The data
