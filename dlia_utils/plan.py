@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from .device import release_memory
@@ -150,14 +149,22 @@ def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 2
     return found
 
 
+def _now(device: str) -> float:
+    """The time in seconds when all that was asked of the device is done."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarray:
     model, x = network.example(device, batch)  # two images at least, for the batch norms
     model, x = model.to(memory_format=torch.channels_last), x.requires_grad_()
 
     def seconds(step: Callable[[], object]) -> float:
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         with torch.autocast(device, enabled=half):
-            return timer.timeit(2).mean / batch
+            step()  # the first is slower
+            begun, _, _ = _now(device), step(), step()
+        return (_now(device) - begun) / (2 * batch)
 
     asked = model if half or hasattr(model, "rcnn") else fast_copy(model)  # as the attacks do
     forward = seconds(torch.no_grad()(lambda: asked(x)))
@@ -175,7 +182,7 @@ def table(networks: Mapping[str, Network], phases: list[Phase], prices: Mapping,
     """
     rows = pd.DataFrame(phases)
     rows["network"] = [f"{name}, {networks[name].size} px" for name in rows["network"]]
-    counts = rows[["forwards", "backwards", "updates"]].to_numpy()
+    counts = rows[["forwards", "backwards", "updates"]].to_numpy(copy=True)
     counts[:, 1] -= counts[:, 2]  # the others go to the image alone
     price = [prices[one.network, one.half] for one in phases]
     rows["hours"] = (counts * price).sum(1) / 3600

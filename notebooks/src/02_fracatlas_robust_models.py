@@ -73,7 +73,7 @@ FULL |= {"attacks": evaluate.SUITE, "eps_grid": pixel_eps(0.5, 1, 2, 4, 8), "hea
 FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": None}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
-# full_at: the eps at which every attack meets every image; most: images that an attack meets at most
+# full_at: the eps at which every attack meets every image; most: images that one meets at most
 FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}

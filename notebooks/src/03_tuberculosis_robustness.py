@@ -88,7 +88,7 @@ FULL |= {"pgd_steps": 10, "pgd_restarts": 1, "attack_batch": None}
 FULL |= {"budgets": {"square": {"steps": 2000}}}
 # The eps at which the expensive ones run, if not at all; images of the check list
 FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
-# full_at: the eps at which every attack meets every image; most: images that an attack meets at most
+# full_at: the eps at which every attack meets every image; most: images that one meets at most
 FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # Another hospital: its folder of class folders ("": none), what in a file's path names the patient
 # (a regular expression; "": nothing does), and how many of its images are attacked (None: all)
