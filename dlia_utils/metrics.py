@@ -158,13 +158,11 @@ def exact_ids(ids: Sequence, name: str, kind: str, of: str = "images") -> Array:
     >>> exact_ids(["007", "7", "p1"], "groups", "patient").tolist()
     ['007', '7', 'p1']
     """
-    kept = getattr(ids, "dtype", None)
-    if isinstance(kept, np.dtype) and kept.kind in "iu":
+    if isinstance(getattr(ids, "dtype", None), np.dtype) and ids.dtype.kind in "iu":
         return np.asarray(ids)
     ids = [one.item() if hasattr(one, "item") else one for one in ids]
     different = {(type(one), one): one for one in ids}.values()
-    if any(missing(different)):
-        lost = sum(missing(ids))
+    if lost := any(missing(different)) and sum(missing(ids)):
         own = " of its own, e.g. its path" * (kind == "patient")
         raise ValueError(f"{name} lacks the {kind} of {lost} {of}: give each of them an id{own}")
     seen = {}

@@ -33,7 +33,7 @@ from .objectives import PASSES
 T4 = {"dense": (1.75e12, 4.87e12, 1.0), "wide": (2.44e12, 4.47e12, 1.0)}
 T4["depthwise"] = (0.425e12, 0.83e12, 1.55)
 SECOND_ORDER = ("lipschitz", "margin_gradient")  # these are trained in float32
-ON_CPU = 16  # images of a batch that is timed on a CPU, at most
+ON_CPU = 8  # images of a batch that is timed on a CPU, at most
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def _longest(hours: Iterable[float], gpus: int) -> float:
 
 def advice(found: pd.DataFrame, hours: float | None) -> str:
     """What a `table` says of a budget: whether it is met, else where most can be cut."""
-    whole, told = found["hours"].iloc[-1], f"{found['hours'].iloc[-1]:.1f} hours"
+    whole = found["hours"].iloc[-1]
+    told = f"{whole:.1f} hours" if whole >= 1 else f"{60 * whole:.0f} minutes"
     if not hours or whole <= hours:
         return f"{told}, within the budget of {hours:g}" if hours else told
     largest = found.iloc[:-1].nlargest(3, "hours").itertuples()

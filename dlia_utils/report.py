@@ -370,6 +370,7 @@ def save_figure(figure: Figure, run: Run, name: str) -> Path:
     path = run.run_dir / "figures" / f"{name}.png"
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    figure.set_layout_engine("none")  # it is laid out: shown, it need not be again
     return path
 
 
@@ -393,9 +394,8 @@ def written(run: Run) -> Shown:
     found = [path for path in found if path.suffix and not path.name.startswith(".")]
     names = pd.Series([path.as_posix() for path in found])
     parts = {}
-    for folder, own in names.groupby(
-        names.where(names.str.contains("/"), "").str.split("/").str[0]
-    ):
+    tops = names.where(names.str.contains("/"), "").str.split("/").str[0]
+    for folder, own in names.groupby(tops):
         most = 3 if folder in ("suite", "tables") else 8
         shown = own.str.removeprefix(f"{folder}/").head(most)
         more = f" and {len(own) - most} more" if len(own) > most else ""

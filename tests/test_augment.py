@@ -1,3 +1,4 @@
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_boxes_are_clipped_slivers_dropped_and_turned_ones_do_not_grow():
     transform, image = augment.box_transform(flip=0), np.zeros((200, 200), np.uint8)
     corner, middle, lost = [[0, 0, 24, 24.0]], [[80, 80, 120, 120.0]], 0
     for seed in range(60):
-        transform.set_random_seed(seed)
+        transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         out = transform(image=image, bboxes=np.array(corner + middle), labels=[1, 2])
         assert len(out["bboxes"]) == len(out["labels"])
         lost += 1 not in out["labels"]
@@ -114,7 +115,7 @@ def test_dropout_erases_but_never_most_of_a_finding():
     transform, image = augment.box_transform(flip=0), np.full((200, 200), 255, np.uint8)
     small, erased = np.array([[50, 50, 58, 58.0], [100, 100, 180, 180]]), 0
     for seed in range(300):
-        transform.set_random_seed(seed)
+        transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         out = transform(image=image, bboxes=small, labels=[1, 2])
         for x1, y1, x2, y2 in np.rint(out["bboxes"]).astype(int):
             assert (out["image"][y1:y2, x1:x2] == 0).mean() <= 0.5
@@ -126,6 +127,23 @@ def test_albumentations_ignores_no_argument():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it only warns of what it does not know
         augment.box_transform(), augment.train_transform()
+
+
+def test_no_step_depends_on_another(cached):
+    """albumentations' set_random_seed gives all of them the same numbers."""
+    items = augment.CachedImages(cached, range(4), range(4), transform=augment.train_transform())
+    taken = []
+    for epoch in range(200):
+        items.set_epoch(epoch)
+        for row in range(4):
+            items.seed_transform(row)
+            draws = augment.drawn(items.transform, (8, 8))
+            names = ("HorizontalFlip", "RandomBrightnessContrast", "RandomGamma", "GaussianBlur")
+            taken.append([name in draws for name in names] + [draws["Affine"]["matrix"][0, 2]])
+    shares = np.mean(taken, axis=0)[:4]
+    assert np.abs(shares - [0.5, 0.8, 0.5, 0.2]).max() < 0.06
+    apart = np.corrcoef(np.array(taken, float).T) - np.eye(5)
+    assert np.abs(apart).max() < 0.12, apart.round(2)
 
 
 @pytest.mark.parametrize("side", [20, 63])

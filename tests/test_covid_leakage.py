@@ -31,7 +31,7 @@ def cells():
     """The notebook's code: what stands before the sections, and each section by its number."""
     (path,) = execute.pick(["06"])
     opening, sections = notebooks.sections(notebooks.read(path))
-    return opening[2:], {title.split()[0]: code for title, code in sections.items()}
+    return opening[2:], {title.split(" ")[0]: code for title, code in sections.items()}
 
 
 @pytest.fixture(scope="module")

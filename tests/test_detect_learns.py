@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 from small import start_run
 
@@ -33,6 +34,7 @@ SMALL = dict(size=64, images=None, folds=3, width=0.25, channels=32, epochs=40, 
 SMALL |= dict(rpn_pre_nms=100, rpn_post_nms=32, roi_batch=16)
 
 
+@pytest.mark.no_cover  # which takes a fifth longer
 def test_planted_findings_are_learnt_from_scratch_out_of_fold(tmp_path, monkeypatch):
     """24 images train, 24 choose the epoch, the last 24 are scored: half a minute.
 

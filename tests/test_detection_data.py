@@ -380,6 +380,7 @@ HEART = dict(arch="fasterrcnn_mobilenet_v2_fpn", width=0.5, channels=32, size=12
 HEART |= dict(rpn_pre_nms=100, rpn_post_nms=32, roi_batch=16)
 
 
+@pytest.mark.no_cover  # which takes a fifth longer
 def test_a_detector_learns_four_real_images_by_heart(real_data, tmp_path):
     """Labels, boxes and decoding agree, class 1 included: labels from 0 hide it. 28 s of a core."""
     given = datasets.load(sources.find("nih", real_data), allow_missing=True)

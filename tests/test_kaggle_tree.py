@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import kaggle_tree
 import numpy as np
@@ -216,8 +215,8 @@ def test_no_gpu_is_said_first_too_and_how_to_get_one(real_images_on_kaggle, monk
     lines = str(start_run("01", profile="auto")).splitlines()
     assert "CPU ONLY: no GPU" in lines[1] and "'GPU T4 x2'" in lines[2] and "SMOKE" in lines[3]
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
-    monkeypatch.setattr(run, "runs_root", lambda: Path(sources.kaggle_root()) / "runs")
-    elsewhere = str(start_run("01", sources.kaggle_root() / "input"))
+    monkeypatch.setattr(run, "runs_root", lambda: sources.KAGGLE / "runs")
+    elsewhere = str(start_run("01", sources.KAGGLE / "input"))
     assert "CPU ONLY" in elsewhere and "T4" not in elsewhere, "a laptop has no session options"
 
 

@@ -21,7 +21,7 @@ def nowhere(tmp_path, monkeypatch):
     """No data set anywhere, and a home of the test's own."""
     for name in ("DLIA_DATA", "DLIA_DOWNLOAD", "KAGGLE_KERNEL_RUN_TYPE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sources, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(sources, "KAGGLE", tmp_path / "root")
     for name in ("DLIA_CACHE", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / name.rpartition("_")[2].lower()))
     monkeypatch.setattr(phantom, "MEDMNIST_IMAGES", COUNTS)

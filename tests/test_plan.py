@@ -303,6 +303,7 @@ def late(train_on, run, patch):
 
 def test_every_notebook_fits_a_session_of_two_t4(built, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(built.parent)
+    monkeypatch.delenv("DLIA_DATA", raising=False)
     monkeypatch.setenv("DLIA_RUNS", str(tmp_path / "runs"))
     assert cli.main(["plan", "--device", "t4"]) == 0
     told = capsys.readouterr().out
@@ -317,6 +318,7 @@ def test_every_notebook_fits_a_session_of_two_t4(built, monkeypatch, capsys, tmp
 
 def test_the_command_tells_what_to_cut(built, monkeypatch, capsys):
     monkeypatch.chdir(built.parent)
+    monkeypatch.delenv("DLIA_DATA", raising=False)
     asked = ["plan", "--nb", "06", "--device", "t4", "--set"]
     assert cli.main([*asked, "hours=1"]) == 0
     told = capsys.readouterr().out

@@ -95,8 +95,7 @@ def structure(model: nn.Module) -> list[tuple]:
     """What a model's answers may depend on beside its weights: its modules, and their flags."""
     plain, found = (bool, int, float, str, type(None)), []
     for one in model.modules():
-        public = (value for name, value in vars(one).items() if not name.startswith("_"))
-        flags = [value for value in public if isinstance(value, plain)]
+        flags = [v for k, v in vars(one).items() if k[0] != "_" and isinstance(v, plain)]
         buffers = [name for name, _ in one.named_buffers(recurse=False)]  # those that are not None
         found.append((id(one), flags, buffers))
     return found

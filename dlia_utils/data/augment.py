@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from unittest import mock
 
@@ -70,10 +71,10 @@ class BoxTransform:
     def __init__(self, together: A.Compose, erase: A.Compose) -> None:
         self.together, self.erase = together, erase
 
-    def set_random_seed(self, seed: int) -> None:
+    def set_random_state(self, generator: np.random.Generator, own: random.Random) -> None:
         """Decide the next call's parameters."""
-        self.together.set_random_seed(seed)
-        self.erase.set_random_seed(seed)
+        self.together.set_random_state(generator, own)
+        self.erase.set_random_state(generator, own)
 
     def __call__(self, *, image: np.ndarray, bboxes: np.ndarray, labels: Sequence[int]) -> dict:
         moved = self.together(image=image, bboxes=bboxes, labels=labels)
@@ -92,6 +93,7 @@ class _Seeded(torch.utils.data.Dataset):
         self, cache: ImageCache, rows: Sequence[int], transform: Callable | None, seed: int
     ) -> None:
         self.cache, self.transform, self.seed, self.epoch = cache, transform, seed, 0
+        self.steps = "apart"  # in a training's key: until November 2026 they had the same draws
         self.rows = np.asarray(rows, dtype=np.int64)
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,10 +115,10 @@ class _Seeded(torch.utils.data.Dataset):
 
     def seed_transform(self, row: int) -> None:
         """Decide what the transform draws next."""
-        # albumentations 2.0.8 gives every step the same random numbers, so that they go together:
-        # what is flipped is also lit. Changed, no training so far could be made again.
-        state = np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0]
-        self.transform.set_random_seed(int(state))
+        # By set_random_seed of albumentations 2.0.8 every step would get the same random numbers:
+        # what is flipped would be lit as well.
+        state = int(np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0])
+        self.transform.set_random_state(np.random.default_rng(state), random.Random(state))
 
 
 class CachedImages(_Seeded):
@@ -178,8 +180,8 @@ def drawn(transform: A.Compose, shape: tuple[int, int]) -> dict[str, dict]:
     """What albumentations draws for its next image, by the name of each step that it takes."""
     transform.py_random.random()  # whether anything is done at all
     given = {"shape": shape}, {"image": np.empty(shape, np.uint8)}
-    steps = [one for one in transform.transforms if one.should_apply()]
-    return {type(one).__name__: one.get_params_dependent_on_data(*given) for one in steps}
+    taken = filter(A.BasicTransform.should_apply, transform.transforms)  # each before the next
+    return {type(one).__name__: one.get_params_dependent_on_data(*given) for one in taken}
 
 
 def changed(x: torch.Tensor, draws: Sequence[dict[str, dict]]) -> torch.Tensor:

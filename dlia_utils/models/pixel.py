@@ -92,7 +92,8 @@ def wrap(net: nn.Module, *, mean=None, std=None, recipe: dict | None = None) -> 
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither where the network takes [0, 1] itself")
     mean, std = (0.0, 1.0) if mean is None else (mean, std)
-    means, stds = (torch.as_tensor(v, dtype=torch.float64).flatten().tolist() for v in (mean, std))
+    kept = dict(dtype=torch.float64, device="cpu")  # also where a network is built without memory
+    means, stds = (torch.as_tensor(v, **kept).flatten().tolist() for v in (mean, std))
     if not (min(stds) > 0 and max(means + stds) <= 1):
         text = f"mean {mean} and std {std} must be those of pixels in [0, 1], and std positive"
         raise ValueError(f"{text}: are these on the 0..255 scale? divide by 255")
