@@ -9,8 +9,9 @@ On a GPU or a CPU alike. "attack": PGD-10 of MobileNetV2, as it is and through `
 the same forward and backward passes. "train": an epoch of `train.fit` (loader, augmentation, step,
 checkpoint) against the bare step of the same model. "detect": the same of Faster R-CNN. "suite":
 passes of notebook 01's whole suite of attacks with its `full` budgets on two trained networks: as
-at a9fca2b, where every attack met every image at every eps, and as now. "start" (only when asked
-for): where the first seconds of a process go, of one and of several started at once.
+at a9fca2b, where every attack met every image at every eps, and as now. Only when asked for:
+"compile", PGD-10 of a network that torch.compile made, and how long that took; "start", where the
+first seconds of a process go, of one and of several started at once.
 
 Time is wall time on a GPU, CPU time of one thread on a CPU. Busy: on a GPU the share of the wall
 time in which it computes (from PyTorch's profiler), on a CPU the CPU time over the wall time.
@@ -79,6 +80,8 @@ def main() -> None:
         rows += GROUPS[name](options, device)
     if "suite" in options.only:
         rows += suite(options, device)
+    if "compile" in options.only:
+        rows += compiled(options, device)
     if "start" in options.only:
         starts(options)
     if rows:
@@ -164,6 +167,30 @@ def bare_passes(model: nn.Module, x: Tensor, y: Tensor) -> None:
             torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
         with torch.no_grad():
             model(x)
+
+
+def compiled(options: argparse.Namespace, device: str) -> list[Row]:
+    """PGD-10 of a network that torch.compile made (on a GPU also as CUDA graphs), and its wait."""
+    torch.manual_seed(0)
+    fast = fast_copy(mobilenet_v2(num_classes=2).eval().to(device))
+    x = torch.rand(options.batch, 1, options.size, options.size, device=device)
+    y = fast(x).argmax(1).detach()
+    full = {"eps": 8 / 255, "steps": 10, "restarts": 0, "stop_when_fooled": False}
+    modes = ["default"] + ["reduce-overhead"] * (device == "cuda")  # the second: CUDA graphs
+    made, waits = {"as it is": fast}, {}
+    for mode in modes:
+        name, begun = f"compiled, {mode}", time.perf_counter()
+        made[name] = torch.compile(fast, mode=mode)
+        pgd(made[name], x, y, **full)
+        waits[name] = time.perf_counter() - begun
+    print("\n| PGD-10 through fast_copy | images/s | busy |\n|---|---|---|")
+    cases = {name: lambda one=one: pgd(one, x, y, **full) for name, one in made.items()}
+    speed = measured(cases, len(x), device, options.rounds)
+    for name, wait in waits.items():
+        print(f"{name}: the first call took {wait:.0f} s")
+    return [
+        (f"PGD-10, {name}", "as it is, time", speed["as it is"] / speed[name], "") for name in waits
+    ]
 
 
 # ---------------------------------------------------------------------------------------- trainings
@@ -384,7 +411,7 @@ def started(device: str) -> dict[str, float]:
     return spent | {"first epoch of train.fit": told[0], "third epoch": told[2]}
 
 
-ALONE = ("suite", "start")
+ALONE = ("suite", "compile", "start")
 GROUPS = {"attack": attack, "train": training, "detect": detection}
 
 if __name__ == "__main__":

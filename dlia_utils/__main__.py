@@ -113,6 +113,7 @@ def plan(options: argparse.Namespace) -> int:
     from . import execute, study
     from . import plan as plans
     from . import run as runs
+    from .data.tables import DataNotFound
     from .detect import folds
 
     t4 = options.device == "t4"
@@ -126,9 +127,15 @@ def plan(options: argparse.Namespace) -> int:
             mock.patch.object(study, "open_study", study.expected),
             mock.patch.object(folds, "open_detection", study.expected),
         ):
-            names = execute.opening(path, (*execute.HEAD, "plan"), **given)
-        run, networks, phases = (names[name] for name in ("run", "networks", "phases"))
-        prices = plans.published(networks) if t4 else plans.measured(networks, run.device)
+            try:
+                names = execute.opening(path, (*execute.HEAD, "plan"), **given)
+            except DataNotFound as missing:
+                if options.nb:
+                    raise
+                lines.append(f"{path.stem:28}left out: {missing}")
+                continue
+        run, networks, phases, loader = (names[one] for one in "run networks phases loader".split())
+        prices = plans.published(networks) if t4 else plans.measured(networks, run.device, loader)
         table = plans.table(networks, phases, prices, gpus=gpus)
         stands_in = run.synthetic and run.profile != "smoke"
         images = f"{run.location.dataset} as published" if stands_in else run.data_name
@@ -228,11 +235,9 @@ def data_check(options: argparse.Namespace) -> int:
     if images is None:
         print("\n" + datasets.problem_text(problems, shown=len(problems)))
         return 1
-    for text, paths in (
-        ("used although they end too early", images.truncated),
-        ("used although they show one grey value only", images.flat),
-    ):
-        print(f"{text}: {len(paths)} files {', '.join(paths[: tables.SHOWN])}")
+    used = {"end too early": images.truncated, "show one grey value only": images.flat}
+    for text, paths in used.items():
+        print(f"used although they {text}: {len(paths)} files {', '.join(paths[: tables.SHOWN])}")
     if own:
         title, audit = _own_audit(split.with_looks(dataset, images.images))
     else:

@@ -81,11 +81,6 @@ def tags(cell: Mapping[str, Any]) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
-def full_settings(notebook: str | Path) -> dict[str, Any]:
-    """FULL of a notebook: what its settings cells say of the whole study."""
-    return opening(notebook, ("parameters", "settings"))["FULL"]
-
-
 def opened(notebook: str | Path, **parameters: Any) -> Any:
     """The `run.Run` that a notebook's opening cells start, executed here with these PARAMETERS.
 

@@ -66,6 +66,7 @@ class Phase:
     forwards: int
     backwards: int = 0
     updates: int = 0  # of the backwards those that go on to the weights
+    loads: int = 0  # images read and augmented
     exact: bool = True  # else the most there can be
     half: bool = False  # in half precision on a GPU
     settings: str = ""  # what drives it
@@ -86,7 +87,7 @@ def training(name, network, n, epochs, *, objective, steps=0, replays=1, batch=3
     val, judge = about.pop("val"), about.pop("judge")
     seen = replays * epochs * (n - (batch > 1 and n % batch == 1))  # no batch of one image
     forward, backward, update = PASSES[objective]
-    counts = (seen * one for one in (forward + steps, backward + steps, update))
+    counts = [seen * one for one in (forward + steps, backward + steps, update)] + [seen // replays]
     learn = Phase(name, network, n, *counts, half=objective not in SECOND_ORDER, **about)
     about["exact"] &= not any(judge)
     counts = epochs * (val + int(judge[0])), epochs * int(judge[1])
@@ -115,45 +116,51 @@ def multiplications(network: Network) -> tuple[float, str]:
 def published(networks: Mapping[str, Network]) -> dict[tuple[str, bool], np.ndarray]:
     """Seconds an image on a T4: a forward pass, a backward pass to the image, one to all weights.
 
-    By the network's name and whether in half precision.
+    By the network's name and whether in half precision. The last, of reading, is 0: not known.
     """
     found = {}
     for name, network in networks.items():
         work, kind = multiplications(network)
         *speeds, slower = T4[kind]
-        once = work * np.array([1, 1, 3 * slower - 1])
+        once = work * np.array([1, 1, 3 * slower - 1, 0])
         found |= {(name, bool(half)): once / speed for half, speed in enumerate(speeds)}
     return found
 
 
-def measured(networks: Mapping[str, Network], device: str, *, seconds: float = 20.0) -> dict:
+def measured(networks: Mapping[str, Network], device: str, loader, *, seconds=20.0) -> dict:
     """As `published`, but of this machine: a few batches of random images, small networks first.
 
-    What `seconds` leave no time for is scaled from another, and so are others of a named kind.
+    loader: a data set, whose images are read for their price. What `seconds` leave no time for is
+    scaled from another, and so are others of a named kind.
     """
     work, found, done = {name: multiplications(networks[name])[0] for name in networks}, {}, []
-    end = time.perf_counter() + seconds
+    end, some = time.perf_counter() + seconds, [k % len(loader) for k in range(ON_CPU)]
+    read = getattr(loader, "__getitems__", lambda some: [loader[k] for k in some])
+    load = _seconds(lambda: read(some), device) / ON_CPU
     for name in sorted(work, key=work.get):
         own, most = networks[name], ON_CPU if device == "cpu" else networks[name].batch
         alike = [other for other in done if own.kind and networks[other].kind == own.kind]
         for half in (False, True)[: 1 + (device != "cpu")]:
             near, batch = (alike or done or [name])[-1], max(2, min(own.batch, most))
-            price = found.get((near, half), np.zeros(3)) * work[name] / work[near]
-            late = time.perf_counter() + 4 * batch * price @ [3, 1, 1] > end  # calls of `_measured`
+            price = found.get((near, half), np.zeros(4)) * work[name] / work[near]
+            late = time.perf_counter() + 4 * batch * price @ [3, 1, 1, 0] > end  # `_measured`
             if not done or not (alike or late):
                 with torch.random.fork_rng(devices=[]):  # of dropout
                     price = _measured(own, device, half, batch)
+            price[3] = load
             found |= {(name, half): price, (name, True): price}
         done.append(name)
     release_memory()
     return found
 
 
-def _now(device: str) -> float:
-    """The time in seconds when all that was asked of the device is done."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _seconds(step: Callable[[], object], device: str) -> float:
+    """What a step takes: the mean of two, after a first, which is slower."""
+    finish = int if device == "cpu" else torch.cuda.synchronize
+    step(), finish()
+    begun = time.perf_counter()
+    step(), step(), finish()
+    return (time.perf_counter() - begun) / 2
 
 
 def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarray:
@@ -162,17 +169,15 @@ def _measured(network: Network, device: str, half: bool, batch: int) -> np.ndarr
 
     def seconds(step: Callable[[], object]) -> float:
         with torch.autocast(device, enabled=half):
-            step()  # the first is slower
-            begun, _, _ = _now(device), step(), step()
-        return (_now(device) - begun) / (2 * batch)
+            return _seconds(step, device) / batch
 
     asked = model if half or hasattr(model, "rcnn") else fast_copy(model)  # as the attacks do
     forward = seconds(torch.no_grad()(lambda: asked(x)))
     if hasattr(model, "rcnn"):  # learns from boxes: three passes as usual
-        return forward * np.array([1, 1, 2])
+        return forward * np.array([1, 1, 2, 0])
     climb = seconds(lambda: torch.autograd.grad(asked(x).float().sum(), x))
     learn = seconds(lambda: model.train()(x).float().sum().backward())
-    return np.array([forward, climb - forward, learn - forward])
+    return np.array([forward, climb - forward, learn - forward, 0])
 
 
 def table(networks: Mapping[str, Network], phases: list[Phase], prices: Mapping, *, gpus=1):
@@ -182,7 +187,7 @@ def table(networks: Mapping[str, Network], phases: list[Phase], prices: Mapping,
     """
     rows = pd.DataFrame(phases)
     rows["network"] = [f"{name}, {networks[name].size} px" for name in rows["network"]]
-    counts = rows[["forwards", "backwards", "updates"]].to_numpy(copy=True)
+    counts = rows[["forwards", "backwards", "updates", "loads"]].to_numpy(copy=True)
     counts[:, 1] -= counts[:, 2]  # the others go to the image alone
     price = [prices[one.network, one.half] for one in phases]
     rows["hours"] = (counts * price).sum(1) / 3600
@@ -208,7 +213,7 @@ def _longest(hours: Iterable[float], gpus: int) -> float:
 def advice(found: pd.DataFrame, hours: float | None) -> str:
     """What a `table` says of a budget: whether it is met, else where most can be cut."""
     whole = found["hours"].iloc[-1]
-    told = f"{whole:.1f} hours" if whole >= 1 else f"{60 * whole:.0f} minutes"
+    told = f"{whole:.1f} hours" if whole >= 1 else f"{max(1, round(60 * whole))} min"
     if not hours or whole <= hours:
         return f"{told}, within the budget of {hours:g}" if hours else told
     largest = found.iloc[:-1].nlargest(3, "hours").itertuples()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +24,12 @@ OTHERS = "others (thin)"  # what a legend calls the lines beyond them
 
 
 class Described(Figure):
-    """A figure that says in words what it shows, for readers who hear it or see no pictures."""
+    """A figure that says in words what it shows, for readers who hear it or see no pictures.
+
+    png: the picture, where it was saved already.
+    """
+
+    png = b""
 
     def alt(self) -> str:
         """Title, panels, axes, names of the lines and caption, in one line."""
@@ -37,10 +44,15 @@ class Described(Figure):
         words = dict.fromkeys(" ".join(one.split()) for one in [*said, self.get_supxlabel()])
         return textwrap.shorten("; ".join(filter(None, words)), 600, placeholder=" ...")
 
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
-        """The words beside the picture, where Jupyter's converters look for them."""
-        words = self.alt()
-        return {"text/plain": words}, {"image/png": {"alt": words}}
+    def _ipython_display_(self) -> None:
+        """The picture with the words beside it, where Jupyter's converters look for them."""
+        from IPython.display import display
+
+        words, drawn = self.alt(), io.BytesIO(self.png)
+        if not self.png:
+            self.savefig(drawn, bbox_inches="tight")
+        shown = {"text/plain": words, "image/png": base64.b64encode(drawn.getvalue()).decode()}
+        display(shown, metadata={"image/png": {"alt": words}}, raw=True)
 
 
 def panels(

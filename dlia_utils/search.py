@@ -5,7 +5,6 @@ An Optuna study in SQLite (Akiba et al., KDD 2019, arXiv 1907.10902), killed and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -340,12 +339,6 @@ def _write(study: optuna.Study, space: Space, extensions: list[dict], folder: Pa
     files.write_csv(_runs(study, space), folder / "runs.csv")
     if extensions:
         files.write_csv(pd.DataFrame(extensions), folder / "extensions.csv")
-
-
-def run_name(params: Mapping[str, Any]) -> str:
-    """A folder name for the files of a run, the same for the same values."""
-    text = json.dumps(dict(params), sort_keys=True, default=str)
-    return "run_" + hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def top_runs(runs: pd.DataFrame, *, count: int = 10, direction: str = "maximize") -> pd.DataFrame:

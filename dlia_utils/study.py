@@ -184,7 +184,9 @@ def expected(run: Run) -> Study:
     fold = np.where(tested, -1, np.arange(len(split)) % (wanted("folds") or 1))
     parts = dict(classes=tuple("ab"), ignored=manifest[:0], synthetic=run.synthetic, origin="")
     parts |= dict(manifest=manifest.assign(split=split, fold=fold))
-    return Study(run, datasets.Dataset(place.dataset, place.root, **parts), None)
+    blank = np.broadcast_to(np.uint8(0), (len(split), run.size, run.size))
+    images = cache.ImageCache(blank, run.size, "", Path(), ())
+    return Study(run, datasets.Dataset(place.dataset, place.root, **parts), images)
 
 
 def _check_own(study: Study, name: str) -> None:
@@ -408,16 +410,14 @@ def fit_model(
     where = dict(run_dir=work_folder(study.run, name, key), config={"key": digest(key)})
     where["resume"] = bool(study.run.resume)
     begun = (where["run_dir"] / "last.pt").exists()  # perhaps finished, and then read back
-    asked, left = (
-        options["max_minutes"],
-        time_left(study.run, "" if begun else f"{name} was not begun") / 60,
-    )
+    left = time_left(study.run, "" if begun else f"{name} was not begun") / 60
+    asked = options["max_minutes"]
     options["max_minutes"] = max(left, 0.01) if left < (asked or math.inf) else asked
     try:
         return train.fit(model, objective, train_set, val_set, **where, **options)
     except train.OutOfTime:
         if options["max_minutes"] != asked:  # the session's end
-            time_left(replace(study.run, begun=-math.inf), f"{name} stopped between two epochs")
+            raise out_of_time(study.run, f"{name} stopped between two epochs") from None
         raise
 
 
@@ -425,10 +425,14 @@ def time_left(run: Run, what: str = "") -> float:
     """Seconds until the session's `Run.budget` is spent; `train.OutOfTime` where `what` is late."""
     left = run.begun + 3600 * (run.budget or math.inf) - time.time()
     if what and left <= 0:
-        text = f"{what}: this session's {run.budget:g} hours are spent. What is done is kept: run "
-        text += "again, in a new session, to go on from there (the same command; on Kaggle attach "
-        raise train.OutOfTime(text + "this session's output). For more time: the setting hours.")
+        raise out_of_time(run, what)
     return left
+
+
+def out_of_time(run: Run, what: str) -> train.OutOfTime:
+    text = f"{what}: this session's {run.budget:g} hours are spent. What is done is kept: run "
+    text += "again, in a new session, to go on from there (the same command; on Kaggle attach "
+    return train.OutOfTime(text + "this session's output). For more time: the setting hours.")
 
 
 def load_models(study: Study, names: Sequence[str]) -> dict[str, models.PixelModel]:

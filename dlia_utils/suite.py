@@ -65,13 +65,20 @@ def phases(run: Run, names: Iterable[str], images: int, network: str = "") -> li
 
 def judging(images: int, *, steps: int = 10) -> tuple[int, int]:
     """For a plan: the most passes of `choose_under_attack` in an epoch, of so many to validate."""
-    count = len(range(0, images, max(1, images // 200)))
+    count = len(range(images)[:: _stride(images)])
     return tuple(evaluate.most_passes(count, [1.0], attacks=["pgd_margin"], steps=steps).tolist())
 
 
-def zoo_plan(run: Run, sizes: dict[str, int]) -> tuple[dict[str, plan.Network], list[plan.Phase]]:
-    """For a plan: the networks of `train_robust_model`, and what that asks of them."""
-    networks, found, how = {}, [], dict(attacks=["pgd_margin"], steps=run.pgd_steps, through=True)
+def zoo_plan(study: Study) -> tuple[dict[str, plan.Network], list[plan.Phase], dict[str, int]]:
+    """For a plan: MobileNetV2 and the networks of `train_robust_model`; what that asks of these.
+
+    And how many images each split has.
+    """
+    run, found = study.run, []
+    sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
+    make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
+    networks = {"MobileNetV2": plan.Network(make, run.size, run.batch_size)}
+    how = dict(attacks=["pgd_margin"], steps=run.pgd_steps, through=True)
     tried = evaluate.most_passes(sizes["val"], [run.headline_eps], **how)
     for name in run.zoo:
         make, sparse = partial(robust.create, name, width=run.zoo_width), "meansparse" in name
@@ -80,7 +87,7 @@ def zoo_plan(run: Run, sizes: dict[str, int]) -> tuple[dict[str, plan.Network], 
         once = alphas * tried + [train + sizes["val"] + 2 * sparse * train, 0]
         about = dict(settings="zoo zoo_size zoo_alphas", exact=not sparse, job=name)
         found.append(plan.Phase("new heads", name, train, *once.tolist(), **about))
-    return networks, found
+    return networks, found, sizes
 
 
 def zero_gradients(study: Study, name: str) -> float:
@@ -96,9 +103,14 @@ def zero_gradients(study: Study, name: str) -> float:
     return table["share"].item()
 
 
-def held_out(study: Study, *, most: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """About `most` validation images with their labels, the same for every model."""
-    rows = study.rows("val")[:: max(1, len(study.rows("val")) // most)]
+def _stride(images: int) -> int:
+    return max(1, images // 200)
+
+
+def held_out(study: Study) -> tuple[torch.Tensor, torch.Tensor]:
+    """About 200 validation images with their labels, the same for every model."""
+    rows = study.rows("val")
+    rows = rows[:: _stride(len(rows))]
     return study.images(rows), study.labels(rows)
 
 

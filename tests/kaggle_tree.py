@@ -240,7 +240,8 @@ def finished(source: Path, tmp_path_factory) -> Finished:
     notebook to notebook."""
     if source not in _FINISHED:
         layout = LAYOUTS[notebooks.sources().index(source) % 2]
-        wanted = execute.full_settings(notebooks.product(source))["dataset"]
+        wanted = execute.opening(notebooks.product(source), ("parameters", "settings"))
+        wanted = wanted["FULL"]["dataset"]
         first = wanted if isinstance(wanted, str) else wanted[0]
         session = make(tmp_path_factory.mktemp(source.stem), datasets=(first,), layout=layout)
         before, start = session.input_state(), time.perf_counter()

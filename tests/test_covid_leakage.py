@@ -15,8 +15,9 @@ import pytest
 import torch
 from small import start_run
 
-from dlia_utils import execute, plots, report, search, study
+from dlia_utils import execute, plots, report, study
 from dlia_utils.data import cache, datasets, explore, phantom, sources, split
+from dlia_utils.run import digest
 from tools import notebooks
 
 NOTEBOOK = "06_covid_baseline"
@@ -190,6 +191,6 @@ def test_every_run_of_the_search_is_scored_on_validation_images(done):
     for _, row in runs.iterrows():
         params = {name: row[name] for name in ("lr", "dropout")}
         params |= {name: int(row[name]) for name in ("batch_size", "width")}
-        history = pd.read_csv(folder / search.run_name(params) / "metrics.csv")
+        history = pd.read_csv(folder / f"run_{digest(params)}" / "metrics.csv")
         assert row["score"] == pytest.approx(history["val_auc"].max(), abs=1e-12)
     assert not list(folder.glob("run_*/*.pt"))

@@ -417,7 +417,8 @@ def test_the_client_pushes_every_notebook_of_the_suite(client, tmp_path, monkeyp
         asked = client.transport.sent("SaveKernel")[-1]
         assert asked["slug"] == f"some-user/{slug}" and 5 <= len(asked["newTitle"]) <= 50
         assert (asked["machineShape"], asked["enableGpu"]) == ("NvidiaTeslaT4", True)
-        names = execute.full_settings(notebooks.product(source))["dataset"]
+        names = execute.opening(notebooks.product(source), ("parameters", "settings"))
+        names = names["FULL"]["dataset"]
         names = [names] if isinstance(names, str) else names
         handles = [sources.SOURCES[name].handle for name in names]
         assert asked["datasetDataSources"] == [*filter(None, handles), "some-user/dlia-utils"]

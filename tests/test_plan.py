@@ -130,20 +130,35 @@ def objective(name, other):
     return getattr(objectives, name)(*args, **given)
 
 
+class Read(torch.utils.data.Dataset):
+    """Images with labels, and how often one was asked for."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.count = x, y, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.count += 1
+        return self.x[index], self.y[index]
+
+
 @pytest.mark.parametrize("name", sorted(set(MAKERS) - {"detection"}))
 def test_a_training_makes_the_passes_that_are_told(name, tmp_path):
     x, y = torch.rand(9, 1, 8, 8), torch.tensor([0, 1, 0] * 3)
+    images = Read(x, y)
     model, other = convolutional(), convolutional()
     with counted(model, other) as made:
         loss = objective(name, other)
         how = dict(run_dir=tmp_path, epochs=2, batch_size=4, progress=False, monitor="epoch")
         how |= {"ema": 0.9} if name == "pgd_adversarial" else {}
-        train.fit(model, loss, TensorDataset(x, y), TensorDataset(x[:5], y[:5]), **how)
+        train.fit(model, loss, images, TensorDataset(x[:5], y[:5]), **how)
     told = dict(objective=name, steps=MAKERS[name], batch=4, val=5)
     told |= dict(replays=getattr(loss, "replays", 1))
     phases = plan.training("training", "net", 9, 2, **told)
     assert all(phase.exact for phase in phases)
-    assert phases[0].half == (not loss.second_order)
+    assert phases[0].half == (not loss.second_order) and phases[0].loads == images.count
     assert made.tolist() == [sum(p.forwards for p in phases), sum(p.backwards for p in phases)]
 
 
@@ -217,20 +232,24 @@ def test_prices_rise_with_the_network_and_one_of_a_kind_is_measured(monkeypatch)
     work = {name: plan.multiplications(one)[0] for name, one in networks.items()}
     t4 = plan.published(networks)
     wide, depthwise = plan.T4["wide"], plan.T4["depthwise"]
-    assert np.allclose(t4["small", False], work["small"] / wide[0] * np.array([1, 1, 2]))
+    assert np.allclose(t4["small", False], work["small"] / wide[0] * np.array([1, 1, 2, 0]))
     slower = 3 * depthwise[2] - 1
-    assert np.allclose(t4["mobile", True], work["mobile"] / depthwise[1] * np.array([1, 1, slower]))
+    assert np.allclose(
+        t4["mobile", True], work["mobile"] / depthwise[1] * np.array([1, 1, slower, 0])
+    )
     asked, measure = [], plan._measured
     monkeypatch.setattr(plan, "_measured", lambda *given: asked.append(1) or measure(*given))
     before = torch.get_rng_state()
-    here = plan.measured(networks, "cpu")
+    images = TensorDataset(torch.zeros(3, 1))
+    here = plan.measured(networks, "cpu", images)
     assert torch.equal(torch.get_rng_state(), before), "no training draws otherwise"
     assert len(asked) == 2 and all(
         (here[name, False] == here[name, True]).all() for name in networks
     )
     ratio = work["large"] / work["small"]
-    assert np.allclose(here["large", False], ratio * here["small", False])
-    assert len(plan.measured(networks, "cpu", seconds=0)) == 6 and len(asked) == 3
+    assert np.allclose(here["large", False][:3], ratio * here["small", False][:3])
+    assert here["large", False][3] == here["small", False][3] > 0
+    assert len(plan.measured(networks, "cpu", images, seconds=0)) == 6 and len(asked) == 3
 
 
 def test_the_multiplications_of_a_detector_are_those_of_all_its_parts():
@@ -242,7 +261,7 @@ def test_the_multiplications_of_a_detector_are_those_of_all_its_parts():
 
 PHASES = [plan.Phase("train", "n", 9, 3600, 3600, 3600, settings="epochs", job=k) for k in "abc"]
 PHASES += [plan.Phase("attack", "n", 5, 7200, 3600, exact=False, settings="attacks")]
-PRICES = {("n", False): np.array([0.5, 1.0, 1.5])}
+PRICES = {("n", False): np.array([0.5, 1.0, 1.5, 0.1])}
 
 
 def test_a_table_adds_up_and_two_gpus_share_the_jobs_of_a_phase():

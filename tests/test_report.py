@@ -1,5 +1,6 @@
 """Result rows, the results file, paired tables, the verdict and figures on hand-made numbers."""
 
+import base64
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,7 +195,10 @@ def test_verdict_trusts_no_masked_gradients_nor_constant_answers(
     assert "smoke" not in report.verdict(table, masking, paired, replace(real, profile="cpu"))
 
 
-def test_figures_are_drawn_and_say_what_data(run):
+def test_figures_are_drawn_and_say_what_data(run, monkeypatch):
+    shown = []
+    told_to = "IPython.display.display"
+    monkeypatch.setattr(told_to, lambda data, metadata, raw: shown.append((data, metadata)))
     images = np.random.default_rng(0).random((4, 1, 8, 8))
     labels, p = np.array([0, 1, 0, 1]), np.array([0.2, 0.8, 0.6, 0.7])
     results = pd.concat([rows(run, "a", "clean", 0.0, 0.9), rows(run, "a", "worst", EPS, 0.4)])
@@ -210,11 +214,16 @@ def test_figures_are_drawn_and_say_what_data(run):
     for name, figure in figures.items():
         texts = figure.findobj(Text)
         words = " ".join(text.get_text() for text in texts)
-        told, metadata = figure._repr_mimebundle_()
-        assert "SYNTHETIC" in words and "SYNTHETIC" in told["text/plain"], name
-        assert metadata["image/png"]["alt"] == figure.alt()
+        assert "SYNTHETIC" in words and "SYNTHETIC" in figure.alt(), name
         assert min(t.get_fontsize() for t in texts if t.get_text()) >= 9, name
-        assert report.save_figure(figure, run, name).stat().st_size > 2000
+        figure._ipython_display_()
+        path = report.save_figure(figure, run, name)
+        figure._ipython_display_()
+        for told, metadata in shown[-2:]:
+            assert told["text/plain"] == metadata["image/png"]["alt"] == figure.alt()
+            assert base64.b64decode(told["image/png"]).startswith(b"\x89PNG")
+        assert base64.b64decode(told["image/png"]) == path.read_bytes(), "drawn once"
+        assert path.stat().st_size > 2000
 
 
 def test_lines_beyond_the_colours_share_one_name_in_the_legend():

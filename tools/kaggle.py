@@ -23,7 +23,7 @@ from nbformat import NotebookNode
 
 from dlia_utils import __version__, files
 from dlia_utils.data.sources import SOURCES
-from dlia_utils.execute import full_settings
+from dlia_utils.execute import opening
 
 from . import notebooks
 
@@ -199,7 +199,7 @@ def _slug(stem: str) -> str:
 
 def _datasets(source: Path) -> Sequence[str]:
     """The data sets that the full study of a notebook can use."""
-    names = full_settings(notebooks.product(source))["dataset"]
+    names = opening(notebooks.product(source), ("parameters", "settings"))["FULL"]["dataset"]
     return (names,) if isinstance(names, str) else names
 
 

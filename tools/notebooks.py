@@ -244,7 +244,7 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = nbformat.from_dict(about)
     for cell in notebook.cells:
         kept = {key: cell.metadata[key] for key in ("source_hash", "tags") if key in cell.metadata}
-        kept |= FOLDED if "bootstrap" in tags(cell) else {}
+        kept |= FOLDED if {"bootstrap", "plan"} & {*tags(cell)} else {}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             bar = MARK.items()  # a bar goes first: whether it was shown is a matter of timing

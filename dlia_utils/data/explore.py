@@ -14,33 +14,15 @@ from .cache import ImageCache
 from .datasets import Dataset
 from .split import deal
 
-SPLITS = ("train", "val", "test", "")
 CHUNK = 256  # Images that are turned to floats at a time.
 SHAPE_FEATURES = {"height": ["height"], "width": ["width"], "aspect ratio": ["aspect"]}
 SHAPE_FEATURES["all three"] = ["height", "width", "aspect"]
-
-
-def rows_by_split(dataset: Dataset, *, together: bool = True) -> dict[tuple[str, str], np.ndarray]:
-    """Row numbers of each (split, class name), and if `together` of each (split, "all")."""
-    manifest, found = dataset.manifest, {}
-    for split in SPLITS:
-        inside = (manifest["split"] == split).to_numpy()
-        parts = {"all": inside} if together else {}
-        parts |= {name: inside & (manifest["class_name"] == name) for name in dataset.classes}
-        found |= {(split, name): np.flatnonzero(part) for name, part in parts.items() if part.any()}
-    return found
-
-
-def _format(shapes: np.ndarray) -> pd.DataFrame:
-    table = pd.DataFrame(np.asarray(shapes), columns=["height", "width"])
-    return table.assign(aspect=table["width"] / table["height"])
 
 
 def mean_and_spread(
     cache: ImageCache, rows: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each pixel over `rows`: float64 [S,S] in units of [0,1]."""
-    rows = np.asarray(rows, dtype=np.int64)
     total, squares = np.zeros((2, cache.size, cache.size))
     for start in range(0, len(rows), CHUNK):
         pixels = np.asarray(cache.images[rows[start : start + CHUNK]], dtype=np.float64) / 255
@@ -69,7 +51,8 @@ def size_shortcut(
     """
     known = dataset.manifest[dataset.manifest["label"] >= 0]
     labels, patients = known["label"].to_numpy(), metrics.patient_codes(known["patient"])
-    table = _format(np.asarray(shapes)[known.index])
+    table = pd.DataFrame(np.asarray(shapes)[known.index], columns=["height", "width"])
+    table["aspect"] = table["width"] / table["height"]
     spread = pd.Series(patients).groupby(labels).nunique()
     if len(spread) < 2 or spread.min() < 2:
         text = "two classes or more, with two patients or more of each"

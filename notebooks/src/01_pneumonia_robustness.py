@@ -161,6 +161,7 @@ RESULTS = run.run_dir / "results.csv"
 several = {"distilled": [f"distilled_T{t:g}" for t in run.temperatures]}
 MODELS = ["baseline", *(one for name in run.defences for one in several.get(name, [name]))]
 MODELS += [*run.adversarial, *run.own]
+JUDGE_STEPS = min(10, run.pgd_steps)  # of the attack that chooses an adversarial training's epoch
 
 
 # %% [markdown]
@@ -191,9 +192,9 @@ def beside_constant(table, labels):
 
 # %% [markdown]
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
-# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
-# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
-# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
+# read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
 # between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 01
 # --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
 
@@ -221,7 +222,7 @@ for name in [*plain, *teachers, "gaussian_noise"]:
     phases += plan.training(*given, **how, **told)
 
 # %% tags=["plan"]
-judge = suite.judging(sizes["val"], steps=min(10, run.pgd_steps))
+judge = suite.judging(sizes["val"], steps=JUDGE_STEPS)
 for name in run.adversarial:
     parts, epochs, steps, replays = name.split("_"), run.epochs, run.at_steps, 1
     usual = "pgd_awp" if "awp" in parts else "pgd_adversarial"
@@ -259,9 +260,10 @@ for pixels, population, iterations, *_ in run.one_pixel:
     queries += 2 * count * (2 + evaluate.passes("one_pixel", own)[0])  # two models, and looked at
 told = dict(exact=False, settings="one_pixel one_pixel_per_class")
 phases.append(plan.Phase("One-Pixel", net, count, queries, **told))
+loader = study.torch_set("train", augmented=True)
 
 # %%
-prices = plan.measured(networks, run.device)
+prices = plan.measured(networks, run.device, loader)
 cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
 print(plan.advice(cost, run.budget))
 report.show(cost, digits=3)
@@ -544,7 +546,7 @@ def one_step_or_ten(study, model):
 
 # %%
 def train_adversarial(study, name):
-    options = suite.choose_under_attack(study, steps=min(10, run.pgd_steps))
+    options = suite.choose_under_attack(study, steps=JUDGE_STEPS)
     if name == "fast_at":
         judge = options["val_metric"]
         options["val_metric"] = lambda model: one_step_or_ten(study, model) | judge(model)

@@ -219,18 +219,15 @@ def worst_case(rows, study):
 
 # %% [markdown]
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
-# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
-# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
-# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
+# read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
 # between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 03
 # --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
 
 # %% tags=["plan"]
 study, net = open_study(run), "MobileNetV2"
-sizes = {part: len(study.rows(part)) for part in ("train", "val", "test")}
-make = partial(models.mobilenet_v2, width=run.width, stages=run.stages)
-networks, phases = suite.zoo_plan(run, sizes)
-networks[net] = plan.Network(make, run.size, run.batch_size)
+networks, phases, sizes = suite.zoo_plan(study)
 how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
 how |= dict(settings="epochs at_steps size")
 attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))
@@ -261,9 +258,10 @@ for name in [*MODELS, *run.zoo]:
     phases.append(plan.Phase(*given, *once.tolist(), job=name, **told))
     clean = sizes["val"] + sizes["test"]
     phases.append(plan.Phase("clean images", given[1], sizes["test"], 2 * clean, exact=False))
+loader = study.torch_set("train", augmented=True)
 
 # %%
-prices = plan.measured(networks, run.device)
+prices = plan.measured(networks, run.device, loader)
 cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
 print(plan.advice(cost, run.budget))
 report.show(cost, digits=3)

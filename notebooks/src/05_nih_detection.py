@@ -200,9 +200,9 @@ def shown_threshold():
 
 # %% [markdown]
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
-# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
-# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
-# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
+# read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
 # between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 05
 # --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
 
@@ -230,9 +230,10 @@ phases.append(
 tested = int(study.dataset.manifest["split"].eq("test").sum()) or len(folds(study)[0].score)
 sent = len(views.VIEWS) * len(folds(study)) * 2 * tested  # of two editions, in all views
 phases.append(plan.Phase("submission", "detector", tested, sent, exact=False, **told))
+loader = augment.CachedImages(study.cache, range(8), [0] * 8, transform=augment.train_transform())
 
 # %%
-prices = plan.measured(networks, run.device)
+prices = plan.measured(networks, run.device, loader)
 cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
 print(plan.advice(cost, run.budget))
 report.show(cost, digits=3)

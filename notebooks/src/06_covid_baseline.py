@@ -81,7 +81,7 @@ SMOKE |= {"search_lr": (5e-4, 3e-3), "search_dropout": (0.1, 0.5)}
 SMOKE |= {"search_batch": ((4,), (8, 16), (32,)), "search_width": ((8,), (16, 24), (32,))}
 
 # %% tags=["start"]
-from dlia_utils.run import start
+from dlia_utils.run import digest, start
 
 run = start(
     "06_covid_baseline",
@@ -172,11 +172,23 @@ def stretched(x):
 # grey values of each split and class, and whether the splits could be one pool that was divided at random.
 
 # %% tags=["yours"]
+def rows_by_split(dataset, *, together=False):
+    """Row numbers of each (split, class), and if `together` of each (split, "all")."""
+    manifest, found = dataset.manifest, {}
+    for part in ("train", "val", "test"):
+        inside = (manifest["split"] == part).to_numpy()
+        parts = {"all": inside} if together else {}
+        parts |= {name: inside & (manifest["class_name"] == name) for name in dataset.classes}
+        found |= {(part, name): np.flatnonzero(own) for name, own in parts.items() if own.any()}
+    return found
+
+
+# %% tags=["yours"]
 def sizes_of(dataset, shapes):
     """Heights and widths of the original files in each split and class, one row each."""
     table, rows = pd.DataFrame(shapes, columns=["height", "width"]), []
     table = table.assign(aspect=table["width"] / table["height"])
-    for (part, name), chosen in explore.rows_by_split(dataset, together=False).items():
+    for (part, name), chosen in rows_by_split(dataset).items():
         own = table.iloc[chosen]
         common = own[["height", "width"]].value_counts()
         row = {"split": part, "class_name": name, "images": len(own), "sizes": len(common)}
@@ -199,7 +211,7 @@ def statistics_of(cache):
 def grey_values(dataset, cache):
     """Grey values in [0, 1] of the images of each split and class, one row each."""
     own, rows = statistics_of(cache), []
-    for (split_name, class_name), chosen in explore.rows_by_split(dataset).items():
+    for (split_name, class_name), chosen in rows_by_split(dataset, together=True).items():
         mean, spread = explore.mean_and_spread(cache, chosen)
         row = {"split": split_name, "class_name": class_name, "images": len(chosen)}
         row |= {"min": own["min"][chosen].min(), "max": own["max"][chosen].max()}
@@ -296,9 +308,9 @@ def signs(read):
 
 # %% [markdown]
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
-# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
-# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
-# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
+# read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
 # between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 06
 # --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
 
@@ -333,9 +345,10 @@ for name in ("adam", "sgd", "smoothed"):
     phases += plan.training(*given, job=name, settings="epochs", **how)
 given = ("final baseline", "widest CNN", sizes["train"] + sizes["val"], run.epochs)
 phases += plan.training(*given, settings="epochs", **how | dict(val=0))
+loader = study.torch_set("train", augmented=True)
 
 # %%
-prices = plan.measured(networks, run.device)
+prices = plan.measured(networks, run.device, loader)
 cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
 print(plan.advice(cost, run.budget))
 report.show(cost, digits=3)
@@ -386,7 +399,7 @@ figure
 
 # %%
 rng = np.random.default_rng(run.seed)
-parts = explore.rows_by_split(seen, together=False)
+parts = rows_by_split(seen)
 shown = np.concatenate([rng.permutation(rows)[:2] for rows in parts.values()])
 titles = seen.manifest.loc[shown, ["split", "class_name"]].agg("\n".join, axis=1)
 figure = plots.figure_samples(pixels.batch(shown).numpy(), titles, run.caption, columns=4)
@@ -833,7 +846,7 @@ def run_once(params, report_score):
     options = {"lr": params["lr"], "batch_size": params["batch_size"], "progress": False}
     options |= {"epochs": run.search_epochs, "patience": run.search_patience}
     options["on_epoch"] = lambda row: report_score(row["epoch"], row["val_auc"])
-    name = f"search/{search.run_name(params)}"
+    name = f"search/run_{digest(params)}"
     fitted = fit_model(study, name, model, loss, *sets, **options)
     best = fitted.history.set_index("epoch").loc[fitted.best_epoch]
     told = best[["val_accuracy", "val_loss", "train_accuracy"]].to_dict()

@@ -131,6 +131,7 @@ from dlia_utils.study import fit_model, load_models, made_by, open_study, predic
 from dlia_utils.study import (
     build_model,
     test_opened,
+    time_left,
     train_model,
     trained,
     weights_key,
@@ -194,9 +195,9 @@ def paired_table(rows):
 
 # %% [markdown]
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
-# from these alone, and the time that they take here, measured on a few random batches. *At most* counts an attack as if
-# it fooled nobody, and a training as if it never stopped early. Left out are figures of a few images, models of your own,
-# and what the CPU does with maps and tables. A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
+# from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
+# read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
 # between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 07
 # --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
 
@@ -228,9 +229,10 @@ phases.append(plan.Phase("Grad-CAM", run.backbone, test, 2 * test, 2 * test, exa
 parts = len(shortcuts.REGIONS)  # each is tested, and learnt anew
 audited = parts * (2 * test + some) + 7 * test  # blanked, as it is, a marker in five places
 phases.append(plan.Phase("shortcut audit", run.backbone, test, audited, settings="audit_images"))
+loader = study.torch_set("train", augmented=True)
 
 # %%
-prices = plan.measured(networks, run.device)
+prices = plan.measured(networks, run.device, loader)
 cost = plan.table(networks, phases, prices, gpus=torch.cuda.device_count() or 1)
 print(plan.advice(cost, run.budget))
 report.show(cost, digits=3)
@@ -465,6 +467,7 @@ space = {
 
 def one_run(params, tell):
     """Train a new head with these settings; what chooses is the smallest validation loss."""
+    time_left(run, "a run of the search was not begun")
     model, options = new_model(start, head, params["dropout"]), run.pick("epochs", "patience")
     options |= {"lr": params["lr"], "batch_size": params["batch_size"], "seed": run.seed}
     options |= {"monitor": "val_loss", "progress": False}
@@ -611,7 +614,7 @@ class Drop(Exception):
     """The training accuracy fell: the attempt is over."""
 
 
-def attempt(study, sets, frozen, tolerance, **how):
+def attempt(study, folder, sets, frozen, tolerance, **how):
     """Fine-tune at one rate to the end or to a fall: one row. frozen: that model's numbers."""
     seen, row = [frozen["train_accuracy"]], {"best_epoch": 0, "val_loss": np.nan}
 
@@ -622,7 +625,7 @@ def attempt(study, sets, frozen, tolerance, **how):
 
     try:
         model = unfrozen(study, "selected")  # the weights are loaded again
-        fitted = train.fit(model, loss_of(study), *sets, on_epoch=watch, **how)
+        fitted = fit_model(study, folder, model, loss_of(study), *sets, on_epoch=watch, **how)
         row = {"best_epoch": fitted.best_epoch, "val_loss": fitted.best_score}
         outcome = "gain" if fitted.best_score < frozen["val_loss"] else "no gain"
     except Drop:
@@ -641,15 +644,13 @@ def attempt(study, sets, frozen, tolerance, **how):
 # %%
 given = run.pick("tuning_lrs", "tuning_epochs", "unfrozen", "batch_size", "seed")
 given |= study.key | {"selected": weights_key(run, "selected")}
-how = run.pick("batch_size", "num_workers", "seed", "max_minutes")
-how |= dict(epochs=run.tuning_epochs, monitor="val_loss", patience=None, schedule="cosine")
-how |= dict(resume=bool(run.resume), config=given)
+how = dict(epochs=run.tuning_epochs, monitor="val_loss", patience=None, schedule="cosine")
 folder, rows = work_folder(run, "tuning", given), []
 sets = study.torch_set("train", augmented=True), study.torch_set("val")
 known = {"train_accuracy": share, "val_loss": history["val_loss"].min()}
 for number, lr in enumerate(run.tuning_lrs, 1):
-    how |= dict(run_dir=folder / f"attempt{number}", lr=lr)
-    rows.append({"attempt": number} | attempt(study, sets, known, tolerance, **how))
+    tried = attempt(study, f"tuning/attempt{number}", sets, known, tolerance, lr=lr, **how)
+    rows.append({"attempt": number} | tried)
     files.write_csv(pd.DataFrame(rows), folder / "attempts.csv")
     if rows[-1]["outcome"] in ("gain", "no gain"):
         break
