@@ -346,3 +346,12 @@ def test_the_command_tells_what_to_cut(built, monkeypatch, capsys):
     )
     assert cli.main([*asked, "epochs=1", "--profile", "smoke"]) == 0
     assert "covid (SYNTHETIC)" in capsys.readouterr().out
+
+
+def test_without_a_data_set_a_notebook_is_left_out_of_the_table(built, monkeypatch, capsys):
+    monkeypatch.chdir(built.parent)
+    (built.parent / "own" / "chest_xray").mkdir(parents=True)
+    asked = ["plan", "--device", "t4", "--data", str(built.parent / "own")]
+    assert cli.main(asked) == 0
+    assert len(re.findall(r"0\d_\w+ +left out: ", capsys.readouterr().out)) == 7
+    assert cli.main([*asked, "--nb", "06"]) == 2
