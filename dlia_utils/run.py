@@ -358,7 +358,7 @@ def setting_text(name: str, value: Any) -> str:
         return f"{{{', '.join(parts)}}}"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(setting_text(name, part) for part in value)})"
-    pixels = "eps" in name or "step_size" in name or name == "expensive"
+    pixels = "eps" in name or "step_size" in name or name in ("expensive", "full_at")
     if isinstance(value, float) and pixels and "published" not in name:
         return eps_text(value)
     return str(value) or "''"

@@ -235,7 +235,8 @@ def _row_problems(
     fault = box_fault(np.array(corners), np.array([side[whole].fillna(np.inf) for side in limits]))
     likely = {fault.kind: fault.fix}
     plain = "write plain decimals with a point; every row needs a box"
-    clip = likely.get("outside", CLIP)
+    clip, end = likely.get("outside", CLIP), likely.get("turned", "give {}, not the {}")
+    percent = "clip what rounding left; else send no percentages"
     misspelt = label.isin(SPELLING) & ~label.isin(classes)
     respelt = ", ".join(sorted({SPELLING[one] for one in label[misspelt]}))
     same = "take both from the same row of the mapping"
@@ -245,26 +246,11 @@ def _row_problems(
         ("image_id", owner.notna() & (owner != image), f"not the image of its {identity}", same),
         *((name, number[name].isna(), "no finite number", plain) for name in NUMBERS),
         *((name, number[name] < 0, "negative", clip) for name in NUMBERS[:4]),
-        (
-            "x_min",
-            number.x_min >= number.x_max,
-            "not below x_max",
-            likely.get("turned", "give x_max, not the width"),
-        ),
-        (
-            "y_min",
-            number.y_min >= number.y_max,
-            "not below y_max",
-            likely.get("turned", "give y_max, not the height"),
-        ),
+        ("x_min", number.x_min >= number.x_max, "not below x_max", end.format("x_max", "width")),
+        ("y_min", number.y_min >= number.y_max, "not below y_max", end.format("y_max", "height")),
         ("x_max", number.x_max > limits[0], "beyond the image's width", clip),
         ("y_max", number.y_max > limits[1], "beyond the image's height", clip),
-        (
-            "confidence",
-            number.confidence > 1,
-            "above 1",
-            "clip what rounding left; else send no percentages",
-        ),
+        ("confidence", number.confidence > 1, "above 1", percent),
         ("confidence", number.confidence < 0, "below 0", "send probabilities, not logits"),
         ("label", misspelt, "spelt as in another list", f"the competition spells it {respelt}"),
         ("label", ~label.isin(classes) & ~misspelt, "unknown", f"one of {', '.join(classes)}"),

@@ -9,6 +9,7 @@ from importlib import resources
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Tracer
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
@@ -259,6 +260,12 @@ def phantom_weights(name: str) -> dict[str, Tensor]:
     return own
 
 
+class _Tracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # torch.fx would look for each buffer of a MeanSparse operator among all of the model's.
+        return hasattr(m, "straight_through") or super().is_leaf_module(m, module_qualified_name)
+
+
 def fast_copy(model: nn.Module) -> nn.Module:
     """A frozen eval-mode copy, channels last, batch norms folded into the convolutions before them.
 
@@ -273,7 +280,8 @@ def fast_copy(model: nn.Module) -> nn.Module:
     inside = isinstance(getattr(copied, "backbone", None), nn.Module)
     folded = copied.backbone if inside else copied
     try:
-        folded = fuse(folded).eval()
+        traced = GraphModule(folded, _Tracer().trace(folded))
+        folded = fuse(traced, no_trace=True).eval()
     except (TraceError, TypeError, RuntimeError, AttributeError) as error:
         message = f"{type(folded).__name__} could not be folded: attacks take several times as long"
         warnings.warn(f"{message} (torch.fx: {error})", RuntimeWarning, stacklevel=2)

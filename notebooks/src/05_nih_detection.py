@@ -80,7 +80,7 @@ CPU |= {"rpn_post_nms": 200, "roi_batch": 64, "epochs": 14, "batch_size": 8, "em
 # A first look, from random weights
 SMOKE = LIGHT | {"size": 128, "images": 144, "weights": None, "freeze_bn": False, "width": 0.5}
 SMOKE |= {"channels": 64, "rpn_pre_nms": 200, "rpn_post_nms": 64, "roi_batch": 16, "folds": 5}
-SMOKE |= {"epochs": 11, "batch_size": 8, "lr": 0.04, "ema": 0.95, "max_minutes": None}
+SMOKE |= {"epochs": 10, "batch_size": 8, "lr": 0.04, "ema": 0.95, "max_minutes": None}
 SMOKE |= {"bootstrap_draws": 200}
 # Fractures are small, and several in an image; in boxes of your own there may be any number
 BY_DATA = {"dlia": {}, "nih": {}, "fracatlas": {"one_per_class": False, "size": 800}}
