@@ -25,6 +25,7 @@ PARAMETERS = ("PROFILE", "DATA_DIR", "RUN_NAME", "RESUME", "CHANGES")
 HEAD = ("parameters", "settings", "start", "imports", "yours")  # tags of the opening cells
 PATH_VARIABLES = ("DLIA_DATA", "DLIA_RUNS", "DLIA_CACHE", "DLIA_WEIGHTS")
 KERNEL_STARTS = 3
+SAVED_EVERY = 5  # seconds: the notebook that is being executed, at most
 SECONDS_BETWEEN_LINES = 10  # in a log file, at least
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -191,7 +192,8 @@ def execute(
     # The kernel starts in another folder, where a relative path would mean something else.
     paths = {name: absolute(os.environ[name]) for name in PATH_VARIABLES if os.environ.get(name)}
     telling = narrated(sys.stderr) if progress else nullcontext(({}, None))
-    with telling as (hooks, status), mock.patch.dict(os.environ):  # put back afterwards
+    # What is changed is put back afterwards.
+    with telling as (hooks, status), _saved_seldom(), mock.patch.dict(os.environ):
         variables = KERNEL_ENVIRONMENT | paths | {STATUS: status} | dict(environment or {})
         for name in variables:
             os.environ.pop(name, None)
@@ -210,6 +212,22 @@ def execute(
             **hooks,
         )
     return out
+
+
+@contextmanager
+def _saved_seldom() -> Iterator[None]:
+    """papermill would write the notebook before and after each cell: a tenth of a smoke run."""
+    from papermill.engines import NotebookExecutionManager as Manager
+
+    write, due = Manager.save, [0.0]
+
+    def save(manager: Manager, **told: Any) -> None:
+        if manager.end_time or time.monotonic() >= due[0]:
+            write(manager, **told)
+            due[0] = time.monotonic() + SAVED_EVERY
+
+    with mock.patch.object(Manager, "save", save):
+        yield
 
 
 def _started(execute_notebook: Callable, *args: Any, **options: Any) -> None:

@@ -205,10 +205,8 @@ def accuracy_rows(
     `per_image` has columns attack, eps, image (row number in the manifest) and fooled.
     """
     parts = per_image.groupby(["attack", "eps"], sort=False)
-    rows = [
-        _right(part, study) | {"metric": "accuracy", "attack": attack, "eps": eps}
-        for (attack, eps), part in parts
-    ]
+    accuracy = dict(metric="accuracy")
+    rows = [_right(own, study) | accuracy | dict(attack=a, eps=eps) for (a, eps), own in parts]
     return result_rows(pd.DataFrame(rows), study.run, model=model, eps_unit=eps_unit)
 
 

@@ -109,7 +109,7 @@ ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
 SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY, "expensive": EXPENSIVE}
-SMOKE |= {"most": {"square": 20}, "zoo_suite": {}}
+SMOKE |= {"most": {"square": 20}, "zoo_suite": {"attacks": FULL["zoo_suite"]["attacks"]}}
 SMOKE |= {"check_images": 4, "maps": 5, "occlusion_window": 8, "integrated_steps": 8}
 SMOKE |= {"bootstrap_draws": 200}
 
@@ -502,7 +502,7 @@ figure
 # suite of notebook 01: random noise, FGSM, PGD on the logit margin, APGD with both losses, the searches for the smallest
 # change (DeepFool, FMN), Square, which sees no gradient, and for MeanSparse models PGD and APGD again straight through the
 # operator. The **worst case** counts an image as right only if none of them fooled it at this or a smaller eps.
-# In `full` the large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
+# The large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
 # a MobileNetV2 may be the attacks that it was spared.
 
 # %%

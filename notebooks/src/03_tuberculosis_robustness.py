@@ -130,7 +130,7 @@ TINY = {name: {"steps": 4} for name in ("apgd_ce", "apgd_margin", "deepfool", "f
 TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
 SMOKE |= {"eps_grid": pixel_eps(1, 4), "pgd_steps": 3, "budgets": TINY}
 SMOKE |= {"expensive": dict.fromkeys(("apgd_ce", "apgd_margin", "square"), pixel_eps(4))}
-SMOKE |= {"most": {"square": 20}, "zoo_suite": {}}
+SMOKE |= {"most": {"square": 20}, "zoo_suite": {"attacks": FULL["zoo_suite"]["attacks"]}}
 SMOKE |= {"check_images": 4, "maps": 6, "occlusion_window": 8, "integrated_steps": 32}
 SMOKE |= {"external": "phantom", "external_patients": r"(\w+-\d+)", "external_attacked": 16}
 
@@ -902,7 +902,7 @@ for name, images in (("as they are", x), (after, x_adv)):
 # threshold of 0.5, for the table in the form of the published study; sensitivity and specificity in
 # the worst case stand beside it, and their mean. The last line is no model: it is what always
 # answering "Normal" scores, whatever the attack.
-# In `full` the large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
+# The large networks meet a smaller suite (`zoo_suite`), for want of a GPU's time: a gap by which one of them beats
 # a MobileNetV2 may be the attacks that it was spared.
 
 # %%
