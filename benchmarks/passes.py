@@ -55,6 +55,7 @@ from dlia_utils.units import pixel_eps
 ON_GPU = dict(size=224, batch=64, images=512, detect_size=1024, arch="fasterrcnn_resnet50_fpn_v2")
 ON_CPU = dict(size=128, batch=16, images=128, detect_size=256, arch="fasterrcnn_mobilenet_v2_fpn")
 COUNTED = 3_945, 1_756  # passes per image and model of 01 at a9fca2b, as counted then
+PGD_10 = {"eps": 8 / 255, "steps": 10, "restarts": 0, "stop_when_fooled": False}
 HEADLINE, SQUARE, OF = 4 / 255, 200, 624  # 01 `full`: Square meets 200 of the 624 test images
 
 
@@ -138,17 +139,21 @@ def gpu_share(case: Callable) -> float:
 # ------------------------------------------------------------------------------------------ attacks
 
 
-def attack(options: argparse.Namespace, device: str) -> list[Row]:
+def victim(options: argparse.Namespace, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """MobileNetV2, random images, and its own answers to them."""
     torch.manual_seed(0)
     model = mobilenet_v2(num_classes=2).eval().to(device)
     x = torch.rand(options.batch, 1, options.size, options.size, device=device)
-    y = model(x).argmax(1).detach()
-    full = {"eps": 8 / 255, "steps": 10, "restarts": 0, "stop_when_fooled": False}
+    return model, x, model(x).argmax(1).detach()
+
+
+def attack(options: argparse.Namespace, device: str) -> list[Row]:
+    model, x, y = victim(options, device)
     fast = fast_copy(model)
     cases = {
         "PGD-10's bare passes": lambda: bare_passes(model, x, y),
-        "PGD-10": lambda: pgd(model, x, y, **full),
-        "PGD-10 through fast_copy": lambda: pgd(fast, x, y, **full),
+        "PGD-10": lambda: pgd(model, x, y, **PGD_10),
+        "PGD-10 through fast_copy": lambda: pgd(fast, x, y, **PGD_10),
     }
     speed = measured(cases, len(x), device, options.rounds)
     print(f"| (attacks of this model take {fitting_batch(model, x)} images at once) | | |")
@@ -171,20 +176,17 @@ def bare_passes(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def compiled(options: argparse.Namespace, device: str) -> list[Row]:
     """PGD-10 of a network that torch.compile made (on a GPU also as CUDA graphs), and its wait."""
-    torch.manual_seed(0)
-    fast = fast_copy(mobilenet_v2(num_classes=2).eval().to(device))
-    x = torch.rand(options.batch, 1, options.size, options.size, device=device)
-    y = fast(x).argmax(1).detach()
-    full = {"eps": 8 / 255, "steps": 10, "restarts": 0, "stop_when_fooled": False}
+    model, x, y = victim(options, device)
+    fast = fast_copy(model)
     modes = ["default"] + ["reduce-overhead"] * (device == "cuda")  # the second: CUDA graphs
     made, waits = {"as it is": fast}, {}
     for mode in modes:
         name, begun = f"compiled, {mode}", time.perf_counter()
         made[name] = torch.compile(fast, mode=mode)
-        pgd(made[name], x, y, **full)
+        pgd(made[name], x, y, **PGD_10)
         waits[name] = time.perf_counter() - begun
     print("\n| PGD-10 through fast_copy | images/s | busy |\n|---|---|---|")
-    cases = {name: lambda one=one: pgd(one, x, y, **full) for name, one in made.items()}
+    cases = {name: lambda one=one: pgd(one, x, y, **PGD_10) for name, one in made.items()}
     speed = measured(cases, len(x), device, options.rounds)
     for name, wait in waits.items():
         print(f"{name}: the first call took {wait:.0f} s")

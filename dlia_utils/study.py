@@ -430,6 +430,7 @@ def time_left(run: Run, what: str = "") -> float:
 
 
 def out_of_time(run: Run, what: str) -> train.OutOfTime:
+    """The error that says what is late, and how to go on in the next session."""
     text = f"{what}: this session's {run.budget:g} hours are spent. What is done is kept: run "
     text += "again, in a new session, to go on from there (the same command; on Kaggle attach "
     return train.OutOfTime(text + "this session's output). For more time: the setting hours.")
