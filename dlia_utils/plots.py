@@ -170,7 +170,7 @@ def figure_confusion(
 ) -> Figure:
     """Confusion matrices (rows truth, columns prediction), one a model."""
     columns = min(4, len(predictions))
-    figure, axes = panels(columns, rows=-(-len(predictions) // columns), width=2.4, height=2.6)
+    figure, axes = panels(columns, rows=-(-len(predictions) // columns), width=2.4, height=3.3)
     short = [textwrap.fill(name.replace("_", " "), 12) for name in classes]
     for axis in axes.flat[len(predictions) :]:
         axis.axis("off")

@@ -45,20 +45,23 @@ def result_rows(table: pd.DataFrame, run: Run, **labels) -> pd.DataFrame:
     """Metric rows (metric, value, ci_low, ci_high, n) completed to the tidy `RESULT_COLUMNS`.
 
     `labels` fills model, attack, eps and eps_unit, which are else "clean", 0 and "pixel". epochs:
-    those that the model was really trained for, where the run folder says so, else the setting.
-    ValueError for a column or label that is none of `RESULT_COLUMNS`.
+    trained ones by the run folder's log, else the setting. ValueError: not in `RESULT_COLUMNS`.
     """
     for name in (*labels, *table.columns):
         if name not in RESULT_COLUMNS:
             raise ValueError(f"result rows have no column {name!r}{nearest(name, RESULT_COLUMNS)}")
-    given = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel"} | labels
-    given |= {name: getattr(run, name) for name in ("notebook", "seed", "size", "profile")}
-    given |= {"data": run.data_name, "hardware": hardware()}
+    given = {"attack": "clean", "eps": 0.0, "eps_unit": "pixel"} | labels | origin(run)
     filled = table.assign(**{k: v for k, v in given.items() if k not in table.columns})
     for column, of in (("epochs", _epochs), ("weights", weights_label)):
         if column not in filled:
             filled[column] = [of(run, model) for model in filled["model"]]
     return filled.reindex(columns=RESULT_COLUMNS)
+
+
+def origin(run: Run) -> dict[str, object]:
+    """Where rows come from: notebook, seed, size, profile, data and hardware, as columns."""
+    told = {name: getattr(run, name) for name in ("notebook", "seed", "size", "profile")}
+    return told | {"data": run.data_name, "hardware": hardware()}
 
 
 def _epochs(run: Run, model: str) -> int:
@@ -387,10 +390,9 @@ def written(run: Run) -> Shown:
     parts = {}
     tops = names.where(names.str.contains("/"), "").str.split("/").str[0]
     for folder, own in names.groupby(tops):
-        most = 3 if folder in ("suite", "tables") else 8
+        most = 3 if len(own) > 20 else 8
         shown = own.str.removeprefix(f"{folder}/").head(most)
         more = f" and {len(own) - most} more" if len(own) > most else ""
         parts[folder or "(top)"] = ", ".join(shown) + more
     parts = pd.Series(parts, name="files").rename_axis("folder")
-    where = f"{run.run_dir.parent.name}/{run.run_dir.name}"
-    return show(parts, notes=f"All below {where}.")
+    return show(parts, notes=f"All below {run.run_dir.parent.name}/{run.run_dir.name}.")

@@ -12,6 +12,7 @@ from test_kaggle_tree import NO_DEFENCE
 from tools import notebooks, published
 
 PAGE = published.PAGE.read_text(encoding="utf-8")
+RESULTS = published.REPOSITORY / "results"
 
 
 def test_tables_come_from_the_committed_results():
@@ -19,7 +20,7 @@ def test_tables_come_from_the_committed_results():
 
 
 def test_committed_results_are_real_and_complete():
-    results = pd.read_csv(published.REPOSITORY / "results" / "01_pneumonia.csv")
+    results = pd.read_csv(RESULTS / "01_pneumonia.csv")
     assert not results.data.str.contains("SYNTHETIC").any()
     clean = results[results.attack.eq("clean") & results.metric.eq("accuracy")]
     assert (clean.n == 624).all(), "the official test split has 624 images"
@@ -27,8 +28,16 @@ def test_committed_results_are_real_and_complete():
     assert not results.duplicated(["model", "attack", "eps", "eps_unit", "metric", "seed"]).any()
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("0*.csv")))
+def test_every_row_says_where_it_comes_from(name):
+    results = pd.read_csv(RESULTS / name)
+    columns = ["seed", "size", "profile", "data", "hardware"]
+    columns += ["n"] * ("checks" not in name)  # whose counts stand in their texts
+    assert results[columns].notna().all(axis=None)
+
+
 def test_committed_detection_results_say_what_is_synthetic():
-    results = pd.read_csv(published.REPOSITORY / "results" / "05_detection.csv")
+    results = pd.read_csv(RESULTS / "05_detection.csv")
     planted = results.model.eq("planted findings, 5 folds")
     assert (results.data.str.contains("SYNTHETIC") == planted).all() and (
         results[~planted].n == 61
@@ -37,7 +46,7 @@ def test_committed_detection_results_say_what_is_synthetic():
 
 
 def test_committed_fracture_results_are_real_paired_and_complete():
-    results = pd.read_csv(published.REPOSITORY / "results" / "02_fracatlas.csv")
+    results = pd.read_csv(RESULTS / "02_fracatlas.csv")
     assert set(results.data) == {"fracatlas"} and set(results.profile) == {"cpu"}
     assert not results.duplicated(["model", "attack", "eps", "metric"]).any()
     for attack in ("clean", "worst"):
@@ -51,7 +60,7 @@ def test_committed_fracture_results_are_real_paired_and_complete():
 
 
 def test_committed_medmnist_results_are_whole_runs_beside_a_constant_answer():
-    results = pd.read_csv(published.REPOSITORY / "results" / "04_perturbation_medmnist.csv")
+    results = pd.read_csv(RESULTS / "04_perturbation_medmnist.csv")
     assert set(results.profile) == {"cpu"}
     assert not results.duplicated(["data", "seed", "model", "attack", "eps", "metric"]).any()
     clean = results[results.attack.eq("clean") & results.metric.eq("accuracy")]
@@ -63,14 +72,14 @@ def test_committed_medmnist_results_are_whole_runs_beside_a_constant_answer():
 
 
 def test_committed_covid_results_are_real_and_of_one_test_split():
-    results = pd.read_csv(published.REPOSITORY / "results" / "06_covid.csv")
+    results = pd.read_csv(RESULTS / "06_covid.csv")
     assert set(results.data) == {"covid"} and set(results.profile) == {"cpu"}
     assert not results.duplicated(["notebook", "model", "attack", "metric"]).any()
     assert (results[results.metric.isin(["accuracy", "auc"])].n == 300).all()
 
 
 def test_committed_tuberculosis_results_are_real_and_say_where_from():
-    results = pd.read_csv(published.REPOSITORY / "results" / "03_tuberculosis.csv")
+    results = pd.read_csv(RESULTS / "03_tuberculosis.csv")
     assert set(results.data) == {"tuberculosis", "shenzhen"} and set(results.profile) == {"cpu"}
     assert not results.duplicated(["model", "attack", "eps", "metric", "data"]).any()
     edges = results[results.attack.str.startswith("audit, ")].set_index("attack")
@@ -107,7 +116,7 @@ def test_the_table_of_two_hospitals_takes_each_number_from_its_place():
 
 
 def test_several_seeds_are_told_as_mean_and_spread_beside_the_constant_answer():
-    results = pd.read_csv(published.REPOSITORY / "results" / "01_pneumonia.csv")
+    results = pd.read_csv(RESULTS / "01_pneumonia.csv")
     third = results[results.model.isin(["pgd_at", "mart"])]
     moved = [third.assign(seed=seed, value=third.value + 0.01 * seed) for seed in (1, 2)]
     table = published.headline(pd.concat([results, *moved])).set_index("model")
@@ -120,7 +129,7 @@ def test_several_seeds_are_told_as_mean_and_spread_beside_the_constant_answer():
     square = square.assign(attack="square, of those standing", value=0.995, n=200)
     last = published.each_attack(pd.concat([results, square])).iloc[-2:]
     assert last["square, of those standing"].tolist() == ["0.995 of 200", ""]
-    bones = pd.read_csv(published.REPOSITORY / "results" / "02_fracatlas.csv")
+    bones = pd.read_csv(RESULTS / "02_fracatlas.csv")
     maps = bones[bones.attack.str.startswith("map ")]
     moved = published.fracture_maps(pd.concat([maps, maps.assign(seed=1, value=maps.value + 0.02)]))
     assert moved.iloc[:, 2:].map(lambda cell: cell.endswith("± 0.01")).all(axis=None)
@@ -173,13 +182,13 @@ def test_the_readme_is_short_and_names_what_exists():
 
 
 def headline(name, model, attack, metric="accuracy", eps=4 / 255):
-    table = pd.read_csv(published.REPOSITORY / "results" / f"{name}.csv")
+    table = pd.read_csv(RESULTS / f"{name}.csv")
     own = table[table.model.eq(model) & table.attack.eq(attack) & table.metric.eq(metric)]
     return own[np.isclose(own.eps, eps if attack == "worst" else 0)].iloc[0]
 
 
 def test_what_readme_and_notebooks_say_of_the_real_studies_is_in_the_results():
-    pneumonia = pd.read_csv(published.REPOSITORY / "results" / "01_pneumonia.csv")
+    pneumonia = pd.read_csv(RESULTS / "01_pneumonia.csv")
     worst = pneumonia[pneumonia.attack.eq("worst") & pneumonia.metric.eq("accuracy")]
     worst = worst[np.isclose(worst.eps, 4 / 255) & worst.seed.eq(0)].set_index("model")
     assert round(headline("01_pneumonia", "baseline", "clean").value, 2) == 0.92
@@ -192,6 +201,15 @@ def test_what_readme_and_notebooks_say_of_the_real_studies_is_in_the_results():
     assert [round(value, 3) for value in fallen.values()] == [0.387, 0.189]
     for name in ("standard", "linear_probe", "robust_probe"):
         assert headline("02_fracatlas", name, "worst").value == 0
+    own, there = (f"{place}clean, chosen threshold" for place in ("", "external, "))
+    tb = [headline("03_tuberculosis", "standard", one, "auc").value for one in (own, there)]
+    found = headline("03_tuberculosis", "standard", there, "sensitivity")
+    assert [round(one, 2) for one in (*tb, found.value)] == [1, 0.63, 0.03] and found.n == 662
+    assert round(headline("03_tuberculosis", "pgd_at", "worst").value, 2) == 0.94
+    for model in ("pgd_at", "trades"):
+        abroad = pd.read_csv(RESULTS / "03_tuberculosis.csv").query("attack == 'external, worst'")
+        abroad = abroad[abroad.model.eq(model) & abroad.metric.eq("balanced_accuracy")]
+        assert abroad.ci_high.item() < 0.5, "less than a constant answer"
     for source, told in (("01", ["**0.718** [0.674, 0.757]", "0.691"]), ("02", ["0.387", "0.189"])):
         text = notebooks.sources([source])[0].read_text()
         assert all(one in text for one in told)

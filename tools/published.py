@@ -17,6 +17,7 @@ from dlia_utils.data import phantom
 from dlia_utils.data.readers import NIH_CLASSES
 from dlia_utils.detect import figures
 from dlia_utils.explain.base import REFERENCES
+from dlia_utils.explain.figures import figure_forest
 from dlia_utils.metrics import digits_of
 from dlia_utils.plots import figure_accuracy_vs_eps
 from dlia_utils.report import attack_table, with_interval
@@ -404,9 +405,22 @@ def pictures() -> dict[str, Figure]:
             pneumonia_rows, pneumonia, constant=390 / 624, **options
         ),
         "fractures": figure_accuracy_vs_eps(bone_rows, bones, constant=150 / 222, **options),
+        "hospitals": _two_hospitals(_results("03_tuberculosis")),
         "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
         "findings": _findings(),
     }
+
+
+def _two_hospitals(results: pd.DataFrame) -> Figure:
+    """Each tuberculosis network on the collection's test images and in Shenzhen."""
+    near, parts = pd.concat([results[results.eps.eq(0)], _at_headline(results)]), []
+    for title, (attack, metric) in TWICE.items():
+        for place, name in (("the collection", attack), ("Shenzhen", f"external, {attack}")):
+            own = near[near.attack.eq(name) & near.metric.eq(metric)]
+            parts.append(own.assign(measure=title.replace(", ", ",\n"), place=place))
+    table = pd.concat(parts).query("metric != 'ece'")
+    caption = "tuberculosis, 334 and 662 test images (worst case there: 200), cpu profile, 160 px"
+    return figure_forest(table, caption, panel="measure", row="model", series="place", chance=0.5)
 
 
 def _view_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -17,8 +17,8 @@
 # **Before you start.** You can train a classifier in PyTorch and know what a gradient is. No earlier notebook is needed.
 #
 # **Time.** Reading: 45 minutes for sections 1 to 7; the sections marked *Extra* can wait. Running: smoke (tiny networks,
-# 48 px) about 90 seconds on a laptop; cpu about eight hours of one core (an estimate from counted passes); full: at
-# most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
+# 48 px) about 90 seconds on a laptop; cpu at most 23 hours of one core, full at most 8 hours on
+# Kaggle's two T4, both by the plan below, which counts each attack as if it fooled nobody (not seen yet).
 #
 # <!-- contents -->
 #
@@ -194,9 +194,10 @@ def beside_constant(table, labels):
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
 # from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
 # read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
-# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
-# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 01
-# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a
+# budget (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on
+# in the next session. `python -m dlia_utils plan --nb 01 --profile full --device t4` tells the same of Kaggle's GPUs
+# beforehand. The cells that count are folded.
 
 # %% tags=["plan"]
 study, net = open_study(run), "MobileNetV2"
@@ -663,7 +664,8 @@ base = scores["baseline"]
 tests = {n: metrics.delong_test(labels, scores[n], base, patients) for n in MODELS[1:]}
 tests = pd.DataFrame(tests).T.rename(columns={"value": "AUC minus the baseline's"})
 tests["p (Holm)"] = metrics.holm(tests["p"])
-files.write_csv(tests.rename_axis("model").reset_index(), run.run_dir / "auc_tests.csv")
+told = tests.rename_axis("model").reset_index().assign(**report.origin(run))
+files.write_csv(told, run.run_dir / "auc_tests.csv")
 shown = tests[["AUC minus the baseline's", "ci_low", "ci_high", "p (Holm)"]].astype(float)
 report.show(shown.rename_axis("model"), digits=3)
 
@@ -910,7 +912,8 @@ study = open_study(run)
 where = "5 The suite"
 per_image = {name: stored(study, f"robust_{name}", model=name, section=where) for name in MODELS}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="baseline")
-files.write_csv(paired, run.run_dir / "paired_tests.csv")
+told = dict(n=len(study.rows("test")), **report.origin(run))
+files.write_csv(paired.assign(**told), run.run_dir / "paired_tests.csv")
 worst = paired[paired.condition.ne("clean")].set_index("model")
 report.show(worst[["accuracy", "difference", "ci_low", "ci_high", "p_holm"]])
 
@@ -983,7 +986,7 @@ report.show(table)
 # %%
 first, *others = run.adversarial or [""]
 base, among = of_seeds(first, "robust"), []
-about = rows.iloc[0][["size", "profile", "data", "hardware"]].to_dict()
+about = report.origin(run)
 for name in others:
     own = of_seeds(name, "robust")
     both = [seed for seed in base if seed in own]
@@ -992,7 +995,7 @@ for name in others:
         raise ValueError("a run that seed_runs names has another test split")
     found = report.paired_tests(pooled, study, eps=run.headline_eps, reference=first)
     found = found.assign(seeds=len(both), reference_model=first, n=len(study.rows("test")))
-    among.append(found.assign(**about))
+    among.append(found.assign(**about | {"seed": " ".join(map(str, both))}))
 if among:
     among = pd.concat(among, ignore_index=True)
     among["p_holm"] = among.groupby("condition")["p"].transform(metrics.holm)
@@ -1002,7 +1005,8 @@ if among:
 checks = {name: of_seeds(name, "checks") for name in MODELS}
 checks = {(name, seed): one for name, found in checks.items() for seed, one in found.items()}
 checks = pd.concat(checks, names=["model", "seed"]).reset_index(["model", "seed"])
-saved = files.write_csv(checks.drop(columns="why").assign(**about), run.run_dir / "all_checks.csv")
+checks = checks.drop(columns="why").assign(**about | {"seed": checks["seed"]})
+saved = files.write_csv(checks, run.run_dir / "all_checks.csv")
 
 
 # %% [markdown]

@@ -17,9 +17,9 @@
 #
 # **Before you start.** Notebook 01 explains the attacks and the worst case per image. You know what fine-tuning is.
 #
-# **Time.** Reading: an hour. Running: smoke (tiny networks, 48 px) about 90 seconds on a laptop; cpu about two hours,
-# without the eight large networks; full needs a GPU and the internet: at most 8.5 hours on Kaggle's two T4, by the plan
-# below (not seen yet).
+# **Time.** Reading: an hour. Running: smoke (tiny networks, 48 px) about 90 seconds on a laptop; cpu at most four
+# hours, without the eight large networks; full needs a GPU and the internet: at most 8.5 hours on Kaggle's two T4, both
+# by the plan below (not seen yet).
 #
 # <!-- contents -->
 #
@@ -32,7 +32,7 @@
 # %% tags=["bootstrap"]
 
 # %% tags=["parameters"]
-PROFILE = "auto"  # "smoke" (two minutes), "cpu" (laptop, about two hours), "full" (GPU), "auto"
+PROFILE = "auto"  # "smoke" (two minutes), "cpu" (laptop, up to four hours), "full" (GPU), "auto"
 DATA_DIR = ""  # empty: find the data set; else the folder that holds FracAtlas
 RUN_NAME = ""  # empty: profile and kind of data
 RESUME = True  # True: go on where a run stopped; False: anew; "force": under other settings
@@ -166,9 +166,10 @@ def study_of(name):
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
 # from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
 # read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
-# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
-# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 02
-# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a
+# budget (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on
+# in the next session. `python -m dlia_utils plan --nb 02 --profile full --device t4` tells the same of Kaggle's GPUs
+# beforehand. The cells that count are folded.
 
 # %% tags=["plan"]
 def planned_maps(name, size, images):
@@ -827,7 +828,8 @@ names, per_image = [*MODELS, *trained(study, run.zoo)], {}
 for name in names:
     per_image[name] = stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
-files.write_csv(paired, run.run_dir / "paired_tests.csv")
+told = dict(n=len(study.rows("test")), **report.origin(run))
+files.write_csv(paired.assign(**told), run.run_dir / "paired_tests.csv")
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
 masking = report.masking_table(results, eps=run.headline_eps)
 Markdown(report.verdict(results, masking, paired, run, reference="standard"))

@@ -221,9 +221,10 @@ def patients_of(study, images):
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
 # from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
 # read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
-# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
-# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 04
-# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a
+# budget (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on
+# in the next session. `python -m dlia_utils plan --nb 04 --profile full --device t4` tells the same of Kaggle's GPUs
+# beforehand. The cells that count are folded.
 
 # %% tags=["plan"]
 study, phases = open_study(run), []
@@ -801,7 +802,7 @@ def drift_figure(plain):
             axis.fill_between(layers, half[0.25], half[0.75], color="0.5", alpha=0.15, lw=0)
             axis.set_title(f"severity {severity}")
             axis.tick_params(axis="x", rotation=90, labelbottom=name != plain)
-        line[0].set_ylabel(name.replace("_", " "))
+        line[0].set_ylabel(name.replace("_augmented", "\naugmented").replace("_", " "))
     most = means.xs(severity, level="severity").mean(axis=1).idxmax()
     title = f"{most} moves the maps of {name} most (severity {severity})".replace("_", " ")
     below = "RMSE of scaled maps (0 to 255), layers from shallow to deep"
@@ -1107,11 +1108,11 @@ for number, kind in enumerate(run.mapped):
             draw(axis, own, number + place, color, fate)
 axis.set(ylim=(len(run.mapped) - 0.5, -0.5), xlabel=f"drift: {' '.join(chosen[name])}")
 axis.set_yticks(range(len(run.mapped)), [kind.replace("_", " ") for kind in run.mapped])
-axis.margins(x=0.15)
+axis.margins(x=0.2)
 
 # %%
 middle = each.groupby("fate")["drift"].median()
-title = f"{name}: median drift " + ", ".join(f"{m:.2g} where {fate}" for fate, m in middle.items())
+title = f"{name}: median drift " + ", ".join(f"{m:.3g} where {fate}" for fate, m in middle.items())
 plots.titled(figure, title, f"number of images behind each bar; {run.caption}")
 report.save_figure(figure, run, "kept_flipped")
 figure

@@ -202,9 +202,10 @@ def shown_threshold():
 # **What this will cost.** Before hours are spent: each phase with the passes of images that the settings ask for, counted
 # from these alone, and the time that they take here, measured on a few random batches and, for the trainings, on images
 # read and augmented. *At most* counts an attack as if it fooled nobody, and a training as if it never stopped early. Left
-# out are figures of a few images, models of your own, and what the CPU does with maps and tables. (The cells that count are folded.) A run that has a budget (`hours`; on Kaggle 11 of the session's 12) ends
-# between two phases or epochs before it is cut off, and goes on in the next session. `python -m dlia_utils plan --nb 05
-# --profile full --device t4` tells the same of Kaggle's GPUs beforehand.
+# out are figures of a few images, models of your own, and what the CPU does with maps and tables. A run that has a
+# budget (`hours`; on Kaggle 11 of the session's 12) ends between two phases or epochs before it is cut off, and goes on
+# in the next session. `python -m dlia_utils plan --nb 05 --profile full --device t4` tells the same of Kaggle's GPUs
+# beforehand. The cells that count are folded.
 
 # %% tags=["plan"]
 def build():
