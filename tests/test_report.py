@@ -275,8 +275,10 @@ def test_an_interval_at_none_or_all_is_explained(run):
 
 
 def test_the_files_of_a_run_are_listed_by_folder(run):
-    for name in ("results.csv", "tables/a.csv", *(f"suite/{k}.npz" for k in range(30))):
+    many = [*(f"suite/{k}.npz" for k in range(30)), *(f"figures/{k}.png" for k in range(10))]
+    for name in ("results.csv", "tables/a.csv", *many):
         (run.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run.run_dir / name).write_text("")
     text = repr(report.written(run))
-    assert "results.csv" in text and "a.csv" in text and "and 27 more" in text
+    assert "results.csv" in text and "a.csv" in text
+    assert "and 27 more" in text and "and 2 more" in text

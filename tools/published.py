@@ -90,6 +90,10 @@ def _at_headline(results: pd.DataFrame) -> pd.DataFrame:
     return results[np.isclose(results.eps, HEADLINE_EPS) & results.eps_unit.eq("pixel")]
 
 
+def _clean_and_headline(results: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([results[results.eps.eq(0)], _at_headline(results)])
+
+
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """Per model: clean accuracy and AUC, the worst case at 4/255, and its two directions.
 
@@ -298,7 +302,7 @@ TWICE |= {"balanced worst case at 4/255": ("worst", "balanced_accuracy")}
 
 def hospitals(results: pd.DataFrame) -> pd.DataFrame:
     """Tuberculosis: each model on the collection's test images, in Shenzhen, and the difference."""
-    near, rows = pd.concat([results[results.eps.eq(0)], _at_headline(results)]), []
+    near, rows = _clean_and_headline(results), []
     for model in dict.fromkeys(results[results.attack.eq(f"external, {AT_THRESHOLD}")].model):
         own = near[near.model.eq(model)]
         for title, (attack, metric) in TWICE.items():
@@ -413,7 +417,7 @@ def pictures() -> dict[str, Figure]:
 
 def _two_hospitals(results: pd.DataFrame) -> Figure:
     """Each tuberculosis network on the collection's test images and in Shenzhen."""
-    near, parts = pd.concat([results[results.eps.eq(0)], _at_headline(results)]), []
+    near, parts = _clean_and_headline(results), []
     for title, (attack, metric) in TWICE.items():
         for place, name in (("the collection", attack), ("Shenzhen", f"external, {attack}")):
             own = near[near.attack.eq(name) & near.metric.eq(metric)]
