@@ -29,7 +29,7 @@ log = logging.getLogger("dlia_utils")
 # The settings that `train_fold` wants: run.pick(*DETECTOR), run.pick(*RECIPE)
 DETECTOR = "arch weights size trainable_layers freeze_bn nms rpn_pre_nms rpn_post_nms".split()
 DETECTOR += "roi_batch anchor_sizes channels width seed".split()
-RECIPE = "weight_decay warmup_epochs lr_min accumulate clip_norm ema".split()
+RECIPE = "optimizer weight_decay warmup_epochs lr_min accumulate clip_norm ema".split()
 
 
 class Fold(NamedTuple):
@@ -170,7 +170,7 @@ def train_fold(
         return {"val_mAP50": evaluate.summary(matches(study, fold.select, found))["mAP50"]}
 
     options = dict(monitor="val_mAP50", val_metric=select_by, collate=augment.collate_boxes)
-    options |= dict(optimizer="sgd", schedule="cosine", **recipe)
+    options |= dict(schedule="cosine", **recipe)
     # Who shortens the training to an epoch or two need not know of the warm-up.
     options["warmup_epochs"] = min(options["warmup_epochs"], study.run.epochs - 1)
     return fit_model(study, fold.name, model, objectives.detection(), train_set, None, **options)

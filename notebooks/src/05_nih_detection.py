@@ -63,7 +63,7 @@ FULL |= {"freeze_bn": True, "nms": 0.3, "rpn_pre_nms": 1000, "rpn_post_nms": 100
 FULL |= {"roi_batch": 512, "anchor_sizes": None, "channels": 256, "width": 1.0}
 # The recipe of every training, see section 3; max_minutes is for one fold, None is no limit
 FULL |= {"folds": 5, "run_folds": 5, "flip": 0.5, "epochs": 60, "batch_size": 4}
-FULL |= {"accumulate": 4, "lr": 5e-3}
+FULL |= {"optimizer": "sgd", "accumulate": 4, "lr": 5e-3}
 FULL |= {"weight_decay": 1e-4, "warmup_epochs": 5, "lr_min": 1e-6, "clip_norm": 1.0, "ema": 0.998}
 FULL |= {"patience": 15, "max_minutes": 240.0, "num_workers": 2}
 FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
@@ -72,11 +72,13 @@ FULL |= {"wbf_iou": 0.5, "bootstrap_draws": 2000}
 
 # %% tags=["settings"]
 # Smaller for both: a light backbone, one fold, few epochs
-LIGHT = {"arch": "fasterrcnn_mobilenet_v2_fpn", "run_folds": 1, "accumulate": 1, "lr": 0.02}
+LIGHT = {"arch": "fasterrcnn_mobilenet_v2_fpn", "run_folds": 1, "accumulate": 1}
 LIGHT |= {"patience": None, "warmup_epochs": 1, "clip_norm": 5.0, "num_workers": 0}
-# A laptop, from pretrained features
-CPU = LIGHT | {"size": 384, "weights": "imagenet", "channels": 128, "rpn_pre_nms": 500}
-CPU |= {"rpn_post_nms": 200, "roi_batch": 64, "epochs": 14, "batch_size": 8, "ema": 0.995}
+# A laptop, from pretrained features; anchors without the finest level, which costs most
+CPU = LIGHT | {"size": 512, "weights": "imagenet", "trainable_layers": 3, "channels": 96}
+CPU |= {"anchor_sizes": ((28, 40), (56, 80), (112, 160), (224, 320)), "roi_batch": 32}
+CPU |= {"rpn_pre_nms": 500, "rpn_post_nms": 200, "epochs": 30, "batch_size": 4, "ema": 0.998}
+CPU |= {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.02}
 # A first look, from random weights
 SMOKE = LIGHT | {"size": 128, "images": 144, "weights": None, "freeze_bn": False, "width": 0.5}
 SMOKE |= {"channels": 64, "rpn_pre_nms": 200, "rpn_post_nms": 64, "roi_batch": 16, "folds": 5}
@@ -505,7 +507,7 @@ def train_fold(fold):
         found = views.predict(candidate, study.cache, fold.select, **quiet)
         return {"val_mAP50": evaluate.summary(matches(study, fold.select, found))["mAP50"]}
 
-    recipe = run.pick(*RECIPE) | {"optimizer": "sgd", "schedule": "cosine"}
+    recipe = run.pick(*RECIPE) | {"schedule": "cosine"}
     recipe |= {"monitor": "val_mAP50", "val_metric": select_by, "collate": augment.collate_boxes}
     return fit_model(study, fold.name, model, objectives.detection(), train_set, None, **recipe)
 
