@@ -270,10 +270,11 @@ def paired_tests(
         for name, own in right.items():
             row = metrics.paired_difference(own, base, patients, draws=draws)
             rows.append(row | {"model": name, "accuracy": own.mean(), "reference": base.mean()})
-        table = pd.DataFrame(rows).assign(condition=condition)
-        tables.append(table.assign(p_holm=metrics.holm(table["p"])))
+        adjusted = metrics.holm([row["p"] for row in rows])
+        tables.append(pd.DataFrame(rows).assign(condition=condition, p_holm=adjusted))
     new = {"value": "difference", "only_a": "only_model_right", "only_b": "only_reference_right"}
-    return pd.concat(tables, ignore_index=True).rename(columns=new)[shown]
+    found = pd.concat(tables, ignore_index=True).rename(columns=new)[shown]
+    return found.assign(n=part["image"].nunique(), **origin(study.run))
 
 
 def attack_table(results: pd.DataFrame, *, eps: float) -> pd.DataFrame:

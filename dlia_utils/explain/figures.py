@@ -143,9 +143,8 @@ def figure_forest(
         top = part.iloc[int(np.nanargmax(part["value"]))]
         axis.set(title=f"{_words(title)}\nhighest: {top[row]}", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), rows)
-    return finish(
-        figure, "", caption, "bars: intervals by patient; dotted: what knows nothing reaches"
-    )
+    dotted = "chance" if isinstance(chance, float) else chance
+    return finish(figure, "", caption, f"bars: 95 % intervals; dotted: {dotted}")
 
 
 def figure_randomisation(tables: Mapping[str, pd.DataFrame], caption: str) -> Figure:

@@ -912,8 +912,7 @@ study = open_study(run)
 where = "5 The suite"
 per_image = {name: stored(study, f"robust_{name}", model=name, section=where) for name in MODELS}
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="baseline")
-told = dict(n=len(study.rows("test")), **report.origin(run))
-files.write_csv(paired.assign(**told), run.run_dir / "paired_tests.csv")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
 worst = paired[paired.condition.ne("clean")].set_index("model")
 report.show(worst[["accuracy", "difference", "ci_low", "ci_high", "p_holm"]])
 
@@ -986,7 +985,6 @@ report.show(table)
 # %%
 first, *others = run.adversarial or [""]
 base, among = of_seeds(first, "robust"), []
-about = report.origin(run)
 for name in others:
     own = of_seeds(name, "robust")
     both = [seed for seed in base if seed in own]
@@ -994,8 +992,8 @@ for name in others:
     if any(set(one.image) != set(study.rows("test")) for one in (*base.values(), *own.values())):
         raise ValueError("a run that seed_runs names has another test split")
     found = report.paired_tests(pooled, study, eps=run.headline_eps, reference=first)
-    found = found.assign(seeds=len(both), reference_model=first, n=len(study.rows("test")))
-    among.append(found.assign(**about | {"seed": " ".join(map(str, both))}))
+    found = found.assign(seeds=len(both), reference_model=first)
+    among.append(found.assign(seed=" ".join(map(str, both))))
 if among:
     among = pd.concat(among, ignore_index=True)
     among["p_holm"] = among.groupby("condition")["p"].transform(metrics.holm)
@@ -1005,7 +1003,7 @@ if among:
 checks = {name: of_seeds(name, "checks") for name in MODELS}
 checks = {(name, seed): one for name, found in checks.items() for seed, one in found.items()}
 checks = pd.concat(checks, names=["model", "seed"]).reset_index(["model", "seed"])
-checks = checks.drop(columns="why").assign(**about | {"seed": checks["seed"]})
+checks = checks.drop(columns="why").assign(**report.origin(run) | {"seed": checks["seed"]})
 saved = files.write_csv(checks, run.run_dir / "all_checks.csv")
 
 

@@ -828,8 +828,7 @@ names, per_image = [*MODELS, *trained(study, run.zoo)], {}
 for name in names:
     per_image[name] = stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
-told = dict(n=len(study.rows("test")), **report.origin(run))
-files.write_csv(paired.assign(**told), run.run_dir / "paired_tests.csv")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
 results = pd.read_csv(made_by(run, "results.csv", "5 Attacks"))
 masking = report.masking_table(results, eps=run.headline_eps)
 Markdown(report.verdict(results, masking, paired, run, reference="standard"))

@@ -1389,8 +1389,7 @@ names, per_image = [*MODELS, *trained(study, run.zoo)], {}
 for name in names:
     per_image[name] = stored(study_of(name), f"robust_{name}", model=name, section="5 Attacks")
 paired = report.paired_tests(per_image, study, eps=run.headline_eps, reference="standard")
-told = dict(n=len(study.rows("test")), **report.origin(run))
-files.write_csv(paired.assign(**told), run.run_dir / "paired_tests.csv")
+files.write_csv(paired, run.run_dir / "paired_tests.csv")
 shown = "condition model accuracy reference only_model_right only_reference_right p p_holm".split()
 report.show(paired[shown])
 
