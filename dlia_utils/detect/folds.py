@@ -136,8 +136,8 @@ def build_detector(folder: Path, num_classes: int, options: Mapping[str, Any]) -
         except RuntimeError as error:
             reason = str(error)
         else:
-            own_file = weights == "imagenet" and os.environ.get("DLIA_WEIGHTS")
-            files.write_text(f"file {Path(own_file).name}" if own_file else weights, record)
+            own = {"coco": "", "imagenet": os.environ.get("DLIA_WEIGHTS")}.get(weights, weights)
+            files.write_text(f"file {Path(own).name}" if own else weights, record)
             return model
     if weights is not None:
         log.warning("training starts from RANDOM weights and will be much weaker: %s", reason)
