@@ -677,7 +677,6 @@ table["AP, IoU 0.5"] = cells
 best = evaluate.best_thresholds(own).drop(columns=["label", "fp_per_image"])[1:]
 report.show(table.join(best.astype(float).set_index(table.index)))
 
-
 # %% [markdown]
 # **One box a class?** No image of NIH has two boxes of one label, so a second box of a label must be
 # wrong or the first one is. Does it help to keep the most confident box of each label only?
@@ -689,6 +688,7 @@ if run.one_per_class:
     change = change.assign(metric="mAP50_gain")
     record(study, change, model="plain, one box a class")
     print("mAP with one box a class, less all:", report.with_interval(change.iloc[0], signed=True))
+
 
 # %% [markdown]
 # **What to see in it.** It seems free and is not: where the most confident box lies beside the finding,
