@@ -368,7 +368,7 @@ def blocks() -> dict[str, str]:
     small, tb = map(_results, ("04_perturbation_medmnist", "03_tuberculosis"))
     published = _results("published_medical_image_diagnosis")
     first, bone = (table[table.seed.eq(0)] for table in (pneumonia, bones))
-    hands, chests = (boxes[boxes.data.eq(name)] for name in ("fracatlas", "dlia"))
+    hands = boxes[boxes.data.eq("fracatlas")]
     attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
         "study-01": study_table(pneumonia, **attacked),

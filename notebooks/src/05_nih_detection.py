@@ -22,7 +22,7 @@
 # [01 pneumonia robustness](01_pneumonia_robustness.ipynb).
 #
 # **Time.** *smoke* on a laptop: about two minutes to run, an hour to read. *cpu* on a laptop: about
-# an hour. *full* needs a GPU: at most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
+# two hours of one core. *full* needs a GPU: at most 8 hours on Kaggle's two T4, by the plan below (not seen yet).
 # Each fold has a limit (`max_minutes`), and a run that met it goes on where it stopped.
 #
 # <!-- contents -->
