@@ -26,6 +26,8 @@ from dlia_utils.units import eps_text
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "results" / "README.md"
 HEADLINE_EPS = 4 / 255
+ALTERED = "plain, |most |fold 0, "  # models of notebook 05 that are no view
+OF_ALL = ("mAP50", "mAP50_gain", "mAP50_one_row")
 NO_SCORE = ("zero gradients", "square" + STANDING, "seeds", "numbers")  # what a constant lacks
 
 
@@ -94,36 +96,21 @@ def _clean_and_headline(results: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([results[results.eps.eq(0)], _at_headline(results)])
 
 
-def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Per model: clean accuracy and AUC, the worst case at 4/255, and its two directions.
+def study_table(
+    results: pd.DataFrame, columns: dict[str, tuple[str, str]], *, intervals: tuple[str, ...] = ()
+) -> pd.DataFrame:
+    """`columns` of `_by_model`, clean and at the headline's eps; an interval in `intervals` or all.
 
     Of several seeds each number is their mean with its SD.
     """
-    columns = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
-    columns |= {"**worst case**": ("worst", "accuracy")}
-    columns |= {"balanced worst case": ("worst", "balanced_accuracy")}
-    columns |= {"pneumonias still found": ("worst", "sensitivity")}
-    columns |= {"healthy still called healthy": ("worst", "specificity")}
     near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
     table = _by_model(near, columns).drop(columns=["notebook", "size"])
-    seeds = near.groupby("model")["seed"].nunique()
-    table.insert(1, "seeds", [str(seeds[model]) for model in table["model"]])
-    # The smoothed model has a certificate instead of a worst case.
-    table = table[table["**worst case**"].ne("")]
-    return _beside_constant(
-        table, results, **{name: metric for name, (_, metric) in columns.items()}
-    )
-
-
-def study_table(
-    results: pd.DataFrame, columns: dict[str, tuple[str, str]], *, intervals: tuple[str, ...]
-) -> pd.DataFrame:
-    """What a notebook shows of its real study: `columns` of `_by_model`, few with an interval."""
-    near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
-    table = _by_model(near, columns).drop(columns=["notebook", "size"])
-    bare = [title for title in columns if title not in intervals]
+    bare = [title for title in columns if intervals and title not in intervals]
     table[bare] = table[bare].map(lambda text: text.split(" [")[0])
-    table = table[table[intervals[-1]].ne("")]
+    seeds = results.groupby("model")["seed"].nunique().astype(str)
+    table.insert(1, "seeds", table["model"].map(seeds))
+    # The smoothed model has a certificate instead of a worst case.
+    table = table[table["worst case at 4/255"].ne("")]
     return _beside_constant(
         table, results, **{name: metric for name, (_, metric) in columns.items()}
     )
@@ -131,7 +118,7 @@ def study_table(
 
 ATTACKED = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
 ATTACKED |= {"worst case at 4/255": ("worst", "accuracy")}
-ATTACKED |= {"balanced": ("worst", "balanced_accuracy")}
+ATTACKED |= {"balanced worst case": ("worst", "balanced_accuracy")}
 ATTACKED |= {"sick still found": ("worst", "sensitivity")}
 ATTACKED |= {"healthy still called healthy": ("worst", "specificity")}
 
@@ -207,12 +194,24 @@ def detection(results: pd.DataFrame) -> pd.DataFrame:
 
 def views(results: pd.DataFrame) -> pd.DataFrame:
     """mAP of each view and fusion, and its paired difference to the plain view."""
+    results = results[~results.model.str.match(ALTERED)]
     value, gain = (results[results.metric.eq(name)] for name in ("mAP50", "mAP50_gain"))
     value = value[value.model.isin(gain.model)]
     signed = pd.Series(_cells(gain, signed=True), gain.model)
     table = pd.DataFrame({"views": value.model, "mAP, IoU 0.5": _cells(value)})
     difference = table["views"].map(signed).where(table["views"].ne("plain"), "")
     return table.assign(**{"difference to plain": difference})
+
+
+def altered(results: pd.DataFrame) -> pd.DataFrame:
+    """mAP with other boxes, films or trainings, and what each gains over its counterpart."""
+    own = results[results.model.str.match(ALTERED) & results.metric.isin(OF_ALL)]
+    gain = own.metric.eq("mAP50_gain") | own.model.str.contains(", less ")
+    cells = [with_interval(row, signed=gain[at]) for at, row in own.iterrows()]
+    own = own.assign(cell=cells, of=gain.map({False: "mAP, IoU 0.5", True: "difference"}))
+    how = {"columns": "of", "values": "cell", "aggfunc": "first", "sort": False}
+    table = own.rename(columns={"n": "images"}).pivot_table(index=["model", "images"], **how)
+    return table[["mAP, IoU 0.5", "difference"]].fillna("").reset_index()
 
 
 def planted(results: pd.DataFrame) -> pd.DataFrame:
@@ -368,12 +367,12 @@ def blocks() -> dict[str, str]:
     small, tb = map(_results, ("04_perturbation_medmnist", "03_tuberculosis"))
     published = _results("published_medical_image_diagnosis")
     first, bone = (table[table.seed.eq(0)] for table in (pneumonia, bones))
-    hands = boxes[boxes.data.eq("fracatlas")]
+    hands, chests = (boxes[boxes.data.eq(name)] for name in ("fracatlas", "dlia"))
     attacked = {"columns": ATTACKED, "intervals": ("clean accuracy", "worst case at 4/255")}
     tables = {
         "study-01": study_table(pneumonia, **attacked),
         "study-02": study_table(bones, **attacked),
-        "01-headline": headline(pneumonia),
+        "01-headline": study_table(pneumonia, ATTACKED),
         "01-attacks": each_attack(first),
         "01-eps": worst_by_eps(first),
         "01-certificate": certificate(first),
@@ -392,6 +391,9 @@ def blocks() -> dict[str, str]:
         "04-medmnist-warning": each_run(small, drift_warning),
         "06-covid": covid(corona),
         "07-audit": shortcut_audit(corona, AUDITED),
+        "05-nih": detection(chests),
+        "05-nih-views": views(chests),
+        "05-nih-altered": altered(chests),
         "05-detection": detection(hands),
         "05-views": views(hands),
         "05-planted": planted(boxes),
@@ -404,15 +406,13 @@ def blocks() -> dict[str, str]:
 def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
     options = {"attack": "worst", "note": "Worst case: only training on attacks keeps anything"}
-    pneumonia_rows, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
-    pneumonia_rows, bone_rows = (t[t.seed.eq(0)] for t in (pneumonia_rows, bone_rows))
+    lungs, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
+    lungs, bone_rows = (t[t.seed.eq(0)] for t in (lungs, bone_rows))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
-    boxes = "FracAtlas, 61 test images, cpu profile, 384 px"
+    boxes = "NIH, edition A: 735 training images, five folds, cpu profile, 512 px"
     return {
-        "worst_case": figure_accuracy_vs_eps(
-            pneumonia_rows, pneumonia, constant=390 / 624, **options
-        ),
+        "worst_case": figure_accuracy_vs_eps(lungs, pneumonia, constant=390 / 624, **options),
         "fractures": figure_accuracy_vs_eps(bone_rows, bones, constant=150 / 222, **options),
         "hospitals": _two_hospitals(_results("03_tuberculosis")),
         "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
@@ -433,11 +433,12 @@ def _two_hospitals(results: pd.DataFrame) -> Figure:
 
 
 def _view_table(results: pd.DataFrame) -> pd.DataFrame:
-    real = results[results.data.eq("fracatlas")].set_index("model")
+    results = results[results.data.eq("dlia") & ~results.model.str.match(ALTERED)]
+    real = results.set_index("model")
     parts = [real[real.metric.eq(name)] for name in ("mAP50", "mAP50_gain")]
     value, gain = (part[["value", "ci_low", "ci_high"]] for part in parts)
     gain.columns = ["difference", "difference_low", "difference_high"]
-    return value.join(gain).rename_axis("name").reset_index()
+    return value.join(gain, how="inner").rename_axis("name").reset_index()
 
 
 def _findings() -> Figure:
