@@ -224,6 +224,12 @@ def test_what_readme_and_notebooks_say_of_the_real_studies_is_in_the_results():
         abroad = pd.read_csv(RESULTS / "03_tuberculosis.csv").query("attack == 'external, worst'")
         abroad = abroad[abroad.model.eq(model) & abroad.metric.eq("balanced_accuracy")]
         assert abroad.ci_high.item() < 0.5, "less than a constant answer"
+    nih = pd.read_csv(RESULTS / "05_detection.csv").query("data == 'dlia' and metric == 'mAP50'")
+    nih = nih.set_index("model").value
+    assert round(nih["plain"] / nih["median boxes"]) == 6
+    assert 0.45 < nih["fold 0, 25 % of the films"] / nih["fold 0, all films"] < 0.55
+    parts = [f"plain, with the right {part}" for part in ("corners", "labels")]
+    assert nih[parts].round(2).tolist() == [0.20, 0.15]
     for source, told in (("01", ["**0.718** [0.674, 0.757]", "0.691"]), ("02", ["0.387", "0.189"])):
         text = notebooks.sources([source])[0].read_text()
         assert all(one in text for one in told)
