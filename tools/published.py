@@ -27,7 +27,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "results" / "README.md"
 HEADLINE_EPS = 4 / 255
 ALTERED = "plain, |most |fold 0, "  # models of notebook 05 that are no view
-OF_ALL = ("mAP50", "mAP50_gain", "mAP50_one_row")
 NO_SCORE = ("zero gradients", "square" + STANDING, "seeds", "numbers")  # what a constant lacks
 
 
@@ -111,9 +110,8 @@ def study_table(
     table.insert(1, "seeds", table["model"].map(seeds))
     # The smoothed model has a certificate instead of a worst case.
     table = table[table["worst case at 4/255"].ne("")]
-    return _beside_constant(
-        table, results, **{name: metric for name, (_, metric) in columns.items()}
-    )
+    metrics = {title: metric for title, (_, metric) in columns.items()}
+    return _beside_constant(table, results, **metrics)
 
 
 ATTACKED = {"clean accuracy": ("clean", "accuracy"), "AUC": ("clean", "auc")}
@@ -192,20 +190,24 @@ def detection(results: pd.DataFrame) -> pd.DataFrame:
     return table.rename(index=names, columns={"plain": "value"}).fillna("").reset_index()
 
 
+def _of_views(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """By view or fusion: mAP, and its paired difference to the plain view."""
+    own = results[~results.model.str.match(ALTERED)].set_index("model")
+    value, gain = (own[own.metric.eq(name)] for name in ("mAP50", "mAP50_gain"))
+    return value.loc[gain.index], gain
+
+
 def views(results: pd.DataFrame) -> pd.DataFrame:
     """mAP of each view and fusion, and its paired difference to the plain view."""
-    results = results[~results.model.str.match(ALTERED)]
-    value, gain = (results[results.metric.eq(name)] for name in ("mAP50", "mAP50_gain"))
-    value = value[value.model.isin(gain.model)]
-    signed = pd.Series(_cells(gain, signed=True), gain.model)
-    table = pd.DataFrame({"views": value.model, "mAP, IoU 0.5": _cells(value)})
-    difference = table["views"].map(signed).where(table["views"].ne("plain"), "")
+    value, gain = _of_views(results)
+    table = pd.DataFrame({"views": value.index, "mAP, IoU 0.5": _cells(value)})
+    difference = pd.Series(_cells(gain, signed=True)).where(table["views"].ne("plain"), "")
     return table.assign(**{"difference to plain": difference})
 
 
 def altered(results: pd.DataFrame) -> pd.DataFrame:
     """mAP with other boxes, films or trainings, and what each gains over its counterpart."""
-    own = results[results.model.str.match(ALTERED) & results.metric.isin(OF_ALL)]
+    own = results[results.model.str.match(ALTERED) & results.metric.str.startswith("mAP50")]
     gain = own.metric.eq("mAP50_gain") | own.model.str.contains(", less ")
     cells = [with_interval(row, signed=gain[at]) for at, row in own.iterrows()]
     own = own.assign(cell=cells, of=gain.map({False: "mAP, IoU 0.5", True: "difference"}))
@@ -410,12 +412,13 @@ def pictures() -> dict[str, Figure]:
     lungs, bone_rows = (t[t.seed.eq(0)] for t in (lungs, bone_rows))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
+    nih = _results("05_detection").query("data == 'dlia'")
     boxes = "NIH, edition A: 735 training images, five folds, cpu profile, 512 px"
     return {
         "worst_case": figure_accuracy_vs_eps(lungs, pneumonia, constant=390 / 624, **options),
         "fractures": figure_accuracy_vs_eps(bone_rows, bones, constant=150 / 222, **options),
         "hospitals": _two_hospitals(_results("03_tuberculosis")),
-        "views": figures.figure_tta(_view_table(_results("05_detection")), boxes),
+        "views": figures.figure_tta(_view_table(nih), boxes),
         "findings": _findings(),
     }
 
@@ -433,12 +436,9 @@ def _two_hospitals(results: pd.DataFrame) -> Figure:
 
 
 def _view_table(results: pd.DataFrame) -> pd.DataFrame:
-    results = results[results.data.eq("dlia") & ~results.model.str.match(ALTERED)]
-    real = results.set_index("model")
-    parts = [real[real.metric.eq(name)] for name in ("mAP50", "mAP50_gain")]
-    value, gain = (part[["value", "ci_low", "ci_high"]] for part in parts)
+    value, gain = (part[["value", "ci_low", "ci_high"]] for part in _of_views(results))
     gain.columns = ["difference", "difference_low", "difference_high"]
-    return value.join(gain, how="inner").rename_axis("name").reset_index()
+    return value.join(gain).rename_axis("name").reset_index()
 
 
 def _findings() -> Figure:
