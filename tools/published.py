@@ -206,7 +206,7 @@ def views(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def altered(results: pd.DataFrame) -> pd.DataFrame:
-    """mAP with other boxes, films or trainings, and what each gains over its counterpart."""
+    """mAP with other boxes, images or trainings, and what each gains over its counterpart."""
     own = results[results.model.str.match(ALTERED) & results.metric.str.startswith("mAP50")]
     gain = own.metric.eq("mAP50_gain") | own.model.str.contains(", less ")
     cells = [with_interval(row, signed=gain[at]) for at, row in own.iterrows()]
@@ -387,6 +387,8 @@ def blocks() -> dict[str, str]:
         "02-map-differences": map_differences(bones),
         "02-claimed": claimed(_results("published_r2i_medical_imaging")),
         "03-edges": shortcut_audit(tb, EDGES),
+        "03-headline": study_table(tb, **attacked),
+        "03-hospitals": hospitals(tb),
         "04-corruptions": corruption_cost(moved),
         "04-warning": drift_warning(moved),
         "04-medmnist-corruptions": each_run(small, corruption_cost),
@@ -400,8 +402,6 @@ def blocks() -> dict[str, str]:
         "05-views": views(hands),
         "05-planted": planted(boxes),
     }
-    if tb.attack.eq("worst").any():  # not before the networks are measured
-        tables |= {"03-headline": study_table(tb, **attacked), "03-hospitals": hospitals(tb)}
     return {name: markdown(table) for name, table in tables.items()}
 
 

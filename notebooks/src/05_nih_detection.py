@@ -1371,16 +1371,18 @@ report.show(inside.describe().loc[["mean", "std"]].rename_axis("over images"))
 # <!-- table 05-nih-altered -->
 #
 # *Most confident*, *most worth*: one row for each true box (section 8). *Fold 0*: the 294 images that did not train it; the
-# difference is to all films, that of the stronger augmentation to 256 px.
+# difference is to all images, that of the two with *256 px* and something more to 256 px.
 #
-# - **More films.** A quarter of the training images (110) gives fold 0 half of what all 441 do, and nothing says that the
-#   curve ends there.
+# - **More images, or more steps.** A quarter of the training images (110) gives fold 0 half of what all 441 do, and half of
+#   them (220) hardly more than a quarter. All three learnt for 30 epochs, so fewer images were fewer steps, too; nothing says
+#   that the curve ends here.
 # - **It looks at the right places and does not know when to be sure.** 57 % of the findings are hit by some box, but false
 #   boxes stand above them. Were each box that touches a finding of its label given its corners, 94 % would be hit, and
 #   mAP be 0.20; were each box that lies on any finding given its label, 63 % and 0.15. So the confidence costs most, then
 #   the corners, then the label.
-# - **Not size, regularisation or the body.** 256 px, stronger augmentation with weight decay and dropout, and a body learnt
-#   first on 9,929 other radiographs differ from their counterparts by less than the intervals.
+# - **Not size, regularisation, the body or the balance.** 256 px, stronger augmentation with weight decay and dropout, and a
+#   body learnt first on 9,929 other radiographs differ from their counterparts by less than the intervals. Drawing images
+#   more often the rarer their rarest label is gains nothing either, and probably loses.
 # - **One box a class costs a little**, though no image has two of one label: the second box is sometimes the right one.
 # - **The choice by worth gains nothing** over the choice by confidence where each true box has a row (section 8).
 #
@@ -1414,8 +1416,8 @@ report.show(inside.describe().loc[["mean", "std"]].rename_axis("over images"))
 #
 # <!-- table 05-planted -->
 #
-# **What we learnt.** On real images the numbers are much lower than on synthetic ones, and the number of films decides
-# more than any recipe: what the views, the size and the choice of a row gain is a hundredth or nothing.
+# **What we learnt.** On real images the numbers are much lower than on synthetic ones, and how many images and steps a
+# detector learns from decides more than the recipe: the views, the size and the choice of a row gain a hundredth or nothing.
 
 # %% [markdown]
 # ## Results and files
