@@ -47,9 +47,9 @@ def test_committed_detection_results_say_what_is_synthetic_and_on_how_many_image
     chests = results.model.str.startswith("fold 0, ").map({True: 294, False: 735})
     n = chests.where(results.data.eq("dlia"), 61)
     assert (results.n == n)[~planted].all()
-    chests = results[results.data.eq("dlia")]
-    sizes = chests.model.str.contains("256 px").map({True: 256, False: 512})
-    assert (chests["size"] == sizes).all()
+    nih = results[results.data.eq("dlia")]
+    sizes = nih.model.str.contains("256 px").map({True: 256, False: 512})
+    assert (nih["size"] == sizes).all()
     assert not results.duplicated(["model", "metric", "data"]).any()
 
 
