@@ -1,8 +1,9 @@
-"""Several seeds of notebook 01: mean, spread and paired tests from run folders made by hand."""
+"""Several seeds: of 01 mean, spread and paired tests, of 02 the maps, from tables made by hand."""
 
 import functools
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,8 @@ import pytest
 from test_report import EPS, FakeRun, FakeStudy, per_image
 
 from dlia_utils import files, metrics, report
+from dlia_utils.explain import localisation
+from dlia_utils.explain.base import REFERENCES
 from dlia_utils.study import made_by
 from tools import notebooks
 
@@ -27,12 +30,12 @@ class Study(FakeStudy):
 
 
 @functools.cache
-def cells():
-    """The code of the section, and what it needs of the opening cells."""
-    built = notebooks.build(notebooks.sources(["01"])[0])
+def cells(notebook, first, count):
+    """The code of `count` cells from the one that holds `first`."""
+    built = notebooks.build(notebooks.sources([notebook])[0])
     code = [cell.source for cell in built.cells if cell.cell_type == "code"]
-    start = next(k for k, text in enumerate(code) if "def of_seeds(" in text)
-    return "\n\n".join(code[start : start + 3])
+    start = next(k for k, text in enumerate(code) if first in text)
+    return "\n\n".join(code[start : start + count])
 
 
 def written(run, fallen, **labels):
@@ -56,7 +59,7 @@ def section(run):
     given = dict(run=run, pd=pd, np=np, files=files, report=report, metrics=metrics)
     given |= {"open_study": lambda run: Study(run), "made_by": made_by, "display": shown.append}
     given["MODELS"] = ["baseline", *run.adversarial]
-    exec(cells(), given)
+    exec(cells("01", "def of_seeds(", 3), given)
     return given["table"], given["among"]
 
 
@@ -112,3 +115,41 @@ def test_a_run_of_another_test_split_is_refused(runs, tmp_path):
     table[table.image > 0].to_csv(path, index=False)
     with pytest.raises(ValueError, match="another test split"):
         section(runs)
+
+
+def maps_by_seed(found):
+    """Section 7 of notebook 02: what it shows of the scores `found` of (model, seed), image by
+    image, and the rows that it writes."""
+    seeds, shown, rows = list(dict.fromkeys(seed for _, seed in found)), [], []
+
+    def kept_maps(name, seed):
+        scores = dict.fromkeys(localisation.SCORES, found[name, seed])
+        about = {"region": "box", "zero": False, "image": range(4), "group": range(4)}
+        return pd.concat([pd.DataFrame({"map": m} | about | scores) for m in ("saliency", "edges")])
+
+    told = dict(
+        with_interval=report.with_interval, show=lambda table, notes: shown.append((table, notes))
+    )
+    told["update_results"] = lambda new, path: rows.append(new)
+    given = dict(pd=pd, localisation=localisation, REFERENCES=REFERENCES, kept_maps=kept_maps)
+    given |= {"run": SimpleNamespace(seed=seeds[0], more_seeds=seeds[1:], bootstrap_draws=50)}
+    given |= {"report": SimpleNamespace(**told), "open_study": lambda run: "the study"}
+    given |= {"test_opened": lambda *_: None, "study_of": lambda name, seed: seed, "RESULTS": ""}
+    given["map_rows"] = lambda table, study, name: table.assign(model=name, seed=study)
+    exec(cells("02", 'pairs, draws = {"standard"', 5), given)
+    return shown[0], pd.concat(rows)
+
+
+def test_maps_of_seeds_are_paired_image_by_image():
+    found = {("standard", 0): [0.0, 0.2, 0.4, 0.6], ("standard", 1): [0.2] * 4}
+    found |= {("pgd_at", 0): [0.5] * 4, ("pgd_at", 1): [0.3] * 4}
+    (table, notes), rows = maps_by_seed(found)
+    assert table.index.tolist() == ["saliency"] and notes == "Coverage gain, seeds 0 1."
+    assert table.loc["saliency", ["plain", "PGD-AT"]].tolist() == ["0.250 ± 0.071", "0.400 ± 0.141"]
+    # Image by image 0.3, 0.2, 0.1, 0 over both seeds: four pieces of evidence, not eight.
+    pooled = rows[rows.model.eq("pgd_at, seeds 0 1") & rows.score.eq("pointing")]
+    assert pooled[["value", "n"]].to_numpy().tolist() == [[pytest.approx(0.15), 4]]
+    assert set(rows[rows.model.eq("pgd_at")].seed) == {0, 1}
+    (table, notes), rows = maps_by_seed({key: one for key, one in found.items() if not key[1]})
+    assert table.loc["saliency", "plain"] == "0.250" and notes == "Coverage gain, seed 0."
+    assert set(rows.model) == {"standard", "pgd_at"}

@@ -77,6 +77,8 @@ FULL |= {"expensive": {"square": pixel_eps(4)}, "check_images": 100}
 FULL |= {"full_at": 4 / 255, "most": {"square": 200}}
 # The maps: of so many test images with a finding
 FULL |= {"maps": 72, "occlusion_window": 28, "integrated_steps": 32, "bootstrap_draws": 2000}
+# `standard` and `pgd_at` are trained again under each of these seeds, for their maps in section 7
+FULL |= {"more_seeds": ()}
 
 # %% tags=["settings"]
 # What is cut so that `full` fits a session (9 hours of two T4, by the plan below; it was up to 79):
@@ -142,6 +144,7 @@ from dlia_utils import train
 from dlia_utils.data import datasets, explore, split
 from dlia_utils.explain import figures, localisation
 from dlia_utils.explain.attribution import explain
+from dlia_utils.explain.base import REFERENCES
 from dlia_utils.models import robust
 from dlia_utils.study import build_model, load_models, made_by, open_study, stored, test_opened
 from dlia_utils.study import train_head, train_model, trained, weights_label
@@ -149,16 +152,19 @@ from dlia_utils.units import eps_text
 
 # %% [markdown]
 # **What the sections share.** The robust models of the literature take images of another size, so each has a study (data,
-# split, decoded images) of its own.
+# split, decoded images) of its own. A training under another seed keeps the split, in a folder of its own.
 
 # %% tags=["yours"]
 MODELS = ["standard", "pgd_at", "trades", "linear_probe", "robust_probe"]
 RESULTS = run.run_dir / "results.csv"
 
 
-def study_of(name):
-    """The images as the model `name` takes them."""
+def study_of(name, seed=run.seed):
+    """The images as the model `name` takes them; another `seed` is one for trainings alone."""
     study = open_study(run)
+    if seed != run.seed:
+        own = replace(run.variant(seed=seed), run_dir=run.run_dir / f"seed{seed}")
+        return replace(study, run=own)
     return study if name in MODELS else suite.zoo_study(study)
 
 
@@ -190,9 +196,11 @@ how = dict(batch=run.batch_size, val=sizes["val"], exact=run.patience is None)
 how |= dict(settings="epochs at_steps size")
 attacked = how | dict(steps=run.at_steps, judge=suite.judging(sizes["val"], steps=run.pgd_steps))
 given, shorter = ("trainings", net, sizes["train"]), max(1, run.epochs // 3)
-phases += plan.training(*given, run.epochs, objective="cross_entropy", job="standard", **how)
 told = dict(objective="pgd_adversarial") | attacked
-phases += plan.training(*given, run.epochs, job="pgd_at", **told)
+for seed in (run.seed, *run.more_seeds):
+    plain = dict(objective="cross_entropy", job=f"standard {seed}")
+    phases += plan.training(*given, run.epochs, **plain, **how)
+    phases += plan.training(*given, run.epochs, job=f"pgd_at {seed}", **told)
 phases += plan.training(*given, shorter, job="robust_probe", **told)
 phases += plan.training(*given, run.epochs, job="trades", **attacked | dict(objective="trades"))
 seen = sizes["train"] + sizes["val"]  # the features of linear_probe, once
@@ -203,7 +211,8 @@ phases += suite.phases(run, MODELS, sizes["test"], net)
 phases += suite.phases(run.variant(**suite.zoo_settings(run)), run.zoo, sizes["test"])
 phases.append(plan.Phase("clean images", net, sizes["test"], len(MODELS) * sizes["test"]))
 phases += [plan.Phase("clean images", name, sizes["test"], sizes["test"]) for name in run.zoo]
-looked = [(net, run.size)] * 3 + [(name, run.zoo_size) for name in run.zoo[: run.zoo_maps]]
+looked = [(net, run.size)] * (3 + 2 * len(run.more_seeds))
+looked += [(name, run.zoo_size) for name in run.zoo[: run.zoo_maps]]
 phases += [planned_maps(name, size, min(run.maps, sizes["test"])) for name, size in looked]
 lost = planned_maps(net, run.size, 8 * 7)  # seven times of eight images, by three of the methods
 phases.append(replace(lost, name="maps of lost weights", images=8))
@@ -363,13 +372,18 @@ def train_robust_probe(study):
 
 
 # %% [markdown]
-# **Train them.** With two GPUs two models train at a time; models already trained are read back.
+# **Train them.** With two GPUs two models train at a time; models already trained are read back. `more_seeds` adds the same
+# trainings under other seeds.
 
 # %%
 study = open_study(run)
 makers = {"pgd_at": train_pgd_at, "trades": train_trades, "standard": train_standard}
 makers |= {"robust_probe": train_robust_probe, "linear_probe": train_linear_probe}
-fitted = launch.each(lambda name: makers[name](study), list(makers), log_dir=run.run_dir / "logs")
+makers = {name: partial(make, study) for name, make in makers.items()}
+for seed in run.more_seeds:
+    for name, make in (("pgd_at", train_pgd_at), ("standard", train_standard)):
+        makers[f"{name}, seed {seed}"] = partial(make, study_of(name, seed))
+fitted = launch.each(lambda name: makers[name](), list(makers), log_dir=run.run_dir / "logs")
 print("starting weights:", weights_label(run))
 report.show(report.trainings(fitted), digits=3)
 
@@ -695,9 +709,9 @@ for name in ("standard", "pgd_at"):
 
 # %%
 @cache
-def scored(name):
+def scored(name, seed):
     """Per image and map the scores against boxes and outlines, and each method's remarks."""
-    study, tables = study_of(name), []
+    study, tables = study_of(name, seed), []
     rows = boxed_rows(study, run.maps)
     maps, notes = explained(study, name, rows)
     images, groups = study.images(rows).cpu(), study.patients(rows)
@@ -708,11 +722,12 @@ def scored(name):
     return pd.concat(tables), notes
 
 
-def kept_maps(name):
+def kept_maps(name, seed=run.seed):
     """The scores of model `name`, from the run folder or anew; its remarks are kept beside them."""
-    given = {"model": name, "uses": "maps occlusion_window integrated_steps seed size".split()}
-    stored(study_of(name), f"remarks_{name}", lambda: scored(name)[1], **given)
-    return stored(study_of(name), f"maps_{name}", lambda: scored(name)[0], **given)
+    study, told = study_of(name, seed), "maps occlusion_window integrated_steps seed size"
+    given = {"model": name, "uses": told.split()}
+    stored(study, f"remarks_{name}", lambda: scored(name, seed)[1], **given)
+    return stored(study, f"maps_{name}", lambda: scored(name, seed)[0], **given)
 
 
 # %%
@@ -786,6 +801,56 @@ for name in list(per_map)[1:]:
 only = list(dict.fromkeys(better[0].score))
 options = dict(down=["model", "map"], only=only, intervals=only[:1], signed=True)
 report.show(report.wide(pd.concat(better), "score", **options))
+
+# %% [markdown]
+# **And after another training?** One training is one draw: another seed, another order of the images, another map. A
+# difference between two models counts only if it is larger than what another seed does to either.
+# `CHANGES = {"more_seeds": (1, 2)}` trains both models again under those seeds, on the same split. Below: mean ± standard
+# deviation over the seeds, and `pgd_at` minus `standard` image by image, seed by seed; an image stays one piece of evidence
+# however many seeds it has.
+
+# %%
+pairs, draws = {"standard": {}, "pgd_at": {}}, run.bootstrap_draws
+test_opened(open_study(run), "maps scored, by seed")
+for name, found in pairs.items():
+    for seed in (run.seed, *run.more_seeds):
+        found[seed] = kept_maps(name, seed).query("region == 'box'")
+        summary = localisation.summarise(found[seed], draws=draws).assign(region="box", model=name)
+        report.update_results(map_rows(summary, study_of(name, seed), name), RESULTS)
+
+
+# %%
+def over_seeds(tables):
+    """Of each map the mean score over the seeds, ± the standard deviation between them."""
+    own = pd.concat(tables, names=["seed"])
+    own = own[~own["map"].isin(REFERENCES)].groupby(["seed", "map"], sort=False)
+    means = own[localisation.SCORES].mean().groupby("map", sort=False)
+    spread = means.std().map(lambda sd: f" ± {sd:.3f}" * bool(sd >= 0))
+    return means.mean().map("{:.3f}".format) + spread
+
+
+# %%
+def pooled(tables):
+    """Per map and image the mean score over the seeds."""
+    both = pd.concat(tables).groupby(["map", "image"], sort=False, as_index=False)
+    return both.mean(numeric_only=True)
+
+
+# %%
+robust_maps, plain_maps = pooled(pairs["pgd_at"]), pooled(pairs["standard"])
+gained = localisation.against_model(robust_maps, plain_maps, draws=draws)
+seeds = f"seed{'s' * bool(run.more_seeds)} " + " ".join(map(str, pairs["pgd_at"]))
+if run.more_seeds:
+    gained = gained.assign(region="box, minus standard")
+    report.update_results(map_rows(gained, open_study(run), f"pgd_at, {seeds}"), RESULTS)
+
+# %%
+gained = gained[gained.score.eq("coverage_gain")].set_index("map")
+table = pd.DataFrame({name: over_seeds(tables)["coverage_gain"] for name, tables in pairs.items()})
+table.columns = ["plain", "PGD-AT"]
+gained = gained.loc[table.index].iterrows()
+table["PGD-AT minus plain"] = [report.with_interval(row, signed=True) for _, row in gained]
+report.show(table, notes=f"Coverage gain, {seeds}.")
 
 # %% [markdown]
 # **Does the map depend on the model at all?** Layer by layer, from the last one down, the weights are replaced by noise
