@@ -151,5 +151,5 @@ def test_maps_of_seeds_are_paired_image_by_image():
     assert pooled[["value", "n"]].to_numpy().tolist() == [[pytest.approx(0.15), 4]]
     assert set(rows[rows.model.eq("pgd_at")].seed) == {0, 1}
     (table, notes), rows = maps_by_seed({key: one for key, one in found.items() if not key[1]})
-    assert table.loc["saliency", "plain"] == "0.250" and notes == "Coverage gain, seed 0."
+    assert table.loc["saliency", "plain"] == "0.300" and notes == "Coverage gain, seed 0."
     assert set(rows.model) == {"standard", "pgd_at"}
