@@ -853,6 +853,10 @@ table["PGD-AT minus plain"] = [report.with_interval(row, signed=True) for _, row
 report.show(table, notes=f"Coverage gain, {seeds}.")
 
 # %% [markdown]
+# *What to see.* One seed has no spread. With several, compare the last column with the numbers behind ±: the interval speaks
+# of other fractures, the standard deviation of other trainings, and a gain has to be clear of both.
+
+# %% [markdown]
 # **Does the map depend on the model at all?** Layer by layer, from the last one down, the weights are replaced by noise
 # (Adebayo et al., *Sanity Checks for Saliency Maps*, 2018, [1810.03292](https://arxiv.org/abs/1810.03292)). A map that
 # explains the model must change. The dotted line is the likeness of the maps of two *different* images: as unlike as maps
