@@ -28,13 +28,8 @@ NAMES = dict.fromkeys("notebook model attack eps_unit metric profile data".split
 
 # What a table calls a column; any other has blanks for its underscores.
 WORDS = {"auc": "AUC", "auprc": "AUPRC", "f1": "F1", "p_holm": "p (Holm)", "n": "images"}
-WORDS |= {
-    "ece": "calibration error (ECE)",
-    "lr": "learning rate",
-    "ci_low": "from",
-    "ci_high": "to",
-}
-WORDS |= {"val_auc": "validation AUC", "val_accuracy": "validation accuracy"}
+WORDS |= {"ece": "calibration error (ECE)", "ci_low": "from", "ci_high": "to"}
+WORDS |= {"val_auc": "validation AUC", "val_accuracy": "validation accuracy", "lr": "learning rate"}
 WORDS |= {"val_loss": "validation loss", "train_loss": "training loss"}
 WORDS |= {name: name for name in ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_margin")}
 WORDS |= {"only_model_right": "only this one right", "only_reference_right": "only reference right"}
@@ -361,7 +356,8 @@ def _judge(
         zeros = f"{mask['zero_gradients']:.0%} of its input gradients are exactly zero"
         return f"Masked gradients: {zeros}, and {losses}"
     if gain >= 0.1 and p < 0.01:
-        less = f", yet not clearly more than the same answer for everybody ({same:.2f})"
+        than = "less" if row["ci_high"] < same else "not clearly more"
+        less = f", yet {than} than the same answer for everybody ({same:.2f})"
         return f"A real gain under every attack of the list{less if row['ci_low'] <= same else ''}."
     small = gain > 0 and p < 0.05
     return "A small real gain." if small else "No gain that this test split can show."
