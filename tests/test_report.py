@@ -161,11 +161,14 @@ def test_directions_split_the_worst_case_into_missed_disease_and_false_alarm(run
     assert list(wide) == ["pgd_ce 4/255", "worst 4/255"] and wide.index.tolist() == ["a"]
 
 
+NO_MORE = "list, yet not clearly more than the same answer for everybody (0.62)."
+
+
 @pytest.mark.parametrize(
     ("margin", "ce", "zeros", "balanced", "words"),
     [
         (0.80, 0.62, 0.0, 0.9, "A real gain under every attack of the list."),
-        (0.60, 0.62, 0.0, 0.9, "not clearly more than the same answer for everybody (0.62)."),
+        (0.60, 0.62, 0.0, 0.9, NO_MORE),
         (0.45, 0.45, 0.0, 0.9, "list, yet less than the same answer for everybody (0.62)."),
         (0.60, 0.62, 0.0, 0.5, "No defence"),
         (0.40, 0.62, 0.0, 0.9, "Masked gradients"),
