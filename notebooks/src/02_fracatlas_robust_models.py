@@ -309,9 +309,10 @@ report.show(pd.Series(table, name="AUC of counting black pixels").rename_axis("a
 # | pgd_at | cross-entropy on attacked images (Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, 2018, [1706.06083](https://arxiv.org/abs/1706.06083)) |
 # | trades | cross-entropy on clean images + $\beta\,\mathrm{KL}(p(x)\,\|\,p(x'))$, $\beta = 6$ (Zhang et al., *Theoretically Principled Trade-off between Robustness and Accuracy*, 2019, [1901.08573](https://arxiv.org/abs/1901.08573)); KL is the Kullback-Leibler divergence of the answers to the clean and the attacked image |
 #
-# The attacked ones go on from the trained `standard`: whoever has not yet learnt to see a fracture learns little from
-# attacked images, or learns to read the attack (section 8 has both). They choose their epoch by balanced validation accuracy,
-# half clean and half *under attack*: with most of the images healthy, a model that never sees a fracture would look robust.
+# `pgd_at` never sees a clean image, so it goes on from the trained `standard`: who cannot see a fracture yet learns little
+# from attacked ones, or learns to read the attack instead (section 8). TRADES has clean images and starts afresh. Both choose
+# their epoch by balanced validation accuracy, half clean and half *under attack*: with most of the images healthy, a model
+# that never sees a fracture would look robust.
 
 # %%
 def attack_steps(study):
@@ -333,7 +334,7 @@ def train_pgd_at(study):
 def train_trades(study):
     loss = objectives.trades(**attack_steps(study), beta=run.trades_beta)
     chosen = suite.choose_under_attack(study, steps=run.pgd_steps)
-    return train_model(study, "trades", loss, start="standard", **chosen)
+    return train_model(study, "trades", loss, **chosen)
 
 
 # %% [markdown]
@@ -398,7 +399,7 @@ figure
 # *What to see.* The curves jump where the one-cycle rate is highest, a third of the way; each model keeps its best epoch,
 # named in the table. Learning under attack is slower: its loss falls later.
 #
-# **What we learnt.** The three networks differ in one line, the loss, and in where they start. A head alone is trained in
+# **What we learnt.** The three networks differ in the loss, and `pgd_at` in where it starts. A head alone is trained in
 # seconds, on features that it cannot change.
 
 # %% [markdown]
