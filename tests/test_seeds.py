@@ -125,7 +125,9 @@ def maps_by_seed(found):
     def kept_maps(name, seed):
         scores = dict.fromkeys(localisation.SCORES, found[name, seed])
         about = {"region": "box", "zero": False, "image": range(4), "group": range(4)}
-        return pd.concat([pd.DataFrame({"map": m} | about | scores) for m in ("saliency", "edges")])
+        return pd.concat(
+            [pd.DataFrame({"map": m} | about | scores) for m in ("saliency", *REFERENCES)]
+        )
 
     told = dict(
         with_interval=report.with_interval, show=lambda table, notes: shown.append((table, notes))
@@ -138,6 +140,7 @@ def maps_by_seed(found):
     given |= {"per_map": {name: kept_maps(name, seeds[0]) for name in ("standard", "pgd_at")}}
     given |= {"draws": 50}
     given["map_rows"] = lambda table, study, name: table.assign(model=name, seed=study)
+    given |= {"blind_rows": given["map_rows"], "study": "the study"}
     exec(cells("02", "pairs = {name: {run.seed", 5), given)
     return shown[0], pd.concat(rows) if rows else pd.DataFrame()
 
@@ -150,6 +153,9 @@ def test_maps_of_seeds_are_paired_image_by_image():
     assert table.loc["saliency", ["plain", "PGD-AT"]].tolist() == ["0.250 ± 0.071", "0.400 ± 0.141"]
     # Image by image 0.3, 0.2, 0.1, 0 over both seeds: four pieces of evidence, not eight.
     pooled = rows[rows.model.eq("pgd_at, seeds 0 1") & rows.score.eq("pointing")]
+    blind = pooled.pop("reference").notna()
+    assert pooled[blind][["value", "n"]].to_numpy().tolist() == [[0, 4]] * 3, "they score the same"
+    pooled = pooled[~blind]
     assert pooled[["value", "n"]].to_numpy().tolist() == [[pytest.approx(0.15), 4]]
     assert set(rows[rows.model.eq("pgd_at")].seed) == {1}  # the run's own seed has its rows
     (table, notes), rows = maps_by_seed({key: one for key, one in found.items() if not key[1]})
