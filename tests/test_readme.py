@@ -222,6 +222,9 @@ def test_what_readme_and_notebooks_say_of_the_real_studies_is_in_the_results():
     assert (worst.value[plain] == 0).all(), "nor does a smoke run praise them: test_kaggle_tree.py"
     fallen = {name: headline("02_fracatlas", name, "worst").value for name in ("pgd_at", "trades")}
     assert [round(value, 3) for value in fallen.values()] == [0.559, 0.171]
+    starts = pd.read_csv(RESULTS / "02_starts.csv").groupby(["model", "start", "seed"])
+    best = starts["val_robust"].max().round(2)
+    assert best.tolist() == [0.51, 0.57, 0.73, 0.76, 0.76, 0.76, 0.63, 0.43]
     for name in ("standard", "linear_probe", "robust_probe"):
         assert headline("02_fracatlas", name, "worst").value == 0
     own, there = (f"{place}clean, chosen threshold" for place in ("", "external, "))
