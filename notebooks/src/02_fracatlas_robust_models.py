@@ -55,9 +55,10 @@ FULL |= {"width": 1.0, "stages": 7, "pretrained": True, "epochs": 30, "batch_siz
 FULL |= {"schedule": "onecycle", "patience": None, "max_minutes": 90.0, "num_workers": 2}
 FULL |= {"hours": None}  # of a session; None is 11 of Kaggle's 12, and no limit elsewhere
 FULL |= {"balance": "weights"}
-# Adversarial training, and the head ("linear", or "mlp", the original study's)
+# Adversarial training; at_start: what pgd_at goes on from ("": the starting weights); and the
+# head ("linear", or "mlp", the original study's)
 FULL |= {"at_eps": 4 / 255, "at_steps": 7, "at_step_size": 1 / 255, "trades_beta": 6.0}
-FULL |= {"head": "linear"}
+FULL |= {"at_start": "standard", "head": "linear"}
 # Robust models of the literature: weights "public" are downloaded; they were trained on 32 px
 ZOO = ("chen2024_wrn_34_20", "gairat_wrn_28_10", "huang2021_wrn_34_r", "hat_wrn_34_10")
 ZOO += ("rebuffi2021_wrn_70_16", "standard_wrn_28_10", "meansparse_wrn_94_16", "ra_wrn_70_16")
@@ -106,7 +107,7 @@ TINY |= {"noise": {"draws": 4}, "square": {"steps": 6}}
 SMOKE = {"size": 48, "per_class": 100, "val_share": 0.15, "test_share": 0.2, "width": 0.5}
 SMOKE |= {"stages": 3, "pretrained": "phantom", "epochs": 20, "batch_size": 16, "lr": 1e-2}
 SMOKE |= {"num_workers": 0, "max_minutes": None}
-SMOKE |= {"at_eps": 3 / 255, "at_steps": 2, "at_step_size": 2.1 / 255}
+SMOKE |= {"at_eps": 3 / 255, "at_steps": 2, "at_step_size": 2.1 / 255, "at_start": ""}
 ONE_EACH = ("huang2021_wrn_34_r", "meansparse_wrn_94_16")
 SMOKE |= {"zoo": ONE_EACH, "zoo_maps": 1, "zoo_weights": "phantom", "zoo_width": 1 / 40}
 SMOKE |= {"zoo_size": 32, "zoo_epochs": 60, "zoo_lr": 2e-2, "zoo_alphas": (0.0, 0.2)}
@@ -309,8 +310,9 @@ report.show(pd.Series(table, name="AUC of counting black pixels").rename_axis("a
 # | pgd_at | cross-entropy on attacked images (Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, 2018, [1706.06083](https://arxiv.org/abs/1706.06083)) |
 # | trades | cross-entropy on clean images + $\beta\,\mathrm{KL}(p(x)\,\|\,p(x'))$, $\beta = 6$ (Zhang et al., *Theoretically Principled Trade-off between Robustness and Accuracy*, 2019, [1901.08573](https://arxiv.org/abs/1901.08573)); KL is the Kullback-Leibler divergence of the answers to the clean and the attacked image |
 #
-# `pgd_at` never sees a clean image, so it goes on from the trained `standard`: who cannot see a fracture yet learns little
-# from attacked ones, or learns to read the attack instead (section 8). TRADES has clean images and starts afresh. Both choose
+# `pgd_at` never sees a clean image, so it goes on from the trained `standard` (`at_start`; the tiny smoke network starts
+# afresh): who cannot see a fracture yet learns little from attacked ones, or learns to read the attack instead (section 8).
+# TRADES has clean images and starts afresh. Both choose
 # their epoch by balanced validation accuracy, half clean and half *under attack*: with most of the images healthy, a model
 # that never sees a fracture would look robust.
 
@@ -328,7 +330,7 @@ def train_standard(study):
 def train_pgd_at(study):
     loss = objectives.pgd_adversarial(**attack_steps(study))
     chosen = suite.choose_under_attack(study, steps=run.pgd_steps)
-    return train_model(study, "pgd_at", loss, start="standard", **chosen)
+    return train_model(study, "pgd_at", loss, start=run.at_start, **chosen)
 
 
 def train_trades(study):
