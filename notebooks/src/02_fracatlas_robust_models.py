@@ -312,9 +312,8 @@ report.show(pd.Series(table, name="AUC of counting black pixels").rename_axis("a
 #
 # `pgd_at` never sees a clean image, so it goes on from the trained `standard` (`at_start`; the tiny smoke network starts
 # afresh): who cannot see a fracture yet learns little from attacked ones, or learns to read the attack instead (section 8).
-# TRADES has clean images and starts afresh. Both choose
-# their epoch by balanced validation accuracy, half clean and half *under attack*: with most of the images healthy, a model
-# that never sees a fracture would look robust.
+# TRADES has clean images and starts afresh. Both choose their epoch by balanced validation accuracy, half clean and half
+# *under attack*: with most of the images healthy, a model that never sees a fracture would look robust.
 
 # %%
 def attack_steps(study):
