@@ -102,8 +102,7 @@ def study_table(
 
     Of several seeds each number is their mean with its SD.
     """
-    near = pd.concat([results[results.attack.eq("clean")], _at_headline(results)])
-    table = _by_model(near, columns).drop(columns=["notebook", "size"])
+    table = _by_model(_clean_and_headline(results), columns).drop(columns=["notebook", "size"])
     bare = [title for title in columns if intervals and title not in intervals]
     table[bare] = table[bare].map(lambda text: text.split(" [")[0])
     seeds = results.groupby("model")["seed"].nunique().astype(str)
@@ -363,8 +362,8 @@ def _results(name: str) -> pd.DataFrame:
 @functools.cache
 def blocks() -> dict[str, str]:
     """Name -> markdown of each `<!-- table NAME -->` in results/README.md or a notebook."""
-    pneumonia, bones, boxes = map(_results, ("01_pneumonia", "02_fracatlas", "05_detection"))
-    moved, corona = map(_results, ("04_perturbation", "06_covid"))
+    pneumonia, survey, bones = map(_results, ("01_pneumonia", "01_survey", "02_fracatlas"))
+    moved, corona, boxes = map(_results, ("04_perturbation", "06_covid", "05_detection"))
     small, tb = map(_results, ("04_perturbation_medmnist", "03_tuberculosis"))
     published = _results("published_medical_image_diagnosis")
     first, bone = (table[table.seed.eq(0)] for table in (pneumonia, bones))
@@ -376,9 +375,12 @@ def blocks() -> dict[str, str]:
         "01-headline": study_table(pneumonia, ATTACKED),
         "01-attacks": each_attack(first),
         "01-eps": worst_by_eps(first),
+        "01-survey": study_table(survey, ATTACKED),
+        "01-survey-attacks": each_attack(survey),
+        "01-survey-eps": worst_by_eps(survey),
         "01-certificate": certificate(first),
-        "01-fgsm": beside_published(first, published),
-        "01-one-pixel": one_pixel(first, published),
+        "01-fgsm": beside_published(survey, published),
+        "01-one-pixel": one_pixel(survey, published),
         "02-attacks": fractures(bone),
         "02-each": each_attack(bone),
         "02-eps": worst_by_eps(bone),
@@ -407,8 +409,7 @@ def blocks() -> dict[str, str]:
 def pictures() -> dict[str, Figure]:
     """The figures in docs/ by file name: plots of results, synthetic images. No radiographs."""
     options = {"attack": "worst", "note": "Worst case: only training on attacks keeps anything"}
-    lungs, bone_rows = map(_well_attacked, map(_results, ("01_pneumonia", "02_fracatlas")))
-    lungs, bone_rows = (t[t.seed.eq(0)] for t in (lungs, bone_rows))
+    lungs, bone_rows = (_results(t).query("seed == 0") for t in ("01_pneumonia", "02_fracatlas"))
     pneumonia = "pneumonia, all 624 test images, cpu profile, 112 px"
     bones = "FracAtlas, 222 test images, cpu profile, 160 px"
     nih = _results("05_detection").query("data == 'dlia'")
