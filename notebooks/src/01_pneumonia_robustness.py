@@ -1025,8 +1025,8 @@ saved = files.write_csv(checks, run.run_dir / "all_checks.csv")
 #   the margin penalty and plain distillation had 0.000 at 4/255, too. None of them is a defence.
 # - `pgd_at` keeps **0.716** and **0.728** (seeds 0 and 1), `mart` 0.681 and 0.684: above the constant answer with their
 #   whole intervals, and no worse on clean images than plain training by what 624 images can show.
-# - `trades` and `hat` stay below the constant answer. Five epochs are few for them (their validation score was still 0.77
-#   where `pgd_at` had 0.92): no verdict on the methods. In the survey fast AT and GAIRAT lay about the constant answer.
+# - `trades` and `hat` stay below the constant answer. Five epochs are few for them (their validation score came to
+#   0.76 or 0.77, that of `pgd_at` to 0.92): no verdict on the methods. In the survey fast AT and GAIRAT lay about that answer.
 # - What is kept is mostly pneumonias: healthy chests are called healthy less often under attack.
 # - Two seeds, `hat` one: a difference as small as the spread of the table is no ranking.
 #
